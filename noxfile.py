@@ -1,0 +1,143 @@
+"""
+The one door: what people and CI run. ``nox -l`` lists it.
+
+``lint``, ``types``, ``unit`` and ``build`` need nothing but Python; ``integration`` and ``tests``
+get their services themselves where they can, and say in their last lines what they went without.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.11"
+nox.options.sessions = ["lint", "types", "unit", "build", "tests"]
+nox.options.reuse_venv = "yes"
+
+ROOT = Path(__file__).parent
+PROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = nox.project.python_versions(PROJECT)
+CLIENTS = ",".join(PROJECT["project"]["optional-dependencies"])
+
+#: The services of the tests: where the address of each may stand, and its public image.
+SERVICES = {
+    "redis": ("DIATOR_TEST_REDIS_URL", "redis:8"),
+    "rabbitmq": ("DIATOR_TEST_RABBITMQ_URL", "rabbitmq:4-management"),
+    "kafka": ("DIATOR_TEST_KAFKA_SERVERS", "apache/kafka:4.3.1"),
+    "postgres": ("DIATOR_TEST_POSTGRES_URL", "postgres:17"),
+}
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and spelling."""
+    session.install(*group("lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("codespell")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Both type checkers on the library and on its use; every public name has a type."""
+    session.install("-e", f".[{CLIENTS}]", *group("types"))
+    session.run("mypy")
+    session.run("pyright")
+    session.run("pyright", "--verifytypes", "diator", "--ignoreexternal")
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("extras", ["without", "with"])
+def unit(session: nox.Session, extras: str) -> None:
+    """What needs no service; without extras it proves that the core loads no client library."""
+    if extras == "with":
+        session.install("-e", f".[{CLIENTS}]", *group("tests"))
+    else:
+        session.install("-e", ".", *group("unit"))
+    session.run("pytest", "tests/unit", *session.posargs)
+
+
+@nox.session
+def integration(session: nox.Session) -> None:
+    """What needs services."""
+    session.install("-e", f".[{CLIENTS}]", *group("tests"))
+    session.run("pytest", "tests/integration", *session.posargs, env=images(session))
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Everything in one run: unit, integration, documentation; with coverage."""
+    session.install("-e", f".[{CLIENTS}]", *group("tests"))
+    session.run("pytest", "--cov", *session.posargs, env=images(session))
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """The numbers of the documentation, measured here."""
+    session.install(f".[{CLIENTS}]")  # they install what they compare with themselves
+    session.run("python", "-m", "benchmarks", *session.posargs, env=images(session))
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """The wheel and the sdist; a program runs with the wheel alone, far from the checkout."""
+    session.install("build", "twine")
+    dist = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(dist), silent=True)
+    session.run("twine", "check", "--strict", *map(str, dist.iterdir()))
+    with tempfile.TemporaryDirectory() as elsewhere:
+        session.run("python", "-m", "venv", f"{elsewhere}/venv")
+        python = f"{elsewhere}/venv/bin/python"
+        (wheel,) = dist.glob("*.whl")
+        session.run(python, "-m", "pip", "install", "--quiet", str(wheel), external=True)
+        shutil.copy(ROOT / "examples" / "meetings.py", elsewhere)
+        with session.chdir(elsewhere):
+            session.run(python, "meetings.py", external=True)
+
+
+def group(name: str) -> tuple[str, ...]:
+    """The requirements of a dependency group."""
+    return nox.project.dependency_groups(PROJECT, name)
+
+
+def images(session: nox.Session) -> dict[str, str]:
+    """
+    Environment that names images for the services.
+
+    What the caller's environment names is taken as it is. For the rest: the public images, where
+    they can be had; else, on a Debian machine, our own, built from packages; else nothing, and the
+    tests say so.
+    """
+    wanted = {
+        name: image
+        for name, (address, image) in SERVICES.items()
+        if not {address, f"DIATOR_{name.upper()}_IMAGE"} & os.environ.keys()
+    }
+    # Where we have built images before, there were none to be had.
+    built = docker("image", "inspect", "localhost/diator/debian:trixie")
+    if not wanted or (not built and docker("info") and all(map(at_hand, wanted.values()))):
+        return {}
+    if os.geteuid() == 0 and Path("/etc/debian_version").exists():
+        command = ["containers/up", *wanted]
+        up = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        if up.returncode == 0:
+            return dict(word.split("=", 1) for word in shlex.split(up.stdout) if "=" in word)
+    session.warn(f"no images for {', '.join(wanted)}: see CONTRIBUTING.md")
+    return {}
+
+
+def at_hand(image: str) -> bool:
+    """Whether a public image is here, or can be pulled."""
+    return docker("image", "inspect", image) or docker("pull", image)
+
+
+def docker(*arguments: str) -> bool:
+    """Whether a container engine is there and does as it is told."""
+    if not shutil.which("docker"):
+        return False
+    return not subprocess.run(["docker", *arguments], check=False, capture_output=True).returncode

@@ -1,0 +1,110 @@
+"""Addresses of services for the tests that ask for them, and what holds for every test."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TypeVar
+
+import pytest
+
+from tests.services import BACKENDS, MissingService, Service, Services
+
+#: Which service a fixture stands for.
+FIXTURES = {
+    "redis_url": "redis",
+    "rabbitmq_url": "rabbitmq",
+    "kafka_servers": "kafka",
+    "postgres_url": "postgres",
+}
+Found = TypeVar("Found")
+SERVICES = pytest.StashKey[Services]()
+
+
+def required() -> set[str]:
+    """The services without which the run counts as failed, from the environment."""
+    names = set(os.environ.get("DIATOR_REQUIRE_BACKENDS", "").replace(",", " ").split())
+    if unknown := names - BACKENDS.keys():
+        raise pytest.UsageError(f"DIATOR_REQUIRE_BACKENDS: {unknown} not among {set(BACKENDS)}")
+    return names
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin a run that has looked for nothing yet."""
+    required()
+    config.stash[SERVICES] = Services()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Bring up what the collected tests ask for: all at once, outside of any test's time limit."""
+    if session.config.option.collectonly:
+        return
+    fixtures = {name for item in session.items for name in item.fixturenames}
+    asked = {FIXTURES[name] for name in fixtures & FIXTURES.keys()}
+    session.config.stash[SERVICES].look_for(asked | required())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A required service that is missing fails the run, even if no test asked for it."""
+    services = session.config.stash[SERVICES]
+    services.close()
+    if session.exitstatus == pytest.ExitCode.OK and services.missing(required()):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say in one line which services took part."""
+    terminalreporter.write_line(config.stash[SERVICES].summary())
+
+
+@pytest.fixture(scope="session")
+def redis_url(pytestconfig: pytest.Config) -> str:
+    """A Redis that all tests share: keep to names of your own."""
+    return found(pytestconfig.stash[SERVICES].url, "redis")
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_url(pytestconfig: pytest.Config) -> str:
+    """A RabbitMQ that all tests share: keep to names of your own."""
+    return found(pytestconfig.stash[SERVICES].url, "rabbitmq")
+
+
+@pytest.fixture(scope="session")
+def kafka_servers(pytestconfig: pytest.Config) -> str:
+    """A Kafka that all tests share: keep to names of your own."""
+    return found(pytestconfig.stash[SERVICES].url, "kafka")
+
+
+@pytest.fixture(scope="session")
+def postgres_url(pytestconfig: pytest.Config) -> str:
+    """A PostgreSQL that all tests share: keep to names of your own."""
+    return found(pytestconfig.stash[SERVICES].url, "postgres")
+
+
+@pytest.fixture
+def private_redis(pytestconfig: pytest.Config) -> Iterator[Service]:
+    """A Redis for this test alone, which may stop it, start it again, freeze it and kill it."""
+    service = found(pytestconfig.stash[SERVICES].private, "redis")
+    yield service
+    service.remove()
+
+
+def found(look: Callable[[str], Found], name: str) -> Found:
+    """What *look* finds; else the test is skipped, or fails if the service is required."""
+    try:
+        return look(name)
+    except MissingService as error:
+        give_up = pytest.fail if name in required() else pytest.skip
+        give_up(f"{name}: {error}; CONTRIBUTING.md says how to get it")
+
+
+@pytest.fixture(autouse=True)
+async def no_task_left_behind() -> AsyncIterator[None]:
+    """What a test starts, it ends: no task outlives it (what is just ending may take a moment)."""
+    before = asyncio.all_tasks()
+    yield
+    left = asyncio.all_tasks() - before - {asyncio.current_task()}
+    if left:
+        _, left = await asyncio.wait(left, timeout=1)
+    assert not left, f"left behind: {left}"

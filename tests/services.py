@@ -1,0 +1,339 @@
+"""The services that integration tests talk to: found by address, else started in containers."""
+
+import asyncio
+import gc
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from threading import Lock
+
+# testcontainers reads these when it is imported. Its reaper is an image that would have to be
+# pulled; `_REAPER` below does that work. Loopback, even where the tests run in a container.
+os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
+os.environ.setdefault("TESTCONTAINERS_HOST_OVERRIDE", "127.0.0.1")
+os.environ.setdefault("TESTCONTAINERS_CONNECTION_MODE", "docker_host")
+
+#: Seconds until a fresh container must answer (Java, cold, on a busy laptop), and a given address.
+STARTING, ANSWERING = 90, 10
+
+#: Removes this run's containers as soon as the run lets go of the pipe, even if it was killed.
+_REAPER = """
+import sys, docker
+sys.stdin.read()
+for container in docker.from_env().containers.list(all=True, filters={"label": sys.argv[1]}):
+    container.remove(force=True, v=True)
+"""
+
+
+class MissingService(Exception):
+    """A service is not to be had here; the text says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """A service: where its address may stand, what container gives it, what proves it answers."""
+
+    name: str
+    variable: str
+    image: str
+    url: str
+    port: int | None = None  # inside the container; None: the same as outside
+    command: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    probe: Callable[[str], Awaitable[object]]
+
+
+async def _probe_redis(url: str) -> None:
+    from redis.asyncio import Redis
+
+    async with Redis.from_url(url) as client:
+        await client.ping()
+
+
+async def _probe_rabbitmq(url: str) -> None:
+    import aio_pika
+
+    async with await aio_pika.connect(url):
+        pass
+
+
+async def _probe_kafka(servers: str) -> None:
+    from aiokafka.admin import AIOKafkaAdminClient
+
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers)
+    try:
+        await admin.start()
+        await admin.describe_cluster()
+    finally:
+        await admin.close()
+
+
+async def _probe_postgres(url: str) -> None:
+    import asyncpg
+
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute("select 1")
+    finally:
+        await connection.close()
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            name="redis",
+            variable="DIATOR_TEST_REDIS_URL",
+            image=os.environ.get("DIATOR_REDIS_IMAGE", "redis:8"),
+            url="redis://127.0.0.1:{port}/0",
+            port=6379,
+            # What was answered survives a kill: the log is written before the answer is.
+            command="redis-server --save '' --appendonly yes",
+            probe=_probe_redis,
+        ),
+        Backend(
+            name="rabbitmq",
+            variable="DIATOR_TEST_RABBITMQ_URL",
+            image=os.environ.get("DIATOR_RABBITMQ_IMAGE", "rabbitmq:4-management"),
+            url="amqp://guest:guest@127.0.0.1:{port}/",
+            port=5672,
+            probe=_probe_rabbitmq,
+        ),
+        Backend(
+            name="kafka",
+            variable="DIATOR_TEST_KAFKA_SERVERS",
+            image=os.environ.get("DIATOR_KAFKA_IMAGE", "apache/kafka:4.3.1"),
+            # Clients are sent on to the advertised address: one port, inside and outside.
+            url="127.0.0.1:{port}",
+            # Complete, since the public image drops all its defaults once one of these is given.
+            environment={
+                "KAFKA_NODE_ID": "1",
+                "KAFKA_PROCESS_ROLES": "broker,controller",
+                "KAFKA_LISTENERS": "PLAINTEXT://:{port},CONTROLLER://:9093",
+                "KAFKA_ADVERTISED_LISTENERS": "PLAINTEXT://127.0.0.1:{port}",
+                "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
+                "KAFKA_CONTROLLER_LISTENER_NAMES": "CONTROLLER",
+                "KAFKA_CONTROLLER_QUORUM_VOTERS": "1@localhost:9093",
+                "KAFKA_OFFSETS_TOPIC_REPLICATION_FACTOR": "1",
+                "KAFKA_TRANSACTION_STATE_LOG_REPLICATION_FACTOR": "1",
+                "KAFKA_TRANSACTION_STATE_LOG_MIN_ISR": "1",
+                "KAFKA_SHARE_COORDINATOR_STATE_TOPIC_REPLICATION_FACTOR": "1",
+                "KAFKA_SHARE_COORDINATOR_STATE_TOPIC_MIN_ISR": "1",
+                "KAFKA_GROUP_INITIAL_REBALANCE_DELAY_MS": "0",
+            },
+            probe=_probe_kafka,
+        ),
+        Backend(
+            name="postgres",
+            variable="DIATOR_TEST_POSTGRES_URL",
+            image=os.environ.get("DIATOR_POSTGRES_IMAGE", "postgres:17"),
+            url="postgresql://postgres:postgres@127.0.0.1:{port}/postgres",
+            port=5432,
+            environment={"POSTGRES_PASSWORD": "postgres"},
+            probe=_probe_postgres,
+        ),
+    )
+}
+
+
+class Service:
+    """
+    A service in a container of its own, on a loopback port that it keeps for life.
+
+    Every method blocks until it has taken effect: a coroutine calls it by ``asyncio.to_thread``.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        from docker.errors import APIError
+        from testcontainers.core.container import DockerContainer
+
+        port = _free_port()
+        self.url = backend.url.format(port=port)
+        self._backend = backend
+        container = DockerContainer(backend.image)
+        container.ports = {str(backend.port or port): ("127.0.0.1", port)}
+        container.with_envs(**{k: v.format(port=port) for k, v in backend.environment.items()})
+        if backend.command:
+            container.with_command(backend.command)
+        try:
+            self._container = container.start().get_wrapped_container()
+        except APIError as error:
+            raise MissingService(f"no container of {backend.image}: {error.explanation}") from error
+        self._wait()
+
+    def start(self) -> None:
+        """Start the service again, with the data it had, and wait until it answers."""
+        self._container.start()
+        self._wait()
+
+    def stop(self) -> None:
+        """Stop the service in an orderly way."""
+        self._container.stop()
+
+    def kill(self) -> None:
+        """End the service at once, as a power cut would."""
+        self._container.kill()
+        self._container.wait()
+
+    def pause(self) -> None:
+        """Freeze the service: connections stay open, nobody answers."""
+        self._container.pause()
+
+    def unpause(self) -> None:
+        """Let a frozen service go on."""
+        self._container.unpause()
+
+    def remove(self) -> None:
+        """Remove the container and its data, in whatever state it is."""
+        self._container.remove(force=True, v=True)
+
+    def _wait(self) -> None:
+        try:
+            _answer(self._backend, self.url, within=STARTING)
+        except TimeoutError as error:
+            last_words = self._container.logs(tail=5).decode(errors="replace")
+            raise MissingService(f"{error}; its last words: {last_words!r}") from error
+
+
+class Services:
+    """What one test run has of the services: each looked for once, when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._locks = {name: Lock() for name in BACKENDS}
+        self._urls: dict[str, str] = {}
+        self._sources: dict[str, str] = {}
+        self._missing: dict[str, str] = {}
+        self._preparing = Lock()
+        self._engine: bool | None = None
+        self._reaper: subprocess.Popen[bytes] | None = None
+
+    def url(self, name: str) -> str:
+        """
+        The address of a service that answers.
+
+        Raises:
+            MissingService: There is none, and why.
+        """
+        with self._locks[name]:
+            if name not in self._urls and name not in self._missing:
+                self._find(BACKENDS[name])
+        if name in self._missing:
+            raise MissingService(self._missing[name])
+        return self._urls[name]
+
+    def look_for(self, names: Iterable[str]) -> None:
+        """Find several services at the same time; who is missing is told by `url`."""
+        with ThreadPoolExecutor() as threads:
+            for found in [threads.submit(self.url, name) for name in names]:
+                with suppress(MissingService):
+                    found.result()
+
+    def private(self, name: str) -> Service:
+        """
+        A service for one test alone, that it may break.
+
+        Raises:
+            MissingService: No container can be had.
+        """
+        self._prepare()
+        return Service(BACKENDS[name])
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of *names* that were looked for in vain."""
+        return [name for name in names if name in self._missing]
+
+    def summary(self) -> str:
+        """One line: which services took part, which are missing and why, which nobody asked for."""
+        took_part = [f"{name} ({source})" for name, source in sorted(self._sources.items())]
+        missing = [f"{name} ({reason})" for name, reason in sorted(self._missing.items())]
+        unasked = sorted(BACKENDS.keys() - self._urls.keys() - self._missing.keys())
+        parts = {"took part": took_part or ["none"], "missing": missing, "not asked for": unasked}
+        said = [f"{what}: {', '.join(names)}" for what, names in parts.items() if names]
+        return "services: " + "; ".join(said)
+
+    def close(self) -> None:
+        """Remove every container of this run."""
+        if self._reaper:
+            self._reaper.communicate()
+
+    def _find(self, backend: Backend) -> None:
+        try:
+            if url := os.environ.get(backend.variable):
+                _answer(backend, url, within=ANSWERING)
+                source = backend.variable
+            else:
+                url, source = self.private(backend.name).url, f"container {backend.image}"
+        except (MissingService, TimeoutError, ImportError) as error:
+            self._missing[backend.name] = str(error)
+        else:
+            self._urls[backend.name], self._sources[backend.name] = url, source
+
+    def _prepare(self) -> None:
+        """Make sure, once, that an engine answers and that our containers will not outlive us."""
+        with self._preparing:
+            if self._engine is None:
+                self._engine = _engine_answers()
+            if not self._engine:
+                raise MissingService("no container engine answers")
+            self._reaper = self._reaper or _reaper()
+
+
+def _engine_answers() -> bool:
+    import docker
+
+    try:
+        docker.from_env().close()
+    except docker.errors.DockerException:
+        answers = False
+    else:
+        answers = True
+    # The client leaves its socket open when nobody answers; no test is to be blamed for it.
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        gc.collect()
+    return answers
+
+
+def _reaper() -> subprocess.Popen[bytes]:
+    from testcontainers.core.labels import LABEL_SESSION_ID, SESSION_ID
+
+    return subprocess.Popen(
+        [sys.executable, "-c", _REAPER, f"{LABEL_SESSION_ID}={SESSION_ID}"],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # an interrupt from the keyboard is not for it
+    )
+
+
+def _answer(backend: Backend, url: str, *, within: float) -> None:
+    """Return when the service answers in its own protocol. Never shows the address's password."""
+
+    async def ask() -> None:
+        refusal: BaseException | None = None
+        try:
+            async with asyncio.timeout(within):
+                while True:
+                    try:
+                        async with asyncio.timeout(5):
+                            return await backend.probe(url)
+                    except ImportError:
+                        raise
+                    except Exception as error:  # each client says "not yet" in its own words
+                        refusal = error
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            reason = type(refusal).__name__
+            raise TimeoutError(f"no answer within {within} s, {reason}") from refusal
+
+    # In a thread of its own, so that the caller may be in a running event loop.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, ask()).result()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
