@@ -1,0 +1,254 @@
+"""What a handler may be, which message it is for, and how it is called. The same for requests and events."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol, TypeAlias, TypeVar, get_args, get_origin
+
+from diator._hints import Parameter, name_of, parameters_of
+from diator.container.base import Build, BuildLater, Resolver, Shared, builder
+from diator.exceptions import BindingError, ResolutionError, SharedHandler
+
+Handler: TypeAlias = type[Any] | Callable[..., Awaitable[Any]]
+"""A class with `async def handle(self, message)`, or a plain `async def` whose first parameter is the message."""
+
+
+class Events(list[Any]):
+    """
+    The events that a handler raises, in the order in which they are to go out.
+
+    A handler that is a function asks for it with a parameter: `async def join(command: Join, events: Events)`.
+    """
+
+    __slots__ = ()
+
+
+class RaisedEvents:
+    """The `events` of the handler base classes: a list that is made when a handler first raises an event."""
+
+    def __get__(self, handler: Any, owner: type) -> Any:
+        if handler is None:
+            return self
+        events = handler.__dict__["events"] = Events()
+        return events
+
+
+# -- binding -----------------------------------------------------------------------------------------------------
+
+
+def message_type_of(handler: Handler) -> type:
+    """
+    Read from the annotation of *handler* which message it is for.
+
+    Raises:
+        BindingError: There is no such annotation, or it is no class.
+    """
+    parameter = _message_parameter(handler)
+    if not isinstance(parameter.hint, type):
+        raise BindingError(
+            f"{name_of(handler)} does not say which message it handles: annotate {parameter.name!r} with one class"
+        )
+    return parameter.hint
+
+
+def check_handler(message_type: type, handler: Handler) -> None:
+    """
+    Refuse what can never handle a *message_type*.
+
+    Raises:
+        BindingError: *handler* is abstract, is not asynchronous, or is annotated for another type.
+    """
+    if not isinstance(message_type, type):
+        raise BindingError(f"{message_type!r} is no class that a handler can be bound to")
+    parameter = _message_parameter(handler)
+    if isinstance(parameter.hint, type) and not issubclass(message_type, parameter.hint):
+        raise BindingError(
+            f"{name_of(handler)} handles {name_of(parameter.hint)} and cannot be bound to {name_of(message_type)}"
+        )
+
+
+def _message_parameter(handler: Handler) -> Parameter:
+    if isinstance(handler, type):
+        return _parameter_of_class(handler)
+    if not callable(handler):
+        raise BindingError(
+            f"{handler!r} is neither a handler class nor a function; bind the class, not an object of it"
+        )
+    if not _is_async(handler):
+        raise BindingError(f"{name_of(handler)} is not asynchronous; write it as `async def`")
+    return _first(handler, _parameters(handler))
+
+
+def _parameter_of_class(handler: type) -> Parameter:
+    handle = getattr(handler, "handle", None)
+    if handle is None:
+        raise BindingError(f"{name_of(handler)} has no method `handle`")
+    if inspect.isabstract(handler):
+        missing = ", ".join(sorted(getattr(handler, "__abstractmethods__", ())))
+        raise BindingError(f"{name_of(handler)} is abstract: it does not define {missing}")
+    if not _is_async(handle):
+        raise BindingError(f"{name_of(handle)} is not asynchronous; write it as `async def`")
+    _, *parameters = _parameters(handle)
+    parameter = _first(handle, parameters)
+    if isinstance(parameter.hint, type):
+        return parameter
+    return Parameter(parameter.name, _named_by_base(handler) or parameter.hint, has_default=False, keyword_only=False)
+
+
+def _named_by_base(handler: type) -> type | None:
+    """Find `Join` in `class JoinHandler(RequestHandler[Join, None])`, for a `handle` without an annotation."""
+    for base in (base for class_ in handler.__mro__ for base in getattr(class_, "__orig_bases__", ())):
+        arguments = get_args(base)
+        if arguments and hasattr(get_origin(base), "handle") and isinstance(arguments[0], type):
+            return arguments[0]
+    return None
+
+
+def _parameters(call: Callable[..., Any]) -> list[Parameter]:
+    try:
+        return parameters_of(call)
+    except TypeError as error:
+        raise BindingError(str(error)) from error
+
+
+def _first(call: Callable[..., Any], parameters: Sequence[Parameter]) -> Parameter:
+    if not parameters or parameters[0].keyword_only:
+        raise BindingError(f"{name_of(call)} takes no message")
+    return parameters[0]
+
+
+def _is_async(call: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None))  # noqa: B004
+
+
+# -- calling -----------------------------------------------------------------------------------------------------
+
+Take: TypeAlias = Callable[[Any], Sequence[Any]]
+"""Takes from a handler, after it is done, the events that it raised."""
+
+Message = TypeVar("Message")
+
+
+class Call(Protocol):
+    """A handler made ready: called with a message, what its send shares, and the list that its events go to."""
+
+    async def __call__(self, message: Any, shared: Shared, raised: list[Any], /) -> Any: ...
+
+
+class Prepared:
+    """
+    How one handler is built and called, found out once.
+
+    Attributes:
+        name: For notes and logs.
+        call: Builds and calls it.
+        needs_scope: Whether `call` has to be inside `scopes`.
+        build: Builds a handler class without waiting, if the container can.
+        take: For a handler class, what takes its events; None if its class can raise none.
+    """
+
+    __slots__ = ("build", "call", "name", "needs_scope", "take")
+
+    def __init__(self, handler: Handler, container: Resolver) -> None:
+        self.name = name_of(handler)
+        self.build: Build[Any] | None = None
+        self.take: Take | None = None
+        self.needs_scope = True
+        if isinstance(handler, type):
+            self.take = _take_of(handler)
+            self.build, build_later = builder(container, handler)
+            self.needs_scope = self.build is None
+            self.call: Call = _calling_class(self.build, build_later, self.take)
+        else:
+            needs = _dependencies(handler, container)
+            self.needs_scope = any(needs_scope for _, _, needs_scope in needs)
+            self.call = _calling_function(handler, [(name, build) for name, build, _ in needs])
+
+
+def _calling_class(build: Build[Any] | None, build_later: BuildLater[Any], take: Take | None) -> Call:
+    # Two of a kind: to await a builder that never waits would cost a fifth of the whole call.
+    if build is not None:
+
+        async def call(message: Any, shared: Shared, raised: list[Any], /) -> Any:
+            handler = build(shared)
+            response = await handler.handle(message)
+            if take is not None and (events := take(handler)):
+                raised += events
+            return response
+
+        return call
+
+    async def call_later(message: Any, shared: Shared, raised: list[Any], /) -> Any:
+        handler = await build_later(shared)
+        response = await handler.handle(message)
+        if take is not None and (events := take(handler)):
+            raised += events
+        return response
+
+    return call_later
+
+
+def _calling_function(function: Callable[..., Awaitable[Any]], needs: Sequence[tuple[str, Any]]) -> Call:
+    if not needs:
+
+        async def call(message: Any, shared: Shared, raised: list[Any], /) -> Any:  # noqa: ARG001
+            return await function(message)
+
+        return call
+
+    async def call_with_needs(message: Any, shared: Shared, raised: list[Any], /) -> Any:
+        events = Events()
+        given = {name: events if build is None else await build(shared) for name, build in needs}
+        response = await function(message, **given)
+        raised += events
+        return response
+
+    return call_with_needs
+
+
+def _dependencies(function: Callable[..., Any], container: Resolver) -> list[tuple[str, Any, bool]]:
+    """List what *function* takes beside the message: its name, how it is built (None: the events), if in a scope."""
+    dependencies: list[tuple[str, Any, bool]] = []
+    for parameter in _parameters(function)[1:]:
+        if parameter.hint is Events:
+            dependencies.append((parameter.name, None, False))
+        elif parameter.hint is inspect.Parameter.empty:
+            if not parameter.has_default:
+                problem = f"parameter {parameter.name!r} has no type hint"
+                raise ResolutionError([name_of(function)], problem)
+        elif not parameter.has_default:
+            build, build_later = builder(container, parameter.hint)
+            dependencies.append((parameter.name, build_later, build is None))
+    return dependencies
+
+
+def _take_of(handler: type) -> Take | None:
+    declared = inspect.getattr_static(handler, "events", None)
+    if declared is None:
+        return None
+    if isinstance(declared, RaisedEvents):
+        return _take_raised
+    return _take_declared if handler.__dictoffset__ else _look_at_declared
+
+
+def _take_raised(handler: Any) -> Sequence[Any]:
+    # Taken away, so that an object which handles several messages never sends the events of one with the next.
+    events: Sequence[Any] = handler.__dict__.pop("events", ())
+    return events
+
+
+def _take_declared(handler: Any) -> Sequence[Any]:
+    events: Sequence[Any] = handler.events
+    if events:
+        marks = handler.__dict__
+        if "_diator_events_taken" in marks:
+            raise SharedHandler(type(handler))
+        marks["_diator_events_taken"] = True
+    return events
+
+
+def _look_at_declared(handler: Any) -> Sequence[Any]:
+    """For classes with `__slots__`, where there is no place for the mark."""
+    events: Sequence[Any] = handler.events
+    return events

@@ -1,0 +1,364 @@
+"""What the Redis transports share: the client, its errors as ours, and one connection that many callers use at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Any, TypeAlias
+from uuid import UUID
+
+from diator.exceptions import (
+    BrokerClosed,
+    BrokerError,
+    BrokerUnavailable,
+    MessageRejected,
+    MissingExtra,
+    OutcomeUnknown,
+    WiringError,
+)
+
+try:
+    import redis
+    import redis.asyncio
+    from redis.asyncio.connection import AbstractConnection
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+except ModuleNotFoundError as error:
+    raise MissingExtra("diator.brokers.redis", "redis") from error
+
+logger = logging.getLogger(__name__)
+
+Client = redis.asyncio.Redis
+
+_NOT_EXECUTED = (
+    redis.exceptions.BusyLoadingError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.MasterDownError,
+    redis.exceptions.TryAgainError,
+    redis.exceptions.AuthenticationError,
+    redis.exceptions.MaxConnectionsError,
+)
+# Beside its own errors the client lets through what a broken connection does to it, of which redis-py's issues 3546
+# and 4287 have examples: AttributeError and TypeError of a writer that is gone, RuntimeError of a closed transport.
+CLIENT_ERRORS = (redis.RedisError, OSError, asyncio.TimeoutError, AttributeError, TypeError, RuntimeError)
+
+
+def verdict(error: BaseException, message_id: UUID | None, *, written: bool) -> BrokerError:
+    """Translate an error of the client. *written*: whether the command may have left when it happened."""
+    if isinstance(error, BrokerError):
+        return error
+    problem = f"{type(error).__name__}: {error}"
+    if isinstance(error, _NOT_EXECUTED) or not written:
+        return BrokerUnavailable(f"Redis is not available ({problem}); it was not sent", message_id=message_id)
+    if isinstance(error, redis.ResponseError):
+        return MessageRejected(f"Redis refused it ({problem})", message_id=message_id)
+    return OutcomeUnknown(f"the connection to Redis failed ({problem}); it may have arrived", message_id=message_id)
+
+
+def client_from_url(url: str, *, timeout: float) -> Client:
+    """
+    Make a client with the settings that diator relies on, whatever the client library's defaults are.
+
+    It never repeats a command by itself (a publish would go out twice), notices a dead peer, and speaks RESP2: with
+    RESP3, redis-py 8 does not see that an idle connection was closed (its issue 4252).
+    """
+    try:
+        return redis.asyncio.Redis.from_url(
+            url,
+            protocol=2,
+            decode_responses=False,
+            socket_timeout=timeout,
+            socket_connect_timeout=timeout,
+            socket_keepalive=True,
+            retry=Retry(NoBackoff(), 0),
+            client_name="diator",
+        )
+    except ValueError as error:
+        raise WiringError(f"this is no address of a Redis: {error}") from error
+
+
+def check_client(client: object) -> None:
+    """Refuse what is no asynchronous client, when a broker is made rather than when it is first used."""
+    if isinstance(client, (redis.Redis, redis.RedisCluster)):
+        raise WiringError("this Redis client is synchronous; give a redis.asyncio.Redis")
+    if not callable(getattr(client, "execute_command", None)):
+        raise WiringError(f"{type(client).__name__} is no Redis client; give a redis.asyncio.Redis, or use from_url")
+
+
+class SharedConnection:
+    """
+    One connection of a client's pool, which concurrent callers use at once.
+
+    What is called in one turn of the event loop goes out in one write, and the replies come back in that order; a
+    lone call is written at once. At most *max_in_flight* calls, and about 4 MiB, wait for their replies; further ones
+    wait for room. Every call ends within *timeout* seconds: if the oldest one has no reply by then, the connection is
+    given up, and every call that waits on it hears *outcome unknown*. Nothing is sent twice.
+
+    A client whose connections cannot be shared in this way (a fake one, a cluster, one with commands of its own) is
+    used through its `execute_command`, one connection a call, as it wants to be.
+    """
+
+    def __init__(self, client: Client, *, timeout: float, max_in_flight: int) -> None:
+        self._client = client
+        self._timeout = timeout
+        self._max_in_flight = max_in_flight
+        self._shareable = _has_plain_commands(client)
+        self._link: _Link | None = None
+        self._connecting = asyncio.Lock()
+        self._closed = False
+
+    async def open(self) -> None:
+        """Connect now. BrokerUnavailable if that is not possible."""
+        async with self._deadline(None):
+            if self._shareable:
+                await self._connected()
+            if not self._shareable:
+                await self._client.ping()
+
+    async def execute(self, *command: bytes, message_id: UUID | None = None) -> Any:
+        """
+        Send *command* and give its reply.
+
+        Raises:
+            BrokerUnavailable: It was not sent.
+            MessageRejected: Redis answered with an error.
+            OutcomeUnknown: It was sent, and there is no reply.
+            BrokerClosed: `aclose` was called before.
+        """
+        link = self._link
+        if link is None or not link.has_room:
+            async with self._deadline(message_id):
+                link = await self._link_with_room()
+        if link is None:
+            return await self._execute_alone(command, message_id)
+        return await link.call(_pack(command), message_id)
+
+    async def aclose(self) -> None:
+        """Refuse further calls, wait for the replies that are due, and give the connection back to the client."""
+        self._closed = True
+        link, self._link = self._link, None
+        if link is not None:
+            await link.finish()
+
+    def _deadline(self, message_id: UUID | None) -> _Deadline:
+        return _Deadline(self._timeout, message_id)
+
+    async def _link_with_room(self) -> _Link | None:
+        while self._shareable:
+            link = await self._connected()
+            if link is None or link.has_room:
+                return link
+            await link.room()
+        if self._closed:
+            raise BrokerClosed("this broker is closed")
+        return None
+
+    async def _connected(self) -> _Link | None:
+        async with self._connecting:
+            if self._closed:
+                raise BrokerClosed("this broker is closed")
+            if self._link is None:
+                pool = self._client.connection_pool
+                connection = await pool.get_connection()  # type: ignore[no-untyped-call]
+                if not _can_be_shared(connection):
+                    await pool.release(connection)
+                    self._shareable = False
+                    return None
+                self._link = _Link(connection, self._give_back, self._timeout, self._max_in_flight)
+            return self._link
+
+    async def _give_back(self, link: _Link, connection: AbstractConnection) -> None:
+        if self._link is link:
+            self._link = None
+        await connection.disconnect(nowait=True)
+        await self._client.connection_pool.release(connection)
+
+    async def _execute_alone(self, command: tuple[bytes, ...], message_id: UUID | None) -> Any:
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await self._client.execute_command(*command)  # type: ignore[no-untyped-call]
+        except CLIENT_ERRORS as error:
+            raise verdict(error, message_id, written=True) from error
+
+
+class _Deadline:
+    """Bounds what comes before a command is written, and says of any failure that it was not sent."""
+
+    def __init__(self, timeout: float, message_id: UUID | None) -> None:
+        self._timeout = asyncio.timeout(timeout)
+        self._message_id = message_id
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._timeout.__aexit__(kind, error, trace)
+        except TimeoutError as late:
+            raise verdict(late, self._message_id, written=False) from error
+        if isinstance(error, BrokerError):
+            raise type(error)(str(error), message_id=self._message_id) from error
+        if isinstance(error, CLIENT_ERRORS):
+            raise verdict(error, self._message_id, written=False) from error
+
+
+class _Link:
+    """A connection while it lives: what waits to be written, and who waits for which reply."""
+
+    _MAX_BYTES_IN_FLIGHT = 4 * 1024 * 1024
+
+    def __init__(
+        self,
+        connection: AbstractConnection,
+        give_back: Callable[[_Link, AbstractConnection], Awaitable[None]],
+        timeout: float,
+        max_in_flight: int,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._connection = connection
+        self._give_back = give_back
+        self._timeout = timeout
+        self._max_in_flight = max_in_flight
+        self._unwritten: list[bytes] = []
+        self._waiting: deque[_Call] = deque()
+        self._bytes_in_flight = 0
+        self._room: deque[asyncio.Future[None]] = deque()
+        self._sweeper: asyncio.TimerHandle | None = None
+        parts: Any = connection  # private ones of redis-py, guarded by `_can_be_shared`
+        self._write: Callable[[bytes], None] = parts._writer.write  # noqa: SLF001
+        self._read: Callable[..., Awaitable[Any]] = parts._parser.read_response  # noqa: SLF001
+        self._overdue: BaseException | None = None
+        self._reader = self._loop.create_task(self._read_replies(), name="diator: replies from Redis")
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._waiting) < self._max_in_flight and self._bytes_in_flight < self._MAX_BYTES_IN_FLIGHT
+
+    async def room(self) -> None:
+        """Wait until calls have been answered."""
+        waiter = self._loop.create_future()
+        self._room.append(waiter)
+        await waiter
+
+    def call(self, command: bytes, message_id: UUID | None) -> asyncio.Future[Any]:
+        """Write *command*: at once if nothing is on its way, else with whatever this turn of the loop brings."""
+        now = self._loop.time()
+        reply = self._loop.create_future()
+        if self._waiting:
+            if not self._unwritten:
+                self._loop.call_soon(self._flush)
+            self._unwritten.append(command)
+        else:
+            self._write(command)
+            if self._sweeper is None:
+                self._sweeper = self._loop.call_at(now + self._timeout, self._sweep)
+        self._waiting.append((reply, now + self._timeout, len(command), message_id))
+        self._bytes_in_flight += len(command)
+        return reply
+
+    def _flush(self) -> None:
+        if self._unwritten:
+            self._write(b"".join(self._unwritten))
+            self._unwritten.clear()
+
+    def _sweep(self) -> None:
+        """Look at the oldest call: one timer for all of them, instead of one each."""
+        self._sweeper = None
+        if not self._waiting:
+            return
+        deadline = self._waiting[0][1]
+        if deadline <= self._loop.time():
+            self._overdue = TimeoutError(f"no reply within {self._timeout:g} s")
+            self._reader.cancel()
+        else:
+            self._sweeper = self._loop.call_at(deadline, self._sweep)
+
+    async def _read_replies(self) -> None:
+        error: BaseException = ConnectionError("the connection was closed")
+        try:
+            while True:
+                reply = await self._read(disable_decoding=True)
+                self._settle(reply)
+        except CLIENT_ERRORS as failure:
+            error = failure
+        except asyncio.CancelledError:
+            if self._overdue is None:
+                raise
+            error = self._overdue
+        finally:
+            self._fail(error)
+            try:
+                await self._give_back(self, self._connection)
+            except CLIENT_ERRORS as failure:
+                logger.debug("giving a connection back to the Redis client failed: %r", failure)
+
+    def _settle(self, reply: Any) -> None:
+        future, _, size, message_id = self._waiting.popleft()
+        self._bytes_in_flight -= size
+        if not future.done():  # its caller may have been cancelled
+            if isinstance(reply, Exception):
+                future.set_exception(verdict(reply, message_id, written=True))
+            else:
+                future.set_result(reply)
+        if self._room and self.has_room:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        while self._room:
+            waiter = self._room.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell everybody who waits: what was written may have arrived, what was not has not."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        written = len(self._waiting) - len(self._unwritten)
+        for position, (future, _, _, message_id) in enumerate(self._waiting):
+            if not future.done():
+                future.set_exception(verdict(error, message_id, written=position < written))
+        self._waiting.clear()
+        self._unwritten.clear()
+        self._bytes_in_flight = 0
+        while self._room:
+            self._make_room()  # they find another connection, or the reason why there is none
+
+    async def finish(self) -> None:
+        """Wait for the replies that are due, and let go of the connection."""
+        while self._waiting:
+            await asyncio.wait([self._waiting[-1][0]])
+        self._reader.cancel()
+        await asyncio.wait([self._reader])
+
+
+_Call: TypeAlias = tuple["asyncio.Future[Any]", float, int, "UUID | None"]
+"""Who waits for the reply, until when, how many bytes were sent, and for which message."""
+
+
+def _pack(command: Sequence[bytes]) -> bytes:
+    """Write a command as Redis reads it (https://redis.io/docs/latest/develop/reference/protocol-spec/)."""
+    return b"*%d\r\n" % len(command) + b"".join([b"$%d\r\n%b\r\n" % (len(part), part) for part in command])
+
+
+def _has_plain_commands(client: Client) -> bool:
+    """Tell whether *client* sends commands as redis-py does, over connections of a pool."""
+    return (
+        getattr(type(client), "execute_command", None) is redis.asyncio.Redis.execute_command
+        and getattr(client, "connection_pool", None) is not None
+    )
+
+
+def _can_be_shared(connection: object) -> bool:
+    """Tell whether *connection* is made of what `_Link` uses of it. Parts of it are private to redis-py."""
+    return (
+        isinstance(connection, AbstractConnection)
+        and type(connection).send_packed_command is AbstractConnection.send_packed_command
+        and isinstance(getattr(connection, "_writer", None), asyncio.StreamWriter)
+        and callable(getattr(getattr(connection, "_parser", None), "read_response", None))
+    )

@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self, TypeAlias, TypeVar, cast, overload
+
+from diator._hints import name_of, parameters_of
+from diator.container.base import Build, Resolver, Shared
+from diator.exceptions import ResolutionError
+
+T = TypeVar("T")
+
+Lifetime: TypeAlias = Literal["transient", "scoped", "singleton"]
+Kind: TypeAlias = Literal["plain", "awaited", "resource", "async resource"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recipe:
+    """How one type is made."""
+
+    call: Callable[..., Any]
+    needs: dict[str, type]
+    kind: Kind
+    lifetime: Lifetime
+    optional: frozenset[str]
+
+
+class Container:
+    """
+    Builds handlers and what they depend on, from the type hints of their constructors.
+
+    What handlers depend on is registered; handlers themselves need not be. A dependency that has a default and is not
+    registered keeps its default.
+
+    Lifetimes: *transient*, a new object each time; *scoped*, one object a send, shared by the request handler and
+    the domain event handlers; *singleton*, one object a container, made when first needed. Resources (factories that
+    yield, or return a context manager) are closed where their lifetime ends, the last opened first: at the end of
+    the unit of work, or in `aclose`.
+
+    Registering is for start-up; resolving is safe from several tasks of one event loop.
+    """
+
+    def __init__(self) -> None:
+        self._recipes: dict[object, _Recipe] = {}
+        self._singletons: dict[object, object] = {}
+        self._making_singletons = asyncio.Lock()
+        self._stack = AsyncExitStack()
+
+    # -- registering ---------------------------------------------------------------------------------------------
+
+    @overload
+    def register(self, type_: type[T], *, lifetime: Lifetime | None = None) -> None: ...
+    @overload
+    def register(
+        self,
+        type_: type[T],
+        factory: Callable[..., T | Awaitable[T] | Iterator[T] | AsyncIterator[T]]
+        | Callable[..., AbstractContextManager[T] | AbstractAsyncContextManager[T]],
+        *,
+        lifetime: Lifetime | None = None,
+    ) -> None: ...
+    def register(
+        self, type_: type[Any], factory: Callable[..., Any] | None = None, *, lifetime: Lifetime | None = None
+    ) -> None:
+        """
+        Say how *type_* is made: by its own constructor, or by *factory*, whose parameters are resolved by their hints.
+
+        A factory may be a function, an `async def`, a generator (sync or async) that yields the object once, or a
+        function whose return annotation is a context manager. The last two are resources, and scoped unless
+        *lifetime* says singleton; anything else is transient unless it says otherwise.
+
+        Raises:
+            ResolutionError: *type_* is registered already, a parameter has no usable hint, or a resource is transient.
+        """
+        if type_ in self._recipes or type_ in self._singletons:
+            raise ResolutionError([name_of(type_)], f"{name_of(type_)} is registered already")
+        recipe = _recipe(type_, factory or type_, lifetime)
+        if lifetime == "transient" and "resource" in recipe.kind:
+            raise ResolutionError(
+                [name_of(type_)], f"{name_of(type_)} is a resource and has to be scoped or a singleton"
+            )
+        self._recipes[type_] = recipe
+
+    def register_instance(self, type_: type[T], instance: T) -> None:
+        """Give *instance* whenever a *type_* is needed. It stays its owner's and is never closed here."""
+        if type_ in self._recipes or type_ in self._singletons:
+            raise ResolutionError([name_of(type_)], f"{name_of(type_)} is registered already")
+        self._singletons[type_] = instance
+
+    # -- resolving -----------------------------------------------------------------------------------------------
+
+    async def resolve(self, type_: type[T], /) -> T:
+        """
+        Give a *type_* that needs no scope.
+
+        Raises:
+            ResolutionError: It is not known, it depends on itself, or something below it is scoped.
+        """
+        return cast("T", await self._make(type_, None, None, ()))
+
+    def factory(self, type_: type[T], /) -> Build[T] | None:
+        """See `CompilingResolver.factory`: a plain function if nothing below *type_* waits, or is closed or shared."""
+        self._check(type_, ())
+        return cast("Build[T] | None", self._compile(type_))
+
+    def scope(self, shared: Shared, /) -> AbstractAsyncContextManager[Resolver]:  # noqa: ARG002  # own cache suffices
+        """See `ScopingResolver.scope`."""
+        return _Scope(self)
+
+    async def aclose(self) -> None:
+        """Close the singletons that are resources, the last opened first. Those that were handed in stay open."""
+        stack, self._stack = self._stack, AsyncExitStack()
+        for type_ in self._recipes:
+            self._singletons.pop(type_, None)
+        await stack.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    # -- how -----------------------------------------------------------------------------------------------------
+
+    def _recipe(self, type_: type, path: tuple[type, ...]) -> _Recipe:
+        """Find the recipe of *type_*. What is asked for by itself, a handler, needs no registration."""
+        if type_ in path:
+            raise ResolutionError([*map(name_of, path), name_of(type_)], f"{name_of(type_)} depends on itself")
+        if recipe := self._recipes.get(type_):
+            return recipe
+        if path:
+            raise ResolutionError(
+                [*map(name_of, path), name_of(type_)],
+                f"{name_of(type_)} is not registered; register({name_of(type_)}, …) or register_instance it",
+            )
+        return _recipe(type_, type_, "transient")
+
+    def _needs(self, recipe: _Recipe) -> dict[str, type]:
+        known = self._recipes.keys() | self._singletons.keys()
+        return {name: type_ for name, type_ in recipe.needs.items() if type_ in known or name not in recipe.optional}
+
+    def _check(self, type_: type, path: tuple[type, ...], *, within: Lifetime = "transient") -> None:
+        """Follow everything below *type_* once, so that what can never be built is refused when a program is wired."""
+        if type_ in self._singletons:
+            return
+        recipe = self._recipe(type_, path)
+        if within == "singleton" and recipe.lifetime == "scoped":
+            steps = [*map(name_of, path), name_of(type_)]
+            raise ResolutionError(steps, f"{name_of(type_)} is scoped, and a singleton that outlives it depends on it")
+        for needed in self._needs(recipe).values():
+            self._check(
+                needed, (*path, type_), within="singleton" if "singleton" in (within, recipe.lifetime) else "transient"
+            )
+
+    def _compile(self, type_: type) -> Build[Any] | None:
+        if type_ in self._singletons and type_ not in self._recipes:
+            instance = self._singletons[type_]
+            return lambda _: instance
+        recipe = self._recipes.get(type_) or _recipe(type_, type_, "transient")
+        if recipe.kind != "plain" or recipe.lifetime == "scoped":
+            return None
+        builds = {name: self._compile(needed) for name, needed in self._needs(recipe).items()}
+        if any(build is None for build in builds.values()):
+            return None
+        build = _call(recipe.call, cast("dict[str, Build[Any]]", builds))
+        return build if recipe.lifetime == "transient" else self._once(type_, build)
+
+    def _once(self, type_: type, build: Build[T]) -> Build[T]:
+        made = self._singletons
+
+        def build_once(shared: Shared) -> T:
+            if type_ not in made:
+                made[type_] = build(shared)
+            return cast("T", made[type_])
+
+        return build_once
+
+    async def _make(
+        self, type_: type, scope: dict[object, object] | None, stack: AsyncExitStack | None, path: tuple[type, ...]
+    ) -> Any:
+        if type_ in self._singletons:
+            return self._singletons[type_]
+        if scope is not None and type_ in scope:
+            return scope[type_]
+        recipe = self._recipe(type_, path)
+        if recipe.lifetime == "singleton":
+            return await self._make_singleton(type_, recipe, path)
+        if recipe.lifetime == "scoped" and (scope is None or stack is None):
+            raise ResolutionError(
+                [*map(name_of, path), name_of(type_)], f"{name_of(type_)} is scoped, and no scope is open"
+            )
+        made = await self._run(recipe, scope, stack, (*path, type_))
+        if recipe.lifetime == "scoped" and scope is not None:
+            scope[type_] = made
+        return made
+
+    async def _make_singleton(self, type_: type, recipe: _Recipe, path: tuple[type, ...]) -> Any:
+        # One lock for all: a singleton below another is made while the lock is held, so only the outermost takes it.
+        outermost = not any(self._recipes[step].lifetime == "singleton" for step in path if step in self._recipes)
+        if not outermost:
+            made = self._singletons[type_] = await self._run(recipe, None, self._stack, (*path, type_))
+            return made
+        async with self._making_singletons:
+            if type_ not in self._singletons:
+                self._singletons[type_] = await self._run(recipe, None, self._stack, (*path, type_))
+            return self._singletons[type_]
+
+    async def _run(
+        self, recipe: _Recipe, scope: dict[object, object] | None, stack: AsyncExitStack | None, path: tuple[type, ...]
+    ) -> Any:
+        needs = {name: await self._make(needed, scope, stack, path) for name, needed in self._needs(recipe).items()}
+        made = recipe.call(**needs)
+        match recipe.kind:
+            case "awaited":
+                return await made
+            case "resource":
+                return cast("AsyncExitStack", stack).enter_context(made)
+            case "async resource":
+                return await cast("AsyncExitStack", stack).enter_async_context(made)
+            case _:
+                return made
+
+
+class _Scope:
+    """The scope of one send."""
+
+    def __init__(self, container: Container) -> None:
+        self._container = container
+        self._made: dict[object, object] = {}
+        self._stack = AsyncExitStack()
+
+    async def resolve(self, type_: type[T], /) -> T:
+        return cast("T", await self._container._make(type_, self._made, self._stack, ()))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.__aexit__(kind, error, trace)  # a resource is told of an error and cannot swallow it
+
+
+def _recipe(type_: type, factory: Callable[..., Any], lifetime: Lifetime | None) -> _Recipe:
+    """Read from *factory* what it needs and how it has to be called."""
+    if factory is type_ and inspect.isabstract(type_):
+        missing = ", ".join(sorted(getattr(type_, "__abstractmethods__", ())))
+        raise ResolutionError([name_of(type_)], f"{name_of(type_)} is abstract ({missing}); register a factory for it")
+    inner = inspect.unwrap(factory)
+    decorated = inner is not factory  # by contextlib, which leaves a function that gives a context manager
+    call: Callable[..., Any] = factory
+    kind: Kind = "plain"
+    if inspect.isasyncgenfunction(inner):
+        call, kind = factory if decorated else asynccontextmanager(factory), "async resource"
+    elif inspect.isgeneratorfunction(inner):
+        call, kind = factory if decorated else contextmanager(factory), "resource"
+    elif inspect.iscoroutinefunction(factory):
+        kind = "awaited"
+    try:
+        parameters = parameters_of(factory)
+    except TypeError as error:
+        raise ResolutionError([name_of(type_)], str(error)) from error
+    for parameter in parameters:
+        if parameter.hint is inspect.Parameter.empty and not parameter.has_default:
+            problem = f"parameter {parameter.name!r} of {name_of(factory)} has no type hint"
+            raise ResolutionError([name_of(type_)], problem)
+    return _Recipe(
+        call=call,
+        needs={parameter.name: parameter.hint for parameter in parameters},
+        optional=frozenset(parameter.name for parameter in parameters if parameter.has_default),
+        kind=kind,
+        lifetime=lifetime or ("scoped" if "resource" in kind else "transient"),
+    )
+
+
+def _call(call: Callable[..., T], builds: dict[str, Build[Any]]) -> Build[T]:
+    """Make the function that builds with *builds*. One dependency is the common case and skips the dictionary."""
+    match list(builds.items()):
+        case []:
+            return lambda _: call()
+        case [(name, build)] if parameters_of(call)[0].name == name and not parameters_of(call)[0].keyword_only:
+            return lambda shared: call(build(shared))
+        case _:
+            return lambda shared: call(**{name: build(shared) for name, build in builds.items()})

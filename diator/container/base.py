@@ -1,0 +1,111 @@
+"""What diator asks of a container, and how the scope of a send is opened and closed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Protocol, TypeAlias, TypeVar, cast, runtime_checkable
+
+T = TypeVar("T")
+
+Shared: TypeAlias = dict[object, object]
+"""What one send shares with its domain event handlers. A container keeps what it needs under a key of its own."""
+
+
+class Resolver(Protocol):
+    """
+    Anything that can give an object of a type. This is all that a container must be.
+
+    An error that it raises reaches the caller of `Mediator.send` as it is.
+    """
+
+    async def resolve(self, type_: type[T], /) -> T:
+        """Give an object of *type_*, with everything it depends on."""
+        ...
+
+
+@runtime_checkable
+class ScopingResolver(Protocol):
+    """A container that can also open a scope for each send: what is resolved in it is shared, and closed at its end."""
+
+    def scope(self, shared: Shared, /) -> AbstractAsyncContextManager[Resolver]:
+        """
+        Open a scope. It ends with the unit of work: after the domain event handlers, inside the middlewares.
+
+        An error that ends the unit of work is handed to the context manager. One that the context manager raises
+        itself, such as a commit that failed, reaches the middlewares, and no integration event is sent.
+        """
+        ...
+
+
+@runtime_checkable
+class CompilingResolver(Protocol):
+    """A container that says once, when a program is wired, how a type is built, instead of finding out each time."""
+
+    def factory(self, type_: type[T], /) -> Callable[[Shared], T] | None:
+        """
+        Give a plain function that builds one *type_*, or None if that needs a scope or has to wait.
+
+        Raises:
+            ResolutionError: *type_* can never be built.
+        """
+        ...
+
+
+Build: TypeAlias = Callable[[Shared], T]
+BuildLater: TypeAlias = Callable[[Shared], Awaitable[T]]
+
+_SCOPES = object()
+
+
+def builder(container: Resolver, type_: type[T]) -> tuple[Build[T] | None, BuildLater[T]]:
+    """
+    Find out how *container* builds *type_*: as a plain function where it can, and as one that may wait.
+
+    The second is to be called inside `scopes`, which closes what it opens.
+    """
+    build = container.factory(type_) if isinstance(container, CompilingResolver) else None
+    if build is not None:
+        return build, _waiting(build)
+    if isinstance(container, ScopingResolver):
+        return None, _scoped(container, type_)
+
+    async def resolve(_: Shared) -> T:
+        return await container.resolve(type_)
+
+    return None, resolve
+
+
+def _waiting(build: Build[T]) -> BuildLater[T]:
+    async def build_at_once(shared: Shared) -> T:
+        return build(shared)
+
+    return build_at_once
+
+
+def _scoped(container: ScopingResolver, type_: type[T]) -> BuildLater[T]:
+    async def build_in_scope(shared: Shared) -> T:
+        resolver = cast("Resolver | None", shared.get(container))
+        if resolver is None:
+            stack = cast("AsyncExitStack", shared[_SCOPES])
+            shared[container] = resolver = await stack.enter_async_context(container.scope(shared))
+        return await resolver.resolve(type_)
+
+    return build_in_scope
+
+
+def has_scopes(shared: Shared) -> bool:
+    """Tell whether `scopes` is open for this send."""
+    return _SCOPES in shared
+
+
+@asynccontextmanager
+async def scopes(shared: Shared) -> AsyncIterator[None]:
+    """Close at the end what builders opened for this send."""
+    stack = shared[_SCOPES] = AsyncExitStack()
+    try:
+        yield
+    except BaseException as error:
+        await stack.__aexit__(type(error), error, error.__traceback__)
+        raise  # a scope is told of an error and cannot swallow it: what failed has no answer to go on with
+    await stack.aclose()

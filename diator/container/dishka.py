@@ -1,0 +1,41 @@
+"""Handlers built by a dishka container. Needs the extra `dishka`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TypeVar
+
+from diator.container.base import Resolver, Shared
+from diator.exceptions import MissingExtra
+
+try:
+    from dishka import AsyncContainer
+except ModuleNotFoundError as error:
+    raise MissingExtra(__name__, "dishka") from error
+
+T = TypeVar("T")
+
+
+class DishkaContainer:
+    """
+    Resolves handlers from a dishka container, in one request scope a send.
+
+    The handlers have to be provided there. *container* stays its owner's and is never closed here.
+    """
+
+    def __init__(self, container: AsyncContainer) -> None:
+        self._container = container
+
+    async def resolve(self, type_: type[T], /) -> T:
+        """Give a *type_* from the container's own scope, with dishka's errors."""
+        return await self._container.get(type_)
+
+    def scope(self, shared: Shared, /) -> AbstractAsyncContextManager[Resolver]:  # noqa: ARG002  # dishka keeps its own
+        """See `ScopingResolver.scope`: dishka's request scope, closed with the error that ended it, if one did."""
+        return self._request_scope()
+
+    @asynccontextmanager
+    async def _request_scope(self) -> AsyncIterator[Resolver]:
+        async with self._container() as request_container:
+            yield DishkaContainer(request_container)

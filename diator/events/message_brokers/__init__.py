@@ -1,0 +1,1 @@
+"""The older place of what is now `diator.brokers`."""

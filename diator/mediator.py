@@ -1,0 +1,117 @@
+"""A program's first door: what it asks for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any, TypeVar, overload
+
+from diator._dispatcher import Dispatcher
+from diator.brokers.base import MessageBroker
+from diator.container import Container
+from diator.container.base import Resolver
+from diator.events import EventEmitter, EventMap
+from diator.events._emitter import Outgoing
+from diator.exceptions import EventsNotSent, MessagesNotSent, WiringError
+from diator.middlewares.base import Middleware
+from diator.requests import Request, RequestMap
+
+Res = TypeVar("Res")
+
+logger = logging.getLogger(__name__)
+
+
+class Mediator:
+    """
+    Has requests handled, and sends the events that their handlers raise.
+
+    *middlewares* surround every handler, the first outermost. The events go through *event_emitter*, or through one
+    that is made of *event_map* and *message_broker*. Safe to use from several tasks of one event loop at once.
+
+    Raises:
+        ResolutionError: A handler that is bound can never be built by *container*.
+        WiringError: The arguments contradict each other.
+    """
+
+    @overload
+    def __init__(
+        self,
+        request_map: RequestMap,
+        container: Resolver | None = None,
+        event_emitter: EventEmitter | None = None,
+        *,
+        middlewares: Iterable[Middleware] = (),
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        request_map: RequestMap,
+        container: Resolver | None = None,
+        *,
+        event_map: EventMap | None = None,
+        message_broker: MessageBroker | None = None,
+        middlewares: Iterable[Middleware] = (),
+    ) -> None: ...
+    def __init__(  # everything that a program is wired of
+        self,
+        request_map: RequestMap,
+        container: Resolver | None = None,
+        event_emitter: EventEmitter | None = None,
+        *,
+        event_map: EventMap | None = None,
+        message_broker: MessageBroker | None = None,
+        middlewares: Iterable[Middleware] = (),
+    ) -> None:
+        if event_emitter is None:
+            event_emitter = EventEmitter(event_map=event_map, message_broker=message_broker)
+        elif event_map is not None or message_broker is not None:
+            raise WiringError("event_map and message_broker belong to the EventEmitter that is given; give them to it")
+        container = Container() if container is None else container
+        event_emitter.wire(container)
+        self._emitter = event_emitter
+        self._dispatcher = Dispatcher(request_map, container, event_emitter, tuple(middlewares))
+        for request_type in request_map:
+            self._dispatcher[request_type]
+
+    @overload
+    async def send(self, request: Request[Res], /) -> Res: ...
+    @overload
+    async def send(self, request: object, /) -> Any: ...
+    async def send(self, request: object, /) -> Any:
+        """
+        Have *request* handled, and send the events that its handler raised; give the handler's answer.
+
+        Domain events are handled inside the middlewares; events that travel are sent when these have finished. An
+        error of the handler or a middleware comes out as it is, and nothing is sent.
+
+        Raises:
+            HandlerNotFound: No handler is bound to the type of *request*.
+            EventHandlersFailed: Handlers of domain events failed. All of them ran; nothing was sent.
+            EncodingError, BrokerNotConfigured, NotAnEvent: An event cannot travel. Nothing was sent, and the
+                middlewares have seen the error: a transaction that they hold is rolled back.
+            EventsNotSent: The request is done, and some of its events were not confirmed; the error has them and
+                the answer.
+        """
+        dispatch = self._dispatcher[type(request)]
+        outgoing: Outgoing = []
+        response = await dispatch(request, outgoing)
+        if outgoing:
+            await self._send_events(outgoing, response)
+        return response
+
+    async def _send_events(self, outgoing: Outgoing, response: object) -> None:
+        try:
+            await self._emitter.send(outgoing)
+        except MessagesNotSent as error:
+            unsent = [(event, message) for event, message in outgoing if message.message_id in error.message_ids]
+            raise _not_sent(unsent, response) from error.__cause__
+        except Exception as error:
+            raise _not_sent(outgoing, response) from error
+        except BaseException:
+            ids = ", ".join(str(message.message_id) for _, message in outgoing)
+            logger.warning("cancelled while sending the events of a request that is done; perhaps not sent: %s", ids)
+            raise
+
+
+def _not_sent(outgoing: Outgoing, response: object) -> EventsNotSent:
+    return EventsNotSent(response, [event for event, _ in outgoing], [message.message_id for _, message in outgoing])

@@ -1,0 +1,6 @@
+"""What surrounds a handler."""
+
+from diator.middlewares.base import BaseMiddleware, Handle, Middleware
+from diator.middlewares.logging import LoggingMiddleware
+
+__all__ = ["BaseMiddleware", "Handle", "LoggingMiddleware", "Middleware"]
