@@ -78,7 +78,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def benchmarks(session: nox.Session) -> None:
     """The numbers of the documentation, measured here."""
-    session.install(f".[{CLIENTS}]")  # they install what they compare with themselves
+    session.install(f".[{CLIENTS}]", *group("bench"))  # the libraries they compare with they install themselves
     session.run("python", "-m", "benchmarks", *session.posargs, env=images(session))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol, TypeAlias, TypeVar, get_args, get_origin
+from operator import attrgetter
+from typing import Any, Protocol, TypeAlias, cast, get_args, get_origin
 
 from diator._hints import Parameter, name_of, parameters_of
 from diator.container.base import Build, BuildLater, Resolver, Shared, builder
@@ -24,14 +25,18 @@ class Events(list[Any]):
     __slots__ = ()
 
 
-class RaisedEvents:
-    """The `events` of the handler base classes: a list that is made when a handler first raises an event."""
+class RaisesEvents:
+    """What the handler base classes have in common: a list of events that is made when the first one is raised."""
 
-    def __get__(self, handler: Any, owner: type) -> Any:
-        if handler is None:
-            return self
-        events = handler.__dict__["events"] = Events()
-        return events
+    _raised: Events | None = None
+    _diator_claimed = False
+
+    @property
+    def events(self) -> list[Any]:
+        """What was raised so far: `self.events.append(event)`. A handler may define a property of its own instead."""
+        if self._raised is None:
+            object.__setattr__(self, "_raised", Events())  # a handler may be a frozen dataclass
+        return cast("Events", self._raised)
 
 
 # -- binding -----------------------------------------------------------------------------------------------------
@@ -124,10 +129,10 @@ def _is_async(call: Callable[..., Any]) -> bool:
 
 # -- calling -----------------------------------------------------------------------------------------------------
 
-Take: TypeAlias = Callable[[Any], Sequence[Any]]
-"""Takes from a handler, after it is done, the events that it raised."""
-
-Message = TypeVar("Message")
+Look: TypeAlias = Callable[[Any], Sequence[Any] | None]
+"""Looks what events a handler raised, once it is done. In most cases there are none, so it is as cheap as can be."""
+Claim: TypeAlias = Callable[[Any, Sequence[Any]], list[Any]]
+"""Takes the events that were found from the handler."""
 
 
 class Call(Protocol):
@@ -144,49 +149,35 @@ class Prepared:
         name: For notes and logs.
         call: Builds and calls it.
         needs_scope: Whether `call` has to be inside `scopes`.
-        build: Builds a handler class without waiting, if the container can.
-        take: For a handler class, what takes its events; None if its class can raise none.
+        build: Builds a handler class without waiting, if the container can; `call` is then also written out where
+            each coroutine counts: build it, await its `handle`, `look` for events and `claim` them.
     """
 
-    __slots__ = ("build", "call", "name", "needs_scope", "take")
+    __slots__ = ("build", "call", "claim", "look", "name", "needs_scope")
 
     def __init__(self, handler: Handler, container: Resolver) -> None:
         self.name = name_of(handler)
         self.build: Build[Any] | None = None
-        self.take: Take | None = None
-        self.needs_scope = True
+        self.look, self.claim = _events_of(handler)
         if isinstance(handler, type):
-            self.take = _take_of(handler)
             self.build, build_later = builder(container, handler)
             self.needs_scope = self.build is None
-            self.call: Call = _calling_class(self.build, build_later, self.take)
+            self.call: Call = _calling_class(build_later, self.look, self.claim)
         else:
             needs = _dependencies(handler, container)
             self.needs_scope = any(needs_scope for _, _, needs_scope in needs)
             self.call = _calling_function(handler, [(name, build) for name, build, _ in needs])
 
 
-def _calling_class(build: Build[Any] | None, build_later: BuildLater[Any], take: Take | None) -> Call:
-    # Two of a kind: to await a builder that never waits would cost a fifth of the whole call.
-    if build is not None:
-
-        async def call(message: Any, shared: Shared, raised: list[Any], /) -> Any:
-            handler = build(shared)
-            response = await handler.handle(message)
-            if take is not None and (events := take(handler)):
-                raised += events
-            return response
-
-        return call
-
-    async def call_later(message: Any, shared: Shared, raised: list[Any], /) -> Any:
-        handler = await build_later(shared)
+def _calling_class(build: BuildLater[Any], look: Look, claim: Claim) -> Call:
+    async def call(message: Any, shared: Shared, raised: list[Any], /) -> Any:
+        handler = await build(shared)
         response = await handler.handle(message)
-        if take is not None and (events := take(handler)):
-            raised += events
+        if events := look(handler):
+            raised += claim(handler, events)
         return response
 
-    return call_later
+    return call
 
 
 def _calling_function(function: Callable[..., Awaitable[Any]], needs: Sequence[tuple[str, Any]]) -> Call:
@@ -223,32 +214,26 @@ def _dependencies(function: Callable[..., Any], container: Resolver) -> list[tup
     return dependencies
 
 
-def _take_of(handler: type) -> Take | None:
+def _events_of(handler: Handler) -> tuple[Look, Claim]:
     declared = inspect.getattr_static(handler, "events", None)
     if declared is None:
-        return None
-    if isinstance(declared, RaisedEvents):
-        return _take_raised
-    return _take_declared if handler.__dictoffset__ else _look_at_declared
+        return (lambda _: None), _claim_declared
+    if declared is RaisesEvents.__dict__["events"]:
+        return attrgetter("_raised"), _claim_raised
+    return attrgetter("events"), _claim_declared
 
 
-def _take_raised(handler: Any) -> Sequence[Any]:
+def _claim_raised(handler: RaisesEvents, events: Sequence[Any]) -> list[Any]:
     # Taken away, so that an object which handles several messages never sends the events of one with the next.
-    events: Sequence[Any] = handler.__dict__.pop("events", ())
-    return events
+    object.__setattr__(handler, "_raised", None)
+    return [*events]
 
 
-def _take_declared(handler: Any) -> Sequence[Any]:
-    events: Sequence[Any] = handler.events
-    if events:
-        marks = handler.__dict__
-        if "_diator_events_taken" in marks:
-            raise SharedHandler(type(handler))
-        marks["_diator_events_taken"] = True
-    return events
-
-
-def _look_at_declared(handler: Any) -> Sequence[Any]:
-    """For classes with `__slots__`, where there is no place for the mark."""
-    events: Sequence[Any] = handler.events
-    return events
+def _claim_declared(handler: Any, events: Sequence[Any]) -> list[Any]:
+    if getattr(handler, "_diator_claimed", False):
+        raise SharedHandler(type(handler))
+    try:  # noqa: SIM105  # `suppress` costs more than all the rest
+        object.__setattr__(handler, "_diator_claimed", True)
+    except AttributeError:
+        pass  # a class with `__slots__` has no place for the mark
+    return [*events]

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Iterable
 from typing import Any, TypeVar, overload
 
-from diator._dispatcher import Dispatcher
+from diator._dispatcher import OUTGOING, Dispatcher
 from diator.brokers.base import MessageBroker
 from diator.container import Container
-from diator.container.base import Resolver
+from diator.container.base import Resolver, Shared
 from diator.events import EventEmitter, EventMap
 from diator.events._emitter import Outgoing
 from diator.exceptions import EventsNotSent, MessagesNotSent, WiringError
@@ -92,9 +92,17 @@ class Mediator:
             EventsNotSent: The request is done, and some of its events were not confirmed; the error has them and
                 the answer.
         """
-        dispatch = self._dispatcher[type(request)]
-        outgoing: Outgoing = []
-        response = await dispatch(request, outgoing)
+        plan = self._dispatcher[type(request)]
+        shared: Shared = {}
+        if plan.build is None:
+            response = await plan.dispatch(request, shared)
+            outgoing: Outgoing | None = shared.get(OUTGOING)
+        else:
+            handler = plan.build(shared)
+            response = await handler.handle(request)
+            if not (events := plan.look(handler)):
+                return response
+            outgoing = await self._emitter.handle(plan.claim(handler, events), shared)
         if outgoing:
             await self._send_events(outgoing, response)
         return response

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Concatenate, Generic, Protocol, get_args, get_origin
 
-from diator._handlers import Events, Handler, RaisedEvents, check_handler, message_type_of
+from diator._handlers import Events, Handler, RaisesEvents, check_handler, message_type_of
 from diator._hints import hints_of, name_of
 from diator.exceptions import BindingError, HandlerNotFound
 
@@ -34,15 +34,12 @@ class Request(Generic[Res_co]):
     __slots__ = ()
 
 
-class RequestHandler(ABC, Generic[Req_contra, Answer_co]):
+class RequestHandler(RaisesEvents, ABC, Generic[Req_contra, Answer_co]):
     """
     Handles one type of request. A new object is built for each request, by the container.
 
     The events that it raises go out when it is done, in their order; if it fails, none of them does.
     """
-
-    events = RaisedEvents()
-    """What was raised so far: `self.events.append(event)`. A handler may have a property of this name instead."""
 
     @abstractmethod
     async def handle(self, request: Req_contra, /) -> Answer_co:

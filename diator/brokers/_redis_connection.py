@@ -23,6 +23,7 @@ from diator.exceptions import (
 try:
     import redis
     import redis.asyncio
+    from redis import exceptions as redis_errors
     from redis.asyncio.connection import AbstractConnection
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
@@ -34,16 +35,16 @@ logger = logging.getLogger(__name__)
 Client = redis.asyncio.Redis
 
 _NOT_EXECUTED = (
-    redis.exceptions.BusyLoadingError,
-    redis.exceptions.ReadOnlyError,
-    redis.exceptions.MasterDownError,
-    redis.exceptions.TryAgainError,
-    redis.exceptions.AuthenticationError,
-    redis.exceptions.MaxConnectionsError,
+    redis_errors.BusyLoadingError,
+    redis_errors.ReadOnlyError,
+    redis_errors.MasterDownError,
+    redis_errors.TryAgainError,
+    redis_errors.AuthenticationError,
+    redis_errors.MaxConnectionsError,
 )
 # Beside its own errors the client lets through what a broken connection does to it, of which redis-py's issues 3546
 # and 4287 have examples: AttributeError and TypeError of a writer that is gone, RuntimeError of a closed transport.
-CLIENT_ERRORS = (redis.RedisError, OSError, asyncio.TimeoutError, AttributeError, TypeError, RuntimeError)
+CLIENT_ERRORS = (redis_errors.RedisError, OSError, asyncio.TimeoutError, AttributeError, TypeError, RuntimeError)
 
 
 def verdict(error: BaseException, message_id: UUID | None, *, written: bool) -> BrokerError:
@@ -53,7 +54,7 @@ def verdict(error: BaseException, message_id: UUID | None, *, written: bool) -> 
     problem = f"{type(error).__name__}: {error}"
     if isinstance(error, _NOT_EXECUTED) or not written:
         return BrokerUnavailable(f"Redis is not available ({problem}); it was not sent", message_id=message_id)
-    if isinstance(error, redis.ResponseError):
+    if isinstance(error, redis_errors.ResponseError):
         return MessageRejected(f"Redis refused it ({problem})", message_id=message_id)
     return OutcomeUnknown(f"the connection to Redis failed ({problem}); it may have arrived", message_id=message_id)
 

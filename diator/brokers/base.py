@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from diator.brokers.message import Message
 
@@ -36,7 +36,6 @@ class MessageBroker(Protocol):
         ...
 
 
-@runtime_checkable
 class BatchMessageBroker(Protocol):
     """A broker that can send several messages in one exchange. Optional: others get them one by one."""
 

@@ -36,7 +36,7 @@ def encode(message: Message, *, max_bytes: int = MAX_MESSAGE_BYTES, headers_in_b
     Raises:
         MessageTooLarge: It has more than *max_bytes* bytes.
     """
-    envelope = {
+    envelope: dict[str, object] = {
         "message_type": message.message_type,
         "message_name": message.message_name,
         "message_id": message.message_id,
@@ -86,13 +86,15 @@ def decode(body: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES, headers: Mapping[
         raise DecodingError("the body is no message: the payload is no JSON object - at `$.payload`")
     given = {**envelope.headers, **(headers or {})}
     key = given.pop(_KEY, None)
-    return Message(
-        message_type=envelope.message_type,
-        message_name=envelope.message_name,
-        message_id=envelope.message_id,
-        payload_json=payload_json,
-        key=key,
-        headers=given,
+    return Message.of_fields(
+        {
+            "message_type": envelope.message_type,
+            "message_name": envelope.message_name,
+            "message_id": envelope.message_id,
+            "payload_json": payload_json,
+            "key": key,
+            "headers": given,
+        }
     )
 
 
@@ -113,7 +115,7 @@ def payload_encoder(event_type: type[E]) -> Callable[[E], bytes]:
             payload_json = dump(event)
         except (TypeError, ValueError, RecursionError) as error:
             raise _explained(event, error) from error
-        if b"null" in payload_json and (found := next(_not_finite(event, name_of(event_type)), None)):
+        if payload_json.find(b"null") >= 0 and (found := next(_not_finite(event, name_of(event_type)), None)):
             # Both libraries write NaN and infinity as null. Whoever reads that reads something that was never said.
             raise EncodingError(found, "JSON has no number for NaN or infinity")
         return payload_json
@@ -166,9 +168,10 @@ def _dump_model(model: Any) -> bytes:
 
 def _without_content(error: BaseException) -> str:
     """Say what is wrong and where. pydantic also quotes the input, and an error's text ends up in logs."""
-    if hasattr(error, "errors"):
-        return "; ".join(f"{found['msg']} - at `$.{'.'.join(map(str, found['loc']))}`" for found in error.errors())
-    return str(error)
+    found: Callable[[], list[dict[str, Any]]] | None = getattr(error, "errors", None)
+    if found is None:
+        return str(error)
+    return "; ".join(f"{each['msg']} - at `$.{'.'.join(map(str, each['loc']))}`" for each in found())
 
 
 # -- where it went wrong: only called once it did ---------------------------------------------------------------

@@ -52,7 +52,7 @@ class Container:
 
     def __init__(self) -> None:
         self._recipes: dict[object, _Recipe] = {}
-        self._singletons: dict[object, object] = {}
+        self._singletons: dict[object, Any] = {}
         self._making_singletons = asyncio.Lock()
         self._stack = AsyncExitStack()
 
@@ -164,8 +164,7 @@ class Container:
 
     def _compile(self, type_: type) -> Build[Any] | None:
         if type_ in self._singletons and type_ not in self._recipes:
-            instance = self._singletons[type_]
-            return lambda _: instance
+            return _Given(self._singletons[type_])
         recipe = self._recipes.get(type_) or _recipe(type_, type_, "transient")
         if recipe.kind != "plain" or recipe.lifetime == "scoped":
             return None
@@ -181,7 +180,8 @@ class Container:
         def build_once(shared: Shared) -> T:
             if type_ not in made:
                 made[type_] = build(shared)
-            return cast("T", made[type_])
+            value: T = made[type_]
+            return value
 
         return build_once
 
@@ -283,12 +283,32 @@ def _recipe(type_: type, factory: Callable[..., Any], lifetime: Lifetime | None)
     )
 
 
+class _Given:
+    """Gives an object that was handed in."""
+
+    __slots__ = ("instance",)
+
+    def __init__(self, instance: object) -> None:
+        self.instance = instance
+
+    def __call__(self, _: Shared) -> Any:
+        return self.instance
+
+
 def _call(call: Callable[..., T], builds: dict[str, Build[Any]]) -> Build[T]:
     """Make the function that builds with *builds*. One dependency is the common case and skips the dictionary."""
     match list(builds.items()):
         case []:
             return lambda _: call()
-        case [(name, build)] if parameters_of(call)[0].name == name and not parameters_of(call)[0].keyword_only:
+        case [(name, build)] if _is_first(name, call):
+            if isinstance(build, _Given):
+                instance = build.instance
+                return lambda _: call(instance)
             return lambda shared: call(build(shared))
         case _:
             return lambda shared: call(**{name: build(shared) for name, build in builds.items()})
+
+
+def _is_first(name: str, call: Callable[..., Any]) -> bool:
+    first = parameters_of(call)[0]
+    return first.name == name and not first.keyword_only

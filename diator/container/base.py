@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Protocol, TypeAlias, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 T = TypeVar("T")
 
-Shared: TypeAlias = dict[object, object]
+Shared: TypeAlias = dict[object, Any]
 """What one send shares with its domain event handlers. A container keeps what it needs under a key of its own."""
 
 
@@ -85,9 +85,9 @@ def _waiting(build: Build[T]) -> BuildLater[T]:
 
 def _scoped(container: ScopingResolver, type_: type[T]) -> BuildLater[T]:
     async def build_in_scope(shared: Shared) -> T:
-        resolver = cast("Resolver | None", shared.get(container))
+        resolver: Resolver | None = shared.get(container)
         if resolver is None:
-            stack = cast("AsyncExitStack", shared[_SCOPES])
+            stack: AsyncExitStack = shared[_SCOPES]
             shared[container] = resolver = await stack.enter_async_context(container.scope(shared))
         return await resolver.resolve(type_)
 
@@ -100,7 +100,7 @@ def has_scopes(shared: Shared) -> bool:
 
 
 @asynccontextmanager
-async def scopes(shared: Shared) -> AsyncIterator[None]:
+async def scopes(shared: Shared) -> AsyncGenerator[None, None]:
     """Close at the end what builders opened for this send."""
     stack = shared[_SCOPES] = AsyncExitStack()
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TypeVar
 
@@ -36,6 +36,6 @@ class DishkaContainer:
         return self._request_scope()
 
     @asynccontextmanager
-    async def _request_scope(self) -> AsyncIterator[Resolver]:
+    async def _request_scope(self) -> AsyncGenerator[Resolver, None]:
         async with self._container() as request_container:
             yield DishkaContainer(request_container)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from diator._hints import name_of
 from diator.container.base import Build, Shared
@@ -50,12 +50,12 @@ class RodiContainer:
         if type_ not in services:
             problem = f"{name_of(type_)} is not registered in the attached rodi container"
             raise ResolutionError([name_of(type_)], problem)
-        get, create_scope = services.get, services.create_scope
+        get, scope_class = services.get, type(services.create_scope())
 
         def build(shared: Shared) -> T:
-            scope = shared.get(self)
+            scope: rodi.ActivationScope | None = shared.get(self) if shared else None
             if scope is None:
-                scope = shared[self] = create_scope()
-            return get(type_, cast("rodi.ActivationScope", scope))
+                scope = shared[self] = scope_class(services)
+            return get(type_, scope)
 
         return build

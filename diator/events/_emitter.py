@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-from diator._handlers import Handler, Prepared
+from diator._handlers import Prepared
 from diator._hints import name_of
-from diator.brokers.base import BatchMessageBroker, MessageBroker, enlists
+from diator.brokers.base import MessageBroker, enlists
 from diator.brokers.message import Message
 from diator.container import Container
 from diator.container.base import Resolver, Shared, has_scopes, scopes
@@ -16,7 +17,7 @@ from diator.exceptions import BrokerNotConfigured, EventHandlersFailed, Messages
 Outgoing: TypeAlias = list[tuple[Any, Message]]
 """Events that travel, and what they became."""
 
-_Progress: TypeAlias = tuple[int, Outgoing, list[Exception]]
+_Progress: TypeAlias = tuple[Iterator[Any], Outgoing, list[Exception]]
 
 
 class EventEmitter:
@@ -37,7 +38,10 @@ class EventEmitter:
         self._container = container
         self._adopted: Resolver | None = None
         self._broker = message_broker
-        self._plans: dict[type, _Domain | _Travelling] = {}
+        self._send_messages: Callable[[Sequence[Message]], Awaitable[None]] | None = getattr(
+            message_broker, "send_messages", None
+        )
+        self._plans: dict[type, _Plan] = {}
 
     async def emit(self, event: object) -> None:
         """
@@ -48,11 +52,17 @@ class EventEmitter:
             EncodingError, BrokerNotConfigured, NotAnEvent: It cannot travel; nothing was sent.
             BrokerError: The verdict on the message, or `MessagesNotSent` if there were several.
         """
-        await self.send(await self.handle([event], {}))
+        plan = self._plans.get(type(event)) or self._plan(type(event))
+        if plan.message is not None and self._broker is not None:
+            await self._broker.send_message(plan.message(event))
+        else:
+            await self.send(await self.handle([event], {}))
 
     # -- the two halves of `emit`, for the mediator: inside the unit of work, and after it -----------------------
 
-    async def handle(self, raised: list[Any], shared: Shared, progress: _Progress | None = None) -> Outgoing:
+    async def handle(  # one loop, written out: every handler of every domain event goes through it
+        self, raised: list[Any], shared: Shared, progress: _Progress | None = None
+    ) -> Outgoing:
         """
         Run the handlers of the domain events, in the order raised, and encode the events that travel.
 
@@ -62,29 +72,26 @@ class EventEmitter:
         Raises:
             EventHandlersFailed: Handlers failed. All handlers of all events ran.
         """
-        position, outgoing, failures = progress or (0, [], [])
-        while position < len(raised):
-            event = raised[position]
+        remaining, outgoing, failures = progress or (iter(raised), [], [])
+        for event in remaining:
             plan = self._plans.get(type(event)) or self._plan(type(event))
-            if isinstance(plan, _Travelling):
+            if plan.message is not None:
                 outgoing.append((event, plan.message(event)))
             elif plan.needs_scope and not has_scopes(shared):
                 async with scopes(shared):
-                    return await self.handle(raised, shared, (position, outgoing, failures))
-            else:
-                for handler in plan.handlers:
-                    try:
-                        if handler.build is None:
-                            await handler.call(event, shared, raised)
-                        else:
-                            built = handler.build(shared)
-                            await built.handle(event)
-                            if handler.take is not None and (more := handler.take(built)):
-                                raised += more
-                    except Exception as error:  # noqa: BLE001  # all handlers run, then all errors are raised
-                        error.add_note(f"raised by {handler.name}, which handles {name_of(type(event))}")
-                        failures.append(error)
-            position += 1
+                    return await self.handle(raised, shared, (itertools.chain((event,), remaining), outgoing, failures))
+            for build, look, handler in plan.steps:
+                try:
+                    if build is None:
+                        await handler.call(event, shared, raised)
+                    else:
+                        built = build(shared)
+                        await built.handle(event)
+                        if events := look(built):
+                            raised += handler.claim(built, events)
+                except Exception as error:  # noqa: BLE001  # all handlers run, then all errors are raised
+                    error.add_note(f"raised by {handler.name}, which handles {name_of(type(event))}")
+                    failures.append(error)
         if failures:
             raise EventHandlersFailed("handlers of domain events failed", failures)
         if outgoing and enlists(self._broker):
@@ -105,8 +112,8 @@ class EventEmitter:
             return
         if len(messages) == 1:
             await broker.send_message(messages[0])
-        elif isinstance(broker, BatchMessageBroker):
-            await broker.send_messages(messages)
+        elif self._send_messages is not None:
+            await self._send_messages(messages)
         else:
             for position, message in enumerate(messages):
                 try:
@@ -131,57 +138,61 @@ class EventEmitter:
                 )
             self._adopted = container
         for event_type in self._event_map:
-            self._plan(event_type)
+            if not travels(
+                event_type
+            ):  # those are for a consumer; to send them a broker is needed, and it may be elsewhere
+                self._plan(event_type)
 
-    def _plan(self, event_type: type) -> _Domain | _Travelling:
+    def _plan(self, event_type: type) -> _Plan:
         """Find out once what to do with events of this type."""
-        plan: _Domain | _Travelling
         if travels(event_type):
             if self._broker is None:
                 raise BrokerNotConfigured(event_type)
             self._event_map.claim_name(event_type)
-            plan = _Travelling(event_type)
+            plan = _Plan((), message=_maker_of_messages(event_type))
         else:
             handlers = self._event_map.get(event_type)
             if not handlers and not issubclass(event_type, Event):
                 raise NotAnEvent(f"{name_of(event_type)} was raised, and is neither an Event nor bound to a handler")
             container = self._container or self._adopted or Container()
-            plan = _Domain(handlers, container)
+            plan = _Plan([Prepared(handler, container) for handler in handlers])
         self._plans[event_type] = plan
         return plan
 
 
-class _Domain:
-    """What to do with a domain event: its handlers."""
+class _Plan:
+    """What to do with events of one type: call these handlers, or make this message."""
 
-    __slots__ = ("handlers", "needs_scope")
+    __slots__ = ("message", "needs_scope", "steps")
 
-    def __init__(self, handlers: Sequence[Handler], container: Resolver) -> None:
-        self.handlers = [Prepared(handler, container) for handler in handlers]
-        self.needs_scope = any(handler.needs_scope for handler in self.handlers)
+    def __init__(self, handlers: Sequence[Prepared], message: Callable[[Any], Message] | None = None) -> None:
+        self.steps = [(handler.build, handler.look, handler) for handler in handlers]
+        self.needs_scope = any(handler.needs_scope for handler in handlers)
+        self.message = message
 
 
-class _Travelling:
-    """What to do with an event that travels: make its message, at once, so that a later change cannot reach it."""
+def _maker_of_messages(event_type: Any) -> Callable[[Any], Message]:
+    """Make the function that makes messages of such events: at once, so that a later change cannot reach them."""
+    # Not at the top: a program whose events stay here never needs it, and it is half of the time to import diator.
+    from diator.brokers.codec import payload_encoder  # noqa: PLC0415
 
-    __slots__ = ("_encode", "_key", "_name", "_type")
+    check_travels_whole(event_type)
+    message_type: str = event_type.message_type
+    message_name = message_name_of(event_type)
+    key_field = message_key_of(event_type)
+    encode = payload_encoder(event_type)
 
-    def __init__(self, event_type: Any) -> None:
-        # Not at the top: a program whose events stay here never needs it, and it costs half of the import time.
-        from diator.brokers.codec import payload_encoder  # noqa: PLC0415
-
-        check_travels_whole(event_type)
-        self._type: str = event_type.message_type
-        self._name = message_name_of(event_type)
-        self._key = message_key_of(event_type)
-        self._encode = payload_encoder(event_type)
-
-    def message(self, event: Any) -> Message:
-        key = None if self._key is None else getattr(event, self._key)
-        return Message(
-            message_type=self._type,
-            message_name=self._name,
-            message_id=event.event_id,
-            payload_json=self._encode(event),
-            key=None if key is None else str(key),
+    def message(event: Any) -> Message:
+        key = None if key_field is None else getattr(event, key_field)
+        return Message.of_fields(
+            {
+                "message_type": message_type,
+                "message_name": message_name,
+                "message_id": event.event_id,
+                "payload_json": encode(event),
+                "key": None if key is None else str(key),
+                "headers": {},
+            }
         )
+
+    return message

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Concatenate, Generic, Protocol, TypeVar
 
-from diator._handlers import Handler, RaisedEvents, check_handler, message_type_of
+from diator._handlers import Handler, RaisesEvents, check_handler, message_type_of
 from diator._hints import name_of
 from diator.events._event import message_name_of, travels
 from diator.exceptions import BindingError
@@ -14,16 +14,13 @@ EventType = TypeVar("EventType")
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
 
 
-class EventHandler(ABC, Generic[E_contra]):
+class EventHandler(RaisesEvents, ABC, Generic[E_contra]):
     """
     Handles one type of event. A new object is built for each event, by the container.
 
     A handler of a domain event runs inside the unit of work of the request that raised it, and may raise further
     events, which join those of the request.
     """
-
-    events = RaisedEvents()
-    """What was raised so far: `self.events.append(event)`."""
 
     @abstractmethod
     async def handle(self, event: E_contra, /) -> None:

@@ -1,0 +1,1 @@
+"""What diator costs, as ratios to the same work written by hand."""

@@ -1,0 +1,99 @@
+"""The command line: `python -m benchmarks --help`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from benchmarks import comparison, imports, memory
+from benchmarks.environments import CACHE, LIBRARIES
+from benchmarks.reports import keep
+from benchmarks.worker.workloads import WORKLOADS
+
+NO_REDIS = """\
+The redis benchmark starts nothing. Start a server that may be filled with messages, such as
+    docker run --rm --network host redis:8 --bind 127.0.0.1 --save ''
+and say where it is:
+    python -m benchmarks redis --url redis://127.0.0.1:6379
+A published port instead of the host's network halves what a round trip reaches."""
+
+
+def main() -> int:
+    options = parsed()
+    match options.benchmark:
+        case "imports":
+            results = imports.measure()
+        case "memory":
+            results = memory.measure()
+        case "redis":
+            if not options.url:
+                print(NO_REDIS, file=sys.stderr)
+                return 2
+            # It needs redis-py, which the other benchmarks do not.
+            from benchmarks import publishing  # noqa: PLC0415
+
+            results = asyncio.run(publishing.measure(options.url, rounds=options.rounds, seconds=options.seconds))
+        case _:
+            results = comparison.compare(
+                options.libraries or LIBRARIES,
+                options.only or WORKLOADS,
+                rounds=3 if options.quick else options.rounds,
+                slices=4 if options.quick else 10,
+            )
+    benchmark = options.benchmark or "workloads"
+    keep(options.json or CACHE / f"{benchmark}.json", {benchmark: results})
+    return 1 if options.gate and missed(results) else 0
+
+
+def parsed() -> argparse.Namespace:
+    kept = argparse.ArgumentParser(add_help=False)
+    kept.add_argument("--json", type=Path, metavar="FILE", help="where to keep the results")
+    kept.add_argument("--gate", action="store_true", help="fail if a target is missed")
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Without a subcommand: the workloads of all libraries, in one process each.",
+        parents=[kept],
+    )
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", type=chosen_from(WORKLOADS), metavar="W1,W3")
+    parser.add_argument(
+        "--libraries",
+        type=chosen_from(LIBRARIES),
+        metavar="'diator,diator with rodi'",
+        help=f"of: {', '.join(LIBRARIES)}",
+    )
+    parser.add_argument("--quick", action="store_true", help="3 rounds of fewer slices: a look")
+
+    others = parser.add_subparsers(dest="benchmark", title="other benchmarks")
+    others.add_parser("imports", help=imports.__doc__, parents=[kept])
+    others.add_parser("memory", help=memory.__doc__, parents=[kept])
+    redis = others.add_parser("redis", help="publishing through a Redis", parents=[kept])
+    redis.add_argument("--url", help="redis://…; nothing is started")
+    redis.add_argument("--rounds", type=int, default=9)
+    redis.add_argument("--seconds", type=float, default=0.3, help="of each measurement")
+    return parser.parse_args()
+
+
+def chosen_from(names: Iterable[str]) -> Callable[[str], list[str]]:
+    def choose(text: str) -> list[str]:
+        chosen = [name.strip() for name in text.split(",")]
+        if unknown := set(chosen) - set(names):
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is none of {', '.join(names)}")
+        return chosen
+
+    return choose
+
+
+def missed(results: object) -> bool:
+    """Whether `met` is false anywhere in it."""
+    if isinstance(results, dict):
+        return results.get("met") is False or any(missed(value) for value in results.values())
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The libraries, their versions, and the environments they are installed in."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CACHE = Path(__file__).parent.parent / ".benchmarks" / str(sys.implementation.cache_tag)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Library:
+    """
+    A row of the table.
+
+    Without *pins* it is measured as it is installed in the running environment. *targets* are the
+    highest ratios that are good enough, on Python 3.11.
+    """
+
+    name: str
+    adapter: str
+    module: str = ""
+    pins: tuple[str, ...] = ()
+    targets: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def command(self) -> list[str]:
+        """Start its worker with this."""
+        worker = str(Path(__file__).parent / "worker")
+        # Isolated, so that nothing but the pinned libraries is found, whatever PYTHONPATH says.
+        return [self.python, *(["-I"] if self.pins else []), worker, self.adapter]
+
+    @property
+    def python(self) -> str:
+        """The interpreter that has it installed; installs it if need be."""
+        if not self.pins:
+            return sys.executable
+        folder = CACHE / self.adapter.partition(":")[0]
+        python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        installed, wanted = folder / "pins.txt", "\n".join(self.pins)
+        if not installed.exists() or installed.read_text() != wanted:
+            print(f"installing {' '.join(self.pins)}", file=sys.stderr)
+            venv.create(folder, clear=True, with_pip=True, symlinks=os.name != "nt")
+            pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+            subprocess.run([*pip, *self.pins], check=True)
+            installed.write_text(wanted)
+        return str(python)
+
+
+MESSAGES = {"W7e": 0.35, "W7d": 0.75}
+OWN_CONTAINER = {"W0": 2.0, "W1": 2.5, "W2": 2.4, "W3": 2.1, "W4": 2.0, "W5": 2.4, "W6": 1.2}
+RODI = {"W0": 2.0, "W1": 6.0, "W2": 4.2, "W3": 3.3, "W4": 3.7, "W5": 4.0, "W6": 1.4}
+
+PYTHON_CQRS = (
+    "python-cqrs==5.3.0",
+    "dataclass-wizard==0.39.1",
+    "dependency-injector==4.49.1",
+    "di[anyio]==0.79.2",
+    "orjson==3.13.0",
+)
+
+LIBRARIES = {
+    library.name: library
+    for library in [
+        Library(name="by hand", adapter="by_hand:workloads"),
+        Library(
+            name="diator",
+            adapter="with_diator:own_container",
+            module="diator.mediator",
+            targets=OWN_CONTAINER | MESSAGES,
+        ),
+        Library(name="diator without events", adapter="with_diator:no_events_declared"),
+        Library(name="diator with rodi", adapter="with_diator:with_rodi", targets=RODI | MESSAGES),
+        Library(name="kerux", adapter="with_kerux:workloads", module="kerux", pins=("kerux==0.1.1",)),
+        Library(
+            name="mediatr",
+            adapter="with_mediatr:workloads",
+            module="mediatr",
+            pins=("mediatr==1.3.2",),
+        ),
+        Library(
+            name="python-cqrs with di",
+            adapter="with_python_cqrs:di",
+            module="cqrs",
+            pins=PYTHON_CQRS,
+        ),
+        Library(
+            name="python-cqrs with dependency-injector",
+            adapter="with_python_cqrs:dependency_injector",
+            pins=PYTHON_CQRS,
+        ),
+        Library(
+            name="diator 0.1.2 with rodi",
+            adapter="with_diator_0_1_2:workloads",
+            module="diator.mediator",
+            pins=("diator==0.1.2", "orjson==3.13.0", "rodi==2.1.0"),
+        ),
+    ]
+}
