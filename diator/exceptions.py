@@ -161,6 +161,9 @@ class BrokerError(DiatorError):
 class BrokerUnavailable(BrokerError, ConnectionError):
     """The service cannot be reached. The message was not sent; sending it again is safe."""
 
+    def __init__(self, problem: str, *, message_id: UUID | None = None) -> None:
+        super().__init__(problem if message_id is None else f"not sent: {problem}", message_id=message_id)
+
 
 class BrokerClosed(BrokerError):
     """The broker was closed by its program. The message was not sent."""

@@ -53,7 +53,7 @@ def verdict(error: BaseException, message_id: UUID | None, *, written: bool) -> 
         return error
     problem = f"{type(error).__name__}: {error}"
     if isinstance(error, _NOT_EXECUTED) or not written:
-        return BrokerUnavailable(f"Redis is not available ({problem}); it was not sent", message_id=message_id)
+        return BrokerUnavailable(f"Redis is not available ({problem})", message_id=message_id)
     if isinstance(error, redis_errors.ResponseError):
         return MessageRejected(f"Redis refused it ({problem})", message_id=message_id)
     return OutcomeUnknown(f"the connection to Redis failed ({problem}); it may have arrived", message_id=message_id)

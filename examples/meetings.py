@@ -1,0 +1,178 @@
+"""
+Somebody joins a meeting: a command, a query, a domain event, and an event that travels through a message broker.
+
+    python examples/meetings.py                                     # in memory, needs no service
+    python examples/meetings.py --broker redis://localhost:6379/0   # the same program, through Redis Pub/Sub
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from diator.brokers import Message, MessageBroker
+from diator.brokers.codec import encode
+from diator.brokers.memory import MemoryMessageBroker
+from diator.container import Container
+from diator.events import DomainEvent, EventHandler, EventMap, NotificationEvent
+from diator.exceptions import BrokerError, MissingExtra, WiringError
+from diator.mediator import Mediator
+from diator.middlewares import BaseMiddleware
+from diator.requests import Request, RequestHandler, RequestMap
+from diator.response import Response
+
+# -- what can be asked, what is answered, what can happen ---------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinMeetingCommand(Request[None]):
+    meeting_id: int
+    user_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadMeetingQueryResult(Response):
+    meeting_id: int
+    link: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadMeetingQuery(Request[ReadMeetingQueryResult]):
+    meeting_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserJoinedDomainEvent(DomainEvent):  # is handled here
+    meeting_id: int
+    user_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserJoinedNotificationEvent(NotificationEvent):  # goes to the message broker
+    user_id: int
+
+
+# -- what is done about it ----------------------------------------------------------------------------------------
+
+
+class MeetingAPI:
+    """Stands for whatever a program really does: a database, another service."""
+
+    async def join(self, meeting_id: int, user_id: int) -> None:
+        say(f"user {user_id} joins meeting {meeting_id}", by="MeetingAPI")
+
+    async def notify(self, meeting_id: int, text: str) -> None:
+        say(f"everybody in meeting {meeting_id} reads: {text}", by="MeetingAPI")
+
+    async def get_link(self, meeting_id: int) -> str:
+        return f"https://meetings.example/{meeting_id}"
+
+
+requests, events = RequestMap(), EventMap()
+
+
+@requests.handler
+class JoinMeetingCommandHandler(RequestHandler[JoinMeetingCommand, None]):
+    def __init__(self, meeting_api: MeetingAPI) -> None:
+        self._meeting_api = meeting_api
+
+    async def handle(self, request: JoinMeetingCommand) -> None:
+        say(f"handles {request}", by="JoinMeetingCommandHandler")
+        await self._meeting_api.join(request.meeting_id, request.user_id)
+        self.events.append(UserJoinedDomainEvent(meeting_id=request.meeting_id, user_id=request.user_id))
+        self.events.append(UserJoinedNotificationEvent(user_id=request.user_id))
+
+
+@events.handler
+class UserJoinedDomainEventHandler(EventHandler[UserJoinedDomainEvent]):
+    def __init__(self, meeting_api: MeetingAPI) -> None:
+        self._meeting_api = meeting_api
+
+    async def handle(self, event: UserJoinedDomainEvent) -> None:
+        say(f"handles {event}", by="UserJoinedDomainEventHandler")
+        await self._meeting_api.notify(event.meeting_id, "New user joined!")
+
+
+@requests.handler  # a handler may be a function, too: what it needs beside the request, the container gives
+async def read_meeting(request: ReadMeetingQuery, meeting_api: MeetingAPI) -> ReadMeetingQueryResult:
+    say(f"handles {request}", by="read_meeting")
+    return ReadMeetingQueryResult(meeting_id=request.meeting_id, link=await meeting_api.get_link(request.meeting_id))
+
+
+# -- how it is wired ----------------------------------------------------------------------------------------------
+
+
+class Narrator(BaseMiddleware):
+    async def process_request(self, request: Any) -> None:
+        say(f"{type(request).__name__} comes in", by="middleware")
+
+    async def process_response(self, response: Any) -> None:
+        say(f"{response} goes out", by="middleware")
+
+
+class Announcing:
+    """A message broker is anything with this one method; here, one that tells what it hands on."""
+
+    def __init__(self, broker: MessageBroker, name: str) -> None:
+        self._broker = broker
+        self._name = name
+
+    async def send_message(self, message: Message) -> None:
+        await self._broker.send_message(message)
+        say(f"{self._name} has", by="message broker")
+        print(textwrap.indent(json.dumps(json.loads(encode(message)), indent=2), " " * 32))
+
+
+def broker_for(address: str) -> MemoryMessageBroker | Any:
+    match urlsplit(address).scheme or address:
+        case "memory":
+            return MemoryMessageBroker()
+        case "redis" | "rediss" | "unix":
+            from diator.brokers.redis import RedisMessageBroker  # noqa: PLC0415  # needs the extra `redis`
+
+            return RedisMessageBroker.from_url(address)
+        case unknown:
+            raise WiringError(f"there is no broker for {unknown!r}; use memory or redis://host:port/db")
+
+
+async def main(address: str) -> None:
+    async with broker_for(address) as broker, Container() as container:
+        container.register(MeetingAPI, lifetime="singleton")
+        mediator = Mediator(
+            requests,
+            container,
+            event_map=events,
+            message_broker=Announcing(broker, type(broker).__name__),
+            middlewares=[Narrator()],
+        )
+
+        step("A command: user 7 joins meeting 1")
+        await mediator.send(JoinMeetingCommand(meeting_id=1, user_id=7))
+
+        step("A query: where is meeting 1?")
+        answer = await mediator.send(ReadMeetingQuery(meeting_id=1))
+        say(answer.link, by="answer")  # a type checker knows that this is a str
+
+
+# -- how it is told -----------------------------------------------------------------------------------------------
+
+
+def step(title: str) -> None:
+    print(f"\n{title}")
+
+
+def say(what: str, *, by: str) -> None:
+    print(f"  {by:<29} {what}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Somebody joins a meeting.")
+    parser.add_argument("--broker", default="memory", metavar="ADDRESS", help="memory (default) or redis://host:port/db")
+    try:
+        asyncio.run(main(parser.parse_args().broker))
+    except (BrokerError, WiringError, MissingExtra) as error:
+        sys.exit(f"meetings: {error}")
