@@ -1,0 +1,40 @@
+"""The examples against real services."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import redis
+
+MEETINGS = Path(__file__).parents[2] / "examples" / "meetings.py"
+
+
+def meetings(address: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", str(MEETINGS), "--broker", address]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+
+
+def test_meetings_publishes_to_redis(redis_url):
+    """The same program, one argument changed; a plain subscriber hears its event."""
+    with redis.Redis.from_url(redis_url) as client, client.pubsub() as subscriber:
+        subscriber.psubscribe("python_diator_channel:notification_event:UserJoinedNotificationEvent")
+        assert subscriber.get_message(timeout=5)["type"] == "psubscribe"
+
+        told = meetings(redis_url)
+        heard = subscriber.get_message(timeout=5)
+
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "RedisMessageBroker has" in told.stdout
+    assert b'"user_id":7' in heard["data"]
+
+
+def test_meetings_says_that_redis_cannot_be_reached():
+    """An unreachable server is one sentence and a failure, no traceback."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        told = meetings(f"redis://127.0.0.1:{unused.getsockname()[1]}/0")
+
+    assert told.returncode == 1
+    assert told.stderr.startswith("meetings: Redis is not available")
+    assert "Traceback" not in told.stderr
