@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from types import TracebackType
 from typing import Any, TypeAlias
 from uuid import UUID
 
@@ -109,15 +108,17 @@ class SharedConnection:
         self._shareable = _has_plain_commands(client)
         self._link: _Link | None = None
         self._connecting = asyncio.Lock()
+        self._retiring: set[asyncio.Task[None]] = set()
         self._closed = False
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
-        async with self._deadline(None):
-            if self._shareable:
-                await self._connected()
-            if not self._shareable:
-                await self._client.ping()
+        try:
+            async with asyncio.timeout(self._timeout):
+                if await self._connected() is None:
+                    await self._client.ping()
+        except CLIENT_ERRORS as error:
+            raise verdict(error, None, written=False) from error
 
     async def execute(self, *command: bytes, message_id: UUID | None = None) -> Any:
         """
@@ -130,12 +131,14 @@ class SharedConnection:
             BrokerClosed: `aclose` was called before.
         """
         link = self._link
-        if link is None or not link.has_room:
-            async with self._deadline(message_id):
-                link = await self._link_with_room()
-        if link is None:
-            return await self._execute_alone(command, message_id)
-        return await link.call(_pack(command), message_id)
+        try:
+            if link is None or not link.has_room:
+                async with asyncio.timeout(self._timeout):
+                    link = await self._link_with_room()
+            reply = None if link is None else link.call(_pack(command), message_id)
+        except CLIENT_ERRORS as error:
+            raise verdict(error, message_id, written=False) from error
+        return await (self._execute_alone(command, message_id) if reply is None else reply)
 
     async def aclose(self) -> None:
         """Refuse further calls, wait for the replies that are due, and give the connection back to the client."""
@@ -144,32 +147,35 @@ class SharedConnection:
         if link is not None:
             await link.finish()
 
-    def _deadline(self, message_id: UUID | None) -> _Deadline:
-        return _Deadline(self._timeout, message_id)
-
     async def _link_with_room(self) -> _Link | None:
-        while self._shareable:
+        """Find a connection with room, or None if calls have to go alone."""
+        while True:
             link = await self._connected()
             if link is None or link.has_room:
                 return link
             await link.room()
-        if self._closed:
-            raise BrokerClosed("this broker is closed")
-        return None
 
     async def _connected(self) -> _Link | None:
         async with self._connecting:
             if self._closed:
                 raise BrokerClosed("this broker is closed")
-            if self._link is None:
+            if self._link is None and self._shareable:
                 pool = self._client.connection_pool
                 connection = await pool.get_connection()  # type: ignore[no-untyped-call]
-                if not _can_be_shared(connection):
-                    await pool.release(connection)
+                if _can_be_shared(connection):
+                    self._link = _Link(connection, self._timeout, self._max_in_flight, self._retire, self._give_back)
+                else:
                     self._shareable = False
-                    return None
-                self._link = _Link(connection, self._give_back, self._timeout, self._max_in_flight)
+                    await pool.release(connection)
             return self._link
+
+    def _retire(self, link: _Link) -> None:
+        """Use another connection from now on, and give this one back when its replies are in."""
+        if self._link is link:
+            self._link = None
+            finishing = asyncio.create_task(link.finish(), name="diator: the last replies of a connection to Redis")
+            self._retiring.add(finishing)
+            finishing.add_done_callback(self._retiring.discard)
 
     async def _give_back(self, link: _Link, connection: AbstractConnection) -> None:
         if self._link is link:
@@ -185,29 +191,6 @@ class SharedConnection:
             raise verdict(error, message_id, written=True) from error
 
 
-class _Deadline:
-    """Bounds what comes before a command is written, and says of any failure that it was not sent."""
-
-    def __init__(self, timeout: float, message_id: UUID | None) -> None:
-        self._timeout = asyncio.timeout(timeout)
-        self._message_id = message_id
-
-    async def __aenter__(self) -> None:
-        await self._timeout.__aenter__()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            await self._timeout.__aexit__(kind, error, trace)
-        except TimeoutError as late:
-            raise verdict(late, self._message_id, written=False) from error
-        if isinstance(error, BrokerError):
-            raise type(error)(str(error), message_id=self._message_id) from error
-        if isinstance(error, CLIENT_ERRORS):
-            raise verdict(error, self._message_id, written=False) from error
-
-
 class _Link:
     """A connection while it lives: what waits to be written, and who waits for which reply."""
 
@@ -216,24 +199,27 @@ class _Link:
     def __init__(
         self,
         connection: AbstractConnection,
-        give_back: Callable[[_Link, AbstractConnection], Awaitable[None]],
         timeout: float,
         max_in_flight: int,
+        retire: Callable[[_Link], None],
+        give_back: Callable[[_Link, AbstractConnection], Awaitable[None]],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._connection = connection
-        self._give_back = give_back
         self._timeout = timeout
         self._max_in_flight = max_in_flight
+        self._retire = retire
+        self._give_back = give_back
         self._unwritten: list[bytes] = []
         self._waiting: deque[_Call] = deque()
         self._bytes_in_flight = 0
         self._room: deque[asyncio.Future[None]] = deque()
+        self._idle = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
         parts: Any = connection  # private ones of redis-py, guarded by `_can_be_shared`
         self._write: Callable[[bytes], None] = parts._writer.write  # noqa: SLF001
         self._read: Callable[..., Awaitable[Any]] = parts._parser.read_response  # noqa: SLF001
-        self._overdue: BaseException | None = None
+        self._broken: Exception | None = None
         self._reader = self._loop.create_task(self._read_replies(), name="diator: replies from Redis")
 
     @property
@@ -241,7 +227,7 @@ class _Link:
         return len(self._waiting) < self._max_in_flight and self._bytes_in_flight < self._MAX_BYTES_IN_FLIGHT
 
     async def room(self) -> None:
-        """Wait until calls have been answered."""
+        """Wait until calls have been answered, or the connection is gone."""
         waiter = self._loop.create_future()
         self._room.append(waiter)
         await waiter
@@ -262,41 +248,55 @@ class _Link:
         self._bytes_in_flight += len(command)
         return reply
 
+    async def finish(self) -> None:
+        """Wait for the replies that are due, and let go of the connection."""
+        while self._waiting:
+            self._idle.clear()
+            await self._idle.wait()
+        self._reader.cancel()
+        await asyncio.wait([self._reader])
+
     def _flush(self) -> None:
         if self._unwritten:
-            self._write(b"".join(self._unwritten))
-            self._unwritten.clear()
+            try:
+                self._write(b"".join(self._unwritten))
+                self._unwritten.clear()
+            except CLIENT_ERRORS as error:
+                self._give_up(error)
 
     def _sweep(self) -> None:
         """Look at the oldest call: one timer for all of them, instead of one each."""
         self._sweeper = None
+        if self._connection.should_reconnect() or getattr(self._connection, "_re_auth_token", None):  # type: ignore[no-untyped-call]
+            self._retire(self)  # its server is about to move, or its credentials were renewed
         if not self._waiting:
             return
         deadline = self._waiting[0][1]
         if deadline <= self._loop.time():
-            self._overdue = TimeoutError(f"no reply within {self._timeout:g} s")
-            self._reader.cancel()
+            self._give_up(TimeoutError(f"no reply within {self._timeout:g} s"))
         else:
             self._sweeper = self._loop.call_at(deadline, self._sweep)
 
+    def _give_up(self, error: Exception) -> None:
+        self._broken = error
+        self._reader.cancel()
+
     async def _read_replies(self) -> None:
-        error: BaseException = ConnectionError("the connection was closed")
         try:
             while True:
-                reply = await self._read(disable_decoding=True)
-                self._settle(reply)
-        except CLIENT_ERRORS as failure:
-            error = failure
+                self._settle(await self._read(disable_decoding=True))
+        except CLIENT_ERRORS as error:
+            self._broken = error
         except asyncio.CancelledError:
-            if self._overdue is None:
+            if self._broken is None:
                 raise
-            error = self._overdue
         finally:
-            self._fail(error)
+            closed = ConnectionError("the connection was closed")
+            self._fail(closed if self._broken is None else self._broken)
             try:
                 await self._give_back(self, self._connection)
-            except CLIENT_ERRORS as failure:
-                logger.debug("giving a connection back to the Redis client failed: %r", failure)
+            except CLIENT_ERRORS as error:
+                logger.debug("giving a connection back to the Redis client failed: %r", error)
 
     def _settle(self, reply: Any) -> None:
         future, _, size, message_id = self._waiting.popleft()
@@ -307,9 +307,13 @@ class _Link:
             else:
                 future.set_result(reply)
         if self._room and self.has_room:
-            self._make_room()
+            self._wake()
+        if not self._waiting:
+            self._idle.set()
+            while self._room:  # who was woken before and then cancelled left others asleep
+                self._wake()
 
-    def _make_room(self) -> None:
+    def _wake(self) -> None:
         while self._room:
             waiter = self._room.popleft()
             if not waiter.done():
@@ -326,16 +330,9 @@ class _Link:
                 future.set_exception(verdict(error, message_id, written=position < written))
         self._waiting.clear()
         self._unwritten.clear()
-        self._bytes_in_flight = 0
+        self._idle.set()
         while self._room:
-            self._make_room()  # they find another connection, or the reason why there is none
-
-    async def finish(self) -> None:
-        """Wait for the replies that are due, and let go of the connection."""
-        while self._waiting:
-            await asyncio.wait([self._waiting[-1][0]])
-        self._reader.cancel()
-        await asyncio.wait([self._reader])
+            self._wake()  # they find another connection, or the reason why there is none
 
 
 _Call: TypeAlias = tuple["asyncio.Future[Any]", float, int, "UUID | None"]
@@ -351,7 +348,7 @@ def _has_plain_commands(client: Client) -> bool:
     """Tell whether *client* sends commands as redis-py does, over connections of a pool."""
     return (
         getattr(type(client), "execute_command", None) is redis.asyncio.Redis.execute_command
-        and getattr(client, "connection_pool", None) is not None
+        and getattr(getattr(client, "connection_pool", None), "max_connections", 0) > 1  # the last one is the program's
     )
 
 
