@@ -94,7 +94,11 @@ def _plain(handler: Prepared, emitter: EventEmitter) -> Dispatch:
     async def handle_by_class(request: Any, shared: Shared) -> Any:  # the same, without a coroutine to build and call
         shared.clear()
         built = build(shared)
-        response = await built.handle(request)
+        try:
+            response = await built.handle(request)
+        except BaseException:
+            claim(built, ())
+            raise
         if events := look(built):
             shared[OUTGOING] = await emitter.handle(claim(built, events), shared)
         return response

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any, Protocol, TypeAlias, cast, get_args, get_origin
 
-from diator._hints import Parameter, name_of, parameters_of
-from diator.container.base import Build, BuildLater, Resolver, Shared, builder
+from diator._hints import Parameter, fits, name_of, parameters_of
+from diator.container.base import Build, BuildLater, Resolver, Shared, builder, is_registered
 from diator.exceptions import BindingError, ResolutionError, SharedHandler
 
 Handler: TypeAlias = type[Any] | Callable[..., Awaitable[Any]]
@@ -50,7 +51,7 @@ def message_type_of(handler: Handler) -> type:
         BindingError: There is no such annotation, or it is no class.
     """
     parameter = _message_parameter(handler)
-    if not isinstance(parameter.hint, type):
+    if not isinstance(parameter.hint, type) or parameter.hint is Any:
         raise BindingError(
             f"{name_of(handler)} does not say which message it handles: annotate {parameter.name!r} with one class"
         )
@@ -67,7 +68,7 @@ def check_handler(message_type: type, handler: Handler) -> None:
     if not isinstance(message_type, type):
         raise BindingError(f"{message_type!r} is no class that a handler can be bound to")
     parameter = _message_parameter(handler)
-    if isinstance(parameter.hint, type) and not issubclass(message_type, parameter.hint):
+    if not fits(message_type, parameter.hint):
         raise BindingError(
             f"{name_of(handler)} handles {name_of(parameter.hint)} and cannot be bound to {name_of(message_type)}"
         )
@@ -96,9 +97,7 @@ def _parameter_of_class(handler: type) -> Parameter:
         raise BindingError(f"{name_of(handle)} is not asynchronous; write it as `async def`")
     _, *parameters = _parameters(handle)
     parameter = _first(handle, parameters)
-    if isinstance(parameter.hint, type):
-        return parameter
-    return Parameter(parameter.name, _named_by_base(handler) or parameter.hint, has_default=False, keyword_only=False)
+    return parameter if parameter.hint is not None else replace(parameter, hint=_named_by_base(handler))
 
 
 def _named_by_base(handler: type) -> type | None:
@@ -118,7 +117,7 @@ def _parameters(call: Callable[..., Any]) -> list[Parameter]:
 
 
 def _first(call: Callable[..., Any], parameters: Sequence[Parameter]) -> Parameter:
-    if not parameters or parameters[0].keyword_only:
+    if not parameters or not parameters[0].by_position:
         raise BindingError(f"{name_of(call)} takes no message")
     return parameters[0]
 
@@ -132,7 +131,10 @@ def _is_async(call: Callable[..., Any]) -> bool:
 Look: TypeAlias = Callable[[Any], Sequence[Any] | None]
 """Looks what events a handler raised, once it is done. In most cases there are none, so it is as cheap as can be."""
 Claim: TypeAlias = Callable[[Any, Sequence[Any]], list[Any]]
-"""Takes the events that were found from the handler."""
+"""
+Takes the events that were found from the handler. With none, after an error: makes sure that those which it raised
+before it failed cannot go out with the next message, should the container give out the same object again.
+"""
 
 
 class Call(Protocol):
@@ -172,7 +174,11 @@ class Prepared:
 def _calling_class(build: BuildLater[Any], look: Look, claim: Claim) -> Call:
     async def call(message: Any, shared: Shared, raised: list[Any], /) -> Any:
         handler = await build(shared)
-        response = await handler.handle(message)
+        try:
+            response = await handler.handle(message)
+        except BaseException:
+            claim(handler, ())
+            raise
         if events := look(handler):
             raised += claim(handler, events)
         return response
@@ -204,11 +210,15 @@ def _dependencies(function: Callable[..., Any], container: Resolver) -> list[tup
     for parameter in _parameters(function)[1:]:
         if parameter.hint is Events:
             dependencies.append((parameter.name, None, False))
-        elif parameter.hint is inspect.Parameter.empty:
-            if not parameter.has_default:
-                problem = f"parameter {parameter.name!r} has no type hint"
-                raise ResolutionError([name_of(function)], problem)
-        elif not parameter.has_default:
+        elif parameter.has_default and not is_registered(container, parameter.hint, unless_told=False):
+            continue
+        elif parameter.hint is None:
+            problem = f"parameter {parameter.name!r} of {name_of(function)} has no type hint"
+            raise ResolutionError([name_of(function)], problem)
+        elif not is_registered(container, parameter.hint, unless_told=True):
+            needed = name_of(parameter.hint)
+            raise ResolutionError([name_of(function), needed], f"{needed} is not registered in the container")
+        else:
             build, build_later = builder(container, parameter.hint)
             dependencies.append((parameter.name, build_later, build is None))
     return dependencies
@@ -217,7 +227,7 @@ def _dependencies(function: Callable[..., Any], container: Resolver) -> list[tup
 def _events_of(handler: Handler) -> tuple[Look, Claim]:
     declared = inspect.getattr_static(handler, "events", None)
     if declared is None:
-        return (lambda _: None), _claim_declared
+        return (lambda handler: getattr(handler, "events", None)), _claim_declared  # perhaps made by its constructor
     if declared is RaisesEvents.__dict__["events"]:
         return attrgetter("_raised"), _claim_raised
     return attrgetter("events"), _claim_declared
@@ -230,7 +240,7 @@ def _claim_raised(handler: RaisesEvents, events: Sequence[Any]) -> list[Any]:
 
 
 def _claim_declared(handler: Any, events: Sequence[Any]) -> list[Any]:
-    if getattr(handler, "_diator_claimed", False):
+    if events and getattr(handler, "_diator_claimed", False):
         raise SharedHandler(type(handler))
     try:  # noqa: SIM105  # `suppress` costs more than all the rest
         object.__setattr__(handler, "_diator_claimed", True)

@@ -17,9 +17,14 @@ class Parameter:
 
     name: str
     hint: Any
-    """The annotation, without `Annotated` and without `| None`; `inspect.Parameter.empty` if there is none."""
+    """The annotation, without `Annotated` and without `| None`; None if there is none."""
     has_default: bool
-    keyword_only: bool
+    kind: inspect._ParameterKind
+
+    @property
+    def by_position(self) -> bool:
+        """Whether it can be given by position."""
+        return self.kind is not inspect.Parameter.KEYWORD_ONLY
 
 
 def name_of(thing: Any) -> str:
@@ -42,9 +47,9 @@ def parameters_of(call: Callable[..., Any]) -> list[Parameter]:
     return [
         Parameter(
             name=parameter.name,
-            hint=_plain(hints.get(parameter.name, inspect.Parameter.empty)),
+            hint=_plain(hints.get(parameter.name)),
             has_default=parameter.default is not inspect.Parameter.empty,
-            keyword_only=parameter.kind is inspect.Parameter.KEYWORD_ONLY,
+            kind=parameter.kind,
         )
         for parameter in signature.parameters.values()
         if parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -65,6 +70,24 @@ def hints_of(call: Callable[..., Any]) -> dict[str, Any]:
             f"the annotations of {name_of(call)} name {error.name!r}, which its module does not define at run time; "
             "import it outside of `if TYPE_CHECKING`"
         ) from error
+
+
+def fits(given: type, wanted: Any) -> bool:
+    """
+    Tell whether what is annotated as *given* may stand where *wanted* is annotated.
+
+    Only what is certain is refused: a protocol, a typed dictionary or a union is a type checker's business.
+    """
+    if not isinstance(wanted, type) or Any in (given, wanted):
+        return True
+    try:
+        # int for float, and both for complex, as https://typing.python.org/en/latest/spec/special-types.html has it.
+        return issubclass(given, (wanted, *_PROMOTED.get(wanted, ())))
+    except TypeError:
+        return True
+
+
+_PROMOTED: dict[Any, tuple[type, ...]] = {float: (int,), complex: (int, float)}
 
 
 def fields_of(type_: Any) -> Sequence[str]:

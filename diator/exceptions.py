@@ -44,6 +44,14 @@ class WiringError(DiatorError, TypeError):
     """The parts of a program do not fit together, or an option cannot be kept. Raised when constructing."""
 
 
+class UnsupportedCapability(WiringError):
+    """A program asks for what a transport does not promise. The text says which option, and what can be done."""
+
+    def __init__(self, broker: str, lacks: Sequence[str], *, why: str, remedy: str) -> None:
+        super().__init__(f"{broker} does not promise {'; '.join(lacks)}, which {why} needs; {remedy}")
+        self.lacks = tuple(lacks)
+
+
 class ResolutionError(DiatorError, LookupError):
     """A container cannot build a type. The text shows the path that led to it."""
 
@@ -184,6 +192,10 @@ class MessageTooLarge(MessageRejected, ValueError):
         )
         self.size = size
         self.limit = limit
+
+
+class AlreadySettled(BrokerError, RuntimeError):
+    """A delivery was settled in one way and then in another. The first one holds."""
 
 
 class MessageUnroutable(BrokerError):

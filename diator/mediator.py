@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar, overload
 
 from diator._dispatcher import OUTGOING, Dispatcher
-from diator.brokers.base import MessageBroker
+from diator.brokers.sending import MessageBroker
 from diator.container import Container
 from diator.container.base import Resolver, Shared
 from diator.events import EventEmitter, EventMap
@@ -99,7 +99,11 @@ class Mediator:
             outgoing: Outgoing | None = shared.get(OUTGOING)
         else:
             handler = plan.build(shared)
-            response = await handler.handle(request)
+            try:
+                response = await handler.handle(request)
+            except BaseException:
+                plan.claim(handler, ())  # what it raised before it failed is not to go out with another request
+                raise
             if not (events := plan.look(handler)):
                 return response
             outgoing = await self._emitter.handle(plan.claim(handler, events), shared)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Concatenate, Generic, Protocol, get_args, get_origin
 
 from diator._handlers import Events, Handler, RaisesEvents, check_handler, message_type_of
-from diator._hints import hints_of, name_of
+from diator._hints import fits, hints_of, name_of
 from diator.exceptions import BindingError, HandlerNotFound
 
 if sys.version_info >= (3, 13):
@@ -110,7 +110,7 @@ def _check_answer(request_type: type, handler: Handler) -> None:
         given = hints_of(getattr(handler, "handle", handler)).get("return")
     except TypeError as error:
         raise BindingError(str(error)) from error
-    if isinstance(promised, type) and isinstance(given, type) and not issubclass(given, promised):
+    if isinstance(given, type) and not fits(given, promised):
         raise BindingError(
             f"{name_of(request_type)} promises {name_of(promised)}, and {name_of(handler)} answers {name_of(given)}"
         )

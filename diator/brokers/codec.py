@@ -35,6 +35,7 @@ def encode(message: Message, *, max_bytes: int = MAX_MESSAGE_BYTES, headers_in_b
 
     Raises:
         MessageTooLarge: It has more than *max_bytes* bytes.
+        EncodingError: Its type, name, key or a header is no valid Unicode.
     """
     envelope: dict[str, object] = {
         "message_type": message.message_type,
@@ -44,7 +45,10 @@ def encode(message: Message, *, max_bytes: int = MAX_MESSAGE_BYTES, headers_in_b
     }
     if headers_in_body and (message.headers or message.key is not None):
         envelope["headers"] = headers_with_key(message)
-    body = orjson.dumps(envelope)
+    try:
+        body = orjson.dumps(envelope)
+    except TypeError as error:
+        raise EncodingError(message.message_name.encode(errors="replace").decode(), str(error)) from error
     if len(body) > max_bytes:
         raise MessageTooLarge(len(body), max_bytes, message_id=message.message_id)
     return body
@@ -79,9 +83,10 @@ def decode(body: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES, headers: Mapping[
         raise DecodingError(f"the body has {len(body):,} bytes, and this broker takes {max_bytes:,}")
     try:
         envelope = _envelope_of(body)
+        payload_json = bytes(envelope.payload)
+        payload_json.decode()  # what is raw was not looked at
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DecodingError(f"the body is no message: {_without_content(error)}") from error
-    payload_json = bytes(envelope.payload)
+        raise DecodingError(f"the body is no message: {_without_content(error)}") from None
     if not payload_json.startswith(b"{"):
         raise DecodingError("the body is no message: the payload is no JSON object - at `$.payload`")
     given = {**envelope.headers, **(headers or {})}
@@ -147,7 +152,8 @@ def _refusing(event_type: type[E], read: Callable[[bytes], E]) -> Callable[[byte
         try:
             return read(payload_json)
         except (ValueError, TypeError, RecursionError) as error:
-            raise DecodingError(f"the payload is no {name_of(event_type)}: {_without_content(error)}") from error
+            # Without its cause, which has parts of the payload in its text.
+            raise DecodingError(f"the payload is no {name_of(event_type)}: {_without_content(error)}") from None
 
     return decode_payload
 
@@ -166,12 +172,18 @@ def _dump_model(model: Any) -> bytes:
     return encoded.encode()
 
 
+_SAFE = ("Expected ", "Object missing ", "JSON is malformed", "Input data was truncated", "Invalid UUID")
+"""How those texts of msgspec begin that have nothing of the input in them."""
+
+
 def _without_content(error: BaseException) -> str:
-    """Say what is wrong and where. pydantic also quotes the input, and an error's text ends up in logs."""
-    found: Callable[[], list[dict[str, Any]]] | None = getattr(error, "errors", None)
-    if found is None:
-        return str(error)
-    return "; ".join(f"{each['msg']} - at `$.{'.'.join(map(str, each['loc']))}`" for each in found())
+    """Say what is wrong and where, and nothing of the input: an error's text ends up in logs."""
+    if found := getattr(error, "errors", None):  # pydantic's: a place can be a key of a dictionary, so only the field
+        return "; ".join(f"{each['type']} - at `$.{each['loc'][0] if each['loc'] else ''}`" for each in found())
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is no UTF-8 - at byte {error.start}"
+    problem, at, place = str(error).partition(" - at ")
+    return (problem if problem.startswith(_SAFE) else "a value that is not allowed") + at + place
 
 
 # -- where it went wrong: only called once it did ---------------------------------------------------------------

@@ -39,7 +39,7 @@ class Message:
         cls,
         *,
         message_name: str,
-        payload: Mapping[str, object],
+        payload: dict[str, object],
         message_type: str = "notification_event",
         message_id: UUID | None = None,
         key: str | None = None,
@@ -57,6 +57,9 @@ class Message:
             payload_json = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise EncodingError(f"{message_name}.payload", str(error)) from error
+        parsed: object = json.loads(payload_json)
+        if parsed != payload or not isinstance(parsed, dict):
+            raise EncodingError(f"{message_name}.payload", "it is no object of plain JSON values with text as keys")
         return cls(
             message_type=message_type,
             message_name=message_name,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -12,16 +12,16 @@ from contextlib import (
 )
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias, TypeVar, cast, overload
+from typing import Any, Literal, Self, TypeAlias, TypeVar, cast, get_origin, overload
 
-from diator._hints import name_of, parameters_of
-from diator.container.base import Build, Resolver, Shared
+from diator._hints import hints_of, name_of, parameters_of
+from diator.container.base import Build, Resolver, Shared, enter
 from diator.exceptions import ResolutionError
 
 T = TypeVar("T")
 
 Lifetime: TypeAlias = Literal["transient", "scoped", "singleton"]
-Kind: TypeAlias = Literal["plain", "awaited", "resource", "async resource"]
+Kind: TypeAlias = Literal["plain", "awaited", "resource"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Container:
     def __init__(self) -> None:
         self._recipes: dict[object, _Recipe] = {}
         self._singletons: dict[object, Any] = {}
-        self._making_singletons = asyncio.Lock()
+        self._being_made: dict[type, asyncio.Event] = {}
         self._stack = AsyncExitStack()
 
     # -- registering ---------------------------------------------------------------------------------------------
@@ -82,10 +82,10 @@ class Container:
         Raises:
             ResolutionError: *type_* is registered already, a parameter has no usable hint, or a resource is transient.
         """
-        if type_ in self._recipes or type_ in self._singletons:
+        if self.is_registered(type_):
             raise ResolutionError([name_of(type_)], f"{name_of(type_)} is registered already")
         recipe = _recipe(type_, factory or type_, lifetime)
-        if lifetime == "transient" and "resource" in recipe.kind:
+        if lifetime == "transient" and recipe.kind == "resource":
             raise ResolutionError(
                 [name_of(type_)], f"{name_of(type_)} is a resource and has to be scoped or a singleton"
             )
@@ -93,9 +93,13 @@ class Container:
 
     def register_instance(self, type_: type[T], instance: T) -> None:
         """Give *instance* whenever a *type_* is needed. It stays its owner's and is never closed here."""
-        if type_ in self._recipes or type_ in self._singletons:
+        if self.is_registered(type_):
             raise ResolutionError([name_of(type_)], f"{name_of(type_)} is registered already")
         self._singletons[type_] = instance
+
+    def is_registered(self, type_: object) -> bool:
+        """Tell whether *type_* was registered, so that a handler can depend on it."""
+        return type_ in self._recipes or type_ in self._singletons
 
     # -- resolving -----------------------------------------------------------------------------------------------
 
@@ -146,8 +150,11 @@ class Container:
         return _recipe(type_, type_, "transient")
 
     def _needs(self, recipe: _Recipe) -> dict[str, type]:
-        known = self._recipes.keys() | self._singletons.keys()
-        return {name: type_ for name, type_ in recipe.needs.items() if type_ in known or name not in recipe.optional}
+        return {
+            name: type_
+            for name, type_ in recipe.needs.items()
+            if self.is_registered(type_) or name not in recipe.optional
+        }
 
     def _check(self, type_: type, path: tuple[type, ...], *, within: Lifetime = "transient") -> None:
         """Follow everything below *type_* once, so that what can never be built is refused when a program is wired."""
@@ -205,15 +212,17 @@ class Container:
         return made
 
     async def _make_singleton(self, type_: type, recipe: _Recipe, path: tuple[type, ...]) -> Any:
-        # One lock for all: a singleton below another is made while the lock is held, so only the outermost takes it.
-        outermost = not any(self._recipes[step].lifetime == "singleton" for step in path if step in self._recipes)
-        if not outermost:
-            made = self._singletons[type_] = await self._run(recipe, None, self._stack, (*path, type_))
-            return made
-        async with self._making_singletons:
-            if type_ not in self._singletons:
+        while type_ not in self._singletons:
+            if other := self._being_made.get(type_):
+                await other.wait()
+                continue
+            made = self._being_made[type_] = asyncio.Event()
+            try:
                 self._singletons[type_] = await self._run(recipe, None, self._stack, (*path, type_))
-            return self._singletons[type_]
+            finally:
+                del self._being_made[type_]
+                made.set()
+        return self._singletons[type_]
 
     async def _run(
         self, recipe: _Recipe, scope: dict[object, object] | None, stack: AsyncExitStack | None, path: tuple[type, ...]
@@ -224,9 +233,7 @@ class Container:
             case "awaited":
                 return await made
             case "resource":
-                return cast("AsyncExitStack", stack).enter_context(made)
-            case "async resource":
-                return await cast("AsyncExitStack", stack).enter_async_context(made)
+                return await enter(cast("AsyncExitStack", stack), made)
             case _:
                 return made
 
@@ -260,18 +267,23 @@ def _recipe(type_: type, factory: Callable[..., Any], lifetime: Lifetime | None)
     decorated = inner is not factory  # by contextlib, which leaves a function that gives a context manager
     call: Callable[..., Any] = factory
     kind: Kind = "plain"
+    try:
+        parameters = parameters_of(factory)
+        gives = None if factory is type_ else hints_of(factory).get("return")
+    except TypeError as error:
+        raise ResolutionError([name_of(type_)], str(error)) from error
     if inspect.isasyncgenfunction(inner):
-        call, kind = factory if decorated else asynccontextmanager(factory), "async resource"
+        call, kind = factory if decorated else asynccontextmanager(factory), "resource"
     elif inspect.isgeneratorfunction(inner):
         call, kind = factory if decorated else contextmanager(factory), "resource"
     elif inspect.iscoroutinefunction(factory):
         kind = "awaited"
-    try:
-        parameters = parameters_of(factory)
-    except TypeError as error:
-        raise ResolutionError([name_of(type_)], str(error)) from error
+    elif get_origin(gives) in (AbstractContextManager, AbstractAsyncContextManager):
+        kind = "resource"
+    if by_position := [each.name for each in parameters if each.kind is inspect.Parameter.POSITIONAL_ONLY]:
+        call = _by_position(call, by_position)
     for parameter in parameters:
-        if parameter.hint is inspect.Parameter.empty and not parameter.has_default:
+        if parameter.hint is None and not parameter.has_default:
             problem = f"parameter {parameter.name!r} of {name_of(factory)} has no type hint"
             raise ResolutionError([name_of(type_)], problem)
     return _Recipe(
@@ -279,7 +291,7 @@ def _recipe(type_: type, factory: Callable[..., Any], lifetime: Lifetime | None)
         needs={parameter.name: parameter.hint for parameter in parameters},
         optional=frozenset(parameter.name for parameter in parameters if parameter.has_default),
         kind=kind,
-        lifetime=lifetime or ("scoped" if "resource" in kind else "transient"),
+        lifetime=lifetime or ("scoped" if kind == "resource" else "transient"),
     )
 
 
@@ -310,5 +322,12 @@ def _call(call: Callable[..., T], builds: dict[str, Build[Any]]) -> Build[T]:
 
 
 def _is_first(name: str, call: Callable[..., Any]) -> bool:
-    first = parameters_of(call)[0]
-    return first.name == name and not first.keyword_only
+    first = next(iter(parameters_of(call)), None)
+    return first is not None and first.name == name and first.by_position
+
+
+def _by_position(call: Callable[..., T], names: Sequence[str]) -> Callable[..., T]:
+    def call_by_position(**given: Any) -> T:
+        return call(*[given.pop(name) for name in names if name in given], **given)
+
+    return call_by_position

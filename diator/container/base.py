@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager
+from types import TracebackType
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 T = TypeVar("T")
@@ -84,14 +85,43 @@ def _waiting(build: Build[T]) -> BuildLater[T]:
 
 
 def _scoped(container: ScopingResolver, type_: type[T]) -> BuildLater[T]:
+    key = id(container)  # it may be unhashable; this function keeps it alive
+
     async def build_in_scope(shared: Shared) -> T:
-        resolver: Resolver | None = shared.get(container)
+        resolver: Resolver | None = shared.get(key)
         if resolver is None:
-            stack: AsyncExitStack = shared[_SCOPES]
-            shared[container] = resolver = await stack.enter_async_context(container.scope(shared))
+            shared[key] = resolver = await enter(shared[_SCOPES], container.scope(shared))
         return await resolver.resolve(type_)
 
     return build_in_scope
+
+
+def is_registered(container: Resolver, type_: Any, *, unless_told: bool) -> bool:
+    """Ask *container* whether it can give a *type_*; one that has no `is_registered` cannot tell."""
+    ask: Callable[[Any], bool] | None = getattr(container, "is_registered", None)
+    return unless_told if ask is None else ask(type_)
+
+
+async def enter(stack: AsyncExitStack, context: AbstractAsyncContextManager[T] | AbstractContextManager[T]) -> T:
+    """
+    Enter *context*, to be left with *stack*. It is told of an error and cannot swallow it.
+
+    What was opened before it has to hear of the error too: a transaction must not commit because a resource inside it
+    keeps silent about what failed.
+    """
+    if isinstance(context, AbstractAsyncContextManager):
+        entered = await context.__aenter__()
+    else:
+        entered = context.__enter__()
+
+    async def leave(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(context, AbstractAsyncContextManager):
+            await context.__aexit__(kind, error, trace)
+        else:
+            context.__exit__(kind, error, trace)
+
+    stack.push_async_exit(leave)
+    return entered
 
 
 def has_scopes(shared: Shared) -> bool:

@@ -6,18 +6,25 @@ from typing import Any, TypeAlias
 
 from diator._handlers import Prepared
 from diator._hints import name_of
-from diator.brokers.base import MessageBroker, enlists
 from diator.brokers.message import Message
+from diator.brokers.sending import MessageBroker, enlists
 from diator.container import Container
 from diator.container.base import Resolver, Shared, has_scopes, scopes
 from diator.events._event import Event, check_travels_whole, message_key_of, message_name_of, travels
 from diator.events._handler import EventMap
-from diator.exceptions import BrokerNotConfigured, EventHandlersFailed, MessagesNotSent, NotAnEvent, WiringError
+from diator.exceptions import (
+    BrokerNotConfigured,
+    DiatorError,
+    EventHandlersFailed,
+    MessagesNotSent,
+    NotAnEvent,
+    WiringError,
+)
 
 Outgoing: TypeAlias = list[tuple[Any, Message]]
 """Events that travel, and what they became."""
 
-_Progress: TypeAlias = tuple[Iterator[Any], Outgoing, list[Exception]]
+_Progress: TypeAlias = tuple[Iterator[Any], Outgoing, list[Exception], list[DiatorError]]
 
 
 class EventEmitter:
@@ -60,7 +67,7 @@ class EventEmitter:
 
     # -- the two halves of `emit`, for the mediator: inside the unit of work, and after it -----------------------
 
-    async def handle(  # one loop, written out: every handler of every domain event goes through it
+    async def handle(  # noqa: C901, PLR0912  # one loop, written out: every domain event goes through it
         self, raised: list[Any], shared: Shared, progress: _Progress | None = None
     ) -> Outgoing:
         """
@@ -72,28 +79,39 @@ class EventEmitter:
         Raises:
             EventHandlersFailed: Handlers failed. All handlers of all events ran.
         """
-        remaining, outgoing, failures = progress or (iter(raised), [], [])
+        remaining, outgoing, failures, refused = progress or (iter(raised), [], [], [])
         for event in remaining:
-            plan = self._plans.get(type(event)) or self._plan(type(event))
-            if plan.message is not None:
-                outgoing.append((event, plan.message(event)))
-            elif plan.needs_scope and not has_scopes(shared):
+            try:
+                plan = self._plans.get(type(event)) or self._plan(type(event))
+                if plan.message is not None:
+                    outgoing.append((event, plan.message(event)))
+            except DiatorError as error:  # it cannot travel; the handlers of the others run all the same
+                refused.append(error)
+                continue
+            if plan.needs_scope and not has_scopes(shared):
                 async with scopes(shared):
-                    return await self.handle(raised, shared, (itertools.chain((event,), remaining), outgoing, failures))
+                    remaining = itertools.chain((event,), remaining)
+                    return await self.handle(raised, shared, (remaining, outgoing, failures, refused))
             for build, look, handler in plan.steps:
                 try:
                     if build is None:
                         await handler.call(event, shared, raised)
                     else:
                         built = build(shared)
-                        await built.handle(event)
+                        try:
+                            await built.handle(event)
+                        except BaseException:
+                            handler.claim(built, ())
+                            raise
                         if events := look(built):
                             raised += handler.claim(built, events)
                 except Exception as error:  # noqa: BLE001  # all handlers run, then all errors are raised
                     error.add_note(f"raised by {handler.name}, which handles {name_of(type(event))}")
                     failures.append(error)
         if failures:
-            raise EventHandlersFailed("handlers of domain events failed", failures)
+            raise EventHandlersFailed("handlers of domain events failed", [*failures, *refused])
+        if refused:
+            raise refused[0]
         if outgoing and enlists(self._broker):
             await self.send(outgoing)
             return []
@@ -154,7 +172,8 @@ class EventEmitter:
             handlers = self._event_map.get(event_type)
             if not handlers and not issubclass(event_type, Event):
                 raise NotAnEvent(f"{name_of(event_type)} was raised, and is neither an Event nor bound to a handler")
-            container = self._container or self._adopted or Container()
+            container = next((each for each in (self._container, self._adopted) if each is not None), None)
+            container = Container() if container is None else container
             plan = _Plan([Prepared(handler, container) for handler in handlers])
         self._plans[event_type] = plan
         return plan

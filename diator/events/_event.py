@@ -66,8 +66,17 @@ class ECSTEvent(Event):
 
 
 def travels(event_type: type) -> bool:
-    """Whether events of this type go to the message broker: whether the class says a `message_type`."""
-    return _setting(event_type, "message_type") is not None
+    """
+    Whether events of this type go to the message broker: whether the class says a `message_type`.
+
+    Raises:
+        NotAnEvent: A field of that name hides what a base says.
+    """
+    if _setting(event_type, "message_type") is not None:
+        return True
+    if any(_setting(base, "message_type") for base in event_type.__mro__[1:]):
+        raise NotAnEvent(f"{name_of(event_type)} travels, and hides it with a field message_type; name that otherwise")
+    return False
 
 
 def message_name_of(event_type: type) -> str:

@@ -1,0 +1,429 @@
+"""What messages look like on the wire: golden files to the byte, everything round, nothing leaked, nothing lost."""
+
+import json
+import math
+from dataclasses import dataclass, field, make_dataclass
+from datetime import UTC, date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from enum import Enum, IntEnum, StrEnum
+from pathlib import Path
+from typing import Any, ClassVar
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diator.brokers import Message
+from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode, payload_decoder, payload_encoder
+from diator.events import ECSTEvent, EventEmitter, NotificationEvent
+from diator.exceptions import DecodingError, EncodingError, MessageTooLarge
+from tests.unit.doubles import Recorder
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+EVENT_ID = UUID("9f62e977-73f7-462b-92cb-8ea658d3bcb5")
+NOON = datetime(2023, 3, 7, 9, 26, 2, 588855, tzinfo=UTC)
+
+# -- golden files ----------------------------------------------------------------------------------------------------
+
+
+class Color(Enum):
+    RED = "red"
+
+
+class Level(IntEnum):
+    HIGH = 3
+
+
+class Mood(StrEnum):
+    GOOD = "good"
+
+
+@dataclass(frozen=True)
+class Place:
+    room: str
+    seats: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserJoinedNotificationEvent(NotificationEvent):
+    user_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeetingMoved(ECSTEvent):
+    message_name: ClassVar[str] = "meeting.moved"
+    message_key: ClassVar[str] = "meeting_id"
+
+    meeting_id: int = 7
+    title: str = 'Jürgen\'s "stand-up" ☕ \u2028'
+    starts: datetime = datetime(2023, 3, 7, 9, 30, tzinfo=timezone(timedelta(hours=1)))
+    naive: datetime = datetime(2023, 3, 7, 9, 30)  # noqa: DTZ001  # without a zone on purpose
+    day: date = date(2023, 3, 7)
+    clock: time = time(9, 30)
+    lasts: timedelta = timedelta(minutes=15)
+    price: Decimal = Decimal("1.10")
+    cover: bytes = b"\x00\xff"
+    color: Color = Color.RED
+    level: Level = Level.HIGH
+    mood: Mood = Mood.GOOD
+    place: Place = Place("A", 12)
+    others: list[Place] = field(default_factory=lambda: [Place("B")])
+    seats: dict[int, str] = field(default_factory=lambda: {1: "Ann", 2: "Bob"})
+    tags: set[str] = field(default_factory=lambda: {"daily"})
+    pair: tuple[int, str] = (1, "one")
+    ratio: float = 0.5
+    nothing: None = None
+    big: int = 2**64
+
+
+EVENTS = [
+    UserJoinedNotificationEvent(event_id=EVENT_ID, event_timestamp=NOON, user_id=123),
+    MeetingMoved(event_id=EVENT_ID, event_timestamp=NOON),
+]
+HEADERS = Message.create(
+    message_type="audit", message_name="a", message_id=EVENT_ID, payload={"x": "é"}, key="7", headers={"trace": "0-1"}
+)
+
+
+def golden(name):
+    """The bytes of a body; the files end with a line break, bodies do not."""
+    return (GOLDEN / f"{name}.json").read_bytes().removesuffix(b"\n")
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+async def test_an_event_has_these_bytes(event):
+    broker = Recorder()
+    await EventEmitter(message_broker=broker).emit(event)
+
+    body = encode(broker.sent[0])
+
+    assert body == golden(type(event).__name__)
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+def test_these_bytes_are_that_event(event):
+    message = decode(golden(type(event).__name__))
+
+    assert message.message_id == event.event_id
+    assert payload_decoder(type(event))(message.payload_json) == event
+
+
+@pytest.mark.parametrize("in_body", [True, False], ids=["in the body", "apart"])
+def test_headers_have_these_bytes(in_body):
+    body = encode(HEADERS, headers_in_body=in_body)
+
+    assert body == golden("headers_in_body" if in_body else "headers_apart")
+
+
+def test_the_keys_are_the_seeds():
+    """What listened to the older diator understands the newer one."""
+    body = json.loads(golden("UserJoinedNotificationEvent"))
+
+    assert [*body] == ["message_type", "message_name", "message_id", "payload"]
+    assert [*body["payload"]] == ["event_id", "event_timestamp", "user_id"]
+
+
+def test_a_body_of_the_seed_is_understood():
+    """Its timestamps have no zone."""
+    message = decode(
+        b'{"message_type":"notification_event","message_name":"UserJoinedNotificationEvent",'
+        b'"message_id":"9f62e977-73f7-462b-92cb-8ea658d3bcb5","payload":'
+        b'{"event_id":"9f62e977-73f7-462b-92cb-8ea658d3bcb5",'
+        b'"event_timestamp":"2023-03-07T09:26:02.588855","user_id":123}}'
+    )
+
+    event = payload_decoder(UserJoinedNotificationEvent)(message.payload_json)
+
+    assert event == UserJoinedNotificationEvent(
+        event_id=EVENT_ID, event_timestamp=NOON.replace(tzinfo=None), user_id=123
+    )
+
+
+# -- message ↔ bytes -------------------------------------------------------------------------------------------------
+
+
+@given(
+    name=st.text(min_size=1),
+    payload=st.dictionaries(st.text(), st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists)),
+    message_id=st.uuids(),
+    key=st.none() | st.text(),
+    headers=st.dictionaries(st.text().filter(lambda name: name != "key"), st.text()),
+)
+def test_a_message_comes_back_as_it_was(name, payload, message_id, key, headers):
+    message = Message.create(message_name=name, payload=payload, message_id=message_id, key=key, headers=headers)
+
+    assert decode(encode(message, headers_in_body=True)) == message
+
+
+def test_headers_of_the_service_stand_above_those_in_the_body():
+    message = decode(encode(HEADERS, headers_in_body=True), headers={"trace": "0-2", "key": "8"})
+
+    assert (message.headers, message.key) == ({"trace": "0-2"}, "8")
+
+
+def test_keys_that_are_not_known_are_ignored():
+    body = json.loads(encode(HEADERS)) | {"version": 2}
+
+    assert decode(json.dumps(body).encode()).message_id == EVENT_ID
+
+
+def sized(size):
+    """A message whose body has *size* bytes."""
+    empty = len(encode(Message.create(message_name="a", payload={"x": ""})))
+    return Message.create(message_name="a", payload={"x": "x" * (size - empty)})
+
+
+def test_as_many_bytes_as_allowed_pass_both_ways():
+    message = sized(MAX_MESSAGE_BYTES)
+
+    assert decode(encode(message)) == message
+
+
+def test_one_byte_more_is_not_sent():
+    message = sized(MAX_MESSAGE_BYTES + 1)
+
+    with pytest.raises(MessageTooLarge) as caught:
+        encode(message)
+
+    assert (caught.value.size, caught.value.limit) == (MAX_MESSAGE_BYTES + 1, MAX_MESSAGE_BYTES)
+    assert caught.value.message_id == message.message_id
+
+
+def test_one_byte_more_is_not_read():
+    body = encode(sized(101 + 200), max_bytes=1000)
+
+    with pytest.raises(DecodingError, match="the body has 301 bytes, and this broker takes 300"):
+        decode(body, max_bytes=300)
+
+
+@pytest.mark.parametrize("part", ["message_name", "message_type", "key", "headers"])
+def test_what_is_no_unicode_in_a_message_is_an_error_of_ours(part):
+    bad = {"trace": "\ud800"} if part == "headers" else "\ud800"
+
+    with pytest.raises(EncodingError):
+        encode(Message.create(**{"message_name": "a", "payload": {}, part: bad}), headers_in_body=True)
+
+
+def body_with(**changes):
+    body = json.loads(encode(HEADERS, headers_in_body=True)) | {"payload": {"password": "hunter2"}} | changes
+    return json.dumps({key: value for key, value in body.items() if value is not ...}).encode()
+
+
+NO_MESSAGES = {
+    "empty": b"",
+    "garbage": b"\x80\x04hunter2\x00",
+    "text": b"hunter2",
+    "truncated": body_with()[:-10],
+    "more than one": body_with() + body_with(),
+    "list": b'["hunter2"]',
+    "null": b"null",
+    "number": b"1",
+    "wrong charset": body_with().decode().encode("utf-16"),
+    "Latin-1 in a name": body_with(message_name="NAME").replace(b"NAME", b"hunter2 \xe9"),
+    "Latin-1 in the payload": body_with().replace(b"hunter2", b"hunter2 \xe9"),
+    "NaN": body_with().replace(b'"hunter2"', b"NaN"),
+    "lone surrogate": body_with().replace(b"hunter2", b"hunter2 \\ud800"),
+    "deep nesting": b"[" * 100_000 + b"]" * 100_000,
+    "deep payload": body_with().replace(b'"hunter2"', b"[" * 100_000 + b"]" * 100_000),
+    "deep unknown": body_with(more="DEEP").replace(b'"DEEP"', b"[" * 100_000 + b"]" * 100_000),
+    "id missing": body_with(message_id=...),
+    "name missing": body_with(message_name=...),
+    "type missing": body_with(message_type=...),
+    "payload missing": body_with(payload=...),
+    "id no UUID": body_with(message_id="hunter2"),
+    "name no text": body_with(message_name=["hunter2"]),
+    "payload a list": body_with(payload=["hunter2"]),
+    "payload a text": body_with(payload="hunter2"),
+    "payload null": body_with(payload=None),
+    "headers no object": body_with(headers="hunter2"),
+    "header no text": body_with(headers={"password": {"hunter2": "hunter2"}}),
+}
+
+
+@pytest.mark.parametrize("body", NO_MESSAGES.values(), ids=NO_MESSAGES)
+def test_what_is_no_message_is_refused_without_being_quoted(body):
+    with pytest.raises(DecodingError) as caught:
+        decode(body)
+
+    assert "hunter2" not in str(caught.value)
+
+
+@given(st.binary())
+def test_no_bytes_raise_anything_else(body):
+    with pytest.raises(DecodingError):
+        decode(body)
+
+
+# -- event ↔ payload -------------------------------------------------------------------------------------------------
+
+whole_minutes = st.integers(-23 * 60, 23 * 60).map(lambda minutes: timezone(timedelta(minutes=minutes)))
+durations = st.timedeltas(timedelta(days=-99_999), timedelta(days=99_999))
+places = st.builds(Place, room=st.text(), seats=st.none() | st.integers())
+
+FIELDS = {
+    "UUID": (UUID, st.uuids()),
+    "aware datetime": (datetime, st.datetimes(timezones=whole_minutes)),
+    "datetime in UTC": (datetime, st.datetimes(timezones=st.just(UTC))),
+    "naive datetime": (datetime, st.datetimes()),
+    "date": (date, st.dates()),
+    "time": (time, st.times()),
+    "timedelta": (timedelta, durations),
+    "Enum": (Color, st.sampled_from(Color)),
+    "IntEnum": (Level, st.sampled_from(Level)),
+    "StrEnum": (Mood, st.sampled_from(Mood)),
+    "Decimal": (Decimal, st.decimals(allow_nan=False, allow_infinity=False)),
+    "bytes": (bytes, st.binary()),
+    "text": (str, st.text()),
+    "int": (int, st.integers()),
+    "float": (float, st.floats(allow_nan=False, allow_infinity=False)),
+    "bool": (bool, st.booleans()),
+    "dataclass": (Place, places),
+    "list": (list[Place], st.lists(places)),
+    "tuple": (tuple[int, str], st.tuples(st.integers(), st.text())),
+    "dict": (dict[str, list[Place]], st.dictionaries(st.text(), st.lists(places, max_size=2))),
+    "int keys": (dict[int, str], st.dictionaries(st.integers(), st.text())),
+    "UUID keys": (dict[UUID, str], st.dictionaries(st.uuids(), st.text())),
+    "set": (set[int], st.sets(st.integers())),
+    "frozenset": (frozenset[str], st.frozensets(st.text())),
+    "Optional": (UUID | None, st.none() | st.uuids()),
+    "Optional dataclass": (Place | None, st.none() | places),
+    "anything": (Any, st.recursive(st.none() | st.integers() | st.text(), st.lists)),
+}
+
+
+def holding(hint, name="Holder"):
+    """An event class with one field of *hint*."""
+    return make_dataclass(name, [("value", hint)], bases=(NotificationEvent,), frozen=True, kw_only=True)
+
+
+@pytest.mark.parametrize(("hint", "values"), FIELDS.values(), ids=FIELDS)
+def test_comes_back_as_it_was(hint, values):
+    event_type = holding(hint)
+    write, read = payload_encoder(event_type), payload_decoder(event_type)
+
+    @given(values)
+    def round_trip(value):
+        event = event_type(value=value)
+        back = read(write(event))
+        assert back == event
+        assert type(back.value) is type(value)
+
+    round_trip()
+
+
+def test_the_offset_of_a_zone_is_written_to_the_minute():
+    """RFC 3339 has no seconds there; Amsterdam was 19 minutes and 32 seconds ahead. The documentation says so."""
+    event_type = holding(datetime)
+    event = event_type(value=datetime(1900, 1, 1, tzinfo=timezone(timedelta(minutes=19, seconds=32))))
+
+    decoded = payload_decoder(event_type)(payload_encoder(event_type)(event))
+
+    assert decoded.value == datetime(1900, 1, 1, tzinfo=timezone(timedelta(minutes=20)))
+
+
+def deep(value, levels=50):
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@dataclass
+class Node:
+    next: Any
+
+
+def endless():
+    node = Node(None)
+    node.next = [node]
+    return node
+
+
+REFUSED = {
+    "object": (object(), "Holder.value"),
+    "class": (Place, "Holder.value"),
+    "function": (deep, "Holder.value"),
+    "complex": ([1, complex(1)], "Holder.value[1]"),
+    "NaN": (math.nan, "Holder.value"),
+    "infinity": ({"a": -math.inf}, "Holder.value['a']"),
+    "NaN deep in a list": (deep(math.nan, 3), "Holder.value[0][0][0]"),
+    "NaN in a dataclass": ([Place("A", math.nan)], "Holder.value[0].seats"),
+    "NaN beside a null": ([None, {"x": (None, math.nan)}], "Holder.value[1]['x'][1]"),
+    "object very deep": (deep(object()), "Holder.value" + "[0]" * 50),
+    "object in a dataclass": ({"a": [Place("A", object())]}, "Holder.value['a'][0].seats"),
+    "lone surrogate": (["a", "\ud800"], "Holder.value[1]"),
+    "lone surrogate as key": ({"\ud800": 1}, "Holder.value (key str)"),
+    "object as key": ({object(): 1}, "Holder.value (key object)"),
+    "cyclic": (endless(), "Holder"),
+    "too deep": (deep(1, 100_000), "Holder"),
+}
+
+
+@pytest.mark.parametrize(("value", "path"), REFUSED.values(), ids=REFUSED)
+def test_what_json_cannot_hold_is_refused_with_its_path(value, path):
+    event_type = holding(Any)
+
+    with pytest.raises(EncodingError) as caught:
+        payload_encoder(event_type)(event_type(value=value))
+
+    assert caught.value.path == path
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_text_that_says_null_is_no_number():
+    event_type = holding(str)
+
+    assert b'"null"' in payload_encoder(event_type)(event_type(value="null"))
+
+
+def test_a_type_that_cannot_be_read_back_is_refused_when_wiring():
+    with pytest.raises(EncodingError, match="Holder: cannot be read back from JSON"):
+        payload_decoder(holding(Place | Node))
+
+
+NO_PAYLOADS = {
+    "empty": (int, b""),
+    "garbage": (int, b"\x80hunter2"),
+    "list": (int, b'["hunter2"]'),
+    "missing": (int, b'{"password":"hunter2"}'),
+    "wrong type": (int, b'{"value":"hunter2"}'),
+    "wrong charset": (str, b'{"value":"hunter2 \xe9"}'),
+    "truncated": (str, b'{"value":"hunter2'),
+    "no UUID": (UUID, b'{"value":"hunter2"}'),
+    "no datetime": (datetime, b'{"value":"hunter2"}'),
+    "no timedelta": (timedelta, b'{"value":"hunter2"}'),
+    "no Decimal": (Decimal, b'{"value":"hunter2"}'),
+    "no bytes": (bytes, b'{"value":"hunter2!"}'),
+    "no member": (Color, b'{"value":"hunter2"}'),
+    "no member of int": (Level, b'{"value":4711}'),
+    "wrong key": (dict[int, str], b'{"value":{"hunter2":"hunter2"}}'),
+    "wrong value": (dict[str, int], b'{"value":{"hunter2":"hunter2"}}'),
+    "wrong in a list": (list[Place], b'{"value":[{"room":1,"seats":"hunter2"}]}'),
+    "deep nesting": (Any, b'{"value":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+}
+
+
+@pytest.mark.parametrize(("hint", "payload"), NO_PAYLOADS.values(), ids=NO_PAYLOADS)
+def test_what_does_not_fit_is_refused_without_being_quoted(hint, payload):
+    @dataclass
+    class Holder:
+        value: hint
+
+    with pytest.raises(DecodingError, match=r"the payload is no .*Holder: ") as caught:
+        payload_decoder(Holder)(payload)
+
+    assert "hunter2" not in str(caught.value)
+    assert "4711" not in str(caught.value)
+
+
+def test_the_place_is_named():
+    @dataclass
+    class Meeting:
+        places: list[Place]
+
+    with pytest.raises(DecodingError, match=r"Expected `str`, got `int` - at `\$\.places\[1\]\.room`"):
+        payload_decoder(Meeting)(b'{"places":[{"room":"A"},{"room":2}]}')
+
+
+def test_fields_that_are_not_known_are_ignored():
+    assert payload_decoder(Place)(b'{"room":"A","seats":1,"windows":2}') == Place("A", 1)

@@ -1,0 +1,102 @@
+"""The broker inside the process: a bounded queue of encoded messages."""
+
+import asyncio
+
+import pytest
+
+from diator.brokers import Message
+from diator.brokers.memory import MemoryMessageBroker
+from diator.exceptions import BrokerClosed, MessageRejected, MessageTooLarge, WiringError
+
+
+def message(number=0, **options):
+    return Message.create(message_name="counted", payload={"number": number}, **options)
+
+
+async def test_gives_back_what_was_sent():
+    broker = MemoryMessageBroker()
+    sent = message(key="7", headers={"trace": "x"})
+
+    await broker.send_message(sent)
+
+    assert await broker.receive() == sent
+
+
+async def test_keeps_the_order():
+    broker = MemoryMessageBroker()
+    for number in range(10):
+        await broker.send_message(message(number))
+
+    received = [await broker.receive() for _ in range(10)]
+
+    assert [each.payload["number"] for each in received] == [*range(10)]
+
+
+async def test_receiving_waits_for_a_message():
+    broker = MemoryMessageBroker()
+    receiving = asyncio.create_task(broker.receive())
+    await asyncio.sleep(0)
+
+    await broker.send_message(sent := message())
+
+    assert await receiving == sent
+
+
+async def test_tells_how_many_wait():
+    broker = MemoryMessageBroker()
+    await broker.send_message(message())
+    await broker.send_message(message())
+
+    await broker.receive()
+
+    assert len(broker) == 1
+
+
+async def test_one_message_more_than_it_holds_is_rejected_and_none_dropped():
+    broker = MemoryMessageBroker(capacity=2)
+    await broker.send_message(message(1))
+    await broker.send_message(message(2))
+
+    with pytest.raises(MessageRejected, match="2 messages wait already") as caught:
+        await broker.send_message(third := message(3))
+
+    assert caught.value.message_id == third.message_id
+    assert [(await broker.receive()).payload["number"] for _ in range(2)] == [1, 2]
+
+
+@pytest.mark.parametrize("capacity", [0, -1])
+async def test_it_is_always_bounded(capacity):
+    """A capacity that holds nothing is refused, when making the broker or when sending."""
+    with pytest.raises((WiringError, MessageRejected)):
+        await MemoryMessageBroker(capacity=capacity).send_message(message())
+
+
+async def test_a_message_that_is_too_large_is_rejected():
+    broker = MemoryMessageBroker(max_message_bytes=100)
+
+    with pytest.raises(MessageTooLarge) as caught:
+        await broker.send_message(sent := message())
+
+    assert (caught.value.message_id, caught.value.limit) == (sent.message_id, 100)
+    assert len(broker) == 0
+
+
+async def test_closed_it_takes_no_more_and_gives_what_waits():
+    broker = MemoryMessageBroker()
+    await broker.send_message(sent := message())
+
+    await broker.aclose()
+    await broker.aclose()
+
+    with pytest.raises(BrokerClosed) as caught:
+        await broker.send_message(refused := message())
+    assert caught.value.message_id == refused.message_id
+    assert await broker.receive() == sent
+
+
+async def test_is_closed_at_the_end_of_its_block():
+    async with MemoryMessageBroker() as broker:
+        await broker.send_message(message())
+
+    with pytest.raises(BrokerClosed):
+        await broker.send_message(message())

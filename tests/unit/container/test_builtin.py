@@ -1,0 +1,672 @@
+"""diator's own container: lifetimes, factories, resources, and errors that show the path."""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import pytest
+
+from diator.container import Container
+from diator.events import Events
+from diator.exceptions import EventHandlersFailed, ResolutionError
+from diator.mediator import Mediator
+from tests.unit.doubles import Api, Join, MeetingChanged, Noticed, Recorder, events_of, mediator_of, requests_of
+
+if TYPE_CHECKING:
+    from decimal import Decimal
+
+
+class Service:
+    def __init__(self, api: Api) -> None:
+        self.api = api
+
+
+async def send(container, handler, **options):
+    """Have *handler* called once, with *container*."""
+    return await Mediator(requests_of(handler), container, **options).send(Join())
+
+
+def handling(needed):
+    async def handle(command: Join, needed: needed) -> str:
+        return needed
+
+    return handle
+
+
+@pytest.fixture
+async def container():
+    async with Container() as container:
+        yield container
+
+
+# -- lifetimes -------------------------------------------------------------------------------------------------------
+
+
+class JoinHandler:
+    """Gets one type in two ways."""
+
+    def __init__(self, api: Api, service: Service) -> None:
+        self.apis = [api, service.api]
+
+    async def handle(self, request: Join):
+        return self.apis
+
+
+@pytest.mark.parametrize("lifetime", ["transient", "scoped", "singleton"])
+@pytest.mark.parametrize("how", ["constructor", "function", "async function"])
+async def test_lifetimes(container, lifetime, how):
+    """Transient: an object each time. Scoped: one a send. Singleton: one a container. However it is made."""
+
+    def make() -> Api:
+        return Api()
+
+    async def make_later() -> Api:
+        await asyncio.sleep(0)
+        return Api()
+
+    factory = {"constructor": [], "function": [make], "async function": [make_later]}[how]
+    container.register(Api, *factory, lifetime=lifetime)
+    container.register(Service)
+    mediator = Mediator(requests_of(JoinHandler), container)
+
+    apis = {*await mediator.send(Join()), *await mediator.send(Join())}
+
+    assert len(apis) == {"transient": 4, "scoped": 2, "singleton": 1}[lifetime]
+
+
+async def test_what_is_registered_without_a_lifetime_is_transient(container):
+    container.register(Api)
+
+    assert await container.resolve(Api) is not await container.resolve(Api)
+
+
+async def test_an_instance_is_given_as_it_is(container):
+    api = Api()
+    container.register_instance(Api, api)
+    container.register(Service)
+
+    assert (await container.resolve(Service)).api is api
+    assert await send(container, handling(Api)) is api
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_singleton_is_made_once_however_many_ask(container, waits):
+    made = []
+
+    async def make() -> Api:
+        await asyncio.sleep(0)
+        made.append(Api())
+        return made[-1]
+
+    class Made(Api):
+        def __init__(self) -> None:
+            made.append(self)
+
+    container.register(Api, make if waits else Made, lifetime="singleton")
+    container.register(Service, lifetime="singleton")
+    mediators = [Mediator(requests_of(handling(needed)), container) for needed in (Api, Service) for _ in range(20)]
+
+    answers = await asyncio.gather(*(mediator.send(Join()) for mediator in mediators))
+
+    assert len(made) == 1
+    assert len(set(answers)) == 2
+
+
+async def test_a_singleton_may_need_another(container):
+    async def make() -> Api:
+        return Api()
+
+    container.register(Api, make, lifetime="singleton")
+    container.register(Service, lifetime="singleton")
+
+    service = await container.resolve(Service)
+
+    assert service.api is await container.resolve(Api)
+
+
+async def test_a_singleton_whose_factory_failed_is_made_anew(container):
+    outcomes = iter([TimeoutError(), Api()])
+
+    async def make() -> Api:
+        if isinstance(outcome := next(outcomes), Exception):
+            raise outcome
+        return outcome
+
+    container.register(Api, make, lifetime="singleton")
+    with pytest.raises(TimeoutError):
+        await container.resolve(Api)
+
+    assert isinstance(await container.resolve(Api), Api)
+
+
+async def test_a_factory_may_ask_the_container_for_more(container):
+    """Also for a singleton while it makes one."""
+
+    async def make() -> Service:
+        return Service(await container.resolve(Api))
+
+    container.register(Api, lifetime="singleton")
+    container.register(Service, make, lifetime="singleton")
+
+    async with asyncio.timeout(1):
+        service = await container.resolve(Service)
+
+    assert service.api is await container.resolve(Api)
+
+
+# -- factories -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_factory_gets_what_it_asks_for(container):
+    async def make(api: Api, *, name: Annotated[str, "a name"], size: int | None) -> Service:
+        service = Service(api)
+        service.name, service.size = name, size
+        return service
+
+    container.register(Api)
+    container.register_instance(str, "a")
+    container.register_instance(int, 7)
+    container.register(Service, partial(make))
+
+    service = await container.resolve(Service)
+
+    assert (type(service.api), service.name, service.size) == (Api, "a", 7)
+
+
+async def test_a_factory_may_be_an_object(container):
+    class Factory:
+        def __call__(self, api: Api) -> Service:
+            return Service(api)
+
+    container.register(Api)
+    container.register(Service, Factory())
+
+    assert isinstance((await container.resolve(Service)).api, Api)
+
+
+@pytest.mark.parametrize("parameters", ["one", "several", "by position", "by name"])
+async def test_every_kind_of_constructor_is_called_as_it_wants(container, parameters):
+    class One:
+        def __init__(self, api: Api) -> None: ...
+
+    class Several:
+        def __init__(self, api: Api, text: str, *rest: int, **options: int) -> None: ...
+
+    class ByPosition:
+        def __init__(self, api: Api, text: str, /) -> None: ...
+
+    class ByName:
+        def __init__(self, *, api: Api) -> None: ...
+
+    wanted = {"one": One, "several": Several, "by position": ByPosition, "by name": ByName}[parameters]
+    container.register(Api)
+    container.register_instance(str, "a")
+    container.register(wanted)
+
+    assert isinstance(await container.resolve(wanted), wanted)
+    assert isinstance(await send(container, handling(wanted)), wanted)
+
+
+@dataclass
+class Settings:
+    api: Api
+    size: int = 10
+    name: str | None = None
+
+
+async def test_what_is_not_registered_keeps_its_default(container):
+    container.register(Api)
+    container.register(Settings)
+
+    settings = await container.resolve(Settings)
+
+    assert (settings.size, settings.name) == (10, None)
+
+
+async def test_what_is_registered_replaces_a_default(container):
+    container.register(Api)
+    container.register(Settings)
+    container.register_instance(int, 20)
+    container.register_instance(str, "a")
+
+    settings = await container.resolve(Settings)
+
+    assert (settings.size, settings.name) == (20, "a")
+
+
+async def test_a_function_handlers_default_is_kept_and_replaced_likewise(container):
+    async def join(command: Join, size: int = 10) -> str:
+        return size
+
+    assert await send(container, join) == 10
+    container.register_instance(int, 20)
+
+    assert await send(container, join) == 20
+
+
+# -- resources -------------------------------------------------------------------------------------------------------
+
+
+class Session:
+    """Something that is closed, and remembers what with."""
+
+    def __init__(self, log: list) -> None:
+        self.log = log
+
+    def close(self, error: object = None) -> None:
+        self.log.append(error)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.close(error)
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, kind, error, trace):
+        self.close(error)
+
+
+def generator(log: list) -> Iterator[Session]:
+    with Session(log) as session:
+        yield session
+
+
+async def async_generator(log: list) -> AsyncIterator[Session]:
+    with Session(log) as session:
+        yield session
+
+
+def returning(log: list) -> AbstractContextManager[Session]:
+    return Session(log)
+
+
+def async_returning(log: list) -> AbstractAsyncContextManager[Session]:
+    return Session(log)
+
+
+RESOURCES = [
+    generator,
+    async_generator,
+    contextmanager(generator),
+    asynccontextmanager(async_generator),
+    returning,
+    async_returning,
+]
+
+
+@pytest.fixture
+def log(container):
+    log = []
+    container.register_instance(list, log)
+    return log
+
+
+@pytest.fixture(params=RESOURCES, ids=["generator", "async generator", "@", "async @", "annotated", "async annotated"])
+def resource(request):
+    return request.param
+
+
+async def working(command: Join, session: Session) -> str:
+    return len(session.log)
+
+
+async def test_a_resource_is_closed_at_the_end_of_the_send(container, log, resource):
+    container.register(Session, resource)
+
+    closed_by_then = await send(container, working)
+
+    assert (closed_by_then, log) == (0, [None])
+
+
+async def test_a_resource_is_told_of_the_error_that_ended_the_send(container, log, resource):
+    async def failing(command: Join, session: Session) -> str:
+        raise TimeoutError
+
+    container.register(Session, resource)
+
+    with pytest.raises(TimeoutError) as caught:
+        await send(container, failing)
+
+    assert log == [caught.value]
+
+
+async def test_a_resource_is_told_of_a_cancelled_send(container, log, resource):
+    async def waiting(command: Join, session: Session) -> str:
+        started.set()
+        await asyncio.Event().wait()
+
+    started = asyncio.Event()
+    container.register(Session, resource)
+    sending = asyncio.create_task(send(container, waiting))
+    await started.wait()
+    sending.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+
+    assert [type(error) for error in log] == [asyncio.CancelledError]
+
+
+async def test_a_resource_that_is_a_singleton_is_closed_with_the_container(container, log, resource):
+    container.register(Session, resource, lifetime="singleton")
+    await send(container, working)
+    assert log == []
+
+    await container.aclose()
+
+    assert log == [None]
+
+
+async def test_after_closing_a_singleton_is_made_anew(container, log):
+    container.register(Session, generator, lifetime="singleton")
+    first = await container.resolve(Session)
+    await container.aclose()
+
+    assert await container.resolve(Session) is not first
+
+
+async def test_closing_twice_closes_once(container, log):
+    container.register(Session, generator, lifetime="singleton")
+    await container.resolve(Session)
+
+    await container.aclose()
+    await container.aclose()
+
+    assert log == [None]
+
+
+async def test_an_instance_that_was_handed_in_stays_open_and_known(container):
+    closed = []
+    session = Session(closed)
+    container.register_instance(Session, session)
+
+    await container.aclose()
+
+    assert await container.resolve(Session) is session
+    assert closed == []
+
+
+async def test_resources_are_closed_in_reverse_order(container):
+    steps = []
+
+    def connection() -> Iterator[Api]:
+        yield Api()
+        steps.append("connection")
+
+    async def session(api: Api) -> AsyncIterator[Service]:
+        yield Service(api)
+        steps.append("session")
+
+    container.register(Api, connection)
+    container.register(Service, session)
+
+    await send(container, handling(Service))
+
+    assert steps == ["session", "connection"]
+
+
+async def test_a_resource_that_swallows_an_error_hides_it_from_nobody(container, log):
+    """The handler failed: a transaction opened before must hear of it, and the caller too."""
+
+    def swallowing(session: Session) -> Iterator[Api]:
+        with suppress(TimeoutError):
+            yield Api()
+
+    async def failing(command: Join, api: Api) -> str:
+        raise TimeoutError
+
+    container.register(Session, generator)
+    container.register(Api, swallowing)
+
+    with pytest.raises(TimeoutError) as caught:
+        await send(container, failing)
+
+    assert log == [caught.value]
+
+
+async def test_an_error_of_closing_is_the_error_of_the_send(container):
+    """A commit that failed: nothing is sent."""
+
+    def committing() -> Iterator[Api]:
+        yield Api()
+        raise OSError("the commit failed")
+
+    async def join(command: Join, api: Api, raised: Events) -> str:
+        raised.append(MeetingChanged())
+
+    container.register(Api, committing)
+    broker = Recorder()
+
+    with pytest.raises(OSError, match="the commit failed"):
+        await send(container, join, message_broker=broker)
+
+    assert broker.sent == []
+
+
+async def test_a_send_shares_its_scope_with_the_handlers_of_its_domain_events(container, log):
+    """It is closed after them."""
+    given = []
+
+    async def join(command: Join, session: Session, raised: Events) -> str:
+        given.append(session)
+        raised.append(Noticed())
+
+    async def on_noticed(event: Noticed, session: Session) -> None:
+        assert log == []
+        given.append(session)
+
+    container.register(Session, generator)
+
+    await send(container, join, event_map=events_of(on_noticed))
+
+    assert given[0] is given[1]
+    assert log == [None]
+
+
+async def test_a_scope_that_only_event_handlers_need_is_closed_after_the_last_of_them(container, log):
+    given = []
+
+    async def join(command: Join, raised: Events) -> str:
+        raised += [Noticed(), Noticed()]
+
+    async def on_noticed(event: Noticed, session: Session) -> None:
+        assert log == []
+        given.append(session)
+
+    container.register(Session, generator)
+
+    await send(container, join, event_map=events_of(on_noticed))
+
+    assert given[0] is given[1]
+    assert log == [None]
+
+
+@pytest.mark.parametrize("scope_of_request", [False, True])
+async def test_a_scope_is_told_that_event_handlers_failed(container, log, scope_of_request):
+    async def join(command: Join, raised: Events, session: Session | None = None) -> str:
+        raised.append(Noticed())
+
+    async def join_in_scope(command: Join, raised: Events, session: Session) -> str:
+        raised.append(Noticed())
+
+    async def on_noticed(event: Noticed, session: Session) -> None:
+        raise TimeoutError
+
+    container.register(Session, generator)
+
+    with pytest.raises(EventHandlersFailed) as caught:
+        await send(container, join_in_scope if scope_of_request else join, event_map=events_of(on_noticed))
+
+    assert log == [caught.value]
+
+
+async def test_each_attempt_of_a_retry_has_a_scope_of_its_own(container, log):
+    sessions = []
+
+    async def flaky(command: Join, session: Session) -> str:
+        sessions.append(session)
+        if len(sessions) == 1:
+            raise TimeoutError
+        return "done"
+
+    async def twice(message, handle):
+        try:
+            return await handle(message)
+        except TimeoutError:
+            return await handle(message)
+
+    container.register(Session, generator)
+
+    await send(container, flaky, middlewares=[twice])
+
+    assert sessions[0] is not sessions[1]
+    assert [type(error) for error in log] == [TimeoutError, type(None)]
+
+
+# -- what cannot be built --------------------------------------------------------------------------------------------
+
+
+class Egg:
+    def __init__(self, hen: "Hen") -> None: ...
+
+
+class Hen:
+    def __init__(self, egg: Egg) -> None: ...
+
+
+class Farm:
+    def __init__(self, hen: Hen) -> None: ...
+
+
+class Abstract(ABC):
+    @abstractmethod
+    def work(self): ...
+
+
+class WithoutHint:
+    def __init__(self, api) -> None: ...
+
+
+class OnlyForCheckers:
+    def __init__(self, price: "Decimal") -> None: ...
+
+
+class NeedsService:
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+
+async def test_a_cycle_shows_its_path(container):
+    container.register(Egg)
+    container.register(Hen)
+
+    with pytest.raises(ResolutionError) as caught:
+        await container.resolve(Farm)
+
+    assert str(caught.value) == "Hen depends on itself\n  └ Farm\n    └ Hen\n      └ Egg\n        └ Hen"
+
+
+async def test_something_missing_shows_its_path(container):
+    container.register(Service)
+
+    with pytest.raises(ResolutionError) as caught:
+        await container.resolve(NeedsService)
+
+    assert caught.value.path == ("NeedsService", "Service", "Api")
+    assert str(caught.value) == (
+        "Api is not registered; register(Api, …) or register_instance it\n  └ NeedsService\n    └ Service\n      └ Api"
+    )
+
+
+@pytest.mark.parametrize(
+    ("type_", "problem"),
+    [
+        (Abstract, r"Abstract is abstract \(work\); register a factory for it"),
+        (WithoutHint, "parameter 'api' of WithoutHint has no type hint"),
+        (RuntimeError, "the parameters of RuntimeError cannot be inspected"),
+        (OnlyForCheckers, "names? 'Decimal', .* import it outside of `if TYPE_CHECKING`"),
+    ],
+)
+async def test_what_is_refused_when_registering_and_when_resolving(container, type_, problem):
+    with pytest.raises(ResolutionError, match=problem):
+        container.register(type_)
+
+    with pytest.raises(ResolutionError, match=problem):
+        await container.resolve(type_)
+
+
+async def test_an_abstract_class_is_built_by_a_factory(container):
+    class Concrete(Abstract):
+        def work(self): ...
+
+    container.register(Abstract, Concrete)
+
+    assert isinstance(await container.resolve(Abstract), Concrete)
+
+
+@pytest.mark.parametrize("again", [[], [Api()]], ids=["type", "instance"])
+@pytest.mark.parametrize("before", [[], [Api()]], ids=["type", "instance"])
+def test_a_type_is_registered_once(before, again):
+    container = Container()
+
+    def register(instance):
+        return container.register_instance(Api, *instance) if instance else container.register(Api)
+
+    register(before)
+
+    with pytest.raises(ResolutionError, match="Api is registered already"):
+        register(again)
+
+
+async def test_a_resource_cannot_be_transient(container):
+    with pytest.raises(ResolutionError, match="Session is a resource and has to be scoped or a singleton"):
+        container.register(Session, generator, lifetime="transient")
+
+
+async def test_what_is_scoped_needs_a_scope(container):
+    container.register(Api, lifetime="scoped")
+    container.register(Service)
+
+    with pytest.raises(ResolutionError, match="Api is scoped, and no scope is open") as caught:
+        await container.resolve(Service)
+
+    assert caught.value.path == ("Service", "Api")
+
+
+@pytest.mark.parametrize("between", [None, Service])
+def test_a_singleton_cannot_depend_on_what_is_scoped(between):
+    """The scope would end before it. Found when wiring, also with something transient between them."""
+    container = Container()
+    container.register(Api, lifetime="scoped")
+    if between is None:
+        container.register(Service, lifetime="singleton")
+    else:
+        container.register(Service)
+        container.register(NeedsService, lifetime="singleton")
+
+    with pytest.raises(ResolutionError, match="Api is scoped, and a singleton that outlives it depends on it"):
+        mediator_of(handling((between and NeedsService) or Service), container=container)
+
+
+async def test_a_registered_handler_is_shared_as_it_says(container):
+    class Handler:
+        async def handle(self, request: Join):
+            return self
+
+    container.register(Handler, lifetime="singleton")
+    mediator = Mediator(requests_of(Handler), container)
+
+    assert await mediator.send(Join()) is await mediator.send(Join())

@@ -1,0 +1,303 @@
+"""What `EventEmitter.emit` does with each kind of event, by itself and without a mediator."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+from uuid import uuid4
+
+import pytest
+
+from diator.container import Container
+from diator.events import DomainEvent, EventEmitter, EventHandler, Events, NotificationEvent
+from diator.exceptions import (
+    BindingError,
+    BrokerNotConfigured,
+    BrokerUnavailable,
+    EncodingError,
+    EventHandlersFailed,
+    MessagesNotSent,
+    NotAnEvent,
+)
+from tests.unit.doubles import (
+    Api,
+    BatchRecorder,
+    Greeted,
+    MeetingChanged,
+    Noticed,
+    Outbox,
+    Recorder,
+    Unencodable,
+    UserJoined,
+    events_of,
+)
+
+# -- events that travel ----------------------------------------------------------------------------------------------
+
+
+async def test_an_event_that_travels_becomes_a_message():
+    broker, event = Recorder(), UserJoined(user_id=7)
+
+    await EventEmitter(message_broker=broker).emit(event)
+
+    [message] = broker.sent
+    assert (message.message_type, message.message_name) == ("notification_event", "UserJoined")
+    assert message.message_id == event.event_id
+    assert message.payload == {
+        "event_id": str(event.event_id),
+        "event_timestamp": event.event_timestamp.isoformat().replace("+00:00", "Z"),
+        "user_id": 7,
+    }
+    assert (message.key, message.headers) == (None, {})
+
+
+async def test_an_ecst_event_says_so():
+    broker = Recorder()
+
+    await EventEmitter(message_broker=broker).emit(MeetingChanged())
+
+    assert broker.sent[0].message_type == "ecst_event"
+
+
+async def test_an_event_may_say_its_name_its_type_and_its_key():
+    @dataclass(frozen=True, kw_only=True)
+    class Renamed(NotificationEvent):
+        message_type: ClassVar[str] = "audit_event"
+        message_name: ClassVar[str] = "meeting.renamed"
+        message_key: ClassVar[str] = "meeting_id"
+        meeting_id: int
+
+    broker = Recorder()
+
+    await EventEmitter(message_broker=broker).emit(Renamed(meeting_id=7))
+
+    [message] = broker.sent
+    assert (message.message_type, message.message_name, message.key) == ("audit_event", "meeting.renamed", "7")
+    assert message.payload.keys() == {"event_id", "event_timestamp", "meeting_id"}
+
+
+async def test_a_key_that_is_none_orders_nothing():
+    @dataclass(frozen=True, kw_only=True)
+    class Moved(NotificationEvent):
+        message_key: ClassVar[str] = "room"
+        room: str | None = None
+
+    broker = Recorder()
+
+    await EventEmitter(message_broker=broker).emit(Moved())
+
+    assert broker.sent[0].key is None
+
+
+async def test_a_field_may_have_the_name_of_a_setting():
+    @dataclass(frozen=True, kw_only=True)
+    class Logged(NotificationEvent):
+        message_name: str = "a field"
+        message_key: str = "another"
+
+    broker = Recorder()
+
+    await EventEmitter(message_broker=broker).emit(Logged())
+
+    [message] = broker.sent
+    assert (message.message_name, message.key) == ("Logged", None)
+    assert message.payload["message_name"] == "a field"
+
+
+async def test_a_notification_never_turns_into_a_domain_event():
+    """Here `message_type` became a field: the class is refused, or travels; it is not dropped."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Audited(NotificationEvent):
+        message_type: str = "audit_event"
+
+    broker = Recorder()
+
+    try:
+        await EventEmitter(message_broker=broker).emit(Audited())
+    except NotAnEvent:
+        return
+
+    assert broker.names == ["Audited"]
+
+
+async def test_a_key_has_to_be_a_field():
+    @dataclass(frozen=True, kw_only=True)
+    class Moved(NotificationEvent):
+        message_key: ClassVar[str] = "room"
+
+    with pytest.raises(NotAnEvent, match=r"message_key is 'room', and there is no such field"):
+        await EventEmitter(message_broker=Recorder()).emit(Moved())
+
+
+async def test_an_event_without_a_broker_is_never_silent():
+    with pytest.raises(BrokerNotConfigured, match="UserJoined travels through a message broker, and none is"):
+        await EventEmitter().emit(UserJoined())
+
+
+async def test_what_json_cannot_hold_is_not_sent():
+    broker = Recorder()
+
+    with pytest.raises(EncodingError, match=r"Unencodable\.thing: values of object have no form in JSON"):
+        await EventEmitter(message_broker=broker).emit(Unencodable())
+
+    assert broker.sent == []
+
+
+async def test_the_brokers_verdict_comes_out_as_it_is():
+    with pytest.raises(BrokerUnavailable):
+        await EventEmitter(message_broker=Recorder(down_for={"UserJoined"})).emit(UserJoined())
+
+
+async def test_two_classes_that_were_never_bound_cannot_have_one_name():
+    @dataclass(frozen=True, kw_only=True)
+    class Other(NotificationEvent):
+        message_name: ClassVar[str] = "userjoined"
+
+    emitter = EventEmitter(message_broker=Recorder())
+    await emitter.emit(UserJoined())
+
+    with pytest.raises(BindingError, match="have one name on the wire"):
+        await emitter.emit(Other())
+
+
+@pytest.mark.parametrize("thing", [object(), "a text", {"message_type": "notification_event"}, UserJoined, None])
+async def test_what_is_no_event_is_refused(thing):
+    with pytest.raises(NotAnEvent, match="is neither an Event nor bound to a handler"):
+        await EventEmitter(message_broker=Recorder()).emit(thing)
+
+
+# -- domain events ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_domain_event_is_handled_here():
+    handled = []
+
+    async def on_noticed(event: Noticed) -> None:
+        handled.append(event)
+
+    await EventEmitter(events_of(on_noticed), message_broker=(broker := Recorder())).emit(Noticed(user_id=7))
+
+    assert (handled, broker.sent) == ([Noticed(user_id=7)], [])
+
+
+async def test_a_plain_event_is_a_domain_event():
+    class Happened(DomainEvent): ...
+
+    await EventEmitter().emit(Happened())
+
+
+async def test_handlers_are_built_by_the_emitters_container():
+    api, given = Api(), []
+
+    class OnNoticed(EventHandler[Noticed]):
+        def __init__(self, api: Api) -> None:
+            self.api = api
+
+        async def handle(self, event: Noticed) -> None:
+            given.append(self.api)
+
+    container = Container()
+    container.register_instance(Api, api)
+
+    await EventEmitter(events_of(OnNoticed), container).emit(Noticed())
+
+    assert given == [api]
+
+
+async def test_a_container_that_looks_empty_is_used_all_the_same():
+    class Registry(dict):
+        async def resolve(self, type_):
+            resolved.append(type_)
+            return type_()
+
+    class OnNoticed(EventHandler[Noticed]):
+        async def handle(self, event: Noticed) -> None: ...
+
+    resolved = []
+
+    await EventEmitter(events_of(OnNoticed), Registry()).emit(Noticed())
+
+    assert resolved == [OnNoticed]
+
+
+async def test_what_handlers_raise_goes_out_too():
+    async def on_noticed(event: Noticed, raised: Events) -> None:
+        raised += [MeetingChanged(), Greeted()]
+
+    async def on_greeted(event: Greeted, raised: Events) -> None:
+        raised.append(UserJoined())
+
+    broker = Recorder()
+
+    await EventEmitter(events_of(on_noticed, on_greeted), message_broker=broker).emit(Noticed())
+
+    assert broker.names == ["MeetingChanged", "UserJoined"]
+
+
+@dataclass
+class Chain(DomainEvent):
+    """A domain event that a handler answers with other events."""
+
+    raises: list[Any] = field(default_factory=list)
+
+
+async def on_chain(event: Chain, raised: Events) -> None:
+    raised += event.raises
+
+
+async def test_failures_of_events_that_handlers_raised_are_collected_too():
+    async def on_noticed(event: Noticed) -> None:
+        raise LookupError
+
+    emitter = EventEmitter(events_of(on_chain, on_noticed), message_broker=(broker := Recorder()))
+
+    with pytest.raises(EventHandlersFailed) as caught:
+        await emitter.emit(Chain([Noticed(), UserJoined(), Noticed()]))
+
+    assert [type(error) for error in caught.value.exceptions] == [LookupError, LookupError]
+    assert broker.sent == []
+
+
+async def test_events_of_a_failed_handler_stay():
+    handled = []
+
+    async def failing(event: Noticed, raised: Events) -> None:
+        raised.append(Greeted())
+        raise LookupError
+
+    async def on_greeted(event: Greeted) -> None:
+        handled.append(event)
+
+    with pytest.raises(EventHandlersFailed):
+        await EventEmitter(events_of(failing, on_greeted)).emit(Noticed())
+
+    assert handled == []
+
+
+# -- several messages ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Recorder, Outbox])
+async def test_the_first_message_that_is_not_confirmed_stops_the_rest(kind):
+    first, second, third = UserJoined(), MeetingChanged(), UserJoined()
+    emitter = EventEmitter(events_of(on_chain), message_broker=(broker := kind(down_for={"MeetingChanged"})))
+
+    with pytest.raises(MessagesNotSent) as caught:
+        await emitter.emit(Chain([first, second, third]))
+
+    assert caught.value.message_ids == (second.event_id, third.event_id)
+    assert isinstance(caught.value.__cause__, BrokerUnavailable)
+    assert [message.message_id for message in broker.sent] == [first.event_id]
+
+
+async def test_a_broker_that_takes_several_gets_them_at_once():
+    batches = []
+
+    class Batches(BatchRecorder):
+        async def send_messages(self, messages, /):
+            batches.append([message.message_id for message in messages])
+
+    events = [UserJoined(event_id=uuid4()) for _ in range(3)]
+
+    await EventEmitter(events_of(on_chain), message_broker=Batches()).emit(Chain(events))
+
+    assert batches == [[event.event_id for event in events]]

@@ -1,0 +1,105 @@
+"""One root, a built-in as second parent where one fits, and facts that stay."""
+
+import inspect
+from uuid import uuid4
+
+import pytest
+
+from diator import exceptions
+from diator.exceptions import (
+    BrokerError,
+    DiatorError,
+    EventHandlersFailed,
+    EventsNotSent,
+    MessageTooLarge,
+    MissingExtra,
+    ResolutionError,
+)
+from tests.unit.doubles import MeetingChanged, UserJoined
+
+ERRORS = [error for _, error in inspect.getmembers(exceptions, inspect.isclass) if issubclass(error, BaseException)]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_there_is_one_root(error):
+    assert issubclass(error, DiatorError)
+
+
+@pytest.mark.parametrize(
+    ("error", "builtin"),
+    [
+        ("BindingError", TypeError),
+        ("BrokerNotConfigured", RuntimeError),
+        ("BrokerUnavailable", ConnectionError),
+        ("DecodingError", ValueError),
+        ("EncodingError", ValueError),
+        ("EventHandlersFailed", ExceptionGroup),
+        ("HandlerNotFound", LookupError),
+        ("MessageTooLarge", exceptions.MessageRejected),
+        ("MessageTooLarge", ValueError),
+        ("MissingExtra", ImportError),
+        ("NotAnEvent", TypeError),
+        ("OutcomeUnknown", TimeoutError),
+        ("ResolutionError", LookupError),
+        ("SharedHandler", RuntimeError),
+        ("WiringError", TypeError),
+    ],
+)
+def test_has_a_builtin_parent(error, builtin):
+    assert issubclass(getattr(exceptions, error), builtin)
+
+
+@pytest.mark.parametrize(
+    "verdict", ["BrokerUnavailable", "BrokerClosed", "MessageRejected", "MessageUnroutable", "OutcomeUnknown"]
+)
+def test_a_verdict_names_its_message(verdict):
+    message_id = uuid4()
+
+    error = getattr(exceptions, verdict)("it broke", message_id=message_id)
+
+    assert isinstance(error, BrokerError)
+    assert error.message_id == message_id
+    assert str(error).startswith(f"message {message_id}: ")
+    assert str(error).endswith("it broke")
+
+
+def test_a_verdict_may_concern_no_message():
+    assert (str(BrokerError("it broke")), BrokerError("it broke").message_id) == ("it broke", None)
+
+
+def test_the_path_is_printed_as_a_tree():
+    error = ResolutionError(["Handler", "Service"], "Service is not registered")
+
+    assert str(error) == "Service is not registered\n  └ Handler\n    └ Service"
+    assert error.path == ("Handler", "Service")
+
+
+def test_a_missing_extra_says_how_to_get_it():
+    error = MissingExtra("diator.brokers.redis", "redis")
+
+    assert str(error) == "diator.brokers.redis needs an extra that is not installed: pip install 'diator[redis]'"
+    assert error.extra == "redis"
+
+
+def test_too_large_keeps_both_sizes():
+    error = MessageTooLarge(2_000_000, 1_000_000, message_id=None)
+
+    assert "2,000,000 bytes, and this broker takes 1,000,000" in str(error)
+    assert (error.size, error.limit) == (2_000_000, 1_000_000)
+
+
+def test_events_not_sent_names_each_event():
+    events = [UserJoined(), MeetingChanged()]
+
+    error = EventsNotSent("answer", events, [event.event_id for event in events])
+
+    assert str(error).endswith(f"UserJoined {events[0].event_id}, MeetingChanged {events[1].event_id}")
+    assert (error.response, error.events) == ("answer", tuple(events))
+
+
+def test_a_part_of_failed_handlers_is_of_the_same_kind():
+    error = EventHandlersFailed("failed", [KeyError(1), OSError(2)])
+
+    matching, rest = error.split(KeyError)
+
+    assert (type(matching), type(rest)) == (EventHandlersFailed, EventHandlersFailed)

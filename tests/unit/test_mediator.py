@@ -1,0 +1,732 @@
+"""What `Mediator.send` promises, also when things go wrong."""
+
+import asyncio
+import contextlib
+from functools import partial
+from typing import Any
+
+import pytest
+
+from diator.container import Container
+from diator.events import Event, EventEmitter, EventHandler, Events
+from diator.exceptions import (
+    BrokerNotConfigured,
+    BrokerUnavailable,
+    EncodingError,
+    EventHandlersFailed,
+    EventsNotSent,
+    HandlerNotFound,
+    NotAnEvent,
+    ResolutionError,
+    SharedHandler,
+    WiringError,
+)
+from diator.mediator import Mediator
+from diator.requests import RequestHandler
+from tests.unit.doubles import (
+    Api,
+    BatchRecorder,
+    Greeted,
+    Join,
+    MeetingChanged,
+    Noticed,
+    Outbox,
+    Recorder,
+    Unencodable,
+    UserJoined,
+    Witness,
+    events_of,
+    mediator_of,
+    requests_of,
+)
+
+
+class Singletons:
+    """A container that gives out one object of each type, for ever."""
+
+    def __init__(self):
+        self._made = {}
+
+    async def resolve(self, type_):
+        return self._made.setdefault(type_, type_())
+
+
+def singletons(*types):
+    """Diator's own container, which does the same."""
+    container = Container()
+    for type_ in types:
+        container.register(type_, lifetime="singleton")
+    return container
+
+
+@pytest.fixture(params=[lambda *_: Singletons(), singletons], ids=["waits", "own"])
+def sharing(request):
+    """Makes a container that gives out one object of each type."""
+    return request.param
+
+
+class Newly:
+    """A container that gives out a new object each time, and cannot say in advance how."""
+
+    async def resolve(self, type_):
+        return type_()
+
+
+async def through(message, handle):
+    """A middleware that does nothing."""
+    return await handle(message)
+
+
+#: The ways in which a handler is reached: as directly as can be, through middlewares, built by a container that waits.
+WAYS = {"bare": {}, "in a middleware": {"middlewares": [through]}, "by a container": {"container": Newly()}}
+
+
+@pytest.fixture(params=WAYS)
+def wire(request):
+    """Wires a mediator, in each of the ways in which a handler is reached."""
+    return partial(mediator_of, **WAYS[request.param])
+
+
+def function_raising(*events: Any):
+    async def join(command: Join, raised: Events) -> str:
+        raised.extend(events)
+        return f"user {command.user_id}"
+
+    return join
+
+
+def class_raising(*events: Any):
+    class JoinHandler(RequestHandler[Join, str]):
+        async def handle(self, request: Join) -> str:
+            self.events.extend(events)
+            return f"user {request.user_id}"
+
+    return JoinHandler
+
+
+@pytest.fixture(params=[function_raising, class_raising], ids=["function", "class"])
+def raising(request):
+    """Makes a handler of `Join` that raises the given events and answers."""
+    return request.param
+
+
+# -- a request is handled --------------------------------------------------------------------------------------------
+
+
+async def test_gives_the_handlers_answer(wire):
+    class JoinHandler(RequestHandler[Join, str]):
+        async def handle(self, request: Join) -> str:
+            return f"user {request.user_id}"
+
+    mediator = wire(JoinHandler)
+
+    answer = await mediator.send(Join(user_id=7))
+
+    assert answer == "user 7"
+
+
+async def test_an_unbound_request_is_refused_by_name(wire):
+    mediator = wire()
+
+    with pytest.raises(HandlerNotFound, match=r"RequestMap\.bind\(Join, …\)") as caught:
+        await mediator.send(Join())
+
+    assert caught.value.request_type is Join
+
+
+async def test_a_subclass_of_a_bound_request_is_unbound(wire, raising):
+    class JoinLoudly(Join):
+        pass
+
+    mediator = wire(raising())
+
+    with pytest.raises(HandlerNotFound, match="JoinLoudly"):
+        await mediator.send(JoinLoudly())
+
+
+async def test_finds_what_was_bound_after_it_was_made(raising):
+    requests = requests_of()
+    mediator = Mediator(requests)
+    requests.handler(raising())
+
+    assert await mediator.send(Join(user_id=7)) == "user 7"
+
+
+async def test_a_function_gets_what_it_asks_for():
+    async def join(command: Join, prefix: str, suffix: bytes = b"!") -> str:
+        return f"{prefix} {command.user_id}{suffix.decode()}"
+
+    container = Container()
+    container.register_instance(str, "user")
+
+    assert await mediator_of(join, container=container).send(Join(user_id=7)) == "user 7!"
+
+
+async def test_a_parameter_of_which_nothing_is_known_keeps_its_default():
+    async def join(command: Join, answer="joined") -> str:
+        return answer
+
+    assert await mediator_of(join).send(Join()) == "joined"
+
+
+# -- wiring ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_handler_that_can_never_be_built_is_refused_when_wiring():
+    class JoinHandler(RequestHandler[Join, str]):
+        def __init__(self, api: Api):
+            self.api = api
+
+        async def handle(self, request: Join) -> str:
+            return ""
+
+    with pytest.raises(ResolutionError, match="Api is not registered"):
+        mediator_of(JoinHandler)
+
+
+def test_an_event_handler_that_can_never_be_built_is_refused_when_wiring():
+    async def greet(event: Noticed, api: Api) -> None: ...
+
+    with pytest.raises(ResolutionError, match="Api is not registered"):
+        mediator_of(on_events=[greet])
+
+
+def test_a_parameter_without_a_hint_is_refused_when_wiring():
+    async def join(command: Join, api) -> str: ...
+
+    with pytest.raises(ResolutionError, match="parameter 'api' of .*join has no type hint"):
+        mediator_of(join)
+
+
+@pytest.mark.parametrize("option", [{"event_map": events_of()}, {"message_broker": Recorder()}])
+def test_an_emitter_has_its_map_and_its_broker_itself(option):
+    with pytest.raises(WiringError, match="belong to the EventEmitter"):
+        Mediator(requests_of(), event_emitter=EventEmitter(), **option)
+
+
+def test_mediators_of_two_containers_cannot_lend_them_to_one_emitter():
+    emitter = EventEmitter()
+    Mediator(requests_of(), Container(), emitter)
+
+    with pytest.raises(WiringError, match="share this EventEmitter"):
+        Mediator(requests_of(), Container(), emitter)
+
+
+async def test_an_emitters_own_container_builds_the_handlers_of_its_events():
+    given = []
+
+    async def on_noticed(event: Noticed, api: Api) -> None:
+        given.append(api)
+
+    containers = [Container(), Container()]
+    for container in containers:
+        container.register_instance(Api, Api())
+    emitter = EventEmitter(events_of(on_noticed), containers[0])
+    mediator = Mediator(requests_of(function_raising(Noticed())), containers[1], emitter)
+
+    await mediator.send(Join())
+
+    assert given == [await containers[0].resolve(Api)]
+
+
+def test_a_program_that_only_receives_an_event_needs_no_broker_to_send_it(raising):
+    async def on_joined(event: UserJoined) -> None: ...
+
+    mediator_of(raising(), on_events=[on_joined])
+
+
+# -- events go out ---------------------------------------------------------------------------------------------------
+
+
+async def test_events_go_out_in_the_order_in_which_they_were_raised(wire, raising):
+    broker = Recorder()
+    mediator = wire(raising(UserJoined(), MeetingChanged(), UserJoined()), message_broker=broker)
+
+    await mediator.send(Join())
+
+    assert broker.names == ["UserJoined", "MeetingChanged", "UserJoined"]
+
+
+async def test_events_go_out_after_the_middlewares_have_finished(raising):
+    broker = Recorder()
+    witness = Witness(broker)
+    mediator = mediator_of(raising(UserJoined()), message_broker=broker, middlewares=[witness])
+
+    await mediator.send(Join())
+
+    assert (witness.sent_by_then, broker.names) == ([], ["UserJoined"])
+
+
+async def test_an_enlisting_broker_is_called_inside_the_middlewares(raising):
+    broker = Outbox()
+    witness = Witness(broker)
+    mediator = mediator_of(raising(UserJoined()), message_broker=broker, middlewares=[witness])
+
+    await mediator.send(Join())
+
+    assert (witness.sent_by_then, broker.names) == (["UserJoined"], ["UserJoined"])
+
+
+async def test_what_an_enlisting_broker_refuses_ends_the_unit_of_work(raising):
+    broker = Outbox(down_for={"UserJoined"})
+    witness = Witness(broker)
+    mediator = mediator_of(raising(UserJoined()), message_broker=broker, middlewares=[witness])
+
+    with pytest.raises(BrokerUnavailable) as caught:
+        await mediator.send(Join())
+
+    assert witness.outcome is caught.value
+
+
+class BySelfEvents(RequestHandler[Join, str]):
+    async def handle(self, request: Join) -> str:
+        self.events.append(UserJoined())
+        return ""
+
+
+class ByProperty(RequestHandler[Join, str]):
+    """As in the seed."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+
+    @property
+    def events(self) -> list[Event]:
+        return self._events
+
+    async def handle(self, request: Join) -> str:
+        self._events.append(UserJoined())
+        return ""
+
+
+class WithoutBase:
+    """Has all that a handler has to have, and a list of events."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    async def handle(self, request: Join) -> str:
+        self.events.append(UserJoined())
+        return ""
+
+
+class WithSlots:
+    __slots__ = ("events",)
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    async def handle(self, request: Join) -> str:
+        self.events.append(UserJoined())
+        return ""
+
+
+EVERY_KIND = [BySelfEvents, ByProperty, WithoutBase, WithSlots, function_raising(UserJoined())]
+
+
+@pytest.mark.parametrize("handler", EVERY_KIND, ids=lambda handler: handler.__name__)
+async def test_every_kind_of_handler_may_raise_events(wire, handler):
+    broker = Recorder()
+
+    await wire(handler, message_broker=broker).send(Join())
+
+    assert broker.names == ["UserJoined"]
+
+
+async def test_a_change_after_the_unit_of_work_does_not_reach_the_message(raising):
+    tags: Any = ["first"]
+    broker = Recorder()
+
+    async def change_afterwards(message, handle):
+        response = await handle(message)
+        tags.append("second")
+        return response
+
+    mediator = mediator_of(raising(MeetingChanged(title=tags)), message_broker=broker, middlewares=[change_afterwards])
+
+    await mediator.send(Join())
+
+    assert broker.sent[0].payload["title"] == ["first"]
+
+
+async def test_a_thousand_sends_at_once_keep_their_events_apart(wire):
+    broker = Recorder()
+
+    class JoinHandler(RequestHandler[Join, int]):
+        async def handle(self, request: Join):
+            self.events.append(UserJoined(user_id=request.user_id))
+            await asyncio.sleep(0)
+            self.events.append(Noticed(user_id=request.user_id))
+            return request.user_id
+
+    class NoticedHandler(EventHandler[Noticed]):
+        async def handle(self, event: Noticed):
+            await asyncio.sleep(0)
+            self.events.append(UserJoined(user_id=-event.user_id))
+
+    mediator = wire(JoinHandler, on_events=[NoticedHandler], message_broker=broker)
+
+    answers = await asyncio.gather(*(mediator.send(Join(user_id=user)) for user in range(1, 1001)))
+
+    assert answers == [*range(1, 1001)]
+    assert sorted(message.payload["user_id"] for message in broker.sent) == [*range(-1000, 0), *range(1, 1001)]
+
+
+# -- domain events ---------------------------------------------------------------------------------------------------
+
+
+async def test_domain_events_are_handled_inside_the_middlewares(raising):
+    handled = []
+
+    async def on_noticed(event: Noticed) -> None:
+        handled.append(event)
+
+    async def look(message, handle):
+        response = await handle(message)
+        handled.append("middleware ends")
+        return response
+
+    await mediator_of(raising(Noticed()), on_events=[on_noticed], middlewares=[look]).send(Join())
+
+    assert handled == [Noticed(), "middleware ends"]
+
+
+async def test_events_of_event_handlers_go_out_after_those_of_the_request(wire, raising):
+    broker = Recorder()
+
+    async def on_noticed(event: Noticed, raised: Events) -> None:
+        raised += [Greeted(), MeetingChanged(title="by noticed")]
+
+    class OnGreeted(EventHandler[Greeted]):
+        async def handle(self, event: Greeted) -> None:
+            self.events.append(MeetingChanged(title="by greeted"))
+
+    mediator = wire(
+        raising(Noticed(), MeetingChanged(title="by join")), on_events=[on_noticed, OnGreeted], message_broker=broker
+    )
+
+    await mediator.send(Join())
+
+    assert [message.payload["title"] for message in broker.sent] == ["by join", "by noticed", "by greeted"]
+
+
+async def test_domain_events_are_handled_one_after_another(wire, raising):
+    steps = []
+
+    async def first(event: Noticed) -> None:
+        steps.append(f"first begins {event.user_id}")
+        await asyncio.sleep(0)
+        steps.append(f"first ends {event.user_id}")
+
+    async def second(event: Noticed) -> None:
+        steps.append(f"second {event.user_id}")
+
+    await wire(raising(Noticed(user_id=1), Noticed(user_id=2)), on_events=[first, second]).send(Join())
+
+    assert steps == [
+        *("first begins 1", "first ends 1", "second 1"),
+        *("first begins 2", "first ends 2", "second 2"),
+    ]
+
+
+async def test_nothing_outlives_a_send(wire, raising):
+    async def on_noticed(event: Noticed) -> None:
+        await asyncio.sleep(0.01)
+
+    mediator = wire(raising(Noticed(), UserJoined()), on_events=[on_noticed], message_broker=Recorder())
+    before = asyncio.all_tasks()
+
+    await mediator.send(Join())
+
+    assert asyncio.all_tasks() == before
+
+
+async def test_a_domain_event_that_nobody_handles_is_no_error(wire, raising):
+    assert await wire(raising(Noticed())).send(Join()) == "user 1"
+
+
+async def test_any_class_is_a_domain_event_once_it_is_bound(wire, raising):
+    handled = []
+
+    async def on_text(event: str) -> None:
+        handled.append(event)
+
+    await wire(raising("a text"), on_events=[on_text]).send(Join())
+
+    assert handled == ["a text"]
+
+
+# -- what goes wrong before anything is sent -------------------------------------------------------------------------
+
+
+async def test_a_handlers_error_comes_out_as_it_is_and_its_events_stay(wire):
+    broker, boom = Recorder(), RuntimeError("boom")
+
+    class JoinHandler(RequestHandler[Join, str]):
+        async def handle(self, request: Join) -> str:
+            self.events.append(UserJoined())
+            raise boom
+
+    with pytest.raises(RuntimeError) as caught:
+        await wire(JoinHandler, message_broker=broker).send(Join())
+
+    assert caught.value is boom
+    assert broker.sent == []
+
+
+async def test_a_failing_event_handler_stops_no_other_and_nothing_is_sent(wire, raising):
+    broker, handled = Recorder(), []
+
+    class Failing(EventHandler[Noticed]):
+        async def handle(self, event: Noticed) -> None:
+            raise LookupError("no such user")
+
+    async def failing_too(event: Noticed) -> None:
+        raise OSError("no mail")
+
+    async def after(event: Noticed) -> None:
+        handled.append(event)
+
+    async def on_greeted(event: Greeted) -> None:
+        handled.append(event)
+
+    mediator = wire(
+        raising(UserJoined(), Noticed(), Greeted()),
+        on_events=[Failing, failing_too, after, on_greeted],
+        message_broker=broker,
+    )
+
+    with pytest.raises(EventHandlersFailed) as caught:
+        await mediator.send(Join())
+
+    assert [type(error) for error in caught.value.exceptions] == [LookupError, OSError]
+    assert [error.__notes__ for error in caught.value.exceptions] == [
+        [f"raised by {Failing.__qualname__}, which handles Noticed"],
+        [f"raised by {failing_too.__qualname__}, which handles Noticed"],
+    ]
+    assert (handled, broker.sent) == ([Noticed(), Greeted()], [])
+
+
+@pytest.mark.parametrize("broker", [Recorder(), Outbox()], ids=["sent afterwards", "enlisting"])
+async def test_what_json_cannot_hold_ends_the_unit_of_work(raising, broker):
+    witness = Witness()
+    mediator = mediator_of(raising(UserJoined(), Unencodable()), message_broker=broker, middlewares=[witness])
+
+    with pytest.raises(EncodingError) as caught:
+        await mediator.send(Join())
+
+    assert caught.value.path == "Unencodable.thing"
+    assert witness.outcome is caught.value
+    assert broker.sent == []
+
+
+async def test_an_event_that_travels_without_a_broker_ends_the_unit_of_work(raising):
+    witness = Witness()
+    mediator = mediator_of(raising(UserJoined()), middlewares=[witness])
+
+    with pytest.raises(BrokerNotConfigured, match="UserJoined") as caught:
+        await mediator.send(Join())
+
+    assert caught.value.event_type is UserJoined
+    assert witness.outcome is caught.value
+
+
+async def test_what_is_no_event_ends_the_unit_of_work(wire, raising):
+    broker = Recorder()
+
+    with pytest.raises(NotAnEvent, match="str was raised"):
+        await wire(raising(UserJoined(), "a text"), message_broker=broker).send(Join())
+
+    assert broker.sent == []
+
+
+async def test_a_cancelled_handler_sends_nothing(wire):
+    broker, started = Recorder(), asyncio.Event()
+
+    class JoinHandler(RequestHandler[Join, str]):
+        async def handle(self, request: Join) -> str:
+            self.events.append(UserJoined())
+            started.set()
+            await asyncio.Event().wait()
+            return ""
+
+    sending = asyncio.create_task(wire(JoinHandler, message_broker=broker).send(Join()))
+    await started.wait()
+    sending.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+
+    assert broker.sent == []
+
+
+async def test_a_cancelled_event_handler_sends_nothing_and_is_no_failure(wire, raising):
+    broker, started = Recorder(), asyncio.Event()
+
+    async def on_noticed(event: Noticed) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    mediator = wire(raising(UserJoined(), Noticed()), on_events=[on_noticed], message_broker=broker)
+    sending = asyncio.create_task(mediator.send(Join()))
+    await started.wait()
+    sending.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+
+    assert broker.sent == []
+
+
+# -- handlers that are shared between messages -----------------------------------------------------------------------
+
+
+async def test_a_shared_handler_that_keeps_its_events_is_refused(sharing):
+    """Else the events of the first message would go out again with the second."""
+    broker = Recorder()
+    mediator = mediator_of(ByProperty, container=sharing(ByProperty), message_broker=broker)
+    await mediator.send(Join())
+
+    with pytest.raises(SharedHandler, match="ByProperty") as caught:
+        await mediator.send(Join())
+
+    assert caught.value.handler_type is ByProperty
+    assert len(broker.sent) == 1
+
+
+async def test_a_shared_event_handler_that_keeps_its_events_is_refused(sharing, raising):
+    class OnNoticed:
+        def __init__(self):
+            self._events = []
+
+        @property
+        def events(self):
+            return self._events
+
+        async def handle(self, event: Noticed):
+            self._events.append(UserJoined())
+
+    mediator = mediator_of(
+        raising(Noticed(), Noticed()), on_events=[OnNoticed], container=sharing(OnNoticed), message_broker=Recorder()
+    )
+
+    with pytest.raises(EventHandlersFailed) as caught:
+        await mediator.send(Join())
+
+    assert isinstance(caught.value.exceptions[0], SharedHandler)
+
+
+async def test_a_shared_handler_that_raises_no_events_is_welcome(sharing):
+    class Quiet(ByProperty):
+        async def handle(self, request: Join) -> str:
+            return ""
+
+    mediator = mediator_of(Quiet, container=sharing(Quiet))
+
+    assert [await mediator.send(Join()) for _ in range(3)] == ["", "", ""]
+
+
+async def test_a_shared_handler_with_the_base_classs_list_forgets_its_events(sharing):
+    broker = Recorder()
+    mediator = mediator_of(BySelfEvents, container=sharing(BySelfEvents), message_broker=broker)
+
+    for _ in range(3):
+        await mediator.send(Join())
+
+    assert len({message.message_id for message in broker.sent}) == len(broker.sent) == 3
+
+
+@pytest.mark.parametrize("base", [BySelfEvents, ByProperty])
+async def test_a_shared_handler_that_failed_does_not_send_its_events_later(sharing, base):
+    """An event of a request that failed never goes out: the next request sends its own, or is refused."""
+    broker = Recorder()
+
+    class FailsAtFirst(base):
+        failed = False
+
+        async def handle(self, request: Join) -> str:
+            answer = await super().handle(request)
+            if not self.failed:
+                self.failed = True
+                raise TimeoutError
+            return answer
+
+    mediator = mediator_of(FailsAtFirst, container=sharing(FailsAtFirst), message_broker=broker)
+    with pytest.raises(TimeoutError):
+        await mediator.send(Join())
+
+    with contextlib.suppress(SharedHandler):
+        await mediator.send(Join())
+
+    assert len(broker.sent) <= 1
+
+
+# -- what goes wrong while sending -----------------------------------------------------------------------------------
+
+
+async def test_an_event_that_is_not_sent_costs_no_answer(wire, raising):
+    """EventsNotSent carries the response, the unsent events, and the verdict."""
+    joined = UserJoined()
+    mediator = wire(raising(joined), message_broker=Recorder(down_for={"UserJoined"}))
+
+    with pytest.raises(EventsNotSent, match=f"UserJoined {joined.event_id}") as caught:
+        await mediator.send(Join())
+
+    assert caught.value.response == "user 1"
+    assert caught.value.events == (joined,)
+    assert isinstance(caught.value.__cause__, BrokerUnavailable)
+    assert caught.value.__cause__.message_id == joined.event_id
+
+
+async def test_the_first_message_that_is_not_confirmed_stops_the_rest(wire, raising):
+    first, second, third = UserJoined(), MeetingChanged(), UserJoined()
+    broker = Recorder(down_for={"MeetingChanged"})
+
+    with pytest.raises(EventsNotSent) as caught:
+        await wire(raising(first, second, third), message_broker=broker).send(Join())
+
+    assert caught.value.events == (second, third)
+    assert isinstance(caught.value.__cause__, BrokerUnavailable)
+    assert [message.message_id for message in broker.sent] == [first.event_id]
+
+
+async def test_of_a_batch_those_that_were_not_confirmed_are_named(wire, raising):
+    first, second, third = UserJoined(), MeetingChanged(), UserJoined()
+    broker = BatchRecorder(down_for={"MeetingChanged"})
+
+    with pytest.raises(EventsNotSent) as caught:
+        await wire(raising(first, second, third), message_broker=broker).send(Join())
+
+    assert caught.value.events == (second,)
+    assert isinstance(caught.value.__cause__, BrokerUnavailable)
+
+
+async def test_an_error_that_is_no_verdict_leaves_all_events_unsent(wire, raising):
+    class Broken:
+        async def send_message(self, message):
+            raise KeyError(message.message_name)
+
+    joined = UserJoined()
+
+    with pytest.raises(EventsNotSent) as caught:
+        await wire(raising(joined), message_broker=Broken()).send(Join())
+
+    assert caught.value.events == (joined,)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+async def test_a_send_cancelled_while_sending_logs_what_may_be_missing(wire, raising, caplog):
+    class Slow:
+        async def send_message(self, message):
+            started.set()
+            await asyncio.Event().wait()
+
+    joined, started = UserJoined(), asyncio.Event()
+    sending = asyncio.create_task(wire(raising(joined), message_broker=Slow()).send(Join()))
+    await started.wait()
+    sending.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+
+    assert str(joined.event_id) in caplog.text

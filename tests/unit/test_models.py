@@ -1,0 +1,335 @@
+"""Requests, answers and events written as a dataclass, with attrs, pydantic or msgspec."""
+
+import dataclasses
+import datetime as dt
+from typing import ClassVar
+from uuid import UUID, uuid4
+
+import attrs
+import msgspec
+import pydantic
+import pytest
+
+from diator.brokers.codec import payload_decoder
+from diator.brokers.memory import MemoryMessageBroker
+from diator.events import DomainEvent, ECSTEvent, Event, EventEmitter, NotificationEvent
+from diator.exceptions import DecodingError, EncodingError, NotAnEvent
+from diator.requests import Request
+from diator.response import Response
+from tests.unit.doubles import Recorder, events_of, mediator_of
+
+
+def now():
+    return dt.datetime.now(dt.UTC)
+
+
+def as_plain(base):
+    class Plain(base):
+        def __init__(self, user_id):
+            self.user_id = user_id
+
+    return Plain
+
+
+def as_dataclass(base):
+    @dataclasses.dataclass
+    class Dataclass(base):
+        user_id: int
+
+    return Dataclass
+
+
+def as_slots(base):
+    @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+    class Slots(base):
+        user_id: int
+
+    return Slots
+
+
+def as_attrs(base):
+    @attrs.frozen
+    class Attrs(base):
+        user_id: int
+
+    return Attrs
+
+
+def as_pydantic(base):
+    class Pydantic(pydantic.BaseModel, base):
+        user_id: int
+
+    return Pydantic
+
+
+def as_pydantic_dataclass(base):
+    @pydantic.dataclasses.dataclass(frozen=True)
+    class PydanticDataclass(base):
+        user_id: int
+
+    return PydanticDataclass
+
+
+def as_struct(base):
+    class Struct(msgspec.Struct, base):
+        user_id: int
+
+    return Struct
+
+
+@pytest.fixture(
+    params=[as_plain, as_dataclass, as_slots, as_attrs, as_pydantic, as_pydantic_dataclass, as_struct],
+    ids=lambda make: make.__name__,
+)
+def model(request):
+    return request.param
+
+
+async def test_a_request_and_its_answer(model):
+    question, answer = model(Request), model(Response)
+
+    async def read(query: question) -> answer:
+        return answer(user_id=query.user_id)
+
+    response = await mediator_of(read).send(question(user_id=7))
+
+    assert isinstance(response, Response)
+    assert response.user_id == 7
+
+
+@pytest.mark.parametrize("base", [Event, DomainEvent])
+async def test_a_domain_event(model, base):
+    event_type, handled = model(base), []
+
+    async def on_happened(event: event_type) -> None:
+        handled.append(event.user_id)
+
+    await EventEmitter(events_of(on_happened)).emit(event_type(user_id=7))
+
+    assert handled == [7]
+
+
+# -- events that travel ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataclassJoined(NotificationEvent):
+    user_id: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataclassChanged(ECSTEvent):
+    user_id: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SlotsJoined(NotificationEvent):
+    user_id: int
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
+class PydanticDataclassJoined(NotificationEvent):
+    user_id: int
+
+
+@attrs.frozen(kw_only=True)
+class AttrsJoined(Event):
+    message_type: ClassVar[str] = "notification_event"
+    event_id: UUID = attrs.field(factory=uuid4)
+    event_timestamp: dt.datetime = attrs.field(factory=now)
+    user_id: int
+
+
+class PydanticJoined(pydantic.BaseModel, Event):
+    message_type: ClassVar[str] = "notification_event"
+    event_id: UUID = pydantic.Field(default_factory=uuid4)
+    event_timestamp: dt.datetime = pydantic.Field(default_factory=now)
+    user_id: int
+
+
+class StructJoined(msgspec.Struct, Event, kw_only=True, frozen=True):
+    message_type: ClassVar[str] = "notification_event"
+    event_id: UUID = msgspec.field(default_factory=uuid4)
+    event_timestamp: dt.datetime = msgspec.field(default_factory=now)
+    user_id: int
+
+
+@dataclasses.dataclass(kw_only=True)
+class OfNobody:
+    """An event that derives from nothing of diator."""
+
+    message_type: ClassVar[str] = "notification_event"
+    event_id: UUID = dataclasses.field(default_factory=uuid4)
+    event_timestamp: dt.datetime = dataclasses.field(default_factory=now)
+    user_id: int
+
+
+TRAVELLERS = [
+    DataclassJoined,
+    DataclassChanged,
+    SlotsJoined,
+    PydanticDataclassJoined,
+    AttrsJoined,
+    PydanticJoined,
+    StructJoined,
+    OfNobody,
+]
+
+
+@pytest.mark.parametrize("event_type", TRAVELLERS)
+async def test_an_event_travels_whole(event_type):
+    broker, event = MemoryMessageBroker(), event_type(user_id=7)
+
+    await EventEmitter(message_broker=broker).emit(event)
+
+    message = await broker.receive()
+    assert (message.message_name, message.message_id) == (event_type.__name__, event.event_id)
+    assert [*message.payload] == ["event_id", "event_timestamp", "user_id"]
+    assert payload_decoder(event_type)(message.payload_json) == event
+
+
+@pytest.mark.parametrize("event_type", TRAVELLERS)
+def test_what_does_not_fit_is_refused_without_being_quoted(event_type):
+    payload = b'{"event_id":"hunter2","event_timestamp":"hunter2","user_id":"hunter2"}'
+
+    with pytest.raises(DecodingError, match=f"the payload is no {event_type.__name__}: ") as caught:
+        payload_decoder(event_type)(payload)
+
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_models_place_is_named_without_keys_of_the_payload():
+    class Seated(pydantic.BaseModel):
+        seats: dict[str, int]
+
+    with pytest.raises(DecodingError, match=r"at `\$\.seats") as caught:
+        payload_decoder(Seated)(b'{"seats":{"hunter2":"x"}}')
+
+    assert "hunter2" not in str(caught.value)
+
+
+def test_what_a_models_own_check_says_is_not_quoted():
+    """It may well say what it was given."""
+
+    class Checked(pydantic.BaseModel):
+        name: str
+
+        @pydantic.field_validator("name")
+        @classmethod
+        def check(cls, name):
+            raise ValueError(f"no such user: {name}")
+
+    @dataclasses.dataclass
+    class CheckedDataclass:
+        name: str
+
+        def __post_init__(self):
+            raise ValueError(f"no such user: {self.name}")
+
+    for model in (Checked, CheckedDataclass):
+        with pytest.raises(DecodingError) as caught:
+            payload_decoder(model)(b'{"name":"hunter2"}')
+
+        assert "hunter2" not in str(caught.value)
+
+
+class Anything(pydantic.BaseModel, Event):
+    message_type: ClassVar[str] = "notification_event"
+    event_id: UUID = pydantic.Field(default_factory=uuid4)
+    event_timestamp: dt.datetime = pydantic.Field(default_factory=now)
+    value: object
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        (object(), "Anything.value"),
+        ([1, float("nan")], "Anything.value[1]"),
+        ({"a": "\ud800"}, "Anything.value['a']"),
+    ],
+    ids=["object", "NaN", "lone surrogate"],
+)
+async def test_what_json_cannot_hold_is_refused_in_a_model_too(value, path):
+    with pytest.raises(EncodingError) as caught:
+        await EventEmitter(message_broker=Recorder()).emit(Anything(value=value))
+
+    assert caught.value.path == path
+
+
+async def test_a_model_inside_of_a_dataclass_travels():
+    class Place(pydantic.BaseModel):
+        room: str
+        price: float | None = None
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Moved(NotificationEvent):
+        place: Place
+
+    broker = Recorder()
+    emitter = EventEmitter(message_broker=broker)
+
+    await emitter.emit(Moved(place=Place(room="A")))
+
+    assert broker.sent[0].payload["place"] == {"room": "A", "price": None}
+    with pytest.raises(EncodingError, match=r"Moved\.place\.price: JSON has no number for NaN"):
+        await emitter.emit(Moved(place=Place(room="A", price=float("nan"))))
+
+
+# -- what would lose a part of it on the way -------------------------------------------------------------------------
+
+
+@attrs.frozen
+class AttrsOfDataclass(NotificationEvent):
+    user_id: int
+
+
+class Undecorated(NotificationEvent):
+    user_id: int = 7
+
+
+class WithoutId(msgspec.Struct, Event):
+    message_type: ClassVar[str] = "notification_event"
+    user_id: int
+
+
+class NoModel(Event):
+    message_type = "notification_event"
+
+    def __init__(self, user_id):
+        self.event_id, self.event_timestamp, self.user_id = uuid4(), now(), user_id
+
+
+@pytest.mark.parametrize(
+    ("event", "problem"),
+    [
+        (AttrsOfDataclass(7), "AttrsOfDataclass is an attrs class that derives from a dataclass"),
+        (Undecorated(), "Undecorated declares user_id and is no dataclass; decorate it as one"),
+        (WithoutId(7), "WithoutId travels and has no field event_id and no field event_timestamp"),
+        (NoModel(7), "NoModel travels and has no field event_id and no field event_timestamp"),
+    ],
+    ids=["attrs of a dataclass", "not decorated", "without an id", "no model"],
+)
+async def test_is_refused(event, problem):
+    broker = Recorder()
+
+    with pytest.raises(NotAnEvent, match=problem):
+        await EventEmitter(message_broker=broker).emit(event)
+
+    assert broker.sent == []
+
+
+@pytest.mark.parametrize("base", [msgspec.Struct, pydantic.BaseModel])
+def test_python_refuses_a_model_of_a_dataclass(base):
+    """Before diator can: either the class or its first object is an error, never an event without its fields."""
+    with pytest.raises((TypeError, ValueError)):
+        type("Joined", (NotificationEvent, base), {"__annotations__": {"user_id": int}})(user_id=7)
+
+
+async def test_a_subclass_without_fields_of_its_own_needs_no_decoration():
+    class Rejoined(DataclassJoined): ...
+
+    broker = Recorder()
+
+    await EventEmitter(message_broker=broker).emit(Rejoined(user_id=7))
+
+    assert broker.names == ["Rejoined"]

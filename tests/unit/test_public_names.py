@@ -1,0 +1,106 @@
+"""What can be imported, from where, and what happens if an extra is missing."""
+
+import importlib
+import importlib.util
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import diator
+
+ROOT = Path(diator.__file__).parent
+PUBLIC = sorted(
+    ".".join(["diator", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
+    for path in ROOT.rglob("*.py")
+    if not any(part.startswith("_") and part != "__init__.py" for part in path.relative_to(ROOT).parts)
+)
+CLIENTS = {"redis": "redis", "rabbitmq": "aio_pika", "kafka": "aiokafka", "rodi": "rodi", "dishka": "dishka"}
+OPTIONAL = {name: extra for name in PUBLIC for extra in CLIENTS if extra in name.rsplit(".", 1)[-1].split("_")}
+
+
+def imported(name):
+    """The module *name*; the test is skipped if its client library is not installed."""
+    if name in OPTIONAL:
+        pytest.importorskip(CLIENTS[OPTIONAL[name]])
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_what_a_module_offers_is_there(name):
+    """`__all__` is sorted, names what exists, and misses nothing that the module defines."""
+    module = imported(name)
+    if not hasattr(module, "__all__"):
+        return
+
+    defined = {
+        key
+        for key, value in vars(module).items()
+        if not key.startswith("_")
+        and getattr(value, "__module__", None) == name
+        and (inspect.isclass(value) or inspect.isfunction(value))
+    }
+    assert [*module.__all__] == sorted(module.__all__)
+    assert {*module.__all__} <= vars(module).keys()
+    assert defined <= {*module.__all__}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_package_says_what_it_offers(name):
+    module = imported(name)
+
+    reexports = [
+        key
+        for key, value in vars(module).items()
+        if inspect.isclass(value) and value.__module__.startswith("diator.") and not key.startswith("_")
+    ]
+    if hasattr(module, "__path__") and reexports:
+        assert {*module.__all__} >= {*reexports}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_says_what_it_is(name):
+    assert inspect.getdoc(imported(name))
+
+
+def test_the_version_is_said():
+    assert diator.__version__
+
+
+SEED = """
+diator.container.rodi: RodiContainer
+diator.events: DomainEvent Event EventEmitter EventHandler EventMap NotificationEvent ECSTEvent
+diator.events.message_brokers.redis: RedisMessageBroker
+diator.mediator: Mediator
+diator.middlewares: BaseMiddleware
+diator.requests: Request RequestHandler RequestMap
+diator.response: Response
+"""
+
+
+@pytest.mark.parametrize("line", SEED.split("\n")[1:-1])
+def test_what_the_older_diator_offered_is_still_there(line):
+    module, names = line.split(":")
+
+    offered = imported(module)
+
+    assert all(inspect.isclass(getattr(offered, name)) for name in names.split())
+
+
+def test_the_older_place_of_a_broker_gives_the_same_class():
+    older, newer = imported("diator.events.message_brokers.redis"), imported("diator.brokers.redis")
+
+    assert older.RedisMessageBroker is newer.RedisMessageBroker
+
+
+@pytest.mark.parametrize(("name", "extra"), OPTIONAL.items(), ids=OPTIONAL)
+def test_a_missing_extra_says_how_to_get_it(name, extra):
+    program = f"import sys; sys.modules[{CLIENTS[extra]!r}] = None; import {name}"
+
+    run = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, cwd=ROOT.parent)
+
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("diator.exceptions.MissingExtra: diator.")
+    assert run.stderr.splitlines()[-1].endswith(f"needs an extra that is not installed: pip install 'diator[{extra}]'")

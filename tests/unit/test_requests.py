@@ -1,0 +1,244 @@
+"""Which handler is for which request, and what is refused when binding."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypedDict
+
+import pytest
+
+from diator.exceptions import BindingError, HandlerNotFound
+from diator.requests import Request, RequestHandler, RequestMap
+from tests.unit.doubles import Join
+
+
+@dataclass
+class Read(Request[float]):
+    id: int = 1
+
+
+class JoinHandler(RequestHandler[Join, str]):
+    async def handle(self, request: Join) -> str:
+        return ""
+
+
+class WithoutAnnotations(RequestHandler[Join, str]):
+    async def handle(self, request):
+        return ""
+
+
+class AnythingHandler:
+    async def handle(self, request: object) -> str:
+        return ""
+
+
+async def join(command: Join) -> str:
+    return ""
+
+
+class Service:
+    async def join(self, command: Join) -> str:
+        return ""
+
+    async def __call__(self, command: Join) -> str:
+        return ""
+
+
+GOOD = [JoinHandler, WithoutAnnotations, AnythingHandler, join, Service().join, Service(), partial(join)]
+
+
+@pytest.mark.parametrize("handler", GOOD, ids=range(len(GOOD)))
+def test_gives_the_handler_that_was_bound(handler):
+    requests = RequestMap()
+
+    requests.bind(Join, handler)
+
+    assert requests.get(Join) is handler
+    assert [*requests] == [Join]
+
+
+@pytest.mark.parametrize("handler", [JoinHandler, WithoutAnnotations, join])
+def test_the_decorator_reads_the_request_from_the_annotation(handler):
+    requests = RequestMap()
+
+    assert requests.handler(handler) is handler
+
+    assert requests.get(Join) is handler
+
+
+def test_any_class_can_be_a_request():
+    requests = RequestMap()
+
+    @requests.handler
+    async def shout(text: str) -> str:
+        return text.upper()
+
+    assert requests.get(str) is shout
+
+
+def test_what_is_not_bound_is_not_found():
+    with pytest.raises(HandlerNotFound, match="Join"):
+        RequestMap().get(Join)
+
+
+def test_a_request_has_one_handler():
+    requests = RequestMap()
+    requests.bind(Join, JoinHandler)
+
+    with pytest.raises(BindingError, match="Join is handled by JoinHandler; a request has one handler"):
+        requests.bind(Join, join)
+
+    assert requests.get(Join) is JoinHandler
+
+
+# -- what can never handle the request -------------------------------------------------------------------------------
+
+
+class ForRead(RequestHandler[Read, float]):
+    async def handle(self, request: Read) -> float:
+        return 1.0
+
+
+class Unfinished(RequestHandler[Join, str], ABC):
+    @abstractmethod
+    def answer(self): ...
+
+    async def handle(self, request: Join) -> str:
+        return ""
+
+
+class WithoutHandle: ...
+
+
+class Synchronous:
+    def handle(self, request: Join) -> str:
+        return ""
+
+
+class TakesNothing:
+    async def handle(self) -> str:
+        return ""
+
+
+class AnswersAnother:
+    async def handle(self, request: Join) -> int:
+        return 1
+
+
+def synchronous(command: Join) -> str:
+    return ""
+
+
+async def takes_nothing() -> str:
+    return ""
+
+
+async def takes_it_by_name(*, command: Join) -> str:
+    return ""
+
+
+async def answers_nothing(command: Join) -> None: ...
+
+
+async def misspelt(command: "Jion") -> str:  # noqa: F821
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("handler", "problem"),
+    [
+        (ForRead, "ForRead handles Read and cannot be bound to Join"),
+        (RequestHandler, "RequestHandler is abstract: it does not define handle"),
+        (Unfinished, "Unfinished is abstract: it does not define answer"),
+        (WithoutHandle, "WithoutHandle has no method `handle`"),
+        (Synchronous, r"Synchronous\.handle is not asynchronous; write it as `async def`"),
+        (synchronous, "synchronous is not asynchronous; write it as `async def`"),
+        (TakesNothing, r"TakesNothing\.handle takes no message"),
+        (takes_nothing, "takes_nothing takes no message"),
+        (takes_it_by_name, "takes_it_by_name takes no message"),
+        (AnswersAnother, "Join promises str, and AnswersAnother answers int"),
+        (answers_nothing, "Join promises str, and answers_nothing answers NoneType"),
+        (misspelt, "name 'Jion', which its module does not define at run time"),
+        (JoinHandler(), "bind the class, not an object of it"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_refuses(handler, problem):
+    requests = RequestMap()
+
+    with pytest.raises(BindingError, match=problem):
+        requests.bind(Join, handler)
+
+    assert [*requests] == []
+
+
+def test_refuses_to_bind_to_what_is_no_class():
+    with pytest.raises(BindingError, match="is no class that a handler can be bound to"):
+        RequestMap().bind(Join(), join)
+
+
+async def without_annotation(message): ...
+
+
+async def of_two_kinds(message: Join | Read): ...
+
+
+@pytest.mark.parametrize("anything", [without_annotation, of_two_kinds])
+def test_the_decorator_refuses_a_handler_that_does_not_name_its_request(anything):
+    with pytest.raises(BindingError, match="annotate 'message' with one class"):
+        RequestMap().handler(anything)
+
+
+# -- what can, although classes alone do not tell --------------------------------------------------------------------
+
+
+class Named(Protocol):
+    user_id: int
+
+
+class Link(TypedDict):
+    url: str
+
+
+def handling(request_hint, answer_hint):
+    async def handle(request: request_hint) -> answer_hint: ...
+
+    return handle
+
+
+def promising(answer):
+    return type("Promising", (Request,), {"__orig_bases__": (Request[answer],)})
+
+
+@pytest.mark.parametrize("hint", [Any, object, Named, Join | Read, Request, Request[str]], ids=str)
+def test_a_handler_may_take_more_than_its_request(hint):
+    RequestMap().bind(Join, handling(hint, str))
+
+
+@pytest.mark.parametrize(
+    ("promised", "given"),
+    [
+        (int, int),
+        (int, bool),
+        (int, Any),
+        (Any, int),
+        (float, int),
+        (object, int),
+        (None, None),
+        (list[int], list[int]),
+        (int | None, int),
+        (Named, Join),
+        (Link, Link),
+    ],
+    ids=str,
+)
+def test_a_handler_may_answer_what_checkers_accept(promised, given):
+    request = promising(promised)
+
+    RequestMap().bind(request, handling(request, given))
+
+
+def test_a_bare_request_promises_nothing():
+    class Bare(Request): ...
+
+    RequestMap().bind(Bare, handling(Bare, int))
