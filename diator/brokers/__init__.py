@@ -4,7 +4,7 @@ What carries events between processes: the contract and the message. Each transp
 `diator.brokers.memory` needs nothing but diator, `diator.brokers.redis` the extra of its name.
 """
 
-from diator.brokers.base import BatchMessageBroker, MessageBroker
 from diator.brokers.message import Json, Message
+from diator.brokers.sending import BatchMessageBroker, MessageBroker
 
 __all__ = ["BatchMessageBroker", "Json", "Message", "MessageBroker"]

@@ -1,58 +1,145 @@
-"""The contract of a message broker."""
+"""
+The second half of the contract of a message broker: what it has to do to be read from. The first is `sending.py`.
+
+This prose is the specification; the conformance suite proves each promise in it, and `diator.brokers.memory` is the
+shortest program that keeps them all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import NamedTuple, Protocol, TypeAlias
 
-from diator.brokers.message import Message
+from diator.brokers.capabilities import Capabilities
+from diator.brokers.sending import MessageBroker
+from diator.exceptions import AlreadySettled
 
 
-class MessageBroker(Protocol):
+class Topic(NamedTuple):
+    """What a subscription listens to: the kind and the name of messages."""
+
+    message_type: str
+    message_name: str
+
+
+class Settler(Protocol):
+    """The transport's half of a delivery: how each outcome is told to the service."""
+
+    async def ack(self, delivery: Delivery, /) -> None: ...
+
+    async def retry(self, delivery: Delivery, after: float, /) -> None: ...
+
+    async def dead_letter(self, delivery: Delivery, reason: str, /) -> None: ...
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Delivery:
     """
-    Sends messages. This is all that the mediator depends on; a class with this one method will do.
+    One message as it came from the service, and the three ways to settle it. It is settled once.
 
-    A broker of diator also keeps these promises, and the conformance suite proves them:
-
-    - It connects when it is first used. `async with broker:` connects early, and closes.
-    - It is safe to use from several tasks of one event loop at once. What one task sends keeps its order.
-    - It never runs a handler, and never changes or keeps a hold of the message.
-    - Every call returns or raises within the broker's `timeout` (seconds), however dead the service is.
-    - It does not retry. What to do about a verdict is the program's to decide.
-    - A cancelled call raises `CancelledError` at once; the message may have arrived or not, and others are unaffected.
+    Not settled at all is the fourth: a consumer that was cancelled or died has neither succeeded nor failed, and the
+    message comes again as the transport's `redelivery` says. The body is not decoded: it may be anything.
     """
 
-    async def send_message(self, message: Message, /) -> None:
+    topic: Topic
+    body: bytes = field(repr=False)
+    headers: Mapping[str, str]
+    """The service's own; empty where the transport has none."""
+    attempt: int
+    """1 for the first delivery of this message to its group; always 1 where the transport does not count."""
+    settler: Settler = field(repr=False)
+    token: object = None
+    """By what the transport knows this delivery: a tag, an offset, the id of an entry."""
+    outcome: str | None = None
+    """How it was settled: `ack`, `retry`, `dead_letter`; None if it was not."""
+
+    async def ack(self) -> None:
         """
-        Hand *message* to the service. Returns when the service has confirmed it, as strongly as it can.
+        The work is done; it must not come again.
+
+        Returns when the transport has taken note. It may tell the service together with others, within milliseconds,
+        and at the latest when the subscription ends; if that fails, the message comes again.
+        """
+        if self._settle("ack"):
+            await self.settler.ack(self)
+
+    async def retry(self, *, after: float = 0.0) -> None:
+        """
+        Have it delivered to the group again, no earlier than *after* seconds from now, as the next attempt.
 
         Raises:
-            BrokerUnavailable: Not sent, no connection. Sending it again is safe.
-            BrokerClosed: Not sent, this broker was closed.
-            MessageRejected: Not sent, and will be refused again; `MessageTooLarge` is the common reason.
-            MessageUnroutable: Nobody received it, where the broker was asked to tell.
-            OutcomeUnknown: It may have arrived. A repeat carries the same `message_id`.
+            UnsupportedCapability: The transport cannot, or cannot with a delay.
         """
-        ...
+        if self._settle("retry"):
+            await self.settler.retry(self, after)
 
-
-class BatchMessageBroker(Protocol):
-    """A broker that can send several messages in one exchange. Optional: others get them one by one."""
-
-    async def send_messages(self, messages: Sequence[Message], /) -> None:
+    async def dead_letter(self, reason: str) -> None:
         """
-        Hand *messages* to the service, in their order.
+        Put it aside, with *reason*, and deliver it no more.
+
+        Returns when it is safely aside; only then is it taken from its group.
 
         Raises:
-            MessagesNotSent: Some were not confirmed; it has the verdict on each of those.
+            UnsupportedCapability: The transport cannot.
+            BrokerError: It could not be put aside, and comes again.
         """
+        if self._settle("dead_letter"):
+            try:
+                await self.settler.dead_letter(self, reason)
+            except BaseException:
+                self.outcome = None
+                raise
+
+    def _settle(self, outcome: str) -> bool:
+        if self.outcome is None:
+            self.outcome = outcome
+            return True
+        if self.outcome == outcome:
+            return False
+        raise AlreadySettled(f"this delivery was settled by {self.outcome}, and cannot be by {outcome}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """Messages may have been missed: the transport was not listening between these two moments (aware, UTC)."""
+
+    since: datetime
+    until: datetime
+    reason: str
+
+
+OnGap: TypeAlias = Callable[[Gap], None]
+
+
+class ReadableBroker(MessageBroker, Protocol):
+    """A broker that can also be read from."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this transport promises. It does not change while the broker is open."""
         ...
 
+    def subscribe(
+        self, topics: Collection[Topic], /, *, group: str | None = None, prefetch: int = 64, on_gap: OnGap | None = None
+    ) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
+        """
+        Receive the messages of *topics*.
 
-def enlists(broker: object) -> bool:
-    """
-    Tell whether *broker* is part of the unit of work, as an outbox is: it stores messages in the open transaction.
+        On entry the subscription is ready: a message that is confirmed from now on is delivered. With *group*, each
+        message goes to one of the group's members; without, to every subscription. At most *prefetch* deliveries are
+        given out and not settled at any time, where the transport can be held back.
 
-    Such a broker says so with an attribute `enlists = True`, and is then called before the middlewares have finished.
-    """
-    return getattr(broker, "enlists", False) is True
+        Cancelling a wait for the next delivery loses nothing. The iterator ends only when its context does: it
+        reconnects by itself, with growing, jittered pauses, and tells *on_gap* whenever messages may have been missed
+        meanwhile. The context's end waits for nothing but what was settled to reach the service; what was not settled
+        becomes available to other members where the transport's `redelivery` has `close`.
+
+        Raises, on entry:
+            UnsupportedCapability: The transport has no groups, or cannot do without one.
+            BrokerUnavailable: The service cannot be reached within the broker's `timeout`.
+            BrokerClosed: This broker was closed.
+        """
+        ...

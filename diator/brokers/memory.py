@@ -1,48 +1,117 @@
-"""A message broker inside the process: for tests, examples and programs that need no service."""
+"""A message broker inside the process, in full: the shortest program that keeps the contract, and its reference."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Self
 
+from diator.brokers.base import Delivery, OnGap, Topic
+from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode
 from diator.brokers.message import Message
-from diator.exceptions import BrokerClosed, MessageRejected
+from diator.exceptions import BrokerClosed, MessageRejected, WiringError
 
 
 class MemoryMessageBroker:
     """
-    A bounded queue of encoded messages. What is sent waits here, in order, until somebody receives it.
+    Queues of encoded messages: for tests, examples and programs that need no service.
 
-    *capacity* is the number of messages that may wait; one more is rejected, never dropped. *max_message_bytes*
-    bounds each of them. Closing refuses further messages; those that wait can still be received.
+    Each group has a queue, which collects from the moment of its first subscription, whether or not a member is there;
+    a subscription without a group has one of its own, which ends with it. A message that no queue wants is kept until
+    `receive` takes it. At most *capacity* messages wait in each queue, and as many are kept: one more is rejected,
+    never dropped. *max_message_bytes* bounds each of them.
+
+    Closing refuses further messages and ends all waiting; what is in the queues is gone with the object.
     """
 
     def __init__(self, *, capacity: int = 10_000, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
-        self._waiting: asyncio.Queue[bytes] = asyncio.Queue(capacity)
+        if capacity < 1:
+            raise WiringError("capacity is at least 1")
+        self._capacity = capacity
         self._max_message_bytes = max_message_bytes
+        self._kept: asyncio.Queue[bytes] = asyncio.Queue(capacity)
+        self._groups: dict[str, _Queue] = {}
+        self._queues: list[_Queue] = []
+        self._dead_letters: list[DeadLetter] = []
         self._closed = False
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this broker promises."""
+        return Capabilities(
+            guarantee="at_least_once",
+            receipt="accepted",
+            settlement="individual",
+            redelivery=frozenset({"retry", "close", "crash"}),
+            redelivery_bound=0.0,
+            delayed_retry=True,
+            dead_letter=True,
+            delivery_count="exact",
+            ordering="destination",
+            distribution=frozenset({"broadcast", "competing"}),
+            subscription="durable",
+            unroutable="retained",
+            backpressure="pull",
+            max_message_bytes=self._max_message_bytes,
+        )
+
+    @property
+    def dead_letters(self) -> list[DeadLetter]:
+        """What consumers put aside, the oldest first."""
+        return self._dead_letters
 
     async def send_message(self, message: Message, /) -> None:
         """See `MessageBroker.send_message`. It never waits, and no handler runs in it."""
         if self._closed:
             raise BrokerClosed("this broker is closed", message_id=message.message_id)
         body = encode(message, max_bytes=self._max_message_bytes, headers_in_body=True)
-        try:
-            self._waiting.put_nowait(body)
-        except asyncio.QueueFull:
+        topic = Topic(message.message_type, message.message_name)
+        queues = [queue for queue in self._queues if topic in queue.topics]
+        if any(len(queue) >= self._capacity for queue in queues) or (not queues and self._kept.full()):
             raise MessageRejected(
-                f"{self._waiting.maxsize:,} messages wait already and nobody receives them",
-                message_id=message.message_id,
-            ) from None
+                f"{self._capacity:,} messages wait already, and nobody takes them", message_id=message.message_id
+            )
+        for queue in queues:
+            queue.put(_Entry(topic, body))
+        if not queues:
+            self._kept.put_nowait(body)
+
+    @asynccontextmanager
+    async def subscribe(
+        self,
+        topics: Collection[Topic],
+        /,
+        *,
+        group: str | None = None,
+        prefetch: int = 64,
+        on_gap: OnGap | None = None,  # noqa: ARG002  # there is no link that could have a gap
+    ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
+        """See `ReadableBroker.subscribe`."""
+        if self._closed:
+            raise BrokerClosed("this broker is closed")
+        queue = _Queue() if group is None else self._groups.setdefault(group, _Queue())
+        queue.topics |= set(topics)
+        if queue not in self._queues:
+            self._queues.append(queue)
+        member = _Member(self, queue, prefetch)
+        try:
+            yield member
+        finally:
+            member.leave()
+            if group is None:
+                self._queues.remove(queue)
 
     async def receive(self) -> Message:
-        """Take the message that has waited longest; wait for one if there is none."""
-        return decode(await self._waiting.get(), max_bytes=self._max_message_bytes, headers=None)
+        """Take the oldest message that no subscription wanted; wait for one if there is none."""
+        return decode(await self._kept.get(), max_bytes=self._max_message_bytes)
 
     def __len__(self) -> int:
-        """How many messages wait."""
-        return self._waiting.qsize()
+        """How many messages `receive` would find."""
+        return self._kept.qsize()
 
     async def aclose(self) -> None:
         """Refuse further messages. Calling it again does nothing."""
@@ -53,3 +122,94 @@ class MemoryMessageBroker:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeadLetter:
+    """A message that was put aside, as it was, and why."""
+
+    topic: Topic
+    body: bytes
+    attempts: int
+    reason: str
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    topic: Topic
+    body: bytes
+    attempt: int = 1
+
+
+class _Queue:
+    """What waits for the members of one group, in order."""
+
+    def __init__(self) -> None:
+        self.topics: set[Topic] = set()
+        self._waiting: deque[_Entry] = deque()
+        self._arrived = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, entry: _Entry) -> None:
+        self._waiting.append(entry)
+        self._arrived.set()
+
+    def put_back(self, entries: Collection[_Entry]) -> None:
+        """Return what was given out, before everything that came later."""
+        for entry in entries:
+            entry.attempt += 1
+        self._waiting.extendleft(reversed([*entries]))
+        self._arrived.set()
+
+    async def take(self) -> _Entry:
+        while not self._waiting:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._waiting.popleft()
+
+
+class _Member:
+    """One subscription: takes from its queue, and settles what it took."""
+
+    def __init__(self, broker: MemoryMessageBroker, queue: _Queue, prefetch: int) -> None:
+        self._broker = broker
+        self._queue = queue
+        self._prefetch = prefetch
+        self._unsettled: dict[Delivery, _Entry] = {}
+        self._room = asyncio.Event()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delivery:
+        while len(self._unsettled) >= self._prefetch:
+            self._room.clear()
+            await self._room.wait()
+        entry = await self._queue.take()
+        delivery = Delivery(topic=entry.topic, body=entry.body, headers={}, attempt=entry.attempt, settler=self)
+        self._unsettled[delivery] = entry
+        return delivery
+
+    async def ack(self, delivery: Delivery, /) -> None:
+        self._settled(delivery)
+
+    async def retry(self, delivery: Delivery, after: float, /) -> None:
+        if entry := self._settled(delivery):
+            asyncio.get_running_loop().call_later(after, self._queue.put_back, [entry])
+
+    async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
+        if entry := self._settled(delivery):
+            letter = DeadLetter(topic=entry.topic, body=entry.body, attempts=entry.attempt, reason=reason)
+            self._broker.dead_letters.append(letter)
+
+    def leave(self) -> None:
+        """What this member has not settled goes to others, in its order."""
+        self._queue.put_back(self._unsettled.values())
+        self._unsettled.clear()
+
+    def _settled(self, delivery: Delivery) -> _Entry | None:
+        """Give the entry of *delivery*, once; None if it was returned to the queue before, or is no longer ours."""
+        self._room.set()
+        return self._unsettled.pop(delivery, None)

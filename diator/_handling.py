@@ -1,0 +1,226 @@
+"""What is done with one delivery: read it, run its handlers, settle it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Literal, TypeAlias
+from uuid import UUID
+
+from diator._handlers import Prepared
+from diator._hints import name_of
+from diator.brokers.base import Delivery, Topic
+from diator.brokers.codec import decode, payload_decoder
+from diator.brokers.message import Message
+from diator.container.base import Resolver, Shared, scopes
+from diator.events import EventEmitter, EventMap
+from diator.events._event import message_name_of, travels
+from diator.exceptions import DecodingError, EventHandlersFailed, WiringError
+from diator.middlewares.base import Middleware, chain
+from diator.retrying import RetryPolicy
+
+logger = logging.getLogger(__name__)
+
+Outcome: TypeAlias = Literal["acked", "retried", "dead_lettered", "given_up", "unsettled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handled:
+    """What became of one delivery. It holds no part of the message but its id."""
+
+    topic: Topic
+    message_id: UUID | None
+    """None if the body was no message."""
+    attempt: int
+    outcome: Outcome
+    """`given_up`: it could not be handled, and the transport has no way to put it aside. It is lost."""
+    reason: str | None
+    """Why it was not acknowledged."""
+    error: BaseException | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Route:
+    """What the messages of one topic become, and what handles them, through the middlewares."""
+
+    read: Callable[[bytes], Any]
+    handle: Callable[[Any, Shared], Awaitable[Any]]
+
+
+def routes(
+    event_map: EventMap, container: Resolver, middlewares: Sequence[Middleware], emitter: EventEmitter
+) -> dict[Topic, Route]:
+    """
+    Find out, for each event of *event_map* that travels, how it is read and handled.
+
+    Raises:
+        EncodingError: A class cannot be read back from JSON.
+        ResolutionError: A handler can never be built.
+        WiringError: There is no such event.
+    """
+    found: dict[Topic, Route] = {}
+    for event_type in event_map:
+        if travels(event_type):
+            topic = Topic(getattr(event_type, "message_type"), message_name_of(event_type))  # noqa: B009  # it has one: it travels
+            handlers = [Prepared(handler, container) for handler in event_map.get(event_type)]
+            found[topic] = Route(payload_decoder(event_type), chain(middlewares, _unit_of_work(handlers, emitter)))
+    if not found:
+        raise WiringError("nothing to consume: the event map has no handler for an event that travels")
+    return found
+
+
+def _unit_of_work(handlers: Sequence[Prepared], emitter: EventEmitter) -> Callable[[Any, Shared], Awaitable[None]]:
+    """Every handler runs; then what they raised is handled, or sent, before the delivery is acknowledged."""
+
+    async def handle(event: Any, shared: Shared) -> None:
+        raised: list[Any] = []
+        failures: list[Exception] = []
+        for handler in handlers:
+            try:
+                await handler.call(event, shared, raised)
+            except Exception as error:  # noqa: BLE001  # all handlers run, then all errors are raised
+                error.add_note(f"raised by {handler.name}, which handles {name_of(type(event))}")
+                failures.append(error)
+        if failures:
+            raise failures[0] if len(handlers) == 1 else EventHandlersFailed("handlers of an event failed", failures)
+        if raised:
+            await emitter.send(await emitter.handle(raised, shared))
+
+    async def handle_in_scope(event: Any, shared: Shared) -> None:
+        async with scopes(shared):
+            await handle(event, shared)
+
+    return handle_in_scope if any(handler.needs_scope for handler in handlers) else handle
+
+
+class Handling:
+    """Handles deliveries: decides what becomes of each, and tells the service and the program."""
+
+    def __init__(
+        self,
+        by_topic: Mapping[Topic, Route],
+        retry: RetryPolicy,
+        *,
+        can_retry: bool,
+        can_dead_letter: bool,
+        max_message_bytes: int,
+        timeout: float,
+        on_handled: Callable[[Handled], None] | None,
+    ) -> None:
+        self._routes = by_topic
+        self._retry = retry
+        self._can_retry = can_retry
+        self._can_dead_letter = can_dead_letter
+        self._max_message_bytes = max_message_bytes
+        self._timeout = timeout
+        self._on_handled = on_handled
+        self.in_flight: dict[Delivery, float] = {}
+        """What is being handled, and since when, on the clock of `time.monotonic`."""
+        self.last_progress = monotonic()
+
+    def read(self, delivery: Delivery) -> Message | DecodingError:
+        """Decode the envelope of *delivery*. What is wrong with it is a result here: it decides what becomes of it."""
+        try:
+            return decode(delivery.body, max_bytes=self._max_message_bytes, headers=delivery.headers)
+        except DecodingError as error:
+            return error
+
+    async def handle(self, delivery: Delivery, message: Message | DecodingError) -> None:
+        """
+        Handle *delivery*, and settle it.
+
+        Raises nothing but what ends the task: a cancellation from outside leaves it unsettled.
+        """
+        started = self.in_flight[delivery] = monotonic()
+        outcome: Outcome = "unsettled"
+        reason: str | None = "cancelled"
+        error: BaseException | None = None
+        try:
+            reason, error = await self._run(delivery, message)
+            outcome = await self._settle(delivery, reason)
+        finally:
+            self.last_progress = monotonic()
+            del self.in_flight[delivery]
+            handled = Handled(
+                topic=delivery.topic,
+                message_id=message.message_id if isinstance(message, Message) else None,
+                attempt=delivery.attempt,
+                outcome=outcome,
+                reason=reason,
+                error=error,
+                seconds=self.last_progress - started,
+            )
+            self._tell(handled)
+
+    async def _run(
+        self, delivery: Delivery, message: Message | DecodingError
+    ) -> tuple[str | None, BaseException | None]:
+        """Give the reason why it failed, and the error; None and None if it did not."""
+        if delivery.attempt > self._retry.most_attempts + self._retry.crashes:
+            return f"crash-loop: delivered {delivery.attempt - 1} times without an outcome", None
+        if isinstance(message, DecodingError):
+            return f"undecodable: {message}", message
+        route = self._routes.get(Topic(message.message_type, message.message_name))
+        if route is None:
+            return f"unknown-type: no handler for {message.message_type} {message.message_name!r}", None
+        try:
+            event = route.read(message.payload_json)
+        except DecodingError as error:
+            return f"undecodable: {error}", error
+        return await self._run_handlers(route, event, message)
+
+    async def _run_handlers(
+        self, route: Route, event: Any, message: Message
+    ) -> tuple[str | None, BaseException | None]:
+        failed: BaseException = AssertionError("no run at all")
+        for run in range(self._retry.immediate + 1):
+            if run:
+                await asyncio.sleep(self._retry.pause())
+                event = route.read(message.payload_json)  # a handler may have changed the other one
+            try:
+                async with asyncio.timeout(self._timeout):
+                    await route.handle(event, {})
+            except asyncio.CancelledError as error:
+                if (task := asyncio.current_task()) and task.cancelling():
+                    raise
+                failed = error  # of the handler's own making: a failure like any other
+            except Exception as error:  # noqa: BLE001  # whatever it is, it decides what becomes of the delivery
+                failed = error
+            else:
+                return None, None
+            if self._retry.is_permanent(failed):
+                return f"permanent: {name_of(type(failed))}", failed
+        return f"retries-exhausted: {name_of(type(failed))}", failed
+
+    async def _settle(self, delivery: Delivery, reason: str | None) -> Outcome:
+        try:
+            if reason is None:
+                await delivery.ack()
+                return "acked"
+            worth_it = reason.startswith("retries-exhausted") and delivery.attempt < self._retry.most_attempts
+            if worth_it and self._can_retry:
+                await delivery.retry(after=self._retry.delay(delivery.attempt))
+                return "retried"
+            if self._can_dead_letter:
+                await delivery.dead_letter(reason)
+                return "dead_lettered"
+            await delivery.ack()
+            return "given_up"
+        except Exception as settling:  # noqa: BLE001  # the message comes again; the loop goes on
+            logger.warning("a delivery of %s could not be settled: %r", delivery.topic.message_name, settling)
+            return "unsettled"
+
+    def _tell(self, handled: Handled) -> None:
+        if handled.outcome in ("dead_lettered", "given_up"):
+            lost = " and is lost: this transport cannot put it aside" if handled.outcome == "given_up" else ""
+            name, message_id = handled.topic.message_name, handled.message_id
+            logger.error("%s %s was not handled%s (%s)", name, message_id, lost, handled.reason)
+        if self._on_handled is not None:
+            try:
+                self._on_handled(handled)
+            except Exception:
+                logger.exception("on_handled failed")

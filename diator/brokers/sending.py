@@ -1,0 +1,62 @@
+"""
+The first half of the contract of a message broker, and all that the mediator depends on. `base.py` is the second half.
+
+In a file of its own, because importing the mediator is to be quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from diator.brokers.message import Message
+
+
+class MessageBroker(Protocol):
+    """
+    Sends messages. This is all that the mediator depends on; a class with this one method will do.
+
+    A broker of diator also keeps these promises:
+
+    - It connects when it is first used. `async with broker:` connects early, and closes.
+    - It is safe to use from several tasks of one event loop at once. What one task sends keeps its order.
+    - It never runs a handler, and never changes or keeps a hold of the message.
+    - Every call returns or raises within the broker's `timeout` (seconds), however dead the service is.
+    - It does not retry. What to do about a verdict is the program's to decide.
+    - A cancelled call raises `CancelledError` at once; the message may have arrived or not, and others are unaffected.
+    """
+
+    async def send_message(self, message: Message, /) -> None:
+        """
+        Hand *message* to the service. Returns when the service has confirmed it, as strongly as it can.
+
+        Raises:
+            BrokerUnavailable: Not sent, no connection. Sending it again is safe.
+            BrokerClosed: Not sent, this broker was closed.
+            MessageRejected: Not sent, and will be refused again; `MessageTooLarge` is the common reason.
+            MessageUnroutable: Nobody received it, where the broker was asked to tell.
+            OutcomeUnknown: It may have arrived. A repeat carries the same `message_id`.
+        """
+        ...
+
+
+class BatchMessageBroker(Protocol):
+    """A broker that can send several messages in one exchange. Optional: others get them one by one."""
+
+    async def send_messages(self, messages: Sequence[Message], /) -> None:
+        """
+        Hand *messages* to the service, in their order.
+
+        Raises:
+            MessagesNotSent: Some were not confirmed; `__cause__` is the verdict on the first of them.
+        """
+        ...
+
+
+def enlists(broker: object) -> bool:
+    """
+    Tell whether *broker* is part of the unit of work, as an outbox is: it stores messages in the open transaction.
+
+    Such a broker says so with an attribute `enlists = True`, and is then called before the middlewares have finished.
+    """
+    return getattr(broker, "enlists", False) is True

@@ -1,0 +1,305 @@
+"""A program's second door: what reaches it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
+from dataclasses import dataclass
+from time import monotonic
+from typing import TypeAlias
+
+from diator._handling import Handled, Handling, routes
+from diator.brokers.base import Delivery, Gap, ReadableBroker
+from diator.brokers.capabilities import Capabilities, require
+from diator.brokers.message import Message
+from diator.container import Container
+from diator.container.base import Resolver
+from diator.events import EventEmitter, EventMap
+from diator.exceptions import DecodingError, WiringError
+from diator.middlewares.base import Middleware
+from diator.retrying import RetryPolicy
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_GROUP = "diator"
+"""The group of a consumer that names none, on a transport that has groups."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """How a consumer gets on. A service that answers a ping proves nothing; progress does. Times in seconds."""
+
+    receiving: bool
+    since_last_progress: float
+    in_flight: int
+    oldest_in_flight: float
+    gaps: int
+    """How often messages may have been missed."""
+
+
+class Consumer:
+    """
+    Receives the events that travel, and runs the handlers that *event_map* has for them.
+
+    Each delivery is settled when all of its handlers are done: acknowledged if they succeeded, else handled again as
+    *retry* says, and then put aside (dead-lettered) with a reason. What cannot be read is put aside at once. A delivery
+    whose handling was cancelled, or died with the process, is not settled, and comes again where the transport can.
+
+    At most *concurrency* deliveries are handled at once; those of one key in their order, one after the other. The
+    members of one *group* share the messages; name it after the service that consumes, for two services of one group
+    take each other's. *requires* names what else the transport has to promise. Times are in seconds.
+
+    Events that handlers raise are handled or sent by *event_emitter*, before the delivery is acknowledged. *on_handled*
+    and *on_gap* are told what happened, for metrics; an error in them is logged.
+
+    Raises:
+        UnsupportedCapability: The transport cannot do what these options ask for.
+        ResolutionError: A handler can never be built by *container*.
+        WiringError: *event_map* has no handler for an event that travels, or an option makes no sense.
+    """
+
+    def __init__(
+        self,
+        broker: ReadableBroker,
+        *,
+        event_map: EventMap,
+        container: Resolver | None = None,
+        group: str | None = None,
+        concurrency: int = 1,
+        middlewares: Iterable[Middleware] = (),
+        event_emitter: EventEmitter | None = None,
+        retry: RetryPolicy | None = None,
+        requires: Capabilities | None = None,
+        handler_timeout: float = 300.0,
+        drain_timeout: float = 20.0,
+        on_handled: Callable[[Handled], None] | None = None,
+        on_gap: Callable[[Gap], None] | None = None,
+    ) -> None:
+        if concurrency < 1 or handler_timeout <= 0 or drain_timeout < 0:
+            raise WiringError("concurrency is at least 1, handler_timeout above 0, and drain_timeout not below 0")
+        promised = broker.capabilities
+        if requires is not None:
+            remedy = "use a transport that does, or ask for less"
+            require(broker, promised, requires, for_="Consumer(requires=…)", remedy=remedy)
+        self._broker = broker
+        self._group = _group(broker, promised, group)
+        self._concurrency = concurrency
+        self._drain_timeout = drain_timeout
+        self._on_gap = on_gap
+
+        container = Container() if container is None else container
+        emitter = event_emitter or EventEmitter(event_map, container, broker)
+        emitter.wire(container)
+        self._routes = routes(event_map, container, tuple(middlewares), emitter)
+        self._handling = Handling(
+            self._routes,
+            _retry(broker, promised, retry),
+            can_retry=promised.delayed_retry,
+            can_dead_letter=promised.dead_letter,
+            max_message_bytes=promised.max_message_bytes,
+            timeout=handler_timeout,
+            on_handled=on_handled,
+        )
+        self._gaps = 0
+        self._started = False
+        self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._waiting_for_delivery: asyncio.Task[None] | None = None
+
+    async def run(self, *, signals: bool = True) -> None:
+        """
+        Consume until `stop`. With *signals*, SIGTERM and SIGINT stop, and a second one stops at once.
+
+        It connects again by itself whenever the service comes back. Cancelled, it leaves what is being handled
+        unsettled. A consumer runs once.
+
+        Raises:
+            BrokerUnavailable: The service could not be reached at the start.
+        """
+        if self._started:
+            raise WiringError("a consumer runs once; make another one")
+        self._started = True
+        subscription = self._broker.subscribe(
+            self._routes.keys(), group=self._group, prefetch=self._concurrency, on_gap=self._note_gap
+        )
+        with _calling_on_signals(self.stop) if signals else contextlib.nullcontext():
+            async with subscription as deliveries:
+                await self._consume(deliveries)
+
+    def stop(self) -> None:
+        """
+        Receive no more, and let `run` return once what is being handled is done, or *drain_timeout* is over.
+
+        What still runs then is cancelled and left unsettled. Called a second time, that happens at once.
+        """
+        if self._stopping.is_set():
+            self._hurry.set()
+        self._stopping.set()
+        if self._waiting_for_delivery is not None:
+            self._waiting_for_delivery.cancel()
+
+    def health(self) -> Health:
+        """Tell how this consumer gets on."""
+        now, in_flight = monotonic(), self._handling.in_flight.values()
+        return Health(
+            receiving=self._started and not self._stopping.is_set(),
+            since_last_progress=now - self._handling.last_progress,
+            in_flight=len(in_flight),
+            oldest_in_flight=now - min(in_flight, default=now),
+            gaps=self._gaps,
+        )
+
+    async def _consume(self, deliveries: AsyncIterator[Delivery]) -> None:
+        handle, read = self._handling.handle, self._handling.read
+        lanes = _Lanes()
+        tasks: set[asyncio.Task[None]] = set()
+        if self._concurrency == 1:
+            # The handler is called where deliveries are received: a queue in between would cost a third.
+            tasks.add(asyncio.create_task(self._receive(deliveries, lambda delivery: handle(delivery, read(delivery)))))
+        else:
+            tasks.add(
+                asyncio.create_task(self._receive(deliveries, lambda delivery: lanes.put(delivery, read(delivery))))
+            )
+            tasks |= {asyncio.create_task(self._work(lanes)) for _ in range(self._concurrency)}
+        stopping, hurry = (asyncio.create_task(event.wait()) for event in (self._stopping, self._hurry))
+        try:
+            done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            if stopping in done:
+                lanes.close()
+                drained = asyncio.create_task(asyncio.wait(tasks))
+                await asyncio.wait({hurry, drained}, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)
+                drained.cancel()
+            for task in done & tasks:
+                task.result()
+        finally:
+            for task in {stopping, hurry, *tasks}:
+                task.cancel()
+            await asyncio.wait({stopping, hurry, *tasks})
+            if left := len(self._handling.in_flight):
+                logger.warning("stopped before %d deliveries were handled; they are not settled", left)
+
+    async def _receive(self, deliveries: AsyncIterator[Delivery], admit: Callable[[Delivery], Awaitable[None]]) -> None:
+        this_task = asyncio.current_task()
+        while not self._stopping.is_set():
+            self._waiting_for_delivery = this_task
+            try:
+                delivery = await anext(deliveries)
+            except asyncio.CancelledError:
+                if self._stopping.is_set():
+                    return
+                raise
+            finally:
+                self._waiting_for_delivery = None
+            await admit(delivery)
+
+    async def _work(self, lanes: _Lanes) -> None:
+        while job := await lanes.take():
+            delivery, message = job
+            await self._handling.handle(delivery, message)
+            lanes.done(message)
+
+    def _note_gap(self, gap: Gap) -> None:
+        self._gaps += 1
+        logger.warning("messages may have been missed between %s and %s: %s", gap.since, gap.until, gap.reason)
+        if self._on_gap is not None:
+            try:
+                self._on_gap(gap)
+            except Exception:
+                logger.exception("on_gap failed")
+
+
+# -- what a transport can do decides what an option means --------------------------------------------------------
+
+
+def _group(broker: object, promised: Capabilities, group: str | None) -> str | None:
+    if group is None:
+        return DEFAULT_GROUP if "competing" in promised.distribution else None
+    needed = Capabilities(distribution=frozenset({"competing"}))
+    remedy = "leave the group out, and every consumer gets every message, or use a transport that has groups"
+    require(broker, promised, needed, for_=f"Consumer(group={group!r})", remedy=remedy)
+    return group
+
+
+def _retry(broker: object, promised: Capabilities, retry: RetryPolicy | None) -> RetryPolicy:
+    if retry is None:
+        return RetryPolicy() if promised.delayed_retry else RetryPolicy(delayed=0)
+    if retry.delayed:
+        remedy = "set RetryPolicy(delayed=0), and only the immediate ones remain, or use a transport that gives back"
+        require(broker, promised, Capabilities(delayed_retry=True), for_="RetryPolicy(delayed=…)", remedy=remedy)
+    return retry
+
+
+# -- order -------------------------------------------------------------------------------------------------------
+
+_Job: TypeAlias = tuple[Delivery, Message | DecodingError]
+
+
+class _Lanes:
+    """Deliveries that may be handled now. Of those with one key it gives out one at a time, in their order."""
+
+    def __init__(self) -> None:
+        self._ready: deque[_Job] = deque()
+        self._behind: dict[str, deque[_Job]] = {}
+        self._arrived = asyncio.Event()
+        self._closed = False
+
+    async def put(self, delivery: Delivery, message: Message | DecodingError) -> None:
+        key = _key(message)
+        if key is not None and key in self._behind:
+            self._behind[key].append((delivery, message))
+            return
+        if key is not None:
+            self._behind[key] = deque()
+        self._ready.append((delivery, message))
+        self._arrived.set()
+
+    async def take(self) -> _Job | None:
+        """Wait for the next one; None once it is closed."""
+        while not self._ready or self._closed:
+            if self._closed:
+                return None
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._ready.popleft()
+
+    def done(self, message: Message | DecodingError) -> None:
+        """Let the next one of that key go."""
+        key = _key(message)
+        if key is None:
+            return
+        if behind := self._behind[key]:
+            self._ready.append(behind.popleft())
+            self._arrived.set()
+        else:
+            del self._behind[key]
+
+    def close(self) -> None:
+        """Give out nothing more. What was not given out is not settled, and goes back to the service."""
+        self._closed = True
+        self._arrived.set()
+
+
+def _key(message: Message | DecodingError) -> str | None:
+    return message.key if isinstance(message, Message) else None
+
+
+# -- signals -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _calling_on_signals(stop: Callable[[], None]) -> Generator[None, None, None]:
+    """Have SIGTERM and SIGINT call *stop*, where that is possible: in the main thread, on a loop that has signals."""
+    loop, handled = asyncio.get_running_loop(), list[signal.Signals]()
+    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
+            handled.append(number)
+    try:
+        yield
+    finally:
+        for number in handled:
+            loop.remove_signal_handler(number)
