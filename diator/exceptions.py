@@ -113,7 +113,7 @@ class EventsNotSent(DiatorError):
     """
     The request was handled, its unit of work is finished, and not all of its events were sent.
 
-    `__cause__` is the verdict on the first event of `events`; those after it were not tried.
+    `__cause__` is the verdict on the first of `events`; those after it were not confirmed either, or not tried.
 
     Attributes:
         response: What the handler answered. It is not lost because a broker was away.

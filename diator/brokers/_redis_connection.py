@@ -32,6 +32,7 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger(__name__)
 
 Client = redis.asyncio.Redis
+Connection = AbstractConnection
 
 _NOT_EXECUTED = (
     redis_errors.BusyLoadingError,
@@ -51,7 +52,7 @@ def verdict(error: BaseException, message_id: UUID | None, *, written: bool) -> 
     if isinstance(error, BrokerError):
         return error
     problem = f"{type(error).__name__}: {error}"
-    if isinstance(error, _NOT_EXECUTED) or not written:
+    if isinstance(error, _NOT_EXECUTED) or str(error).startswith("BUSY ") or not written:
         return BrokerUnavailable(f"Redis is not available ({problem})", message_id=message_id)
     if isinstance(error, redis_errors.ResponseError):
         return MessageRejected(f"Redis refused it ({problem})", message_id=message_id)
@@ -66,7 +67,7 @@ def client_from_url(url: str, *, timeout: float) -> Client:
     RESP3, redis-py 8 does not see that an idle connection was closed (its issue 4252).
     """
     try:
-        return redis.asyncio.Redis.from_url(
+        client = redis.asyncio.Redis.from_url(
             url,
             protocol=2,
             decode_responses=False,
@@ -76,8 +77,14 @@ def client_from_url(url: str, *, timeout: float) -> Client:
             retry=Retry(NoBackoff(), 0),
             client_name="diator",
         )
-    except ValueError as error:
-        raise WiringError(f"this is no address of a Redis: {error}") from error
+        client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # connects to nothing, and refuses options that do not exist
+    except (ValueError, TypeError):
+        # Not what it says: that quotes the address, and there is a password in it.
+        raise WiringError(
+            "this is no address of a Redis; it has the form redis://user:password@host:port/db, with special "
+            "characters of a password percent-encoded, and options of redis-py behind a question mark"
+        ) from None
+    return client
 
 
 def check_client(client: object) -> None:
@@ -94,28 +101,39 @@ class SharedConnection:
 
     What is called in one turn of the event loop goes out in one write, and the replies come back in that order; a
     lone call is written at once. At most *max_in_flight* calls, and about 4 MiB, wait for their replies; further ones
-    wait for room. Every call ends within *timeout* seconds: if the oldest one has no reply by then, the connection is
-    given up, and every call that waits on it hears *outcome unknown*. Nothing is sent twice.
+    queue for room, in their order. Every call ends within *timeout* seconds, all told: if the oldest one has no reply
+    by then, the connection is given up, and every call that waits on it hears *outcome unknown*. Nothing is sent twice.
 
-    A client whose connections cannot be shared in this way (a fake one, a cluster, one with commands of its own) is
-    used through its `execute_command`, one connection a call, as it wants to be.
+    Of a pool that has only one connection, calls borrow it, one after the other. A client that is not redis-py's own (a
+    fake one, a cluster, one with commands of its own) is used through its `execute_command`, as it wants to be.
     """
 
     def __init__(self, client: Client, *, timeout: float, max_in_flight: int) -> None:
         self._client = client
         self._timeout = timeout
         self._max_in_flight = max_in_flight
-        self._shareable = _has_plain_commands(client)
+        self._plain = getattr(type(client), "execute_command", None) is redis.asyncio.Redis.execute_command
+        connections = getattr(getattr(client, "connection_pool", None), "max_connections", max_in_flight)
+        self._shareable = self._plain and connections > 1  # the last one is the program's
+        self._alone = asyncio.Semaphore(max(1, min(connections, max_in_flight)))
         self._link: _Link | None = None
-        self._connecting = asyncio.Lock()
+        self._turn = asyncio.Lock()
+        self._queued = 0
         self._retiring: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._closing: asyncio.Task[None] | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
         try:
             async with asyncio.timeout(self._timeout):
-                if await self._connected() is None:
+                async with self._turn:
+                    link = await self._connected(None)
+                if link is None:
                     await self._client.ping()
         except CLIENT_ERRORS as error:
             raise verdict(error, None, written=False) from error
@@ -130,44 +148,62 @@ class SharedConnection:
             OutcomeUnknown: It was sent, and there is no reply.
             BrokerClosed: `aclose` was called before.
         """
+        deadline = asyncio.get_running_loop().time() + self._timeout
         link = self._link
+        reply: asyncio.Future[Any] | None
         try:
-            if link is None or not link.has_room:
-                async with asyncio.timeout(self._timeout):
-                    link = await self._link_with_room()
-            reply = None if link is None else link.call(_pack(command), message_id)
+            if link is not None and link.has_room and not self._queued:
+                reply = link.call(_pack(command), message_id, deadline)
+            else:
+                reply = await self._call_in_turn(command, message_id, deadline)
         except CLIENT_ERRORS as error:
             raise verdict(error, message_id, written=False) from error
-        return await (self._execute_alone(command, message_id) if reply is None else reply)
+        return await (self._execute_alone(command, message_id, deadline) if reply is None else reply)
 
     async def aclose(self) -> None:
-        """Refuse further calls, wait for the replies that are due, and give the connection back to the client."""
+        """
+        Refuse further calls, wait for the replies that are due, and give the connection back to the client.
+
+        That goes on if a caller is cancelled; calling it again waits for it.
+        """
         self._closed = True
-        link, self._link = self._link, None
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(), name="diator: closing")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        async with self._turn:  # behind those who were there before
+            link, self._link = self._link, None
         if link is not None:
             await link.finish()
+        if self._retiring:
+            await asyncio.wait(self._retiring)
 
-    async def _link_with_room(self) -> _Link | None:
-        """Find a connection with room, or None if calls have to go alone."""
-        while True:
-            link = await self._connected()
-            if link is None or link.has_room:
-                return link
-            await link.room()
+    async def _call_in_turn(
+        self, command: Sequence[bytes], message_id: UUID | None, deadline: float
+    ) -> asyncio.Future[Any] | None:
+        """Wait for a connection with room, and call; None if calls have to go alone."""
+        self._queued += 1
+        try:
+            async with asyncio.timeout_at(deadline), self._turn:
+                while (link := await self._connected(message_id)) and not link.has_room:
+                    await link.room()
+                return None if link is None else link.call(_pack(command), message_id, deadline)
+        finally:
+            self._queued -= 1
 
-    async def _connected(self) -> _Link | None:
-        async with self._connecting:
-            if self._closed:
-                raise BrokerClosed("this broker is closed")
-            if self._link is None and self._shareable:
-                pool = self._client.connection_pool
-                connection = await pool.get_connection()  # type: ignore[no-untyped-call]
-                if _can_be_shared(connection):
-                    self._link = _Link(connection, self._timeout, self._max_in_flight, self._retire, self._give_back)
-                else:
-                    self._shareable = False
-                    await pool.release(connection)
-            return self._link
+    async def _connected(self, message_id: UUID | None) -> _Link | None:
+        """Called by one at a time."""
+        if not self._closed and self._link is None and self._shareable:
+            connection = await self._client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+            if _can_be_shared(connection) and not self._closed:
+                self._link = _Link(connection, self._timeout, self._max_in_flight, self._retire, self._give_back)
+            else:
+                self._shareable = self._closed
+                await self._client.connection_pool.release(connection)
+        if self._closed:
+            raise BrokerClosed("this broker is closed", message_id=message_id)
+        return self._link
 
     def _retire(self, link: _Link) -> None:
         """Use another connection from now on, and give this one back when its replies are in."""
@@ -183,12 +219,21 @@ class SharedConnection:
         await connection.disconnect(nowait=True)
         await self._client.connection_pool.release(connection)
 
-    async def _execute_alone(self, command: tuple[bytes, ...], message_id: UUID | None) -> Any:
+    async def _execute_alone(self, command: Sequence[bytes], message_id: UUID | None, deadline: float) -> Any:
+        written = not self._plain  # of a client of another kind nobody knows
         try:
-            async with asyncio.timeout(self._timeout):
-                return await self._client.execute_command(*command)  # type: ignore[no-untyped-call]
+            async with asyncio.timeout_at(deadline), self._alone:
+                if not self._plain:
+                    return await self._client.execute_command(*command)  # type: ignore[no-untyped-call]
+                connection = await self._client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+                try:
+                    written = True
+                    await connection.send_command(*command)
+                    return await connection.read_response(disable_decoding=True)
+                finally:
+                    await self._client.connection_pool.release(connection)
         except CLIENT_ERRORS as error:
-            raise verdict(error, message_id, written=True) from error
+            raise verdict(error, message_id, written=written) from error
 
 
 class _Link:
@@ -213,11 +258,12 @@ class _Link:
         self._unwritten: list[bytes] = []
         self._waiting: deque[_Call] = deque()
         self._bytes_in_flight = 0
-        self._room: deque[asyncio.Future[None]] = deque()
+        self._room = asyncio.Event()
         self._idle = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
         parts: Any = connection  # private ones of redis-py, guarded by `_can_be_shared`
         self._write: Callable[[bytes], None] = parts._writer.write  # noqa: SLF001
+        self._abort: Callable[[], None] = parts._writer.transport.abort  # noqa: SLF001
         self._read: Callable[..., Awaitable[Any]] = parts._parser.read_response  # noqa: SLF001
         self._broken: Exception | None = None
         self._reader = self._loop.create_task(self._read_replies(), name="diator: replies from Redis")
@@ -228,13 +274,11 @@ class _Link:
 
     async def room(self) -> None:
         """Wait until calls have been answered, or the connection is gone."""
-        waiter = self._loop.create_future()
-        self._room.append(waiter)
-        await waiter
+        self._room.clear()
+        await self._room.wait()
 
-    def call(self, command: bytes, message_id: UUID | None) -> asyncio.Future[Any]:
+    def call(self, command: bytes, message_id: UUID | None, deadline: float) -> asyncio.Future[Any]:
         """Write *command*: at once if nothing is on its way, else with whatever this turn of the loop brings."""
-        now = self._loop.time()
         reply = self._loop.create_future()
         if self._waiting:
             if not self._unwritten:
@@ -243,8 +287,8 @@ class _Link:
         else:
             self._write(command)
             if self._sweeper is None:
-                self._sweeper = self._loop.call_at(now + self._timeout, self._sweep)
-        self._waiting.append((reply, now + self._timeout, len(command), message_id))
+                self._sweeper = self._loop.call_at(deadline, self._sweep)
+        self._waiting.append((reply, deadline, len(command), message_id))
         self._bytes_in_flight += len(command)
         return reply
 
@@ -293,6 +337,8 @@ class _Link:
         finally:
             closed = ConnectionError("the connection was closed")
             self._fail(closed if self._broken is None else self._broken)
+            if self._broken is not None:
+                self._abort()  # closing would wait for what was not written, and nobody takes it
             try:
                 await self._give_back(self, self._connection)
             except CLIENT_ERRORS as error:
@@ -306,19 +352,9 @@ class _Link:
                 future.set_exception(verdict(reply, message_id, written=True))
             else:
                 future.set_result(reply)
-        if self._room and self.has_room:
-            self._wake()
+        self._room.set()
         if not self._waiting:
             self._idle.set()
-            while self._room:  # who was woken before and then cancelled left others asleep
-                self._wake()
-
-    def _wake(self) -> None:
-        while self._room:
-            waiter = self._room.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                return
 
     def _fail(self, error: BaseException) -> None:
         """Tell everybody who waits: what was written may have arrived, what was not has not."""
@@ -328,11 +364,12 @@ class _Link:
         for position, (future, _, _, message_id) in enumerate(self._waiting):
             if not future.done():
                 future.set_exception(verdict(error, message_id, written=position < written))
+            if isinstance(error, _NOT_EXECUTED):  # this was the answer to the oldest call; the others have none
+                error = ConnectionError(f"the connection was given up after {type(error).__name__}")
         self._waiting.clear()
         self._unwritten.clear()
+        self._room.set()  # who waits for it finds another connection, or the reason why there is none
         self._idle.set()
-        while self._room:
-            self._wake()  # they find another connection, or the reason why there is none
 
 
 _Call: TypeAlias = tuple["asyncio.Future[Any]", float, int, "UUID | None"]
@@ -342,14 +379,6 @@ _Call: TypeAlias = tuple["asyncio.Future[Any]", float, int, "UUID | None"]
 def _pack(command: Sequence[bytes]) -> bytes:
     """Write a command as Redis reads it (https://redis.io/docs/latest/develop/reference/protocol-spec/)."""
     return b"*%d\r\n" % len(command) + b"".join([b"$%d\r\n%b\r\n" % (len(part), part) for part in command])
-
-
-def _has_plain_commands(client: Client) -> bool:
-    """Tell whether *client* sends commands as redis-py does, over connections of a pool."""
-    return (
-        getattr(type(client), "execute_command", None) is redis.asyncio.Redis.execute_command
-        and getattr(getattr(client, "connection_pool", None), "max_connections", 0) > 1  # the last one is the program's
-    )
 
 
 def _can_be_shared(connection: object) -> bool:

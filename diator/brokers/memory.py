@@ -88,7 +88,7 @@ class MemoryMessageBroker:
         *,
         group: str | None = None,
         prefetch: int = 64,
-        on_gap: OnGap | None = None,  # noqa: ARG002  # there is no link that could have a gap
+        on_gap: OnGap | None = None,  # there is no link that could have a gap
     ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
         """See `ReadableBroker.subscribe`."""
         if self._closed:

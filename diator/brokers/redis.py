@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Self
 
-from diator.brokers._redis_connection import Client, SharedConnection, check_client, client_from_url
+from diator.brokers._redis_connection import Client, Connection, SharedConnection, check_client, client_from_url
+from diator.brokers.base import Delivery, OnGap, Topic
+from diator.brokers.capabilities import Capabilities, require
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode
 from diator.brokers.message import Message
-from diator.exceptions import MessagesNotSent, MessageUnroutable
+from diator.brokers.supervisor import Patience, Source, Supervised
+from diator.exceptions import BrokerClosed, MessagesNotSent, MessageUnroutable, UnsupportedCapability, WiringError
 
 
 class RedisMessageBroker:
@@ -25,6 +30,9 @@ class RedisMessageBroker:
     *timeout* bounds every call, in seconds. *max_message_bytes* bounds the encoded message. *max_in_flight* bounds the
     messages that wait for Redis's answer; further ones wait for room. With *require_receiver* a message that nobody
     received raises `MessageUnroutable`; Redis counts those on the node that it was sent to.
+
+    A subscription takes a connection of its own from the pool, holds at most *read_ahead* messages that were not asked
+    for yet, and has *patience* with the service.
     """
 
     def __init__(  # one transport, all its options
@@ -36,13 +44,19 @@ class RedisMessageBroker:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         max_in_flight: int = 1024,
         require_receiver: bool = False,
+        read_ahead: int = 1_000,
+        patience: Patience | None = None,
     ) -> None:
         check_client(client)
+        if read_ahead < 1 or max_in_flight < 1 or timeout <= 0:
+            raise WiringError("read_ahead and max_in_flight are at least 1, and timeout is above 0")
         self._client = client
         self._owns_client = False
         self._prefix = channel_prefix
         self._max_message_bytes = max_message_bytes
         self._require_receiver = require_receiver
+        self._ahead = read_ahead
+        self._patience = patience or Patience(connect=timeout)
         self._connection = SharedConnection(client, timeout=timeout, max_in_flight=max_in_flight)
 
     @classmethod
@@ -55,6 +69,8 @@ class RedisMessageBroker:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         max_in_flight: int = 1024,
         require_receiver: bool = False,
+        read_ahead: int = 1_000,
+        patience: Patience | None = None,
     ) -> Self:
         """Make a broker with a client of its own for `redis://…`, `rediss://…` or `unix://…`; `aclose` closes it."""
         broker = cls(
@@ -64,6 +80,8 @@ class RedisMessageBroker:
             max_message_bytes=max_message_bytes,
             max_in_flight=max_in_flight,
             require_receiver=require_receiver,
+            read_ahead=read_ahead,
+            patience=patience,
         )
         broker._owns_client = True
         return broker
@@ -75,7 +93,7 @@ class RedisMessageBroker:
     async def publish(self, message: Message, /) -> int:
         """Send *message*, with the promises of `send_message`, and give the number of its receivers on Redis's node."""
         body = encode(message, max_bytes=self._max_message_bytes, headers_in_body=True)
-        channel = f"{self._prefix}:{message.message_type}:{message.message_name}".encode()
+        channel = self._channel(Topic(message.message_type, message.message_name))
         receivers: int = await self._connection.execute(b"PUBLISH", channel, body, message_id=message.message_id)
         if self._require_receiver and not receivers:
             raise MessageUnroutable("nobody is subscribed to its channel", message_id=message.message_id)
@@ -92,6 +110,69 @@ class RedisMessageBroker:
         if failed:
             raise MessagesNotSent([message.message_id for message, _ in failed]) from failed[0][1]
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What Redis Pub/Sub promises: little, and all of it at once."""
+        return Capabilities(
+            guarantee="at_most_once",
+            receipt="accepted",
+            ordering="destination",
+            distribution=frozenset({"broadcast"}),
+            unroutable="reported" if self._require_receiver else "dropped",
+            max_message_bytes=self._max_message_bytes,
+            multi_process=True,
+            network=True,
+        )
+
+    @asynccontextmanager
+    async def subscribe(
+        self,
+        topics: Collection[Topic],
+        /,
+        *,
+        group: str | None = None,
+        prefetch: int = 64,  # nothing is settled here, so nothing can be held back by it
+        on_gap: OnGap | None = None,
+    ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
+        """
+        See `ReadableBroker.subscribe`. Every subscription gets every message; whoever is away misses it.
+
+        Redis drops a subscriber that is too slow (`client-output-buffer-limit pubsub`). That, like every other loss of
+        the connection, is told to *on_gap* once there is a new one.
+        """
+        if group is not None:
+            remedy = "leave the group out, or use Redis Streams"
+            competing = Capabilities(distribution=frozenset({"competing"}))
+            require(self, self.capabilities, competing, for_=f"subscribe(group={group!r})", remedy=remedy)
+        channels = {self._channel(topic): topic for topic in topics}
+        async with Supervised(
+            lambda: self._subscribed(channels),
+            lossy=True,
+            ahead=self._ahead,
+            patience=self._patience,
+            on_gap=on_gap,
+        ) as deliveries:
+            yield deliveries
+
+    @asynccontextmanager
+    async def _subscribed(self, channels: Mapping[bytes, Topic]) -> AsyncGenerator[Source, None]:
+        """Take a connection of the client's pool, and wait until Redis has confirmed every channel."""
+        if self._connection.is_closed:
+            raise BrokerClosed("this broker is closed")
+        connection = await self._client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+        try:
+            source = _Subscription(connection, channels)
+            await connection.send_command("SUBSCRIBE", *channels)
+            while not source.is_ready:
+                await source.receive(0)
+            yield source
+        finally:
+            await connection.disconnect(nowait=True)
+            await self._client.connection_pool.release(connection)
+
+    def _channel(self, topic: Topic) -> bytes:
+        return f"{self._prefix}:{topic.message_type}:{topic.message_name}".encode()
+
     async def aclose(self) -> None:
         """Refuse further messages and wait, at most *timeout*, for the answers that are due. Again: does nothing."""
         await self._connection.aclose()
@@ -104,3 +185,49 @@ class RedisMessageBroker:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+class _Subscription:
+    """
+    One connection that is subscribed. It also is the settler of its deliveries: Pub/Sub has nothing to settle.
+
+    Not redis-py's `PubSub`: that connects and subscribes again by itself, and nobody learns what was missed.
+    """
+
+    def __init__(self, connection: Connection, channels: Mapping[bytes, Topic]) -> None:
+        self._connection = connection
+        self._topics = channels
+        self._confirmed: set[bytes] = set()
+
+    @property
+    def is_ready(self) -> bool:
+        return self._confirmed >= self._topics.keys()
+
+    async def receive(self, most: int, /) -> Sequence[Delivery]:  # Redis sends them one by one
+        # Never cancelled half-way through a reply: its parts stay in the parser.
+        reply = await self._connection.read_response(
+            disable_decoding=True, timeout=math.inf, disconnect_on_error=False, push_request=True
+        )
+        kind, *rest = reply if isinstance(reply, list) else [reply]
+        if kind == b"message":
+            channel, body = rest
+            return [Delivery(topic=self._topics[channel], body=body, headers={}, attempt=1, settler=self)]
+        if kind == b"subscribe":
+            self._confirmed.add(rest[0])
+        return []
+
+    async def probe(self) -> None:
+        await self._connection.send_command("PING")
+
+    async def ack(self, delivery: Delivery, /) -> None:
+        pass  # there is nothing to acknowledge
+
+    async def retry(self, delivery: Delivery, after: float, /) -> None:
+        raise _refused("retry()")
+
+    async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
+        raise _refused("dead_letter()")
+
+
+def _refused(what: str) -> UnsupportedCapability:
+    return UnsupportedCapability("RedisMessageBroker", ["redelivery"], why=what, remedy="use Redis Streams")

@@ -117,7 +117,7 @@ class Container:
         self._check(type_, ())
         return cast("Build[T] | None", self._compile(type_))
 
-    def scope(self, shared: Shared, /) -> AbstractAsyncContextManager[Resolver]:  # noqa: ARG002  # own cache suffices
+    def scope(self, shared: Shared, /) -> AbstractAsyncContextManager[Resolver]:  # own cache suffices
         """See `ScopingResolver.scope`."""
         return _Scope(self)
 

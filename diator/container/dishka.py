@@ -31,7 +31,7 @@ class DishkaContainer:
         """Give a *type_* from the container's own scope, with dishka's errors."""
         return await self._container.get(type_)
 
-    def scope(self, shared: Shared, /) -> AbstractAsyncContextManager[Resolver]:  # noqa: ARG002  # dishka keeps its own
+    def scope(self, shared: Shared, /) -> AbstractAsyncContextManager[Resolver]:  # dishka keeps its own
         """See `ScopingResolver.scope`: dishka's request scope, closed with the error that ended it, if one did."""
         return self._request_scope()
 

@@ -1,0 +1,204 @@
+"""Keeps one subscription alive, for every transport with a link that can fail. Written once, so that none forgets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Protocol, Self
+
+from diator.brokers.base import Delivery, Gap, OnGap
+from diator.exceptions import BrokerClosed, BrokerError, BrokerUnavailable
+
+logger = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """The transport's half: one connection while it lives, ready to receive."""
+
+    async def receive(self, most: int, /) -> Sequence[Delivery]:
+        """
+        Wait for deliveries, and give at most *most* of them; none, where something else was heard.
+
+        Raises:
+            Exception: The connection is lost, whatever the client library calls that.
+        """
+        ...
+
+    async def probe(self) -> None:
+        """Ask the service for a sign of life. `receive` returns when it comes."""
+        ...
+
+
+Connect = Callable[[], AbstractAsyncContextManager[Source]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long is waited for what. All times are in seconds."""
+
+    connect: float = 10.0
+    """For a connection, and for it to be ready."""
+    idle: float = 10.0
+    """For anything to be heard, before a sign of life is asked for."""
+    silence: float = 5.0
+    """For that sign, before the peer counts as dead."""
+    first_pause: float = 0.1
+    """The longest first pause before connecting again; it doubles with each failure."""
+    longest_pause: float = 30.0
+    healthy: float = 60.0
+    """How long a connection has to live for the pauses to begin anew."""
+
+    def pause(self, failures: int) -> float:
+        """Full jitter: everybody who lost the same service must not come back at the same moment."""
+        return random.uniform(0, min(self.longest_pause, self.first_pause * 2 ** min(failures, 32)))  # noqa: S311
+
+
+class Supervised:
+    """
+    A subscription that is connected again whenever it breaks, with one connection at any time.
+
+    Entering it connects, and raises `BrokerUnavailable` if that is not possible. From then on it is an iterator of
+    deliveries that ends, with `BrokerClosed`, only when the broker is closed. *lossy* says that messages are missed
+    while there is no connection: *on_gap* is told so when there is one again. At most *ahead* deliveries are received
+    before they are asked for.
+    """
+
+    def __init__(self, connect: Connect, *, lossy: bool, ahead: int, patience: Patience, on_gap: OnGap | None) -> None:
+        self._connect = connect
+        self._lossy = lossy
+        self._ahead = ahead
+        self._patience = patience
+        self._on_gap = on_gap
+        self._received: deque[Delivery] = deque()
+        self._arrived = asyncio.Event()
+        self._room = asyncio.Event()
+        self._heard = 0.0
+        self._ended: BrokerClosed | None = None
+        self._pump: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pump = asyncio.create_task(self._keep_receiving(ready), name="diator: receiving")
+        try:
+            await ready
+        except BaseException:
+            await self._end()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._end()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delivery:
+        received = self._received
+        while not received:
+            if self._ended is not None:
+                raise self._ended
+            self._arrived.clear()
+            await self._arrived.wait()
+        if len(received) == self._ahead:
+            self._room.set()
+        return received.popleft()
+
+    async def _end(self) -> None:
+        if self._pump is not None:
+            self._pump.cancel()
+            await asyncio.wait([self._pump])
+
+    async def _keep_receiving(self, ready: asyncio.Future[None]) -> None:
+        loop = asyncio.get_running_loop()
+        failures = 0
+        lost: tuple[datetime, str] | None = None
+        while True:
+            since = loop.time()
+            connected = False
+            try:
+                async with asyncio.timeout(self._patience.connect) as connecting, self._connect() as source:
+                    connecting.reschedule(None)
+                    since, connected = loop.time(), True
+                    if not ready.done():
+                        ready.set_result(None)
+                    if lost is not None and self._lossy:
+                        self._tell_gap(*lost)
+                    lost = None
+                    await self._receive_from(source)
+            except Exception as error:  # noqa: BLE001  # whatever a client library raises, the connection is gone
+                if not ready.done():
+                    ready.set_exception(_unavailable(error))
+                    return
+                if isinstance(error, BrokerClosed):
+                    self._ended = error
+                    self._arrived.set()
+                    return
+                reason = f"{type(error).__name__}: {error}" if str(error) else "the peer was silent"
+                logger.warning("a subscription has no connection (%s); connecting again", reason)
+                lost = lost or (datetime.now(UTC), reason)
+            if connected and loop.time() - since > self._patience.healthy:
+                failures = 0
+            await asyncio.sleep(self._patience.pause(failures))
+            failures += 1
+
+    async def _receive_from(self, source: Source) -> None:
+        """Receive until the connection is lost, or its peer is silent for too long."""
+        self._heard_now()
+        async with asyncio.timeout(None) as alive:
+            watching = asyncio.create_task(self._watch(source, alive), name="diator: watching for silence")
+            try:
+                while True:
+                    while (room := self._ahead - len(self._received)) <= 0:
+                        self._room.clear()
+                        await self._room.wait()
+                        self._heard_now()  # nobody listened meanwhile
+                    if deliveries := await source.receive(room):
+                        self._received.extend(deliveries)
+                        self._arrived.set()
+                    self._heard_now()
+            finally:
+                watching.cancel()
+                await asyncio.wait([watching])
+
+    async def _watch(self, source: Source, alive: asyncio.Timeout) -> None:
+        """A connection can be dead without a word: its packets go nowhere, and nothing tells so but silence."""
+        loop, patience = asyncio.get_running_loop(), self._patience
+        while True:
+            quiet = loop.time() - self._heard
+            if quiet < patience.idle or len(self._received) >= self._ahead:  # heard, or not listened to
+                await asyncio.sleep(max(patience.idle - quiet, patience.silence / 10))
+                continue
+            asked = loop.time()
+            try:
+                async with asyncio.timeout(patience.silence):
+                    await source.probe()
+                await asyncio.sleep(patience.silence - (loop.time() - asked))
+            except Exception as error:  # noqa: BLE001  # whatever it is, there was no sign of life
+                logger.debug("asking for a sign of life failed: %r", error)
+            if self._heard < asked and len(self._received) < self._ahead:
+                alive.reschedule(loop.time())
+                return
+
+    def _heard_now(self) -> None:
+        self._heard = asyncio.get_running_loop().time()
+
+    def _tell_gap(self, lost_at: datetime, reason: str) -> None:
+        if self._on_gap is not None:
+            self._on_gap(Gap(since=lost_at, until=datetime.now(UTC), reason=reason))
+
+
+def _unavailable(error: Exception) -> BrokerError:
+    if isinstance(error, BrokerError):
+        return error
+    unavailable = BrokerUnavailable(f"{type(error).__name__}: {error}")
+    unavailable.__cause__ = error
+    return unavailable

@@ -1,0 +1,158 @@
+"""A TCP proxy that fails as networks and services do: for tests of what a client makes of it."""
+
+import asyncio
+import socket
+import struct
+from collections import Counter
+from enum import Enum
+from typing import Self
+
+
+class Flow(Enum):
+    """One direction of the traffic."""
+
+    TO_SERVER = "to the server"
+    TO_CLIENT = "to the client"
+
+
+BOTH = tuple(Flow)
+_CHUNK = 64 * 1024
+
+
+class FaultProxy:
+    """
+    Passes bytes between its clients and the service at *host* and *port*, until it is told to do worse.
+
+    It listens on `port` of the loopback interface for as long as `async with` lasts. A fault holds for all
+    connections, those to come too, until `heal`; `cut` and `reset` end those that there are and leave no fault behind.
+
+    Attributes:
+        host, port: Where it listens.
+        accepted: How many connections it has accepted.
+        passed: How many bytes it has passed on, by direction.
+    """
+
+    host = "127.0.0.1"
+
+    def __init__(self, host: str, port: int) -> None:
+        self.port = 0
+        self.accepted = 0
+        self.passed: Counter[Flow] = Counter()
+        self._service = host, port
+        self._listener: asyncio.Server | None = None
+        self._links: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
+        self._open = {flow: asyncio.Event() for flow in Flow}
+        self._lossy: set[Flow] = set()
+
+    # -- faults --------------------------------------------------------------------------------------------------
+
+    def withhold(self, *flows: Flow) -> None:
+        """Keep what goes in these directions until `heal`. Senders come to feel it: what is kept has its bounds."""
+        for flow in flows or BOTH:
+            self._open[flow].clear()
+
+    def black_hole(self, *flows: Flow) -> None:
+        """
+        Lose what goes in these directions, the ends of connections too: each side believes that the other lives.
+
+        A connection that has lost something stays half-open for good; `heal` helps only the others.
+        """
+        self._lossy.update(flows or BOTH)
+
+    def refuse(self) -> None:
+        """Refuse new connections, as a machine does where no service listens."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    def cut(self) -> None:
+        """End every connection in an orderly way (FIN). What was withheld is lost."""
+        for task, writers in self._links.items():
+            for writer in writers:
+                writer.close()
+            task.cancel()
+
+    def reset(self) -> None:
+        """Break every connection (RST), as a machine does that has forgotten them."""
+        for task, writers in self._links.items():
+            for writer in writers:
+                _reset(writer)
+            task.cancel()
+
+    async def heal(self) -> None:
+        """Accept and pass on everything again."""
+        self._lossy.clear()
+        for is_open in self._open.values():
+            is_open.set()
+        if self._listener is None:
+            self._listener = await asyncio.start_server(self._accept, self.host, self.port)
+            self.port = self._listener.sockets[0].getsockname()[1]
+
+    # -- work ----------------------------------------------------------------------------------------------------
+
+    @property
+    def connections(self) -> int:
+        """How many connections there are."""
+        return len(self._links)
+
+    async def __aenter__(self) -> Self:
+        await self.heal()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.refuse()
+        while self._links:
+            self.reset()
+            await asyncio.wait(self._links)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        task = asyncio.create_task(self._serve(reader, writer), name=f"proxied connection {self.accepted}")
+        self._links[task] = [writer]
+        task.add_done_callback(self._links.pop)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers = [writer]
+        try:
+            service_reader, service_writer = await asyncio.open_connection(*self._service)
+            writers.append(service_writer)
+            self._links[asyncio.current_task()] = writers  # type: ignore[index]  # this is a task
+            async with asyncio.TaskGroup() as pumps:
+                pumps.create_task(self._pump(Flow.TO_SERVER, reader, service_writer))
+                pumps.create_task(self._pump(Flow.TO_CLIENT, service_reader, writer))
+        except* OSError:
+            for each in writers:
+                _reset(each)
+        finally:
+            for each in writers:
+                each.close()
+
+    async def _pump(self, flow: Flow, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        lost = False
+        while True:
+            try:
+                chunk = await reader.read(_CHUNK)
+            except ConnectionError:
+                if flow not in self._lossy:
+                    raise
+                chunk = b""
+            await self._open[flow].wait()
+            lost = lost or flow in self._lossy
+            if lost:
+                if not chunk:
+                    await asyncio.Event().wait()  # until somebody ends this connection
+            elif chunk:
+                self.passed[flow] += len(chunk)
+                writer.write(chunk)
+                await writer.drain()
+            else:
+                writer.write_eof()
+                return
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Close without a goodbye: with no time to linger, the system sends RST."""
+    if not writer.transport.is_closing():
+        connection: socket.socket = writer.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
