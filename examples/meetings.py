@@ -171,7 +171,9 @@ def say(what: str, *, by: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Somebody joins a meeting.")
-    parser.add_argument("--broker", default="memory", metavar="ADDRESS", help="memory (default) or redis://host:port/db")
+    parser.add_argument(
+        "--broker", default="memory", metavar="ADDRESS", help="memory (default) or redis://host:port/db"
+    )
     try:
         asyncio.run(main(parser.parse_args().broker))
     except (BrokerError, WiringError, MissingExtra) as error:

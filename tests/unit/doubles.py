@@ -1,12 +1,20 @@
 """What the unit tests play with: a few messages, brokers that remember, and a mediator in one line."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+import json
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from diator.brokers import Message
-from diator.events import DomainEvent, ECSTEvent, EventMap, NotificationEvent
+from diator.brokers.base import Delivery, OnGap, Topic
+from diator.brokers.capabilities import Capabilities
+from diator.brokers.codec import MAX_MESSAGE_BYTES, payload_encoder
+from diator.brokers.memory import MemoryMessageBroker
+from diator.consumer import DEFAULT_GROUP, Consumer
+from diator.events import DomainEvent, ECSTEvent, EventEmitter, EventMap, NotificationEvent
 from diator.exceptions import BrokerUnavailable, MessagesNotSent
 from diator.mediator import Mediator
 from diator.requests import Request, RequestMap
@@ -35,6 +43,15 @@ class UserJoined(NotificationEvent):
 @dataclass(frozen=True, kw_only=True)
 class MeetingChanged(ECSTEvent):
     title: str = "Standup"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved(NotificationEvent):
+    """An event whose messages have a key."""
+
+    message_key: ClassVar[str] = "room"
+    room: str = "A"
+    number: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,3 +137,113 @@ def events_of(*handlers: Any) -> EventMap:
 def mediator_of(*handlers: Any, on_events: Sequence[Any] = (), **options: Any) -> Mediator:
     """Wire a mediator of request *handlers* and of handlers *on_events*."""
     return Mediator(requests_of(*handlers), event_map=events_of(*on_events), **options)
+
+
+# -- consuming -------------------------------------------------------------------------------------------------------
+
+FULL = MemoryMessageBroker().capabilities
+WEAK = Capabilities(distribution=frozenset({"broadcast"}), max_message_bytes=MAX_MESSAGE_BYTES)
+"""What Redis Pub/Sub can do, about: nothing comes again, and nothing can be put aside."""
+
+
+class Scripted:
+    """
+    A broker that gives out *script*, bodies or whole deliveries, and remembers in *log* what it was asked to do.
+
+    What *failing* names ends in the error it gives. It holds nothing back and never waits, whatever *prefetch* says.
+    """
+
+    def __init__(
+        self,
+        *script: bytes | Delivery,
+        capabilities: Capabilities = FULL,
+        failing: dict[str, Exception] | None = None,
+    ) -> None:
+        self.script = deque(script)
+        self.capabilities = capabilities
+        self.failing = failing or {}
+        self.log: list[tuple[Any, ...]] = []
+        self.given = 0
+        self.on_gap: OnGap | None = None
+
+    def note(self, what: str, *details: object) -> None:
+        if what in self.failing:
+            raise self.failing[what]
+        self.log.append((what, *details))
+
+    async def send_message(self, message: Message, /) -> None:
+        self.note("send", message.message_name)
+
+    @asynccontextmanager
+    async def subscribe(
+        self, topics: Collection[Topic], /, *, group: str | None = None, prefetch: int = 64, on_gap: OnGap | None = None
+    ) -> AsyncIterator[AsyncIterator[Delivery]]:
+        self.topics, self.group, self.prefetch, self.on_gap = {*topics}, group, prefetch, on_gap
+        yield self
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delivery:
+        if not self.script:
+            await asyncio.Event().wait()
+        self.given += 1
+        given = self.script.popleft()
+        return given if isinstance(given, Delivery) else self.delivery(given)
+
+    def delivery(self, body: bytes, **options: Any) -> Delivery:
+        topic = Topic("notification_event", "UserJoined")
+        return Delivery(**{"topic": topic, "body": body, "headers": {}, "attempt": 1, "settler": self, **options})
+
+    async def ack(self, delivery: Delivery, /) -> None:
+        self.note("ack")
+
+    async def retry(self, delivery: Delivery, after: float, /) -> None:
+        self.note("retry")
+
+    async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
+        self.note("dead_letter", reason)
+
+
+def body_of(event: Any, **envelope: Any) -> bytes:
+    """What *event* is on the wire, with *envelope* instead of what it says of itself."""
+    own = {
+        "message_type": event.message_type,
+        "message_name": type(event).__name__,
+        "message_id": str(event.event_id),
+        "payload": json.loads(payload_encoder(type(event))(event)),
+    }
+    return json.dumps(own | envelope, ensure_ascii=False).encode()
+
+
+async def holding(*events: Any, group: str = DEFAULT_GROUP) -> MemoryMessageBroker:
+    """Make a broker in which *events* wait for the members of *group*."""
+    broker = MemoryMessageBroker()
+    async with broker.subscribe({Topic(each.message_type, type(each).__name__) for each in events}, group=group):
+        pass
+    for event in events:
+        await EventEmitter(message_broker=broker).emit(event)
+    return broker
+
+
+@asynccontextmanager
+async def running(consumer: Consumer) -> AsyncIterator[asyncio.Task[None]]:
+    """Run *consumer* during the block; then stop it, and raise what its run raises."""
+    run = asyncio.create_task(consumer.run(signals=False))
+    await asyncio.sleep(0)
+    try:
+        yield run
+    finally:
+        consumer.stop()
+        await asyncio.wait({run}, timeout=5)
+        if not run.done():
+            run.cancel()
+            raise AssertionError("the run does not end")
+    await run
+
+
+async def until(holds: Callable[[], object]) -> None:
+    """Wait until something is so."""
+    async with asyncio.timeout(3):
+        while not holds():  # noqa: ASYNC110  # whatever it is: nobody sets an event for it
+            await asyncio.sleep(0.001)

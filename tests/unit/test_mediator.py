@@ -194,7 +194,7 @@ def test_an_event_handler_that_can_never_be_built_is_refused_when_wiring():
 def test_a_parameter_without_a_hint_is_refused_when_wiring():
     async def join(command: Join, api) -> str: ...
 
-    with pytest.raises(ResolutionError, match="parameter 'api' of .*join has no type hint"):
+    with pytest.raises(ResolutionError, match=r"parameter 'api' of .*join has no type hint"):
         mediator_of(join)
 
 
