@@ -1,8 +1,12 @@
 """
 Somebody joins a meeting: a command, a query, a domain event, and an event that travels through a message broker.
 
-    python examples/meetings.py                                     # in memory, needs no service
-    python examples/meetings.py --broker redis://localhost:6379/0   # the same program, through Redis Pub/Sub
+    python examples/meetings.py                                               # in memory, needs no service
+
+The same program through Redis; the second process consumes what the first one sends, until Ctrl-C:
+
+    python examples/meetings.py --broker redis-streams://localhost:6379/0 --consume
+    python examples/meetings.py --broker redis-streams://localhost:6379/0     # or redis://…, for Pub/Sub
 """
 
 import argparse
@@ -12,11 +16,11 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from diator.brokers import Message, MessageBroker
 from diator.brokers.codec import encode
 from diator.brokers.memory import MemoryMessageBroker
+from diator.consumer import Consumer
 from diator.container import Container
 from diator.events import DomainEvent, EventHandler, EventMap, NotificationEvent
 from diator.exceptions import BrokerError, MissingExtra, WiringError
@@ -103,6 +107,16 @@ async def read_meeting(request: ReadMeetingQuery, meeting_api: MeetingAPI) -> Re
     return ReadMeetingQueryResult(meeting_id=request.meeting_id, link=await meeting_api.get_link(request.meeting_id))
 
 
+elsewhere = EventMap()  # what another service does about it
+arrived = asyncio.Event()
+
+
+@elsewhere.handler
+async def count_members(event: UserJoinedNotificationEvent) -> None:
+    say(f"hears of {event}", by="count_members")
+    arrived.set()
+
+
 # -- how it is wired ----------------------------------------------------------------------------------------------
 
 
@@ -117,37 +131,36 @@ class Narrator(BaseMiddleware):
 class Announcing:
     """A message broker is anything with this one method; here, one that tells what it hands on."""
 
-    def __init__(self, broker: MessageBroker, name: str) -> None:
+    def __init__(self, broker: MessageBroker) -> None:
         self._broker = broker
-        self._name = name
 
     async def send_message(self, message: Message) -> None:
         await self._broker.send_message(message)
-        say(f"{self._name} has", by="message broker")
+        say(f"{type(self._broker).__name__} has", by="message broker")
         print(textwrap.indent(json.dumps(json.loads(encode(message)), indent=2), " " * 32))
 
 
-def broker_for(address: str) -> MemoryMessageBroker | Any:
-    match urlsplit(address).scheme or address:
-        case "memory":
+def broker_for(address: str) -> Any:
+    match address.partition("://"):
+        case ("memory", *_):
             return MemoryMessageBroker()
-        case "redis" | "rediss" | "unix":
+        case ("redis" | "rediss", *_):
             from diator.brokers.redis import RedisMessageBroker  # noqa: PLC0415  # needs the extra `redis`
 
             return RedisMessageBroker.from_url(address)
-        case unknown:
-            raise WiringError(f"there is no broker for {unknown!r}; use memory or redis://host:port/db")
+        case ("redis-streams", _, rest):
+            from diator.brokers.redis_streams import RedisStreamMessageBroker  # noqa: PLC0415
+
+            return RedisStreamMessageBroker.from_url(f"redis://{rest}")
+        case (unknown, *_):
+            raise WiringError(f"there is no broker for {unknown!r}; use memory, redis://… or redis-streams://…")
 
 
-async def main(address: str) -> None:
-    async with broker_for(address) as broker, Container() as container:
+async def send(broker: MessageBroker) -> None:
+    async with Container() as container:
         container.register(MeetingAPI, lifetime="singleton")
         mediator = Mediator(
-            requests,
-            container,
-            event_map=events,
-            message_broker=Announcing(broker, type(broker).__name__),
-            middlewares=[Narrator()],
+            requests, container, event_map=events, message_broker=Announcing(broker), middlewares=[Narrator()]
         )
 
         step("A command: user 7 joins meeting 1")
@@ -156,6 +169,23 @@ async def main(address: str) -> None:
         step("A query: where is meeting 1?")
         answer = await mediator.send(ReadMeetingQuery(meeting_id=1))
         say(answer.link, by="answer")  # a type checker knows that this is a str
+
+
+async def main(address: str, *, consume: bool) -> None:
+    async with broker_for(address) as broker:
+        consumer = Consumer(broker, event_map=elsewhere)
+        if consume:
+            step("Consuming; Ctrl-C ends it")
+            await consumer.run()
+        elif isinstance(broker, MemoryMessageBroker):  # nobody else can consume what is in this process
+            consuming = asyncio.create_task(consumer.run())
+            await send(broker)
+            step("Elsewhere: what the message broker brings")
+            await arrived.wait()
+            consumer.stop()
+            await consuming
+        else:
+            await send(broker)
 
 
 # -- how it is told -----------------------------------------------------------------------------------------------
@@ -171,10 +201,10 @@ def say(what: str, *, by: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Somebody joins a meeting.")
-    parser.add_argument(
-        "--broker", default="memory", metavar="ADDRESS", help="memory (default) or redis://host:port/db"
-    )
+    parser.add_argument("--broker", default="memory", metavar="ADDRESS", help="memory, redis://… or redis-streams://…")
+    parser.add_argument("--consume", action="store_true", help="consume what another process sends")
+    arguments = parser.parse_args()
     try:
-        asyncio.run(main(parser.parse_args().broker))
+        asyncio.run(main(arguments.broker, consume=arguments.consume))
     except (BrokerError, WiringError, MissingExtra) as error:
         sys.exit(f"meetings: {error}")

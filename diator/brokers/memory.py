@@ -21,9 +21,9 @@ class MemoryMessageBroker:
     Queues of encoded messages: for tests, examples and programs that need no service.
 
     Each group has a queue, which collects from the moment of its first subscription, whether or not a member is there;
-    a subscription without a group has one of its own, which ends with it. A message that no queue wants is kept until
-    `receive` takes it. At most *capacity* messages wait in each queue, and as many are kept: one more is rejected,
-    never dropped. *max_message_bytes* bounds each of them.
+    a subscription without a group has one of its own, which ends with it. A message that no queue wants is kept, for
+    the first subscription to its topic, or for `receive`. At most *capacity* messages wait in each queue, and as many
+    are kept: one more is rejected, never dropped. *max_message_bytes* bounds each of them.
 
     Closing refuses further messages and ends all waiting; what is in the queues is gone with the object.
     """
@@ -33,7 +33,7 @@ class MemoryMessageBroker:
             raise WiringError("capacity is at least 1")
         self._capacity = capacity
         self._max_message_bytes = max_message_bytes
-        self._kept: asyncio.Queue[bytes] = asyncio.Queue(capacity)
+        self._kept = _Queue()
         self._groups: dict[str, _Queue] = {}
         self._queues: list[_Queue] = []
         self._dead_letters: list[DeadLetter] = []
@@ -71,14 +71,12 @@ class MemoryMessageBroker:
         body = encode(message, max_bytes=self._max_message_bytes, headers_in_body=True)
         topic = Topic(message.message_type, message.message_name)
         queues = [queue for queue in self._queues if topic in queue.topics]
-        if any(len(queue) >= self._capacity for queue in queues) or (not queues and self._kept.full()):
+        if any(len(queue) >= self._capacity for queue in queues) or (not queues and len(self._kept) >= self._capacity):
             raise MessageRejected(
                 f"{self._capacity:,} messages wait already, and nobody takes them", message_id=message.message_id
             )
-        for queue in queues:
+        for queue in queues or [self._kept]:
             queue.put(_Entry(topic, body))
-        if not queues:
-            self._kept.put_nowait(body)
 
     @asynccontextmanager
     async def subscribe(
@@ -97,6 +95,8 @@ class MemoryMessageBroker:
         queue.topics |= set(topics)
         if queue not in self._queues:
             self._queues.append(queue)
+        for entry in self._kept.take_all(queue.topics):
+            queue.put(entry)
         member = _Member(self, queue, prefetch)
         try:
             yield member
@@ -107,11 +107,11 @@ class MemoryMessageBroker:
 
     async def receive(self) -> Message:
         """Take the oldest message that no subscription wanted; wait for one if there is none."""
-        return decode(await self._kept.get(), max_bytes=self._max_message_bytes)
+        return decode((await self._kept.take()).body, max_bytes=self._max_message_bytes)
 
     def __len__(self) -> int:
         """How many messages `receive` would find."""
-        return self._kept.qsize()
+        return len(self._kept)
 
     async def aclose(self) -> None:
         """Refuse further messages. Calling it again does nothing."""
@@ -162,6 +162,12 @@ class _Queue:
             entry.attempt += 1
         self._waiting.extendleft(reversed([*entries]))
         self._arrived.set()
+
+    def take_all(self, topics: Collection[Topic]) -> list[_Entry]:
+        """Take what is of *topics*, in its order."""
+        taken = [entry for entry in self._waiting if entry.topic in topics]
+        self._waiting = deque(entry for entry in self._waiting if entry.topic not in topics)
+        return taken
 
     async def take(self) -> _Entry:
         while not self._waiting:

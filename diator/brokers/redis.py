@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Self
+from typing import Any, Self
 
 from diator.brokers._redis_connection import Client, Connection, SharedConnection, check_client, client_from_url
 from diator.brokers.base import Delivery, OnGap, Topic
@@ -205,7 +205,7 @@ class _Subscription:
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:  # Redis sends them one by one
         # Never cancelled half-way through a reply: its parts stay in the parser.
-        reply = await self._connection.read_response(
+        reply: Any = await self._connection.read_response(
             disable_decoding=True, timeout=math.inf, disconnect_on_error=False, push_request=True
         )
         kind, *rest = reply if isinstance(reply, list) else [reply]

@@ -31,6 +31,7 @@ def test_meetings_tells_the_whole_story_in_memory():
         '"message_name": "UserJoinedNotificationEvent"',
         "read_meeting                  handles ReadMeetingQuery(meeting_id=1)",
         "answer                        https://meetings.example/1",
+        "count_members                 hears of UserJoinedNotificationEvent",
     ]
     positions = [told.stdout.find(step) for step in steps]
     assert -1 not in positions, told.stdout

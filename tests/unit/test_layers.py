@@ -11,6 +11,7 @@ import diator
 
 #: Top to bottom. A module may use what stands below it, never beside or above.
 LAYERS = [
+    "testing",
     "mediator consumer",
     "_dispatcher _handling",
     "middlewares",
