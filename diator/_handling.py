@@ -24,6 +24,9 @@ from diator.retrying import RetryPolicy
 
 logger = logging.getLogger(__name__)
 
+OUTGOING = object()
+"""Where the events that travel wait in what a delivery shares, until the middlewares have finished."""
+
 Outcome: TypeAlias = Literal["acked", "retried", "dead_lettered", "given_up", "unsettled"]
 
 
@@ -45,10 +48,18 @@ class Handled:
 
 @dataclass(frozen=True)
 class Route:
-    """What the messages of one topic become, and what handles them, through the middlewares."""
+    """What the messages of one topic become; what handles them, through the middlewares; what then sends."""
 
     read: Callable[[bytes], Any]
-    handle: Callable[[Any, Shared], Awaitable[Any]]
+    dispatch: Callable[[Any, Shared], Awaitable[Any]]
+    emitter: EventEmitter
+
+    async def handle(self, event: Any) -> None:
+        """Handle *event*, and send what its handlers raised, when the middlewares have finished."""
+        shared: Shared = {}
+        await self.dispatch(event, shared)
+        if outgoing := shared.get(OUTGOING):
+            await self.emitter.send(outgoing)
 
 
 def routes(
@@ -67,34 +78,52 @@ def routes(
         if travels(event_type):
             topic = Topic(getattr(event_type, "message_type"), message_name_of(event_type))  # noqa: B009  # it has one: it travels
             handlers = [Prepared(handler, container) for handler in event_map.get(event_type)]
-            found[topic] = Route(payload_decoder(event_type), chain(middlewares, _unit_of_work(handlers, emitter)))
+            dispatch = chain(middlewares, _unit_of_work(handlers, emitter))
+            found[topic] = Route(payload_decoder(event_type), dispatch, emitter)
     if not found:
         raise WiringError("nothing to consume: the event map has no handler for an event that travels")
     return found
 
 
 def _unit_of_work(handlers: Sequence[Prepared], emitter: EventEmitter) -> Callable[[Any, Shared], Awaitable[None]]:
-    """Every handler runs; then what they raised is handled, or sent, before the delivery is acknowledged."""
+    """Every handler runs, then those of the domain events they raised. What travels is left under `OUTGOING`."""
 
     async def handle(event: Any, shared: Shared) -> None:
+        shared.pop(OUTGOING, None)  # of an attempt before, if a middleware calls again
         raised: list[Any] = []
         failures: list[Exception] = []
         for handler in handlers:
             try:
                 await handler.call(event, shared, raised)
+            except asyncio.CancelledError as error:
+                if len(handlers) == 1 or is_cancelled_from_outside():
+                    raise
+                cancelled = RuntimeError(f"{handler.name} was cancelled by something in it")
+                cancelled.__cause__ = error
+                failures.append(cancelled)
             except Exception as error:  # noqa: BLE001  # all handlers run, then all errors are raised
                 error.add_note(f"raised by {handler.name}, which handles {name_of(type(event))}")
                 failures.append(error)
         if failures:
             raise failures[0] if len(handlers) == 1 else EventHandlersFailed("handlers of an event failed", failures)
         if raised:
-            await emitter.send(await emitter.handle(raised, shared))
+            shared[OUTGOING] = await emitter.handle(raised, shared)
 
     async def handle_in_scope(event: Any, shared: Shared) -> None:
         async with scopes(shared):
             await handle(event, shared)
 
     return handle_in_scope if any(handler.needs_scope for handler in handlers) else handle
+
+
+_SETTLE_PAUSES = (0.05, 0.1, 0.0)
+"""Seconds to wait after each failure to settle; after the last one the delivery is left to come again."""
+
+
+def is_cancelled_from_outside() -> bool:
+    """Tell whether somebody wants this task to end; a `CancelledError` alone can be of a handler's own making."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class Handling:
@@ -137,11 +166,15 @@ class Handling:
         """
         started = self.in_flight[delivery] = monotonic()
         outcome: Outcome = "unsettled"
-        reason: str | None = "cancelled"
+        reason: str | None = None
         error: BaseException | None = None
         try:
             reason, error = await self._run(delivery, message)
-            outcome = await self._settle(delivery, reason)
+            outcome, reason = await self._settle(delivery, reason)
+        except BaseException as ending:
+            cancelled = isinstance(ending, asyncio.CancelledError)
+            error, reason = ending, "cancelled" if cancelled else f"ended by {name_of(type(ending))}"
+            raise
         finally:
             self.last_progress = monotonic()
             del self.in_flight[delivery]
@@ -166,7 +199,8 @@ class Handling:
             return f"undecodable: {message}", message
         route = self._routes.get(Topic(message.message_type, message.message_name))
         if route is None:
-            return f"unknown-type: no handler for {message.message_type} {message.message_name!r}", None
+            # The sender's text, so neither whole nor as it is: it ends in logs.
+            return f"unknown-type: no handler for {message.message_type[:80]!r} {message.message_name[:80]!r}", None
         try:
             event = route.read(message.payload_json)
         except DecodingError as error:
@@ -176,43 +210,52 @@ class Handling:
     async def _run_handlers(
         self, route: Route, event: Any, message: Message
     ) -> tuple[str | None, BaseException | None]:
-        failed: BaseException = AssertionError("no run at all")
+        failed: BaseException | None = None
         for run in range(self._retry.immediate + 1):
             if run:
                 await asyncio.sleep(self._retry.pause())
                 event = route.read(message.payload_json)  # a handler may have changed the other one
+            failed = None
             try:
                 async with asyncio.timeout(self._timeout):
-                    await route.handle(event, {})
-            except asyncio.CancelledError as error:
-                if (task := asyncio.current_task()) and task.cancelling():
-                    raise
-                failed = error  # of the handler's own making: a failure like any other
-            except Exception as error:  # noqa: BLE001  # whatever it is, it decides what becomes of the delivery
+                    await route.handle(event)
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # it decides what becomes of the delivery
                 failed = error
-            else:
+            # A cancellation from outside is neither success nor failure, whatever the handler made of it. One that is
+            # of the handler's own making is a failure like any other.
+            if is_cancelled_from_outside():
+                raise asyncio.CancelledError
+            if failed is None:
                 return None, None
             if self._retry.is_permanent(failed):
                 return f"permanent: {name_of(type(failed))}", failed
         return f"retries-exhausted: {name_of(type(failed))}", failed
 
-    async def _settle(self, delivery: Delivery, reason: str | None) -> Outcome:
-        try:
-            if reason is None:
-                await delivery.ack()
-                return "acked"
-            worth_it = reason.startswith("retries-exhausted") and delivery.attempt < self._retry.most_attempts
-            if worth_it and self._can_retry:
-                await delivery.retry(after=self._retry.delay(delivery.attempt))
-                return "retried"
-            if self._can_dead_letter:
-                await delivery.dead_letter(reason)
-                return "dead_lettered"
+    async def _settle(self, delivery: Delivery, reason: str | None) -> tuple[Outcome, str | None]:
+        """Settle as *reason* asks for, and give the outcome and why it is that one."""
+        failed = "not settled"
+        for pause in _SETTLE_PAUSES:
+            try:
+                return await self._settle_once(delivery, reason), reason
+            except Exception as error:  # noqa: BLE001  # whatever it is, the loop goes on
+                logger.warning("a delivery of %s could not be settled: %r", delivery.topic.message_name, error)
+                failed = f"not settled: {name_of(type(error))}"
+            await asyncio.sleep(pause)
+        return "unsettled", failed if reason is None else f"{failed} ({reason})"
+
+    async def _settle_once(self, delivery: Delivery, reason: str | None) -> Outcome:
+        if reason is None:
             await delivery.ack()
-            return "given_up"
-        except Exception as settling:  # noqa: BLE001  # the message comes again; the loop goes on
-            logger.warning("a delivery of %s could not be settled: %r", delivery.topic.message_name, settling)
-            return "unsettled"
+            return "acked"
+        worth_it = reason.startswith("retries-exhausted") and delivery.attempt < self._retry.most_attempts
+        if worth_it and self._can_retry:
+            await delivery.retry(after=self._retry.delay(delivery.attempt))
+            return "retried"
+        if self._can_dead_letter:
+            await delivery.dead_letter(reason)
+            return "dead_lettered"
+        await delivery.ack()
+        return "given_up"
 
     def _tell(self, handled: Handled) -> None:
         if handled.outcome in ("dead_lettered", "given_up"):

@@ -7,10 +7,10 @@ import contextlib
 import logging
 import signal
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable
 from dataclasses import dataclass
 from time import monotonic
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from diator._handling import Handled, Handling, routes
 from diator.brokers.base import Delivery, Gap, ReadableBroker
@@ -27,6 +27,11 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_GROUP = "diator"
 """The group of a consumer that names none, on a transport that has groups."""
+
+T = TypeVar("T")
+_TURN = 32
+_PATIENCE = 5.0
+"""How many seconds handlers have to end once they are cancelled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,17 +103,19 @@ class Consumer:
         self._handling = Handling(
             self._routes,
             _retry(broker, promised, retry),
-            can_retry=promised.delayed_retry,
+            can_retry=_can_give_back(promised),
             can_dead_letter=promised.dead_letter,
             max_message_bytes=promised.max_message_bytes,
             timeout=handler_timeout,
             on_handled=on_handled,
         )
         self._gaps = 0
+        self._lanes = _Lanes(concurrency)
         self._started = False
+        self._receiving = False
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._waiting_for_delivery: asyncio.Task[None] | None = None
+        self._waiting: asyncio.Task[Any] | None = None
 
     async def run(self, *, signals: bool = True) -> None:
         """
@@ -127,8 +134,14 @@ class Consumer:
             self._routes.keys(), group=self._group, prefetch=self._concurrency, on_gap=self._note_gap
         )
         with _calling_on_signals(self.stop) if signals else contextlib.nullcontext():
-            async with subscription as deliveries:
-                await self._consume(deliveries)
+            async with contextlib.AsyncExitStack() as stack:
+                deliveries = await self._until_stopped(stack.enter_async_context(subscription))
+                if deliveries is not None:
+                    try:
+                        self._receiving = True
+                        await self._consume(deliveries)
+                    finally:
+                        self._receiving = False
 
     def stop(self) -> None:
         """
@@ -139,68 +152,78 @@ class Consumer:
         if self._stopping.is_set():
             self._hurry.set()
         self._stopping.set()
-        if self._waiting_for_delivery is not None:
-            self._waiting_for_delivery.cancel()
+        self._lanes.close()
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
 
     def health(self) -> Health:
         """Tell how this consumer gets on."""
         now, in_flight = monotonic(), self._handling.in_flight.values()
         return Health(
-            receiving=self._started and not self._stopping.is_set(),
+            receiving=self._receiving and not self._stopping.is_set(),
             since_last_progress=now - self._handling.last_progress,
             in_flight=len(in_flight),
             oldest_in_flight=now - min(in_flight, default=now),
             gaps=self._gaps,
         )
 
+    async def _until_stopped(self, something: Coroutine[Any, Any, T]) -> T | None:
+        """Wait for *something*, unless `stop` is called: then give None, and the wait is cancelled."""
+        if self._stopping.is_set():
+            something.close()
+            return None
+        task = self._waiting = asyncio.current_task()
+        try:
+            return await something
+        except asyncio.CancelledError:
+            if self._waiting is None and task is not None and task.uncancel() == 0:
+                return None  # it was `stop` that cancelled
+            raise
+        finally:
+            self._waiting = None
+
     async def _consume(self, deliveries: AsyncIterator[Delivery]) -> None:
-        handle, read = self._handling.handle, self._handling.read
-        lanes = _Lanes()
-        tasks: set[asyncio.Task[None]] = set()
+        handle, read, lanes = self._handling.handle, self._handling.read, self._lanes
         if self._concurrency == 1:
             # The handler is called where deliveries are received: a queue in between would cost a third.
-            tasks.add(asyncio.create_task(self._receive(deliveries, lambda delivery: handle(delivery, read(delivery)))))
+            tasks = {asyncio.create_task(self._receive(deliveries, lambda delivery: handle(delivery, read(delivery))))}
         else:
-            tasks.add(
-                asyncio.create_task(self._receive(deliveries, lambda delivery: lanes.put(delivery, read(delivery))))
-            )
-            tasks |= {asyncio.create_task(self._work(lanes)) for _ in range(self._concurrency)}
+            tasks = {asyncio.create_task(self._work()) for _ in range(self._concurrency)}
+            admit = self._receive(deliveries, lambda delivery: lanes.put(delivery, read(delivery)))
+            tasks.add(asyncio.create_task(admit))
         stopping, hurry = (asyncio.create_task(event.wait()) for event in (self._stopping, self._hurry))
         try:
             done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
             if stopping in done:
-                lanes.close()
                 drained = asyncio.create_task(asyncio.wait(tasks))
                 await asyncio.wait({hurry, drained}, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)
                 drained.cancel()
-            for task in done & tasks:
-                task.result()
         finally:
-            for task in {stopping, hurry, *tasks}:
-                task.cancel()
-            await asyncio.wait({stopping, hurry, *tasks})
             if left := len(self._handling.in_flight):
                 logger.warning("stopped before %d deliveries were handled; they are not settled", left)
+            for task in {stopping, hurry, *tasks}:
+                task.cancel()
+            _, deaf = await asyncio.wait({stopping, hurry, *tasks}, timeout=_PATIENCE)
+            if deaf:
+                logger.error("%d handlers run on although they were cancelled", len(deaf))
+        for task in tasks:
+            if task.done() and not task.cancelled():
+                task.result()
 
     async def _receive(self, deliveries: AsyncIterator[Delivery], admit: Callable[[Delivery], Awaitable[None]]) -> None:
-        this_task = asyncio.current_task()
-        while not self._stopping.is_set():
-            self._waiting_for_delivery = this_task
-            try:
-                delivery = await anext(deliveries)
-            except asyncio.CancelledError:
-                if self._stopping.is_set():
-                    return
-                raise
-            finally:
-                self._waiting_for_delivery = None
+        number = 0
+        while (delivery := await self._until_stopped(_next_of(deliveries))) is not None:
             await admit(delivery)
+            number += 1
+            if number % _TURN == 0:  # where nothing ever has to wait, the rest of the program is to have its turn
+                await asyncio.sleep(0)
 
-    async def _work(self, lanes: _Lanes) -> None:
-        while job := await lanes.take():
+    async def _work(self) -> None:
+        while job := await self._lanes.take():
             delivery, message = job
             await self._handling.handle(delivery, message)
-            lanes.done(message)
+            self._lanes.done(message)
 
     def _note_gap(self, gap: Gap) -> None:
         self._gaps += 1
@@ -210,6 +233,10 @@ class Consumer:
                 self._on_gap(gap)
             except Exception:
                 logger.exception("on_gap failed")
+
+
+async def _next_of(deliveries: AsyncIterator[Delivery]) -> Delivery:
+    return await anext(deliveries)
 
 
 # -- what a transport can do decides what an option means --------------------------------------------------------
@@ -224,12 +251,18 @@ def _group(broker: object, promised: Capabilities, group: str | None) -> str | N
     return group
 
 
+def _can_give_back(promised: Capabilities) -> bool:
+    """Without a count of attempts nothing would end giving a message back."""
+    return promised.delayed_retry and promised.delivery_count == "exact"
+
+
 def _retry(broker: object, promised: Capabilities, retry: RetryPolicy | None) -> RetryPolicy:
     if retry is None:
-        return RetryPolicy() if promised.delayed_retry else RetryPolicy(delayed=0)
+        return RetryPolicy() if _can_give_back(promised) else RetryPolicy(delayed=0)
     if retry.delayed:
+        needed = Capabilities(delayed_retry=True, delivery_count="exact")
         remedy = "set RetryPolicy(delayed=0), and only the immediate ones remain, or use a transport that gives back"
-        require(broker, promised, Capabilities(delayed_retry=True), for_="RetryPolicy(delayed=…)", remedy=remedy)
+        require(broker, promised, needed, for_="RetryPolicy(delayed=…)", remedy=remedy)
     return retry
 
 
@@ -239,15 +272,26 @@ _Job: TypeAlias = tuple[Delivery, Message | DecodingError]
 
 
 class _Lanes:
-    """Deliveries that may be handled now. Of those with one key it gives out one at a time, in their order."""
+    """At most *limit* deliveries that are to be handled; of those with one key one at a time, in their order."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+        self._freed = asyncio.Event()
         self._ready: deque[_Job] = deque()
         self._behind: dict[str, deque[_Job]] = {}
         self._arrived = asyncio.Event()
         self._closed = False
 
     async def put(self, delivery: Delivery, message: Message | DecodingError) -> None:
+        """Take in one more, and wait until there is room for another: what waits here could be elsewhere."""
+        self._held += 1
+        self._put(delivery, message)
+        while self._held >= self._limit and not self._closed:
+            self._freed.clear()
+            await self._freed.wait()
+
+    def _put(self, delivery: Delivery, message: Message | DecodingError) -> None:
         key = _key(message)
         if key is not None and key in self._behind:
             self._behind[key].append((delivery, message))
@@ -268,6 +312,8 @@ class _Lanes:
 
     def done(self, message: Message | DecodingError) -> None:
         """Let the next one of that key go."""
+        self._held -= 1
+        self._freed.set()
         key = _key(message)
         if key is None:
             return
@@ -281,6 +327,7 @@ class _Lanes:
         """Give out nothing more. What was not given out is not settled, and goes back to the service."""
         self._closed = True
         self._arrived.set()
+        self._freed.set()
 
 
 def _key(message: Message | DecodingError) -> str | None:
@@ -290,16 +337,30 @@ def _key(message: Message | DecodingError) -> str | None:
 # -- signals -----------------------------------------------------------------------------------------------------
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_stops: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
+"""What a signal calls, of all consumers of a loop: it has only one handler for each."""
+
+
 @contextlib.contextmanager
 def _calling_on_signals(stop: Callable[[], None]) -> Generator[None, None, None]:
     """Have SIGTERM and SIGINT call *stop*, where that is possible: in the main thread, on a loop that has signals."""
-    loop, handled = asyncio.get_running_loop(), list[signal.Signals]()
+    loop = asyncio.get_running_loop()
+    stops = _stops.setdefault(loop, [])
+    stops.append(stop)
+
+    def stop_all() -> None:
+        for each in [*stops]:
+            each()
+
     with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop)
-            handled.append(number)
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, stop_all)
     try:
         yield
     finally:
-        for number in handled:
-            loop.remove_signal_handler(number)
+        stops.remove(stop)
+        if not stops:
+            del _stops[loop]
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)

@@ -35,8 +35,11 @@ class RetryPolicy:
     permanent: tuple[type[Exception], ...] = (PermanentError,)
 
     def __post_init__(self) -> None:
-        negative = [name for name in ("immediate", "delayed", "crashes") if getattr(self, name) < 0]
-        if negative or min(self.immediate_pause, self.first_delay, self.max_delay) < 0 or self.factor < 1:
+        counts_and_times = (
+            *(self.immediate, self.delayed, self.crashes),
+            *(self.immediate_pause, self.first_delay, self.max_delay),
+        )
+        if not all(value >= 0 for value in counts_and_times) or not self.factor >= 1:  # nor is NaN
             raise WiringError(f"{self} makes no sense: counts and times are not negative, and factor is at least 1")
 
     @property

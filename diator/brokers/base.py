@@ -7,7 +7,7 @@ shortest program that keeps them all.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -63,8 +63,7 @@ class Delivery:
         Returns when the transport has taken note. It may tell the service together with others, within milliseconds,
         and at the latest when the subscription ends; if that fails, the message comes again.
         """
-        if self._settle("ack"):
-            await self.settler.ack(self)
+        await self._settle("ack", lambda: self.settler.ack(self))
 
     async def retry(self, *, after: float = 0.0) -> None:
         """
@@ -73,8 +72,7 @@ class Delivery:
         Raises:
             UnsupportedCapability: The transport cannot, or cannot with a delay.
         """
-        if self._settle("retry"):
-            await self.settler.retry(self, after)
+        await self._settle("retry", lambda: self.settler.retry(self, after))
 
     async def dead_letter(self, reason: str) -> None:
         """
@@ -86,20 +84,19 @@ class Delivery:
             UnsupportedCapability: The transport cannot.
             BrokerError: It could not be put aside, and comes again.
         """
-        if self._settle("dead_letter"):
-            try:
-                await self.settler.dead_letter(self, reason)
-            except BaseException:
-                self.outcome = None
-                raise
+        await self._settle("dead_letter", lambda: self.settler.dead_letter(self, reason))
 
-    def _settle(self, outcome: str) -> bool:
-        if self.outcome is None:
-            self.outcome = outcome
-            return True
+    async def _settle(self, outcome: str, settle: Callable[[], Awaitable[None]]) -> None:
         if self.outcome == outcome:
-            return False
-        raise AlreadySettled(f"this delivery was settled by {self.outcome}, and cannot be by {outcome}")
+            return
+        if self.outcome is not None:
+            raise AlreadySettled(f"this delivery was settled by {self.outcome}, and cannot be by {outcome}")
+        self.outcome = outcome
+        try:
+            await settle()
+        except BaseException:
+            self.outcome = None  # what failed has settled nothing; another way may do
+            raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +135,7 @@ class ReadableBroker(MessageBroker, Protocol):
         becomes available to other members where the transport's `redelivery` has `close`.
 
         Raises, on entry:
+            WiringError: *prefetch* is below 1.
             UnsupportedCapability: The transport has no groups, or cannot do without one.
             BrokerUnavailable: The service cannot be reached within the broker's `timeout`.
             BrokerClosed: This broker was closed.

@@ -151,7 +151,7 @@ def _refusing(event_type: type[E], read: Callable[[bytes], E]) -> Callable[[byte
     def decode_payload(payload_json: bytes) -> E:
         try:
             return read(payload_json)
-        except (ValueError, TypeError, RecursionError) as error:
+        except Exception as error:  # noqa: BLE001  # whatever a class refuses its fields with
             # Without its cause, which has parts of the payload in its text.
             raise DecodingError(f"the payload is no {name_of(event_type)}: {_without_content(error)}") from None
 
@@ -182,6 +182,8 @@ def _without_content(error: BaseException) -> str:
         return "; ".join(f"{each['type']} - at `$.{each['loc'][0] if each['loc'] else ''}`" for each in found())
     if isinstance(error, UnicodeDecodeError):
         return f"it is no UTF-8 - at byte {error.start}"
+    if not isinstance(error, (msgspec.DecodeError, RecursionError)):
+        return "a value that is not allowed"
     problem, at, place = str(error).partition(" - at ")
     return (problem if problem.startswith(_SAFE) else "a value that is not allowed") + at + place
 

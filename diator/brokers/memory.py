@@ -89,8 +89,9 @@ class MemoryMessageBroker:
         on_gap: OnGap | None = None,  # there is no link that could have a gap
     ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
         """See `ReadableBroker.subscribe`."""
-        if self._closed:
-            raise BrokerClosed("this broker is closed")
+        self.check_open()
+        if prefetch < 1:
+            raise WiringError("prefetch is at least 1")
         queue = _Queue() if group is None else self._groups.setdefault(group, _Queue())
         queue.topics |= set(topics)
         if queue not in self._queues:
@@ -107,15 +108,25 @@ class MemoryMessageBroker:
 
     async def receive(self) -> Message:
         """Take the oldest message that no subscription wanted; wait for one if there is none."""
-        return decode((await self._kept.take()).body, max_bytes=self._max_message_bytes)
+        while not len(self._kept):
+            self.check_open()
+            await self._kept.change()
+        return decode(self._kept.take().body, max_bytes=self._max_message_bytes)
 
     def __len__(self) -> int:
         """How many messages `receive` would find."""
         return len(self._kept)
 
     async def aclose(self) -> None:
-        """Refuse further messages. Calling it again does nothing."""
+        """Refuse further messages, and end all waiting. Calling it again does nothing."""
         self._closed = True
+        for queue in [self._kept, *self._queues]:
+            queue.changed()
+
+    def check_open(self) -> None:
+        """BrokerClosed if it is."""
+        if self._closed:
+            raise BrokerClosed("this broker is closed")
 
     async def __aenter__(self) -> Self:
         return self
@@ -147,21 +158,24 @@ class _Queue:
     def __init__(self) -> None:
         self.topics: set[Topic] = set()
         self._waiting: deque[_Entry] = deque()
-        self._arrived = asyncio.Event()
+        self._changed = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def put(self, entry: _Entry) -> None:
         self._waiting.append(entry)
-        self._arrived.set()
+        self._changed.set()
 
     def put_back(self, entries: Collection[_Entry]) -> None:
         """Return what was given out, before everything that came later."""
         for entry in entries:
             entry.attempt += 1
         self._waiting.extendleft(reversed([*entries]))
-        self._arrived.set()
+        self._changed.set()
+
+    def take(self) -> _Entry:
+        return self._waiting.popleft()
 
     def take_all(self, topics: Collection[Topic]) -> list[_Entry]:
         """Take what is of *topics*, in its order."""
@@ -169,11 +183,14 @@ class _Queue:
         self._waiting = deque(entry for entry in self._waiting if entry.topic not in topics)
         return taken
 
-    async def take(self) -> _Entry:
-        while not self._waiting:
-            self._arrived.clear()
-            await self._arrived.wait()
-        return self._waiting.popleft()
+    async def change(self) -> None:
+        """Wait until there is reason to look again."""
+        self._changed.clear()
+        await self._changed.wait()
+
+    def changed(self) -> None:
+        """Have everybody who waits look again."""
+        self._changed.set()
 
 
 class _Member:
@@ -184,16 +201,18 @@ class _Member:
         self._queue = queue
         self._prefetch = prefetch
         self._unsettled: dict[Delivery, _Entry] = {}
-        self._room = asyncio.Event()
+        self._left = False
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Delivery:
-        while len(self._unsettled) >= self._prefetch:
-            self._room.clear()
-            await self._room.wait()
-        entry = await self._queue.take()
+        while self._left or not self._queue or len(self._unsettled) >= self._prefetch:
+            if self._left:
+                raise StopAsyncIteration
+            self._broker.check_open()
+            await self._queue.change()
+        entry = self._queue.take()
         delivery = Delivery(topic=entry.topic, body=entry.body, headers={}, attempt=entry.attempt, settler=self)
         self._unsettled[delivery] = entry
         return delivery
@@ -212,10 +231,11 @@ class _Member:
 
     def leave(self) -> None:
         """What this member has not settled goes to others, in its order."""
+        self._left = True
         self._queue.put_back(self._unsettled.values())
         self._unsettled.clear()
 
     def _settled(self, delivery: Delivery) -> _Entry | None:
         """Give the entry of *delivery*, once; None if it was returned to the queue before, or is no longer ours."""
-        self._room.set()
+        self._queue.changed()
         return self._unsettled.pop(delivery, None)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -144,7 +144,8 @@ class Supervised:
                     return
                 reason = f"{type(error).__name__}: {error}" if str(error) else "the peer was silent"
                 logger.warning("a subscription has no connection (%s); connecting again", reason)
-                lost = lost or (datetime.now(UTC), reason)
+                unheard = loop.time() - max(since, self._heard) if isinstance(error, TimeoutError) else 0.0
+                lost = lost or (datetime.now(UTC) - timedelta(seconds=unheard), reason)
             if connected and loop.time() - since > self._patience.healthy:
                 failures = 0
             await asyncio.sleep(self._patience.pause(failures))
@@ -193,7 +194,10 @@ class Supervised:
 
     def _tell_gap(self, lost_at: datetime, reason: str) -> None:
         if self._on_gap is not None:
-            self._on_gap(Gap(since=lost_at, until=datetime.now(UTC), reason=reason))
+            try:
+                self._on_gap(Gap(since=lost_at, until=datetime.now(UTC), reason=reason))
+            except Exception:
+                logger.exception("on_gap failed")
 
 
 def _unavailable(error: Exception) -> BrokerError:

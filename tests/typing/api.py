@@ -4,18 +4,24 @@
 # pyright: reportUnnecessaryTypeIgnoreComment=true
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, assert_type
 
 from diator.brokers import Message
+from diator.brokers.base import Delivery, Gap, OnGap, ReadableBroker, Topic
+from diator.brokers.capabilities import Capabilities
 from diator.brokers.memory import MemoryMessageBroker
+from diator.consumer import Consumer, Handled, Health
 from diator.container import Container
 from diator.events import DomainEvent, Event, EventEmitter, EventHandler, EventMap, Events, NotificationEvent
 from diator.mediator import Mediator
 from diator.middlewares import BaseMiddleware, Handle, LoggingMiddleware
 from diator.requests import Request, RequestHandler, RequestMap
 from diator.response import Response
+from diator.retrying import PermanentError, RetryPolicy
 
 T = TypeVar("T")
 
@@ -214,3 +220,67 @@ async def contain(container: Container) -> None:
     container.register(Api, make_api, lifetime="singleton")
     container.register_instance(Api, Api())
     assert_type(await container.resolve(Api), Api)
+
+
+# -- consuming -------------------------------------------------------------------------------------------------------
+
+
+class OwnReadableBroker(OwnBroker):
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(distribution={"competing"}, redelivery={"crash", "close"}, delayed_retry=True)
+
+    def subscribe(
+        self, topics: Collection[Topic], /, *, group: str | None = None, prefetch: int = 64, on_gap: OnGap | None = None
+    ) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
+        raise NotImplementedError
+
+
+class Refused(PermanentError): ...
+
+
+def on_gap(gap: Gap) -> None:
+    assert_type(gap.until - gap.since, timedelta)
+
+
+def on_handled(handled: Handled) -> None:
+    assert_type(handled.error, BaseException | None)
+    assert_type(handled.topic, Topic)
+
+
+async def consume(events: EventMap) -> None:
+    """What is sent only cannot be consumed from; levels that do not exist are no levels."""
+    broker: ReadableBroker = MemoryMessageBroker()
+    policy = RetryPolicy(immediate=1, delayed=2, permanent=(Refused, LookupError))
+    consumer = Consumer(broker, event_map=events, group="billing", retry=policy, on_gap=on_gap)
+    assert_type(consumer.health(), Health)
+    assert_type(consumer.health().oldest_in_flight, float)
+    consumer.stop()
+    # As above, because mypy refuses to look at a None that is awaited.
+    assert_type(await asyncio.gather(consumer.run(signals=False)), tuple[None])
+
+    Consumer(
+        OwnReadableBroker(),
+        event_map=events,
+        container=OwnContainer(),
+        concurrency=8,
+        middlewares=[Hooks(), function],
+        event_emitter=EventEmitter(),
+        requires=Capabilities(guarantee="at_least_once", distribution=frozenset({"competing"})),
+        on_handled=on_handled,
+    )
+    Consumer(OwnBroker(), event_map=events)  # type: ignore[arg-type]
+    Consumer(broker, events)  # type: ignore[call-arg]
+    Capabilities(guarantee="exactly_once")  # type: ignore[arg-type]
+    Capabilities(redelivery={"never"})  # type: ignore[arg-type]
+    RetryPolicy(permanent=(SystemExit,))  # type: ignore[arg-type]
+
+
+async def settle(deliveries: AsyncIterator[Delivery]) -> None:
+    async for delivery in deliveries:
+        assert_type(delivery.body, bytes)
+        assert_type(delivery.topic.message_name, str)
+        await delivery.ack()
+        await delivery.retry(after=1.5)
+        await delivery.dead_letter("it is of no use")
+        await delivery.retry(1.5)  # type: ignore[call-arg]

@@ -1,0 +1,102 @@
+"""How often a failing message is handled again, and when."""
+
+import pytest
+
+from diator.exceptions import EventHandlersFailed, WiringError
+from diator.retrying import PermanentError, RetryPolicy
+
+
+class Hopeless(PermanentError): ...
+
+
+def bounds(draw, draws=2_000):
+    """The least and the most of what *draw* gives, seen often enough to be near its limits."""
+    seen = [draw() for _ in range(draws)]
+    return min(seen), max(seen)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "longest"), [(1, 5), (2, 15), (3, 45), (4, 135), (5, 405), (6, 600), (7, 600), (10**12, 600)]
+)
+def test_delays_grow_to_a_limit_and_half_of_each_is_random(attempt, longest):
+    least, most = bounds(lambda: RetryPolicy().delay(attempt))
+
+    assert longest / 2 <= least < longest * 0.52
+    assert longest * 0.98 < most <= longest
+
+
+def test_pauses_in_place_are_random_by_half_too():
+    least, most = bounds(RetryPolicy(immediate_pause=0.2).pause)
+
+    assert 0.1 <= least < 0.104
+    assert 0.196 < most <= 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "longest"),
+    [
+        ({"first_delay": 0.0}, 0),
+        ({"max_delay": 0.0}, 0),
+        ({"first_delay": 900.0}, 600),
+        ({"factor": 1.0}, 5),
+        ({"factor": 1e308}, 600),
+        ({"max_delay": float("inf")}, 5 * 3.0**99),
+    ],
+)
+def test_delays_of_other_policies(options, longest):
+    assert longest / 2 <= RetryPolicy(**options).delay(100) <= longest
+
+
+def test_the_number_of_deliveries():
+    assert (RetryPolicy().most_attempts, RetryPolicy(delayed=0).most_attempts) == (6, 1)
+
+
+@pytest.mark.parametrize("count", ["immediate", "delayed", "crashes"])
+def test_counts_are_not_negative(count):
+    RetryPolicy(**{count: 0})
+
+    with pytest.raises(WiringError, match="counts and times are not negative"):
+        RetryPolicy(**{count: -1})
+
+
+@pytest.mark.parametrize("time", ["immediate_pause", "first_delay", "max_delay"])
+def test_times_are_not_negative(time):
+    RetryPolicy(**{time: 0.0})
+
+    with pytest.raises(WiringError, match="counts and times are not negative"):
+        RetryPolicy(**{time: -0.001})
+
+
+@pytest.mark.parametrize("option", ["immediate_pause", "first_delay", "max_delay", "factor"])
+def test_what_is_no_number_is_no_time(option):
+    with pytest.raises(WiringError):
+        RetryPolicy(**{option: float("nan")})
+
+
+def test_delays_do_not_shrink():
+    with pytest.raises(WiringError, match="factor is at least 1"):
+        RetryPolicy(factor=0.99)
+
+
+@pytest.mark.parametrize(
+    ("error", "permanent"),
+    [
+        (PermanentError(), True),
+        (Hopeless(), True),
+        (LookupError(), False),
+        (EventHandlersFailed("", [LookupError(), Hopeless()]), True),
+        (EventHandlersFailed("", [EventHandlersFailed("", [Hopeless()]), OSError()]), True),
+        (EventHandlersFailed("", [LookupError(), OSError()]), False),
+        (BaseExceptionGroup("", [KeyboardInterrupt()]), False),
+    ],
+)
+def test_of_several_errors_one_that_is_permanent_is_enough(error, permanent):
+    assert RetryPolicy().is_permanent(error) is permanent
+
+
+def test_a_program_says_itself_what_is_permanent():
+    policy = RetryPolicy(permanent=(LookupError, PermanentError))
+
+    assert policy.is_permanent(KeyError())
+    assert policy.is_permanent(Hopeless())
+    assert not RetryPolicy(permanent=()).is_permanent(Hopeless())
