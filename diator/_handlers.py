@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from operator import attrgetter
-from typing import Any, Protocol, TypeAlias, cast, get_args, get_origin
+from typing import Any, ClassVar, Protocol, TypeAlias, cast, get_args, get_origin
 
-from diator._hints import Parameter, fits, name_of, parameters_of
-from diator.container.base import Build, BuildLater, Resolver, Shared, builder, is_registered
+from diator._hints import Parameter, UnresolvedName, fits, name_of, parameters_of
+from diator.container.base import Build, BuildLater, Resolver, Shared, builder, is_registered, is_shared
 from diator.exceptions import BindingError, ResolutionError, SharedHandler
 
 Handler: TypeAlias = type[Any] | Callable[..., Awaitable[Any]]
@@ -29,7 +29,7 @@ class Events(list[Any]):
 class RaisesEvents:
     """What the handler base classes have in common: a list of events that is made when the first one is raised."""
 
-    _raised: Events | None = None
+    _raised: ClassVar[Events | None] = None  # of each object, but containers take a plain annotation for a dependency
     _diator_claimed = False
 
     @property
@@ -50,7 +50,10 @@ def message_type_of(handler: Handler) -> type:
     Raises:
         BindingError: There is no such annotation, or it is no class.
     """
-    parameter = _message_parameter(handler)
+    try:
+        parameter = _message_parameter(handler)
+    except UnresolvedName as error:
+        raise BindingError(str(error)) from error
     if not isinstance(parameter.hint, type) or parameter.hint is Any:
         raise BindingError(
             f"{name_of(handler)} does not say which message it handles: annotate {parameter.name!r} with one class"
@@ -67,7 +70,10 @@ def check_handler(message_type: type, handler: Handler) -> None:
     """
     if not isinstance(message_type, type):
         raise BindingError(f"{message_type!r} is no class that a handler can be bound to")
-    parameter = _message_parameter(handler)
+    try:
+        parameter = _message_parameter(handler)
+    except UnresolvedName:
+        return  # what it is annotated for cannot be told; that it is for *message_type* was said
     if not fits(message_type, parameter.hint):
         raise BindingError(
             f"{name_of(handler)} handles {name_of(parameter.hint)} and cannot be bound to {name_of(message_type)}"
@@ -77,7 +83,8 @@ def check_handler(message_type: type, handler: Handler) -> None:
 def _message_parameter(handler: Handler) -> Parameter:
     if isinstance(handler, type):
         return _parameter_of_class(handler)
-    if not callable(handler):
+    given: Any = handler
+    if not callable(given) or hasattr(given, "handle"):
         raise BindingError(
             f"{handler!r} is neither a handler class nor a function; bind the class, not an object of it"
         )
@@ -89,15 +96,18 @@ def _message_parameter(handler: Handler) -> Parameter:
 def _parameter_of_class(handler: type) -> Parameter:
     handle = getattr(handler, "handle", None)
     if handle is None:
-        raise BindingError(f"{name_of(handler)} has no method `handle`")
+        raise BindingError(f"{name_of(handler)} is no handler: it has no method `handle` (@handler stands above one)")
     if inspect.isabstract(handler):
         missing = ", ".join(sorted(getattr(handler, "__abstractmethods__", ())))
         raise BindingError(f"{name_of(handler)} is abstract: it does not define {missing}")
     if not _is_async(handle):
         raise BindingError(f"{name_of(handle)} is not asynchronous; write it as `async def`")
-    _, *parameters = _parameters(handle)
+    bound = isinstance(inspect.getattr_static(handler, "handle"), (staticmethod, classmethod))
+    parameters = _parameters(handle)[0 if bound else 1 :]
     parameter = _first(handle, parameters)
-    return parameter if parameter.hint is not None else replace(parameter, hint=_named_by_base(handler))
+    if too_much := [other.name for other in parameters[1:] if not other.has_default]:
+        raise BindingError(f"{name_of(handle)} is called with the message alone, and also needs {', '.join(too_much)}")
+    return parameter if isinstance(parameter.hint, type) else replace(parameter, hint=_named_by_base(handler))
 
 
 def _named_by_base(handler: type) -> type | None:
@@ -112,6 +122,8 @@ def _named_by_base(handler: type) -> type | None:
 def _parameters(call: Callable[..., Any]) -> list[Parameter]:
     try:
         return parameters_of(call)
+    except UnresolvedName:
+        raise
     except TypeError as error:
         raise BindingError(str(error)) from error
 
@@ -162,6 +174,9 @@ class Prepared:
         self.build: Build[Any] | None = None
         self.look, self.claim = _events_of(handler)
         if isinstance(handler, type):
+            if hasattr(handler, "events") and is_shared(container, handler):
+                problem = f"{self.name} is registered as one object for all, and what raises events has to be made anew"
+                raise ResolutionError([self.name], problem)
             self.build, build_later = builder(container, handler)
             self.needs_scope = self.build is None
             self.call: Call = _calling_class(build_later, self.look, self.claim)
@@ -207,17 +222,25 @@ def _calling_function(function: Callable[..., Awaitable[Any]], needs: Sequence[t
 def _dependencies(function: Callable[..., Any], container: Resolver) -> list[tuple[str, Any, bool]]:
     """List what *function* takes beside the message: its name, how it is built (None: the events), if in a scope."""
     dependencies: list[tuple[str, Any, bool]] = []
-    for parameter in _parameters(function)[1:]:
+    try:
+        parameters = _parameters(function)[1:]
+    except UnresolvedName as error:
+        raise ResolutionError([name_of(function)], str(error)) from error
+    for parameter in parameters:
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+            raise ResolutionError([name_of(function)], f"parameter {parameter.name!r} can only be given by position")
         if parameter.hint is Events:
             dependencies.append((parameter.name, None, False))
         elif parameter.has_default and not is_registered(container, parameter.hint, unless_told=False):
             continue
         elif parameter.hint is None:
-            problem = f"parameter {parameter.name!r} of {name_of(function)} has no type hint"
+            hint = "; for the events it is `events: Events`" if parameter.name == "events" else ""
+            problem = f"parameter {parameter.name!r} of {name_of(function)} has no type hint{hint}"
             raise ResolutionError([name_of(function)], problem)
         elif not is_registered(container, parameter.hint, unless_told=True):
             needed = name_of(parameter.hint)
-            raise ResolutionError([name_of(function), needed], f"{needed} is not registered in the container")
+            problem = f"{needed} is not registered; call register({needed}, …) or register_instance"
+            raise ResolutionError([name_of(function), needed], problem)
         else:
             build, build_later = builder(container, parameter.hint)
             dependencies.append((parameter.name, build_later, build is None))

@@ -17,12 +17,13 @@ from diator.brokers.codec import decode, payload_decoder
 from diator.brokers.message import Message
 from diator.container.base import Resolver, Shared, scopes
 from diator.events import EventEmitter, EventMap
+from diator.events._emitter import Outgoing
 from diator.events._event import message_name_of, travels
 from diator.exceptions import DecodingError, EventHandlersFailed, WiringError
 from diator.middlewares.base import Middleware, chain
 from diator.retrying import RetryPolicy
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 OUTGOING = object()
 """Where the events that travel wait in what a delivery shares, until the middlewares have finished."""
@@ -88,15 +89,15 @@ def routes(
 def _unit_of_work(handlers: Sequence[Prepared], emitter: EventEmitter) -> Callable[[Any, Shared], Awaitable[None]]:
     """Every handler runs, then those of the domain events they raised. What travels is left under `OUTGOING`."""
 
-    async def handle(event: Any, shared: Shared) -> None:
-        shared.pop(OUTGOING, None)  # of an attempt before, if a middleware calls again
+    async def run(event: Any, shared: Shared) -> Outgoing:
         raised: list[Any] = []
         failures: list[Exception] = []
+        wanted = _cancellations()
         for handler in handlers:
             try:
                 await handler.call(event, shared, raised)
             except asyncio.CancelledError as error:
-                if len(handlers) == 1 or is_cancelled_from_outside():
+                if len(handlers) == 1 or _cancellations() > wanted:
                     raise
                 cancelled = RuntimeError(f"{handler.name} was cancelled by something in it")
                 cancelled.__cause__ = error
@@ -106,12 +107,19 @@ def _unit_of_work(handlers: Sequence[Prepared], emitter: EventEmitter) -> Callab
                 failures.append(error)
         if failures:
             raise failures[0] if len(handlers) == 1 else EventHandlersFailed("handlers of an event failed", failures)
-        if raised:
-            shared[OUTGOING] = await emitter.handle(raised, shared)
+        return await emitter.handle(raised, shared) if raised else []
+
+    # Each starts with nothing shared: a middleware that calls again gets another scope, and other events.
+
+    async def handle(event: Any, shared: Shared) -> None:
+        shared.clear()
+        shared[OUTGOING] = await run(event, shared)
 
     async def handle_in_scope(event: Any, shared: Shared) -> None:
+        shared.clear()
         async with scopes(shared):
-            await handle(event, shared)
+            outgoing = await run(event, shared)
+        shared[OUTGOING] = outgoing  # not before the scope is closed: that may fail, as a commit can
 
     return handle_in_scope if any(handler.needs_scope for handler in handlers) else handle
 
@@ -120,10 +128,10 @@ _SETTLE_PAUSES = (0.05, 0.1, 0.0)
 """Seconds to wait after each failure to settle; after the last one the delivery is left to come again."""
 
 
-def is_cancelled_from_outside() -> bool:
-    """Tell whether somebody wants this task to end; a `CancelledError` alone can be of a handler's own making."""
+def _cancellations() -> int:
+    """Count the wishes that the running task should end. A `CancelledError` alone can be of a handler's own making."""
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    return 0 if task is None else task.cancelling()
 
 
 class Handling:
@@ -150,6 +158,8 @@ class Handling:
         self.in_flight: dict[Delivery, float] = {}
         """What is being handled, and since when, on the clock of `time.monotonic`."""
         self.last_progress = monotonic()
+        self.is_ending = False
+        """Set before handling is cancelled from outside. Any other cancellation is of a handler's own making."""
 
     def read(self, delivery: Delivery) -> Message | DecodingError:
         """Decode the envelope of *delivery*. What is wrong with it is a result here: it decides what becomes of it."""
@@ -194,7 +204,7 @@ class Handling:
     ) -> tuple[str | None, BaseException | None]:
         """Give the reason why it failed, and the error; None and None if it did not."""
         if delivery.attempt > self._retry.most_attempts + self._retry.crashes:
-            return f"crash-loop: delivered {delivery.attempt - 1} times without an outcome", None
+            return f"crash-loop: delivered {delivery.attempt - 1} times before, more often than it is given back", None
         if isinstance(message, DecodingError):
             return f"undecodable: {message}", message
         route = self._routes.get(Topic(message.message_type, message.message_name))
@@ -221,10 +231,11 @@ class Handling:
                     await route.handle(event)
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # it decides what becomes of the delivery
                 failed = error
-            # A cancellation from outside is neither success nor failure, whatever the handler made of it. One that is
-            # of the handler's own making is a failure like any other.
-            if is_cancelled_from_outside():
+            # Cancelled from outside is neither success nor failure, whatever the handler made of it.
+            if self.is_ending or (isinstance(failed, asyncio.CancelledError) and _cancellations()):
                 raise asyncio.CancelledError
+            while (task := asyncio.current_task()) and task.cancelling():
+                task.uncancel()  # of the handler's own making, and left behind
             if failed is None:
                 return None, None
             if self._retry.is_permanent(failed):

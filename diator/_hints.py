@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 
+class UnresolvedName(TypeError):
+    """An annotation names something that cannot be found at run time."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One parameter that can be given by name or position."""
@@ -66,9 +70,9 @@ def hints_of(call: Callable[..., Any]) -> dict[str, Any]:
     try:
         return get_type_hints(annotated.func if isinstance(annotated, functools.partial) else annotated)
     except NameError as error:
-        raise TypeError(
+        raise UnresolvedName(
             f"the annotations of {name_of(call)} name {error.name!r}, which its module does not define at run time; "
-            "import it outside of `if TYPE_CHECKING`"
+            "import or define it at the top of the module, outside of `if TYPE_CHECKING`"
         ) from error
 
 

@@ -19,11 +19,13 @@ from diator.brokers.message import Message
 from diator.container import Container
 from diator.container.base import Resolver
 from diator.events import EventEmitter, EventMap
-from diator.exceptions import DecodingError, WiringError
+from diator.exceptions import BrokerUnavailable, DecodingError, WiringError
 from diator.middlewares.base import Middleware
 from diator.retrying import RetryPolicy
 
-logger = logging.getLogger(__name__)
+__all__ = ["DEFAULT_GROUP", "Consumer", "Handled", "Health"]
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 DEFAULT_GROUP = "diator"
 """The group of a consumer that names none, on a transport that has groups."""
@@ -175,15 +177,17 @@ class Consumer:
             return None
         task = self._waiting = asyncio.current_task()
         try:
-            return await something
+            result = await something
         except asyncio.CancelledError:
             if self._waiting is None and task is not None and task.uncancel() == 0:
                 return None  # it was `stop` that cancelled
             raise
         finally:
             self._waiting = None
+        # Not everything that is cancelled notices. What came all the same is not begun, and goes back to the service.
+        return None if self._stopping.is_set() else result
 
-    async def _consume(self, deliveries: AsyncIterator[Delivery]) -> None:
+    async def _consume(self, deliveries: AsyncIterator[Delivery]) -> None:  # beginning and end of it all
         handle, read, lanes = self._handling.handle, self._handling.read, self._lanes
         if self._concurrency == 1:
             # The handler is called where deliveries are received: a queue in between would cost a third.
@@ -192,6 +196,7 @@ class Consumer:
             tasks = {asyncio.create_task(self._work()) for _ in range(self._concurrency)}
             admit = self._receive(deliveries, lambda delivery: lanes.put(delivery, read(delivery)))
             tasks.add(asyncio.create_task(admit))
+        lost: BrokerUnavailable | None = None
         stopping, hurry = (asyncio.create_task(event.wait()) for event in (self._stopping, self._hurry))
         try:
             done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
@@ -202,14 +207,19 @@ class Consumer:
         finally:
             if left := len(self._handling.in_flight):
                 logger.warning("stopped before %d deliveries were handled; they are not settled", left)
-            for task in {stopping, hurry, *tasks}:
-                task.cancel()
+            if any(task.cancelled() for task in tasks):
+                lost = BrokerUnavailable("the subscription was cancelled, and not by this program")
+            self._handling.is_ending = True
+            for ending in {stopping, hurry, *tasks}:
+                ending.cancel()
             _, deaf = await asyncio.wait({stopping, hurry, *tasks}, timeout=_PATIENCE)
             if deaf:
                 logger.error("%d handlers run on although they were cancelled", len(deaf))
         for task in tasks:
             if task.done() and not task.cancelled():
                 task.result()
+        if lost is not None:
+            raise lost
 
     async def _receive(self, deliveries: AsyncIterator[Delivery], admit: Callable[[Delivery], Awaitable[None]]) -> None:
         number = 0
@@ -362,5 +372,6 @@ def _calling_on_signals(stop: Callable[[], None]) -> Generator[None, None, None]
         stops.remove(stop)
         if not stops:
             del _stops[loop]
-            for number in _SIGNALS:
-                loop.remove_signal_handler(number)
+            with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+                for number in _SIGNALS:
+                    loop.remove_signal_handler(number)

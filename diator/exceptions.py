@@ -34,9 +34,12 @@ class HandlerNotFound(DiatorError, LookupError):
     """No handler is bound to the type of a request."""
 
     def __init__(self, request_type: type) -> None:
-        super().__init__(
-            f"no handler is bound to {request_type.__qualname__}; use RequestMap.bind({request_type.__name__}, …)"
-        )
+        if request_type is type:
+            super().__init__("a class was sent; send an object of it")
+        else:
+            super().__init__(
+                f"no handler is bound to {request_type.__qualname__}; use RequestMap.bind({request_type.__name__}, …)"
+            )
         self.request_type = request_type
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from types import NoneType
 from typing import Any, TypeVar, overload
 
 from diator._dispatcher import OUTGOING, Dispatcher
@@ -11,14 +12,14 @@ from diator.brokers.sending import MessageBroker
 from diator.container import Container
 from diator.container.base import Resolver, Shared
 from diator.events import EventEmitter, EventMap
-from diator.events._emitter import Outgoing
+from diator.events._emitter import Outgoing, check_parts
 from diator.exceptions import EventsNotSent, MessagesNotSent, WiringError
 from diator.middlewares.base import Middleware
 from diator.requests import Request, RequestMap
 
 Res = TypeVar("Res")
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Mediator:
@@ -62,6 +63,11 @@ class Mediator:
         message_broker: MessageBroker | None = None,
         middlewares: Iterable[Middleware] = (),
     ) -> None:
+        check_parts(event_map=event_map, container=container, message_broker=message_broker)
+        parts: list[tuple[object, Any]] = [(request_map, RequestMap), (event_emitter, (EventEmitter, NoneType))]
+        if not all(isinstance(part, kind) for part, kind in parts):
+            raise WiringError("a mediator is made of a RequestMap, and perhaps a container and an EventEmitter")
+        middlewares = _checked(middlewares)
         if event_emitter is None:
             event_emitter = EventEmitter(event_map=event_map, message_broker=message_broker)
         elif event_map is not None or message_broker is not None:
@@ -69,7 +75,7 @@ class Mediator:
         container = Container() if container is None else container
         event_emitter.wire(container)
         self._emitter = event_emitter
-        self._dispatcher = Dispatcher(request_map, container, event_emitter, tuple(middlewares))
+        self._dispatcher = Dispatcher(request_map, container, event_emitter, middlewares)
         for request_type in request_map:
             self._dispatcher[request_type]
 
@@ -123,6 +129,16 @@ class Mediator:
             ids = ", ".join(str(message.message_id) for _, message in outgoing)
             logger.warning("cancelled while sending the events of a request that is done; perhaps not sent: %s", ids)
             raise
+
+
+def _checked(middlewares: Iterable[Middleware]) -> tuple[Middleware, ...]:
+    if not isinstance(middlewares, Iterable):
+        raise WiringError("middlewares is a list of them")
+    given = tuple(middlewares)
+    for middleware in given:
+        if isinstance(middleware, type) or not callable(middleware):
+            raise WiringError(f"{middleware!r} is no middleware: give an object that is called with (message, handle)")
+    return given
 
 
 def _not_sent(outgoing: Outgoing, response: object) -> EventsNotSent:

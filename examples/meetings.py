@@ -23,7 +23,7 @@ from diator.brokers.memory import MemoryMessageBroker
 from diator.consumer import Consumer
 from diator.container import Container
 from diator.events import DomainEvent, EventHandler, EventMap, NotificationEvent
-from diator.exceptions import BrokerError, MissingExtra, WiringError
+from diator.exceptions import BrokerError, EventsNotSent, MissingExtra, WiringError
 from diator.mediator import Mediator
 from diator.middlewares import BaseMiddleware
 from diator.requests import Request, RequestHandler, RequestMap
@@ -206,5 +206,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     try:
         asyncio.run(main(arguments.broker, consume=arguments.consume))
-    except (BrokerError, WiringError, MissingExtra) as error:
+    except (BrokerError, EventsNotSent, MissingExtra, WiringError) as error:
         sys.exit(f"meetings: {error}")

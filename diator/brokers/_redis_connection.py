@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
 from uuid import UUID
 
+from diator.brokers.supervisor import Supervised
 from diator.exceptions import (
     BrokerClosed,
     BrokerError,
@@ -26,10 +27,10 @@ try:
     from redis.asyncio.connection import AbstractConnection
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
-except ModuleNotFoundError as error:
-    raise MissingExtra("diator.brokers.redis", "redis") from error
+except ModuleNotFoundError as _missing:
+    raise MissingExtra("diator.brokers.redis", "redis") from _missing
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 Client = redis.asyncio.Redis
 Connection = AbstractConnection
@@ -91,8 +92,8 @@ def check_client(client: object) -> None:
     """Refuse what is no asynchronous client, when a broker is made rather than when it is first used."""
     if isinstance(client, (redis.Redis, redis.RedisCluster)):
         raise WiringError("this Redis client is synchronous; give a redis.asyncio.Redis")
-    if not callable(getattr(client, "execute_command", None)):
-        raise WiringError(f"{type(client).__name__} is no Redis client; give a redis.asyncio.Redis, or use from_url")
+    if isinstance(client, type) or not callable(getattr(client, "execute_command", None)):
+        raise WiringError(f"{client!r:.80} is no Redis client; give a redis.asyncio.Redis object, or use from_url")
 
 
 class SharedConnection:
@@ -115,11 +116,15 @@ class SharedConnection:
         self._plain = getattr(type(client), "execute_command", None) is redis.asyncio.Redis.execute_command
         connections = getattr(getattr(client, "connection_pool", None), "max_connections", max_in_flight)
         self._shareable = self._plain and connections > 1  # the last one is the program's
-        self._alone = asyncio.Semaphore(max(1, min(connections, max_in_flight)))
+        self._alone_at_once = max(1, min(connections, max_in_flight))
+        self._alone = asyncio.Semaphore(self._alone_at_once)
         self._link: _Link | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._turn = asyncio.Lock()
         self._queued = 0
         self._retiring: set[asyncio.Task[None]] = set()
+        self.subscriptions: set[Supervised] = set()
+        """What reads with the same client. It ends when this is closed."""
         self._closed = False
         self._closing: asyncio.Task[None] | None = None
 
@@ -148,7 +153,10 @@ class SharedConnection:
             OutcomeUnknown: It was sent, and there is no reply.
             BrokerClosed: `aclose` was called before.
         """
-        deadline = asyncio.get_running_loop().time() + self._timeout
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._move_to(loop)
+        deadline = loop.time() + self._timeout
         link = self._link
         reply: asyncio.Future[Any] | None
         try:
@@ -167,6 +175,8 @@ class SharedConnection:
         That goes on if a caller is cancelled; calling it again waits for it.
         """
         self._closed = True
+        for subscription in self.subscriptions:
+            subscription.close(BrokerClosed("this broker is closed"))
         if self._closing is None:
             self._closing = asyncio.create_task(self._close(), name="diator: closing")
         await asyncio.shield(self._closing)
@@ -178,6 +188,15 @@ class SharedConnection:
             await link.finish()
         if self._retiring:
             await asyncio.wait(self._retiring)
+
+    def _move_to(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin anew on another event loop. What belonged to one that is over died with it."""
+        if self._loop is not None and self._loop.is_running():
+            raise WiringError("a broker belongs to one event loop at a time; make another one for each thread")
+        if self._loop is not None:
+            self._link, self._turn, self._queued = None, asyncio.Lock(), 0
+            self._alone = asyncio.Semaphore(self._alone_at_once)
+        self._loop = loop
 
     async def _call_in_turn(
         self, command: Sequence[bytes], message_id: UUID | None, deadline: float

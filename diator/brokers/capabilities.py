@@ -68,7 +68,7 @@ class Capabilities:
     """Whether there is a link that can fail. Told to the conformance suite, not compared."""
 
     def lacking(self, needed: Capabilities) -> list[str]:
-        """Name what *needed* asks for and these capabilities do not promise, as `name: has → needs`."""
+        """Name what *needed* asks for and these capabilities do not promise, as `name (has, needed is needs)`."""
         return [
             f"{field.name} ({_said(getattr(self, field.name))}, needed is {_said(getattr(needed, field.name))})"
             for field in fields(self)

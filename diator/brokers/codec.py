@@ -178,14 +178,19 @@ _SAFE = ("Expected ", "Object missing ", "JSON is malformed", "Input data was tr
 
 def _without_content(error: BaseException) -> str:
     """Say what is wrong and where, and nothing of the input: an error's text ends up in logs."""
-    if found := getattr(error, "errors", None):  # pydantic's: a place can be a key of a dictionary, so only the field
+    found = getattr(error, "errors", None)
+    if callable(found) and hasattr(error, "error_count"):  # pydantic's; a place can be a key, so only the field is said
         return "; ".join(f"{each['type']} - at `$.{each['loc'][0] if each['loc'] else ''}`" for each in found())
     if isinstance(error, UnicodeDecodeError):
         return f"it is no UTF-8 - at byte {error.start}"
     if not isinstance(error, (msgspec.DecodeError, RecursionError)):
         return "a value that is not allowed"
-    problem, at, place = str(error).partition(" - at ")
-    return (problem if problem.startswith(_SAFE) else "a value that is not allowed") + at + place
+    text = str(error)
+    end = text.rfind(" - at `$")
+    problem, place = (text, "") if end < 0 else (text[:end], text[end:])
+    # What a class says of its values itself, msgspec quotes, and keeps as the cause.
+    safe = problem.startswith(_SAFE) and error.__cause__ is None
+    return (problem if safe else "a value that is not allowed") + place
 
 
 # -- where it went wrong: only called once it did ---------------------------------------------------------------

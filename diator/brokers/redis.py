@@ -145,14 +145,19 @@ class RedisMessageBroker:
             competing = Capabilities(distribution=frozenset({"competing"}))
             require(self, self.capabilities, competing, for_=f"subscribe(group={group!r})", remedy=remedy)
         channels = {self._channel(topic): topic for topic in topics}
-        async with Supervised(
+        supervised = Supervised(
             lambda: self._subscribed(channels),
             lossy=True,
             ahead=self._ahead,
             patience=self._patience,
             on_gap=on_gap,
-        ) as deliveries:
-            yield deliveries
+        )
+        self._connection.subscriptions.add(supervised)
+        try:
+            async with supervised as deliveries:
+                yield deliveries
+        finally:
+            self._connection.subscriptions.discard(supervised)
 
     @asynccontextmanager
     async def _subscribed(self, channels: Mapping[bytes, Topic]) -> AsyncGenerator[Source, None]:
@@ -162,7 +167,7 @@ class RedisMessageBroker:
         connection = await self._client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
         try:
             source = _Subscription(connection, channels)
-            await connection.send_command("SUBSCRIBE", *channels)
+            await connection.send_command("SUBSCRIBE", *channels, check_health=False)
             while not source.is_ready:
                 await source.receive(0)
             yield source
@@ -217,7 +222,7 @@ class _Subscription:
         return []
 
     async def probe(self) -> None:
-        await self._connection.send_command("PING")
+        await self._connection.send_command("PING", check_health=False)  # its reply comes with the others
 
     async def ack(self, delivery: Delivery, /) -> None:
         pass  # there is nothing to acknowledge

@@ -14,8 +14,8 @@ import math
 import os
 import socket
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from typing import Any, Self, cast
 from uuid import uuid4
@@ -30,7 +30,7 @@ from diator.brokers.message import Message
 from diator.brokers.supervisor import Patience, Source, Supervised
 from diator.exceptions import BrokerClosed, BrokerError, MessageRejected, MessagesNotSent, WiringError
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _BODY = b"body"
 _AGAIN = b"again"
@@ -72,6 +72,7 @@ class RedisStreamMessageBroker:
         self._owns_client = False
         self._prefix = prefix
         self._max_message_bytes = max_message_bytes
+        self._timeout = timeout
         self._lease = lease
         self._retention = retention
         self._read_ahead = read_ahead
@@ -162,18 +163,25 @@ class RedisStreamMessageBroker:
             broadcast = Capabilities(distribution=frozenset({"broadcast"}))
             remedy = "name a group, one for each service, or use Redis Pub/Sub"
             require(self, self.capabilities, broadcast, for_="subscribe() without a group", remedy=remedy)
+        if prefetch < 1:
+            raise WiringError("prefetch is at least 1")
         member = _Member(self._connection, {self._stream(topic): topic for topic in topics}, str(group), self._lease)
+        supervised = Supervised(
+            lambda: self._reading(member),
+            lossy=False,
+            ahead=prefetch + self._read_ahead,
+            patience=self._patience,
+            on_gap=on_gap,
+            is_full=lambda waiting: member.holds - waiting >= prefetch,
+        )
+        member.on_settled = supervised.look_again
+        self._connection.subscriptions.add(supervised)
         try:
-            async with Supervised(
-                lambda: self._reading(member),
-                lossy=False,
-                ahead=prefetch + self._read_ahead,
-                patience=self._patience,
-                on_gap=on_gap,
-            ) as deliveries:
+            async with supervised as deliveries:
                 yield deliveries
         finally:
-            await member.leave()
+            self._connection.subscriptions.discard(supervised)
+            await member.leave(supervised.not_given_out, within=self._timeout)
 
     @asynccontextmanager
     async def _reading(self, member: _Member) -> AsyncGenerator[Source, None]:
@@ -241,6 +249,9 @@ _SCAN = 1.0
 _FORGOTTEN_AFTER = 3600.0
 _ACK_DELAY = 0.002
 _ACK_BATCH = 100
+_MOST_PENDING = b"100000"
+_MOST_OF_LUA = 4_000
+"""How many arguments a script can hand on at once: `unpack` has a limit of about 8,000."""
 
 
 class _Held(msgspec.Struct):
@@ -255,9 +266,10 @@ class _Held(msgspec.Struct):
 class _Entry:
     """By what a delivery is known: where it is, what it holds."""
 
-    __slots__ = ("fields", "id", "origin", "stream")
+    __slots__ = ("fields", "id", "origin", "stream", "times")
 
-    def __init__(self, stream: bytes, id_: bytes, fields: list[tuple[bytes, bytes]], origin: bytes) -> None:
+    def __init__(self, stream: bytes, id_: bytes, fields: list[tuple[bytes, bytes]], origin: bytes, times: int) -> None:
+        self.times = times
         self.stream = stream
         self.id = id_
         self.fields = fields
@@ -272,13 +284,23 @@ class _Member:
         self.group = group.encode()
         self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}".encode()
         self.lease = lease
-        self.topics = {**topics, **{self.key(stream, b"again"): topic for stream, topic in topics.items()}}
         self.streams = tuple(topics)
+        self._first = {self.key(stream, _AGAIN): stream for stream in topics}
+        self.topics = {**topics, **{again: topics[stream] for again, stream in self._first.items()}}
+        self._cursors = dict.fromkeys(self.topics, b"0-0")
+        self._joined = False
+        self._not_settled: set[bytes] = set()
+        self.on_settled: Callable[[], None] = lambda: None
         self._held: dict[bytes, dict[bytes, Delivery]] = {stream: {} for stream in self.topics}
         self._acked: dict[bytes, list[bytes]] = defaultdict(list)
         self._flushing: asyncio.TimerHandle | None = None
         self._flushes: set[asyncio.Task[None]] = set()
         self._renewing = asyncio.create_task(self._keep_renewing(), name="diator: renewing leases")
+
+    @property
+    def holds(self) -> int:
+        """How many deliveries are not settled, given out or not."""
+        return sum(map(len, self._held.values()))
 
     def key(self, stream: bytes, what: bytes) -> bytes:
         """Name what belongs to this group alone."""
@@ -292,27 +314,31 @@ class _Member:
             except MessageRejected as error:
                 if "BUSYGROUP" not in str(error):
                     raise
+        self._joined = True
 
     def delivery(self, stream: bytes, id_: bytes, pairs: Sequence[bytes], times: int) -> Delivery:
         """Make a delivery of an entry that was delivered *times* times."""
-        fields = [*zip(pairs[::2], pairs[1::2], strict=True)]
+        fields = [*zip(pairs[::2], pairs[1::2], strict=False)]
         origin, attempt = id_, times
-        if fields and fields[0][0] == _AGAIN:
-            held = msgspec.msgpack.decode(fields[0][1], type=_Held)
-            fields, origin, attempt = held.fields, held.origin, held.attempt + times - 1
-        body, headers = b"", {}
+        if stream in self._first:
+            try:
+                held = msgspec.msgpack.decode(fields[0][1], type=_Held)
+                fields, origin, attempt = held.fields, held.origin, held.attempt + times - 1
+            except (msgspec.DecodeError, IndexError):
+                logger.warning("an entry of %s is not one of ours", stream)
+        body, headers = None, {}
         for name, value in fields:
-            if name == _BODY:
+            if name == _BODY and body is None:  # ours is the first; another one is a header of that name
                 body = value
             else:
                 headers[name.decode(errors="replace")] = value.decode(errors="replace")
         delivery = Delivery(
             topic=self.topics[stream],
-            body=body,
+            body=body or b"",
             headers=headers,
             attempt=attempt,
             settler=self,
-            token=_Entry(stream, id_, fields, origin),
+            token=_Entry(stream, id_, fields, origin, times),
         )
         self._held[stream][id_] = delivery
         return delivery
@@ -333,15 +359,18 @@ class _Member:
         entry = self._let_go(delivery)
         held = msgspec.msgpack.encode(_Held(entry.fields, delivery.attempt + 1, entry.origin))
         due = str(math.ceil(_now_ms() + after * 1000)).encode()
-        delayed = self.key(_first(entry.stream, self.streams), b"delayed")
-        await self._eval(_RETRY_LATER, [entry.stream, delayed], [self.group, entry.id, due, held])
+        delayed = self.key(self._first.get(entry.stream, entry.stream), b"delayed")
+        with self._noting_failure(entry):
+            await self._eval(_RETRY_LATER, [entry.stream, delayed], [self.group, entry.id, due, held])
+        await self._remove(entry.stream, [entry.id])
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
-        entry = cast("_Entry", delivery.token)
+        entry = self._let_go(delivery)  # should that fail, it is nobody's once the lease is over, and comes again
+        stream = self._first.get(entry.stream, entry.stream)
         provenance = {
             "diator-dlq-version": "1",
             "diator-dlq-reason": reason,
-            "diator-dlq-source": _first(entry.stream, self.streams).decode(),
+            "diator-dlq-source": stream.decode(),
             "diator-dlq-entry-id": entry.origin.decode(),
             "diator-dlq-consumer-group": self.group.decode(),
             "diator-dlq-attempts": str(delivery.attempt),
@@ -349,13 +378,31 @@ class _Member:
         }
         fields = [part for pair in entry.fields for part in pair]
         fields += [part.encode(errors="replace") for pair in provenance.items() for part in pair]
-        dead = self.key(_first(entry.stream, self.streams), b"dead")
-        await self._eval(_PUT_ASIDE, [entry.stream, dead], [self.group, entry.id, *fields])
-        self._let_go(delivery)
+        dead = self.key(stream, b"dead")
+        with self._noting_failure(entry):
+            if len(fields) <= _MOST_OF_LUA:
+                await self._eval(_PUT_ASIDE, [entry.stream, dead], [self.group, entry.id, *fields])
+            else:
+                await self.execute(b"XADD", dead, b"*", *fields)
+                await self.execute(b"XACK", entry.stream, self.group, entry.id)
+        await self._remove(entry.stream, [entry.id])
+
+    @contextmanager
+    def _noting_failure(self, entry: _Entry) -> Generator[None, None, None]:
+        """What could not be settled is pending and not held, and yet was delivered, unlike what was lost on its way."""
+        self._not_settled.add(entry.id)
+        yield
+        self._not_settled.discard(entry.id)
+
+    async def _remove(self, stream: bytes, ids: Sequence[bytes]) -> None:
+        """What was read again is of no use to any other group."""
+        if stream in self._first:
+            await self.execute(b"XDEL", stream, *ids)
 
     def _let_go(self, delivery: Delivery) -> _Entry:
         entry = cast("_Entry", delivery.token)
         self._held[entry.stream].pop(entry.id, None)
+        self.on_settled()
         return entry
 
     def _flush(self) -> None:
@@ -372,6 +419,7 @@ class _Member:
     async def _tell_acked(self, stream: bytes, ids: Sequence[bytes]) -> None:
         try:
             await self.execute(b"XACK", stream, self.group, *ids)
+            await self._remove(stream, ids)
         except BrokerError as error:
             logger.warning("%d acknowledgements did not reach Redis; those messages come again: %s", len(ids), error)
 
@@ -387,34 +435,63 @@ class _Member:
                 except BrokerError as error:
                     logger.warning("leases on %d messages could not be renewed: %s", len(held), error)
 
-    async def leave(self) -> None:
+    async def leave(self, not_given_out: Collection[Delivery], *, within: float) -> None:
         """Have what was acknowledged told, and leave the rest to others at once, instead of when the lease is over."""
         self._renewing.cancel()
         self._flush()
-        if self._flushes:
-            await asyncio.wait(self._flushes)
+        if not self._joined:
+            return
+        unseen = {cast("_Entry", delivery.token).id for delivery in not_given_out}
         try:
-            for stream, held in self._held.items():
-                ours = await self._still_ours(stream, [*held]) if held else []
-                await self._claim(stream, ours, idle_ms=math.ceil(self.lease * 1000))
-                await self._eval(_FORGET, [stream], [self.group, _ms(_FORGOTTEN_AFTER), self.name])
+            async with asyncio.timeout(within):
+                if self._flushes:
+                    await asyncio.wait(self._flushes)
+                for stream in self.topics:
+                    await self._leave(stream, unseen)
+        except TimeoutError:
+            logger.warning("Redis does not answer; what was not handled is taken by others when its lease is over")
+
+    async def _leave(self, stream: bytes, unseen: Collection[bytes]) -> None:
+        try:
+            for id_, _, _, times in await self._pending(stream):
+                # What nobody has seen was not delivered: neither what waited here nor what was on its way.
+                begun = id_ in self._held[stream] and id_ not in unseen
+                count = str(times if begun else times - 1).encode()
+                await self._claim(stream, [id_], b"RETRYCOUNT", count, idle_ms=math.ceil(self.lease * 1000))
+            await self._eval(_FORGET, [stream], [self.group, _ms(_FORGOTTEN_AFTER), self.name])
         except BrokerError as error:
-            logger.warning("what was not handled is taken by others only when its lease is over: %s", error)
+            logger.warning("what was not handled of %s is taken by others when its lease is over: %s", stream, error)
+
+    async def unheld(self, stream: bytes) -> list[Delivery]:
+        """Take what Redis has given to this member, and a connection that broke has lost on the way."""
+        found: list[Delivery] = []
+        for id_, _, _, times in await self._pending(stream):
+            if id_ not in self._held[stream]:
+                attempt = times + (id_ in self._not_settled)
+                self._not_settled.discard(id_)
+                count = (b"RETRYCOUNT", str(attempt).encode())
+                claimed = await self.execute(b"XCLAIM", stream, self.group, self.name, b"0", id_, *count)
+                found += [self.delivery(stream, id_, pairs or (), attempt) for id_, pairs in claimed]
+        return found
+
+    async def _pending(self, stream: bytes) -> list[Any]:
+        pending: list[Any] = await self.execute(b"XPENDING", stream, self.group, b"-", b"+", _MOST_PENDING, self.name)
+        return pending
 
     async def _still_ours(self, stream: bytes, ids: Sequence[bytes]) -> list[bytes]:
         """Of *ids*, those that nobody else has taken: renewing the others would take them back while they run there."""
         if not ids:
             return []
-        most = str(len(ids) + 10_000).encode()
-        pending = await self.execute(b"XPENDING", stream, self.group, b"-", b"+", most, self.name)
+        pending = await self._pending(stream)
         ours = {entry[0] for entry in pending}
         return [id_ for id_ in ids if id_ in ours]
 
-    async def _claim(self, stream: bytes, ids: Sequence[bytes], *, idle_ms: int) -> None:
+    async def _claim(self, stream: bytes, ids: Sequence[bytes], *options: bytes, idle_ms: int) -> None:
         if ids:
             # JUSTID: a renewed lease is no delivery, and does not count as one.
             idle = str(idle_ms).encode()
-            await self.execute(b"XCLAIM", stream, self.group, self.name, b"0", *ids, b"IDLE", idle, b"JUSTID")
+            claim = (b"XCLAIM", stream, self.group, self.name, b"0", *ids, b"IDLE", idle, *options, b"JUSTID")
+            await self.execute(*claim)
 
     async def _eval(self, script: bytes, keys: Sequence[bytes], arguments: Iterable[bytes]) -> Any:
         return await self.execute(b"EVAL", script, str(len(keys)).encode(), *keys, *arguments)
@@ -427,25 +504,27 @@ class _Member:
         for stream in self.streams:
             keys = [self.key(stream, b"delayed"), self.key(stream, b"again")]
             await self._eval(_MOVE_DUE, keys, [str(_now_ms()).encode(), b"100"])
-        for stream in self.topics:
-            if most - len(found) <= 0:
-                break
-            found += await self._take_over(stream, most - len(found))
+        try:
+            for stream in self.topics:
+                if len(found) < most:
+                    await self._take_over(stream, most - len(found), found)
+        except BaseException:
+            for delivery in found:  # nobody gets them from here, so they must not be renewed
+                self._let_go(delivery)
+            raise
         return found
 
-    async def _take_over(self, stream: bytes, most: int) -> list[Delivery]:
-        _, entries, gone = await self.execute(
-            b"XAUTOCLAIM", stream, self.group, self.name, _ms(self.lease), b"0-0", b"COUNT", str(most).encode()
-        )
+    async def _take_over(self, stream: bytes, most: int, found: list[Delivery]) -> None:
+        count = str(most).encode()
+        claim = (b"XAUTOCLAIM", stream, self.group, self.name, _ms(self.lease), self._cursors[stream], b"COUNT", count)
+        self._cursors[stream], entries, gone = await self.execute(*claim)
         if gone:
             logger.error("%d messages of %s were removed from the stream before they were handled", len(gone), stream)
-        found: list[Delivery] = []
         for id_, pairs in entries:
             if id_ in self._held[stream]:
                 continue  # our own, whose renewal was late; it is being handled
             ((_, _, _, times),) = await self.execute(b"XPENDING", stream, self.group, id_, id_, b"1")
             found.append(self.delivery(stream, id_, pairs, times))
-        return found
 
     async def trim(self, stream: bytes, retention: float) -> None:
         """Remove what is older than *retention* and was acknowledged by every group."""
@@ -465,34 +544,52 @@ class _Reading:
         self._member = member
         self._retention = retention
         self._next_scan = 0.0
+        self._empty = 0
+        self._to_look_for_lost = [*member.topics]
         self._command = (b"XREADGROUP", b"GROUP", member.group, member.name, b"COUNT")
-        self._streams = (b"BLOCK", _ms(_SCAN), b"STREAMS", *member.topics, *[b">"] * len(member.topics))
+        self._streams = [*member.topics]
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:
+        while self._to_look_for_lost:
+            if lost := await self._member.unheld(self._to_look_for_lost.pop()):
+                return lost
         loop = asyncio.get_running_loop()
         if loop.time() >= self._next_scan:
             self._next_scan = loop.time() + _SCAN
             found = await self._member.scan(most)
-            if self._retention is not None:
-                for stream in self._member.streams:
-                    await self._member.trim(stream, self._retention)
             if found:
                 return found
-        await self._connection.send_command(*self._command, str(min(most, 100)).encode(), *self._streams)
+            await self._trim()
+        # COUNT is for each stream. Where there is room for fewer than one of each, some are asked, then others; only
+        # when none of them has anything, all are waited for.
+        several = min(len(self._streams), most)
+        if several < len(self._streams) and self._empty * several < len(self._streams):
+            block: tuple[bytes, ...] = ()
+        else:
+            several, block = len(self._streams), (b"BLOCK", _ms(_SCAN))
+        streams, count = self._streams[:several], str(max(1, min(most, 100) // several)).encode()
+        self._streams = self._streams[several:] + streams
+        await self._connection.send_command(
+            *self._command, count, *block, b"STREAMS", *streams, *[b">"] * several, check_health=False
+        )
         # BLOCK ends after a second at the latest, so a peer that says nothing for longer is dead.
         reply = await self._connection.read_response(disable_decoding=True, timeout=math.inf, disconnect_on_error=False)
-        streams = reply.items() if isinstance(reply, dict) else reply or ()
+        self._empty = 0 if reply else self._empty + 1
+        answered = reply.items() if isinstance(reply, dict) else reply or ()
         return [
-            self._member.delivery(stream, id_, pairs or (), 1) for stream, entries in streams for id_, pairs in entries
+            self._member.delivery(stream, id_, pairs or (), 1) for stream, entries in answered for id_, pairs in entries
         ]
+
+    async def _trim(self) -> None:
+        if self._retention is not None:
+            for stream in self._member.streams:
+                try:
+                    await self._member.trim(stream, self._retention)
+                except BrokerError as error:
+                    logger.warning("%s could not be trimmed: %s", stream, error)
 
     async def probe(self) -> None:
         """Nothing to ask: an answer is due anyway."""
-
-
-def _first(stream: bytes, streams: Sequence[bytes]) -> bytes:
-    """Give the stream of a topic, for it or for the one that is read again."""
-    return stream if stream in streams else next(each for each in streams if stream.startswith(each + b":"))
 
 
 def _order(id_: bytes) -> tuple[int, int]:

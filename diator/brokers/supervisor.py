@@ -16,7 +16,10 @@ from typing import Protocol, Self
 from diator.brokers.base import Delivery, Gap, OnGap
 from diator.exceptions import BrokerClosed, BrokerError, BrokerUnavailable
 
-logger = logging.getLogger(__name__)
+_WAITING = 0.001
+"""Whoever waits for longer than this, in seconds, has read everything that was there."""
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -67,19 +70,30 @@ class Supervised:
     Entering it connects, and raises `BrokerUnavailable` if that is not possible. From then on it is an iterator of
     deliveries that ends, with `BrokerClosed`, only when the broker is closed. *lossy* says that messages are missed
     while there is no connection: *on_gap* is told so when there is one again. At most *ahead* deliveries are received
-    before they are asked for.
+    before they are asked for; none is given out while *is_full* says that enough are not settled yet.
     """
 
-    def __init__(self, connect: Connect, *, lossy: bool, ahead: int, patience: Patience, on_gap: OnGap | None) -> None:
+    def __init__(
+        self,
+        connect: Connect,
+        *,
+        lossy: bool,
+        ahead: int,
+        patience: Patience,
+        on_gap: OnGap | None,
+        is_full: Callable[[int], bool] = lambda _: False,
+    ) -> None:
         self._connect = connect
         self._lossy = lossy
         self._ahead = ahead
         self._patience = patience
         self._on_gap = on_gap
+        self._is_full = is_full
         self._received: deque[Delivery] = deque()
         self._arrived = asyncio.Event()
         self._room = asyncio.Event()
         self._heard = 0.0
+        self._caught_up = 0.0
         self._ended: BrokerClosed | None = None
         self._pump: asyncio.Task[None] | None = None
 
@@ -103,7 +117,7 @@ class Supervised:
 
     async def __anext__(self) -> Delivery:
         received = self._received
-        while not received:
+        while not received or self._is_full(len(received)):
             if self._ended is not None:
                 raise self._ended
             self._arrived.clear()
@@ -112,10 +126,26 @@ class Supervised:
             self._room.set()
         return received.popleft()
 
-    async def _end(self) -> None:
+    @property
+    def not_given_out(self) -> Sequence[Delivery]:
+        """What was received and never asked for."""
+        return self._received
+
+    def look_again(self) -> None:
+        """Something was settled: perhaps the next one can be given out."""
+        self._arrived.set()
+
+    def close(self, error: BrokerClosed) -> None:
+        """End this subscription: who waits for a delivery, or asks for one, gets *error*."""
+        self._ended = error
+        self._received.clear()
+        self._arrived.set()
         if self._pump is not None:
             self._pump.cancel()
-            await asyncio.wait([self._pump])
+
+    async def _end(self) -> None:
+        if self._pump is not None:
+            await _end_of(self._pump)
 
     async def _keep_receiving(self, ready: asyncio.Future[None]) -> None:
         loop = asyncio.get_running_loop()
@@ -144,8 +174,8 @@ class Supervised:
                     return
                 reason = f"{type(error).__name__}: {error}" if str(error) else "the peer was silent"
                 logger.warning("a subscription has no connection (%s); connecting again", reason)
-                unheard = loop.time() - max(since, self._heard) if isinstance(error, TimeoutError) else 0.0
-                lost = lost or (datetime.now(UTC) - timedelta(seconds=unheard), reason)
+                behind = loop.time() - max(since, self._complete_until()) if connected else 0.0
+                lost = lost or (datetime.now(UTC) - timedelta(seconds=behind), reason)
             if connected and loop.time() - since > self._patience.healthy:
                 failures = 0
             await asyncio.sleep(self._patience.pause(failures))
@@ -161,14 +191,13 @@ class Supervised:
                     while (room := self._ahead - len(self._received)) <= 0:
                         self._room.clear()
                         await self._room.wait()
-                        self._heard_now()  # nobody listened meanwhile
+                        self._heard = asyncio.get_running_loop().time()  # nobody listened meanwhile
                     if deliveries := await source.receive(room):
                         self._received.extend(deliveries)
                         self._arrived.set()
                     self._heard_now()
             finally:
-                watching.cancel()
-                await asyncio.wait([watching])
+                await _end_of(watching)
 
     async def _watch(self, source: Source, alive: asyncio.Timeout) -> None:
         """A connection can be dead without a word: its packets go nowhere, and nothing tells so but silence."""
@@ -190,7 +219,15 @@ class Supervised:
                 return
 
     def _heard_now(self) -> None:
-        self._heard = asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time()
+        if now - self._heard > _WAITING:
+            self._caught_up = now
+        self._heard = now
+
+    def _complete_until(self) -> float:
+        """Until when nothing can have been missed, once the connection is lost: what a reader lags behind is lost too."""
+        waited = asyncio.get_running_loop().time() - self._heard > _WAITING
+        return self._heard if waited else self._caught_up
 
     def _tell_gap(self, lost_at: datetime, reason: str) -> None:
         if self._on_gap is not None:
@@ -198,6 +235,17 @@ class Supervised:
                 self._on_gap(Gap(since=lost_at, until=datetime.now(UTC), reason=reason))
             except Exception:
                 logger.exception("on_gap failed")
+
+
+async def _end_of(task: asyncio.Task[None]) -> None:
+    """
+    Cancel *task* until it has ended.
+
+    Once may not be enough: `asyncio.wait_for` of Python 3.11, which redis-py writes with, can forget a cancellation.
+    """
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.1)
 
 
 def _unavailable(error: Exception) -> BrokerError:

@@ -63,14 +63,14 @@ class Container:
     @overload
     def register(
         self,
-        type_: type[T],
+        type_: Callable[..., T],  # a type; said like this, mypy takes protocols and abstract classes too
         factory: Callable[..., T | Awaitable[T] | Iterator[T] | AsyncIterator[T]]
         | Callable[..., AbstractContextManager[T] | AbstractAsyncContextManager[T]],
         *,
         lifetime: Lifetime | None = None,
     ) -> None: ...
     def register(
-        self, type_: type[Any], factory: Callable[..., Any] | None = None, *, lifetime: Lifetime | None = None
+        self, type_: Any, factory: Callable[..., Any] | None = None, *, lifetime: Lifetime | None = None
     ) -> None:
         """
         Say how *type_* is made: by its own constructor, or by *factory*, whose parameters are resolved by their hints.
@@ -91,7 +91,7 @@ class Container:
             )
         self._recipes[type_] = recipe
 
-    def register_instance(self, type_: type[T], instance: T) -> None:
+    def register_instance(self, type_: Callable[..., T], instance: T) -> None:
         """Give *instance* whenever a *type_* is needed. It stays its owner's and is never closed here."""
         if self.is_registered(type_):
             raise ResolutionError([name_of(type_)], f"{name_of(type_)} is registered already")
@@ -100,6 +100,11 @@ class Container:
     def is_registered(self, type_: object) -> bool:
         """Tell whether *type_* was registered, so that a handler can depend on it."""
         return type_ in self._recipes or type_ in self._singletons
+
+    def is_shared(self, type_: type) -> bool:
+        """Tell whether everybody gets one and the same *type_*, which handlers must not be."""
+        recipe = self._recipes.get(type_)
+        return recipe.lifetime == "singleton" if recipe else type_ in self._singletons
 
     # -- resolving -----------------------------------------------------------------------------------------------
 
@@ -145,7 +150,7 @@ class Container:
         if path:
             raise ResolutionError(
                 [*map(name_of, path), name_of(type_)],
-                f"{name_of(type_)} is not registered; register({name_of(type_)}, …) or register_instance it",
+                f"{name_of(type_)} is not registered; call register({name_of(type_)}, …) or register_instance",
             )
         return _recipe(type_, type_, "transient")
 

@@ -102,6 +102,12 @@ def is_registered(container: Resolver, type_: Any, *, unless_told: bool) -> bool
     return unless_told if ask is None else ask(type_)
 
 
+def is_shared(container: Resolver, type_: type) -> bool:
+    """Ask *container* whether it gives one *type_* to everybody; one that has no `is_shared` cannot tell."""
+    ask: Callable[[type], bool] | None = getattr(container, "is_shared", None)
+    return ask is not None and ask(type_)
+
+
 async def enter(stack: AsyncExitStack, context: AbstractAsyncContextManager[T] | AbstractContextManager[T]) -> T:
     """
     Enter *context*, to be left with *stack*. It is told of an error and cannot swallow it.

@@ -11,8 +11,8 @@ from diator.exceptions import MissingExtra
 
 try:
     from dishka import AsyncContainer
-except ModuleNotFoundError as error:
-    raise MissingExtra(__name__, "dishka") from error
+except ModuleNotFoundError as _missing:
+    raise MissingExtra(__name__, "dishka") from _missing
 
 T = TypeVar("T")
 

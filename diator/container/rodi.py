@@ -10,8 +10,8 @@ from diator.exceptions import MissingExtra, ResolutionError, WiringError
 
 try:
     import rodi
-except ModuleNotFoundError as error:
-    raise MissingExtra(__name__, "rodi") from error
+except ModuleNotFoundError as _missing:
+    raise MissingExtra(__name__, "rodi") from _missing
 
 T = TypeVar("T")
 
@@ -40,6 +40,12 @@ class RodiContainer:
     async def resolve(self, type_: type[T], /) -> T:
         """Give a *type_*, in a rodi scope of its own. ResolutionError if it is not registered or cannot be built."""
         return self.factory(type_)({})
+
+    def is_shared(self, type_: type) -> bool:
+        """Tell whether everybody gets one and the same *type_*, which handlers must not be."""
+        registered = self.external_container._map.get(type_)  # noqa: SLF001  # rodi has no public way to ask
+        lifestyle = getattr(registered, "life_style", None)
+        return isinstance(registered, rodi.InstanceResolver) or lifestyle is rodi.ServiceLifeStyle.SINGLETON
 
     def factory(self, type_: type[T], /) -> Build[T]:
         """See `CompilingResolver.factory`: rodi never waits, and has nothing to close."""

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from types import NoneType
 from typing import Any, TypeAlias
+from uuid import UUID
 
 from diator._handlers import Prepared
 from diator._hints import name_of
@@ -15,6 +17,7 @@ from diator.events._handler import EventMap
 from diator.exceptions import (
     BrokerNotConfigured,
     DiatorError,
+    EncodingError,
     EventHandlersFailed,
     MessagesNotSent,
     NotAnEvent,
@@ -41,6 +44,7 @@ class EventEmitter:
         container: Resolver | None = None,
         message_broker: MessageBroker | None = None,
     ) -> None:
+        check_parts(event_map=event_map, container=container, message_broker=message_broker)
         self._event_map = EventMap() if event_map is None else event_map
         self._container = container
         self._adopted: Resolver | None = None
@@ -169,7 +173,7 @@ class EventEmitter:
             self._event_map.claim_name(event_type)
             plan = _Plan((), message=_maker_of_messages(event_type))
         else:
-            handlers = self._event_map.get(event_type)
+            handlers = self._event_map.settle(event_type)
             if not handlers and not issubclass(event_type, Event):
                 raise NotAnEvent(f"{name_of(event_type)} was raised, and is neither an Event nor bound to a handler")
             container = next((each for each in (self._container, self._adopted) if each is not None), None)
@@ -177,6 +181,19 @@ class EventEmitter:
             plan = _Plan([Prepared(handler, container) for handler in handlers])
         self._plans[event_type] = plan
         return plan
+
+
+def check_parts(*, event_map: object, container: object, message_broker: object) -> None:
+    """Refuse what was mixed up, when a program is wired and not when its work is done. None is what was left out."""
+    if not isinstance(event_map, (EventMap, NoneType)):
+        raise WiringError(f"event_map is {_what(event_map)}, and no EventMap")
+    for name, part, method in (("container", container, "resolve"), ("message_broker", message_broker, "send_message")):
+        if part is not None and (isinstance(part, type) or not callable(getattr(part, method, None))):
+            raise WiringError(f"{name} is {_what(part)}, and no object with `async def {method}`")
+
+
+def _what(part: object) -> str:
+    return f"the class {name_of(part)}" if isinstance(part, type) else f"a {name_of(type(part))}"
 
 
 class _Plan:
@@ -202,6 +219,9 @@ def _maker_of_messages(event_type: Any) -> Callable[[Any], Message]:
     encode = payload_encoder(event_type)
 
     def message(event: Any) -> Message:
+        if event.event_timestamp.tzinfo is None or not isinstance(event.event_id, UUID):
+            problem = "event_id is a UUID, and event_timestamp has a time zone: nobody could tell what is meant else"
+            raise EncodingError(name_of(event_type), problem)
         key = None if key_field is None else getattr(event, key_field)
         return Message.of_fields(
             {

@@ -40,6 +40,7 @@ class EventMap:
     def __init__(self) -> None:
         self._handlers: dict[type, list[Handler]] = {}
         self._names: dict[str, type] = {}
+        self._settled: set[type] = set()
 
     def bind(
         self,
@@ -53,9 +54,11 @@ class EventMap:
 
         Raises:
             BindingError: *handler* is bound to it already, is abstract, not asynchronous, or declared for another
-                event; or another event class has this one's name on the wire.
+                event; another event class has this one's name on the wire; or events of this type were handled before.
         """
         check_handler(event_type, handler)
+        if event_type in self._settled:
+            raise BindingError(f"{name_of(event_type)} is in use; bind its handlers before the mediator is made")
         handlers = self._handlers.get(event_type, [])
         if handler in handlers:
             raise BindingError(f"{name_of(handler)} is bound to {name_of(event_type)} already")
@@ -75,6 +78,11 @@ class EventMap:
     def get(self, event_type: type) -> Sequence[Handler]:
         """Give the handlers of *event_type*, in the order in which they were bound; none is no error."""
         return tuple(self._handlers.get(event_type, ()))
+
+    def settle(self, event_type: type) -> Sequence[Handler]:
+        """Give the handlers of *event_type* for good: one that was bound later would be left out in silence."""
+        self._settled.add(event_type)
+        return self.get(event_type)
 
     def claim_name(self, event_type: type) -> None:
         """

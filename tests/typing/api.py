@@ -92,7 +92,7 @@ class ReadLinkHandler(RequestHandler[ReadLink, Link]):
 
 
 class JoinHandler(RequestHandler[Join, None]):
-    """As in the seed: with a property of its own."""
+    """as in older programs: with a property of its own."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
@@ -197,7 +197,7 @@ class OwnBatchBroker(OwnBroker):
 
 
 def wire(requests: RequestMap, events: EventMap) -> None:
-    """The parts fit, as in the seed and shorter; contradictions do not."""
+    """The parts fit, as in older programs and shorter; contradictions do not."""
     Mediator(
         request_map=requests,
         event_emitter=EventEmitter(message_broker=OwnBroker(), event_map=events, container=Container()),

@@ -1,13 +1,13 @@
 """What a consumer does with what reaches it: handle it, settle it, go on, and stop."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import signal
 import subprocess
 import sys
 import threading
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -202,6 +202,35 @@ async def test_middlewares_surround_the_handlers():
     await consume(Scripted(body_of(UserJoined())), first, second, middlewares=[named("outer"), named("inner")])
 
     assert log == ["outer UserJoined", "inner UserJoined", "first", "second", "inner done", "outer done"]
+
+
+async def test_a_middleware_that_handles_again_gets_another_scope():
+    apis, closed = [], []
+
+    async def make_api():
+        try:
+            yield (api := Api())
+        finally:
+            closed.append(api)
+
+    async def failing_once(event: UserJoined, api: Api) -> None:
+        assert api not in closed
+        apis.append(api)
+        if len(apis) == 1:
+            raise LookupError
+
+    async def again(message, handle):
+        try:
+            await handle(message)
+        except LookupError:
+            await handle(message)
+
+    container = Container()
+    container.register(Api, make_api, lifetime="scoped")
+    broker = Scripted(body_of(JOIN))
+    told = await consume(broker, failing_once, container=container, middlewares=[again], retry=ONCE)
+
+    assert (outcomes(told), len({*apis}), closed) == (["acked"], 2, apis)
 
 
 async def test_an_error_of_a_middleware_is_one_of_handling():
@@ -442,6 +471,17 @@ async def test_a_message_that_ends_the_process_again_and_again_is_put_aside(atte
 # -- what cannot be read ---------------------------------------------------------------------------------------------
 
 
+class Several(Exception):
+    """As some libraries for validation have it."""
+
+    def __init__(self, text):
+        super().__init__(text)
+        self.errors = [text]
+
+
+REFUSALS = {"lookup": LookupError, "value": ValueError, "several": Several}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checked(NotificationEvent):
     """An event with a mind of its own."""
@@ -449,7 +489,8 @@ class Checked(NotificationEvent):
     name: str
 
     def __post_init__(self):
-        raise LookupError(self.name)
+        kind, _, rest = self.name.partition(" ")
+        raise REFUSALS[kind](rest)
 
 
 JOIN = UserJoined()
@@ -479,7 +520,16 @@ POISON = {
     "a field is wrong": body_of(JOIN, payload=PAYLOAD | {"user_id": CANARY}),
     "a field is null": body_of(JOIN, payload=PAYLOAD | {"user_id": None}),
     "a number is no number": body_of(JOIN, payload=PAYLOAD | {"user_id": float("nan")}),
-    "its class refuses it": body_of(JOIN, message_name="Checked", payload=PAYLOAD | {"name": CANARY}),
+    **{
+        f"its class refuses it: {how}": body_of(JOIN, message_name="Checked", payload=PAYLOAD | {"name": how})
+        for how in (
+            f"lookup {CANARY}",
+            f"value {CANARY}",
+            f"value Expected something else, got {CANARY}",
+            f"value Wrong - at {CANARY}",
+            f"several {CANARY}",
+        )
+    },
 }
 
 
@@ -867,7 +917,13 @@ async def test_a_failed_handler_sends_nothing():
     assert [what for what, *_ in broker.log] == ["dead_letter"]
 
 
-async def test_what_a_commit_that_failed_would_have_announced_is_not_sent():
+async def swallowing(message, handle):
+    with contextlib.suppress(Exception):
+        await handle(message)
+
+
+@pytest.mark.parametrize(("middlewares", "outcome"), [([], "dead_letter"), ([swallowing], "ack")])
+async def test_what_a_commit_that_failed_would_have_announced_is_not_sent(middlewares, outcome):
     """Else others act on what never happened, once more with every retry."""
 
     async def make_api():
@@ -880,9 +936,9 @@ async def test_what_a_commit_that_failed_would_have_announced_is_not_sent():
     container = Container()
     container.register(Api, make_api, lifetime="scoped")
     broker = Scripted(body_of(JOIN))
-    await consume(broker, storing, container=container, retry=ONCE)
+    await consume(broker, storing, container=container, middlewares=middlewares, retry=ONCE)
 
-    assert [what for what, *_ in broker.log] == ["dead_letter"]
+    assert [what for what, *_ in broker.log] == [outcome]
 
 
 async def test_a_middleware_that_fails_after_the_handler_keeps_its_events_back():
@@ -914,6 +970,14 @@ class Slow:
             self.cancelled.append(event.user_id)
             raise
         self.done.append(event.user_id)
+
+
+class Instant(Slow):
+    """One that has nothing to clean up."""
+
+    async def __call__(self, event: UserJoined) -> None:
+        self.begun.append(event.user_id)
+        await self.gate.wait()
 
 
 async def waiting_at(slow, concurrency=1, messages=1, **options):
@@ -1023,6 +1087,20 @@ async def test_cancelled_from_outside_it_leaves_what_runs_unsettled(concurrency)
     assert sorted(await left_in(broker, 2)) == ([1, 2] if concurrency == 1 else [2, 2])
 
 
+@pytest.mark.parametrize("concurrency", [1, 2])
+async def test_a_loop_that_cancels_everything_leaves_what_runs_unsettled(concurrency):
+    """As `asyncio.run` does in the end, in any order: the handlers may be cancelled before the run is."""
+    before = asyncio.all_tasks()
+    broker, _, told, run = await waiting_at(Instant(), concurrency, messages=2, retry=ONCE)
+
+    for task in [*(asyncio.all_tasks() - before - {run}), run]:
+        task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+
+    assert (outcomes(told), broker.dead_letters) == (["unsettled"] * concurrency, [])
+
+
 @pytest.mark.parametrize("swallows", [False, True], ids=["turns it into an error", "swallows it"])
 @pytest.mark.parametrize("concurrency", [1, 2])
 async def test_a_handler_that_hides_the_cancellation_neither_failed_nor_keeps_it_running(concurrency, swallows):
@@ -1051,6 +1129,57 @@ async def test_a_handler_that_hides_the_cancellation_neither_failed_nor_keeps_it
     assert ended
     assert len(begun) == concurrency
     assert outcomes(told) == ["unsettled"] * concurrency or swallows
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+async def test_a_cancellation_that_a_handler_leaves_behind_does_not_end_the_run(concurrency):
+    """Some libraries cancel the task that they run in, to have a timeout, and never take it back."""
+
+    async def untidy(event: UserJoined) -> None:
+        asyncio.current_task().cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(1)
+
+    consumer, told = consumer_of(
+        broker := await holding(*[UserJoined() for _ in range(8)]), untidy, concurrency=concurrency
+    )
+    async with running(consumer) as run:
+        await until(lambda: len(told) == 8 or run.done())
+        assert not run.done()
+
+    assert outcomes(told) == ["acked"] * 8
+    assert await is_drained(broker)
+
+
+async def test_a_subscription_that_is_cancelled_inside_does_not_look_like_a_stop():
+    class Cancelled(Scripted):
+        async def __anext__(self):
+            await cancelling()
+
+    run = asyncio.create_task(consumer_of(Cancelled(), on_joined)[0].run(signals=False))
+    await asyncio.wait({run}, timeout=1)
+
+    assert run.done()
+    assert run.cancelled() or run.exception() is not None
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+async def test_what_comes_although_the_wait_was_cancelled_is_not_begun(concurrency):
+    """As `asyncio.wait_for` does on Python 3.11: it has a result already, and forgets the cancellation."""
+
+    class Late(Scripted):
+        async def __anext__(self):
+            if not self.script:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.Event().wait()
+                self.script.append(body_of(JOIN))
+            return await super().__anext__()
+
+    consumer, told = consumer_of(broker := Late(body_of(JOIN)), on_joined, concurrency=concurrency)
+    async with running(consumer):
+        await until(lambda: told)
+
+    assert (outcomes(told), broker.log, broker.given) == (["acked"], [("ack",)], 2)
 
 
 class Fatal(BaseException):
@@ -1115,7 +1244,7 @@ async def test_stopped_before_it_runs_it_handles_nothing():
 
 async def test_stopping_ends_a_run_that_still_connects():
     class Away(Scripted):
-        @asynccontextmanager
+        @contextlib.asynccontextmanager
         async def subscribe(self, topics, /, **_):
             await asyncio.Event().wait()
             yield self
@@ -1237,6 +1366,27 @@ def test_a_handler_that_exits_ends_the_process_and_its_message_comes_again():
     said, _, code = program(seconds=0, then="sys.exit(3)", look=True)
 
     assert (said, code) == (["begun", "attempts [2, 1]"], 3)
+
+
+@pytest.mark.parametrize("in_a_thread", [False, True])
+async def test_it_runs_where_there_are_no_signals_too(in_a_thread, monkeypatch):
+    """On Windows a loop has none; elsewhere only that of the main thread has."""
+
+    def no_signals(*_):
+        raise NotImplementedError
+
+    async def run():
+        if not in_a_thread:
+            loop = asyncio.get_running_loop()
+            monkeypatch.setattr(loop, "add_signal_handler", no_signals)
+            monkeypatch.setattr(loop, "remove_signal_handler", no_signals)
+        told = []
+        consumer = Consumer(Scripted(body_of(JOIN)), event_map=events_of(on_joined), on_handled=told.append)
+        asyncio.get_running_loop().call_later(0.01, consumer.stop)
+        await consumer.run()
+        return outcomes(told)
+
+    assert await (asyncio.to_thread(asyncio.run, run()) if in_a_thread else run()) == ["acked"]
 
 
 async def test_without_signals_those_of_the_program_stay():

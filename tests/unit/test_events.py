@@ -31,7 +31,7 @@ def test_an_event_that_travels_is_frozen():
         UserJoined().user_id = 2
 
 
-def test_the_types_of_messages_are_the_seeds():
+def test_the_types_of_messages_are_those_of_the_older_diator():
     assert (NotificationEvent.message_type, ECSTEvent.message_type) == ("notification_event", "ecst_event")
 
 

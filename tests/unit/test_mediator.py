@@ -51,18 +51,10 @@ class Singletons:
         return self._made.setdefault(type_, type_())
 
 
-def singletons(*types):
-    """Diator's own container, which does the same."""
-    container = Container()
-    for type_ in types:
-        container.register(type_, lifetime="singleton")
-    return container
-
-
-@pytest.fixture(params=[lambda *_: Singletons(), singletons], ids=["waits", "own"])
-def sharing(request):
-    """Makes a container that gives out one object of each type."""
-    return request.param
+@pytest.fixture
+def sharing():
+    """Makes a container that gives out one object of each type, and cannot tell that it does."""
+    return lambda *_: Singletons()
 
 
 class Newly:
@@ -285,7 +277,7 @@ class BySelfEvents(RequestHandler[Join, str]):
 
 
 class ByProperty(RequestHandler[Join, str]):
-    """As in the seed."""
+    """as in older programs."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
@@ -592,6 +584,20 @@ async def test_a_shared_handler_that_keeps_its_events_is_refused(sharing):
 
     assert caught.value.handler_type is ByProperty
     assert len(broker.sent) == 1
+
+
+@pytest.mark.parametrize("handler", [ByProperty, BySelfEvents])
+@pytest.mark.parametrize("how", ["singleton", "instance"])
+def test_a_handler_that_the_container_shares_is_refused_when_wiring(handler, how):
+    """Two messages at once would mix their events in it."""
+    container = Container()
+    if how == "singleton":
+        container.register(handler, lifetime="singleton")
+    else:
+        container.register_instance(handler, handler())
+
+    with pytest.raises(ResolutionError, match="registered as one object for all"):
+        mediator_of(handler, container=container)
 
 
 async def test_a_shared_event_handler_that_keeps_its_events_is_refused(sharing, raising):

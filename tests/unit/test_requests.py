@@ -144,13 +144,24 @@ async def misspelt(command: "Jion") -> str:  # noqa: F821
     return ""
 
 
+def test_an_annotation_that_names_nothing_is_no_obstacle_where_the_type_is_given():
+    """Names that are imported for checkers alone, and classes of a function, cannot be found at run time."""
+    requests = RequestMap()
+
+    requests.bind(Join, misspelt)
+
+    assert requests.get(Join) is misspelt
+    with pytest.raises(BindingError, match="name 'Jion', which its module does not define at run time"):
+        RequestMap().handler(misspelt)
+
+
 @pytest.mark.parametrize(
     ("handler", "problem"),
     [
         (ForRead, "ForRead handles Read and cannot be bound to Join"),
         (RequestHandler, "RequestHandler is abstract: it does not define handle"),
         (Unfinished, "Unfinished is abstract: it does not define answer"),
-        (WithoutHandle, "WithoutHandle has no method `handle`"),
+        (WithoutHandle, "WithoutHandle is no handler: it has no method `handle`"),
         (Synchronous, r"Synchronous\.handle is not asynchronous; write it as `async def`"),
         (synchronous, "synchronous is not asynchronous; write it as `async def`"),
         (TakesNothing, r"TakesNothing\.handle takes no message"),
@@ -158,7 +169,6 @@ async def misspelt(command: "Jion") -> str:  # noqa: F821
         (takes_it_by_name, "takes_it_by_name takes no message"),
         (AnswersAnother, "Join promises str, and AnswersAnother answers int"),
         (answers_nothing, "Join promises str, and answers_nothing answers NoneType"),
-        (misspelt, "name 'Jion', which its module does not define at run time"),
         (JoinHandler(), "bind the class, not an object of it"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

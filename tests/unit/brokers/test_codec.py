@@ -116,7 +116,7 @@ def test_headers_have_these_bytes(in_body):
     assert body == golden("headers_in_body" if in_body else "headers_apart")
 
 
-def test_the_keys_are_the_seeds():
+def test_the_keys_are_older():
     """What listened to the older diator understands the newer one."""
     body = json.loads(golden("UserJoinedNotificationEvent"))
 
@@ -124,7 +124,7 @@ def test_the_keys_are_the_seeds():
     assert [*body["payload"]] == ["event_id", "event_timestamp", "user_id"]
 
 
-def test_a_body_of_the_seed_is_understood():
+def test_a_body_of_the_older_diator_is_understood():
     """Its timestamps have no zone."""
     message = decode(
         b'{"message_type":"notification_event","message_name":"UserJoinedNotificationEvent",'

@@ -587,7 +587,7 @@ async def test_something_missing_shows_its_path(container):
 
     assert caught.value.path == ("NeedsService", "Service", "Api")
     assert str(caught.value) == (
-        "Api is not registered; register(Api, …) or register_instance it\n  └ NeedsService\n    └ Service\n      └ Api"
+        "Api is not registered; call register(Api, …) or register_instance\n  └ NeedsService\n    └ Service\n      └ Api"
     )
 
 
@@ -597,7 +597,7 @@ async def test_something_missing_shows_its_path(container):
         (Abstract, r"Abstract is abstract \(work\); register a factory for it"),
         (WithoutHint, "parameter 'api' of WithoutHint has no type hint"),
         (RuntimeError, "the parameters of RuntimeError cannot be inspected"),
-        (OnlyForCheckers, "names? 'Decimal', .* import it outside of `if TYPE_CHECKING`"),
+        (OnlyForCheckers, "names? 'Decimal', .* outside of `if TYPE_CHECKING`"),
     ],
 )
 async def test_what_is_refused_when_registering_and_when_resolving(container, type_, problem):
