@@ -52,7 +52,7 @@ class UnsupportedCapability(WiringError):
 
     def __init__(self, broker: str, lacks: Sequence[str], *, why: str, remedy: str) -> None:
         super().__init__(f"{broker} does not promise {'; '.join(lacks)}, which {why} needs; {remedy}")
-        self.lacks = tuple(lacks)
+        self.lacks: tuple[str, ...] = tuple(lacks)
 
 
 class ResolutionError(DiatorError, LookupError):
@@ -60,7 +60,7 @@ class ResolutionError(DiatorError, LookupError):
 
     def __init__(self, path: Sequence[str], problem: str) -> None:
         super().__init__("\n".join([problem, *(f"{'  ' * depth}└ {step}" for depth, step in enumerate(path, 1))]))
-        self.path = tuple(path)
+        self.path: tuple[str, ...] = tuple(path)
 
 
 class MissingExtra(DiatorError, ImportError):
@@ -129,7 +129,7 @@ class EventsNotSent(DiatorError):
         )
         super().__init__(f"the request was handled, but of its events these were not sent: {names}")
         self.response = response
-        self.events = tuple(events)
+        self.events: tuple[object, ...] = tuple(events)
 
 
 # -- messages ----------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ class MessagesNotSent(BrokerError):
 
     def __init__(self, message_ids: Sequence[UUID]) -> None:
         super().__init__(f"not confirmed: {', '.join(map(str, message_ids))}")
-        self.message_ids = tuple(message_ids)
+        self.message_ids: tuple[UUID, ...] = tuple(message_ids)
 
 
 class OutcomeUnknown(BrokerError, TimeoutError):

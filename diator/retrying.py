@@ -17,8 +17,9 @@ class RetryPolicy:
     """
     First *immediate* times in place, then *delayed* times by giving it back to the service; then it is put aside.
 
-    So, unless consumers die of it, a message is handled at most `(immediate + 1) * (delayed + 1)` times, however many consumers there are: the
-    count of deliveries is the service's. Where a transport cannot give back, only the immediate ones remain.
+    So, unless consumers die of it, a message is handled at most `(immediate + 1) * (delayed + 1)` times, however many
+    consumers there are: the count of deliveries is the service's. Where a transport cannot give back, only the
+    immediate ones remain.
 
     All times are in seconds. Half of each pause is random, so that messages which failed together do not come
     back together.

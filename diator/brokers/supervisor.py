@@ -225,7 +225,7 @@ class Supervised:
         self._heard = now
 
     def _complete_until(self) -> float:
-        """Until when nothing can have been missed, once the connection is lost: what a reader lags behind is lost too."""
+        """Until when nothing can have been missed. What the service had for a reader that lagged is lost with it."""
         waited = asyncio.get_running_loop().time() - self._heard > _WAITING
         return self._heard if waited else self._caught_up
 

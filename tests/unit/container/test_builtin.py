@@ -587,7 +587,8 @@ async def test_something_missing_shows_its_path(container):
 
     assert caught.value.path == ("NeedsService", "Service", "Api")
     assert str(caught.value) == (
-        "Api is not registered; call register(Api, …) or register_instance\n  └ NeedsService\n    └ Service\n      └ Api"
+        "Api is not registered; call register(Api, …) or register_instance\n"
+        "  └ NeedsService\n    └ Service\n      └ Api"
     )
 
 
