@@ -178,7 +178,7 @@ _SAFE = ("Expected ", "Object missing ", "JSON is malformed", "Input data was tr
 
 def _without_content(error: BaseException) -> str:
     """Say what is wrong and where, and nothing of the input: an error's text ends up in logs."""
-    found = getattr(error, "errors", None)
+    found: Any = getattr(error, "errors", None)
     if callable(found) and hasattr(error, "error_count"):  # pydantic's; a place can be a key, so only the field is said
         return "; ".join(f"{each['type']} - at `$.{each['loc'][0] if each['loc'] else ''}`" for each in found())
     if isinstance(error, UnicodeDecodeError):
