@@ -178,8 +178,8 @@ _SAFE = ("Expected ", "Object missing ", "JSON is malformed", "Input data was tr
 
 def _without_content(error: BaseException) -> str:
     """Say what is wrong and where, and nothing of the input: an error's text ends up in logs."""
-    found: Any = getattr(error, "errors", None)
-    if callable(found) and hasattr(error, "error_count"):  # pydantic's; a place can be a key, so only the field is said
+    if hasattr(error, "error_count"):  # pydantic's; a place can be a key, so only the field is said
+        found: Callable[[], list[dict[str, Any]]] = getattr(error, "errors", list)
         return "; ".join(f"{each['type']} - at `$.{each['loc'][0] if each['loc'] else ''}`" for each in found())
     if isinstance(error, UnicodeDecodeError):
         return f"it is no UTF-8 - at byte {error.start}"
