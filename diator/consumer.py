@@ -23,7 +23,7 @@ from diator.exceptions import BrokerUnavailable, DecodingError, WiringError
 from diator.middlewares.base import Middleware
 from diator.retrying import RetryPolicy
 
-__all__ = ["DEFAULT_GROUP", "Consumer", "Handled", "Health"]
+__all__ = ["Consumer", "Handled", "Health"]
 
 logger: logging.Logger = logging.getLogger(__name__)
 

@@ -47,7 +47,7 @@ def encode(message: Message, *, max_bytes: int = MAX_MESSAGE_BYTES, headers_in_b
         envelope["headers"] = headers_with_key(message)
     try:
         body = orjson.dumps(envelope)
-    except TypeError as error:
+    except (TypeError, UnicodeEncodeError) as error:
         raise EncodingError(message.message_name.encode(errors="replace").decode(), str(error)) from error
     if len(body) > max_bytes:
         raise MessageTooLarge(len(body), max_bytes, message_id=message.message_id)
@@ -55,7 +55,16 @@ def encode(message: Message, *, max_bytes: int = MAX_MESSAGE_BYTES, headers_in_b
 
 
 def headers_with_key(message: Message) -> dict[str, str]:
-    """Give the headers as they travel: the key of the message is one of them."""
+    """
+    Give the headers as they travel: the key of the message is one of them.
+
+    Raises:
+        EncodingError: The program has a header of that name.
+    """
+    if _KEY in message.headers:
+        raise EncodingError(
+            f"{message.message_name}.headers", f"{_KEY!r} is where the key of a message travels; set that"
+        )
     return {**message.headers} if message.key is None else {**message.headers, _KEY: message.key}
 
 

@@ -1,0 +1,120 @@
+"""Scenarios of the transport and the consumer together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from diator._handling import Handled
+from diator.brokers.base import Delivery, OnGap, ReadableBroker, Topic
+from diator.brokers.capabilities import Capabilities
+from diator.brokers.message import Message
+from diator.consumer import Consumer
+from diator.events import EventMap, NotificationEvent
+from diator.retrying import RetryPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Happened(NotificationEvent):
+    """The event of all scenarios; each run has a subclass, with a name on the wire of its own."""
+
+    number: int
+    tags: list[str]
+
+
+Handle: TypeAlias = Callable[[Happened], Awaitable[Any]]
+
+ONCE = RetryPolicy(immediate=0, delayed=0)
+"""What fails is put aside at once."""
+
+
+class Handlings:
+    """
+    A consumer at work, and what became of its deliveries.
+
+    Attributes:
+        topic: What it consumes.
+        consumer: It.
+        handled: What it told about each delivery.
+    """
+
+    def __init__(
+        self, broker: ReadableBroker, name: str, handle: Handle, *, consumer: type[Consumer] = Consumer, **options: Any
+    ) -> None:
+        happened: type[Happened] = type("Happened", (Happened,), {"message_name": name})
+
+        async def handler(event: Happened) -> None:
+            await handle(event)
+
+        events = EventMap()
+        events.bind(happened, handler)
+        self.topic = Topic("notification_event", name)
+        self.handled: list[Handled] = []
+        self._progress = asyncio.Event()
+        self._announcing = _Announcing(broker)
+        if "competing" in broker.capabilities.distribution:
+            options.setdefault("group", f"{name}-group")
+        options.setdefault("retry", ONCE)
+        self.group: str | None = options.get("group")
+        self.consumer = consumer(self._announcing, event_map=events, on_handled=self._note, **options)
+
+    async def run(self) -> None:
+        """Consume until it is stopped."""
+        await self.consumer.run(signals=False)
+
+    async def ready(self, running: asyncio.Task[None]) -> None:
+        """Wait until it is subscribed; raise what *running* raises if it never is."""
+        subscribed = asyncio.create_task(self._announcing.subscribed.wait())
+        try:
+            await asyncio.wait({subscribed, running}, return_when=asyncio.FIRST_COMPLETED)
+            if running.done():
+                running.result()
+        finally:
+            subscribed.cancel()
+
+    def message(self, number: int = 0, *, key: str | None = None, **payload: Any) -> Message:
+        """Make a message that it can handle, unless *payload* spoils that."""
+        return Message.create(
+            message_name=self.topic.message_name, payload={"number": number, "tags": [], **payload}, key=key
+        )
+
+    async def become(self, count: int) -> list[Handled]:
+        """Wait until *count* deliveries were handled."""
+        while len(self.handled) < count:
+            self._progress.clear()
+            await self._progress.wait()
+        return self.handled
+
+    def outcomes(self) -> list[str]:
+        """Say what became of each delivery, in the order in which they were done."""
+        return [handled.outcome for handled in self.handled]
+
+    def _note(self, handled: Handled) -> None:
+        self.handled.append(handled)
+        self._progress.set()
+
+
+class _Announcing:
+    """A broker that says when its subscription is ready."""
+
+    def __init__(self, broker: ReadableBroker) -> None:
+        self._broker = broker
+        self.subscribed = asyncio.Event()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._broker.capabilities
+
+    async def send_message(self, message: Message, /) -> None:
+        await self._broker.send_message(message)
+
+    @asynccontextmanager
+    async def subscribe(
+        self, topics: Collection[Topic], /, *, group: str | None = None, prefetch: int = 64, on_gap: OnGap | None = None
+    ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
+        async with self._broker.subscribe(topics, group=group, prefetch=prefetch, on_gap=on_gap) as deliveries:
+            self.subscribed.set()
+            yield deliveries

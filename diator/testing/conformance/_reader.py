@@ -1,0 +1,191 @@
+"""How a scenario reads: without pauses, and never in doubt whether something is still to come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from time import monotonic
+from typing import Any, Literal, TypeAlias
+
+from diator.brokers.base import Delivery, Topic
+from diator.brokers.message import Message
+from diator.testing.conformance._harness import Limits, Transport
+from diator.testing.conformance._ledger import Ledger, Nonconformance, Received
+
+Work: TypeAlias = Callable[[Received], Awaitable[None]]
+Settle: TypeAlias = Literal["ack", "nothing"]
+
+_FENCE = "conformance-fence"
+
+
+class Reader:
+    """One subscription of a scenario. What it receives is in the ledger under `name`, except for fences."""
+
+    def __init__(
+        self,
+        broker: Transport,
+        topics: Sequence[Topic],
+        name: str,
+        deliveries: AsyncIterator[Delivery],
+        *,
+        ledger: Ledger,
+        limits: Limits,
+    ) -> None:
+        self.broker = broker
+        self.topics = topics
+        self.name = name
+        self.deliveries = deliveries
+        self._ledger = ledger
+        self._limits = limits
+
+    async def next(self) -> Received:
+        """Wait for the next delivery; it is the scenario's to settle."""
+        while is_fence(received := await self.next_or_fence()):
+            await received.delivery.ack()  # an earlier one, which was not waited for
+        return received
+
+    async def next_or_fence(self) -> Received:
+        """Wait for the next delivery, whatever it is."""
+        received = Received.of(await anext(self.deliveries), self.name)
+        if not is_fence(received):
+            self._ledger.received.append(received)
+        return received
+
+    async def take(self, count: int, *, settle: Settle = "ack") -> list[Received]:
+        """Wait for *count* deliveries."""
+        taken: list[Received] = []
+        while len(taken) < count:
+            taken.append(await self.next())
+            if settle == "ack":
+                await taken[-1].delivery.ack()
+        return taken
+
+    async def until_fence(self, *, settle: Settle = "ack") -> list[Received]:
+        """
+        Send a fence, and give what is delivered before it: all there is, where the transport keeps an order.
+
+        Where it keeps none, what comes for a little while afterwards belongs to it.
+        """
+        fence = await send_fence(self.broker, self.topics[0])
+        taken: list[Received] = []
+        while (received := await self.next_or_fence()).id != fence:
+            if not is_fence(received):
+                taken.append(received)
+            if settle == "ack" or is_fence(received):
+                await received.delivery.ack()
+        await received.delivery.ack()
+        if self.broker.capabilities.ordering != "destination":
+            taken += await self._stragglers(settle)
+        return taken
+
+    async def during(self, sending: Coroutine[Any, Any, Any], *, settle: Settle = "ack") -> list[Received]:
+        """Read while *sending* runs and up to a fence behind it, so that no buffer has to hold everything."""
+        taken: list[Received] = []
+
+        async def read() -> None:
+            while True:
+                taken.extend(await self.take(1, settle=settle))
+
+        reading = asyncio.create_task(read())
+        try:
+            await _unless_failed(sending, reading)
+        finally:
+            await cancelled(reading)
+        return taken + await self.until_fence(settle=settle)
+
+    async def is_held_back(self) -> None:
+        """Raise `Nonconformance` if a delivery comes although it must not. Something has to be waiting."""
+        waiting = asyncio.ensure_future(anext(self.deliveries))
+        done, _ = await asyncio.wait({waiting}, timeout=self._limits.settle)
+        await cancelled(waiting)
+        if done:
+            raise Nonconformance(f"{self.name!r} received {waiting.result()} where nothing may come")
+
+    async def _stragglers(self, settle: Settle) -> list[Received]:
+        taken: list[Received] = []
+        while True:
+            waiting = asyncio.create_task(self.take(1, settle=settle))
+            await asyncio.wait({waiting}, timeout=self._limits.settle)
+            if not waiting.done():
+                await cancelled(waiting)
+                return taken
+            taken += waiting.result()
+
+
+async def share(
+    readers: Sequence[Reader],
+    sending: Coroutine[Any, Any, Any],
+    *,
+    limits: Limits,
+    work: Work | None = None,
+) -> dict[Reader, list[Received]]:
+    """
+    Have *readers*, which may be members of one group, read while *sending* runs, and until nothing is left.
+
+    Each delivery is worked on by *work*, then acknowledged. It is over when a fence has come to one of the readers of
+    each name, nobody is at work, and nothing has come for `limits.settle` seconds.
+    """
+    taken: dict[Reader, list[Received]] = {reader: [] for reader in readers}
+    fences: set[tuple[str, object]] = set()
+    at_work = 0
+    last = monotonic()
+
+    async def read(reader: Reader) -> None:
+        nonlocal at_work, last
+        while True:
+            received = await reader.next_or_fence()
+            at_work, last = at_work + 1, monotonic()
+            if is_fence(received):
+                fences.add((reader.name, received.id))
+            else:
+                taken[reader].append(received)
+                if work:
+                    await work(received)
+            await received.delivery.ack()
+            at_work, last = at_work - 1, monotonic()
+
+    async def finish() -> None:
+        await sending
+        sent = {
+            (name, await send_fence(of_name.broker, of_name.topics[0]))
+            for name, of_name in {reader.name: reader for reader in readers}.items()
+        }
+        while at_work or not sent <= fences or monotonic() - last < limits.settle:  # noqa: ASYNC110  # time is a condition too
+            await asyncio.sleep(limits.settle / 10)
+
+    reading = [asyncio.create_task(read(reader)) for reader in readers]
+    try:
+        await _unless_failed(finish(), *reading)
+    finally:
+        for task in reading:
+            await cancelled(task)
+    return taken
+
+
+async def send_fence(broker: Transport, topic: Topic) -> object:
+    """Send a message that means nothing but that everything sent before it was sent before it; give its id."""
+    fence = Message.create(message_type=topic.message_type, message_name=topic.message_name, payload={"fence": _FENCE})
+    await broker.send_message(fence)
+    return fence.message_id
+
+
+def is_fence(received: Received) -> bool:
+    """Tell whether this is no message of the scenario."""
+    return received.message is not None and _FENCE.encode() in received.message.payload_json
+
+
+async def cancelled(task: asyncio.Future[Any]) -> None:
+    """Cancel *task* and wait for its end."""
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def _unless_failed(main: Coroutine[Any, Any, Any], *helpers: asyncio.Task[None]) -> None:
+    """Wait for *main*, and raise at once what ends one of its helpers, which do not end by themselves."""
+    task = asyncio.create_task(main)
+    try:
+        done, _ = await asyncio.wait({task, *helpers}, return_when=asyncio.FIRST_COMPLETED)
+        for each in done:
+            each.result()
+    finally:
+        await cancelled(task)

@@ -1,0 +1,223 @@
+"""Runs scenarios, each on an event loop of its own, and says what became of them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import random
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any, Literal, TypeAlias
+
+from diator.testing.conformance._context import Context
+from diator.testing.conformance._harness import Deviation, EnvironmentMissing, Harness
+from diator.testing.conformance._ledger import Nonconformance, NotApplicable
+from diator.testing.conformance._refusals import verify_refusal
+from diator.testing.conformance._scenario import SCENARIOS, Scenario
+
+Outcome: TypeAlias = Literal["PASS", "FAIL", "UNSUPPORTED", "NOT_RUN", "DEVIATION"]
+
+_GRACE = 2.0
+"""Seconds that a scenario has to end in once it was cancelled."""
+
+
+class UnknownScenario(ValueError):
+    """A deviation names a scenario that there is not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What became of one scenario."""
+
+    scenario: Scenario
+    outcome: Outcome
+    reason: str = ""
+    """Why it is anything but a pass."""
+    seconds: float = 0.0
+    seed: int = 0
+    error: BaseException | None = field(default=None, repr=False)
+
+
+def run_suite(harness: Harness, scenarios: Iterable[Scenario], *, seed: int | None = None) -> list[Result]:
+    """
+    Run *scenarios* against *harness*, which is started and stopped. Without its service, each is NOT_RUN.
+
+    Raises:
+        UnknownScenario: A deviation is for none that there is.
+    """
+    check_deviations(harness.deviations)
+    try:
+        harness.start()
+    except EnvironmentMissing as missing:
+        return [Result(scenario=each, outcome="NOT_RUN", reason=f"no service: {missing}") for each in scenarios]
+    try:
+        return [run_scenario(each, harness, seed=seed) for each in scenarios]
+    finally:
+        harness.stop()
+
+
+def check_deviations(deviations: Mapping[str, Deviation]) -> None:
+    """Raise `UnknownScenario` if one of *deviations* is for none that there is, or has no reason."""
+    if unknown := sorted(deviations.keys() - SCENARIOS.keys()):
+        raise UnknownScenario(f"there is no scenario {', '.join(unknown)}, for which there is a deviation")
+    if silent := sorted(id_ for id_, deviation in deviations.items() if not deviation.reason.strip()):
+        raise UnknownScenario(f"the deviation for {', '.join(silent)} does not say why")
+
+
+def run_scenario(scenario: Scenario, harness: Harness, *, seed: int | None = None) -> Result:
+    """
+    Run *scenario* against *harness*, which was started.
+
+    After it, nothing of it may be left: no task, thread, file or unclosed resource, and no error that nobody saw. That
+    is part of every scenario.
+    """
+    seed = random.randrange(2**32) if seed is None else seed  # noqa: S311
+    started = perf_counter()
+    if missing := sorted(scenario.facilities - harness.facilities):
+        return Result(
+            scenario=scenario, outcome="NOT_RUN", reason=f"the harness has no {', '.join(missing)}", seed=seed
+        )
+    result = _strictly(_run(scenario, harness, seed), harness.deviations.get(scenario.id))
+    return replace(result, seconds=perf_counter() - started, seed=seed)
+
+
+def _strictly(result: Result, deviation: Deviation | None) -> Result:
+    """A deviation that is not needed is a failure, as is one that turns out otherwise than it was said to."""
+    if deviation is None or result.outcome == "NOT_RUN":
+        return result
+    if result.outcome != "FAIL":
+        reason = (
+            f"a deviation is declared for it ({deviation.reason}), and it is {result.outcome}; remove the deviation"
+        )
+        return replace(result, outcome="FAIL", reason=reason, error=Nonconformance(reason))
+    if isinstance(result.error, deviation.raises):
+        issue = f", {deviation.issue}" if deviation.issue else ""
+        return replace(result, outcome="DEVIATION", reason=f"{deviation.reason}{issue} [{result.reason}]", error=None)
+    return replace(result, reason=f"it fails otherwise than by {deviation.raises.__name__}: {result.reason}")
+
+
+def _run(scenario: Scenario, harness: Harness, seed: int) -> Result:
+    outcome: list[tuple[Outcome, str]] = []
+    problems: list[str] = []
+
+    async def judge(resources: AsyncExitStack) -> None:
+        broker = harness.transport()
+        resources.push_async_callback(broker.aclose)
+        capabilities = broker.capabilities
+        context = Context(harness, capabilities, seed=seed, resources=resources)
+        if lacks := capabilities.lacking(scenario.needs):
+            await verify_refusal(context, scenario.needs)
+            outcome.append(("UNSUPPORTED", f"not promised: {'; '.join(lacks)}"))
+        else:
+            await scenario.run(context)
+
+    async def within_deadline() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(_said(context)))
+        await _bounded(judge, scenario.timeout * harness.limits.scale)
+        await _no_task_is_left()
+
+    try:
+        with _nothing_left_open(problems):
+            with asyncio.Runner() as runner:
+                runner.run(within_deadline())
+                gc.collect()  # what nobody retrieved or closed speaks up while somebody listens
+            gc.collect()
+        _demand_none(problems)
+    except NotApplicable as error:
+        return Result(scenario=scenario, outcome="NOT_RUN", reason=f"not applicable: {error}")
+    except EnvironmentMissing as error:
+        return Result(scenario=scenario, outcome="NOT_RUN", reason=f"no service: {error}")
+    except Exception as error:  # noqa: BLE001  # whatever it is, the scenario failed
+        return Result(scenario=scenario, outcome="FAIL", reason=_reason(error), error=error)
+    result, reason = outcome[0] if outcome else ("PASS", "")
+    return Result(scenario=scenario, outcome=result, reason=reason)
+
+
+async def _bounded(judge: Any, seconds: float) -> None:
+    """Run *judge* and then free what it opened, all within *seconds*; each is cancelled when they are over."""
+
+    async def scenario() -> None:
+        async with AsyncExitStack() as resources:
+            await judge(resources)
+
+    task = asyncio.create_task(scenario(), name="scenario")
+    done, _ = await asyncio.wait({task}, timeout=seconds)
+    if done:
+        return task.result()
+    task.cancel()
+    done, _ = await asyncio.wait({task}, timeout=min(_GRACE, seconds))
+    if not done:
+        raise Nonconformance(f"not done after {seconds:g} s, and cannot even be cancelled")
+    try:
+        await task
+    except BaseException as error:  # the place where it was cancelled is the place where it waited
+        raise Nonconformance(f"not done after {seconds:g} s; it waited in {_place(error)}") from error
+
+
+async def _no_task_is_left() -> None:
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    if left:  # what is just ending may take a moment
+        _, left = await asyncio.wait(left, timeout=0.25)
+    if left:
+        names = ", ".join(sorted(getattr(task.get_coro(), "__qualname__", task.get_name()) for task in left))
+        raise Nonconformance(f"tasks are left behind: {names}")
+
+
+@contextmanager
+def _nothing_left_open(problems: list[str]) -> Generator[None, None, None]:
+    files, threads = open_files(), threading.active_count()
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda raised: problems.append(f"an error that nobody could see: {raised.exc_value!r}")
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", ResourceWarning)
+            warnings.filterwarnings("always", message="coroutine .* was never awaited")
+            yield
+    finally:
+        sys.unraisablehook = hook
+    problems.extend(f"{each.category.__name__}: {each.message}" for each in warned)
+    if left := open_files() - files:
+        problems.append(f"{len(left)} files are left open: {', '.join(sorted(left))}")
+    if threading.active_count() > threads:
+        problems.append(f"{threading.active_count() - threads} threads are left running")
+
+
+def _demand_none(problems: list[str]) -> None:
+    if problems:
+        raise Nonconformance("; ".join(dict.fromkeys(problems)))
+
+
+def open_files() -> set[str]:
+    """Give the sockets, pipes and the like that this process has open; nothing where the system does not tell."""
+    found: set[str] = set()
+    with suppress(OSError):
+        for number in os.listdir("/proc/self/fd"):  # noqa: PTH208
+            with suppress(OSError):
+                target = os.readlink(f"/proc/self/fd/{number}")  # noqa: PTH115
+                if not target.startswith("/"):
+                    found.add(f"{number} {target}")
+    return found
+
+
+def _said(context: dict[str, Any]) -> str:
+    error = context.get("exception")
+    return f"{context['message']}: {error!r}" if error else str(context["message"])
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    return text if isinstance(error, Nonconformance) else f"{type(error).__name__}: {text} in {_place(error)}"
+
+
+def _place(error: BaseException) -> str:
+    """Name the line of the scenario, rather than that of what it called."""
+    frames: Sequence[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "scenarios" in frame.filename] or [*frames]
+    return f"{os.path.basename(own[-1].filename)}:{own[-1].lineno} `{own[-1].line}`" if own else "a place unknown"  # noqa: PTH119

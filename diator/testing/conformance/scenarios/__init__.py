@@ -1,0 +1,41 @@
+"""The catalogue, one module a part. Importing them registers the scenarios."""
+
+from diator.testing.conformance.scenarios import (
+    acknowledge,
+    api,
+    encoding,
+    faults,
+    flow,
+    groups,
+    headers,
+    isolation,
+    leaks,
+    lifecycle,
+    observe,
+    order,
+    poison,
+    publish,
+    sizes,
+    subscribe,
+    unroutable,
+)
+
+__all__ = [
+    "acknowledge",
+    "api",
+    "encoding",
+    "faults",
+    "flow",
+    "groups",
+    "headers",
+    "isolation",
+    "leaks",
+    "lifecycle",
+    "observe",
+    "order",
+    "poison",
+    "publish",
+    "sizes",
+    "subscribe",
+    "unroutable",
+]

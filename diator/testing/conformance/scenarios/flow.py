@@ -1,0 +1,197 @@
+"""FLW: how much at once."""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic, process_time
+
+from diator.brokers.capabilities import Capabilities
+from diator.exceptions import MessageRejected
+from diator.testing.conformance._consuming import Happened
+from diator.testing.conformance._context import Context
+from diator.testing.conformance._scenario import scenario
+
+_BOUNDED = Capabilities(settlement="individual", backpressure="prefetch")
+_RETRY = Capabilities(settlement="individual", backpressure="prefetch", redelivery=frozenset({"retry"}))
+
+
+@scenario("FLW-01", "as many handlers at once as allowed: never more, and not fewer")
+async def concurrency(ctx: Context) -> None:
+    """Catches a limit that is exceeded for a moment, and one that is never reached."""
+    broker = await ctx.broker()
+    at_work = most = 0
+
+    async def handle(event: Happened) -> None:  # noqa: ARG001
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        await asyncio.sleep(0.02)
+        at_work -= 1
+
+    async with ctx.consuming(broker, handle, concurrency=5) as handlings:
+        await ctx.send_all(broker, [handlings.message(number) for number in range(25)])
+        await handlings.become(25)
+    ctx.same(most, 5, "the most handlers at once")
+
+
+@scenario("FLW-02", "no more than prefetch deliveries are out at once", needs=_BOUNDED)
+async def prefetch(ctx: Context) -> None:
+    """Catches a limit that is ignored, or that counts what is settled."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic, group=ctx.name(), prefetch=3) as reader:
+        messages = await ctx.send(broker, topic, 10)
+        held = await reader.take(3, settle="nothing")
+        await reader.is_held_back()
+        for received in held:
+            await received.delivery.ack()
+        held = await reader.take(3, settle="nothing")
+        await reader.is_held_back()
+        for received in held:
+            await received.delivery.ack()
+        await reader.until_fence()
+    ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("FLW-04", "half held for a while and then released: everything arrives", needs=_BOUNDED)
+async def half_held(ctx: Context) -> None:
+    """Catches a reader that gets stuck when it was full once."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic, group=ctx.name(), prefetch=10) as reader:
+        messages = await ctx.send(broker, topic, 40)
+        held = []
+        for number, received in enumerate(await reader.take(10, settle="nothing")):
+            if number % 2:
+                held.append(received)
+            else:
+                await received.delivery.ack()
+        await reader.take(10)
+        for received in held:
+            await received.delivery.ack()
+        await reader.until_fence()
+    ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("FLW-05", "a full service refuses, and drops nothing that it confirmed", facilities=["full"])
+async def never_drops(ctx: Context) -> None:
+    """Catches a bounded buffer that makes room by forgetting."""
+    broker, topic, group = ctx.closing(ctx.harness.full(10)), ctx.topic(), ctx.name()
+    refused = 0
+    async with ctx.reading(broker, topic, group=group) as reader:
+        for number in range(30):
+            try:
+                await ctx.send(broker, topic, start=number)
+            except MessageRejected:
+                refused += 1
+        ctx.same(refused, 20, "how many were refused")
+        await reader.take(10)
+        await reader.until_fence()
+    ctx.ledger.judge(group, [sent.message for sent in ctx.ledger.sent]).demand()
+
+
+@scenario("FLW-07", "the event loop goes on during 2,000 messages", level="S", timeout=30)
+async def loop_goes_on(ctx: Context) -> None:
+    """Catches a transport that reads or writes without ever letting others run."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    lags: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            before = monotonic()
+            await asyncio.sleep(0.005)
+            lags.append(monotonic() - before - 0.005)
+
+    async with ctx.reading(broker, topic) as reader:
+        _ = ctx.start(tick())
+        await asyncio.sleep(0)
+        await reader.during(ctx.send_all(broker, [ctx.message(topic, number) for number in range(2000)]))
+        await asyncio.sleep(0.01)
+    ctx.check(max(lags) < ctx.limits.lag / 2, f"the event loop stood still for {max(lags):.3f} s")
+
+
+@scenario("FLW-09", "a busy subscription does not delay a quiet one")
+async def quiet_beside_busy(ctx: Context) -> None:
+    """Catches one queue for all subscriptions."""
+    broker, busy, quiet = await ctx.broker(), ctx.topic(), ctx.topic()
+    async with ctx.reading(broker, busy) as much, ctx.reading(broker, quiet) as little:
+        sending = ctx.start(ctx.send_all(broker, [ctx.message(busy, number) for number in range(500)]))
+        reading = ctx.start(much.take(500))
+        for number in range(5):
+            messages = await ctx.send(broker, quiet, start=number)
+            received = await ctx.within(ctx.limits.lag, little.take(1), "a message beside 500 others")
+            ctx.same(received[0].id, messages[0].message_id, "what came")
+        await sending
+        await reading
+
+
+@scenario("FLW-12", "waiting for a message costs next to nothing", level="S")
+async def idle(ctx: Context) -> None:
+    """Catches a reader that asks again and again."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic) as reader:
+        waiting = ctx.start(reader.take(1))
+        await asyncio.sleep(0.1)
+        before, began = process_time(), monotonic()
+        await asyncio.sleep(0.5)
+        share = (process_time() - before) / (monotonic() - began)
+        await ctx.send(broker, topic)
+        await waiting
+    ctx.check(share < 0.1, f"waiting took {share:.0%} of a core")  # noqa: PLR2004
+
+
+@scenario("FLW-13", "with a concurrency of 1, handlers follow each other")
+async def one_by_one(ctx: Context) -> None:
+    """Catches a consumer that starts the next handler while one waits."""
+    broker = await ctx.broker()
+    events: list[str] = []
+
+    async def handle(event: Happened) -> None:
+        events.append(f"begin {event.number}")
+        await asyncio.sleep(0.005)
+        events.append(f"end {event.number}")
+
+    async with ctx.consuming(broker, handle) as handlings:
+        await ctx.send_all(broker, [handlings.message(number) for number in range(6)])
+        await handlings.become(6)
+    pairs = list(zip(events[::2], events[1::2], strict=True))
+    ctx.check(all(begin.split()[1] == end.split()[1] for begin, end in pairs), f"handlers overlap: {events}")
+
+
+@scenario("FLW-14", "what is given back makes room", needs=_RETRY)
+async def retry_makes_room(ctx: Context) -> None:
+    """Catches a reader that counts a delivery as held for ever once it was given back."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic, group=ctx.name(), prefetch=1) as reader:
+        messages = await ctx.send(broker, topic, 2)
+        for _ in range(6):
+            await (await reader.next()).delivery.retry()
+        await reader.take(2)
+        await reader.until_fence()
+    ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("FLW-15", "what is put aside makes room", needs=Capabilities(
+    settlement="individual", backpressure="prefetch", dead_letter=True))  # fmt: skip
+async def aside_makes_room(ctx: Context) -> None:
+    """Catches a reader that gets stuck behind what it has put aside."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic, group=ctx.name(), prefetch=1) as reader:
+        messages = await ctx.send(broker, topic, 5)
+        for _ in range(5):
+            await (await reader.next()).delivery.dead_letter("no good")
+        await reader.until_fence()
+    ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("FLW-16", "each subscription has a prefetch of its own", needs=_BOUNDED)
+async def prefetch_each(ctx: Context) -> None:
+    """Catches a limit that all subscriptions of a connection share."""
+    broker, one, two = await ctx.broker(), ctx.topic(), ctx.topic()
+    async with (
+        ctx.reading(broker, one, group=ctx.name(), prefetch=2) as full,
+        ctx.reading(broker, two, group=ctx.name(), prefetch=2) as free,
+    ):
+        await ctx.send(broker, one, 4)
+        await full.take(2, settle="nothing")
+        messages = await ctx.send(broker, two, 6)
+        await free.until_fence()
+    ctx.ledger.judge(free.name, messages).demand()

@@ -1,0 +1,245 @@
+"""GRP: who gets what."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+
+from diator.brokers.capabilities import Capabilities
+from diator.testing.conformance._context import Context
+from diator.testing.conformance._ledger import Received
+from diator.testing.conformance._refusals import verify_refusal
+from diator.testing.conformance._scenario import scenario
+
+_BROADCAST = Capabilities(distribution=frozenset({"broadcast"}))
+_COMPETING = Capabilities(distribution=frozenset({"competing"}), settlement="cumulative")
+_BOTH = Capabilities(distribution=frozenset({"broadcast", "competing"}), settlement="cumulative")
+_DURABLE = Capabilities(distribution=frozenset({"competing"}), subscription="durable", settlement="cumulative")
+
+
+@scenario("GRP-01", "three subscriptions without a group each get everything once", needs=_BROADCAST)
+async def broadcast(ctx: Context) -> None:
+    """Catches subscriptions that share what each should have."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    messages = [ctx.message(topic, number) for number in range(100)]
+    async with (
+        ctx.reading(broker, topic) as one,
+        ctx.reading(broker, topic) as two,
+        ctx.reading(broker, topic) as three,
+    ):
+        await ctx.share(one, two, three, sending=ctx.send_all(broker, messages))
+    for reader in (one, two, three):
+        ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("GRP-02", "three members of a group get each message once between them", needs=_COMPETING)
+async def competing(ctx: Context) -> None:
+    """Catches a group whose members each get everything, or that loses what goes to the wrong one."""
+    broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
+    messages = [ctx.message(topic, number) for number in range(150)]
+    async with (
+        ctx.reading(broker, topic, group=group) as one,
+        ctx.reading(broker, topic, group=group) as two,
+        ctx.reading(broker, topic, group=group) as three,
+    ):
+        await ctx.share(one, two, three, sending=ctx.send_all(broker, messages))
+    ctx.ledger.judge(group, messages).demand()
+
+
+@scenario("GRP-03", "two groups of two members: each group gets everything once", needs=_COMPETING)
+async def groups_beside_each_other(ctx: Context) -> None:
+    """Catches groups that take from each other."""
+    broker, topic, groups = await ctx.broker(), ctx.topic(), [ctx.name(), ctx.name()]
+    messages = [ctx.message(topic, number) for number in range(100)]
+    async with (
+        ctx.reading(broker, topic, group=groups[0]) as a,
+        ctx.reading(broker, topic, group=groups[0]) as b,
+        ctx.reading(broker, topic, group=groups[1]) as c,
+        ctx.reading(broker, topic, group=groups[1]) as d,
+    ):
+        await ctx.share(a, b, c, d, sending=ctx.send_all(broker, messages))
+    for group in groups:
+        ctx.ledger.judge(group, messages).demand()
+
+
+@scenario("GRP-04", "with slow work and prefetch 1, every member works", needs=_COMPETING)
+async def nobody_starves(ctx: Context) -> None:
+    """Catches a member that is there and never gets anything."""
+    ctx.applies(ctx.capabilities.backpressure != "none", "nothing is held back")
+    broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
+    messages = [ctx.message(topic, number) for number in range(60)]
+
+    async def work(_: Received) -> None:
+        await asyncio.sleep(0.005)
+
+    async with (
+        ctx.reading(broker, topic, group=group, prefetch=1) as one,
+        ctx.reading(broker, topic, group=group, prefetch=1) as two,
+        ctx.reading(broker, topic, group=group, prefetch=1) as three,
+    ):
+        taken = await ctx.share(one, two, three, sending=ctx.send_all(broker, messages), work=work)
+    ctx.check(all(taken.values()), f"the members got {[len(own) for own in taken.values()]}")
+    ctx.ledger.judge(group, messages).demand()
+
+
+@scenario("GRP-05", "a member that joins under load disturbs nothing", needs=_COMPETING)
+async def joins(ctx: Context) -> None:
+    """Catches messages that fall between the old and the new distribution."""
+    broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
+    messages = [ctx.message(topic, number) for number in range(120)]
+    halfway = asyncio.Event()
+
+    async def send() -> None:
+        await ctx.send_all(broker, messages[:60])
+        halfway.set()
+        await ctx.send_all(broker, messages[60:])
+
+    async with ctx.reading(broker, topic, group=group) as one:
+        sending = ctx.start(send())
+        await one.take(10)
+        await halfway.wait()
+        async with ctx.reading(broker, topic, group=group) as two:
+            await ctx.share(one, two, sending=asyncio.wait_for(sending, None))
+    ctx.ledger.judge(group, messages).demand()
+
+
+@scenario("GRP-06", "a member that leaves lets the others finish, without repeats", needs=_COMPETING)
+async def leaves(ctx: Context) -> None:
+    """Catches an end that takes along what was not given out, or gives back what was acknowledged."""
+    broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
+    async with ctx.reading(broker, topic, group=group) as staying:
+        async with ctx.reading(broker, topic, group=group, prefetch=5) as leaving:
+            messages = await ctx.send(broker, topic, 60)
+            await leaving.take(5)
+        messages += await ctx.send(broker, topic, 20, start=60)
+        bound = 5 * ctx.limits.lag + ctx.limits.redelivery
+        await ctx.within(bound, ctx.until_done(staying, len(messages)), "finishing what a leaving member left")
+    ctx.ledger.judge(group, messages).demand()
+
+
+@scenario(
+    "GRP-07",
+    "a member that crashes lets the others finish",
+    level="F",
+    needs=_COMPETING,
+    facilities=["crash"],
+    timeout=60,
+)
+async def crashes(ctx: Context) -> None:
+    """Catches a group that waits for a member that is dead."""
+    ctx.applies(ctx.capabilities.multi_process, "the service dies with the process")
+    broker, dying, topic, group = await ctx.broker(), await ctx.broker(), ctx.topic(), ctx.name()
+    async with ctx.reading(broker, topic, group=group) as staying:
+        messages = await ctx.send(broker, topic, 40)
+        async with ctx.reading(dying, topic, group=group, prefetch=5) as reader:
+            await reader.take(1, settle="nothing")
+            await ctx.harness.crash(dying)
+        bound = (ctx.capabilities.redelivery_bound or 0) + ctx.limits.redelivery
+        done = {each.id for each in await staying.until_fence()}
+        while len(done) < len(messages):
+            done |= {each.id for each in await ctx.within(bound, staying.take(1), "taking over")}
+    ctx.ledger.judge(group, messages).demand()
+
+
+@scenario("GRP-08", "a group without members collects, and gives it to the next", needs=_DURABLE)
+async def collects(ctx: Context) -> None:
+    """Catches a group that forgets itself when its last member leaves."""
+    broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
+    async with ctx.reading(broker, topic, group=group) as reader:
+        messages = await ctx.send(broker, topic, 5)
+        await reader.until_fence()
+    messages += await ctx.send(broker, topic, 30, start=5)
+    async with ctx.reading(broker, topic, group=group) as reader:
+        await reader.until_fence()
+    ctx.ledger.judge(group, messages).demand()
+
+
+@scenario("GRP-09", "groups are apart, however alike their names are", needs=_COMPETING)
+async def names_of_groups(ctx: Context) -> None:
+    """Catches names that are shortened, split, folded or joined with the topic's on their way."""
+    broker, topic, base = await ctx.broker(), ctx.topic(), ctx.name()
+    names = [base + tail for tail in ("", "a", "A", "ab", ".a", "a.b", "_a", "-a", " a", "/a", ":a", "ä", "*")]
+    messages = [ctx.message(topic, number) for number in range(5)]
+    for name in names:
+        async with ctx.reading(broker, topic, group=name):
+            pass
+    ctx.applies(ctx.capabilities.subscription == "durable", "a group lives only while it has members")
+    await ctx.send_all(broker, messages)
+    for name in names:
+        async with ctx.reading(broker, topic, group=name) as reader:
+            await ctx.within(2 * ctx.limits.lag, reader.take(5), f"reading as {name!r}")
+        ctx.ledger.judge(name, messages).demand()
+
+
+@scenario("GRP-10", "members that have nothing to do take over when another leaves", needs=_COMPETING)
+async def spare_members(ctx: Context) -> None:
+    """Catches a spare member that fell asleep for good."""
+    broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
+    async with AsyncExitStack() as first:
+        leaving = await first.enter_async_context(ctx.reading(broker, topic, group=group))
+        one = await ctx.entered(ctx.reading(broker, topic, group=group))
+        two = await ctx.entered(ctx.reading(broker, topic, group=group))
+        messages = [ctx.message(topic, number) for number in range(9)]
+        await ctx.share(leaving, one, two, sending=ctx.send_all(broker, messages))
+        await first.aclose()
+        more = [ctx.message(topic, number) for number in range(9, 18)]
+        await ctx.share(one, two, sending=ctx.send_all(broker, more))
+    ctx.ledger.judge(group, [*messages, *more]).demand()
+
+
+@scenario("GRP-11", "a subscription that is not read does not delay the others", needs=_BROADCAST)
+async def not_delayed(ctx: Context) -> None:
+    """Catches a broadcast that waits for its slowest."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    messages = [ctx.message(topic, number) for number in range(100)]
+    async with ctx.reading(broker, topic, prefetch=1), ctx.reading(broker, topic) as reader:
+        reading = reader.during(ctx.send_all(broker, messages))
+        await ctx.within(5 * ctx.limits.lag, reading, "reading beside one that does not")
+    ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("GRP-14", "a distribution that is not promised is refused when subscribing")
+async def refused(ctx: Context) -> None:
+    """Catches a group that is accepted and silently gets everything, or nothing."""
+    absent = _BOTH.distribution - ctx.capabilities.distribution
+    if not absent:  # then the one must not be taken for the other
+        broker, topic = await ctx.broker(), ctx.topic()
+        async with ctx.reading(broker, topic) as alone, ctx.reading(broker, topic, group=ctx.name()) as member:
+            messages = await ctx.send(broker, topic, 3)
+            await alone.until_fence()
+            await ctx.share(member, sending=asyncio.sleep(0))
+        ctx.ledger.judge(alone.name, messages).demand()
+        received = {each.id for each in ctx.ledger.received if each.subscription == member.name}
+        ctx.check(
+            received >= {message.message_id for message in messages}, "a group missed what another subscription got"
+        )
+    else:
+        await verify_refusal(ctx, Capabilities(distribution=absent))
+
+
+@scenario("GRP-15", "members of one group that belong to several brokers share", needs=Capabilities(
+    distribution=frozenset({"competing"}), settlement="cumulative", multi_process=True))  # fmt: skip
+async def across_brokers(ctx: Context) -> None:
+    """Catches a group that exists only inside of one broker object."""
+    brokers = [await ctx.broker(), await ctx.broker()]
+    topic, group = ctx.topic(), ctx.name()
+    messages = [ctx.message(topic, number) for number in range(60)]
+    async with (
+        ctx.reading(brokers[0], topic, group=group) as one,
+        ctx.reading(brokers[1], topic, group=group) as two,
+    ):
+        await ctx.share(one, two, sending=ctx.send_all(brokers[0], messages))
+    ctx.ledger.judge(group, messages).demand()
+
+
+@scenario("GRP-16", "one group name on two topics is one group", needs=_DURABLE)
+async def one_group_two_topics(ctx: Context) -> None:
+    """Catches a transport where the second topic takes the place of the first."""
+    broker, one, two, group = await ctx.broker(), ctx.topic(), ctx.topic(), ctx.name()
+    async with ctx.reading(broker, one, two, group=group):
+        pass
+    messages = await ctx.send(broker, one, 5) + await ctx.send(broker, two, 5)
+    async with ctx.reading(broker, one, two, group=group) as reader:
+        await reader.take(10)
+        await reader.until_fence()
+    ctx.ledger.judge(group, messages).demand()

@@ -1,0 +1,90 @@
+"""ISO: what does not belong together stays apart."""
+
+from __future__ import annotations
+
+import asyncio
+
+from diator.brokers.base import Topic
+from diator.testing.conformance._consuming import Happened
+from diator.testing.conformance._context import Context
+from diator.testing.conformance._scenario import scenario
+
+
+@scenario("ISO-01", "two topics never mix")
+async def two_topics(ctx: Context) -> None:
+    """Catches a message that reaches the subscription to another topic."""
+    broker, one, two = await ctx.broker(), ctx.topic(), ctx.topic()
+    async with ctx.reading(broker, one) as first, ctx.reading(broker, two) as second:
+        ones, twos = await ctx.send(broker, one, 10), await ctx.send(broker, two, 10)
+        await first.until_fence()
+        await second.until_fence()
+    ctx.ledger.judge(first.name, ones).demand()
+    ctx.ledger.judge(second.name, twos).demand()
+
+
+@scenario("ISO-02", "names that begin alike, or differ in case, are two names")
+async def alike(ctx: Context) -> None:
+    """Catches prefixes, patterns and case folding where a name is meant."""
+    broker, base = await ctx.broker(), ctx.name("-a")
+    names = (base, f"{base}b", base[:-1], base.upper(), f"{base}.", f"{base}:", f"{base}*")
+    subscription = ctx.reading(broker, Topic("notification_event", base))
+    async with subscription as reader:
+        messages = []
+        for name in names:
+            messages += await ctx.send(broker, Topic("notification_event", name))
+        await reader.until_fence()
+    ctx.ledger.judge(reader.name, messages[:1]).demand()
+
+
+@scenario("ISO-04", "a subscription that fails does not disturb another")
+async def fails_alone(ctx: Context) -> None:
+    """Catches one task for all subscriptions, which the first error ends."""
+    broker, one, two = await ctx.broker(), ctx.topic(), ctx.topic()
+
+    async def fail() -> None:
+        async with ctx.reading(broker, one) as reader:
+            await reader.take(1)
+            raise LookupError("the program's own")
+
+    async with ctx.reading(broker, two) as reader:
+        failing = asyncio.create_task(fail())
+        messages = await ctx.send(broker, two, 5)
+        while not failing.done():
+            await ctx.send(broker, one)
+            await asyncio.sleep(0.001)
+        ctx.check(isinstance(failing.exception(), LookupError), f"it ended with {failing.exception()!r}")
+        messages += await ctx.send(broker, two, 5, start=5)
+        await reader.until_fence()
+    ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("ISO-08", "two consumers of one broker each handle their own events")
+async def two_consumers(ctx: Context) -> None:
+    """Catches a consumer that takes, and puts aside, what is for its neighbour."""
+    broker = await ctx.broker()
+    handled: dict[str, list[int]] = {"one": [], "two": []}
+
+    async def one(event: Happened) -> None:
+        handled["one"].append(event.number)
+
+    async def two(event: Happened) -> None:
+        handled["two"].append(event.number)
+
+    async with ctx.consuming(broker, one) as first, ctx.consuming(broker, two) as second:
+        for number in range(5):
+            await ctx.send_all(broker, [first.message(number), second.message(10 + number)])
+        await first.become(5)
+        await second.become(5)
+    ctx.same(handled, {"one": [0, 1, 2, 3, 4], "two": [10, 11, 12, 13, 14]}, "what was handled")
+    ctx.same(first.outcomes() + second.outcomes(), ["acked"] * 10, "the outcomes")
+
+
+@scenario("ISO-09", "two brokers on one service share nothing but the messages")
+async def two_brokers(ctx: Context) -> None:
+    """Catches a broker that closes, or is confused by, another's connection."""
+    one, two, topic = await ctx.broker(), await ctx.broker(), ctx.topic()
+    sender = one if ctx.capabilities.multi_process else two
+    async with ctx.reading(two, topic) as reader, ctx.reading(one, ctx.topic()):
+        messages = await ctx.send(sender, topic, 5)
+        await reader.until_fence()
+    ctx.ledger.judge(reader.name, messages).demand()

@@ -1,0 +1,167 @@
+"""LEK: nothing is left behind. What every scenario is checked for is here provoked."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import tracemalloc
+import weakref
+
+from diator.brokers.base import Delivery
+from diator.brokers.capabilities import Capabilities
+from diator.testing.conformance._consuming import Happened
+from diator.testing.conformance._context import Context
+from diator.testing.conformance._runner import open_files
+from diator.testing.conformance._scenario import scenario
+
+
+def _tasks() -> int:
+    return len(asyncio.all_tasks())
+
+
+@scenario("LEK-01", "after it is closed, a broker holds no task and no connection")
+async def closed_is_gone(ctx: Context) -> None:
+    """Catches a task or a socket that only the end of the program ends."""
+    await ctx.send(await ctx.broker(), ctx.topic())  # what a library opens once and keeps is not the broker's
+    tasks, files = _tasks(), len(open_files())
+    broker, topic = ctx.harness.transport(), ctx.topic()
+    async with ctx.reading(broker, topic) as reader:
+        messages = await ctx.send(broker, topic, 3)
+        await reader.until_fence()
+    await broker.aclose()
+    await asyncio.sleep(ctx.limits.settle)
+    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.same((_tasks(), len(open_files())), (tasks, files), "the tasks and open files after closing")
+
+
+@scenario("LEK-02", "failures in the middle leave no error that nobody saw")
+async def nothing_unseen(ctx: Context) -> None:
+    """Catches a task whose error is only told when it is collected, and a coroutine that nobody awaited."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic) as reader:
+        await ctx.send(broker, topic, 5)
+        await reader.take(2, settle="nothing")
+        sends = [asyncio.create_task(ctx.send(broker, topic)) for _ in range(5)]
+        await asyncio.sleep(0)
+        for send in sends:
+            send.cancel()
+        await asyncio.gather(*sends, return_exceptions=True)
+    await broker.aclose()
+    del reader, sends
+    gc.collect()
+    await asyncio.sleep(0)
+
+
+@scenario("LEK-03", "30 brokers, one after the other, leave nothing", timeout=60)
+async def again_and_again(ctx: Context) -> None:
+    """Catches what is left a little at a time."""
+    await ctx.send(await ctx.broker(), ctx.topic())
+    tasks, files = _tasks(), len(open_files())
+    for _ in range(30):
+        async with ctx.harness.transport() as broker:
+            topic = ctx.topic()
+            async with ctx.reading(broker, topic) as reader:
+                messages = await ctx.send(broker, topic)
+                await reader.take(1)
+            ctx.ledger.judge(reader.name, messages).demand()
+    await asyncio.sleep(ctx.limits.settle)
+    ctx.same((_tasks(), len(open_files())), (tasks, files), "the tasks and open files after 30 brokers")
+
+
+@scenario("LEK-05", "100 subscriptions that came and went leave nothing in their broker", timeout=60)
+async def came_and_went(ctx: Context) -> None:
+    """Catches a broker that keeps on collecting for subscriptions that ended."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic):
+        pass
+    tasks, files = _tasks(), len(open_files())
+    left: list[weakref.ref[object]] = []
+    for _ in range(100):
+        async with ctx.reading(broker, topic) as reader:
+            left.append(weakref.ref(reader.deliveries))
+            del reader
+    await asyncio.sleep(ctx.limits.settle)
+    gc.collect()
+    ctx.same((_tasks(), len(open_files())), (tasks, files), "the tasks and open files after 100 subscriptions")
+    alive = sum(each() is not None for each in left)
+    ctx.check(alive < 5, f"the broker still holds {alive} of 100 subscriptions")  # noqa: PLR2004
+    async with ctx.reading(broker, topic) as reader:
+        messages = await ctx.send(broker, topic)
+        await reader.until_fence()
+    ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("LEK-06", "memory does not grow with the number of messages", level="S", timeout=60)
+async def flat(ctx: Context) -> None:
+    """Catches an entry that is kept for each message."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    ctx.applies(not tracemalloc.is_tracing(), "somebody else traces memory")
+
+    async def pass_on(count: int) -> None:
+        for _ in range(count // 50):
+            for number in range(50):
+                await broker.send_message(ctx.message(topic, number))
+            for _ in range(50):
+                await (await anext(reader.deliveries)).ack()
+
+    async with ctx.reading(broker, topic) as reader:
+        await pass_on(500)
+        tracemalloc.start()
+        try:
+            gc.collect()
+            before = tracemalloc.get_traced_memory()[0]
+            await pass_on(1500)
+            gc.collect()
+            grown = tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+    ctx.check(grown < 100 * 1500, f"{grown / 1500:.0f} bytes are kept for each message")
+
+
+@scenario("LEK-08", "a delivery that is settled is gone")
+async def settled_is_gone(ctx: Context) -> None:
+    """Catches a cache, or a traceback, that keeps bodies alive."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic) as reader:
+        await ctx.send(broker, topic, 30)
+        for _ in range(30):
+            delivery = await anext(reader.deliveries)
+            await delivery.ack()
+            del delivery
+        await asyncio.sleep(ctx.limits.settle)
+        gc.collect()
+        left = sum(type(each) is Delivery and each.topic == topic for each in gc.get_objects())
+    ctx.check(left < 5, f"of 30 settled deliveries, {left} are still held")  # noqa: PLR2004
+
+
+@scenario("LEK-09", "a consumer that has nothing to do has nothing in its books")
+async def books_are_empty(ctx: Context) -> None:
+    """Catches deliveries that count as in flight for ever, after success or after failure."""
+    broker = await ctx.broker()
+
+    async def handle(event: Happened) -> None:
+        if event.number % 2:
+            raise LookupError("every second one")
+
+    async with ctx.consuming(broker, handle, concurrency=3) as handlings:
+        await ctx.send_all(broker, [handlings.message(number, key=f"k{number % 3}") for number in range(12)])
+        await handlings.become(12)
+        health = handlings.consumer.health()
+        ctx.same((health.in_flight, health.oldest_in_flight, health.gaps), (0, 0.0, 0), "what is in flight, and gaps")
+        ctx.check(health.since_last_progress < ctx.limits.lag, "it says that nothing was done for long")
+
+
+@scenario("LEK-10", "deliveries that nobody settled leave nothing after their subscription", needs=Capabilities(
+    settlement="cumulative", redelivery=frozenset({"close"})))  # fmt: skip
+async def unsettled_leave_nothing(ctx: Context) -> None:
+    """Catches a broker that holds what was never settled, and its renewals, beyond the end."""
+    broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
+    tasks = _tasks()
+    for _ in range(5):
+        async with ctx.reading(broker, topic, group=group) as reader:
+            messages = await ctx.send(broker, topic, 0) or [ctx.message(topic)]
+            await ctx.send_all(broker, messages)
+            await reader.take(1, settle="nothing")
+    await broker.aclose()
+    await asyncio.sleep(ctx.limits.settle)
+    ctx.check(_tasks() <= tasks, f"{_tasks() - tasks} tasks are left")

@@ -1,0 +1,229 @@
+"""PUB: sending."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Any
+
+from diator.brokers.base import Topic
+from diator.brokers.capabilities import Capabilities
+from diator.brokers.message import Message
+from diator.exceptions import BrokerClosed, BrokerError, DiatorError, EncodingError, MessageRejected, MessagesNotSent
+from diator.testing.conformance._context import Context
+from diator.testing.conformance._reader import cancelled
+from diator.testing.conformance._scenario import scenario
+
+
+@scenario("PUB-01", "each of 200 confirmed messages arrives once")
+async def arrives_once(ctx: Context) -> None:
+    """Catches a transport that loses, repeats or invents messages when nothing is wrong."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic) as reader:
+        messages = [ctx.message(topic, number) for number in range(200)]
+        await reader.during(ctx.send_all(broker, messages))
+    ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("PUB-02", "what is confirmed while nobody is there waits", needs=Capabilities(subscription="durable"))
+async def waits_for_a_member(ctx: Context) -> None:
+    """Catches a group that exists only while a member is connected."""
+    broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
+    async with ctx.reading(broker, topic, group=group):
+        pass
+    messages = await ctx.send(broker, topic, 20)
+    async with ctx.reading(broker, topic, group=group) as reader:
+        await reader.until_fence()
+    ctx.ledger.judge(group, messages).demand()
+
+
+@scenario(
+    "PUB-05", "what a full service refuses was not sent", facilities=["full"], needs=Capabilities(receipt="accepted")
+)
+async def refused_when_full(ctx: Context) -> None:
+    """Catches a confirmation for a message that the service had no room for, and one dropped to make room."""
+    broker, topic, group = ctx.closing(ctx.harness.full(5)), ctx.topic(), ctx.name()
+    async with ctx.reading(broker, topic, group=group) as reader:
+        await ctx.send(broker, topic, 5)
+        refused = await ctx.raises(MessageRejected, ctx.send(broker, topic, start=5), "sending to a full service")
+        ctx.same(refused.message_id, ctx.ledger.sent[-1].message.message_id, "the id that the error has")
+        await reader.take(5)
+        await ctx.send(broker, topic, start=6)
+        await reader.until_fence()
+    ctx.ledger.judge(group, [sent.message for sent in ctx.ledger.sent]).demand()
+
+
+@scenario("PUB-06", "a batch arrives whole and in its order, and says what of it did not")
+async def batch(ctx: Context) -> None:
+    """Catches a batch that skips what cannot be sent without a word, or names the wrong messages."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    send_messages: Any = getattr(broker, "send_messages", None)
+    ctx.applies(send_messages, "this transport has no send_messages")
+    messages = [ctx.message(topic, number) for number in range(10)]
+    ids = [message.message_id for message in messages]
+    spoilt = [*messages[:4], ctx.message(Topic(topic.message_type, "\ud800")), *messages[4:]]
+    async with ctx.reading(broker, topic) as reader:
+        error = await ctx.raises(DiatorError, send_messages(spoilt), "a batch with a bad message")
+        arrived = {received.id for received in await reader.until_fence()}
+        unsent = {*error.message_ids} if isinstance(error, MessagesNotSent) else {*ids, spoilt[4].message_id}
+        ctx.same(arrived, {*ids} - unsent, "what arrived, held against what was said to be sent")
+        for message in messages:
+            ctx.ledger.attempt(message).fate = "confirmed"
+        await send_messages(messages)
+        again = await reader.until_fence()
+    ctx.same([received.id for received in again], ids, "the batch")
+
+
+@scenario("PUB-07", "50 tasks send at once")
+async def many_tasks(ctx: Context) -> None:
+    """Catches a connection whose answers go to the wrong callers when several wait."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    messages = [[ctx.message(topic, task * 10 + number) for number in range(10)] for task in range(50)]
+
+    async def send() -> None:
+        await asyncio.gather(*(ctx.send_all(broker, own) for own in messages))
+
+    async with ctx.reading(broker, topic) as reader:
+        await reader.during(send())
+    ctx.ledger.judge(reader.name, [message for own in messages for message in own]).demand()
+
+
+@scenario("PUB-08", "a cancelled send ends at once and harms no other")
+async def cancelled_send(ctx: Context) -> None:
+    """Catches a send that swallows its cancellation, or that leaves the connection out of step."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic) as reader:
+        tasks = [asyncio.create_task(ctx.send(broker, topic, start=number)) for number in range(10)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await ctx.within(1 * ctx.limits.lag, _all(tasks), "ending 10 cancelled sends")
+        bad = [task for task in tasks if not task.cancelled() and task.exception()]
+        ctx.check(not bad, f"a cancelled send ends with {bad}")
+        await ctx.send(broker, topic, 20, start=10)
+        await reader.until_fence()
+    ctx.ledger.judge(reader.name, [sent.message for sent in ctx.ledger.sent]).demand()
+
+
+async def _all(tasks: list[asyncio.Task[list[Message]]]) -> None:
+    await asyncio.wait(tasks)
+
+
+@scenario("PUB-09", "what is changed after sending does not change what arrives")
+async def not_shared(ctx: Context) -> None:
+    """Catches a transport that delivers the sender's own objects."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    headers = {"colour": "red"}
+    async with ctx.reading(broker, topic) as reader:
+        message = ctx.message(topic, headers=headers)
+        await asyncio.gather(ctx.send_all(broker, [message]), ctx.send_all(broker, [message]))
+        headers["colour"] = "blue"
+        received = await reader.take(2)
+    for each in received:
+        ctx.same(each.message and each.message.headers, {"colour": "red"}, "the headers")
+    ctx.ledger.judge(reader.name, [message]).demand()
+
+
+@scenario("PUB-10", "a closed broker refuses to send, and does not connect again")
+async def refused_when_closed(ctx: Context) -> None:
+    """Catches a broker that comes back to life, or takes messages that go nowhere."""
+    broker, other, topic = await ctx.broker(), await ctx.broker(), ctx.topic()
+    reading, shared = (other, True) if ctx.capabilities.multi_process else (broker, False)
+    async with ctx.reading(reading, topic) as reader:
+        await ctx.send(broker, topic)
+        await reader.take(1)
+        await broker.aclose()
+        refused = await ctx.within(
+            ctx.limits.lag, ctx.raises(BrokerClosed, ctx.send(broker, topic), "sending when closed"), "a refusal"
+        )
+        ctx.same(refused.message_id, ctx.ledger.sent[-1].message.message_id, "the id that the error has")
+        if shared:
+            ctx.same(await reader.until_fence(), [], "what a closed broker has sent")
+        else:
+            waiting = asyncio.ensure_future(anext(reader.deliveries))
+            await asyncio.wait({waiting}, timeout=ctx.limits.settle)
+            came = waiting.done() and not isinstance(waiting.exception(), BrokerClosed)
+            await cancelled(waiting)
+            ctx.check(not came, f"a closed broker delivers: {waiting!r}")
+
+
+@scenario("PUB-13", "a message that cannot be written is refused before anything is sent")
+async def refused_before_sending(ctx: Context) -> None:
+    """Catches half a message on the wire, and a foreign exception for bad input."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    bad = {
+        "a name": ctx.message(Topic(topic.message_type, "\ud800")),
+        "a type": ctx.message(Topic("\ud800", topic.message_name)),
+        "a key": ctx.message(topic, key="\ud800"),
+        "a header": ctx.message(topic, headers={"x": "\ud800"}),
+    }
+    async with ctx.reading(broker, topic) as reader:
+        for what, message in bad.items():
+            await ctx.raises(EncodingError, broker.send_message(message), f"sending {what} that is no Unicode")
+        good = await ctx.send(broker, topic)
+        await reader.until_fence()
+    ctx.ledger.judge(reader.name, good).demand()
+
+
+@scenario("PUB-14", "a message that is sent twice is delivered twice, with one id")
+async def repeats_are_visible(ctx: Context) -> None:
+    """Catches a transport that drops what it takes for a repeat, or that makes up ids of its own."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    message = ctx.message(topic)
+    async with ctx.reading(broker, topic) as reader:
+        await ctx.send_all(broker, [message, message])
+        received = await reader.until_fence()
+    ctx.same([each.id for each in received], [message.message_id] * 2, "the ids")
+
+
+@scenario("PUB-15", "sending leaves the message as it is")
+async def unchanged(ctx: Context) -> None:
+    """Catches a transport that writes into the program's message."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    message = ctx.message(topic, key="k", headers={"a": "1"})
+    before = asdict(message)
+    await ctx.send_all(broker, [message])
+    ctx.same(asdict(message), before, "the message after it was sent")
+
+
+@scenario("PUB-16", "sending does not wait for a reader")
+async def does_not_wait(ctx: Context) -> None:
+    """Catches a transport that hands over to readers inside of send_message."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic) as reader:
+        messages = await ctx.within(2 * ctx.limits.lag, ctx.send(broker, topic, 20), "sending while nobody reads")
+        await reader.until_fence()
+    ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("PUB-17", "a broker connects when it is first used, and in `async with`")
+async def connects_when_used(ctx: Context) -> None:
+    """Catches a transport that only works after a call that the contract does not have."""
+    for _ in range(2):
+        broker, topic = await ctx.broker(), ctx.topic()
+        await ctx.send(broker, topic)
+    async with ctx.harness.transport() as entered:
+        topic = ctx.topic()
+        async with ctx.reading(entered, topic) as reader:
+            messages = await ctx.send(entered, topic)
+            await reader.until_fence()
+        ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("PUB-18", "one bad message does not fail those beside it")
+async def errors_stay_apart(ctx: Context) -> None:
+    """Catches a connection that fails every waiting caller when one of them is refused."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    large = "x" * (ctx.capabilities.max_message_bytes + 1)
+    messages = [ctx.message(topic, number) for number in range(40)]
+
+    async def spoil(number: int) -> None:
+        await ctx.raises(BrokerError, broker.send_message(ctx.message(topic, number, text=large)), "a huge message")
+
+    async def send() -> None:
+        sends = [ctx.send_all(broker, [message]) for message in messages]
+        await asyncio.gather(*sends[:20], spoil(1), *sends[20:], spoil(2))
+
+    async with ctx.reading(broker, topic) as reader:
+        await reader.during(send())
+    ctx.ledger.judge(reader.name, messages).demand()

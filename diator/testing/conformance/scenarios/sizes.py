@@ -1,0 +1,94 @@
+"""Sizes, SIZ-01 and on: how large."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+from diator.brokers.base import Topic
+from diator.brokers.codec import encode
+from diator.brokers.message import Message
+from diator.exceptions import MessageTooLarge
+from diator.testing.conformance._context import Context
+from diator.testing.conformance._scenario import scenario
+
+
+def _sized(ctx: Context, topic: Topic, size: int) -> Message:
+    """Make a message that has *size* bytes when it is encoded."""
+    empty = encode(_padded(topic, 0), max_bytes=ctx.capabilities.max_message_bytes)
+    return _padded(topic, size - len(empty))
+
+
+def _padded(topic: Topic, length: int) -> Message:
+    return Message(
+        message_type=topic.message_type,
+        message_name=topic.message_name,
+        message_id=uuid4(),
+        payload_json=b'{"pad":"' + b"x" * length + b'"}',
+    )
+
+
+@scenario("SIZ-01", "sizes around every usual buffer arrive as they were", timeout=30)
+async def sizes(ctx: Context) -> None:
+    """Catches a buffer that is cut, or a length that wraps."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    wanted = [0, 1, 4_095, 4_096, 16_384, 65_535, 65_536, 131_072, 500_000, 900_000]
+    messages = [_padded(topic, size) for size in wanted if size + 1_000 < ctx.capabilities.max_message_bytes]
+    ctx.check(len(messages) > 1, "not even 1,001 bytes are allowed")
+    async with ctx.reading(broker, topic) as reader:
+        received = await reader.during(ctx.send_all(broker, messages))
+    ctx.ledger.judge(reader.name, messages).demand()
+    arrived = {each.id: each.message for each in received}
+    spoilt = [len(message.payload_json) for message in messages if arrived[message.message_id] != message]
+    ctx.same(spoilt, [], "the sizes of what did not arrive as it was")
+
+
+@scenario("SIZ-02", "a message of exactly max_message_bytes is delivered", timeout=30)
+async def largest(ctx: Context) -> None:
+    """Catches a limit that is promised and not kept."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    message = _sized(ctx, topic, ctx.capabilities.max_message_bytes)
+    async with ctx.reading(broker, topic) as reader:
+        await ctx.send_all(broker, [message])
+        received = await reader.until_fence()
+    ctx.ledger.judge(reader.name, [message]).demand()
+    ctx.check(received[0].message == message, "it did not arrive as it was")
+
+
+@scenario("SIZ-03", "one byte more is refused before it is sent, and the broker goes on", timeout=30)
+async def too_large(ctx: Context) -> None:
+    """Catches a message that costs the connection, or that the service drops."""
+    broker, topic, limit = await ctx.broker(), ctx.topic(), ctx.capabilities.max_message_bytes
+    message = _sized(ctx, topic, limit + 1)
+    async with ctx.reading(broker, topic) as reader:
+        refused = await ctx.raises(MessageTooLarge, ctx.send_all(broker, [message]), "sending one byte too many")
+        ctx.same((refused.size, refused.limit, refused.message_id), (limit + 1, limit, message.message_id), "the error")
+        good = await ctx.send(broker, topic)
+        await reader.until_fence()
+    ctx.ledger.judge(reader.name, [message, *good]).demand()
+
+
+@scenario("SIZ-04", "100 headers, and one of 4 KiB, arrive")
+async def headers(ctx: Context) -> None:
+    """Catches a limit of the service's headers that nobody has declared."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    sent = {f"header-{number}": "v" * 40 for number in range(100)} | {"long": "x" * 4096}
+    async with ctx.reading(broker, topic) as reader:
+        await ctx.send_all(broker, [ctx.message(topic, headers=sent)])
+        received = await reader.until_fence()
+    ctx.same(received[0].message and received[0].message.headers, sent, "the headers")
+
+
+@scenario("SIZ-05", "large messages do not hold up small ones", timeout=30)
+async def small_beside_large(ctx: Context) -> None:
+    """Catches a connection that one large message blocks for long."""
+    broker, big, small = await ctx.broker(), ctx.topic(), ctx.topic()
+    size = min(900_000, ctx.capabilities.max_message_bytes - 1_000)
+    large = [_padded(big, size) for _ in range(5)]
+    async with ctx.reading(broker, big) as much, ctx.reading(broker, small) as reader:
+        sending, reading = ctx.start(ctx.send_all(broker, large)), ctx.start(much.take(5))
+        for number in range(5):
+            await ctx.send(broker, small, start=number)
+            await ctx.within(2 * ctx.limits.lag, reader.take(1), "a small message beside large ones")
+        await sending
+        await reading
+    ctx.ledger.judge(much.name, large).demand()

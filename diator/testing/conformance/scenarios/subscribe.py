@@ -1,0 +1,272 @@
+"""SUB: subscribing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+
+from diator.brokers.base import Topic
+from diator.exceptions import BrokerClosed
+from diator.testing.conformance._consuming import Happened
+from diator.testing.conformance._context import Context
+from diator.testing.conformance._reader import Reader, cancelled
+from diator.testing.conformance._scenario import scenario
+
+
+@scenario("SUB-01", "a subscription is ready when it is entered, 30 times")
+async def ready_on_entry(ctx: Context) -> None:
+    """Catches a subscription that is entered before the service knows of it."""
+    broker = await ctx.broker()
+    for _ in range(30):
+        topic = ctx.topic()
+        async with ctx.reading(broker, topic) as reader:
+            messages = await ctx.send(broker, topic)
+            await reader.until_fence()
+        ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("SUB-03", "nothing is received after a subscription ended")
+async def ended_is_ended(ctx: Context) -> None:
+    """Catches a subscription that goes on receiving, and takes what is another's."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    group = None if "broadcast" in ctx.capabilities.distribution else ctx.name()
+    async with ctx.reading(broker, topic, group=group) as first:
+        before = await ctx.send(broker, topic)
+        await first.until_fence()
+    async with ctx.reading(broker, topic, group=group) as second:
+        waiting = asyncio.ensure_future(anext(first.deliveries, None))
+        await asyncio.sleep(0)
+        messages = await ctx.send(broker, topic)
+        await asyncio.wait({waiting}, timeout=ctx.limits.settle)
+        await second.until_fence()
+        late = waiting.done() and not waiting.exception() and waiting.result()
+        await cancelled(waiting)
+    ctx.check(not late, "a subscription received a message after its end")
+    ctx.ledger.judge(second.name, [*before, *messages] if group else messages).demand()
+
+
+@scenario("SUB-04", "two subscriptions of one broker to one topic do not replace each other")
+async def beside_each_other(ctx: Context) -> None:
+    """Catches a transport that keeps one subscription a topic."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic) as first, ctx.reading(broker, topic) as second:
+        messages = await ctx.send(broker, topic, 5)
+        await first.until_fence()
+        await second.until_fence()
+    for reader in (first, second):
+        ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("SUB-05", "other subscriptions come and go without a trace in this one")
+async def undisturbed(ctx: Context) -> None:
+    """Catches a transport that subscribes anew for each change, and loses or repeats meanwhile."""
+    broker, topic = await ctx.broker(), ctx.topic()
+
+    async def send() -> None:
+        for number in range(20):
+            async with ctx.reading(broker, topic if number % 2 else ctx.topic()):
+                messages.extend(await ctx.send(broker, topic, 3, start=3 * number))
+
+    messages = await ctx.send(broker, ctx.topic(), 0)
+    async with ctx.reading(broker, topic) as reader:
+        await reader.during(send())
+    ctx.same(len(messages), 60, "the number of messages sent")
+    ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("SUB-06", "a subscription that is not read does not hold up another")
+async def held_up_by_none(ctx: Context) -> None:
+    """Catches one queue, or one connection, that a slow reader blocks for all."""
+    broker, slow, quick = await ctx.broker(), ctx.topic(), ctx.topic()
+    async with ctx.reading(broker, slow, prefetch=1), ctx.reading(broker, quick) as reader:
+        await ctx.send(broker, slow, 20)
+        messages = await ctx.send(broker, quick, 20)
+        await ctx.within(3 * ctx.limits.lag, reader.until_fence(), "reading beside a subscription that is not read")
+    ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("SUB-07", "a delivery says what it is")
+async def delivery_in_full(ctx: Context) -> None:
+    """Catches a delivery without its topic, its body as bytes, or a first attempt."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic) as reader:
+        await ctx.send(broker, topic)
+        delivery = (await reader.next()).delivery
+        ctx.same(delivery.topic, topic, "Delivery.topic")
+        ctx.same(type(delivery.topic), Topic, "the type of Delivery.topic")
+        ctx.same(type(delivery.body), bytes, "the type of Delivery.body")
+        ctx.same(delivery.attempt, 1, "Delivery.attempt at first")
+        ctx.same(delivery.outcome, None, "Delivery.outcome before it is settled")
+        ctx.check(isinstance(delivery.headers, Mapping), "Delivery.headers is no mapping")
+        odd = {key: value for key, value in delivery.headers.items() if not type(key) is type(value) is str}
+        ctx.check(not odd, f"Delivery.headers are not all text: {odd}")
+        await delivery.ack()
+        ctx.same(delivery.outcome, "ack", "Delivery.outcome when it is settled")
+
+
+@scenario("SUB-08", "50 subscriptions of one broker each receive their own", level="S", timeout=30)
+async def many_subscriptions(ctx: Context) -> None:
+    """Catches a limit on subscriptions that nobody has declared."""
+    broker, topics = await ctx.broker(), [ctx.topic() for _ in range(50)]
+    async with AsyncExitStack() as stack:
+        readers = [await stack.enter_async_context(ctx.reading(broker, topic)) for topic in topics]
+        sent = [await ctx.send(broker, topic, 20) for topic in topics]
+        await asyncio.gather(*(reader.until_fence() for reader in readers))
+    for reader, messages in zip(readers, sent, strict=True):
+        ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("SUB-11", "a handler may answer something")
+async def answer_is_no_error(ctx: Context) -> None:
+    """Catches a consumer that takes an answer for a verdict."""
+    broker = await ctx.broker()
+
+    async def handle(event: Happened) -> bool:
+        return event.number == 1
+
+    async with ctx.consuming(broker, handle) as handlings:
+        await ctx.send_all(broker, [handlings.message(0), handlings.message(1)])
+        await handlings.become(2)
+        ctx.same(handlings.outcomes(), ["acked", "acked"], "the outcomes")
+
+
+@scenario("SUB-12", "one subscription listens to several topics, and tells them apart")
+async def several_topics(ctx: Context) -> None:
+    """Catches a transport that subscribes to the first of them, or labels all with it."""
+    broker, topics = await ctx.broker(), [ctx.topic() for _ in range(4)]
+    messages = []
+    async with ctx.reading(broker, *topics) as reader:
+        for topic in topics * 3:
+            messages += await ctx.send(broker, topic)
+        received = await reader.take(len(messages))
+        messages += await ctx.send(broker, topics[0])
+        received += await reader.until_fence()
+    ctx.ledger.judge(reader.name, messages).demand()
+    for each in received:
+        told = each.message and Topic(each.message.message_type, each.message.message_name)
+        ctx.same(each.delivery.topic, told, "Delivery.topic, held against the message")
+
+
+@scenario("SUB-13", "cancelling a wait for the next delivery loses nothing")
+async def cancelled_wait(ctx: Context) -> None:
+    """Catches an iterator that dies with a cancelled wait, or takes a delivery along."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    messages = await ctx.send(broker, ctx.topic(), 0)
+    async with ctx.reading(broker, topic) as reader:
+        for number in range(20):
+            waiting = asyncio.create_task(reader.next())
+            await asyncio.sleep(0)
+            sending = asyncio.create_task(ctx.send(broker, topic, start=number))
+            for _ in range(number):  # so that the cancellation finds the delivery at every step of its way
+                await asyncio.sleep(0)
+            await cancelled(waiting)
+            messages += await sending
+            received = await reader.next() if waiting.cancelled() else waiting.result()
+            await received.delivery.ack()
+        await reader.until_fence()
+    ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("SUB-14", "the kind of a message is part of its topic")
+async def kinds_are_apart(ctx: Context) -> None:
+    """Catches a transport that routes by the name alone."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    other = Topic("ecst_event", topic.message_name)
+    async with ctx.reading(broker, topic) as reader, ctx.reading(broker, other) as others:
+        messages = await ctx.send(broker, topic, 3)
+        states = await ctx.send(broker, other, 3)
+        await reader.until_fence()
+        await others.until_fence()
+    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.judge(others.name, states).demand()
+
+
+@scenario("SUB-15", "the iterator goes on while nothing comes")
+async def patient(ctx: Context) -> None:
+    """Catches an iterator that ends, or raises, when a read of the service times out."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic) as reader:
+        await reader.is_held_back()
+        await reader.is_held_back()
+        messages = await ctx.send(broker, topic)
+        await reader.until_fence()
+    ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("SUB-16", "a closed broker refuses to subscribe")
+async def refused_when_closed(ctx: Context) -> None:
+    """Catches a subscription that waits for ever, or connects a closed broker again."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic):
+        pass
+    await broker.aclose()
+    reading = ctx.reading(broker, topic)
+    await ctx.within(
+        ctx.limits.lag, ctx.raises(BrokerClosed, reading.__aenter__(), "subscribing when closed"), "refusing"
+    )
+
+
+@scenario("SUB-17", "the end of one subscription leaves its neighbour")
+async def ends_alone(ctx: Context) -> None:
+    """Catches a transport that unsubscribes from the topic, whoever else listens."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic) as staying:
+        async with ctx.reading(broker, topic) as leaving:
+            messages = await ctx.send(broker, topic)
+            await leaving.until_fence()
+        messages += await ctx.send(broker, topic, start=1)
+        await staying.until_fence()
+    ctx.ledger.judge(staying.name, messages).demand()
+
+
+@scenario("SUB-18", "an error in a subscription's block comes out of it as it is")
+async def error_passes(ctx: Context) -> None:
+    """Catches a subscription that swallows, or replaces, what the program raised."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    raised = LookupError("the program's own")
+
+    async def fail() -> None:
+        async with ctx.reading(broker, topic) as reader:
+            await ctx.send(broker, topic)
+            await reader.next()
+            raise raised
+
+    caught = await ctx.raises(LookupError, fail(), "a subscription's block")
+    ctx.check(caught is raised, "the error that comes out is another one")
+
+
+@scenario("SUB-19", "a subscription without a group begins with it")
+async def begins_now(ctx: Context) -> None:
+    """Catches a transport that shows a new subscription what was sent, and read by others, before."""
+    ctx.applies("broadcast" in ctx.capabilities.distribution, "every subscription has a group")
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic) as before:
+        await ctx.send(broker, topic, 5)
+        await before.until_fence()
+        async with ctx.reading(broker, topic) as reader:
+            messages = await ctx.send(broker, topic, 5, start=5)
+            await reader.until_fence()
+    ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario("SUB-20", "a subscription cancelled on its way in leaves nothing that listens", level="C")
+async def cancelled_entry(ctx: Context) -> None:
+    """Catches a connection, or a task, that is forgotten when entering is cancelled."""
+    broker, topic = await ctx.broker(), ctx.topic()
+
+    async def subscribe() -> Reader:
+        async with ctx.reading(broker, topic) as reader:
+            await asyncio.Event().wait()
+            return reader
+
+    for steps in range(8):
+        entering = asyncio.create_task(subscribe())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await ctx.within(ctx.limits.lag, cancelled(entering), "cancelling an entry")
+        ctx.check(entering.cancelled(), "a cancelled entry ends otherwise")
+    async with ctx.reading(broker, topic) as reader:
+        messages = await ctx.send(broker, topic)
+        await reader.until_fence()
+    ctx.ledger.judge(reader.name, messages).demand()

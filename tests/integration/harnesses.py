@@ -1,0 +1,173 @@
+"""How the conformance suite gets diator's own transports."""
+
+import os
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+import redis
+
+from diator.brokers.base import Topic
+from diator.brokers.capabilities import Capabilities
+from diator.brokers.memory import MemoryMessageBroker, _Entry
+from diator.brokers.redis import RedisMessageBroker
+from diator.brokers.redis_streams import RedisStreamMessageBroker
+from diator.brokers.supervisor import Patience
+from diator.exceptions import UnsupportedCapability
+from diator.testing.conformance import DeadLettered, EnvironmentMissing, Harness, Limits
+from tests.fault_proxy import FaultProxy
+
+
+class MemoryHarness(Harness):
+    """The broker inside the process. Each broker is a service of its own."""
+
+    name = "memory"
+    facilities = frozenset({"raw", "dead_letters", "full"})
+    limits = Limits(settle=0.05, redelivery=1.0)
+
+    def transport(self):
+        return MemoryMessageBroker()
+
+    def full(self, room):
+        return MemoryMessageBroker(capacity=room)
+
+    async def send_raw(self, transport: MemoryMessageBroker, topic: Topic, body: bytes) -> None:
+        for queue in transport._queues:
+            if topic in queue.topics:
+                queue.put(_Entry(topic, body))
+
+    async def dead_letters(self, transport: MemoryMessageBroker, topic: Topic, group: str | None):
+        return [
+            DeadLettered(body=letter.body, reason=letter.reason)
+            for letter in transport.dead_letters
+            if letter.topic == topic
+        ]
+
+
+class PlainHarness(Harness):
+    """The broker inside the process, with everything taken from it that can be missing: at most once, to everybody."""
+
+    name = "memory, at most once"
+    limits = MemoryHarness.limits
+
+    def transport(self):
+        return PlainMessageBroker()
+
+
+class PlainMessageBroker(MemoryMessageBroker):
+    """Promises little, and refuses the rest. Each capability has a transport that has it and one that has not."""
+
+    @property
+    def capabilities(self):
+        return Capabilities(
+            receipt="accepted",
+            ordering="destination",
+            distribution=frozenset({"broadcast"}),
+            backpressure="pull",
+            max_message_bytes=super().capabilities.max_message_bytes,
+        )
+
+    async def send_message(self, message, /):
+        await super().send_message(message)
+        self._kept.take_all([Topic(message.message_type, message.message_name)])
+
+    @asynccontextmanager
+    async def subscribe(self, topics, /, *, group=None, prefetch=64, on_gap=None):
+        if group is not None:
+            raise UnsupportedCapability("PlainMessageBroker", ["groups"], why="a group", remedy="leave it out")
+        async with super().subscribe(topics, prefetch=prefetch, on_gap=on_gap) as deliveries:
+            yield _PlainDeliveries(deliveries)
+
+
+class _PlainDeliveries:
+    # No generator: a cancelled wait would end it.
+
+    def __init__(self, deliveries):
+        self._deliveries = deliveries
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        delivery = await anext(self._deliveries)
+        delivery.settler = _Plain(delivery.settler)
+        return delivery
+
+
+class _Plain:
+    def __init__(self, settler):
+        self._settler = settler
+
+    async def ack(self, delivery, /):
+        await self._settler.ack(delivery)
+
+    async def retry(self, delivery, after, /):
+        raise UnsupportedCapability("PlainMessageBroker", ["retry"], why="retry", remedy="do not")
+
+    async def dead_letter(self, delivery, reason, /):
+        raise UnsupportedCapability("PlainMessageBroker", ["dead_letter"], why="dead_letter", remedy="do not")
+
+
+# -- Redis -------------------------------------------------------------------------------------------------------
+
+
+class RedisHarness(Harness):
+    """Redis Pub/Sub, at `DIATOR_TEST_REDIS_URL`."""
+
+    name = "redis"
+    facilities = frozenset({"proxy", "raw"})
+    limits = Limits(scale=2.0, redelivery=3.0, timeout=2.0, liveness=6.0, recovery=5.0)
+
+    def start(self):
+        url = os.environ.get("DIATOR_TEST_REDIS_URL")
+        if not url:
+            raise EnvironmentMissing("DIATOR_TEST_REDIS_URL does not say where Redis is")
+        self.url = self.direct = url
+        with redis.Redis.from_url(url) as client:
+            try:
+                self.version = client.info("server")["redis_version"]
+            except redis.RedisError as error:
+                raise EnvironmentMissing(str(error)) from error
+
+    def service(self):
+        return f"Redis {self.version}"
+
+    def options(self):
+        return {"timeout": 2.0, "patience": Patience(connect=2.0, idle=1.0, silence=1.0, longest_pause=1.0)}
+
+    def transport(self):
+        return RedisMessageBroker.from_url(self.url, **self.options())
+
+    async def send_raw(self, transport, topic, body):
+        await transport._client.publish(transport._channel(topic), body)
+
+    @asynccontextmanager
+    async def proxied(self):
+        parts = urlsplit(self.direct)
+        async with FaultProxy(parts.hostname, parts.port or 6379) as proxy:
+            self.url = f"redis://{proxy.host}:{proxy.port}"
+            try:
+                yield proxy
+            finally:
+                self.url = self.direct
+
+
+class RedisStreamHarness(RedisHarness):
+    """Redis Streams, at `DIATOR_TEST_REDIS_URL`."""
+
+    name = "redis streams"
+    facilities = RedisHarness.facilities | {"dead_letters"}
+
+    def transport(self):
+        return RedisStreamMessageBroker.from_url(self.url, lease=1.0, **self.options())
+
+    async def send_raw(self, transport, topic, body):
+        await transport._client.xadd(transport._stream(topic), {"body": body})
+
+    async def dead_letters(self, transport, topic, group):
+        entries = await transport._client.xrange(f"{transport._stream(topic).decode()}:{group}:dead")
+        found = [{_bytes(name): _bytes(value) for name, value in fields.items()} for _, fields in entries]
+        return [DeadLettered(body=fields[b"body"], reason=fields[b"diator-dlq-reason"].decode()) for fields in found]
+
+
+def _bytes(value):
+    return value.encode() if isinstance(value, str) else value

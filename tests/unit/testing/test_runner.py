@@ -1,0 +1,475 @@
+"""The conformance suite's own machinery, tried on scenarios that are made up."""
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from diator.brokers.capabilities import Capabilities
+from diator.brokers.memory import MemoryMessageBroker
+from diator.brokers.message import Message
+from diator.testing.conformance import (
+    SCENARIOS,
+    SUITE_VERSION,
+    Deviation,
+    EnvironmentMissing,
+    Ledger,
+    Limits,
+    Nonconformance,
+    Received,
+    Scenario,
+    TransportConformance,
+    UnknownScenario,
+    run_scenario,
+    run_suite,
+    select,
+)
+from diator.testing.conformance.__main__ import main
+from diator.testing.conformance._scenario import scenario
+from tests.integration.harnesses import MemoryHarness
+
+ROOT = Path(__file__).parents[3]
+
+
+def result_of(run, *, harness=None, timeout=2.0, **options):
+    made = Scenario(id="PUB-01", title="made up", level="C", run=run, timeout=timeout, **options)
+    return run_scenario(made, harness or MemoryHarness(), seed=7)
+
+
+async def passing(ctx):
+    await ctx.send(await ctx.broker(), ctx.topic())
+
+
+async def failing(ctx):
+    ctx.check(holds=False, otherwise="it is wrong")
+
+
+class Absent(MemoryHarness):
+    def start(self):
+        raise EnvironmentMissing("nobody is there")
+
+
+class Deviating(MemoryHarness):
+    deviations: ClassVar = {"PUB-01": Deviation(reason="known to be wrong", issue="#1")}
+
+
+# -- one scenario ------------------------------------------------------------------------------------------------
+
+
+def test_a_scenario_passes():
+    result = result_of(passing)
+
+    assert (result.outcome, result.reason, result.seed) == ("PASS", "", 7)
+    assert result.seconds > 0
+
+
+def test_a_scenario_fails():
+    result = result_of(failing)
+
+    assert (result.outcome, result.reason) == ("FAIL", "it is wrong")
+    assert isinstance(result.error, Nonconformance)
+
+
+def test_any_error_is_a_failure():
+    async def broken(ctx):
+        raise ZeroDivisionError("oh")
+
+    result = result_of(broken)
+
+    assert result.outcome == "FAIL"
+    assert result.reason.startswith("ZeroDivisionError: oh")
+
+
+def test_a_scenario_that_hangs_fails_and_says_where():
+    async def hanging(ctx):
+        await asyncio.Event().wait()
+
+    result = result_of(hanging, timeout=0.05)
+
+    assert result.outcome == "FAIL"
+    assert result.reason.startswith("not done after 0.05 s; it waited in ")
+
+
+def test_a_scenario_that_cannot_be_cancelled_fails():
+    async def stubborn(ctx):
+        ends = asyncio.get_running_loop().time() + 0.3
+        while asyncio.get_running_loop().time() < ends:
+            try:
+                await asyncio.sleep(0.5)
+            except asyncio.CancelledError:
+                continue
+
+    result = result_of(stubborn, timeout=0.05)
+
+    assert result.outcome == "FAIL"
+    assert "not done after 0.05 s" in result.reason
+
+
+def test_the_harness_scales_the_time():
+    class Slow(MemoryHarness):
+        limits = Limits(scale=100.0)
+
+    async def slow(ctx):
+        await asyncio.sleep(0.1)
+
+    assert result_of(slow, timeout=0.01, harness=Slow()).outcome == "PASS"
+
+
+def test_a_task_that_is_left_is_a_failure():
+    async def leaking(ctx):
+        leaking.task = asyncio.create_task(asyncio.sleep(60))
+
+    result = result_of(leaking)
+
+    assert (result.outcome, result.reason) == ("FAIL", "tasks are left behind: sleep")
+
+
+def test_a_socket_that_is_left_is_a_failure():
+    left = []
+
+    async def leaking(ctx):
+        left.append(socket.socket())
+
+    result = result_of(leaking)
+
+    left.pop().close()
+    assert result.outcome == "FAIL"
+    assert "1 files are left open" in result.reason
+
+
+def test_a_thread_that_is_left_is_a_failure():
+    done = threading.Event()
+
+    async def leaking(ctx):
+        threading.Thread(target=done.wait).start()
+
+    result = result_of(leaking)
+
+    done.set()
+    assert (result.outcome, result.reason) == ("FAIL", "1 threads are left running")
+
+
+@pytest.mark.parametrize("unseen", ["task", "coroutine", "file"])
+def test_what_nobody_saw_is_a_failure(unseen):
+    async def fail():
+        raise ZeroDivisionError
+
+    async def careless(ctx):
+        if unseen == "task":
+            task = asyncio.create_task(fail())
+            await asyncio.sleep(0)
+            del task
+        elif unseen == "coroutine":
+            fail()
+        else:
+            socket.socket()
+
+    result = result_of(careless)
+
+    told = {"task": "never retrieved", "coroutine": "was never awaited", "file": "unclosed"}
+    assert result.outcome == "FAIL"
+    assert told[unseen] in result.reason
+
+
+def test_what_a_scenario_opened_is_closed():
+    brokers = []
+
+    async def failing_later(ctx):
+        brokers.append(await ctx.broker())
+        ctx.check(holds=False, otherwise="later")
+
+    result_of(failing_later)
+
+    assert brokers[0]._closed
+
+
+# -- gates -------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_facility_it_is_not_run():
+    result = result_of(failing, facilities=frozenset({"proxy", "raw"}))
+
+    assert (result.outcome, result.reason) == ("NOT_RUN", "the harness has no proxy")
+
+
+def test_without_a_capability_it_is_unsupported():
+    result = result_of(failing, needs=Capabilities(durability="crash"))
+
+    assert result.outcome == "UNSUPPORTED"
+    assert result.reason == "not promised: durability (none, needed is crash)"
+
+
+def test_a_capability_that_is_absent_and_not_refused_is_a_failure():
+    class Careless(MemoryMessageBroker):
+        capabilities = Capabilities(distribution=frozenset({"broadcast"}), max_message_bytes=1000)
+
+    class CarelessHarness(MemoryHarness):
+        def transport(self):
+            return Careless()
+
+    needs = Capabilities(distribution=frozenset({"competing"}))
+
+    result = result_of(failing, needs=needs, harness=CarelessHarness())
+
+    assert result.outcome == "FAIL"
+    assert "should raise UnsupportedCapability" in result.reason
+
+
+def test_what_does_not_apply_is_not_run():
+    async def inapplicable(ctx):
+        ctx.applies(holds=False, otherwise="there is nothing to prove")
+
+    result = result_of(inapplicable)
+
+    assert (result.outcome, result.reason) == ("NOT_RUN", "not applicable: there is nothing to prove")
+
+
+# -- deviations --------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_that_is_known_is_a_deviation():
+    result = result_of(failing, harness=Deviating())
+
+    assert (result.outcome, result.reason) == ("DEVIATION", "known to be wrong, #1 [it is wrong]")
+
+
+def test_a_deviation_that_passes_is_a_failure():
+    result = result_of(passing, harness=Deviating())
+
+    assert result.outcome == "FAIL"
+    assert "remove the deviation" in result.reason
+
+
+def test_a_deviation_that_fails_otherwise_is_a_failure():
+    async def broken(ctx):
+        raise ZeroDivisionError
+
+    result = result_of(broken, harness=Deviating())
+
+    assert result.outcome == "FAIL"
+    assert "fails otherwise than by AssertionError" in result.reason
+
+
+@pytest.mark.parametrize("deviations", [{"PUB-99": Deviation(reason="why not")}, {"PUB-01": Deviation(reason=" ")}])
+def test_a_deviation_is_for_something_and_says_why(deviations):
+    class Wrong(MemoryHarness):
+        pass
+
+    Wrong.deviations = deviations
+
+    with pytest.raises(UnknownScenario):
+        run_suite(Wrong(), select("PUB-01"))
+
+
+# -- the registry ------------------------------------------------------------------------------------------------
+
+
+def test_an_id_is_registered_once():
+    with pytest.raises(ValueError, match="PUB-01 is registered already"):
+        scenario("PUB-01", "again")(passing)
+
+
+def test_a_scenario_says_what_it_catches():
+    with pytest.raises(ValueError, match="does not say which defect"):
+        scenario("PUB-98", "silent")(passing)
+    assert all(each.catches.startswith("Catches ") for each in SCENARIOS.values())
+
+
+def test_scenarios_are_selected_by_words():
+    assert [each.id for each in select("ack-03 ACK-01")] == ["ACK-01", "ACK-03"]
+    assert select("zebra") == []
+    assert {each.group for each in select("grp-")} == {"GRP"}
+
+
+# -- the ledger --------------------------------------------------------------------------------------------------
+
+
+async def delivered(ledger, *messages, name="s"):
+    broker = MemoryMessageBroker()
+    for message in messages:
+        topic = (message.message_type, message.message_name)
+        async with broker.subscribe([topic]) as deliveries:
+            await broker.send_message(message)
+            ledger.received.append(Received.of(await anext(deliveries), name))
+
+
+async def test_the_ledger_finds_what_is_lost_repeated_unexpected_and_late():
+    ledger = Ledger()
+    messages = [Message.create(message_name="n", payload={"n": number}) for number in range(5)]
+    for message in messages:
+        ledger.attempt(message).fate = "confirmed"
+    stranger = Message.create(message_name="n", payload={})
+    await delivered(ledger, messages[1], messages[0], messages[2], messages[2], stranger)
+
+    verdict = ledger.judge("s", messages)
+
+    ids = [message.message_id for message in messages]
+    assert (verdict.lost, verdict.repeated) == (ids[3:], [ids[2]])
+    assert (verdict.unexpected, verdict.reordered, verdict.explained) == ([stranger.message_id], [ids[0]], [])
+    with pytest.raises(Nonconformance, match=r"2 lost .* 1 repeated .* 1 unexpected .* 1 out of order"):
+        verdict.demand(in_order=True)
+
+
+async def test_a_repeat_that_was_asked_for_is_explained():
+    ledger = Ledger()
+    message = Message.create(message_name="n", payload={})
+    ledger.attempt(message).fate = "confirmed"
+    await delivered(ledger, message, message)
+    ledger.received[0].abandoned = True
+
+    verdict = ledger.judge("s", [message])
+
+    assert (verdict.explained, verdict.repeated) == ([message.message_id], [])
+    verdict.demand()
+
+
+async def test_what_failed_and_came_is_unexpected():
+    ledger = Ledger()
+    message = Message.create(message_name="n", payload={})
+    ledger.attempt(message).fate = "failed"
+    await delivered(ledger, message)
+
+    assert ledger.judge("s", [message]).unexpected == [message.message_id]
+
+
+def test_a_verdict_on_nothing_is_refused():
+    with pytest.raises(ValueError, match="proves nothing"):
+        Ledger().judge("s", [])
+
+
+# -- pytest ------------------------------------------------------------------------------------------------------
+
+
+def test_a_member_of_the_suite_cannot_be_replaced():
+    with pytest.raises(TypeError, match="test_scenario"):
+
+        class Shadowing(TransportConformance):
+            harness = MemoryHarness
+
+            def test_scenario(self): ...
+
+
+def test_an_unknown_deviation_is_refused_when_the_class_is_made():
+    with pytest.raises(UnknownScenario, match="PUB-99"):
+
+        class Unknown(TransportConformance):
+            harness = MemoryHarness
+            deviations: ClassVar = {"PUB-99": Deviation(reason="why not")}
+
+
+OUTCOMES = """
+from diator.testing.conformance import *
+from tests.integration.harnesses import MemoryHarness
+
+class Absent(MemoryHarness):
+    def start(self):
+        raise EnvironmentMissing("nobody is there")
+
+class TestGood(TransportConformance):
+    harness = MemoryHarness
+
+class TestAbsent(TransportConformance):
+    harness = Absent
+
+class TestRequired(TransportConformance):
+    harness = Absent
+    required = True
+
+class TestUnneeded(TransportConformance):
+    harness = MemoryHarness
+    deviations = {"PUB-01": Deviation(reason="it is fine")}
+"""
+
+
+def test_pytest_tells_the_outcomes_apart(tmp_path):
+    """One test a scenario, with its id in the name; nothing but pytest is needed."""
+    (tmp_path / "test_it.py").write_text(OUTCOMES)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:asyncio", "-c", "/dev/null", "-rA"]
+
+    run = subprocess.run(
+        [*command, "--rootdir", str(tmp_path), "-k", "PUB-01 or UNR-02", str(tmp_path)],
+        check=False, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+    said = run.stdout
+    assert "::TestGood::test_scenario[PUB-01]" in said.split("PASSED ")[1]
+    assert "UNSUPPORTED: not promised: unroutable" in said
+    assert "no service: nobody is there" in said
+    failed = [line.rpartition("::Test")[2] for line in said.splitlines() if line.startswith("FAILED ")]
+    assert {line.split(" ")[0] for line in failed if "PUB-01" in line} == {
+        "Required::test_scenario[PUB-01]", "Unneeded::test_scenario[PUB-01]"
+    }  # fmt: skip
+    assert run.returncode == 1
+
+
+# -- the command line --------------------------------------------------------------------------------------------
+
+HARNESS = "tests.integration.harnesses:MemoryHarness"
+HERE = f"{__name__}:"
+
+
+def test_the_report_has_its_shape(tmp_path, capsys):
+    file = tmp_path / "report.json"
+
+    assert main([HARNESS, "--report", str(file), "-k", "PUB-01 UNR-02", "--seed", "5"]) == 0
+
+    report = json.loads(file.read_text())
+    assert report.keys() == {
+        "suite_version", "diator_version", "transport", "broker", "capabilities", "facilities", "totals", "scenarios"
+    }  # fmt: skip
+    assert (report["suite_version"], report["transport"], report["broker"]) == (SUITE_VERSION, "memory", "in process")
+    assert report["totals"] == {"PASS": 1, "FAIL": 0, "UNSUPPORTED": 1, "NOT_RUN": 0, "DEVIATION": 0}
+    assert report["capabilities"]["redelivery"] == ["close", "crash", "retry"]
+    first = report["scenarios"][0]
+    assert first.keys() == {"id", "title", "level", "outcome", "reason", "seconds", "seed"}
+    assert (first["id"], first["level"], first["outcome"], first["seed"]) == ("PUB-01", "C", "PASS", 5)
+    assert "1 PASS, 1 UNSUPPORTED" in capsys.readouterr().out
+
+
+def test_a_failure_is_the_exit_code(monkeypatch, capsys):
+    monkeypatch.setattr(MemoryHarness, "deviations", {"PUB-01": Deviation(reason="it is fine")})
+
+    assert main([HARNESS, "-k", "PUB-01"]) == 1
+
+
+@pytest.mark.parametrize(("arguments", "code"), [([], 0), (["--require"], 1)])
+def test_a_missing_service_is_an_error_where_it_is_required(arguments, code, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(MemoryHarness, "start", Absent.start)
+    file = tmp_path / "report.json"
+
+    assert main([HARNESS, "-k", "PUB", "--report", str(file), *arguments]) == code
+
+    report = json.loads(file.read_text())
+    assert (report["broker"], report["capabilities"]) == (None, None)
+    assert report["totals"]["NOT_RUN"] == len(select("PUB"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["no.such.module:Harness"], ["tests.integration.harnesses:Nothing"], ["pathlib:Path"], [HARNESS, "-k", "zebra"]],
+)
+def test_a_command_that_makes_no_sense(arguments, capsys):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err
+
+
+def test_an_unknown_deviation_makes_no_sense(monkeypatch, capsys):
+    monkeypatch.setattr(MemoryHarness, "deviations", {"PUB-99": Deviation(reason="why not")})
+
+    assert main([HARNESS]) == 2
+    assert "PUB-99" in capsys.readouterr().err
+
+
+def test_it_is_a_program():
+    command = [sys.executable, "-W", "error", "-m", "diator.testing.conformance", HARNESS, "-k", "SIZ-02"]
+
+    run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith("PASS        SIZ-02")
