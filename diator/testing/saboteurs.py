@@ -32,7 +32,7 @@ from diator.consumer import Consumer, Health
 from diator.exceptions import BrokerError, BrokerUnavailable, DiatorError, MessageTooLarge
 from diator.retrying import RetryPolicy
 
-logger = logging.getLogger("diator.testing.saboteurs")
+logger: logging.Logger = logging.getLogger("diator.testing.saboteurs")
 
 S = TypeVar("S", bound="type[Saboteur]")
 

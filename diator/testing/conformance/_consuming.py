@@ -51,7 +51,7 @@ class Handlings:
 
         events = EventMap()
         events.bind(happened, handler)
-        self.topic = Topic("notification_event", name)
+        self.topic: Topic = Topic("notification_event", name)
         self.handled: list[Handled] = []
         self._progress = asyncio.Event()
         self._announcing = _Announcing(broker)
@@ -59,7 +59,7 @@ class Handlings:
             options.setdefault("group", f"{name}-group")
         options.setdefault("retry", ONCE)
         self.group: str | None = options.get("group")
-        self.consumer = consumer(self._announcing, event_map=events, on_handled=self._note, **options)
+        self.consumer: Consumer = consumer(self._announcing, event_map=events, on_handled=self._note, **options)
 
     async def run(self) -> None:
         """Consume until it is stopped."""

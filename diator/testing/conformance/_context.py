@@ -14,7 +14,7 @@ from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
 from diator.exceptions import BrokerUnavailable, OutcomeUnknown
 from diator.testing.conformance._consuming import Handle, Handlings
-from diator.testing.conformance._harness import Harness, Proxy, Transport
+from diator.testing.conformance._harness import Harness, Limits, Proxy, Transport
 from diator.testing.conformance._ledger import Ledger, Nonconformance, NotApplicable, Received, fate_of
 from diator.testing.conformance._reader import Reader, Work, cancelled, share
 
@@ -34,9 +34,9 @@ class Context:
     def __init__(self, harness: Harness, capabilities: Capabilities, *, seed: int, resources: AsyncExitStack) -> None:
         self.harness = harness
         self.capabilities = capabilities
-        self.limits = harness.limits
-        self.ledger = Ledger()
-        self.random = random.Random(seed)  # noqa: S311  # what is random has to be repeatable
+        self.limits: Limits = harness.limits
+        self.ledger: Ledger = Ledger()
+        self.random: random.Random = random.Random(seed)  # noqa: S311  # what is random has to be repeatable
         self._resources = resources
         self._run = uuid4().hex[:12]
         self._names = 0
