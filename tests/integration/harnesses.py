@@ -4,13 +4,9 @@ import os
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
-import redis
-
 from diator.brokers.base import Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.memory import MemoryMessageBroker, _Entry
-from diator.brokers.redis import RedisMessageBroker
-from diator.brokers.redis_streams import RedisStreamMessageBroker
 from diator.brokers.supervisor import Patience
 from diator.exceptions import UnsupportedCapability
 from diator.testing.conformance import DeadLettered, EnvironmentMissing, Harness, Limits
@@ -122,6 +118,8 @@ class RedisHarness(Harness):
         if not url:
             raise EnvironmentMissing("DIATOR_TEST_REDIS_URL does not say where Redis is")
         self.url = self.direct = url
+        import redis
+
         with redis.Redis.from_url(url) as client:
             try:
                 self.version = client.info("server")["redis_version"]
@@ -135,6 +133,8 @@ class RedisHarness(Harness):
         return {"timeout": 2.0, "patience": Patience(connect=2.0, idle=1.0, silence=1.0, longest_pause=1.0)}
 
     def transport(self):
+        from diator.brokers.redis import RedisMessageBroker
+
         return RedisMessageBroker.from_url(self.url, **self.options())
 
     async def send_raw(self, transport, topic, body):
@@ -158,6 +158,8 @@ class RedisStreamHarness(RedisHarness):
     facilities = RedisHarness.facilities | {"dead_letters"}
 
     def transport(self):
+        from diator.brokers.redis_streams import RedisStreamMessageBroker
+
         return RedisStreamMessageBroker.from_url(self.url, lease=1.0, **self.options())
 
     async def send_raw(self, transport, topic, body):
