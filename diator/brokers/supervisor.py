@@ -16,7 +16,7 @@ from typing import Protocol, Self
 from diator.brokers.base import Delivery, Gap, OnGap
 from diator.exceptions import BrokerClosed, BrokerError, BrokerUnavailable
 
-_WAITING = 0.001
+_WAITING = 0.05
 """Whoever waits for longer than this, in seconds, has read everything that was there."""
 
 logger: logging.Logger = logging.getLogger(__name__)
