@@ -42,9 +42,10 @@ def event() -> UserJoined:
 
 async def measure(url: str, *, rounds: int, seconds: float) -> dict[str, Any]:
     """Measure, print the table, and give what was measured: messages a second, and ratios."""
-    async with senders(url) as by_name, subscription(url) as arrived:
-        for name, send in by_name.items():
-            await verify(name, send, arrived)
+    async with senders(url) as by_name:
+        async with subscription(url) as arrived:
+            for name, send in by_name.items():
+                await verify(name, send, arrived)
 
         rates: dict[tuple[str, int], list[float]] = defaultdict(list)
         for _ in range(rounds):
