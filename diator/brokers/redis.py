@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -13,8 +12,9 @@ from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities, require
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode
 from diator.brokers.message import Message
+from diator.brokers.sending import send_together
 from diator.brokers.supervisor import Patience, Source, Supervised
-from diator.exceptions import BrokerClosed, MessagesNotSent, MessageUnroutable, UnsupportedCapability, WiringError
+from diator.exceptions import BrokerClosed, MessageUnroutable, UnsupportedCapability, WiringError
 
 
 class RedisMessageBroker:
@@ -101,14 +101,7 @@ class RedisMessageBroker:
 
     async def send_messages(self, messages: Sequence[Message], /) -> None:
         """See `BatchMessageBroker.send_messages`: in one write, in their order."""
-        verdicts = await asyncio.gather(*map(self.publish, messages), return_exceptions=True)
-        failed = [
-            (message, error)
-            for message, error in zip(messages, verdicts, strict=True)
-            if isinstance(error, BaseException)
-        ]
-        if failed:
-            raise MessagesNotSent([message.message_id for message, _ in failed]) from failed[0][1]
+        await send_together(self.send_message, messages)
 
     @property
     def capabilities(self) -> Capabilities:

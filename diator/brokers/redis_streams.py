@@ -27,8 +27,9 @@ from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities, require
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
 from diator.brokers.message import Message
+from diator.brokers.sending import send_together
 from diator.brokers.supervisor import Patience, Source, Supervised
-from diator.exceptions import BrokerClosed, BrokerError, EncodingError, MessageRejected, MessagesNotSent, WiringError
+from diator.exceptions import BrokerClosed, BrokerError, EncodingError, MessageRejected, WiringError
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -146,10 +147,7 @@ class RedisStreamMessageBroker:
 
     async def send_messages(self, messages: Sequence[Message], /) -> None:
         """See `BatchMessageBroker.send_messages`: in one write, in their order."""
-        verdicts = await asyncio.gather(*map(self.send_message, messages), return_exceptions=True)
-        failed = [(m, error) for m, error in zip(messages, verdicts, strict=True) if isinstance(error, BaseException)]
-        if failed:
-            raise MessagesNotSent([message.message_id for message, _ in failed]) from failed[0][1]
+        await send_together(self.send_message, messages)
 
     @asynccontextmanager
     async def subscribe(

@@ -6,10 +6,12 @@ In a file of its own, because importing the mediator is to be quick.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from diator.brokers.message import Message
+from diator.exceptions import MessagesNotSent
 
 
 class MessageBroker(Protocol):
@@ -51,6 +53,14 @@ class BatchMessageBroker(Protocol):
             MessagesNotSent: Some were not confirmed; `__cause__` is the verdict on the first of them.
         """
         ...
+
+
+async def send_together(send: Callable[[Message], Awaitable[None]], messages: Sequence[Message]) -> None:
+    """Keep the promise of `send_messages` with a *send* that puts concurrent callers' messages into one exchange."""
+    verdicts = await asyncio.gather(*map(send, messages), return_exceptions=True)
+    failed = [(message, error) for message, error in zip(messages, verdicts, strict=True) if error is not None]
+    if failed:
+        raise MessagesNotSent([message.message_id for message, _ in failed]) from failed[0][1]
 
 
 def enlists(broker: object) -> bool:
