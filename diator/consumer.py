@@ -105,7 +105,7 @@ class Consumer:
         self._handling = Handling(
             self._routes,
             _retry(broker, promised, retry),
-            can_retry=_can_give_back(promised),
+            can_retry=not promised.lacking(_GIVING_BACK),
             can_dead_letter=promised.dead_letter,
             max_message_bytes=promised.max_message_bytes,
             timeout=handler_timeout,
@@ -261,18 +261,16 @@ def _group(broker: object, promised: Capabilities, group: str | None) -> str | N
     return group
 
 
-def _can_give_back(promised: Capabilities) -> bool:
-    """Without a count of attempts nothing would end giving a message back."""
-    return promised.delayed_retry and promised.delivery_count == "exact"
+_GIVING_BACK = Capabilities(delayed_retry=True, delivery_count="retries")
+"""What a delayed retry needs: without a count of attempts nothing would end giving a message back."""
 
 
 def _retry(broker: object, promised: Capabilities, retry: RetryPolicy | None) -> RetryPolicy:
     if retry is None:
-        return RetryPolicy() if _can_give_back(promised) else RetryPolicy(delayed=0)
+        return RetryPolicy(delayed=0) if promised.lacking(_GIVING_BACK) else RetryPolicy()
     if retry.delayed:
-        needed = Capabilities(delayed_retry=True, delivery_count="exact")
         remedy = "set RetryPolicy(delayed=0), and only the immediate ones remain, or use a transport that gives back"
-        require(broker, promised, needed, for_="RetryPolicy(delayed=…)", remedy=remedy)
+        require(broker, promised, _GIVING_BACK, for_="RetryPolicy(delayed=…)", remedy=remedy)
     return retry
 
 

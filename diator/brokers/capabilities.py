@@ -11,7 +11,7 @@ from diator.exceptions import UnsupportedCapability
 Guarantee: TypeAlias = Literal["at_most_once", "at_least_once"]
 Receipt: TypeAlias = Literal["none", "accepted", "durable"]
 Settlement: TypeAlias = Literal["none", "cumulative", "individual"]
-Count: TypeAlias = Literal["none", "flag", "exact"]
+Count: TypeAlias = Literal["none", "retries", "exact"]
 Ordering: TypeAlias = Literal["none", "key", "destination"]
 Subscription: TypeAlias = Literal["ephemeral", "durable"]
 Replay: TypeAlias = Literal["none", "earliest", "position"]
@@ -44,7 +44,7 @@ class Capabilities:
     delayed_retry: bool = False
     dead_letter: bool = False
     delivery_count: Count = "none"
-    """What `Delivery.attempt` knows: nothing; that there was one before; how many."""
+    """What `Delivery.attempt` counts: nothing; each time it was given back; also deliveries that nobody settled."""
     ordering: Ordering = "none"
     """Within what the order of sends is the order of first deliveries, for one consumer."""
     distribution: Distribution = frozenset()

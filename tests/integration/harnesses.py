@@ -10,7 +10,7 @@ from diator.brokers.memory import MemoryMessageBroker, _Entry
 from diator.brokers.supervisor import Patience
 from diator.exceptions import UnsupportedCapability
 from diator.testing.conformance import DeadLettered, EnvironmentMissing, Harness, Limits
-from tests.fault_proxy import FaultProxy
+from diator.testing.fault_proxy import FaultProxy
 
 
 class MemoryHarness(Harness):

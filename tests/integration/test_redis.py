@@ -49,7 +49,7 @@ from diator.exceptions import (
 )
 from diator.mediator import Mediator
 from diator.requests import Request, RequestHandler, RequestMap
-from tests.fault_proxy import BOTH, FaultProxy, Flow
+from diator.testing.fault_proxy import BOTH, FaultProxy, Flow
 from tests.services import BACKENDS, Service
 
 TIMEOUT = 0.5

@@ -28,7 +28,7 @@ from diator.consumer import Consumer
 from diator.events import EventMap, NotificationEvent
 from diator.exceptions import BrokerClosed, BrokerUnavailable, OutcomeUnknown, UnsupportedCapability
 from diator.retrying import RetryPolicy
-from tests.fault_proxy import FaultProxy, Flow
+from diator.testing.fault_proxy import FaultProxy, Flow
 
 COUNTED = Topic("notification_event", "Counted")
 LEASE = 0.6

@@ -23,7 +23,7 @@ from diator.consumer import Consumer
 from diator.events import EventMap, NotificationEvent
 from diator.exceptions import BrokerClosed, BrokerUnavailable, UnsupportedCapability
 from diator.retrying import RetryPolicy
-from tests.fault_proxy import FaultProxy
+from diator.testing.fault_proxy import FaultProxy
 
 COUNTED = Topic("notification_event", "Counted")
 ONCE = RetryPolicy(immediate=0, delayed=0)

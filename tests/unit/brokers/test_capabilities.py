@@ -13,7 +13,7 @@ LEVELS = {
     "settlement": ["none", "cumulative", "individual"],
     "delayed_retry": [False, True],
     "dead_letter": [False, True],
-    "delivery_count": ["none", "flag", "exact"],
+    "delivery_count": ["none", "retries", "exact"],
     "ordering": ["none", "key", "destination"],
     "subscription": ["ephemeral", "durable"],
     "replay": ["none", "earliest", "position"],
