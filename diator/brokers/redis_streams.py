@@ -251,6 +251,8 @@ _FORGOTTEN_AFTER = 3600.0
 _ACK_DELAY = 0.002
 _ACK_BATCH = 100
 _MOST_PENDING = b"100000"
+_NO_ENTRY = b"18446744073709551615-18446744073709551614"
+"""An id that no entry comes after."""
 _MOST_OF_LUA = 4_000
 """How many arguments a script can hand on at once: `unpack` has a limit of about 8,000."""
 
@@ -315,6 +317,9 @@ class _Member:
             except MessageRejected as error:
                 if "BUSYGROUP" not in str(error):
                     raise
+        # Nothing can be there, so this asks only whether it may be read: whoever may not is to hear so at once.
+        nothing = [_NO_ENTRY] * len(self.topics)
+        await self.execute(b"XREADGROUP", b"GROUP", self.group, self.name, b"STREAMS", *self.topics, *nothing)
         self._joined = True
 
     def delivery(self, stream: bytes, id_: bytes, pairs: Sequence[bytes], times: int) -> Delivery:
