@@ -97,7 +97,8 @@ async def read_while(
                 await cancelled(reading)
             if not reading.cancelled():
                 came |= {each.id for each in reading.result()}
-        await task
+            if task.done():
+                task.result()
     finally:
         await cancelled(task)
 

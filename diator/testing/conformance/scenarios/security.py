@@ -68,7 +68,9 @@ async def authorised(ctx: Context) -> None:
     topic = ctx.topic()
     granted, within = ctx.closing(ctx.harness.guarded("granted")), ctx.limits.timeout + ctx.limits.lag
     silent, deaf = _guarded(ctx, "may not send"), _guarded(ctx, "may not read")
-    ctx.check(silent or deaf, "the harness has nobody without permissions, so nothing was proved")
+    ctx.check(
+        silent is not None or deaf is not None, "the harness has nobody without permissions, so nothing was proved"
+    )
     if silent is not None:
         async with ctx.reading(silent, topic) as reader:
             refused = ctx.raises(MessageRejected, ctx.send(silent, topic), "sending without permission")
