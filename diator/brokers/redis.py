@@ -51,7 +51,6 @@ class RedisMessageBroker:
         if read_ahead < 1 or max_in_flight < 1 or timeout <= 0:
             raise WiringError("read_ahead and max_in_flight are at least 1, and timeout is above 0")
         self._client = client
-        self._owns_client = False
         self._prefix = channel_prefix
         self._max_message_bytes = max_message_bytes
         self._require_receiver = require_receiver
@@ -83,7 +82,7 @@ class RedisMessageBroker:
             read_ahead=read_ahead,
             patience=patience,
         )
-        broker._owns_client = True
+        broker._connection.owns_client = True
         return broker
 
     async def send_message(self, message: Message, /) -> None:
@@ -174,8 +173,6 @@ class RedisMessageBroker:
     async def aclose(self) -> None:
         """Refuse further messages and wait, at most *timeout*, for the answers that are due. Again: does nothing."""
         await self._connection.aclose()
-        if self._owns_client:
-            await self._client.aclose()
 
     async def __aenter__(self) -> Self:
         await self._connection.open()
