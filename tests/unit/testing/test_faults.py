@@ -264,6 +264,7 @@ async def test_draining_follows_what_handlers_send():
     @events.handler
     async def handle(event: UserJoined) -> None:
         seen.append(event.user_id)
+        await asyncio.sleep(0.01)  # nothing waits meanwhile, and yet it is not over
         if event.user_id < 5:
             await joined(broker, event.user_id + 1)
 
@@ -306,6 +307,17 @@ async def test_after_a_crash_it_is_handled_again():
 
     assert sorted(handled.numbers) == [1, 1, 2]
     assert sorted(each.attempt for each in broker.deliveries) == [1, 1, 2]
+
+
+async def test_after_a_crash_it_is_put_aside_again():
+    broker = FaultyMessageBroker()
+    broker.on_delivery(crashed)
+    await joined(broker, 1)
+
+    await broker.drain(Handled(broker, fails=[1]).consumer)
+
+    assert [each.outcome for each in broker.deliveries] == ["dead_letter"] * 2
+    assert len(broker.dead_letters) == 1
 
 
 async def test_a_message_that_crashes_every_consumer_is_put_aside():
@@ -376,9 +388,12 @@ async def test_work_that_never_ends_is_told_and_cut_off():
         await asyncio.Event().wait()
 
     await joined(broker, 1, 2)
+    began = monotonic()
 
     with pytest.raises(TimeoutError, match=r"after 0\.05 s 1 messages wait, and 1 are not settled"):
         await broker.drain(Consumer(broker, event_map=events), within=0.05)
+
+    assert monotonic() - began < 5
 
 
 async def test_what_ends_a_consumer_comes_out():
