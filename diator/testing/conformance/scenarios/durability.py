@@ -141,7 +141,8 @@ async def promises_nothing(ctx: Context) -> None:
     ctx.check(ctx.capabilities.receipt != "durable", "a receipt is called durable, and nothing is")
     service = await ctx.outages()
     broker, topic = await ctx.broker(), ctx.topic()
-    await ctx.send(broker, topic, 5)
+    for _ in range(5):
+        await ctx.use(broker, topic)
     await _restart(ctx, service)
     await ctx.within(ctx.limits.recovery, ctx.persist(broker, ctx.message(topic, 5)), "sending after the restart")
     async with ctx.reading(broker, topic) as reader:

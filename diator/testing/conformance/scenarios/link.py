@@ -365,7 +365,7 @@ async def settled_after_a_reset(ctx: Context) -> None:
     "what could not be settled comes again",
     level="F",
     needs=Capabilities(
-        settlement="individual", redelivery=frozenset({"retry", "crash"}), delayed_retry=True, dead_letter=True
+        settlement="cumulative", redelivery=frozenset({"retry", "crash"}), delayed_retry=True, dead_letter=True
     ),
     facilities=["proxy"],
     timeout=90,

@@ -82,7 +82,7 @@ async def authorised(ctx: Context) -> None:
         subscribing = ctx.reading(deaf, topic).__aenter__()
         shut_out = ctx.raises(BrokerError, subscribing, "subscribing without permission")
         await ctx.within(within, shut_out, "being refused")
-        await ctx.send(deaf, topic)
+        await ctx.use(deaf, topic)
 
 
 @scenario("SEC-05", "a password is seen nowhere", level="F", facilities=["security"], timeout=60)
@@ -95,7 +95,7 @@ async def secret(ctx: Context) -> None:
             if broker is not None:
                 seen += [repr(broker), str(broker), repr(vars(broker)) if hasattr(broker, "__dict__") else ""]
                 try:
-                    await ctx.send(broker, ctx.topic())
+                    await ctx.use(broker)
                 except (BrokerUnavailable, OutcomeUnknown) as error:
                     ctx.check(access != "granted", f"the right password was refused: {error}")
                     seen += traceback.format_exception(error)
@@ -130,7 +130,7 @@ class _Listening(logging.Handler):
     "SEC-09",
     "headers of a sender are not taken for the transport's own word",
     level="F",
-    needs=Capabilities(settlement="individual", dead_letter=True),
+    needs=Capabilities(settlement="cumulative", dead_letter=True),
     facilities=["dead_letters"],
     timeout=30,
 )
