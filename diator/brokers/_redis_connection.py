@@ -97,6 +97,19 @@ def check_client(client: object) -> None:
         raise WiringError(f"{client!r:.80} is no Redis client; give a redis.asyncio.Redis object, or use from_url")
 
 
+async def give_back(client: Client, connection: Connection) -> None:
+    """
+    Close *connection* at once, and return it to the pool of *client*. Nothing of value may be on its way.
+
+    redis-py alone would begin to close it: with TLS that waits for the peer's goodbye, after `aclose` has returned.
+    """
+    writer: asyncio.StreamWriter | None = getattr(connection, "_writer", None)
+    if writer is not None:
+        writer.transport.abort()
+    await connection.disconnect(nowait=True)
+    await client.connection_pool.release(connection)
+
+
 class SharedConnection:
     """
     One connection of a client's pool, which concurrent callers use at once.
@@ -240,8 +253,7 @@ class SharedConnection:
     async def _give_back(self, link: _Link, connection: AbstractConnection) -> None:
         if self._link is link:
             self._link = None
-        await connection.disconnect(nowait=True)
-        await self._client.connection_pool.release(connection)
+        await give_back(self._client, connection)
 
     async def _execute_alone(self, command: Sequence[bytes], message_id: UUID | None, deadline: float) -> Any:
         written = not self._plain  # of a client of another kind nobody knows

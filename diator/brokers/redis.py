@@ -9,7 +9,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, 
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
-from diator.brokers._redis_connection import Client, Connection, SharedConnection, check_client, client_from_url
+from diator.brokers._redis_connection import (
+    Client,
+    Connection,
+    SharedConnection,
+    check_client,
+    client_from_url,
+    give_back,
+)
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities, require
 from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode
@@ -178,8 +185,7 @@ class RedisMessageBroker:
                 await source.receive(0)
             yield source
         finally:
-            await connection.disconnect(nowait=True)
-            await self._client.connection_pool.release(connection)
+            await give_back(self._client, connection)
 
     def _channel(self, topic: Topic) -> bytes:
         return f"{self._prefix}:{topic.message_type}:{topic.message_name}".encode()
