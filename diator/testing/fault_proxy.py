@@ -49,7 +49,7 @@ class FaultProxy:
         self._links: dict[asyncio.Task[None], _Link] = {}
         self._open = {flow: asyncio.Event() for flow in Flow}
         self._lossy: set[Flow] = set()
-        self._latency = 0.0, 0.0
+        self._latency: tuple[float, float] = (0.0, 0.0)
         self._cuts: dict[Flow, int] = {}
         self._rejects = False
 

@@ -75,7 +75,7 @@ async def receives_again(ctx: Context, reader: Reader, *, by: float | None = Non
     await reader.until_fence()
     messages = await ctx.send(reader.broker, topic, 20)
     await reader.until_fence()
-    ids = [message.message_id for message in messages]
+    ids: list[object] = [message.message_id for message in messages]
     came = [each.id for each in ctx.ledger.received if each.id in ids and each.subscription == reader.name]
     if ctx.capabilities.ordering != "destination":
         came.sort(key=ids.index)
