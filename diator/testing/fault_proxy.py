@@ -37,11 +37,11 @@ class FaultProxy:
         lost: How many bytes a black hole has taken, by direction.
     """
 
-    host = "127.0.0.1"
+    host: str = "127.0.0.1"
 
     def __init__(self, host: str, port: int) -> None:
-        self.port = 0
-        self.accepted = 0
+        self.port: int = 0
+        self.accepted: int = 0
         self.passed: Counter[Flow] = Counter()
         self.lost: Counter[Flow] = Counter()
         self._service = host, port
