@@ -169,12 +169,15 @@ class ReadableBroker(MessageBroker, Protocol):
         subscription without a group begins with its entry. Any number of subscriptions live beside each other in one
         broker, to the same topics or not, and neither holds up nor ends another.
 
-        Cancelling a wait for the next delivery loses nothing. The iterator ends only when its context does, or its
-        broker is closed, which `BrokerClosed` says: it reconnects by itself, with growing, jittered pauses, and tells
-        *on_gap* whenever messages may have been missed meanwhile. The context's end waits for nothing but what was
-        settled to reach the service; what was not settled becomes available to other members at once where the
-        transport's `redelivery` has `close`, and what was received and never given out was not delivered: it counts as
-        no attempt. An error in the context's block comes out of it as it is.
+        Cancelling a wait for the next delivery loses nothing. The iterator reconnects by itself, with growing, jittered
+        pauses, and tells *on_gap* whenever messages may have been missed meanwhile. It ends only when its context does,
+        or with an error that trying again does not mend: BrokerClosed, or the WiringError of a service that is set up
+        otherwise than it was.
+
+        The context's end waits for nothing but what was settled to reach the service; what was not settled becomes
+        available to other members at once where the transport's `redelivery` has `close`, and what was received and
+        never given out was not delivered: it counts as no attempt. An error in the context's block comes out of it as
+        it is.
 
         Raises, on entry:
             WiringError: *prefetch* is below 1.
