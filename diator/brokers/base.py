@@ -87,6 +87,9 @@ class Delivery:
         Returns when the transport has taken note. It may tell the service together with others, within milliseconds,
         and at the latest when the subscription ends; if that fails, the message comes again. Does nothing where the
         transport has no acknowledgements.
+
+        Raises:
+            BrokerError: It could not be told, and comes again.
         """
         await self._settle("ack", lambda: self.settler.ack(self))
 
