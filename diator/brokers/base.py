@@ -75,8 +75,8 @@ class Delivery:
     attempt: int
     """1 for the first delivery of this message to its group; always 1 where the transport does not count."""
     settler: Settler = field(repr=False)
-    token: object = None
-    """By what the transport knows this delivery: a tag, an offset, the id of an entry. Nobody else looks at it."""
+    token: object = field(default=None, repr=False)
+    """By what the transport knows this delivery: a tag, an offset, an entry. Nobody else looks at it, nor logs it."""
     outcome: str | None = None
     """How it was settled: `ack`, `retry`, `dead_letter`; None if it was not."""
 
