@@ -95,16 +95,15 @@ async def read_while(
 ) -> None:
     """Acknowledge what comes while *doing* runs, and then until the ids that came are enough."""
     task = asyncio.create_task(doing)
-    came: set[object] = set()
     try:
-        while not task.done() or not until(came):
+        while not task.done() or not until(reader.acknowledged):
             reading: asyncio.Task[list[Received]] = asyncio.create_task(reader.take(1))
             await asyncio.wait({reading} if task.done() else {reading, task}, return_when=asyncio.FIRST_COMPLETED)
             if not reading.done():
                 await cancelled(reading)
             # An acknowledgement that did not arrive is told, and its message comes again.
             if not reading.cancelled() and not isinstance(reading.exception(), BrokerError):
-                came |= {each.id for each in reading.result()}
+                reading.result()
             if task.done():
                 task.result()
     finally:

@@ -22,7 +22,14 @@ from diator.testing.conformance import SCENARIOS
 PlainReport: TypeAlias = Mapping[str, Any]
 """A report as JSON has it."""
 
-SIGNS: dict[str, str] = {"PASS": "✓", "FAIL": "✗", "DEVIATION": "△", "UNSUPPORTED": "○", "NOT_RUN": "·"}
+SIGNS: dict[str, str] = {
+    "PASS": "✓",
+    "FAIL": "✗",
+    "DEVIATION": "△",
+    "UNSUPPORTED": "○",
+    "NOT_RUN": "·",
+    "PROVISIONAL": "▽",
+}
 """How each outcome is shown."""
 
 _YES_NO: dict[str, str] = {"True": "yes", "False": "no"}
@@ -182,7 +189,7 @@ def reasons(reports: Sequence[PlainReport]) -> str:
     for report in reports:
         because: dict[tuple[str, str], list[str]] = defaultdict(list)
         for each in report["scenarios"]:
-            if each["outcome"] in ("FAIL", "DEVIATION", "NOT_RUN"):
+            if each["outcome"] in ("FAIL", "DEVIATION", "NOT_RUN", "PROVISIONAL"):
                 because[SIGNS[each["outcome"]], each["reason"]].append(each["id"])
         lines += [
             f"- {report['transport']}, {sign} {', '.join(ids)}: {_cell(reason)}"
