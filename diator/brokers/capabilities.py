@@ -47,6 +47,8 @@ class Capabilities:
     """What `Delivery.attempt` counts: nothing; each time it was given back; also deliveries that nobody settled."""
     ordering: Ordering = "none"
     """Within what the order of sends is the order of first deliveries, for one consumer."""
+    ordered_retry: bool = False
+    """Given back, a message holds up those behind it (of its key, where that is the order), so that order is kept."""
     distribution: Distribution = frozenset()
     """Broadcast: every subscription gets every message. Competing: one member of a group gets it."""
     subscription: Subscription = "ephemeral"

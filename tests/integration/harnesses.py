@@ -11,6 +11,7 @@ from diator.brokers.supervisor import Patience
 from diator.exceptions import UnsupportedCapability
 from diator.testing.conformance import DeadLettered, EnvironmentMissing, Harness, Limits
 from diator.testing.fault_proxy import FaultProxy
+from tests.services import MissingService, Services
 
 
 class MemoryHarness(Harness):
@@ -173,3 +174,94 @@ class RedisStreamHarness(RedisHarness):
 
 def _bytes(value):
     return value.encode() if isinstance(value, str) else value
+
+
+# -- Kafka -------------------------------------------------------------------------------------------------------
+
+
+class KafkaHarness(Harness):
+    """Kafka, at `DIATOR_TEST_KAFKA_SERVERS`; behind a proxy, one in a container of its own."""
+
+    name = "kafka"
+    facilities = frozenset({"proxy", "raw", "dead_letters"})
+    # Joining a group, and creating a topic, take a tenth of a second each; the lowest session that Kafka allows is 6 s.
+    limits = Limits(scale=4.0, settle=0.2, redelivery=5.0, timeout=3.0, liveness=10.0, recovery=15.0, lag=2.0)
+
+    def start(self):
+        servers = os.environ.get("DIATOR_TEST_KAFKA_SERVERS")
+        if not servers:
+            raise EnvironmentMissing("DIATOR_TEST_KAFKA_SERVERS does not say where Kafka is")
+        self.servers = servers
+        self._services = Services()
+        try:
+            self._behind_proxy = self._services.private("kafka")
+        except MissingService as error:
+            self._behind_proxy, self._why_not = None, str(error)
+
+    def stop(self):
+        self._services.close()
+
+    def service(self):
+        return "Kafka"
+
+    def options(self):
+        patience = Patience(connect=3.0, idle=1.5, silence=1.5, longest_pause=1.0)
+        return {"timeout": 3.0, "session": 6.0, "heartbeat": 0.3, "drain": 10.0, "patience": patience}
+
+    def transport(self):
+        from diator.brokers.kafka import KafkaMessageBroker
+
+        return KafkaMessageBroker(self.servers, "conformance", **self.options())
+
+    async def send_raw(self, transport, topic, body):
+        await transport._producer.send(transport._names.topic(topic), body)
+
+    async def dead_letters(self, transport, topic, group):
+        from aiokafka import AIOKafkaConsumer
+
+        name = transport._names.beside(transport._names.topic(topic), group, "dlq")
+        consumer = AIOKafkaConsumer(name, bootstrap_servers=self.servers, auto_offset_reset="earliest")
+        found = []
+        async with consumer:
+            ends = await consumer.end_offsets(consumer.assignment())
+            for place, end in ends.items():
+                while end and await consumer.position(place) < end:
+                    found.append(await consumer.getone(place))
+        found.sort(key=lambda record: record.timestamp)
+        return [
+            DeadLettered(body=record.value, reason=dict(record.headers)["diator-dlq-reason"].decode())
+            for record in found
+        ]
+
+    @asynccontextmanager
+    async def proxied(self):
+        if self._behind_proxy is None:
+            raise EnvironmentMissing(self._why_not)
+        proxy = FaultProxy("127.0.0.1", self._behind_proxy.behind)
+        proxy.port = self._behind_proxy.proxied
+        direct = self.servers
+        async with proxy:
+            self.servers = f"{proxy.host}:{proxy.port}"
+            try:
+                yield proxy
+            finally:
+                self.servers = direct
+
+
+class KafkaInPlaceHarness(KafkaHarness):
+    """Kafka, where what is given back holds up what is behind it."""
+
+    name = "kafka, retry in place"
+    facilities = frozenset({"raw", "dead_letters"})
+
+    def start(self):
+        servers = os.environ.get("DIATOR_TEST_KAFKA_SERVERS")
+        if not servers:
+            raise EnvironmentMissing("DIATOR_TEST_KAFKA_SERVERS does not say where Kafka is")
+        self.servers = servers
+
+    def stop(self):
+        pass
+
+    def options(self):
+        return {**super().options(), "retry_in_place": True}
