@@ -140,8 +140,8 @@ class Subscription:
         self._dead = {name: names.beside(name, group, "dlq") for name in self._topics}
         self.supervised: Supervised
         self.unsettled = 0
-        self.positions: dict[TopicPartition, int] = {}
-        """Without a group: where to read on, whatever becomes of the connection."""
+        self.alone: dict[TopicPartition, _Partition] = {}
+        """Without a group: what is read, and how far it is, whatever becomes of the connection."""
         self.wake: Callable[[], None] = lambda: None
         self.ready: deque[tuple[_Partition, ConsumerRecord, int]] = deque()
         """What is to be delivered without asking Kafka: what is due, and what was behind another."""
@@ -224,8 +224,6 @@ class Subscription:
                     into.append(self.delivery(partition, record, attempt))
             else:
                 into.append(self.delivery(partition, record, attempt))
-        if self._group is None:
-            self.positions[partition.place] = partition.offsets.next
 
     def _wait_until_due(self, partition: _Partition, record: ConsumerRecord, into: list[Delivery]) -> None:
         attempt, due, _ = _retry_headers(record)
@@ -479,8 +477,6 @@ class _Connection:
                     f"messages of {place.topic}, partition {place.partition}, are gone: {offset} was to be read next, "
                     f"and the oldest is {oldest}; its retention is shorter than this reader was behind, or it was deleted"
                 )
-                old = self.partitions[place]
-                self.subscription.lose([old])
                 self.partitions[place] = self.subscription.partition(place, Offsets(oldest))
                 self.consumer.seek(place, oldest)
 
@@ -491,8 +487,9 @@ class _Connection:
             await self.consumer._client.fetch_all_metadata()  # noqa: SLF001  # the public way asks for the same
         else:
             ends = await self.consumer.end_offsets(places)
-            if any(ends[place] > await self.consumer.position(place) for place in places):
-                return
+            for place in places:
+                if place in self.partitions and ends[place] > await self.consumer.position(place):
+                    return
         self._heard = True
         self._woken.set()
 
@@ -505,8 +502,7 @@ class _Connection:
                 await self.say_goodbye()
         except CLIENT_ERRORS as error:
             logger.warning("leaving Kafka was not heard there: %s: %s", type(error).__name__, error)
-        self.subscription.lose(self.partitions.values())
-        consumer, self.partitions = self.consumer, {}
+        consumer = self.consumer
         consumer._closed = True  # noqa: SLF001  # its own `stop` can hang, and raise what it was not told to
         coordinator, fetcher = consumer._coordinator, consumer._fetcher  # noqa: SLF001
         tasks = [
@@ -608,10 +604,13 @@ class _Member(_Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # 
             partition.committed = now
 
     async def say_goodbye(self) -> None:
-        if self._committing is not None:
-            await end_tasks([self._committing])
-        if self._assigned.is_set():
-            await self._commit()
+        try:
+            if self._committing is not None:
+                await end_tasks([self._committing])
+            if self._assigned.is_set():
+                await self._commit()
+        finally:
+            self.subscription.lose(self.partitions.values())
         coordinator = self.consumer._coordinator  # noqa: SLF001
         if coordinator is None:
             return
@@ -632,24 +631,23 @@ class _Alone(_Connection):
 
     async def begin(self, topics: Sequence[str]) -> None:
         self._topics = topics
+        self.partitions = self.subscription.alone
         await self._assign()
 
     async def _assign(self) -> None:
-        positions, places = self.subscription.positions, []
+        known, places = self.partitions, []
         for topic in self._topics:
             places += [TopicPartition(topic, number) for number in await self._numbers_of(topic)]
-        new = [place for place in places if place not in positions]
-        if new and positions:  # these came later: all that is in them is to be read
-            positions |= await self.consumer.beginning_offsets(new)
-        elif new:
-            positions |= await self.consumer.end_offsets(new)
+        if new := [place for place in places if place not in known]:
+            # What comes later than this subscription is read from its beginning.
+            begins = self.consumer.beginning_offsets if known else self.consumer.end_offsets
+            for place, position in (await begins(new)).items():
+                known[place] = self.subscription.partition(place, Offsets(position))
+        self.generation += 1
         self.consumer.assign(places)
         for place in places:
-            self.consumer.seek(place, positions[place])
-            if place not in self.partitions:
-                self.partitions[place] = self.subscription.partition(place, Offsets(positions[place]))
+            self.consumer.seek(place, known[place].offsets.next)
         self._paused.clear()
-        self.generation += 1
 
     async def _numbers_of(self, topic: str) -> Collection[int]:
         numbers: Collection[int] | None = self.consumer.partitions_for_topic(topic)

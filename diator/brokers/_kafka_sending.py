@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
@@ -29,6 +30,10 @@ _BATCH = 128 * 1024
 """Bytes of a batch. All callers of a full one wake together, so that small ones collapse with many callers."""
 
 
+_STAY = 100
+"""How many messages without a key go to one partition before another is chosen."""
+
+
 class SharedProducer:
     """
     The sending half of the transport.
@@ -49,6 +54,7 @@ class SharedProducer:
         self._calls: dict[asyncio.Future[Any], tuple[float, UUID | None]] = {}
         self._entering = 0
         self._queued = 0
+        self._stays: dict[str, tuple[int, int]] = {}
         self._turn = asyncio.Lock()
         self._freed = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
@@ -91,12 +97,13 @@ class SharedProducer:
             raise BrokerClosed("this broker is closed", message_id=message_id)
         deadline = loop.time() + self._timeout
         producer = self._producer
-        if (
-            producer is None
-            or self._queued
-            or len(self._calls) + self._entering >= self._max_in_flight
-            or producer.client.cluster.partitions_for_topic(topic) is None
-        ):
+        if producer is None or self._queued or len(self._calls) + self._entering >= self._max_in_flight:
+            producer = await self._in_turn(topic, message_id, deadline)
+        if partition is None and key is None:
+            partition = self._partition_of(producer, topic)
+            if partition is None:
+                producer = await self._in_turn(topic, message_id, deadline)
+        elif producer.client.cluster.partitions_for_topic(topic) is None:
             producer = await self._in_turn(topic, message_id, deadline)
         self._entering += 1
         try:
@@ -119,6 +126,21 @@ class SharedProducer:
         finally:
             self._calls.pop(confirmed, None)
             self._freed.set()
+
+    def _partition_of(self, producer: Any, topic: str) -> int | None:
+        """
+        Choose where messages without a key go, and stay there for a while; None if *topic* is not known yet.
+
+        aiokafka chooses anew for each, so that many callers fill many small batches instead of few large ones.
+        """
+        partition, left = self._stays.get(topic, (-1, 0))
+        if not left or not self._calls:
+            partitions = producer.client.cluster.available_partitions_for_topic(topic)
+            if not partitions:
+                return None
+            partition, left = random.choice([*partitions]), _STAY  # noqa: S311
+        self._stays[topic] = partition, left - 1
+        return partition
 
     async def _in_turn(self, topic: str, message_id: UUID | None, deadline: float) -> Any:
         """Wait for a producer that knows *topic*, and for room."""
@@ -175,6 +197,7 @@ class SharedProducer:
         if producer is None or producer is not self._producer:
             return
         self._producer = None
+        self._stays.clear()
         for confirmed, (_, message_id) in self._calls.items():
             if not confirmed.done():
                 unknown = f"Kafka did not confirm it within {self._timeout:g} s; it may have arrived"

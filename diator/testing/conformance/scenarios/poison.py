@@ -15,8 +15,8 @@ from diator.testing.conformance._context import Context
 from diator.testing.conformance._harness import Transport
 from diator.testing.conformance._scenario import scenario
 
-_LETTERS = Capabilities(settlement="individual", dead_letter=True)
-_LATER = Capabilities(settlement="individual", redelivery=frozenset({"retry"}), delayed_retry=True, dead_letter=True)
+_LETTERS = Capabilities(settlement="cumulative", dead_letter=True)
+_LATER = Capabilities(settlement="cumulative", redelivery=frozenset({"retry"}), delayed_retry=True, dead_letter=True)
 
 
 async def _handle(event: Happened) -> None:
