@@ -142,7 +142,8 @@ async def letters_whole(ctx: Context) -> None:
         for each in received:
             await each.delivery.dead_letter("put aside")
     letters = await ctx.harness.dead_letters(broker, topic, group)
-    ctx.same([each.delivery.body for each in received[1:]], bodies, "what was delivered")
+    raw = [each.delivery.body for each in received if each.message is None]
+    ctx.same(sorted(raw), sorted(bodies), "what was delivered")
     ctx.same([letter.body for letter in letters], [each.delivery.body for each in received], "what is aside")
 
 
