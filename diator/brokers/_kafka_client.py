@@ -6,16 +6,17 @@ import asyncio
 import logging
 import re
 import ssl
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
+from diator.brokers._kafka_offsets import DELAYS
 from diator.brokers.base import Topic
 from diator.exceptions import BrokerError, BrokerUnavailable, MessageRejected, MissingExtra, OutcomeUnknown, WiringError
 
 try:
-    from aiokafka import errors as kafka_errors
+    from aiokafka import errors
     from aiokafka.client import AIOKafkaClient
     from aiokafka.protocol.admin import CreateTopicsRequest
     from aiokafka.protocol.metadata import MetadataRequest
@@ -27,8 +28,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 # Beside its own errors the client lets through what the network and a broken connection do to it, and the assertions
 # and lookups of what it has forgotten meanwhile.
 CLIENT_ERRORS = (
-    kafka_errors.KafkaError,
-    kafka_errors.ConsumerStoppedError,
+    errors.KafkaError,
+    errors.ConsumerStoppedError,
     OSError,
     asyncio.TimeoutError,
     AssertionError,
@@ -89,6 +90,7 @@ class Cluster:
 
 # -- names -------------------------------------------------------------------------------------------------------
 
+RETRY, DEAD = "-retry", "-dlq"
 _LONGEST_NAME = 249
 
 
@@ -103,21 +105,23 @@ class Names:
 
     def __init__(self, prefix: str) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._-]+", prefix):
-            raise WiringError("a prefix has letters, digits, `.`, `_` and `-` only: it begins the names of Kafka topics")
-        self._prefix = prefix
+            raise WiringError(
+                "a prefix has letters, digits, `.`, `_` and `-` only: it begins the names of Kafka topics"
+            )
+        self.prefix = prefix
         self._known: dict[Topic, str] = {}
 
     def topic(self, topic: Topic) -> str:
         """Name the topic that has the messages of *topic*. MessageRejected if Kafka has no room for that name."""
         name = self._known.get(topic)
         if name is None:
-            name = f"{self._prefix}.{_escaped(topic.message_type, '_')}.{_escaped(topic.message_name, '._')}"
+            name = f"{self.prefix}.{_escaped(topic.message_type, '_')}.{_escaped(topic.message_name, '._')}"
             self._known[topic] = _checked(name)
         return name
 
     def beside(self, topic: str, group: str | None, what: str) -> str:
-        """Name what a group has beside *topic*: `-retry`, `-dlq`. No message has such a name."""
-        return _checked(f"{topic}.{_escaped(group, '_')}-{what}" if group is not None else f"{topic}-{what}")
+        """Name what a group has beside *topic*: `RETRY` or `DEAD`. No message can have such a name."""
+        return _checked(f"{topic}.{_escaped(group, '_')}{what}" if group is not None else f"{topic}{what}")
 
 
 def _escaped(text: str, allowed: str) -> str:
@@ -148,15 +152,27 @@ class Policy:
     replication_factor: int | None
     max_message_bytes: int
 
+    def partitions_of(self, topic: str) -> int:
+        """How many partitions *topic* gets: a retry topic has one for each range of delays."""
+        if topic.endswith(RETRY):
+            return len(DELAYS) + 1
+        return 1 if topic.endswith(DEAD) else self.partitions
+
     def replicas(self, brokers: int) -> int:
         """As many as there are brokers, three at most, unless it was said."""
         return self.replication_factor or max(1, min(3, brokers))
 
-    def configs(self, replicas: int) -> dict[str, str]:
-        """Give the settings of a topic: what is confirmed survives the loss of a broker, where there are three."""
+    def configs(self, topic: str, replicas: int) -> dict[str, str]:
+        """
+        Give the settings of *topic*: what is confirmed survives the loss of a broker, where there are three.
+
+        What was put aside stays until somebody removes it.
+        """
         configs = {"min.insync.replicas": "2"} if replicas > 2 else {}  # noqa: PLR2004
         if self.max_message_bytes > MAX_KAFKA_BYTES:
             configs["max.message.bytes"] = str(self.max_message_bytes + HEADERS_BYTES)
+        if topic.endswith(DEAD):
+            configs["retention.ms"] = "-1"
         return configs
 
 
@@ -168,9 +184,9 @@ _ALREADY_THERE = 36
 _UNKNOWN_TOPIC = 3
 
 
-async def ensure_topics(cluster: Cluster, policy: Policy, wanted: Mapping[str, int | None]) -> None:
+async def ensure_topics(cluster: Cluster, policy: Policy, wanted: Collection[str]) -> None:
     """
-    See that the *wanted* topics are there, each with its number of partitions, or with that of the *policy*.
+    See that the *wanted* topics are there; the missing ones are created as the *policy* says.
 
     aiokafka's own `create_topics` raises nothing when Kafka refuses: it has to be looked at.
 
@@ -180,13 +196,13 @@ async def ensure_topics(cluster: Cluster, policy: Policy, wanted: Mapping[str, i
     client = AIOKafkaClient(**cluster.settings())
     try:
         await client.bootstrap()
-        missing = {name: wanted[name] or policy.partitions for name in await _without_leader(client, wanted)}
+        missing = await _without_leader(client, wanted)
         if missing and policy.create:
             await _create(client, policy, missing, within=cluster.timeout)
-        while missing and (missing := {name: missing[name] for name in await _without_leader(client, missing)}):
+        while missing and (missing := await _without_leader(client, missing)):
             if not policy.create:
                 replicas = policy.replicas(len(client.cluster.brokers()))
-                commands = "; ".join(_command(cluster, name, missing[name], replicas) for name in missing)
+                commands = "; ".join(_command(cluster, policy, name, replicas) for name in missing)
                 raise BrokerUnavailable(f"a topic is missing, and create_topics is off; create it: {commands}")
             await asyncio.sleep(0.02)
     finally:
@@ -199,17 +215,18 @@ async def _without_leader(client: Any, topics: Iterable[str]) -> list[str]:
     response = await client.send(client.get_random_node(), request)
     absent: list[str] = []
     for error_code, name, _, partitions in response.topics:
-        if error_code not in (0, _UNKNOWN_TOPIC) and not kafka_errors.for_code(error_code).retriable:
-            raise kafka_errors.for_code(error_code)(name)
+        if error_code not in (0, _UNKNOWN_TOPIC) and not errors.for_code(error_code).retriable:
+            raise errors.for_code(error_code)(name)
         if error_code or any(partition[0] for partition in partitions):
             absent.append(name)
     return absent
 
 
-async def _create(client: Any, policy: Policy, missing: Mapping[str, int], *, within: float) -> None:
+async def _create(client: Any, policy: Policy, missing: Collection[str], *, within: float) -> None:
     replicas = policy.replicas(len(client.cluster.brokers()))
-    configs = [*policy.configs(replicas).items()]
-    requests: list[Any] = [(name, partitions, replicas, [], configs) for name, partitions in missing.items()]
+    requests: list[Any] = [
+        (name, policy.partitions_of(name), replicas, [], [*policy.configs(name, replicas).items()]) for name in missing
+    ]
     await client.force_metadata_update()
     controller = client.cluster.controller
     node = client.get_random_node() if controller is None else controller.nodeId
@@ -217,27 +234,28 @@ async def _create(client: Any, policy: Policy, missing: Mapping[str, int], *, wi
     response = await client.send(node, request)
     for name, error_code, message in response.topic_errors:
         if error_code not in (0, _ALREADY_THERE):
-            error = kafka_errors.for_code(error_code)
+            error = errors.for_code(error_code)
             if error.retriable:
                 raise error(message)
             raise MessageRejected(f"the topic {name} cannot be created ({error.__name__}: {message})")
 
 
-def _command(cluster: Cluster, name: str, partitions: int, replicas: int) -> str:
+def _command(cluster: Cluster, policy: Policy, name: str, replicas: int) -> str:
+    configs = "".join(f" --config {key}={value}" for key, value in policy.configs(name, replicas).items())
     return (
         f"kafka-topics.sh --bootstrap-server {cluster.servers[0]} --create --topic {name} "
-        f"--partitions {partitions} --replication-factor {replicas}"
+        f"--partitions {policy.partitions_of(name)} --replication-factor {replicas}{configs}"
     )
 
 
 # -- errors ------------------------------------------------------------------------------------------------------
 
 _BROKEN_PRODUCER = (
-    kafka_errors.ProducerFenced,
-    kafka_errors.OutOfOrderSequenceNumber,
-    kafka_errors.InvalidProducerEpoch,
-    kafka_errors.UnknownProducerId,
-    kafka_errors.UnknownError,
+    errors.ProducerFenced,
+    errors.OutOfOrderSequenceNumber,
+    errors.InvalidProducerEpoch,
+    errors.UnknownProducerId,
+    errors.UnknownError,
 )
 
 
@@ -246,7 +264,7 @@ def verdict(error: BaseException, message_id: UUID | None, *, handed_over: bool)
     if isinstance(error, BrokerError):
         return error
     problem = f"{type(error).__name__}: {error}"
-    if isinstance(error, kafka_errors.MessageSizeTooLargeError | kafka_errors.RecordListTooLargeError):
+    if isinstance(error, errors.MessageSizeTooLargeError | errors.RecordListTooLargeError):
         remedy = "raise max.message.bytes of its topic, or send less"
         return MessageRejected(f"Kafka refused it as too large ({problem}); {remedy}", message_id=message_id)
     if refused(error):
@@ -258,10 +276,10 @@ def verdict(error: BaseException, message_id: UUID | None, *, handed_over: bool)
 
 def refused(error: BaseException) -> bool:
     """Whether Kafka has answered, and would answer the same again."""
-    if isinstance(error, kafka_errors.TopicAuthorizationFailedError | kafka_errors.ClusterAuthorizationFailedError):
+    if isinstance(error, errors.TopicAuthorizationFailedError | errors.ClusterAuthorizationFailedError):
         return True
     return (
-        isinstance(error, kafka_errors.BrokerResponseError)
+        isinstance(error, errors.BrokerResponseError)
         and not error.retriable
         and not isinstance(error, _BROKEN_PRODUCER)
     )
@@ -289,11 +307,12 @@ async def close_client(client: Any) -> None:
 
 async def end_tasks(tasks: Collection[asyncio.Task[Any] | None]) -> None:
     """Cancel *tasks* until they have ended: those of aiokafka wait, once cancelled, for others that may never end."""
-    running = {task for task in tasks if task is not None and not task.done()}
+    given = {task for task in tasks if task is not None}
+    running = {task for task in given if not task.done()}
     while running:
         for task in running:
             task.cancel()
         _, running = await asyncio.wait(running, timeout=0.05)
-    for task in tasks:
-        if task is not None and not task.cancelled():
+    for task in given:
+        if not task.cancelled():
             task.exception()  # it has been seen

@@ -1,4 +1,4 @@
-"""Which messages of one partition are done: the arithmetic of committing. It knows neither Kafka's client nor a clock."""
+"""Which messages of one partition are done: the arithmetic of committing, without a client and a clock."""
 
 from __future__ import annotations
 

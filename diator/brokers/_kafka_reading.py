@@ -8,32 +8,32 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition, errors
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.protocol.group import LeaveGroupRequest
 
 from diator.brokers._kafka_client import (
     CLIENT_ERRORS,
+    DEAD,
     HEADERS_BYTES,
+    RETRY,
     Cluster,
     Names,
     Policy,
     close_client,
     end_tasks,
     ensure_topics,
-    kafka_errors,
 )
-from diator.brokers._kafka_offsets import DELAYS, Offsets, rung
+from diator.brokers._kafka_offsets import Offsets, rung
 from diator.brokers._kafka_sending import SharedProducer
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.dead_letters import provenance
 from diator.brokers.supervisor import Source, Supervised
-from diator.exceptions import BrokerUnavailable
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -57,6 +57,8 @@ class Reading:
     in_place: bool
     metadata_age: float
     max_message_bytes: int
+    first_part: float
+    """For how long a new member waits for its first part of the topics, before it is there without one."""
 
     def settings(self, cluster: Cluster, group: str | None) -> dict[str, Any]:
         """Give what a consumer of aiokafka is made with."""
@@ -120,28 +122,30 @@ class Subscription:
 
     def __init__(
         self,
+        topics: Collection[Topic],
+        group: str | None,
+        *,
         cluster: Cluster,
         policy: Policy,
         reading: Reading,
         names: Names,
         producer: SharedProducer,
-        topics: Collection[Topic],
-        group: str | None,
     ) -> None:
         self._cluster = cluster
         self._policy = policy
-        self._reading = reading
+        self.reading = reading
         self._names = names
         self._producer = producer
         self._group = group
         self._topics = {names.topic(topic): topic for topic in topics}
         with_retries = group is not None and not reading.in_place
-        self._retries = {names.beside(name, group, "retry"): name for name in self._topics} if with_retries else {}
-        self._dead = {name: names.beside(name, group, "dlq") for name in self._topics}
+        self._retries = {names.beside(name, group, RETRY): name for name in self._topics} if with_retries else {}
+        self._dead = {name: names.beside(name, group, DEAD) for name in self._topics}
         self.supervised: Supervised
         self.unsettled = 0
         self.alone: dict[TopicPartition, _Partition] = {}
         """Without a group: what is read, and how far it is, whatever becomes of the connection."""
+        self.freed = asyncio.Event()
         self.wake: Callable[[], None] = lambda: None
         self.ready: deque[tuple[_Partition, ConsumerRecord, int]] = deque()
         """What is to be delivered without asking Kafka: what is due, and what was behind another."""
@@ -154,12 +158,11 @@ class Subscription:
     @asynccontextmanager
     async def connected(self) -> AsyncGenerator[Source, None]:
         """See that the topics are there, connect, and become a member of the group."""
-        wanted: dict[str, int | None] = dict.fromkeys(self._topics)
-        wanted |= dict.fromkeys(self._retries, len(DELAYS) + 1)
+        wanted = [*self._topics, *self._retries]
         if not self._policy.create:
-            wanted |= dict.fromkeys(self._dead.values())  # better refused now than when it is needed
+            wanted += self._dead.values()  # better refused now than when it is needed
         await ensure_topics(self._cluster, self._policy, wanted)
-        consumer = AIOKafkaConsumer(**self._reading.settings(self._cluster, self._group))
+        consumer = AIOKafkaConsumer(**self.reading.settings(self._cluster, self._group))
         connection = (_Alone if self._group is None else _Member)(self, consumer)
         try:
             await consumer.start()
@@ -209,7 +212,7 @@ class Subscription:
 
     def accept(self, partition: _Partition, records: Sequence[ConsumerRecord], into: list[Delivery]) -> None:
         """Make deliveries of *records*, as far as they are to be handled now."""
-        take, in_place = partition.offsets.take, self._reading.in_place
+        take, in_place = partition.offsets.take, self.reading.in_place
         for record in records:
             attempt = take(record.offset)
             if not attempt:
@@ -291,7 +294,7 @@ class Subscription:
         partition, record = token.partition, token.record
         if partition.lost:
             return
-        if self._group is None or self._reading.in_place:
+        if self._group is None or self.reading.in_place:
             self._let_go(partition)
             self._delay(partition, record, partition.offsets.give_back(record.offset), after)
             return
@@ -299,7 +302,11 @@ class Subscription:
         told = (str(delivery.attempt + 1), due, self._origin(partition, record))
         headers = [*self._own_headers(partition, record)]
         headers += [(name, value.encode()) for name, value in zip(_RETRY_HEADERS, told, strict=True)]
-        topic = partition.place.topic if partition.retries else self._names.beside(partition.place.topic, self._group, "retry")
+        topic = (
+            partition.place.topic
+            if partition.retries
+            else self._names.beside(partition.place.topic, self._group, RETRY)
+        )
         await self._producer.send(topic, record.value or b"", key=record.key, headers=headers, partition=rung(after))
         if not partition.lost:
             self._finished(partition, record)
@@ -347,15 +354,12 @@ class Subscription:
     def _let_go(self, partition: _Partition) -> None:
         partition.out -= 1
         self.unsettled -= 1
+        self.freed.set()
         self.supervised.look_again()
 
     def is_too_far(self, partition: _Partition) -> bool:
         """Whether nothing more of *partition* is to be read for now."""
-        return partition.offsets.spread >= self._reading.window or partition.waiting >= _MOST_WAITING
-
-    @property
-    def drain(self) -> float:
-        return self._reading.drain
+        return partition.offsets.spread >= self.reading.window or partition.waiting >= _MOST_WAITING
 
 
 def _token(delivery: Delivery) -> _Token:
@@ -379,6 +383,7 @@ class _Connection:
         self.consumer = consumer
         self.partitions: dict[TopicPartition, _Partition] = {}
         self.generation = 0
+        self._paused: set[TopicPartition] = set()
         self._fetching: asyncio.Task[tuple[int, Mapping[TopicPartition, list[ConsumerRecord]]]] | None = None
         self._woken = asyncio.Event()
         self._heard = False
@@ -394,43 +399,52 @@ class _Connection:
         return True
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:
-        loop = asyncio.get_running_loop()
         while True:
             self._woken.clear()
             if self._heard:
                 self._heard = False
                 return []
-            if ready := self.subscription.take_ready(most):
-                return ready
-            if loop.time() >= self._next_look:
-                self._next_look = loop.time() + _LOOK_AGAIN
-                await self.look()
+            if deliveries := self.subscription.take_ready(most):
+                return deliveries
+            await self._look_now_and_then()
             self._hold_back()
             try:
-                if self._fetching is None and self.is_readable:
-                    records = await self.consumer.getmany(max_records=most)
-                    if records and (deliveries := self._accept(self.generation, records)):
-                        return deliveries
-                    if records:
-                        continue
-                if self._fetching is None:
-                    self._fetching = asyncio.create_task(self._fetch(most), name="diator: fetching")
-                woken = asyncio.create_task(self._woken.wait())
-                due = self.subscription.due_in()
-                limit = _LOOK_AGAIN if due is None else max(0.0, min(due, _LOOK_AGAIN))
-                try:
-                    await asyncio.wait({self._fetching, woken}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    woken.cancel()
-                if self._fetching.done():
-                    fetched, self._fetching = self._fetching, None
-                    generation, records = fetched.result()
-                    if deliveries := self._accept(generation, records):
-                        return deliveries
-            except kafka_errors.OffsetOutOfRangeError as error:
+                if deliveries := await self._what_is_there(most):
+                    return deliveries
+                if deliveries := await self._what_comes(most):
+                    return deliveries
+            except errors.OffsetOutOfRangeError as error:
                 await self._skip_what_is_gone(error)
-            except kafka_errors.NoOffsetForPartitionError:
-                logger.debug("a partition had no offset yet")  # it has one by now: see `_Member.assigned`
+            except errors.NoOffsetForPartitionError:
+                logger.debug("a partition had no offset yet")  # it has one by now: see `on_partitions_assigned`
+
+    async def _what_is_there(self, most: int) -> list[Delivery]:
+        """Give what the client has already. Asked first, for a task and a wait would cost more than all the rest."""
+        if self._fetching is not None or not self.is_readable:
+            return []
+        return self._accept(self.generation, await self.consumer.getmany(max_records=most))
+
+    async def _what_comes(self, most: int) -> list[Delivery]:
+        """Wait for messages, for something to be due, or to be woken."""
+        if self._fetching is None:
+            self._fetching = asyncio.create_task(self._fetch(most), name="diator: fetching")
+        woken = asyncio.create_task(self._woken.wait())
+        due = self.subscription.due_in()
+        limit = _LOOK_AGAIN if due is None else max(0.0, min(due, _LOOK_AGAIN))
+        try:
+            await asyncio.wait({self._fetching, woken}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            woken.cancel()
+        if not self._fetching.done():
+            return []
+        fetched, self._fetching = self._fetching, None
+        return self._accept(*fetched.result())
+
+    async def _look_now_and_then(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now >= self._next_look:
+            self._next_look = now + _LOOK_AGAIN
+            await self.look()
 
     async def _fetch(self, most: int) -> tuple[int, Mapping[TopicPartition, list[ConsumerRecord]]]:
         records: Mapping[TopicPartition, list[ConsumerRecord]] = await self.consumer.getmany(
@@ -460,11 +474,6 @@ class _Connection:
                     self.consumer.resume(place)
                     self._paused.discard(place)
 
-    @property
-    def _paused(self) -> set[TopicPartition]:
-        paused: set[TopicPartition] = self.__dict__.setdefault("paused", set())
-        return paused
-
     async def look(self) -> None:
         """See whether topics have changed."""
 
@@ -475,7 +484,7 @@ class _Connection:
                 oldest = (await self.consumer.beginning_offsets([place]))[place]
                 self.subscription.tell_gap(
                     f"messages of {place.topic}, partition {place.partition}, are gone: {offset} was to be read next, "
-                    f"and the oldest is {oldest}; its retention is shorter than this reader was behind, or it was deleted"
+                    f"and the oldest is {oldest}; retention was faster than this reader, or the topic was deleted"
                 )
                 self.partitions[place] = self.subscription.partition(place, Offsets(oldest))
                 self.consumer.seek(place, oldest)
@@ -508,7 +517,10 @@ class _Connection:
         tasks = [
             getattr(part, name, None)
             for part, names in (
-                (coordinator, ("_coordination_task", "_heartbeat_task", "_commit_refresh_task", "_reset_committed_task")),
+                (
+                    coordinator,
+                    ("_coordination_task", "_heartbeat_task", "_commit_refresh_task", "_reset_committed_task"),
+                ),
                 (fetcher, ("_fetch_task",)),
             )
             for name in names
@@ -525,7 +537,6 @@ class _Member(_Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # 
 
     def __init__(self, subscription: Subscription, consumer: Any) -> None:
         super().__init__(subscription, consumer)
-        self._settled = False
         self._assigned = asyncio.Event()
         self._committing: asyncio.Task[None] | None = None
 
@@ -536,8 +547,9 @@ class _Member(_Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # 
         # take their time; giving up would only make them rebalance again.
         coordinating = self.consumer._coordinator._coordination_task  # noqa: SLF001
         assigned = asyncio.create_task(self._assigned.wait())
+        first_part = self.subscription.reading.first_part
         try:
-            await asyncio.wait({assigned, coordinating}, timeout=_FIRST_PART, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({assigned, coordinating}, timeout=first_part, return_when=asyncio.FIRST_COMPLETED)
         finally:
             assigned.cancel()
         self.consumer._coordinator.check_errors()  # noqa: SLF001  # no right to this group, for one
@@ -552,10 +564,11 @@ class _Member(_Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # 
         self.generation += 1
         mine = {partition for place, partition in self.partitions.items() if place in revoked}
         self.subscription.withdraw(mine)
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.subscription.drain
-        while any(partition.out for partition in mine) and loop.time() < deadline:
-            await asyncio.sleep(0.005)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.subscription.reading.drain):
+                while any(partition.out for partition in mine):
+                    self.subscription.freed.clear()
+                    await self.subscription.freed.wait()
         if late := sum(partition.out for partition in mine):
             logger.warning("%d deliveries were not settled when their partitions went to others; they come again", late)
         await self._commit()
@@ -621,8 +634,6 @@ class _Member(_Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # 
             await self.consumer._client.send(coordinator.coordinator_id, request)  # noqa: SLF001
 
 
-_FIRST_PART = 3.0
-"""How many seconds a member waits for its first part of the topics, before it is there without one."""
 _COMMIT_TIMEOUT = 5.0
 
 
@@ -651,10 +662,10 @@ class _Alone(_Connection):
 
     async def _numbers_of(self, topic: str) -> Collection[int]:
         numbers: Collection[int] | None = self.consumer.partitions_for_topic(topic)
-        return numbers if numbers else await self.consumer._client._wait_on_metadata(topic)  # noqa: SLF001
+        return numbers or await self.consumer._client._wait_on_metadata(topic)  # noqa: SLF001
 
     async def look(self) -> None:
-        known = {place: None for place in self.partitions}
+        known = dict.fromkeys(self.partitions)
         for topic in self._topics:
             numbers = self.consumer.partitions_for_topic(topic) or ()
             if any(TopicPartition(topic, number) not in known for number in numbers):

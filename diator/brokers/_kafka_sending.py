@@ -22,7 +22,7 @@ from diator.brokers._kafka_client import (
     refused,
     verdict,
 )
-from diator.exceptions import BrokerClosed, BrokerUnavailable, OutcomeUnknown, WiringError
+from diator.exceptions import BrokerClosed, OutcomeUnknown, WiringError
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ class SharedProducer:
 
     It is idempotent: aiokafka repeats a request whose answer was lost, and Kafka knows the repeat by its number and
     stores it once. Without that, each lost answer would be a second message. The price is that aiokafka then tries for
-    ever; so the deadline is kept here. When the oldest call is overdue, everybody who waits hears *outcome unknown*, and
-    the producer is torn down with whatever it still holds; the next call makes a new one.
+    ever. So the deadline is kept here: when the oldest call is overdue, all who wait hear *outcome unknown*, and the
+    producer is torn down with whatever it still holds. The next call makes a new one.
     """
 
     def __init__(self, cluster: Cluster, policy: Policy, *, max_in_flight: int) -> None:
@@ -54,6 +54,7 @@ class SharedProducer:
         self._calls: dict[asyncio.Future[Any], tuple[float, UUID | None]] = {}
         self._entering = 0
         self._queued = 0
+        self._known: set[str] = set()
         self._stays: dict[str, tuple[int, int]] = {}
         self._turn = asyncio.Lock()
         self._freed = asyncio.Event()
@@ -90,25 +91,20 @@ class SharedProducer:
             OutcomeUnknown: It was handed over, and not confirmed in time.
             BrokerClosed: `aclose` was called before.
         """
-        loop = self._loop
-        if loop is None or not loop.is_running() or loop is not asyncio.get_running_loop():
-            loop = self._check_loop()
+        loop = self._check_loop()
         if self.is_closed:
             raise BrokerClosed("this broker is closed", message_id=message_id)
         deadline = loop.time() + self._timeout
         producer = self._producer
-        if producer is None or self._queued or len(self._calls) + self._entering >= self._max_in_flight:
+        if producer is None or self._queued or self._is_full or topic not in self._known:
             producer = await self._in_turn(topic, message_id, deadline)
-        if partition is None and key is None:
+        if key is None and partition is None:
             partition = self._partition_of(producer, topic)
-            if partition is None:
-                producer = await self._in_turn(topic, message_id, deadline)
-        elif producer.client.cluster.partitions_for_topic(topic) is None:
-            producer = await self._in_turn(topic, message_id, deadline)
         self._entering += 1
         try:
             confirmed: asyncio.Future[Any] = await producer.send(topic, value, key, partition, None, headers)
         except CLIENT_ERRORS as error:
+            self._known.discard(topic)
             raise verdict(error, message_id, handed_over=False) from error
         finally:
             self._entering -= 1
@@ -118,8 +114,6 @@ class SharedProducer:
         try:
             await confirmed
         except CLIENT_ERRORS as error:
-            if isinstance(error, OutcomeUnknown):
-                raise
             if not refused(error):
                 self._give_up(producer)
             raise verdict(error, message_id, handed_over=True) from error
@@ -127,9 +121,13 @@ class SharedProducer:
             self._calls.pop(confirmed, None)
             self._freed.set()
 
+    @property
+    def _is_full(self) -> bool:
+        return len(self._calls) + self._entering >= self._max_in_flight
+
     def _partition_of(self, producer: Any, topic: str) -> int | None:
         """
-        Choose where messages without a key go, and stay there for a while; None if *topic* is not known yet.
+        Choose where messages without a key go, and stay there for a while; None leaves it to aiokafka.
 
         aiokafka chooses anew for each, so that many callers fill many small batches instead of few large ones.
         """
@@ -148,10 +146,11 @@ class SharedProducer:
         try:
             async with asyncio.timeout_at(deadline), self._turn:
                 producer = await self._connected(message_id)
-                if producer.client.cluster.partitions_for_topic(topic) is None:
-                    await ensure_topics(self._cluster, self._policy, {topic: None})
+                if topic not in self._known:
+                    await ensure_topics(self._cluster, self._policy, [topic])
                     await producer.partitions_for(topic)
-                while len(self._calls) + self._entering >= self._max_in_flight:
+                    self._known.add(topic)
+                while self._is_full:
                     self._freed.clear()
                     await self._freed.wait()
                 return await self._connected(message_id)
@@ -197,6 +196,7 @@ class SharedProducer:
         if producer is None or producer is not self._producer:
             return
         self._producer = None
+        self._known.clear()
         self._stays.clear()
         for confirmed, (_, message_id) in self._calls.items():
             if not confirmed.done():
@@ -210,8 +210,6 @@ class SharedProducer:
     async def _tear_down(producer: Any) -> None:
         """End *producer* without sending what it holds: its own `stop` waits until that is delivered."""
         producer._closed = True  # noqa: SLF001  # else it complains that nobody has stopped it
-        lost = BrokerUnavailable("the connection to Kafka was given up")
-        producer._message_accumulator.fail_all(lost)  # noqa: SLF001  # who waits for room in a batch would wait for ever
         await end_tasks([producer._sender.sender_task])  # noqa: SLF001
         await close_client(producer.client)
 
@@ -242,12 +240,14 @@ class SharedProducer:
     def _check_loop(self) -> asyncio.AbstractEventLoop:
         """Begin anew on another event loop. What belonged to one that is over died with it."""
         loop = asyncio.get_running_loop()
-        if loop is not self._loop:
-            if self._loop is not None and self._loop.is_running():
-                raise WiringError("a broker belongs to one event loop at a time; make another one for each thread")
-            if self._producer is not None:
-                self._producer._closed = True  # noqa: SLF001
-            self._producer, self._turn, self._freed = None, asyncio.Lock(), asyncio.Event()
-            self._calls, self._entering, self._queued, self._sweeper = {}, 0, 0, None
-            self._loop = loop
+        if loop is self._loop:
+            return loop
+        if self._loop is not None and self._loop.is_running():
+            raise WiringError("a broker belongs to one event loop at a time; make another one for each thread")
+        if self._producer is not None:
+            self._producer._closed = True  # noqa: SLF001
+        self._producer, self._turn, self._freed = None, asyncio.Lock(), asyncio.Event()
+        self._calls, self._entering, self._queued, self._sweeper = {}, 0, 0, None
+        self._known.clear()
+        self._loop = loop
         return loop

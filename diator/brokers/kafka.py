@@ -14,21 +14,53 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Self
 
-from diator.brokers._kafka_client import MAX_KAFKA_BYTES, Cluster, Names, Policy
+from diator.brokers._kafka_audit import look_into
+from diator.brokers._kafka_client import CLIENT_ERRORS, MAX_KAFKA_BYTES, Cluster, Names, Policy, verdict
 from diator.brokers._kafka_reading import Reading, Subscription
 from diator.brokers._kafka_sending import SharedProducer
+from diator.brokers.audit import Finding
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import encode, headers_with_key
 from diator.brokers.message import Message
 from diator.brokers.sending import send_together
 from diator.brokers.supervisor import Patience, Supervised
-from diator.exceptions import BrokerClosed, BrokerError, EncodingError, MessageRejected, WiringError
+from diator.exceptions import BrokerClosed, EncodingError, MessageRejected, WiringError
 
 
 class KafkaMessageBroker:
     """
-    Sends each message to a Kafka topic, confirmed by all replicas that are in sync, and reads as a member of a group.
+    Sends each message to the Kafka topic `<prefix>.<message_type>.<message_name>`, and reads as a member of a group.
+
+    A message is confirmed when every replica that is in sync has it. Its key decides on its partition, and messages of
+    one key keep their order; those without one have none. A group begins at the oldest message, and collects while no
+    member is there. A subscription without a group gets every message from now on; nothing of it is committed, and
+    losing the connection loses nothing, for it knows where it was.
+
+    At least once: what is committed of a partition is its lowest message that is not finished, and beside it what is
+    finished above. A member that dies is noticed after *session* seconds. Then, and whenever a member comes or goes,
+    all of them let the work that they have begun end, within *drain* seconds, and the partitions are shared out anew.
+    No more than *window* messages of a partition are handled ahead of its oldest unfinished one.
+
+    What is given back waits in a topic of its group, `….<group>-retry`, and others overtake it. With *retry_in_place*
+    it waits in its place, and what has the same key waits behind it.
+
+    Args:
+        servers: `host:port`, or several of them with commas between.
+        prefix: What the names of all topics begin with.
+        timeout: Seconds within which every call ends.
+        max_message_bytes: How large an encoded message may be. The default leaves room for headers in what Kafka takes.
+        max_in_flight: How many messages wait for their confirmation; further ones wait for room.
+        ssl_context: For TLS. None is no TLS.
+        sasl_mechanism: `PLAIN`, `SCRAM-SHA-256` or `SCRAM-SHA-512`, with *username* and *password*.
+        create_topics: Whether missing topics are created. If not, an error says which command does.
+        partitions: How many a topic gets that is created: as many members of a group can share it.
+        replication_factor: How many copies; None is as many as there are brokers, at most three. With three, two of
+            them have to have a message before it is confirmed (`min.insync.replicas`).
+        heartbeat: How often, in seconds, a member says that it lives, and hears that others have come or gone.
+        read_ahead: How many messages are received before they are asked for.
+        metadata_age: After how many seconds new topics and partitions are looked for.
+        patience: How long a subscription waits for what.
     """
 
     def __init__(
@@ -84,10 +116,11 @@ class KafkaMessageBroker:
             in_place=retry_in_place,
             metadata_age=metadata_age,
             max_message_bytes=max_message_bytes,
+            first_part=(patience or Patience(connect=timeout)).connect / 3,
         )
         self._max_message_bytes = max_message_bytes
         self._read_ahead = read_ahead
-        self._patience = patience or Patience(connect=max(timeout, 10.0))
+        self._patience = patience or Patience(connect=timeout)
         self._producer = SharedProducer(self._cluster, self._policy, max_in_flight=max_in_flight)
         self._subscriptions: set[Supervised] = set()
 
@@ -154,7 +187,13 @@ class KafkaMessageBroker:
         if self._producer.is_closed:
             raise BrokerClosed("this broker is closed")
         subscription = Subscription(
-            self._cluster, self._policy, self._reading, self._names, self._producer, topics, group
+            topics,
+            group,
+            cluster=self._cluster,
+            policy=self._policy,
+            reading=self._reading,
+            names=self._names,
+            producer=self._producer,
         )
         supervised = subscription.supervised = Supervised(
             subscription.connected,
@@ -171,6 +210,16 @@ class KafkaMessageBroker:
         finally:
             self._subscriptions.discard(supervised)
             await subscription.left()
+
+    async def audit(self) -> Sequence[Finding]:
+        """See `Auditable.audit`: copies, retention and the like, of the cluster and of all topics of this prefix."""
+        if self._producer.is_closed:
+            raise BrokerClosed("this broker is closed")
+        try:
+            async with asyncio.timeout(self._cluster.timeout):
+                return await look_into(self._cluster, self._policy, self._names.prefix)
+        except CLIENT_ERRORS as error:
+            raise verdict(error, None, handed_over=False) from error
 
     async def aclose(self) -> None:
         """Refuse further messages and wait, at most *timeout*, for the confirmations that are due."""

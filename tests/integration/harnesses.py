@@ -185,7 +185,7 @@ class KafkaHarness(Harness):
     name = "kafka"
     facilities = frozenset({"proxy", "raw", "dead_letters"})
     # Joining a group, and creating a topic, take a tenth of a second each; the lowest session that Kafka allows is 6 s.
-    limits = Limits(scale=4.0, settle=0.2, redelivery=5.0, timeout=3.0, liveness=10.0, recovery=15.0, lag=2.0)
+    limits = Limits(scale=4.0, settle=0.3, redelivery=5.0, timeout=3.0, liveness=10.0, recovery=15.0, lag=2.0)
 
     def start(self):
         servers = os.environ.get("DIATOR_TEST_KAFKA_SERVERS")
@@ -205,8 +205,8 @@ class KafkaHarness(Harness):
         return "Kafka"
 
     def options(self):
-        patience = Patience(connect=3.0, idle=1.5, silence=1.5, longest_pause=1.0)
-        return {"timeout": 3.0, "session": 6.0, "heartbeat": 0.3, "drain": 10.0, "patience": patience}
+        patience = Patience(connect=6.0, idle=1.5, silence=1.5, longest_pause=1.0)
+        return {"timeout": 3.0, "session": 6.0, "heartbeat": 0.1, "drain": 10.0, "patience": patience}
 
     def transport(self):
         from diator.brokers.kafka import KafkaMessageBroker
@@ -219,7 +219,7 @@ class KafkaHarness(Harness):
     async def dead_letters(self, transport, topic, group):
         from aiokafka import AIOKafkaConsumer
 
-        name = transport._names.beside(transport._names.topic(topic), group, "dlq")
+        name = transport._names.beside(transport._names.topic(topic), group, "-dlq")
         consumer = AIOKafkaConsumer(name, bootstrap_servers=self.servers, auto_offset_reset="earliest")
         found = []
         async with consumer:
