@@ -32,7 +32,7 @@ from diator.brokers._kafka_client import (
 from diator.brokers._kafka_offsets import Offsets, rung
 from diator.brokers._kafka_sending import SharedProducer
 from diator.brokers.base import Delivery, Topic
-from diator.brokers.dead_letters import provenance
+from diator.brokers.settling import provenance
 from diator.brokers.supervisor import Source, Supervised
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -142,6 +142,7 @@ class Subscription:
         self._retries = {names.beside(name, group, RETRY): name for name in self._topics} if with_retries else {}
         self._dead = {name: names.beside(name, group, DEAD) for name in self._topics}
         self.supervised: Supervised
+        self.connection: _Connection
         self.unsettled = 0
         self.alone: dict[TopicPartition, _Partition] = {}
         """Without a group: what is read, and how far it is, whatever becomes of the connection."""
@@ -163,7 +164,7 @@ class Subscription:
             wanted += self._dead.values()  # better refused now than when it is needed
         await ensure_topics(self._cluster, self._policy, wanted)
         consumer = AIOKafkaConsumer(**self.reading.settings(self._cluster, self._group))
-        connection = (_Alone if self._group is None else _Member)(self, consumer)
+        connection = self.connection = (_Alone if self._group is None else _Member)(self, consumer)
         try:
             await consumer.start()
             await connection.begin([*self._topics, *self._retries])
@@ -317,12 +318,9 @@ class Subscription:
         if partition.lost:
             return
         source = self._retries.get(partition.place.topic, partition.place.topic)
+        partition_, _, offset = self._origin(partition, record).partition(":")
         about = provenance(
-            reason,
-            source=source,
-            entry_id=self._origin(partition, record),
-            group=self._group or "",
-            attempts=delivery.attempt,
+            delivery, reason, source=source, group=self._group or "", partition=partition_, offset=offset
         )
         headers = [*self._own_headers(partition, record)]
         headers += [(name, value.encode(errors="replace")) for name, value in about.items()]

@@ -122,7 +122,7 @@ class KafkaMessageBroker:
         self._read_ahead = read_ahead
         self._patience = patience or Patience(connect=timeout)
         self._producer = SharedProducer(self._cluster, self._policy, max_in_flight=max_in_flight)
-        self._subscriptions: set[Supervised] = set()
+        self._subscriptions: dict[Supervised, Subscription] = {}
 
     @property
     def capabilities(self) -> Capabilities:
@@ -203,12 +203,12 @@ class KafkaMessageBroker:
             on_gap=on_gap,
             is_full=lambda waiting: subscription.unsettled - waiting >= prefetch,
         )
-        self._subscriptions.add(supervised)
+        self._subscriptions[supervised] = subscription
         try:
             async with supervised as deliveries:
                 yield deliveries
         finally:
-            self._subscriptions.discard(supervised)
+            del self._subscriptions[supervised]
             await subscription.left()
 
     async def audit(self) -> Sequence[Finding]:

@@ -1,8 +1,11 @@
 """How the conformance suite gets diator's own transports."""
 
 import os
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from importlib.metadata import version
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 from diator.brokers.base import Topic
 from diator.brokers.capabilities import Capabilities
@@ -11,7 +14,8 @@ from diator.brokers.supervisor import Patience
 from diator.exceptions import UnsupportedCapability
 from diator.testing.conformance import DeadLettered, EnvironmentMissing, Harness, Limits
 from diator.testing.fault_proxy import FaultProxy
-from tests.services import MissingService, Services
+from tests.integration.private_services import Certificates, PrivateServices
+from tests.services import BACKENDS
 
 
 class MemoryHarness(Harness):
@@ -111,8 +115,13 @@ class RedisHarness(Harness):
     """Redis Pub/Sub, at `DIATOR_TEST_REDIS_URL`."""
 
     name = "redis"
-    facilities = frozenset({"proxy", "raw"})
+    facilities = frozenset({"proxy", "raw", "crash", "processes", "outages", "operator", "security"})
     limits = Limits(scale=2.0, redelivery=3.0, timeout=2.0, liveness=6.0, recovery=5.0)
+    password = "swordfish-of-the-redis-harness"
+
+    def __init__(self):
+        self.services = PrivateServices()
+        self.certificates = None
 
     def start(self):
         url = os.environ.get("DIATOR_TEST_REDIS_URL")
@@ -127,16 +136,35 @@ class RedisHarness(Harness):
             except redis.RedisError as error:
                 raise EnvironmentMissing(str(error)) from error
 
+    def stop(self):
+        self.services.close()
+        if self.certificates:
+            self.certificates.close()
+
+    def prepare(self, facility):
+        if facility in {"outages", "alarm"}:
+            self.services.get("breakable", "redis")
+        if facility == "security":
+            self.certificates = self.certificates or Certificates()
+            for certificate in ("server", "expired"):
+                self.services.get(certificate, guarded_redis(self.certificates, certificate, self.password))
+
     def service(self):
         return f"Redis {self.version}"
 
-    def options(self):
-        return {"timeout": 2.0, "patience": Patience(connect=2.0, idle=1.0, silence=1.0, longest_pause=1.0)}
+    def driver(self):
+        return f"redis-py {version('redis')}"
 
     def transport(self):
+        return self.connecting_to(self.url)
+
+    def connecting_to(self, url):
         from diator.brokers.redis import RedisMessageBroker
 
-        return RedisMessageBroker.from_url(self.url, **self.options())
+        return RedisMessageBroker.from_url(named(url), **self.options())
+
+    def options(self):
+        return {"timeout": 2.0, "patience": Patience(connect=2.0, idle=1.0, silence=1.0, longest_pause=1.0)}
 
     async def send_raw(self, transport, topic, body):
         await transport._client.publish(transport._channel(topic), body)
@@ -145,23 +173,71 @@ class RedisHarness(Harness):
     async def proxied(self):
         parts = urlsplit(self.direct)
         async with FaultProxy(parts.hostname, parts.port or 6379) as proxy:
-            self.url = f"redis://{proxy.host}:{proxy.port}"
-            try:
+            with self._at(f"redis://{proxy.host}:{proxy.port}", self.direct):
                 yield proxy
-            finally:
-                self.url = self.direct
+
+    @asynccontextmanager
+    async def private(self):
+        async with self.services["breakable"].breakable() as service:
+            with self._at(service.url, service.url):
+                yield service
+
+    @contextmanager
+    def _at(self, url, direct):
+        before = self.url, self.direct
+        self.url, self.direct = url, direct
+        try:
+            yield
+        finally:
+            self.url, self.direct = before
+
+    async def crash(self, transport):
+        pool = transport._client.connection_pool
+
+        async def no_more(*_, **__):
+            raise ConnectionError("its process is dead")
+
+        pool.get_connection = no_more
+        for connection in {*pool._in_use_connections, *pool._available_connections}:
+            if connection._writer:
+                connection._writer.transport.abort()
+
+    async def disconnect(self, transport):
+        name = transport._client.connection_pool.connection_kwargs["client_name"]
+        async with self._operator() as operator:
+            for connection in await operator.client_list():
+                if connection["name"] == name:
+                    await operator.client_kill_filter(_id=connection["id"])
+
+    def _operator(self):
+        from redis.asyncio import Redis
+
+        return Redis.from_url(self.direct)
+
+    def guarded(self, access):
+        service = self.services["expired" if access == "expired" else "server"]
+        port, trusted = urlsplit(service.url).port, self.certificates.path
+        authority = "other" if access == "unknown authority" else "ca"
+        host = "localhost" if access == "wrong host" else "127.0.0.1"
+        user = access.replace(" ", "-") if access.startswith("may not") else "granted"
+        password = "wrong" if access == "wrong password" else self.password
+        address = f"{user}:{password}@{host}:{port}/0"
+        plain = access == "plain"
+        return self.connecting_to(
+            f"redis://{address}" if plain else f"rediss://{address}?ssl_ca_certs={trusted}/{authority}.pem"
+        )
 
 
 class RedisStreamHarness(RedisHarness):
     """Redis Streams, at `DIATOR_TEST_REDIS_URL`."""
 
     name = "redis streams"
-    facilities = RedisHarness.facilities | {"dead_letters"}
+    facilities = RedisHarness.facilities | {"dead_letters", "topology", "alarm"}
 
-    def transport(self):
+    def connecting_to(self, url):
         from diator.brokers.redis_streams import RedisStreamMessageBroker
 
-        return RedisStreamMessageBroker.from_url(self.url, lease=1.0, **self.options())
+        return RedisStreamMessageBroker.from_url(named(url), lease=1.0, **self.options())
 
     async def send_raw(self, transport, topic, body):
         await transport._client.xadd(transport._stream(topic), {"body": body})
@@ -170,6 +246,70 @@ class RedisStreamHarness(RedisHarness):
         entries = await transport._client.xrange(f"{transport._stream(topic).decode()}:{group}:dead")
         found = [{_bytes(name): _bytes(value) for name, value in fields.items()} for _, fields in entries]
         return [DeadLettered(body=fields[b"body"], reason=fields[b"diator-dlq-reason"].decode()) for fields in found]
+
+    async def delete(self, transport, topic, group):
+        stream = transport._stream(topic)
+        async with self._operator() as operator:
+            if group is None:
+                await operator.delete(stream)
+            else:
+                await operator.xgroup_destroy(stream, group)
+
+    @asynccontextmanager
+    async def alarm(self):
+        async with self._operator() as operator:
+            await operator.config_set("maxmemory", 1)
+            try:
+                yield
+            finally:
+                await operator.config_set("maxmemory", 0)
+
+
+def named(url):
+    """Give the connections of one transport a name at the server."""
+    return f"{url}{'&' if '?' in url else '?'}client_name=conformance-{uuid4().hex}"
+
+
+def guarded_redis(certificates, certificate, password):
+    """Redis that speaks only TLS, and has three users."""
+    rights = {
+        "granted": "+@all",
+        "may-not-send": "+@all -publish -xadd",
+        "may-not-read": "+@all -subscribe -xreadgroup",
+    }
+    settings = [
+        "port 0",
+        "tls-port 6379",
+        "protected-mode no",
+        "bind 0.0.0.0",
+        "tls-auth-clients no",
+        "tls-cert-file /tmp/certificate",
+        "tls-key-file /tmp/key",
+        "tls-ca-cert-file /tmp/ca",
+        "user default off",
+        *(f"user {name} on >{password} ~* &* {right}" for name, right in rights.items()),
+    ]
+    files = {
+        "certificate": certificates.read(f"{certificate}.pem"),
+        "key": certificates.read(f"{certificate}.key"),
+        "ca": certificates.read("ca.pem"),
+        "settings": "\n".join(settings),
+    }
+    write = "; ".join(f'echo "${name}" > /tmp/{name}' for name in files)
+
+    async def probe(url):
+        from redis.asyncio import Redis
+
+        async with Redis.from_url(url, username="granted", password=password, ssl_cert_reqs="none") as client:
+            await client.ping()
+
+    return replace(
+        BACKENDS["redis"],
+        url="rediss://127.0.0.1:{port}/0",
+        command=f"sh -c '{write}; exec redis-server /tmp/settings'",
+        environment=files,
+        probe=probe,
+    )
 
 
 def _bytes(value):
@@ -180,38 +320,54 @@ def _bytes(value):
 
 
 class KafkaHarness(Harness):
-    """Kafka, at `DIATOR_TEST_KAFKA_SERVERS`; behind a proxy, one in a container of its own."""
+    """Kafka, at `DIATOR_TEST_KAFKA_SERVERS`; one in a container of its own, where it is to be broken or proxied."""
 
     name = "kafka"
-    facilities = frozenset({"proxy", "raw", "dead_letters"})
+    facilities = frozenset({"proxy", "raw", "dead_letters", "crash", "processes", "outages", "topology"})
     # Joining a group, and creating a topic, take a tenth of a second each; the lowest session that Kafka allows is 6 s.
-    limits = Limits(scale=4.0, settle=0.3, redelivery=5.0, timeout=3.0, liveness=10.0, recovery=15.0, lag=2.0)
+    limits = Limits(scale=4.0, settle=0.3, redelivery=5.0, timeout=3.0, liveness=10.0, recovery=20.0, lag=2.0)
+    in_place = False
+
+    def __init__(self):
+        self.services = PrivateServices()
+
+    @property
+    def is_proxied(self):
+        return int(self.servers.rpartition(":")[2]) == self.services["breakable"]._service.proxied
 
     def start(self):
         servers = os.environ.get("DIATOR_TEST_KAFKA_SERVERS")
         if not servers:
             raise EnvironmentMissing("DIATOR_TEST_KAFKA_SERVERS does not say where Kafka is")
         self.servers = servers
-        self._services = Services()
-        try:
-            self._behind_proxy = self._services.private("kafka")
-        except MissingService as error:
-            self._behind_proxy, self._why_not = None, str(error)
 
     def stop(self):
-        self._services.close()
+        self.services.close()
+
+    def prepare(self, facility):
+        if facility in {"proxy", "outages"}:  # a proxy has to stand where Kafka sends its clients to
+            self.services.get("breakable", "kafka")
 
     def service(self):
         return "Kafka"
 
-    def options(self):
-        patience = Patience(connect=6.0, idle=1.5, silence=1.5, longest_pause=1.0)
-        return {"timeout": 3.0, "session": 6.0, "heartbeat": 0.1, "drain": 10.0, "patience": patience}
+    def driver(self):
+        return f"aiokafka {version('aiokafka')}"
 
     def transport(self):
         from diator.brokers.kafka import KafkaMessageBroker
 
-        return KafkaMessageBroker(self.servers, "conformance", **self.options())
+        patience = Patience(connect=6.0, idle=1.5, silence=1.5, longest_pause=1.0)
+        return KafkaMessageBroker(
+            self.servers,
+            "conformance",
+            timeout=3.0,
+            session=6.0,
+            heartbeat=0.1,
+            drain=10.0,
+            retry_in_place=self.in_place,
+            patience=patience,
+        )
 
     async def send_raw(self, transport, topic, body):
         await transport._producer.send(transport._names.topic(topic), body)
@@ -220,14 +376,10 @@ class KafkaHarness(Harness):
         from aiokafka import AIOKafkaConsumer
 
         name = transport._names.beside(transport._names.topic(topic), group, "-dlq")
-        consumer = AIOKafkaConsumer(name, bootstrap_servers=self.servers, auto_offset_reset="earliest")
-        found = []
-        async with consumer:
-            ends = await consumer.end_offsets(consumer.assignment())
-            for place, end in ends.items():
-                while end and await consumer.position(place) < end:
-                    found.append(await consumer.getone(place))
-        found.sort(key=lambda record: record.timestamp)
+        async with AIOKafkaConsumer(name, bootstrap_servers=self.servers, auto_offset_reset="earliest") as consumer:
+            (place,) = consumer.assignment()
+            count = (await consumer.end_offsets([place]))[place]
+            found = [await consumer.getone() for _ in range(count)]
         return [
             DeadLettered(body=record.value, reason=dict(record.headers)["diator-dlq-reason"].decode())
             for record in found
@@ -235,33 +387,61 @@ class KafkaHarness(Harness):
 
     @asynccontextmanager
     async def proxied(self):
-        if self._behind_proxy is None:
-            raise EnvironmentMissing(self._why_not)
-        proxy = FaultProxy("127.0.0.1", self._behind_proxy.behind)
-        proxy.port = self._behind_proxy.proxied
-        direct = self.servers
+        service = self.services["breakable"]._service
+        if self.is_proxied:
+            raise EnvironmentMissing("Kafka sends its clients to one address, at which one proxy can stand")
+        proxy = FaultProxy("127.0.0.1", service.behind)
+        proxy.port = service.proxied
         async with proxy:
-            self.servers = f"{proxy.host}:{proxy.port}"
-            try:
+            with self._at(f"{proxy.host}:{proxy.port}"):
                 yield proxy
-            finally:
-                self.servers = direct
+
+    @asynccontextmanager
+    async def private(self):
+        async with self.services["breakable"].breakable() as service:
+            with self._at(service.url):
+                yield service
+
+    @contextmanager
+    def _at(self, servers):
+        before, self.servers = self.servers, servers
+        try:
+            yield
+        finally:
+            self.servers = before
+
+    async def crash(self, transport):
+        nowhere = replace(transport._cluster, servers=("127.0.0.1:1",))
+
+        async def nothing(*_, **__):
+            pass
+
+        clients = [transport._producer._producer.client] if transport._producer._producer else []
+        transport._producer._cluster = nowhere
+        for subscription in transport._subscriptions.values():
+            subscription._cluster = nowhere
+            subscription.connection.say_goodbye = nothing
+            clients.append(subscription.connection.consumer._client)
+        for client in clients:
+            client._get_conn = nothing
+            for connection in client._conns.values():
+                if connection._writer:
+                    connection._writer.transport.abort()
+
+    async def delete(self, transport, topic, group):
+        from aiokafka.admin import AIOKafkaAdminClient
+
+        name = transport._names.topic(topic)
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.servers)
+        await admin.start()
+        try:
+            await admin.delete_topics([name])
+        finally:
+            await admin.close()
 
 
 class KafkaInPlaceHarness(KafkaHarness):
     """Kafka, where what is given back holds up what is behind it."""
 
     name = "kafka, retry in place"
-    facilities = frozenset({"raw", "dead_letters"})
-
-    def start(self):
-        servers = os.environ.get("DIATOR_TEST_KAFKA_SERVERS")
-        if not servers:
-            raise EnvironmentMissing("DIATOR_TEST_KAFKA_SERVERS does not say where Kafka is")
-        self.servers = servers
-
-    def stop(self):
-        pass
-
-    def options(self):
-        return {**super().options(), "retry_in_place": True}
+    in_place = True
