@@ -14,8 +14,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Self
 
-from diator.brokers._kafka_audit import look_into
 from diator.brokers._kafka_client import CLIENT_ERRORS, MAX_KAFKA_BYTES, Cluster, Names, Policy, verdict
+from diator.brokers._kafka_findings import look_into
 from diator.brokers._kafka_reading import Reading, Subscription
 from diator.brokers._kafka_sending import SharedProducer
 from diator.brokers.audit import Finding

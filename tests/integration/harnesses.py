@@ -421,6 +421,8 @@ class KafkaHarness(Harness):
         for subscription in transport._subscriptions.values():
             subscription._cluster = nowhere
             subscription.connection.say_goodbye = nothing
+            if committing := getattr(subscription.connection, "_committing", None):
+                committing.cancel()
             clients.append(subscription.connection.consumer._client)
         for client in clients:
             client._get_conn = nothing
