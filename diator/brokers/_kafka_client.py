@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import ssl
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -191,35 +191,41 @@ async def ensure_topics(cluster: Cluster, policy: Policy, wanted: Collection[str
     aiokafka's own `create_topics` raises nothing when Kafka refuses: it has to be looked at.
 
     Raises:
-        BrokerUnavailable: They are not there, and it says why, and with which command to create them.
+        MessageRejected: One is missing, and is not to be or cannot be created; it says why, or with which command.
     """
     client = AIOKafkaClient(**cluster.settings())
     try:
         await client.bootstrap()
-        missing = await _without_leader(client, wanted)
-        if missing and policy.create:
+        missing, leaderless = await _look_for(client, wanted)
+        if missing and not policy.create:
+            replicas = policy.replicas(len(client.cluster.brokers()))
+            commands = "; ".join(_command(cluster, policy, name, replicas) for name in missing)
+            raise MessageRejected(f"a topic is missing, and create_topics is off; create it: {commands}")
+        if missing:
             await _create(client, policy, missing, within=cluster.timeout)
-        while missing and (missing := await _without_leader(client, missing)):
-            if not policy.create:
-                replicas = policy.replicas(len(client.cluster.brokers()))
-                commands = "; ".join(_command(cluster, policy, name, replicas) for name in missing)
-                raise BrokerUnavailable(f"a topic is missing, and create_topics is off; create it: {commands}")
+        while missing or leaderless:
             await asyncio.sleep(0.02)
+            missing, leaderless = await _look_for(client, wanted)
     finally:
         await close_client(client)
 
 
-async def _without_leader(client: Any, topics: Iterable[str]) -> list[str]:
-    """Those of *topics* that nothing can be sent to. Unlike aiokafka's own question, this one creates nothing."""
+async def _look_for(client: Any, topics: Collection[str]) -> tuple[list[str], list[str]]:
+    """Those of *topics* that are missing, and those that have a partition without a leader. It creates none."""
+    # aiokafka's own question would: a broker with `auto.create.topics.enable` takes it for a wish.
     request = MetadataRequest([*topics], allow_auto_topic_creation=False)
     response = await client.send(client.get_random_node(), request)
-    absent: list[str] = []
+    missing: list[str] = []
+    leaderless: list[str] = []
     for error_code, name, _, partitions in response.topics:
-        if error_code not in (0, _UNKNOWN_TOPIC) and not errors.for_code(error_code).retriable:
-            raise errors.for_code(error_code)(name)
-        if error_code or any(partition[0] for partition in partitions):
-            absent.append(name)
-    return absent
+        error = errors.for_code(error_code)
+        if error_code == _UNKNOWN_TOPIC:
+            missing.append(name)
+        elif error_code and not error.retriable:
+            raise error(name)
+        elif error_code or any(partition[0] for partition in partitions):
+            leaderless.append(name)
+    return missing, leaderless
 
 
 async def _create(client: Any, policy: Policy, missing: Collection[str], *, within: float) -> None:

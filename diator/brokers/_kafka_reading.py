@@ -34,6 +34,7 @@ from diator.brokers._kafka_sending import SharedProducer
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.settling import provenance
 from diator.brokers.supervisor import Source, Supervised
+from diator.exceptions import MessageRejected, WiringError
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class Reading:
 class _Partition:
     """One partition, from its assignment to its revocation. A new assignment is a new one of these."""
 
-    __slots__ = ("behind", "committed", "lost", "offsets", "out", "place", "retries", "topic", "waiting")
+    __slots__ = ("behind", "committed", "lost", "offsets", "out", "place", "read_until", "retries", "topic", "waiting")
 
     def __init__(self, place: TopicPartition, topic: Topic, offsets: Offsets, *, retries: bool) -> None:
         self.place = place
@@ -99,6 +100,8 @@ class _Partition:
         self.retries = retries
         self.committed = offsets.progress()
         self.lost = False
+        self.read_until = 0
+        """When the last message that was read had been sent, in milliseconds since 1970."""
         self.out = 0
         """How many deliveries are not settled, given out or not."""
         self.waiting = 0
@@ -137,10 +140,13 @@ class Subscription:
         self._names = names
         self._producer = producer
         self._group = group
-        self._topics = {names.topic(topic): topic for topic in topics}
         with_retries = group is not None and not reading.in_place
-        self._retries = {names.beside(name, group, RETRY): name for name in self._topics} if with_retries else {}
-        self._dead = {name: names.beside(name, group, DEAD) for name in self._topics}
+        try:
+            self._topics = {names.topic(topic): topic for topic in topics}
+            self._dead = {name: names.beside(name, group, DEAD) for name in self._topics}
+            self._retries = {names.beside(name, group, RETRY): name for name in self._topics} if with_retries else {}
+        except MessageRejected as error:
+            raise WiringError(str(error)) from error
         self.supervised: Supervised
         self.connection: _Connection
         self.unsettled = 0
@@ -162,7 +168,10 @@ class Subscription:
         wanted = [*self._topics, *self._retries]
         if not self._policy.create:
             wanted += self._dead.values()  # better refused now than when it is needed
-        await ensure_topics(self._cluster, self._policy, wanted)
+        try:
+            await ensure_topics(self._cluster, self._policy, wanted)
+        except MessageRejected as error:
+            raise WiringError(str(error)) from error
         consumer = AIOKafkaConsumer(**self.reading.settings(self._cluster, self._group))
         connection = self.connection = (_Alone if self._group is None else _Member)(self, consumer)
         try:
@@ -204,16 +213,18 @@ class Subscription:
                 self.unsettled -= 1
         self.supervised.withdraw(lambda delivery: _token(delivery).partition in partitions)
 
-    def tell_gap(self, reason: str) -> None:
-        """Messages are gone."""
+    def tell_gap(self, partition: _Partition, reason: str) -> None:
+        """Messages are gone: some that came after the last one that was read, whenever that was."""
         logger.error("%s", reason)
-        self.supervised.tell_gap(datetime.now(UTC), reason)
+        self.supervised.tell_gap(datetime.fromtimestamp(partition.read_until / 1000, UTC), reason)
 
     # -- receiving -----------------------------------------------------------------------------------------------
 
     def accept(self, partition: _Partition, records: Sequence[ConsumerRecord], into: list[Delivery]) -> None:
         """Make deliveries of *records*, as far as they are to be handled now."""
         take, in_place = partition.offsets.take, self.reading.in_place
+        if records:
+            partition.read_until = records[-1].timestamp
         for record in records:
             attempt = take(record.offset)
             if not attempt:
@@ -481,8 +492,9 @@ class _Connection:
             if place in self.partitions:
                 oldest = (await self.consumer.beginning_offsets([place]))[place]
                 self.subscription.tell_gap(
+                    self.partitions[place],
                     f"messages of {place.topic}, partition {place.partition}, are gone: {offset} was to be read next, "
-                    f"and the oldest is {oldest}; retention was faster than this reader, or the topic was deleted"
+                    f"and the oldest is {oldest}; retention was faster than this reader, or the topic was deleted",
                 )
                 self.partitions[place] = self.subscription.partition(place, Offsets(oldest))
                 self.consumer.seek(place, oldest)
