@@ -267,6 +267,8 @@ _BROKEN_PRODUCER = (
 
 def verdict(error: BaseException, message_id: UUID | None, *, handed_over: bool) -> BrokerError:
     """Translate an error of the client. *handed_over*: whether the message may have left when it happened."""
+    if isinstance(error, MessageRejected) and error.message_id is None:
+        return MessageRejected(str(error), message_id=message_id)
     if isinstance(error, BrokerError):
         return error
     problem = f"{type(error).__name__}: {error}"

@@ -16,6 +16,7 @@ from typing import Any, cast
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition, errors
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.protocol.group import LeaveGroupRequest
+from aiokafka.structs import OffsetAndMetadata
 
 from diator.brokers._kafka_client import (
     CLIENT_ERRORS,
@@ -34,7 +35,7 @@ from diator.brokers._kafka_sending import SharedProducer
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.settling import provenance
 from diator.brokers.supervisor import Source, Supervised
-from diator.exceptions import MessageRejected, WiringError
+from diator.exceptions import BrokerUnavailable, MessageRejected, WiringError
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -152,6 +153,7 @@ class Subscription:
         self.unsettled = 0
         self.alone: dict[TopicPartition, _Partition] = {}
         """Without a group: what is read, and how far it is, whatever becomes of the connection."""
+        self.has_begun = False
         self.freed = asyncio.Event()
         self.wake: Callable[[], None] = lambda: None
         self.ready: deque[tuple[_Partition, ConsumerRecord, int]] = deque()
@@ -218,6 +220,18 @@ class Subscription:
         logger.error("%s", reason)
         self.supervised.tell_gap(datetime.fromtimestamp(partition.read_until / 1000, UTC), reason)
 
+    def deleted(self, topic: str) -> BrokerUnavailable:
+        """A topic is gone, and with it whatever was not read yet. Connecting again, it is created, or refused."""
+        partitions = [*self.connection.partitions.values(), *self.alone.values()]
+        mine = [partition for partition in partitions if partition.place.topic == topic]
+        reason = f"the topic {topic} was deleted"
+        logger.error("%s", reason)
+        read_until = min((partition.read_until for partition in mine), default=0)
+        self.supervised.tell_gap(datetime.fromtimestamp(read_until / 1000, UTC), reason)
+        for partition in mine:
+            self.alone.pop(partition.place, None)
+        return BrokerUnavailable(reason)
+
     # -- receiving -----------------------------------------------------------------------------------------------
 
     def accept(self, partition: _Partition, records: Sequence[ConsumerRecord], into: list[Delivery]) -> None:
@@ -241,8 +255,8 @@ class Subscription:
                 into.append(self.delivery(partition, record, attempt))
 
     def _wait_until_due(self, partition: _Partition, record: ConsumerRecord, into: list[Delivery]) -> None:
-        attempt, due, _ = _retry_headers(record)
-        remaining = due / 1000 - time.time()
+        told = _told_by(record)
+        attempt, remaining = told.attempt, told.due / 1000 - time.time()
         if remaining <= 0:
             into.append(self.delivery(partition, record, attempt))
         else:
@@ -279,7 +293,7 @@ class Subscription:
         self.unsettled += 1
         headers: dict[str, str] = {}
         if record.headers or record.key is not None:
-            pairs = record.headers[: -len(_RETRY_HEADERS)] if partition.retries else record.headers
+            pairs = _told_by(record).headers if partition.retries else record.headers
             headers = {name: (value or b"").decode(errors="replace") for name, value in pairs}
             if record.key is not None:  # of another program, which has no such header
                 headers.setdefault("key", record.key.decode(errors="replace"))
@@ -342,11 +356,11 @@ class Subscription:
     @staticmethod
     def _own_headers(partition: _Partition, record: ConsumerRecord) -> Sequence[tuple[str, bytes]]:
         headers: Sequence[tuple[str, bytes]] = record.headers
-        return headers[: -len(_RETRY_HEADERS)] if partition.retries else headers
+        return _told_by(record).headers if partition.retries else headers
 
     @staticmethod
     def _origin(partition: _Partition, record: ConsumerRecord) -> str:
-        return _retry_headers(record)[2] if partition.retries else f"{record.partition}:{record.offset}"
+        return _told_by(record).origin if partition.retries else f"{record.partition}:{record.offset}"
 
     def _finished(self, partition: _Partition, record: ConsumerRecord) -> None:
         partition.offsets.finish(record.offset)
@@ -375,13 +389,29 @@ def _token(delivery: Delivery) -> _Token:
     return cast("_Token", delivery.token)
 
 
-def _retry_headers(record: ConsumerRecord) -> tuple[int, int, str]:
-    """Read what is at the end of the headers; what somebody else put there is due now, and counts as a first retry."""
+@dataclass(frozen=True)
+class _Told:
+    """What a record of a retry topic says of itself."""
+
+    attempt: int
+    due: int
+    """In milliseconds since 1970."""
+    origin: str
+    """Partition and offset at first, with a colon between."""
+    headers: Sequence[tuple[str, bytes]]
+    """Those of the message."""
+
+
+def _told_by(record: ConsumerRecord) -> _Told:
+    """Read what is at the end of the headers; what somebody else put there is due now, and was tried once."""
+    control = record.headers[-len(_RETRY_HEADERS) :]
     try:
-        (_, attempt), (_, due), (_, origin) = record.headers[-len(_RETRY_HEADERS) :]
-        return max(2, int(attempt)), int(due), origin.decode(errors="replace")
-    except ValueError:
-        return 2, 0, f"{record.partition}:{record.offset}"
+        if tuple(name for name, _ in control) == _RETRY_HEADERS:
+            attempt, due, origin = (value.decode() for _, value in control)
+            return _Told(max(2, int(attempt)), int(due), origin, record.headers[: -len(control)])
+    except (ValueError, AttributeError):
+        logger.warning("a record of %s has control headers that are not ours", record.topic)
+    return _Told(2, 0, f"{record.partition}:{record.offset}", record.headers)
 
 
 class _Connection:
@@ -392,6 +422,7 @@ class _Connection:
         self.consumer = consumer
         self.partitions: dict[TopicPartition, _Partition] = {}
         self.generation = 0
+        self.topics: Sequence[str] = ()
         self._paused: set[TopicPartition] = set()
         self._fetching: asyncio.Task[tuple[int, Mapping[TopicPartition, list[ConsumerRecord]]]] | None = None
         self._woken = asyncio.Event()
@@ -484,7 +515,10 @@ class _Connection:
                     self._paused.discard(place)
 
     async def look(self) -> None:
-        """See whether topics have changed."""
+        """See whether topics have changed, as far as the client has heard. One that is gone is told as a gap."""
+        for topic in self.topics:
+            if not self.consumer.partitions_for_topic(topic):
+                raise self.subscription.deleted(topic)
 
     async def _skip_what_is_gone(self, error: Any) -> None:
         """What was to be read next is not there: removed by retention, or with its topic."""
@@ -551,6 +585,7 @@ class _Member(_Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # 
         self._committing: asyncio.Task[None] | None = None
 
     async def begin(self, topics: Sequence[str]) -> None:
+        self.topics = topics
         self.consumer.subscribe(topics, listener=self)
         self._committing = asyncio.create_task(self._keep_committing(), name="diator: committing")
         # Whether or not it has a part of the topics yet, what is sent from now on is for its group. Other members may
@@ -619,7 +654,12 @@ class _Member(_Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # 
             return
         try:
             async with asyncio.timeout(_COMMIT_TIMEOUT):
-                await self.consumer.commit({place: now for place, (_, now) in progress.items()})
+                # Not aiokafka's own `commit`: it tries for ever, and what it shields from us nobody waits for.
+                coordinator = self.consumer._coordinator  # noqa: SLF001
+                assignment = self.consumer._subscription.subscription.assignment  # noqa: SLF001
+                offsets = {place: OffsetAndMetadata(*now) for place, (_, now) in progress.items()}
+                await coordinator.ensure_coordinator_known()
+                await coordinator._do_commit_offsets(assignment, offsets)  # noqa: SLF001
         except CLIENT_ERRORS as error:
             logger.warning("what was settled could not be committed yet: %s: %s", type(error).__name__, error)
             return
@@ -651,19 +691,20 @@ class _Alone(_Connection):
     """A reader without a group: every partition, from its end. Nothing is committed; it knows where it is."""
 
     async def begin(self, topics: Sequence[str]) -> None:
-        self._topics = topics
+        self.topics = topics
         self.partitions = self.subscription.alone
         await self._assign()
 
     async def _assign(self) -> None:
         known, places = self.partitions, []
-        for topic in self._topics:
+        for topic in self.topics:
             places += [TopicPartition(topic, number) for number in await self._numbers_of(topic)]
         if new := [place for place in places if place not in known]:
             # What comes later than this subscription is read from its beginning.
-            begins = self.consumer.beginning_offsets if known else self.consumer.end_offsets
+            begins = self.consumer.beginning_offsets if self.subscription.has_begun else self.consumer.end_offsets
             for place, position in (await begins(new)).items():
                 known[place] = self.subscription.partition(place, Offsets(position))
+        self.subscription.has_begun = True
         self.generation += 1
         self.consumer.assign(places)
         for place in places:
@@ -675,9 +716,8 @@ class _Alone(_Connection):
         return numbers or await self.consumer._client._wait_on_metadata(topic)  # noqa: SLF001
 
     async def look(self) -> None:
-        known = dict.fromkeys(self.partitions)
-        for topic in self._topics:
-            numbers = self.consumer.partitions_for_topic(topic) or ()
-            if any(TopicPartition(topic, number) not in known for number in numbers):
-                await self._assign()
-                return
+        await super().look()
+        for topic in self.topics:
+            if any(TopicPartition(topic, number) not in self.partitions for number in await self._numbers_of(topic)):
+                return await self._assign()
+        return None

@@ -22,7 +22,7 @@ from diator.brokers._kafka_client import (
     refused,
     verdict,
 )
-from diator.exceptions import BrokerClosed, OutcomeUnknown, WiringError
+from diator.exceptions import BrokerClosed, MessageRejected, OutcomeUnknown, WiringError
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -98,7 +98,9 @@ class SharedProducer:
         producer = self._producer
         if producer is None or self._queued or self._is_full or topic not in self._known:
             producer = await self._in_turn(topic, message_id, deadline)
-        if key is None and partition is None:
+        if partition is not None:
+            partition = min(partition, len(await producer.partitions_for(topic)) - 1)  # others may have created it
+        elif key is None:
             partition = self._partition_of(producer, topic)
         self._entering += 1
         try:
@@ -154,7 +156,7 @@ class SharedProducer:
                     self._freed.clear()
                     await self._freed.wait()
                 return await self._connected(message_id)
-        except CLIENT_ERRORS as error:
+        except (*CLIENT_ERRORS, MessageRejected) as error:
             raise verdict(error, message_id, handed_over=False) from error
         finally:
             self._queued -= 1

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from time import monotonic
 from uuid import uuid4
 
@@ -118,6 +118,15 @@ async def acked(deliveries, count, *, within=8.0) -> list[int]:
     return taken
 
 
+async def all_that_comes(deliveries, *, within=1.0) -> list[int]:
+    """Take and acknowledge until nothing comes any more."""
+    taken: list[int] = []
+    with suppress(TimeoutError):
+        while True:
+            taken += await acked(deliveries, 1, within=within)
+    return taken
+
+
 async def nothing_comes(deliveries, *, within=0.4) -> None:
     with pytest.raises(TimeoutError):
         await take(deliveries, 1, within=within)
@@ -184,7 +193,7 @@ def number_of_each(records) -> set[int]:
 
 
 async def test_a_message_whose_confirmation_is_lost_is_stored_once(make, proxy, proxied, name, private_kafka) -> None:
-    """aiokafka sends it again by itself. Kafka knows the repeat by its number, which it has because of idempotence."""
+    """The client sends it again by itself. Kafka knows the repeat by its number."""
     broker = await make(proxied, timeout=5.0)
     await send(broker, 0, key="k")
     proxy.withhold(Flow.TO_CLIENT)
@@ -234,7 +243,9 @@ async def test_a_subscription_ends_when_kafka_is_frozen(make, private_kafka) -> 
     await asyncio.to_thread(private_kafka.unpause)
 
     async with subscribed(broker) as deliveries:
-        assert [number_of(each) for each in await take(deliveries, 1, within=20)] == [0]  # it could not be committed
+        await send(broker, 1)
+        while await acked(deliveries, 1, within=20) != [1]:
+            pass  # the commit may have waited in the frozen service's buffers, or not
 
 
 # -- traps 5 and 6: members come and go --------------------------------------------------------------------------
@@ -298,22 +309,14 @@ async def test_no_more_than_a_window_is_read_ahead_of_the_oldest_unfinished(make
     await send(broker, *range(200))
     async with subscribed(broker, group=group, prefetch=10) as deliveries:
         (oldest,) = await take(deliveries, 1)
-        taken = []
-        with pytest.raises(TimeoutError):
-            while True:
-                taken += await acked(deliveries, 1, within=1.0)
-        assert len(taken) <= 20 + 10 + 10
+        assert 0 < len(await all_that_comes(deliveries)) <= 20 + 10 + 10
 
         await oldest.ack()
         assert await acked(deliveries, 1)
         async with subscribed(broker, group=group):
             pass  # they share out the partitions twice
         (oldest,) = await take(deliveries, 1)
-        more = []
-        with pytest.raises(TimeoutError):
-            while True:
-                more += await acked(deliveries, 1, within=1.0)
-        assert len(more) <= 20 + 10 + 10
+        assert 0 < len(await all_that_comes(deliveries)) <= 20 + 10 + 10
 
 
 # -- trap 7: an end that raises what it was not told to -----------------------------------------------------------
@@ -407,7 +410,7 @@ async def test_topics_that_are_there_need_no_right_to_create(make, kafka_servers
 
 
 async def test_what_kafka_refuses_to_create_is_told(make, kafka_servers, name) -> None:
-    """aiokafka's `create_topics` raises nothing: the refusal is in the answer."""
+    """The client's `create_topics` raises nothing: the refusal is in the answer."""
     broker = await make(kafka_servers, replication_factor=9)
 
     with pytest.raises(MessageRejected, match=r"cannot be created \(InvalidReplicationFactorError"):
@@ -508,17 +511,10 @@ async def test_a_topic_that_was_deleted_and_made_again_is_a_gap(broker, name, ad
             while not taken:
                 number += 1
                 await asyncio.gather(broker.send_message(message(number, key="k")), return_exceptions=True)
-                await asyncio.gather(swallowing_timeout(deliveries, taken))
+                taken = await all_that_comes(deliveries, within=0.3)
 
     assert len(gaps) == 1
     assert "deleted" in gaps[0].reason
-
-
-async def swallowing_timeout(deliveries, taken) -> None:
-    try:
-        taken += await acked(deliveries, 1, within=0.3)
-    except TimeoutError:
-        pass
 
 
 async def place_of_everything(admin, name) -> TopicPartition:
@@ -654,7 +650,7 @@ async def test_in_place_what_has_another_key_goes_on(make, kafka_servers) -> Non
         (first,) = await take(deliveries, 1)
         await first.retry(after=0.5)
 
-        assert await acked(deliveries, 3) == [2, 4, 3]
+        assert sorted(await acked(deliveries, 3)) == [2, 3, 4]
         assert await acked(deliveries, 2) == [0, 1]
 
 
