@@ -131,7 +131,7 @@ class KafkaMessageBroker:
             guarantee="at_least_once",
             receipt="durable",
             settlement="cumulative",
-            redelivery=frozenset({"retry", "close", "crash", "deadline"}),
+            redelivery=frozenset({"retry", "close", "crash"}),
             redelivery_bound=self._reading.session + self._reading.heartbeat + self._reading.drain,
             delayed_retry=True,
             dead_letter=True,
