@@ -79,7 +79,6 @@ class Cluster:
             "bootstrap_servers": [*self.servers],
             "client_id": "diator",
             "request_timeout_ms": round(bounded * 1000),
-            "retry_backoff_ms": 50,
             "security_protocol": f"{over}SSL" if self.ssl_context else f"{over}PLAINTEXT",
             "ssl_context": self.ssl_context,
             "sasl_mechanism": self.sasl_mechanism or "PLAIN",

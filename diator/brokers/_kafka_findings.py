@@ -44,7 +44,7 @@ async def look_into(cluster: Cluster, policy: Policy, prefix: str) -> list[Findi
 
 
 async def _described(
-    client: Any, node: int, kind: ConfigResourceType, names: Collection[str]
+    client: Any, node: Any, kind: ConfigResourceType, names: Collection[str]
 ) -> dict[str, Mapping[str, str] | str]:
     """Give the settings of each of *names*, or why they are not to be had."""
     if not names:

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapp
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition, errors
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
@@ -38,6 +38,8 @@ from diator.brokers.supervisor import Source, Supervised
 from diator.exceptions import BrokerUnavailable, MessageRejected, WiringError
 
 logger: logging.Logger = logging.getLogger(__name__)
+
+Record: TypeAlias = ConsumerRecord[Any, Any]
 
 _COMMIT_EVERY = 0.2
 _LOOK_AGAIN = 1.0
@@ -107,7 +109,7 @@ class _Partition:
         """How many deliveries are not settled, given out or not."""
         self.waiting = 0
         """How many messages wait here for their time."""
-        self.behind: dict[bytes, deque[ConsumerRecord]] = {}
+        self.behind: dict[bytes, deque[Record]] = {}
         """In place: what waits for an earlier message of its key, which is out or given back."""
 
 
@@ -116,7 +118,7 @@ class _Token:
 
     __slots__ = ("partition", "record")
 
-    def __init__(self, partition: _Partition, record: ConsumerRecord) -> None:
+    def __init__(self, partition: _Partition, record: Record) -> None:
         self.partition = partition
         self.record = record
 
@@ -156,9 +158,9 @@ class Subscription:
         self.has_begun = False
         self.freed = asyncio.Event()
         self.wake: Callable[[], None] = lambda: None
-        self.ready: deque[tuple[_Partition, ConsumerRecord, int]] = deque()
+        self.ready: deque[tuple[_Partition, Record, int]] = deque()
         """What is to be delivered without asking Kafka: what is due, and what was behind another."""
-        self._delayed: list[tuple[float, int, _Partition, ConsumerRecord, int]] = []
+        self._delayed: list[tuple[float, int, _Partition, Record, int]] = []
         self._numbers = 0
         self._leaving: set[asyncio.Task[None]] = set()
 
@@ -234,7 +236,7 @@ class Subscription:
 
     # -- receiving -----------------------------------------------------------------------------------------------
 
-    def accept(self, partition: _Partition, records: Sequence[ConsumerRecord], into: list[Delivery]) -> None:
+    def accept(self, partition: _Partition, records: Sequence[Record], into: list[Delivery]) -> None:
         """Make deliveries of *records*, as far as they are to be handled now."""
         take, in_place = partition.offsets.take, self.reading.in_place
         if records:
@@ -254,7 +256,7 @@ class Subscription:
             else:
                 into.append(self.delivery(partition, record, attempt))
 
-    def _wait_until_due(self, partition: _Partition, record: ConsumerRecord, into: list[Delivery]) -> None:
+    def _wait_until_due(self, partition: _Partition, record: Record, into: list[Delivery]) -> None:
         told = _told_by(record)
         attempt, remaining = told.attempt, told.due / 1000 - time.time()
         if remaining <= 0:
@@ -262,7 +264,7 @@ class Subscription:
         else:
             self._delay(partition, record, attempt, remaining)
 
-    def _delay(self, partition: _Partition, record: ConsumerRecord, attempt: int, after: float) -> None:
+    def _delay(self, partition: _Partition, record: Record, attempt: int, after: float) -> None:
         self._numbers += 1
         partition.waiting += 1
         due = asyncio.get_running_loop().time() + after
@@ -287,7 +289,7 @@ class Subscription:
                 taken.append(self.delivery(partition, record, attempt))
         return taken
 
-    def delivery(self, partition: _Partition, record: ConsumerRecord, attempt: int) -> Delivery:
+    def delivery(self, partition: _Partition, record: Record, attempt: int) -> Delivery:
         """Make a delivery, which is out from now on."""
         partition.out += 1
         self.unsettled += 1
@@ -354,15 +356,15 @@ class Subscription:
             self._finished(partition, record)
 
     @staticmethod
-    def _own_headers(partition: _Partition, record: ConsumerRecord) -> Sequence[tuple[str, bytes]]:
+    def _own_headers(partition: _Partition, record: Record) -> Sequence[tuple[str, bytes]]:
         headers: Sequence[tuple[str, bytes]] = record.headers
         return _told_by(record).headers if partition.retries else headers
 
     @staticmethod
-    def _origin(partition: _Partition, record: ConsumerRecord) -> str:
+    def _origin(partition: _Partition, record: Record) -> str:
         return _told_by(record).origin if partition.retries else f"{record.partition}:{record.offset}"
 
-    def _finished(self, partition: _Partition, record: ConsumerRecord) -> None:
+    def _finished(self, partition: _Partition, record: Record) -> None:
         partition.offsets.finish(record.offset)
         self._let_go(partition)
         if partition.behind and record.key in partition.behind:
@@ -402,7 +404,7 @@ class _Told:
     """Those of the message."""
 
 
-def _told_by(record: ConsumerRecord) -> _Told:
+def _told_by(record: Record) -> _Told:
     """Read what is at the end of the headers; what somebody else put there is due now, and was tried once."""
     control = record.headers[-len(_RETRY_HEADERS) :]
     try:
@@ -424,10 +426,11 @@ class _Connection:
         self.generation = 0
         self.topics: Sequence[str] = ()
         self._paused: set[TopicPartition] = set()
-        self._fetching: asyncio.Task[tuple[int, Mapping[TopicPartition, list[ConsumerRecord]]]] | None = None
+        self._fetching: asyncio.Task[tuple[int, Mapping[TopicPartition, list[Record]]]] | None = None
         self._woken = asyncio.Event()
         self._heard = False
         self._next_look = 0.0
+        self._was_connected = True
         subscription.wake = self._woken.set
 
     async def begin(self, topics: Sequence[str]) -> None:
@@ -486,13 +489,11 @@ class _Connection:
             self._next_look = now + _LOOK_AGAIN
             await self.look()
 
-    async def _fetch(self, most: int) -> tuple[int, Mapping[TopicPartition, list[ConsumerRecord]]]:
-        records: Mapping[TopicPartition, list[ConsumerRecord]] = await self.consumer.getmany(
-            timeout_ms=500, max_records=most
-        )
+    async def _fetch(self, most: int) -> tuple[int, Mapping[TopicPartition, list[Record]]]:
+        records: Mapping[TopicPartition, list[Record]] = await self.consumer.getmany(timeout_ms=500, max_records=most)
         return self.generation, records
 
-    def _accept(self, generation: int, records: Mapping[TopicPartition, list[ConsumerRecord]]) -> list[Delivery]:
+    def _accept(self, generation: int, records: Mapping[TopicPartition, list[Record]]) -> list[Delivery]:
         deliveries: list[Delivery] = []
         if generation == self.generation:  # else it was read of what was ours then; whoever has it now reads it again
             for place, of_partition in records.items():
@@ -515,7 +516,16 @@ class _Connection:
                     self._paused.discard(place)
 
     async def look(self) -> None:
-        """See whether topics have changed, as far as the client has heard. One that is gone is told as a gap."""
+        """
+        See whether topics have changed, as far as the client has heard. One that is gone is told as a gap.
+
+        Raises:
+            ConnectionError: There is no connection, for the second time. The client would try ten times a second.
+        """
+        is_connected = any(each.connected() for each in self.consumer._client._conns.values())  # noqa: SLF001
+        if not is_connected and not self._was_connected:
+            raise ConnectionError("there is no connection to Kafka")
+        self._was_connected = is_connected
         for topic in self.topics:
             if not self.consumer.partitions_for_topic(topic):
                 raise self.subscription.deleted(topic)
@@ -603,7 +613,7 @@ class _Member(_Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # 
     def is_readable(self) -> bool:
         return self._assigned.is_set()
 
-    async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+    async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # it may be a coroutine
         """Let the work that was begun end, within bounds, and commit it; the rest is the next one's."""
         self._assigned.clear()
         self.generation += 1
@@ -621,7 +631,7 @@ class _Member(_Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # 
         self.partitions.clear()
         self._paused.clear()
 
-    async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
+    async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # it may be a coroutine
         """Begin where the group left off; where it never was, at the oldest message."""
         committed = await self.consumer._coordinator.fetch_committed_offsets([*assigned])  # noqa: SLF001  # `committed()` keeps the metadata to itself
         new = [place for place in assigned if place not in committed or committed[place].offset < 0]

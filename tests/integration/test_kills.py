@@ -45,7 +45,6 @@ class Transport:
 
 
 TRANSPORTS = [
-    Transport(scheme="kafka", backend="kafka", told_within=1.0),
     # What a member held comes again when its lease is over; meanwhile others read on.
     Transport(scheme="redis-streams", backend="redis", told_within=1.0, in_order=False),
 ]
