@@ -1,7 +1,7 @@
 """How the conformance suite gets diator's own transports."""
 
 import os
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from urllib.parse import urlsplit
@@ -116,7 +116,7 @@ class RedisHarness(Harness):
 
     name = "redis"
     facilities = frozenset({"proxy", "raw", "crash", "processes", "outages", "operator", "security"})
-    limits = Limits(scale=2.0, redelivery=3.0, timeout=2.0, liveness=6.0, recovery=5.0)
+    limits = Limits(scale=2.0, redelivery=3.0, timeout=2.0, liveness=6.0, recovery=5.0, pause=1.0)
     password = "swordfish-of-the-redis-harness"
 
     def __init__(self):
@@ -133,6 +133,7 @@ class RedisHarness(Harness):
         with redis.Redis.from_url(url) as client:
             try:
                 self.version = client.info("server")["redis_version"]
+                self.keeps = client.info("persistence")["aof_enabled"]
             except redis.RedisError as error:
                 raise EnvironmentMissing(str(error)) from error
 
@@ -237,7 +238,9 @@ class RedisStreamHarness(RedisHarness):
     def connecting_to(self, url):
         from diator.brokers.redis_streams import RedisStreamMessageBroker
 
-        return RedisStreamMessageBroker.from_url(named(url), lease=1.0, **self.options())
+        return RedisStreamMessageBroker.from_url(
+            named(url), lease=1.0, durability="crash" if self.keeps else "none", **self.options()
+        )
 
     async def send_raw(self, transport, topic, body):
         await transport._client.xadd(transport._stream(topic), {"body": body})
@@ -281,6 +284,7 @@ def guarded_redis(certificates, certificate, password):
         "port 0",
         "tls-port 6379",
         "protected-mode no",
+        "appendonly yes",
         "bind 0.0.0.0",
         "tls-auth-clients no",
         "tls-cert-file /tmp/certificate",
@@ -437,9 +441,24 @@ class KafkaHarness(Harness):
         admin = AIOKafkaAdminClient(bootstrap_servers=self.servers)
         await admin.start()
         try:
-            await admin.delete_topics([name])
+            await admin.delete_topics([name if group is None else transport._names.beside(name, group, "-retry")])
         finally:
             await admin.close()
+        if group is not None:
+            await self._forget_what_was_read(name, group)
+
+    async def _forget_what_was_read(self, name, group):
+        from aiokafka import AIOKafkaConsumer, TopicPartition
+        from aiokafka.errors import CommitFailedError
+
+        async with AIOKafkaConsumer(
+            bootstrap_servers=self.servers, group_id=group, enable_auto_commit=False
+        ) as consumer:
+            await consumer._client._wait_on_metadata(name)
+            places = [TopicPartition(name, number) for number in consumer.partitions_for_topic(name)]
+            consumer.assign(places)
+            with suppress(CommitFailedError):  # Kafka touches no group that has members
+                await consumer.commit(dict.fromkeys(places, 0))
 
 
 class KafkaInPlaceHarness(KafkaHarness):
