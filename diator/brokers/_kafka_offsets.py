@@ -63,6 +63,10 @@ class Offsets:
         self._unfinished[offset] += 1
         return self._unfinished[offset]
 
+    def attempt(self, offset: int) -> int:
+        """Which attempt the message at *offset* is at, which was taken and is not finished."""
+        return self._unfinished.get(offset, 1)
+
     def progress(self) -> tuple[int, str]:
         """What is to be committed: the lowest offset that is not finished, and what is written beside it."""
         lowest = self.lowest

@@ -42,6 +42,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 Record: TypeAlias = ConsumerRecord[Any, Any]
 
 _COMMIT_EVERY = 0.2
+_COMMIT_TIMEOUT = 5.0
+_COORDINATING = ("_coordination_task", "_heartbeat_task", "_commit_refresh_task", "_reset_committed_task")
 _LOOK_AGAIN = 1.0
 """How often, in seconds, it is looked whether topics have changed, as far as the client has heard."""
 _MOST_WAITING = 100
@@ -63,6 +65,11 @@ class Reading:
     max_message_bytes: int
     first_part: float
     """For how long a new member waits for its first part of the topics, before it is there without one."""
+
+    @property
+    def most_patience(self) -> float:
+        """How long a rebalance can take: the dead are noticed, and the slowest of the living lets go."""
+        return self.session + self.drain + 30.0
 
     def settings(self, cluster: Cluster, group: str | None) -> dict[str, Any]:
         """Give what a consumer of aiokafka is made with."""
@@ -94,7 +101,19 @@ class Reading:
 class _Partition:
     """One partition, from its assignment to its revocation. A new assignment is a new one of these."""
 
-    __slots__ = ("behind", "committed", "lost", "offsets", "out", "place", "read_until", "retries", "topic", "waiting")
+    __slots__ = (
+        "behind",
+        "committed",
+        "ending",
+        "lost",
+        "offsets",
+        "out",
+        "place",
+        "read_until",
+        "retries",
+        "topic",
+        "waiting",
+    )
 
     def __init__(self, place: TopicPartition, topic: Topic, offsets: Offsets, *, retries: bool) -> None:
         self.place = place
@@ -102,6 +121,8 @@ class _Partition:
         self.offsets = offsets
         self.retries = retries
         self.committed = offsets.progress()
+        self.ending = False
+        """Whether it is about to go to another: what was begun of it ends, and nothing else begins."""
         self.lost = False
         self.read_until = 0
         """When the last message that was read had been sent, in milliseconds since 1970."""
@@ -285,7 +306,7 @@ class Subscription:
         taken: list[Delivery] = []
         while self.ready and len(taken) < most:
             partition, record, attempt = self.ready.popleft()
-            if not partition.lost:
+            if not partition.lost and not partition.ending:
                 taken.append(self.delivery(partition, record, attempt))
         return taken
 
@@ -371,7 +392,7 @@ class Subscription:
             behind = partition.behind[record.key]
             if behind:
                 following = behind.popleft()
-                self.ready.append((partition, following, 1))
+                self.ready.append((partition, following, partition.offsets.attempt(following.offset)))
                 self.wake()
             else:
                 del partition.behind[record.key]
@@ -474,11 +495,13 @@ class _Connection:
         woken = asyncio.create_task(self._woken.wait())
         due = self.subscription.due_in()
         limit = _LOOK_AGAIN if due is None else max(0.0, min(due, _LOOK_AGAIN))
+        # What has come of a new assignment before we know where it begins has to wait: it must not be passed over.
+        waiting = {self._fetching, woken} if self.is_readable else {woken}
         try:
-            await asyncio.wait({self._fetching, woken}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waiting, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         finally:
             woken.cancel()
-        if not self._fetching.done():
+        if not self._fetching.done() or not self.is_readable:
             return []
         fetched, self._fetching = self._fetching, None
         return self._accept(*fetched.result())
@@ -568,18 +591,8 @@ class _Connection:
         consumer = self.consumer
         consumer._closed = True  # noqa: SLF001  # its own `stop` can hang, and raise what it was not told to
         coordinator, fetcher = consumer._coordinator, consumer._fetcher  # noqa: SLF001
-        tasks = [
-            getattr(part, name, None)
-            for part, names in (
-                (
-                    coordinator,
-                    ("_coordination_task", "_heartbeat_task", "_commit_refresh_task", "_reset_committed_task"),
-                ),
-                (fetcher, ("_fetch_task",)),
-            )
-            for name in names
-        ]
-        await end_tasks([*tasks, *getattr(fetcher, "_pending_tasks", ())])
+        tasks = [getattr(coordinator, name, None) for name in _COORDINATING]
+        await end_tasks([*tasks, getattr(fetcher, "_fetch_task", None), *getattr(fetcher, "_pending_tasks", ())])
         await close_client(consumer._client)  # noqa: SLF001
 
     async def say_goodbye(self) -> None:
@@ -592,6 +605,7 @@ class _Member(_Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # 
     def __init__(self, subscription: Subscription, consumer: Any) -> None:
         super().__init__(subscription, consumer)
         self._assigned = asyncio.Event()
+        self._assigned_at = asyncio.get_running_loop().time()
         self._committing: asyncio.Task[None] | None = None
 
     async def begin(self, topics: Sequence[str]) -> None:
@@ -618,6 +632,8 @@ class _Member(_Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # 
         self._assigned.clear()
         self.generation += 1
         mine = {partition for place, partition in self.partitions.items() if place in revoked}
+        for partition in mine:
+            partition.ending = True
         self.subscription.withdraw(mine)
         with suppress(TimeoutError):
             async with asyncio.timeout(self.subscription.reading.drain):
@@ -647,13 +663,26 @@ class _Member(_Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # 
         self._woken.set()
 
     async def _keep_committing(self) -> None:
+        pause = _COMMIT_EVERY
         while True:
-            await asyncio.sleep(_COMMIT_EVERY)
+            await asyncio.sleep(pause)
             if self._assigned.is_set():
-                await self._commit()
+                pause = _COMMIT_EVERY if await self._commit() else min(5.0, 2 * pause)
 
-    async def _commit(self) -> None:
-        """Commit how far each partition is, of those that are still ours. One that is not would fail them all."""
+    async def look(self) -> None:
+        await super().look()
+        now = asyncio.get_running_loop().time()
+        if self._assigned.is_set():
+            self._assigned_at = now
+        elif now - self._assigned_at > self.subscription.reading.most_patience:
+            raise BrokerUnavailable("its group has given this member nothing, not even that there is nothing for it")
+
+    async def _commit(self) -> bool:
+        """
+        Commit how far each partition is, of those that are still ours; tell whether that worked.
+
+        One that is not ours any more would fail them all.
+        """
         ours = self.consumer.assignment()
         progress = {
             place: (partition, now)
@@ -661,7 +690,7 @@ class _Member(_Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # 
             if place in ours and (now := partition.offsets.progress()) != partition.committed
         }
         if not progress:
-            return
+            return True
         try:
             async with asyncio.timeout(_COMMIT_TIMEOUT):
                 # Not aiokafka's own `commit`: it tries for ever, and what it shields from us nobody waits for.
@@ -672,9 +701,10 @@ class _Member(_Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # 
                 await coordinator._do_commit_offsets(assignment, offsets)  # noqa: SLF001
         except CLIENT_ERRORS as error:
             logger.warning("what was settled could not be committed yet: %s: %s", type(error).__name__, error)
-            return
+            return False
         for partition, now in progress.values():
             partition.committed = now
+        return True
 
     async def say_goodbye(self) -> None:
         try:
@@ -692,9 +722,6 @@ class _Member(_Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # 
         if coordinator.member_id and coordinator.coordinator_id is not None:
             request = LeaveGroupRequest(coordinator.group_id, coordinator.member_id)
             await self.consumer._client.send(coordinator.coordinator_id, request)  # noqa: SLF001
-
-
-_COMMIT_TIMEOUT = 5.0
 
 
 class _Alone(_Connection):

@@ -641,6 +641,24 @@ async def test_in_place_attempts_outlive_their_member(make, kafka_servers) -> No
     assert counted == [(0, 1), (0, 2), (0, 3)]
 
 
+async def test_in_place_attempts_of_what_waits_behind_another_are_kept(make, kafka_servers) -> None:
+    broker = await make(kafka_servers, retry_in_place=True)
+    await send(broker, 0, 1, key="k")
+    async with subscribed(broker) as deliveries:
+        (first,) = await take(deliveries, 1)
+        await first.ack()
+        (second,) = await take(deliveries, 1)
+        await second.retry(after=0.05)
+    await send(broker, 2, key="k")
+    async with subscribed(broker) as deliveries:
+        (again,) = await take(deliveries, 1)
+        assert (number_of(again), again.attempt) == (1, 2)
+        await again.ack()
+        (last,) = await take(deliveries, 1)
+
+    assert (number_of(last), last.attempt) == (2, 1)
+
+
 async def test_in_place_what_has_another_key_goes_on(make, kafka_servers) -> None:
     broker = await make(kafka_servers, retry_in_place=True, partitions=1)
     async with subscribed(broker) as deliveries:
