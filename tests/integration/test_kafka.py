@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from time import monotonic
 from uuid import uuid4
@@ -281,10 +282,45 @@ async def acked_until_cancelled(deliveries) -> None:
         await acked(deliveries, 1, within=60)
 
 
+async def test_members_that_come_and_go_lose_nothing(make, kafka_servers) -> None:
+    """Eight changes of members while messages come: whatever was fetched, and given to nobody, comes again."""
+    group, broker = f"group-{uuid4().hex}", await make(kafka_servers, drain=1.0)
+    handled: Counter[int] = Counter()
+
+    async def handle(deliveries) -> None:
+        async for delivery in deliveries:
+            await asyncio.sleep(0.001)
+            handled[number_of(delivery)] += 1
+            await delivery.ack()
+
+    async def send_all() -> None:
+        for number in range(0, 1_000, 20):
+            await send(broker, *range(number, number + 20))
+            await asyncio.sleep(0.1)
+
+    async with subscribed(broker, group=group) as staying, asyncio.TaskGroup() as tasks:
+        reading = tasks.create_task(handle(staying))
+        sending = tasks.create_task(send_all())
+        for _ in range(4):
+            async with subscribed(broker, group=group) as coming:
+                other = asyncio.create_task(handle(coming))
+                await asyncio.sleep(1.0)
+                other.cancel()
+                await asyncio.wait({other})
+        await sending
+        async with asyncio.timeout(30):
+            while len(handled) < 1_000:  # noqa: ASYNC110  # several members handle them
+                await asyncio.sleep(0.1)
+        reading.cancel()
+
+    assert {*handled} == {*range(1_000)}
+    assert sum(handled.values()) - 1_000 <= 4  # at each cancellation, one may have been handled and not acknowledged
+
+
 async def test_what_is_settled_after_its_partition_went_says_nothing(make, kafka_servers) -> None:
     """It is another's by then, who may be at a later or an earlier place."""
     group, broker = f"group-{uuid4().hex}", await make(kafka_servers, drain=0.3)
-    await send(broker, *range(40))
+    await asyncio.gather(*(send(broker, number, key=str(number)) for number in range(40)))
     async with subscribed(broker, group=group, prefetch=40) as one:
         held = await take(one, 40)
         async with subscribed(broker, group=group, prefetch=40) as two:
@@ -314,7 +350,8 @@ async def test_no_more_than_a_window_is_read_ahead_of_the_oldest_unfinished(make
         await oldest.ack()
         assert await acked(deliveries, 1)
         async with subscribed(broker, group=group):
-            pass  # they share out the partitions twice
+            pass
+        await asyncio.sleep(1.0)  # they have shared out the partitions twice
         (oldest,) = await take(deliveries, 1)
         assert 0 < len(await all_that_comes(deliveries)) <= 20 + 10 + 10
 
