@@ -361,7 +361,7 @@ class KafkaHarness(Harness):
     def transport(self):
         from diator.brokers.kafka import KafkaMessageBroker
 
-        patience = Patience(connect=6.0, idle=1.5, silence=1.5, longest_pause=1.0)
+        patience = Patience(connect=10.0, idle=1.5, silence=1.5, longest_pause=1.0)
         return KafkaMessageBroker(
             self.servers,
             "conformance",
