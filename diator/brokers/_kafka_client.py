@@ -232,7 +232,6 @@ async def _create(client: Any, policy: Policy, missing: Collection[str], *, with
     requests: list[Any] = [
         (name, policy.partitions_of(name), replicas, [], [*policy.configs(name, replicas).items()]) for name in missing
     ]
-    await client.force_metadata_update()
     controller = client.cluster.controller
     node = client.get_random_node() if controller is None else controller.nodeId
     request = CreateTopicsRequest(requests, timeout=round(within * 1000), validate_only=False)

@@ -570,7 +570,8 @@ class _Connection:
         """Ask the leaders of all partitions where they end. Where there is more, only its coming is a sign of life."""
         places = [place for place in self.partitions if place not in self._paused] if self.is_readable else []
         if not places:
-            await self.consumer._client.fetch_all_metadata()  # noqa: SLF001  # the public way asks for the same
+            if not await self.consumer._client.force_metadata_update():  # noqa: SLF001  # the public way asks for all topics
+                raise ConnectionError("no broker tells about the topics")
         else:
             ends = await self.consumer.end_offsets(places)
             for place in places:
