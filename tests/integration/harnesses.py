@@ -329,7 +329,9 @@ class KafkaHarness(Harness):
     name = "kafka"
     facilities = frozenset({"proxy", "raw", "dead_letters", "crash", "processes", "outages", "topology"})
     # Joining a group, and creating a topic, take a tenth of a second each; the lowest session that Kafka allows is 6 s.
-    limits = Limits(scale=4.0, settle=0.3, redelivery=5.0, timeout=3.0, liveness=10.0, recovery=20.0, lag=2.0)
+    limits = Limits(
+        scale=4.0, settle=0.3, redelivery=5.0, timeout=3.0, liveness=10.0, recovery=20.0, lag=2.0, pause=1.0
+    )
     in_place = False
 
     def __init__(self):
