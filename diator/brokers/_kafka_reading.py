@@ -78,6 +78,7 @@ class Reading:
         settings = cluster.settings(request_timeout=max(40.0, rebalance + 10.0))
         settings |= {
             "enable_auto_commit": False,
+            "retry_backoff_ms": 250,  # until the supervisor takes over, whose pauses grow
             "auto_offset_reset": "none",  # it would skip silently what retention has removed
             "isolation_level": "read_committed",
             "fetch_max_wait_ms": 200,
