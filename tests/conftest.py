@@ -93,6 +93,14 @@ def private_redis(pytestconfig: pytest.Config) -> Iterator[Service]:
     service.remove()
 
 
+@pytest.fixture
+def private_kafka(pytestconfig: pytest.Config) -> Iterator[Service]:
+    """A Kafka for this test alone. A proxy before its port `behind` has to listen at its port `proxied`."""
+    service = found(pytestconfig.stash[SERVICES].private, "kafka")
+    yield service
+    service.remove()
+
+
 def found(look: Callable[[str], Found], name: str) -> Found:
     """What *look* finds; else the test is skipped, or fails if the service is required."""
     try:

@@ -115,9 +115,11 @@ BACKENDS = {
             environment={
                 "KAFKA_NODE_ID": "1",
                 "KAFKA_PROCESS_ROLES": "broker,controller",
-                "KAFKA_LISTENERS": "PLAINTEXT://:{port},CONTROLLER://:9093",
-                "KAFKA_ADVERTISED_LISTENERS": "PLAINTEXT://127.0.0.1:{port}",
-                "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
+                # A proxy has to stand where clients are sent to: who comes through `behind` is sent to `proxied`.
+                "KAFKA_LISTENERS": "PLAINTEXT://:{port},PROXIED://:{behind},CONTROLLER://:9093",
+                "KAFKA_ADVERTISED_LISTENERS": "PLAINTEXT://127.0.0.1:{port},PROXIED://127.0.0.1:{proxied}",
+                "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT",
+                "KAFKA_INTER_BROKER_LISTENER_NAME": "PLAINTEXT",
                 "KAFKA_CONTROLLER_LISTENER_NAMES": "CONTROLLER",
                 "KAFKA_CONTROLLER_QUORUM_VOTERS": "1@localhost:9093",
                 "KAFKA_OFFSETS_TOPIC_REPLICATION_FACTOR": "1",
@@ -146,6 +148,9 @@ class Service:
     """
     A service in a container of its own, on a loopback port that it keeps for life.
 
+    Where clients are sent on to an advertised address, as by Kafka, the port `behind` advertises the port `proxied`,
+    at which nobody listens: there a proxy can stand.
+
     Every method blocks until it has taken effect: a coroutine calls it by ``asyncio.to_thread``.
     """
 
@@ -153,12 +158,15 @@ class Service:
         from docker.errors import APIError
         from testcontainers.core.container import DockerContainer
 
-        port = _free_port()
+        port, self.behind, self.proxied = _free_port(), _free_port(), _free_port()
         self.url = backend.url.format(port=port)
         self._backend = backend
+        ports = {"port": port, "behind": self.behind, "proxied": self.proxied}
         container = DockerContainer(backend.image)
         container.ports = {str(backend.port or port): ("127.0.0.1", port)}
-        container.with_envs(**{k: v.format(port=port) for k, v in backend.environment.items()})
+        if any("{behind}" in value for value in backend.environment.values()):
+            container.ports[str(self.behind)] = ("127.0.0.1", self.behind)
+        container.with_envs(**{name: value.format(**ports) for name, value in backend.environment.items()})
         if backend.command:
             container.with_command(backend.command)
         try:

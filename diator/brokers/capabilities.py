@@ -57,7 +57,10 @@ class Capabilities:
     redelivery_bound: float | None = None
     """Within how many seconds that happens after a crash or a deadline. Told to programs, not compared."""
     delayed_retry: bool = False
-    """Whether `retry` can wait; what comes behind does not wait for it. Without, an *after* above 0 is refused."""
+    """
+    Whether `retry` can wait; what comes behind does not wait for it, unless by `ordered_retry`. Without, an *after*
+    above 0 is refused.
+    """
     dead_letter: bool = False
     """Whether a message can be put aside: kept as it was, with the reason, where its group does not read."""
     delivery_count: Count = "none"
@@ -71,6 +74,12 @@ class Capabilities:
     Within what the order of sends is the order of first deliveries, for one consumer. What comes again may come later.
 
     Destination: all that goes to one topic. Key: what has the same `Message.key`.
+    """
+    ordered_retry: bool = False
+    """
+    Whether a message that was given back comes again before what is behind it: of its key, or without one of nothing.
+
+    What is behind it waits meanwhile, so that the order of first deliveries is that of the work.
     """
     distribution: Distribution = frozenset()
     """Broadcast: every subscription gets every message. Competing: one member of a group gets it."""

@@ -155,6 +155,22 @@ class Supervised:
         """Something was settled: perhaps the next one can be given out."""
         self._arrived.set()
 
+    def withdraw(self, gone: Callable[[Delivery], bool]) -> None:
+        """Forget what was received, never asked for, and is *gone*: it is not this subscription's any more."""
+        kept = [delivery for delivery in self._received if not gone(delivery)]
+        self._received.clear()
+        self._received.extend(kept)
+        self._room.set()
+        self._arrived.set()
+
+    def tell_gap(self, since: datetime, reason: str) -> None:
+        """Tell the program that messages may have been missed from *since* until now."""
+        if self._on_gap is not None:
+            try:
+                self._on_gap(Gap(since=since, until=datetime.now(UTC), reason=reason))
+            except Exception:
+                logger.exception("on_gap failed")
+
     def close(self, error: BrokerClosed) -> None:
         """End this subscription: who waits for a delivery, or asks for one, gets *error*."""
         self._ended = error
@@ -181,7 +197,7 @@ class Supervised:
                     if not ready.done():
                         ready.set_result(None)
                     if lost is not None and self._lossy:
-                        self._tell_gap(*lost)
+                        self.tell_gap(*lost)
                     lost = None
                     await self._receive_from(source)
             except Exception as error:  # noqa: BLE001  # whatever a client library raises, the connection is gone
@@ -248,13 +264,6 @@ class Supervised:
         """Until when nothing can have been missed. What the service had for a reader that lagged is lost with it."""
         waited = asyncio.get_running_loop().time() - self._heard > _WAITING
         return self._heard if waited else self._caught_up
-
-    def _tell_gap(self, lost_at: datetime, reason: str) -> None:
-        if self._on_gap is not None:
-            try:
-                self._on_gap(Gap(since=lost_at, until=datetime.now(UTC), reason=reason))
-            except Exception:
-                logger.exception("on_gap failed")
 
 
 async def _end_of(task: asyncio.Task[None]) -> None:

@@ -1,7 +1,7 @@
 """How the conformance suite gets diator's own transports."""
 
 import os
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from urllib.parse import urlsplit
@@ -318,3 +318,153 @@ def guarded_redis(certificates, certificate, password):
 
 def _bytes(value):
     return value.encode() if isinstance(value, str) else value
+
+
+# -- Kafka -------------------------------------------------------------------------------------------------------
+
+
+class KafkaHarness(Harness):
+    """Kafka, at `DIATOR_TEST_KAFKA_SERVERS`; one in a container of its own, where it is to be broken or proxied."""
+
+    name = "kafka"
+    facilities = frozenset({"proxy", "raw", "dead_letters", "crash", "processes", "outages", "topology"})
+    # Joining a group, and creating a topic, take a tenth of a second each; the lowest session that Kafka allows is 6 s.
+    limits = Limits(
+        scale=4.0, settle=0.3, redelivery=5.0, timeout=3.0, liveness=10.0, recovery=20.0, lag=2.0, pause=1.0
+    )
+    in_place = False
+
+    def __init__(self):
+        self.services = PrivateServices()
+
+    @property
+    def is_proxied(self):
+        return int(self.servers.rpartition(":")[2]) == self.services["breakable"]._service.proxied
+
+    def start(self):
+        servers = os.environ.get("DIATOR_TEST_KAFKA_SERVERS")
+        if not servers:
+            raise EnvironmentMissing("DIATOR_TEST_KAFKA_SERVERS does not say where Kafka is")
+        self.servers = servers
+
+    def stop(self):
+        self.services.close()
+
+    def prepare(self, facility):
+        if facility in {"proxy", "outages"}:  # a proxy has to stand where Kafka sends its clients to
+            self.services.get("breakable", "kafka")
+
+    def service(self):
+        return "Kafka"
+
+    def driver(self):
+        return f"aiokafka {version('aiokafka')}"
+
+    def transport(self):
+        from diator.brokers.kafka import KafkaMessageBroker
+
+        patience = Patience(connect=10.0, idle=1.5, silence=1.5, longest_pause=1.0)
+        return KafkaMessageBroker(
+            self.servers,
+            "conformance",
+            timeout=3.0,
+            session=6.0,
+            heartbeat=0.1,
+            drain=10.0,
+            retry_in_place=self.in_place,
+            patience=patience,
+        )
+
+    async def send_raw(self, transport, topic, body):
+        await transport._producer.send(transport._names.topic(topic), body)
+
+    async def dead_letters(self, transport, topic, group):
+        from aiokafka import AIOKafkaConsumer
+
+        name = transport._names.beside(transport._names.topic(topic), group, "-dlq")
+        async with AIOKafkaConsumer(name, bootstrap_servers=self.servers, auto_offset_reset="earliest") as consumer:
+            (place,) = consumer.assignment()
+            count = (await consumer.end_offsets([place]))[place]
+            found = [await consumer.getone() for _ in range(count)]
+        return [
+            DeadLettered(body=record.value, reason=dict(record.headers)["diator-dlq-reason"].decode())
+            for record in found
+        ]
+
+    @asynccontextmanager
+    async def proxied(self):
+        service = self.services["breakable"]._service
+        if self.is_proxied:
+            raise EnvironmentMissing("Kafka sends its clients to one address, at which one proxy can stand")
+        proxy = FaultProxy("127.0.0.1", service.behind)
+        proxy.port = service.proxied
+        async with proxy:
+            with self._at(f"{proxy.host}:{proxy.port}"):
+                yield proxy
+
+    @asynccontextmanager
+    async def private(self):
+        async with self.services["breakable"].breakable() as service:
+            with self._at(service.url):
+                yield service
+
+    @contextmanager
+    def _at(self, servers):
+        before, self.servers = self.servers, servers
+        try:
+            yield
+        finally:
+            self.servers = before
+
+    async def crash(self, transport):
+        nowhere = replace(transport._cluster, servers=("127.0.0.1:1",))
+
+        async def nothing(*_, **__):
+            pass
+
+        clients = [transport._producer._producer.client] if transport._producer._producer else []
+        transport._producer._cluster = nowhere
+        for subscription in transport._subscriptions.values():
+            subscription._cluster = nowhere
+            subscription.connection.say_goodbye = nothing
+            if committing := getattr(subscription.connection, "_committing", None):
+                committing.cancel()
+            clients.append(subscription.connection.consumer._client)
+        for client in clients:
+            client._get_conn = nothing
+            for connection in client._conns.values():
+                if connection._writer:
+                    connection._writer.transport.abort()
+
+    async def delete(self, transport, topic, group):
+        from aiokafka.admin import AIOKafkaAdminClient
+
+        name = transport._names.topic(topic)
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.servers)
+        await admin.start()
+        try:
+            await admin.delete_topics([name if group is None else transport._names.beside(name, group, "-retry")])
+        finally:
+            await admin.close()
+        if group is not None:
+            await self._forget_what_was_read(name, group)
+
+    async def _forget_what_was_read(self, name, group):
+        from aiokafka import AIOKafkaConsumer, TopicPartition
+        from aiokafka.errors import CommitFailedError
+
+        async with AIOKafkaConsumer(
+            bootstrap_servers=self.servers, group_id=group, enable_auto_commit=False
+        ) as consumer:
+            await consumer._client._wait_on_metadata(name)
+            places = [TopicPartition(name, number) for number in consumer.partitions_for_topic(name)]
+            consumer.assign(places)
+            with suppress(CommitFailedError):  # Kafka touches no group that has members
+                await consumer.commit(dict.fromkeys(places, 0))
+
+
+class KafkaInPlaceHarness(KafkaHarness):
+    """Kafka, where what is given back holds up what is behind it."""
+
+    name = "kafka, retry in place"
+    in_place = True

@@ -29,7 +29,12 @@ MODULES = sorted(ROOT.rglob("*.py"))
 CLIENTS = {
     "redis": {"brokers/redis.py", "brokers/redis_streams.py", "brokers/_redis_connection.py"},
     "aio_pika": {"brokers/rabbitmq.py"},
-    "aiokafka": {"brokers/kafka.py"},
+    "aiokafka": {
+        "brokers/_kafka_findings.py",
+        "brokers/_kafka_client.py",
+        "brokers/_kafka_reading.py",
+        "brokers/_kafka_sending.py",
+    },
     "rodi": {"container/rodi.py"},
     "dishka": {"container/dishka.py"},
     "pydantic": set(),

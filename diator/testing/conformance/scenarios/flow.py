@@ -11,8 +11,8 @@ from diator.testing.conformance._consuming import Happened
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._scenario import scenario
 
-_BOUNDED = Capabilities(settlement="individual", backpressure="prefetch")
-_RETRY = Capabilities(settlement="individual", backpressure="prefetch", redelivery=frozenset({"retry"}))
+_BOUNDED = Capabilities(settlement="cumulative", backpressure="prefetch")
+_RETRY = Capabilities(settlement="cumulative", backpressure="prefetch", redelivery=frozenset({"retry"}))
 
 
 @scenario("FLW-01", "as many handlers at once as allowed: never more, and not fewer")
@@ -170,7 +170,7 @@ async def retry_makes_room(ctx: Context) -> None:
 
 
 @scenario("FLW-15", "what is put aside makes room", needs=Capabilities(
-    settlement="individual", backpressure="prefetch", dead_letter=True))  # fmt: skip
+    settlement="cumulative", backpressure="prefetch", dead_letter=True))  # fmt: skip
 async def aside_makes_room(ctx: Context) -> None:
     """Catches a reader that gets stuck behind what it has put aside."""
     broker, topic = await ctx.broker(), ctx.topic()

@@ -59,7 +59,7 @@ async def batch(ctx: Context) -> None:
     broker, topic = await ctx.broker(), ctx.topic()
     send_messages: Any = getattr(broker, "send_messages", None)
     ctx.applies(send_messages, "this transport has no send_messages")
-    messages = [ctx.message(topic, number) for number in range(10)]
+    messages = [ctx.message(topic, number, key="one key") for number in range(10)]
     ids = [message.message_id for message in messages]
     spoilt = [*messages[:4], ctx.message(Topic(topic.message_type, "\ud800")), *messages[4:]]
     async with ctx.reading(broker, topic) as reader:
