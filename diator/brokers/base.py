@@ -139,5 +139,6 @@ class ReadableBroker(MessageBroker, Protocol):
             UnsupportedCapability: The transport has no groups, or cannot do without one.
             BrokerUnavailable: The service cannot be reached within the broker's `timeout`.
             BrokerClosed: This broker was closed.
+            SubscriptionRefused: The service refuses it, and will again. The iterator ends so, too, if that begins later.
         """
         ...

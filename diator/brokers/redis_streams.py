@@ -22,6 +22,7 @@ from uuid import uuid4
 
 import msgspec
 
+from diator.brokers._dead_letters import provenance
 from diator.brokers._redis_connection import Client, Connection, SharedConnection, check_client, client_from_url
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities, require
@@ -368,17 +369,15 @@ class _Member:
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         entry = self._let_go(delivery)  # should that fail, it is nobody's once the lease is over, and comes again
         stream = self._first.get(entry.stream, entry.stream)
-        provenance = {
-            "diator-dlq-version": "1",
-            "diator-dlq-reason": reason,
-            "diator-dlq-source": stream.decode(),
-            "diator-dlq-entry-id": entry.origin.decode(),
-            "diator-dlq-consumer-group": self.group.decode(),
-            "diator-dlq-attempts": str(delivery.attempt),
-            "diator-dlq-last-failed-at": datetime.now(UTC).isoformat(),
-        }
+        about = provenance(
+            reason=reason,
+            source=stream.decode(),
+            entry_id=entry.origin.decode(),
+            group=self.group.decode(),
+            attempts=delivery.attempt,
+        )
         fields = [part for pair in entry.fields for part in pair]
-        fields += [part.encode(errors="replace") for pair in provenance.items() for part in pair]
+        fields += [part.encode(errors="replace") for pair in about.items() for part in pair]
         dead = self.key(stream, b"dead")
         with self._noting_failure(entry):
             if len(fields) <= _MOST_OF_LUA:

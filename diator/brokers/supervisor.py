@@ -14,12 +14,20 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from diator.brokers.base import Delivery, Gap, OnGap
-from diator.exceptions import BrokerClosed, BrokerError, BrokerUnavailable
+from diator.exceptions import BrokerClosed, BrokerError, BrokerUnavailable, SubscriptionRefused
 
 _WAITING = 0.05
 """Whoever waits for longer than this, in seconds, has read everything that was there."""
 
 logger: logging.Logger = logging.getLogger(__name__)
+
+
+class MessagesMissed(Exception):
+    """
+    Raised by a source whose service has lost messages, or may have, and not just the connection to it.
+
+    The subscription connects again, and tells the program about the gap even where a lost connection makes none.
+    """
 
 
 class Source(Protocol):
@@ -68,7 +76,8 @@ class Supervised:
     A subscription that is connected again whenever it breaks, with one connection at any time.
 
     Entering it connects, and raises `BrokerUnavailable` if that is not possible. From then on it is an iterator of
-    deliveries that ends, with `BrokerClosed`, only when the broker is closed. *lossy* says that messages are missed
+    deliveries that ends only when the broker is closed, with `BrokerClosed`, or when the service says that it will
+    not serve it any more, with `SubscriptionRefused`. *lossy* says that messages are missed
     while there is no connection: *on_gap* is told so when there is one again. At most *ahead* deliveries are received
     before they are asked for; none is given out while *is_full* says that enough are not settled yet.
     """
@@ -94,7 +103,7 @@ class Supervised:
         self._room = asyncio.Event()
         self._heard = 0.0
         self._caught_up = 0.0
-        self._ended: BrokerClosed | None = None
+        self._ended: BrokerError | None = None
         self._pump: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -131,6 +140,12 @@ class Supervised:
         """What was received and never asked for."""
         return self._received
 
+    def take_back(self) -> list[Delivery]:
+        """Take what was received and never asked for: it is given out no more."""
+        taken = [*self._received]
+        self._received.clear()
+        return taken
+
     def look_again(self) -> None:
         """Something was settled: perhaps the next one can be given out."""
         self._arrived.set()
@@ -151,6 +166,7 @@ class Supervised:
         loop = asyncio.get_running_loop()
         failures = 0
         lost: tuple[datetime, str] | None = None
+        missed = self._lossy
         while True:
             since = loop.time()
             connected = False
@@ -160,18 +176,19 @@ class Supervised:
                     since, connected = loop.time(), True
                     if not ready.done():
                         ready.set_result(None)
-                    if lost is not None and self._lossy:
+                    if lost is not None and missed:
                         self._tell_gap(*lost)
-                    lost = None
+                    lost, missed = None, self._lossy
                     await self._receive_from(source)
             except Exception as error:  # noqa: BLE001  # whatever a client library raises, the connection is gone
                 if not ready.done():
                     ready.set_exception(_unavailable(error))
                     return
-                if isinstance(error, BrokerClosed):
+                if isinstance(error, (BrokerClosed, SubscriptionRefused)):
                     self._ended = error
                     self._arrived.set()
                     return
+                missed = missed or isinstance(error, MessagesMissed)
                 reason = f"{type(error).__name__}: {error}" if str(error) else "the peer was silent"
                 logger.warning("a subscription has no connection (%s); connecting again", reason)
                 behind = loop.time() - max(since, self._complete_until()) if connected else 0.0

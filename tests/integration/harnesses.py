@@ -1,8 +1,10 @@
 """How the conformance suite gets diator's own transports."""
 
+import asyncio
 import os
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 from diator.brokers.base import Topic
 from diator.brokers.capabilities import Capabilities
@@ -169,6 +171,102 @@ class RedisStreamHarness(RedisHarness):
         entries = await transport._client.xrange(f"{transport._stream(topic).decode()}:{group}:dead")
         found = [{_bytes(name): _bytes(value) for name, value in fields.items()} for _, fields in entries]
         return [DeadLettered(body=fields[b"body"], reason=fields[b"diator-dlq-reason"].decode()) for fields in found]
+
+
+# -- RabbitMQ ----------------------------------------------------------------------------------------------------
+
+
+class RabbitMQHarness(Harness):
+    """RabbitMQ, at `DIATOR_TEST_RABBITMQ_URL`. Its queues begin with a prefix of their own, and go at the end."""
+
+    name = "rabbitmq"
+    facilities = frozenset({"proxy", "raw", "dead_letters"})
+    limits = Limits(scale=2.0, settle=0.2, redelivery=3.0, timeout=2.0, liveness=6.0, recovery=5.0)
+
+    def start(self):
+        url = os.environ.get("DIATOR_TEST_RABBITMQ_URL")
+        if not url:
+            raise EnvironmentMissing("DIATOR_TEST_RABBITMQ_URL does not say where RabbitMQ is")
+        self.url = self.direct = url
+        self.prefix = f"conformance-{uuid4().hex[:8]}"
+        self.queues = set()
+        try:
+            self.version = asyncio.run(self._amqp(lambda connection, _: connection.server_properties["version"]))
+        except OSError as error:
+            raise EnvironmentMissing(str(error)) from error
+
+    def stop(self):
+        async def delete(_, channel):
+            for queue in self.queues:
+                await channel.queue_delete(queue)
+            await channel.exchange_delete(self.prefix)
+
+        asyncio.run(self._amqp(delete))
+
+    async def _amqp(self, do):
+        """Do something with a client of its own."""
+        import aiormq
+
+        async with aiormq.connect(self.direct) as connection:
+            done = do(connection, await connection.channel())
+            return await done if asyncio.iscoroutine(done) else done
+
+    def service(self):
+        return f"RabbitMQ {self.version}"
+
+    def transport(self):
+        from diator.brokers import rabbitmq
+
+        harness = self
+
+        class Noting(rabbitmq.RabbitMQMessageBroker):
+            """Notes which queues were declared, for them to be deleted."""
+
+            @asynccontextmanager
+            async def _reading(self, member, prefetch):
+                if member.group is not None:
+                    harness.queues |= {*member.queues, *map(member.dead, member.queues)}
+                async with super()._reading(member, prefetch) as reading:
+                    yield reading
+
+        return Noting(
+            self.url,
+            self.prefix,
+            timeout=2.0,
+            patience=Patience(connect=2.0, idle=1.0, silence=1.0, longest_pause=1.0),
+        )
+
+    async def send_raw(self, transport, topic, body):
+        from diator.brokers.rabbitmq import _routing_key
+
+        async def publish(_, channel):
+            await channel.basic_publish(body, exchange=self.prefix, routing_key=_routing_key(*topic))
+
+        await self._amqp(publish)
+
+    async def dead_letters(self, transport, topic, group):
+        from diator.brokers.rabbitmq import _queue
+
+        async def take(_, channel):
+            found = []
+            while (
+                message := await channel.basic_get(f"{_queue(self.prefix, topic, group)}:dead")
+            ).delivery.name != "Basic.GetEmpty":
+                reason = message.header.properties.headers["diator-dlq-reason"]
+                found.append(DeadLettered(body=message.body, reason=reason))
+            return found
+
+        return await self._amqp(take)
+
+    @asynccontextmanager
+    async def proxied(self):
+        parts = urlsplit(self.direct)
+        async with FaultProxy(parts.hostname, parts.port or 5672) as proxy:
+            self.url = f"amqp://{parts.username}:{parts.password}@{proxy.host}:{proxy.port}{parts.path}"
+            try:
+                yield proxy
+            finally:
+                self.url = self.direct
 
 
 def _bytes(value):

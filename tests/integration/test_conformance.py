@@ -5,17 +5,24 @@ import contextlib
 import pytest
 
 from diator.testing.conformance import TransportConformance
-from tests.integration.harnesses import MemoryHarness, PlainHarness, RedisHarness, RedisStreamHarness
+from tests.integration.harnesses import (
+    MemoryHarness,
+    PlainHarness,
+    RabbitMQHarness,
+    RedisHarness,
+    RedisStreamHarness,
+)
 
 pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def redis_address(request):
-    """Tell the harnesses where Redis is, as those of a third party are told."""
+def addresses(request):
+    """Tell the harnesses where the services are, as those of a third party are told."""
     with pytest.MonkeyPatch.context() as environment:
-        with contextlib.suppress(pytest.skip.Exception):
-            environment.setenv("DIATOR_TEST_REDIS_URL", request.getfixturevalue("redis_url"))
+        for service in ("redis", "rabbitmq"):
+            with contextlib.suppress(pytest.skip.Exception):
+                environment.setenv(f"DIATOR_TEST_{service.upper()}_URL", request.getfixturevalue(f"{service}_url"))
         yield
 
 
@@ -33,3 +40,7 @@ class TestRedis(TransportConformance):
 
 class TestRedisStreams(TransportConformance):
     harness = RedisStreamHarness
+
+
+class TestRabbitMQ(TransportConformance):
+    harness = RabbitMQHarness
