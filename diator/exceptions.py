@@ -180,10 +180,6 @@ class BrokerClosed(BrokerError):
     """The broker was closed by its program. The message was not sent."""
 
 
-class SubscriptionRefused(BrokerError):
-    """The service refuses this subscription, and will again. The text says what it has against it, and what to do."""
-
-
 class MessageRejected(BrokerError):
     """The message was refused, and will be again: by the service, or by a limit of the broker. It was not sent."""
 

@@ -189,6 +189,10 @@ class Service:
         """Let a frozen service go on."""
         self._container.unpause()
 
+    def let_go(self) -> None:
+        """Close what the engine's client keeps open; it opens it again when it is needed."""
+        self._container.client.close()
+
     def remove(self) -> None:
         """Remove the container and its data, in whatever state it is."""
         self._container.remove(force=True, v=True)
@@ -234,15 +238,15 @@ class Services:
                 with suppress(MissingService):
                     found.result()
 
-    def private(self, name: str) -> Service:
+    def private(self, backend: str | Backend) -> Service:
         """
-        A service for one test alone, that it may break.
+        A service for one test alone, that it may break: one of `BACKENDS` by its name, or another.
 
         Raises:
             MissingService: No container can be had.
         """
         self._prepare()
-        return Service(BACKENDS[name])
+        return Service(BACKENDS[backend] if isinstance(backend, str) else backend)
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of *names* that were looked for in vain."""

@@ -29,6 +29,8 @@ try:
 except ModuleNotFoundError as _missing:
     raise MissingExtra("diator.brokers.rabbitmq", "rabbitmq") from _missing
 
+__all__ = ["ContentHeader", "Frame", "commands", "marshal"]
+
 Content: TypeAlias = "commands.Basic.Deliver | commands.Basic.Return"
 
 HEARTBEAT = 10

@@ -125,6 +125,8 @@ class SharedConnection:
         self._retiring: set[asyncio.Task[None]] = set()
         self.subscriptions: set[Supervised] = set()
         """What reads with the same client. It ends when this is closed."""
+        self.owns_client = False
+        """Whether closing this closes the client too."""
         self._closed = False
         self._closing: asyncio.Task[None] | None = None
 
@@ -188,6 +190,8 @@ class SharedConnection:
             await link.finish()
         if self._retiring:
             await asyncio.wait(self._retiring)
+        if self.owns_client:
+            await self._client.aclose()
 
     def _move_to(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin anew on another event loop. What belonged to one that is over died with it."""

@@ -129,16 +129,18 @@ class ReadableBroker(MessageBroker, Protocol):
         message goes to one of the group's members; without, to every subscription. At most *prefetch* deliveries are
         given out and not settled at any time, where the transport can be held back.
 
-        Cancelling a wait for the next delivery loses nothing. The iterator ends only when its context does: it
-        reconnects by itself, with growing, jittered pauses, and tells *on_gap* whenever messages may have been missed
-        meanwhile. The context's end waits for nothing but what was settled to reach the service; what was not settled
-        becomes available to other members where the transport's `redelivery` has `close`.
+        Cancelling a wait for the next delivery loses nothing. The iterator reconnects by itself, with growing, jittered
+        pauses, and tells *on_gap* whenever messages may have been missed meanwhile. It ends only when its context does,
+        or with an error that trying again does not mend: BrokerClosed, or the WiringError of a service that is set up
+        otherwise than it was.
+
+        The context's end waits for nothing but what was settled to reach the service; what was not settled becomes
+        available to other members where the transport's `redelivery` has `close`.
 
         Raises, on entry:
             WiringError: *prefetch* is below 1.
             UnsupportedCapability: The transport has no groups, or cannot do without one.
             BrokerUnavailable: The service cannot be reached within the broker's `timeout`.
             BrokerClosed: This broker was closed.
-            SubscriptionRefused: The service refuses it, and will again. The iterator ends so, too, if that begins later.
         """
         ...

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import ssl
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Generator, Mapping, Sequence
@@ -19,7 +20,6 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast
 from uuid import uuid4
 
-from diator.brokers._dead_letters import provenance
 from diator.brokers._rabbitmq_channel import (
     CLIENT_ERRORS,
     Address,
@@ -37,13 +37,13 @@ from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
 from diator.brokers.message import Message
 from diator.brokers.sending import send_together
+from diator.brokers.settling import Acknowledgements, provenance
 from diator.brokers.supervisor import MessagesMissed, Patience, Source, Supervised
 from diator.exceptions import (
     BrokerClosed,
     BrokerError,
     BrokerUnavailable,
     EncodingError,
-    SubscriptionRefused,
     WiringError,
 )
 
@@ -96,8 +96,10 @@ class RabbitMQMessageBroker:
             raise WiringError("read_ahead is at least 0, max_in_flight at least 1, and timeout above 0")
         if queue_type not in {"quorum", "classic"}:
             raise WiringError(f"queue_type is quorum or classic, not {queue_type!r:.80}")
-        if not prefix or prefix.startswith("amq."):
-            raise WiringError("the prefix names an exchange; it is not empty, and does not begin with 'amq.'")
+        if not prefix or prefix.startswith("amq.") or _UNUSUAL.search(prefix):
+            raise WiringError(
+                "the prefix names an exchange: letters, digits and _./@,+- and not 'amq.' at its beginning"
+            )
         self._address = Address(url, ssl_context)
         self._prefix = prefix
         self._timeout = timeout
@@ -162,7 +164,7 @@ class RabbitMQMessageBroker:
         See `ReadableBroker.subscribe`. Each subscription has a connection of its own.
 
         Raises:
-            SubscriptionRefused: A queue is there with other settings, or the user may not declare or read it.
+            WiringError: A queue is there with other settings, or the user may not declare or read it.
         """
         if prefetch < 1:
             raise WiringError("prefetch is at least 1")
@@ -232,12 +234,20 @@ def _routing_key(message_type: str, message_name: str) -> str:
 
 def _queue(prefix: str, topic: Topic, group: str) -> str:
     """Name a queue so that no two of different parts have one name. Raises `EncodingError`."""
-    queue = ":".join(_quoted(part, "%:") for part in (prefix, *topic, group))
+    queue = ":".join(_UNUSUAL.sub(_escaped, part) for part in (prefix, *topic, group))
     if len(queue.encode()) > _LONGEST - _LONGEST_SUFFIX:
         raise EncodingError(
             f"{topic.message_name:.80}…", f"with its group it makes a name of more than {_LONGEST} bytes"
         )
     return queue
+
+
+_UNUSUAL = re.compile("[^a-zA-Z0-9_./@,+ -]")
+"""What aiormq allows in the name of a queue has `#` and `:` beside these, which have a meaning here."""
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return "".join(f"#{byte:02X}" for byte in found[0].encode())
 
 
 def _quoted(text: str, characters: str) -> str:
@@ -248,14 +258,13 @@ def _quoted(text: str, characters: str) -> str:
 
 # -- reading -----------------------------------------------------------------------------------------------------
 
-_ACK_DELAY = 0.002
-_ACK_BATCH = 100
 _DELIVERY_LIMIT = 1_000
 """After so many deliveries that nobody settled RabbitMQ puts a message aside by itself: far above any retry policy."""
 _ALONE_EXPIRES = 120.0
 _UNUSED = 600.0
 _GIVEN_BACK_AFTER = 5.0
 _PATIENCE = 2.0
+_LONGEST_REASON = 1024
 
 
 class _Token(NamedTuple):
@@ -334,7 +343,7 @@ class _Reading(Channel):
         self._open: dict[int, None] = {}
         """What is not settled. In the order of its tags, which is that of arrival."""
         self._acked: set[int] = set()
-        self._telling: asyncio.TimerHandle | None = None
+        self._acknowledgements = Acknowledgements[int](self._tell)
         self._beside = asyncio.Lock()
 
     async def begin(self) -> None:
@@ -342,7 +351,7 @@ class _Reading(Channel):
         Declare what is to be there, and consume.
 
         Raises:
-            SubscriptionRefused: It is there with other settings, or may not be declared or read.
+            WiringError: It is there with other settings, or may not be declared or read.
             MessagesMissed: It was there before, and is not any more.
         """
         member = self._member
@@ -364,7 +373,7 @@ class _Reading(Channel):
                 await self.ask(commands.Basic.Consume(queue=queue, consumer_tag=queue))
         except Refused as error:
             if error.code in _PERMANENT:
-                raise SubscriptionRefused(f"RabbitMQ refuses: {error}; {_PERMANENT[error.code]}") from error
+                raise WiringError(f"RabbitMQ refuses: {error}; {_PERMANENT[error.code]}") from error
             raise
 
     async def _is_there(self, queue: str) -> bool:
@@ -426,8 +435,6 @@ class _Reading(Channel):
         self._something.set()
 
     def lost(self, error: Exception) -> None:
-        if self._telling is not None:
-            self._telling.cancel()
         self._something.set()
 
     # -- settling ------------------------------------------------------------------------------------------------
@@ -449,13 +456,8 @@ class _Reading(Channel):
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         token = cast("_Token", delivery.token)
-        headers = _of_program(token.header) | provenance(
-            reason=reason,
-            source=token.queue,
-            entry_id=token.header.properties.message_id or "",
-            group=self._member.group or "",
-            attempts=delivery.attempt,
-        )
+        why = provenance(delivery, reason[:_LONGEST_REASON], source=token.queue, group=self._member.group or "")
+        headers = _of_program(token.header) | why
         with self._giving_back_on_failure(delivery):
             await self._hand_on(again(token.header, headers, delivery.body, self._member.dead(token.queue)))
         self._settled(token)
@@ -498,10 +500,7 @@ class _Reading(Channel):
         if token.tag in self._open:
             self._forget(token.tag)
             self._acked.add(token.tag)
-            if len(self._acked) >= _ACK_BATCH or not self._open:
-                self._tell()
-            elif self._telling is None and self.error is None:
-                self._telling = self._loop.call_later(_ACK_DELAY, self._tell)
+            self._acknowledgements.add(token.tag)
 
     def _forget(self, tag: int) -> None:
         del self._open[tag]
@@ -509,11 +508,12 @@ class _Reading(Channel):
         if self._member.supervised is not None:
             self._member.supervised.look_again()
 
-    def _tell(self) -> None:
-        """Acknowledge all up to the oldest that is not settled at once, and each behind it by itself."""
-        if self._telling is not None:
-            self._telling.cancel()
-            self._telling = None
+    async def _tell(self, _: Sequence[int]) -> None:
+        """
+        Acknowledge all up to the oldest that is not settled at once, and each behind it by itself.
+
+        All that there are by now: RabbitMQ closes a channel on which one is acknowledged that it knows no more.
+        """
         oldest = next(iter(self._open), None)
         run = [tag for tag in self._acked if oldest is None or tag < oldest]
         if self.error is None:
@@ -545,7 +545,7 @@ class _Reading(Channel):
                         tag = cast("_Token", delivery.token).tag
                         if self._open.pop(tag, self) is None:
                             self.say(commands.Basic.Nack(tag, requeue=True))
-                    self._tell()
+                    await self._acknowledgements.flush()
                     if member.group is None and not member.stays:
                         for queue in member.queues:
                             await self.ask(commands.Queue.Delete(queue=queue))
@@ -595,4 +595,4 @@ def _rung(seconds: float) -> int:
     """Round up, by a quarter at most, to milliseconds that many retries have in common: each takes a queue."""
     milliseconds = math.ceil(seconds * 1000)
     magnitude = 10 ** (len(str(milliseconds)) - 1)
-    return next(ceil for step in _STEPS if (ceil := -(-step * magnitude // 10)) >= milliseconds)
+    return next(rung for step in _STEPS if (rung := -(-step * magnitude // 10)) >= milliseconds)

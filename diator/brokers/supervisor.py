@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from diator.brokers.base import Delivery, Gap, OnGap
-from diator.exceptions import BrokerClosed, BrokerError, BrokerUnavailable, SubscriptionRefused
+from diator.exceptions import BrokerClosed, BrokerUnavailable, DiatorError, WiringError
 
 _WAITING = 0.05
 """Whoever waits for longer than this, in seconds, has read everything that was there."""
@@ -75,11 +75,13 @@ class Supervised:
     """
     A subscription that is connected again whenever it breaks, with one connection at any time.
 
-    Entering it connects, and raises `BrokerUnavailable` if that is not possible. From then on it is an iterator of
-    deliveries that ends only when the broker is closed, with `BrokerClosed`, or when the service says that it will
-    not serve it any more, with `SubscriptionRefused`. *lossy* says that messages are missed
-    while there is no connection: *on_gap* is told so when there is one again. At most *ahead* deliveries are received
-    before they are asked for; none is given out while *is_full* says that enough are not settled yet.
+    Entering it connects, and raises `BrokerUnavailable` if that is not possible, or whatever error of diator *connect*
+    raises. From then on it is an iterator of deliveries that ends only with `BrokerClosed`, when the broker is closed,
+    or with a `WiringError` of *connect*: what is set up wrongly does not come right by trying again.
+
+    *lossy* says that messages are missed while there is no connection: *on_gap* is told so when there is one again. At
+    most *ahead* deliveries are received before they are asked for; none is given out while *is_full* says that enough
+    are not settled yet.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class Supervised:
         self._room = asyncio.Event()
         self._heard = 0.0
         self._caught_up = 0.0
-        self._ended: BrokerError | None = None
+        self._ended: DiatorError | None = None
         self._pump: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -184,7 +186,7 @@ class Supervised:
                 if not ready.done():
                     ready.set_exception(_unavailable(error))
                     return
-                if isinstance(error, (BrokerClosed, SubscriptionRefused)):
+                if isinstance(error, (BrokerClosed, WiringError)):
                     self._ended = error
                     self._arrived.set()
                     return
@@ -265,8 +267,8 @@ async def _end_of(task: asyncio.Task[None]) -> None:
         await asyncio.wait([task], timeout=0.1)
 
 
-def _unavailable(error: Exception) -> BrokerError:
-    if isinstance(error, BrokerError):
+def _unavailable(error: Exception) -> DiatorError:
+    if isinstance(error, DiatorError):
         return error
     unavailable = BrokerUnavailable(f"{type(error).__name__}: {error}")
     unavailable.__cause__ = error

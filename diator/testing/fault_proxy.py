@@ -1,6 +1,7 @@
 """A TCP proxy that fails as networks and services do: for tests of what a client makes of it."""
 
 import asyncio
+import random
 import socket
 import struct
 from collections import Counter
@@ -30,6 +31,7 @@ class FaultProxy:
         host, port: Where it listens.
         accepted: How many connections it has accepted.
         passed: How many bytes it has passed on, by direction.
+        lost: How many bytes a black hole has taken, by direction.
     """
 
     host = "127.0.0.1"
@@ -38,11 +40,14 @@ class FaultProxy:
         self.port = 0
         self.accepted = 0
         self.passed: Counter[Flow] = Counter()
+        self.lost: Counter[Flow] = Counter()
         self._service = host, port
         self._listener: asyncio.Server | None = None
         self._links: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
         self._open = {flow: asyncio.Event() for flow in Flow}
         self._lossy: set[Flow] = set()
+        self._latency = 0.0, 0.0
+        self._cuts: dict[Flow, int] = {}
 
     # -- faults --------------------------------------------------------------------------------------------------
 
@@ -58,6 +63,14 @@ class FaultProxy:
         A connection that has lost something stays half-open for good; `heal` helps only the others.
         """
         self._lossy.update(flows or BOTH)
+
+    def delay(self, seconds: float, jitter: float = 0.0) -> None:
+        """Pass on each piece *seconds* later, up to *jitter* more or less at random, in its order, until `heal`."""
+        self._latency = seconds, jitter
+
+    def cut_after(self, count: int, flow: Flow) -> None:
+        """Break every connection as soon as *count* more bytes have gone in the direction of *flow*, once."""
+        self._cuts[flow] = count
 
     def refuse(self) -> None:
         """Refuse new connections, as a machine does where no service listens."""
@@ -82,6 +95,8 @@ class FaultProxy:
     async def heal(self) -> None:
         """Accept and pass on everything again."""
         self._lossy.clear()
+        self._cuts.clear()
+        self._latency = 0.0, 0.0
         for is_open in self._open.values():
             is_open.set()
         if self._listener is None:
@@ -137,17 +152,34 @@ class FaultProxy:
                     raise
                 chunk = b""
             await self._open[flow].wait()
+            await self._travel()
             lost = lost or flow in self._lossy
             if lost:
+                self.lost[flow] += len(chunk)
                 if not chunk:
                     await asyncio.Event().wait()  # until somebody ends this connection
             elif chunk:
-                self.passed[flow] += len(chunk)
-                writer.write(chunk)
-                await writer.drain()
+                await self._pass(flow, chunk, writer)
             else:
                 writer.write_eof()
                 return
+
+    async def _travel(self) -> None:
+        seconds, jitter = self._latency
+        if seconds or jitter:
+            await asyncio.sleep(max(0.0, random.uniform(seconds - jitter, seconds + jitter)))  # noqa: S311
+
+    async def _pass(self, flow: Flow, chunk: bytes, writer: asyncio.StreamWriter) -> None:
+        allowed = self._cuts.get(flow, len(chunk) + 1)
+        writer.write(chunk[:allowed])
+        self.passed[flow] += len(chunk[:allowed])
+        await writer.drain()
+        if flow in self._cuts:
+            self._cuts[flow] -= len(chunk)
+            if self._cuts[flow] <= 0:
+                del self._cuts[flow]
+                await asyncio.sleep(0.005)  # a reset overtakes what the peer has not read
+                self.reset()
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

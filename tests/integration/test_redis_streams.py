@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
 
-from diator.brokers import Message, redis_streams
+from diator.brokers import Message, _redis_member, redis_streams
 from diator.brokers._redis_connection import SharedConnection
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.codec import decode
@@ -656,7 +656,7 @@ async def test_members_that_are_gone_are_forgotten(patient, admin, stream, monke
         await take(deliveries, 1)
     assert [each["pending"] for each in await admin.xinfo_consumers(stream, "billing")] == [1]  # or it would be lost
 
-    monkeypatch.setattr(redis_streams, "_FORGOTTEN_AFTER", 0.5)
+    monkeypatch.setattr(_redis_member, "_FORGOTTEN_AFTER", 0.5)
     async with subscribed(patient) as deliveries:
         assert await acked(deliveries, 1) == [1]
         await asyncio.sleep(0.6)
@@ -716,7 +716,7 @@ async def test_leaving_one_topic_that_is_gone_leaves_the_others_too(patient, adm
         await patient.send_message(message(1, kept))
         await take(deliveries, 1)
         await asyncio.sleep(0.05)
-        member = deliveries._pump and next(each for each in gc.get_objects() if type(each) is redis_streams._Member)
+        member = deliveries._pump and next(each for each in gc.get_objects() if type(each) is _redis_member.Member)
         monkey = member.execute
 
         async def deleted_first(*command, **options):
@@ -770,6 +770,18 @@ async def test_a_retry_comes_when_it_is_due(broker, admin, stream) -> None:
     await nothing_left(admin, stream)
 
 
+async def test_a_retry_without_a_delay_waits_for_nothing(broker, admin, stream, monkeypatch) -> None:
+    """Not even for the next look at what is due."""
+    monkeypatch.setattr(redis_streams, "_SCAN", 3.0)
+    async with subscribed(broker) as deliveries:
+        await send(broker, 1)
+        for attempt in range(1, 6):
+            [delivery] = await take(deliveries, 1, within=SLACK)
+            assert delivery.attempt == attempt
+            await (delivery.ack() if attempt == 5 else delivery.retry())
+    await nothing_left(admin, stream)
+
+
 @pytest.mark.usefixtures("quick")
 async def test_a_crash_after_a_retry_counts_too(broker, admin, stream) -> None:
     """What was delivered twice, given back, and then lost with its member comes as the fourth."""
@@ -779,19 +791,7 @@ async def test_a_crash_after_a_retry_counts_too(broker, admin, stream) -> None:
         for _ in range(2):
             [delivery] = await take(deliveries, 1)
             await delivery.retry()
-    await broker._connection.execute(b"XGROUP", b"CREATE", again.encode(), b"x", b"0")  # it is there
-
-    async def due() -> bool:
-        async with subscribed(broker, Topic("notification_event", "other")):
-            pass
-        return bool(await admin.zcard(f"{stream}:billing:delayed")) or bool(await admin.xlen(again))
-
-    await eventually(due)
-    if await admin.zcard(f"{stream}:billing:delayed"):
-        kept = await admin.zrange(f"{stream}:billing:delayed", 0, -1)
-        await admin.zrem(f"{stream}:billing:delayed", *kept)
-        await admin.xadd(again, {"again": kept[0]})
-    await admin.xreadgroup("billing", "dead", {again: ">"}, count=10)
+    await admin.xautoclaim(again, "billing", "dead", 0)
     async with subscribed(broker) as deliveries:
         [delivery] = await take(deliveries, 1)
         assert delivery.attempt == 4

@@ -21,11 +21,13 @@ a transport is known to fail is a `Deviation`, which is data, has a reason, and 
 from diator.testing.conformance import scenarios
 from diator.testing.conformance._context import Context, Handlings
 from diator.testing.conformance._harness import (
+    Access,
     DeadLettered,
     Deviation,
     EnvironmentMissing,
     Harness,
     Limits,
+    Outages,
     Proxy,
     Transport,
 )
@@ -37,6 +39,7 @@ from diator.testing.conformance._runner import Result, UnknownScenario, run_scen
 from diator.testing.conformance._scenario import SCENARIOS, Scenario, select
 
 __all__ = [  # noqa: RUF022  # plainly sorted
+    "Access",
     "Context",
     "DeadLettered",
     "Deviation",
@@ -46,6 +49,7 @@ __all__ = [  # noqa: RUF022  # plainly sorted
     "Ledger",
     "Limits",
     "Nonconformance",
+    "Outages",
     "Proxy",
     "Reader",
     "Received",

@@ -7,10 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Literal, Protocol, Self, TypeAlias
 
 from diator.brokers.base import ReadableBroker, Topic
 from diator.consumer import Consumer
+from diator.testing.fault_proxy import Flow
 
 
 class Transport(ReadableBroker, Protocol):
@@ -67,7 +68,11 @@ class DeadLettered:
 
 
 class Proxy(Protocol):
-    """What stands between a transport and its service, and fails when it is told to."""
+    """
+    What stands between a transport and its service, and fails when it is told to. `FaultProxy` is one.
+
+    Where a method takes *flows*, none means both directions.
+    """
 
     @property
     def accepted(self) -> int:
@@ -79,11 +84,27 @@ class Proxy(Protocol):
         """How many connections there are."""
         ...
 
-    def withhold(self) -> None:
+    @property
+    def passed(self) -> Mapping[Flow, int]:
+        """How many bytes were passed on."""
+        ...
+
+    @property
+    def lost(self) -> Mapping[Flow, int]:
+        """How many bytes were not, and never will be."""
+        ...
+
+    def withhold(self, *flows: Flow) -> None:
         """Keep everything back until `heal`."""
 
-    def black_hole(self) -> None:
-        """Lose everything, and tell nobody."""
+    def black_hole(self, *flows: Flow) -> None:
+        """Lose everything, the ends of connections too, and tell nobody."""
+
+    def delay(self, seconds: float, jitter: float) -> None:
+        """Pass on each piece later, by *seconds* and up to *jitter* more or less, in its order, until `heal`."""
+
+    def cut_after(self, count: int, flow: Flow) -> None:
+        """Break every connection as soon as *count* more bytes have gone in the direction of *flow*, once."""
 
     def refuse(self) -> None:
         """Refuse new connections until `heal`."""
@@ -98,6 +119,46 @@ class Proxy(Protocol):
         """Pass on and accept everything again."""
 
 
+class Outages(Protocol):
+    """
+    A service that belongs to one scenario, and can be broken.
+
+    Each method returns when its effect is there: `start` and `resume` when the service answers, the others when it
+    does not. Its address stays the same. To do what was done already is allowed, and does nothing.
+    """
+
+    async def stop(self) -> None:
+        """End the service in an orderly way, as for an update."""
+
+    async def kill(self) -> None:
+        """End its process at once, as SIGKILL does."""
+
+    async def start(self) -> None:
+        """Start it again, with the data that it had."""
+
+    async def pause(self) -> None:
+        """Freeze it: its connections stay open, and nobody answers."""
+
+    async def resume(self) -> None:
+        """Let it go on."""
+
+
+Access: TypeAlias = Literal[
+    "granted", "unknown authority", "wrong host", "expired", "plain", "wrong password", "may not send", "may not read"
+]
+"""
+How a broker comes to a service that is guarded. Each differs from "granted" in one thing only.
+
+- granted: by TLS, whose certificate it verifies, with a password that is right and every right it needs.
+- unknown authority: it trusts others than who signed the service's certificate.
+- wrong host: the certificate is for another host than the one that it connects to.
+- expired: the certificate was good once.
+- plain: it does not know that the service speaks TLS.
+- wrong password: of a user that there is.
+- may not send: a user that may do everything else; may not read: likewise.
+"""
+
+
 class Harness(ABC):
     """
     How to get a transport, and what can be done to its environment.
@@ -109,7 +170,12 @@ class Harness(ABC):
     name: ClassVar[str]
     """What the report calls the transport."""
     facilities: ClassVar[frozenset[str]] = frozenset()
-    """Which of the optional methods below are there: `raw`, `dead_letters`, `full`, `crash`, `proxy`."""
+    """
+    Which of the optional methods below are there, each by the name that its description begins with.
+
+    `raw`, `dead_letters`, `full`, `crash`, `proxy`, `outages`, `operator`, `topology`, `alarm`, `security`; and
+    `processes`, for which there is no method: a harness that was made in another process reaches the same service.
+    """
     limits: Limits = Limits()
     deviations: Mapping[str, Deviation] = {}
     """By id of the scenario."""
@@ -127,9 +193,24 @@ class Harness(ABC):
     def stop(self) -> None:  # noqa: B027
         """Take the environment down."""
 
+    def prepare(self, facility: str) -> None:  # noqa: B027
+        """
+        Bring up what *facility* needs, if it is not there yet: a service that may be broken, its certificates.
+
+        It is called before each scenario that needs *facility*, outside of its event loop and its limit of time. What
+        it leaves open may stay open until `stop`.
+
+        Raises:
+            EnvironmentMissing: It is not to be had here. The scenario is not run.
+        """
+
     def service(self) -> str:
         """Name the service and its version, for the report."""
         return "in process"
+
+    def driver(self) -> str:
+        """Name the client library and its version, for the report; nothing if there is none."""
+        return ""
 
     @abstractmethod
     def transport(self) -> Transport:
@@ -154,9 +235,68 @@ class Harness(ABC):
         raise NotImplementedError
 
     async def crash(self, transport: Transport) -> None:
-        """`crash`: Have *transport* and its subscriptions die as with their process: nothing is said to the service."""
+        """
+        `crash`: Have *transport* and its subscriptions die as with their process.
+
+        From then on nothing is said to the service: no acknowledgement, no goodbye, no new connection. It sees what
+        the death of a process looks like: connections that break. What is left of *transport* in this process is
+        closed by the scenario, which has to be quick and may not raise.
+        """
         raise NotImplementedError
 
     def proxied(self) -> AbstractAsyncContextManager[Proxy]:
-        """`proxy`: Put a proxy before the service, and give it. While it is there, `transport` connects through it."""
+        """
+        `proxy`: Put a proxy before the service, and give it. While it is there, `transport` connects through it.
+
+        Inside of `private` it stands before that service. Entered a second time, it gives a second one: who was made
+        before keeps the first, so that one side of a conversation can be cut off and the other not.
+        """
         raise NotImplementedError
+
+    def private(self) -> AbstractAsyncContextManager[Outages]:
+        """
+        `outages`: Give a service that nobody else uses. While it is there, `transport` connects to it.
+
+        It is configured as a program should have it that wants to lose nothing. One service may do for all scenarios,
+        one after the other: it runs when it is given, and has to when the next one begins, whatever was done to it.
+        """
+        raise NotImplementedError
+
+    async def disconnect(self, transport: Transport) -> None:
+        """
+        `operator`: Have the service close all connections of *transport*, as an operator does, and of nobody else.
+
+        *transport* may connect by a proxy.
+        """
+        raise NotImplementedError
+
+    async def delete(self, transport: Transport, topic: Topic, group: str | None) -> None:
+        """
+        `topology`: Delete, at the service and past the transport, what a subscription to *topic* needs.
+
+        With *group*: what is the group's alone, such as its queue, or the note of how far it has read. Without: what
+        the messages are sent to, such as the topic, the stream or the exchange. What is in it is lost, rightly.
+        """
+        raise NotImplementedError
+
+    def alarm(self) -> AbstractAsyncContextManager[None]:
+        """
+        `alarm`: Have the service of `private` run out of memory or disk: it takes no messages until this ends.
+
+        Those who read are served. Only used inside of `private`.
+        """
+        raise NotImplementedError
+
+    def guarded(self, access: Access) -> Transport:
+        """
+        `security`: Make a broker for a service that speaks TLS only and lets in only whom it knows, with *access*.
+
+        Every broker that is made by this comes to the same service, and uses `password` where that is right.
+
+        Raises:
+            EnvironmentMissing: This service knows no such difference. The scenario goes on without it.
+        """
+        raise NotImplementedError
+
+    password: str = ""
+    """`security`: The right one. It may be seen nowhere; so it is a word that is seen nowhere by chance."""

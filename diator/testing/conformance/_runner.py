@@ -84,6 +84,11 @@ def run_scenario(scenario: Scenario, harness: Harness, *, seed: int | None = Non
         return Result(
             scenario=scenario, outcome="NOT_RUN", reason=f"the harness has no {', '.join(missing)}", seed=seed
         )
+    for facility in sorted(scenario.facilities):
+        try:
+            harness.prepare(facility)
+        except EnvironmentMissing as error:
+            return Result(scenario=scenario, outcome="NOT_RUN", reason=f"no {facility}: {error}", seed=seed)
     result = _strictly(_run(scenario, harness, seed), harness.deviations.get(scenario.id))
     return replace(result, seconds=perf_counter() - started, seed=seed)
 

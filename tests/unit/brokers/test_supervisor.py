@@ -11,7 +11,7 @@ import pytest
 
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.supervisor import Patience, Supervised
-from diator.exceptions import BrokerClosed, BrokerUnavailable, MessageRejected
+from diator.exceptions import BrokerClosed, BrokerUnavailable, MessageRejected, WiringError
 
 PATIENT = Patience(connect=5, idle=5, silence=5, first_pause=0, longest_pause=0)
 WATCHFUL = replace(PATIENT, idle=0.05, silence=0.05)
@@ -133,7 +133,7 @@ async def test_a_first_connection_that_fails():
     assert (len(service.attempts), service.live) == (1, 0)
 
 
-@pytest.mark.parametrize("error", [BrokerClosed("closed"), MessageRejected("no permission")])
+@pytest.mark.parametrize("error", [BrokerClosed("closed"), MessageRejected("no permission"), WiringError("no quorum")])
 async def test_an_error_of_ours_stays_what_it_is(error):
     with pytest.raises(type(error)) as raised:
         async with Service(error).supervised():
@@ -555,16 +555,17 @@ async def test_entering_can_be_cancelled():
     assert service.live == 0
 
 
-async def test_a_closed_broker_ends_the_iterator():
+@pytest.mark.parametrize("error", [BrokerClosed("this broker is closed"), WiringError("a classic queue")])
+async def test_what_does_not_come_right_by_itself_ends_the_iterator(error):
     """After what was received; for those who wait, and for those who come later."""
-    service = Service(None, OSError(), closed := BrokerClosed("this broker is closed"))
+    service = Service(None, OSError(), error)
     async with service.supervised() as deliveries:
         service.links[0].tell(1, 2, ConnectionError())
         assert await take(deliveries, 2) == [1, 2]
         for _ in range(3):
-            with pytest.raises(BrokerClosed) as raised:
+            with pytest.raises(type(error)) as raised:
                 await take(deliveries, 1)
-            assert raised.value is closed
+            assert raised.value is error
 
     assert len(service.attempts) == 3
 

@@ -473,3 +473,24 @@ def test_it_is_a_program():
 
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.startswith("PASS        SIZ-02")
+
+
+def test_what_a_facility_needs_is_brought_up_outside_of_the_scenario():
+    """A service that takes long to start costs no scenario its time; what is missing fails none."""
+
+    class Slow(MemoryHarness):
+        facilities = frozenset({"outages", "alarm"})
+
+        def prepare(self, facility):
+            if facility == "alarm":
+                raise EnvironmentMissing("no container engine answers")
+            self.kept = socket.socket()  # left open on purpose
+
+    harness = Slow()
+    try:
+        assert result_of(passing, harness=harness, facilities=frozenset({"outages"})).outcome == "PASS"
+        missing = result_of(passing, harness=harness, facilities=frozenset({"alarm"}))
+    finally:
+        harness.kept.close()
+
+    assert (missing.outcome, missing.reason) == ("NOT_RUN", "no alarm: no container engine answers")

@@ -129,15 +129,16 @@ async def crashes(ctx: Context) -> None:
     """Catches a group that waits for a member that is dead."""
     ctx.applies(ctx.capabilities.multi_process, "the service dies with the process")
     broker, dying, topic, group = await ctx.broker(), await ctx.broker(), ctx.topic(), ctx.name()
-    async with ctx.reading(broker, topic, group=group) as staying:
-        messages = await ctx.send(broker, topic, 40)
-        async with ctx.reading(dying, topic, group=group, prefetch=5) as reader:
-            await reader.take(1, settle="nothing")
+    async with ctx.reading(dying, topic, group=group, prefetch=5) as reader:
+        messages = await ctx.send(broker, topic, 20)
+        held = await reader.take(5, settle="nothing")
+        async with ctx.reading(broker, topic, group=group) as staying:
             await ctx.harness.crash(dying)
-        bound = (ctx.capabilities.redelivery_bound or 0) + ctx.limits.redelivery
-        done = {each.id for each in await staying.until_fence()}
-        while len(done) < len(messages):
-            done |= {each.id for each in await ctx.within(bound, staying.take(1), "taking over")}
+            messages += await ctx.send(broker, topic, 20, start=20)
+            bound = (ctx.capabilities.redelivery_bound or 0) + ctx.limits.redelivery
+            await ctx.within(bound, ctx.until_done(staying, len(messages)), "taking over from a crashed member")
+    for received in held:
+        received.abandoned = True
     ctx.ledger.judge(group, messages).demand()
 
 

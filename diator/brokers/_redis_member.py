@@ -1,0 +1,344 @@
+"""One member of a group of Redis Streams: what it holds, how that is settled, and how it looks after its group."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import socket
+from collections import defaultdict
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+from uuid import uuid4
+
+import msgspec
+
+from diator.brokers._redis_connection import SharedConnection
+from diator.brokers.base import Delivery, Topic
+from diator.brokers.settling import Acknowledgements, provenance
+from diator.exceptions import BrokerError, MessageRejected
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+BODY = b"body"
+_AGAIN = b"again"
+
+# -- what must happen whole, or not at all -----------------------------------------------------------------------
+
+# All times are those of Redis: the clocks of two members may differ by more than a delay.
+_NOW = b"""
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+"""
+# Take an entry from the group, to be read again. KEYS: stream, delayed, again. ARGV: group, id, kept, after (ms).
+_RETRY = (
+    _NOW
+    + b"""
+if tonumber(ARGV[4]) > 0 then
+  redis.call('ZADD', KEYS[2], now + ARGV[4], ARGV[3])
+else
+  redis.call('XADD', KEYS[3], '*', 'again', ARGV[3])
+end
+return redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
+"""
+)
+# Have what is due read again. KEYS: delayed, again. ARGV: how many at most.
+_MOVE_DUE = (
+    _NOW
+    + b"""
+local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[1])
+for _, kept in ipairs(due) do
+  redis.call('XADD', KEYS[2], '*', 'again', kept)
+  redis.call('ZREM', KEYS[1], kept)
+end
+return #due
+"""
+)
+# Put an entry aside. KEYS: stream, dead. ARGV: group, id, then the fields.
+_PUT_ASIDE = b"""
+redis.call('XADD', KEYS[2], '*', unpack(ARGV, 3))
+return redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
+"""
+# Forget members that are gone and hold nothing. KEYS: stream. ARGV: group, idle (ms), name of one that goes now.
+_FORGET = b"""
+for _, member in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
+  local name, pending, idle = member[2], member[4], member[6]
+  if pending == 0 and (name == ARGV[3] or idle > tonumber(ARGV[2])) then
+    redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], name)
+  end
+end
+"""
+
+_FORGOTTEN_AFTER = 3600.0
+_MOST_PENDING = b"100000"
+_MOST_OF_LUA = 4_000
+"""How many arguments a script can hand on at once: `unpack` has a limit of about 8,000."""
+
+
+class _Held(msgspec.Struct):
+    """What is kept of a message that is handled again later: everything, so that its first entry may go."""
+
+    fields: list[tuple[bytes, bytes]]
+    attempt: int
+    origin: bytes
+    """The id of its first entry. It also keeps two messages of one content apart."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """By what a delivery is known: where it is, what it holds."""
+
+    stream: bytes
+    id: bytes
+    fields: list[tuple[bytes, bytes]]
+    origin: bytes
+    """As in `_Held`."""
+
+
+class Member:
+    """One member of a group: what it holds, and how that is settled. It outlives its connections."""
+
+    def __init__(self, connection: SharedConnection, topics: Mapping[bytes, Topic], group: str, lease: float) -> None:
+        self.execute = connection.execute
+        self.group = group.encode()
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}".encode()
+        self.lease = lease
+        self.streams = tuple(topics)
+        self._first = {self.key(stream, _AGAIN): stream for stream in topics}
+        self.topics = {**topics, **{again: topics[stream] for again, stream in self._first.items()}}
+        self._cursors = dict.fromkeys(self.topics, b"0-0")
+        self._joined = False
+        self._not_settled: set[bytes] = set()
+        self.on_settled: Callable[[], None] = lambda: None
+        self._held: dict[bytes, dict[bytes, Delivery]] = {stream: {} for stream in self.topics}
+        self._acked: Acknowledgements[Entry] = Acknowledgements(self._tell_acked)
+        self._renewing = asyncio.create_task(self._keep_renewing(), name="diator: renewing leases")
+
+    @property
+    def holds(self) -> int:
+        """How many deliveries are not settled, given out or not."""
+        return sum(map(len, self._held.values()))
+
+    def key(self, stream: bytes, what: bytes) -> bytes:
+        """Name what belongs to this group alone."""
+        return b"%b:%b:%b" % (stream, self.group, what)
+
+    async def create_groups(self) -> None:
+        """Create the groups that are not there: at the oldest message, so that nothing is missed."""
+        for stream in self.topics:
+            try:
+                await self.execute(b"XGROUP", b"CREATE", stream, self.group, b"0", b"MKSTREAM")
+            except MessageRejected as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+        self._joined = True
+
+    def delivery(self, stream: bytes, id_: bytes, pairs: Sequence[bytes], times: int) -> Delivery:
+        """Make a delivery of an entry that was delivered *times* times."""
+        fields = [*zip(pairs[::2], pairs[1::2], strict=False)]
+        origin, attempt = id_, times
+        if stream in self._first:
+            try:
+                held = msgspec.msgpack.decode(fields[0][1], type=_Held)
+                fields, origin, attempt = held.fields, held.origin, held.attempt + times - 1
+            except (msgspec.DecodeError, IndexError):
+                logger.warning("an entry of %s is not one of ours", stream)
+        body, headers = None, {}
+        for name, value in fields:
+            if name == BODY and body is None:  # ours is the first; another one is a header of that name
+                body = value
+            else:
+                headers[name.decode(errors="replace")] = value.decode(errors="replace")
+        delivery = Delivery(
+            topic=self.topics[stream],
+            body=body or b"",
+            headers=headers,
+            attempt=attempt,
+            settler=self,
+            token=Entry(stream, id_, fields, origin),
+        )
+        self._held[stream][id_] = delivery
+        return delivery
+
+    # -- settling ------------------------------------------------------------------------------------------------
+
+    async def ack(self, delivery: Delivery, /) -> None:
+        self._acked.add(self._let_go(delivery))
+
+    async def retry(self, delivery: Delivery, after: float, /) -> None:
+        entry = self._let_go(delivery)
+        held = msgspec.msgpack.encode(_Held(entry.fields, delivery.attempt + 1, entry.origin))
+        first = self._first.get(entry.stream, entry.stream)
+        keys = [entry.stream, self.key(first, b"delayed"), self.key(first, _AGAIN)]
+        with self._noting_failure(entry):
+            await self._eval(_RETRY, keys, [self.group, entry.id, held, ms(after)])
+        await self._remove(entry.stream, [entry.id])
+
+    async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
+        entry = self._let_go(delivery)  # should that fail, it is nobody's once the lease is over, and comes again
+        stream = self._first.get(entry.stream, entry.stream)
+        why = provenance(
+            delivery, reason, source=stream.decode(), group=self.group.decode(), entry_id=entry.origin.decode()
+        )
+        fields = [part for pair in entry.fields for part in pair]
+        fields += [part.encode(errors="replace") for pair in why.items() for part in pair]
+        dead = self.key(stream, b"dead")
+        with self._noting_failure(entry):
+            if len(fields) <= _MOST_OF_LUA:
+                await self._eval(_PUT_ASIDE, [entry.stream, dead], [self.group, entry.id, *fields])
+            else:
+                await self.execute(b"XADD", dead, b"*", *fields)
+                await self.execute(b"XACK", entry.stream, self.group, entry.id)
+        await self._remove(entry.stream, [entry.id])
+
+    @contextmanager
+    def _noting_failure(self, entry: Entry) -> Generator[None, None, None]:
+        """What could not be settled is pending and not held, and yet was delivered, unlike what was lost on its way."""
+        self._not_settled.add(entry.id)
+        yield
+        self._not_settled.discard(entry.id)
+
+    async def _remove(self, stream: bytes, ids: Sequence[bytes]) -> None:
+        """What was read again is of no use to any other group."""
+        if stream in self._first:
+            await self.execute(b"XDEL", stream, *ids)
+
+    def _let_go(self, delivery: Delivery) -> Entry:
+        entry = cast("Entry", delivery.token)
+        self._held[entry.stream].pop(entry.id, None)
+        self.on_settled()
+        return entry
+
+    async def _tell_acked(self, entries: Sequence[Entry]) -> None:
+        by_stream: dict[bytes, list[bytes]] = defaultdict(list)
+        for entry in entries:
+            by_stream[entry.stream].append(entry.id)
+        for stream, ids in by_stream.items():
+            try:
+                await self.execute(b"XACK", stream, self.group, *ids)
+                await self._remove(stream, ids)
+            except BrokerError as error:
+                logger.warning("%d acknowledgements did not reach Redis; they come again: %s", len(ids), error)
+
+    # -- holding -------------------------------------------------------------------------------------------------
+
+    async def _keep_renewing(self) -> None:
+        """As long as this process lives, what it holds is its own, however long a handler takes."""
+        while True:
+            await asyncio.sleep(self.lease / 3)
+            for stream, held in self._held.items():
+                try:
+                    await self._claim(stream, await self._still_ours(stream, [*held]), idle_ms=0)
+                except BrokerError as error:
+                    logger.warning("leases on %d messages could not be renewed: %s", len(held), error)
+
+    async def leave(self, not_given_out: Collection[Delivery], *, within: float) -> None:
+        """Have what was acknowledged told, and leave the rest to others at once, instead of when the lease is over."""
+        self._renewing.cancel()
+        if not self._joined:
+            return
+        unseen = {cast("Entry", delivery.token).id for delivery in not_given_out}
+        try:
+            async with asyncio.timeout(within):
+                await self._acked.flush()
+                for stream in self.topics:
+                    await self._leave(stream, unseen)
+        except TimeoutError:
+            logger.warning("Redis does not answer; what was not handled is taken by others when its lease is over")
+
+    async def _leave(self, stream: bytes, unseen: Collection[bytes]) -> None:
+        try:
+            for id_, _, _, times in await self._pending(stream):
+                # What nobody has seen was not delivered: neither what waited here nor what was on its way.
+                begun = id_ in self._held[stream] and id_ not in unseen
+                count = str(times if begun else times - 1).encode()
+                await self._claim(stream, [id_], b"RETRYCOUNT", count, idle_ms=math.ceil(self.lease * 1000))
+            await self._eval(_FORGET, [stream], [self.group, ms(_FORGOTTEN_AFTER), self.name])
+        except BrokerError as error:
+            logger.warning("what was not handled of %s is taken by others when its lease is over: %s", stream, error)
+
+    async def unheld(self, stream: bytes) -> list[Delivery]:
+        """Take what Redis has given to this member, and a connection that broke has lost on the way."""
+        found: list[Delivery] = []
+        for id_, _, _, times in await self._pending(stream):
+            if id_ not in self._held[stream]:
+                attempt = times + (id_ in self._not_settled)
+                self._not_settled.discard(id_)
+                count = (b"RETRYCOUNT", str(attempt).encode())
+                claimed = await self.execute(b"XCLAIM", stream, self.group, self.name, b"0", id_, *count)
+                found += [self.delivery(stream, id_, pairs or (), attempt) for id_, pairs in claimed]
+        return found
+
+    async def _pending(self, stream: bytes) -> list[Any]:
+        pending: list[Any] = await self.execute(b"XPENDING", stream, self.group, b"-", b"+", _MOST_PENDING, self.name)
+        return pending
+
+    async def _still_ours(self, stream: bytes, ids: Sequence[bytes]) -> list[bytes]:
+        """Of *ids*, those that nobody else has taken: renewing the others would take them back while they run there."""
+        if not ids:
+            return []
+        pending = await self._pending(stream)
+        ours = {entry[0] for entry in pending}
+        return [id_ for id_ in ids if id_ in ours]
+
+    async def _claim(self, stream: bytes, ids: Sequence[bytes], *options: bytes, idle_ms: int) -> None:
+        if ids:
+            # JUSTID: a renewed lease is no delivery, and does not count as one.
+            idle = str(idle_ms).encode()
+            claim = (b"XCLAIM", stream, self.group, self.name, b"0", *ids, b"IDLE", idle, *options, b"JUSTID")
+            await self.execute(*claim)
+
+    async def _eval(self, script: bytes, keys: Sequence[bytes], arguments: Iterable[bytes]) -> Any:
+        return await self.execute(b"EVAL", script, str(len(keys)).encode(), *keys, *arguments)
+
+    # -- looking after the group ---------------------------------------------------------------------------------
+
+    async def scan(self, most: int) -> list[Delivery]:
+        """Move what is due, and take over at most *most* entries whose lease is over."""
+        found: list[Delivery] = []
+        for stream in self.streams:
+            keys = [self.key(stream, b"delayed"), self.key(stream, b"again")]
+            await self._eval(_MOVE_DUE, keys, [b"100"])
+        try:
+            for stream in self.topics:
+                if len(found) < most:
+                    await self._take_over(stream, most - len(found), found)
+        except BaseException:
+            for delivery in found:  # nobody gets them from here, so they must not be renewed
+                self._let_go(delivery)
+            raise
+        return found
+
+    async def _take_over(self, stream: bytes, most: int, found: list[Delivery]) -> None:
+        count = str(most).encode()
+        claim = (b"XAUTOCLAIM", stream, self.group, self.name, ms(self.lease), self._cursors[stream], b"COUNT", count)
+        self._cursors[stream], entries, gone = await self.execute(*claim)
+        if gone:
+            logger.error("%d messages of %s were removed from the stream before they were handled", len(gone), stream)
+        for id_, pairs in entries:
+            if id_ in self._held[stream]:
+                continue  # our own, whose renewal was late; it is being handled
+            ((_, _, _, times),) = await self.execute(b"XPENDING", stream, self.group, id_, id_, b"1")
+            found.append(self.delivery(stream, id_, pairs, times))
+
+    async def trim(self, stream: bytes, retention: float) -> None:
+        """Remove what is older than *retention* and was acknowledged by every group."""
+        now, _ = await self.execute(b"TIME")
+        oldest = [b"%d-0" % ((int(now) - retention) * 1000)]
+        for group in await self.execute(b"XINFO", b"GROUPS", stream):
+            about = group if isinstance(group, dict) else dict(zip(group[::2], group[1::2], strict=True))
+            pending = await self.execute(b"XPENDING", stream, about[b"name"])
+            oldest.append(pending[1] if pending[0] else about[b"last-delivered-id"])
+        await self.execute(b"XTRIM", stream, b"MINID", min(oldest, key=_order))
+
+
+def _order(id_: bytes) -> tuple[int, int]:
+    milliseconds, _, number = id_.partition(b"-")
+    return int(milliseconds), int(number or 0)
+
+
+def ms(seconds: float) -> bytes:
+    return str(math.ceil(seconds * 1000)).encode()

@@ -1,0 +1,74 @@
+"""What transports share of settling: acknowledgements that go out together, and what is said about a dead letter."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from datetime import UTC, datetime
+from typing import Any, Generic, TypeVar
+
+from diator.brokers.base import Delivery
+
+T = TypeVar("T")
+
+_MOST = 100
+_DELAY = 0.002
+"""Seconds that the first of them waits for others."""
+
+
+class Acknowledgements(Generic[T]):
+    """
+    Tells the service what was acknowledged, many at once: a round trip for each would be all that a consumer does.
+
+    *tell* is called with what was added, in that order, as soon as there are 100, and within 2 ms of the first. It runs
+    beside the work, and several of its calls may overlap. What it raises is lost to the caller: it logs by itself, and
+    those messages come again.
+    """
+
+    def __init__(self, tell: Callable[[Sequence[T]], Coroutine[Any, Any, None]]) -> None:
+        self._tell = tell
+        self._noted: list[T] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._telling: set[asyncio.Task[None]] = set()
+
+    def add(self, item: T) -> None:
+        """Note *item*, which is told with others."""
+        self._noted.append(item)
+        if len(self._noted) >= _MOST:
+            self._flush()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_DELAY, self._flush)
+
+    async def flush(self) -> None:
+        """Tell what was noted, and wait until all of it was told."""
+        self._flush()
+        if self._telling:
+            await asyncio.wait(self._telling)
+
+    def _flush(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._noted:
+            noted, self._noted = self._noted, []
+            task = asyncio.create_task(self._tell(noted), name="diator: acknowledging")
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+
+
+def provenance(delivery: Delivery, reason: str, *, source: str, group: str, **place: str) -> dict[str, str]:
+    """
+    Give the headers of a dead letter: why *delivery* was put aside, and where it came from.
+
+    *source* is the stream, queue or topic, *place* is where in it, by the service's own words: `entry_id`, `partition`.
+    """
+    said = {
+        "version": "1",
+        "reason": reason,
+        "source": source,
+        "consumer-group": group,
+        "attempts": str(delivery.attempt),
+        "last-failed-at": datetime.now(UTC).isoformat(),
+        **{name.replace("_", "-"): value for name, value in place.items()},
+    }
+    return {f"diator-dlq-{name}": value for name, value in said.items()}

@@ -1,0 +1,77 @@
+"""The proxy passes on what it should, and fails as it is told to."""
+
+import asyncio
+from contextlib import asynccontextmanager
+from time import monotonic
+
+import pytest
+
+from diator.testing.fault_proxy import FaultProxy, Flow
+
+
+@asynccontextmanager
+async def echo():
+    """A service that says everything again, and a proxy before it."""
+
+    async def answer(reader, writer):
+        try:
+            while chunk := await reader.read(65536):
+                writer.write(chunk)
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    service = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with service, FaultProxy("127.0.0.1", service.sockets[0].getsockname()[1]) as proxy:
+        yield proxy
+
+
+@asynccontextmanager
+async def connected(proxy):
+    reader, writer = await asyncio.open_connection(proxy.host, proxy.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def test_it_breaks_the_connection_after_so_many_bytes_and_only_once():
+    async with echo() as proxy:
+        proxy.cut_after(1000, Flow.TO_SERVER)
+        async with connected(proxy) as (reader, writer):
+            writer.write(b"x" * 600)
+            assert await reader.readexactly(600)
+            writer.write(b"x" * 600)
+            with pytest.raises(ConnectionError):
+                await reader.readexactly(600)
+        assert proxy.passed[Flow.TO_SERVER] == 1000
+
+        async with connected(proxy) as (reader, writer):
+            writer.write(b"x" * 5000)
+            assert await reader.readexactly(5000)
+
+
+async def test_it_counts_what_it_loses():
+    async with echo() as proxy, connected(proxy) as (reader, writer):
+        proxy.black_hole(Flow.TO_CLIENT)
+        writer.write(b"x" * 100)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(1), 0.05)
+
+        assert (proxy.passed[Flow.TO_SERVER], proxy.lost[Flow.TO_CLIENT]) == (100, 100)
+
+
+async def test_it_takes_its_time_until_it_heals():
+    async with echo() as proxy, connected(proxy) as (reader, writer):
+        proxy.delay(0.05, 0.01)
+        began = monotonic()
+        writer.write(b"x")
+        await reader.readexactly(1)
+        assert monotonic() - began >= 0.08  # once in each direction
+
+        await proxy.heal()
+        began = monotonic()
+        writer.write(b"x")
+        await reader.readexactly(1)
+        assert monotonic() - began < 0.04
