@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator, Awaitable, Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, TypeVar
 from uuid import uuid4
 
 from diator.brokers.base import Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
-from diator.exceptions import BrokerUnavailable, OutcomeUnknown
+from diator.exceptions import BrokerUnavailable, MessageUnroutable, OutcomeUnknown
 from diator.testing.conformance._consuming import Handle, Handlings
 from diator.testing.conformance._harness import Harness, Limits, Proxy, Transport
 from diator.testing.conformance._ledger import Ledger, Nonconformance, NotApplicable, Received, fate_of
@@ -102,6 +102,11 @@ class Context:
                 raise
             sent.fate = "confirmed"
 
+    async def use(self, broker: Transport, topic: Topic | None = None) -> None:
+        """Send a message that nobody has to receive. To hear that nobody did is as good."""
+        with suppress(MessageUnroutable):
+            await self.send(broker, topic or self.topic())
+
     @asynccontextmanager
     async def reading(
         self, broker: Transport, *topics: Topic, group: str | None = None, prefetch: int = 64
@@ -144,10 +149,12 @@ class Context:
         return await self._resources.enter_async_context(self.harness.proxied())
 
     async def persist(self, broker: Transport, message: Message) -> None:
-        """Send *message* until it is confirmed. Each try is in the ledger."""
+        """Send *message* until it is confirmed, or nobody is there to receive it. Each try is in the ledger."""
         while True:
             try:
-                return await self.send_all(broker, [message])
+                with suppress(MessageUnroutable):
+                    await self.send_all(broker, [message])
+                return
             except (BrokerUnavailable, OutcomeUnknown):
                 await asyncio.sleep(0.05)
 

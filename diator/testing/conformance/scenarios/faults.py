@@ -209,7 +209,7 @@ async def cut_before_the_answer(ctx: Context) -> None:
     """Catches a verdict that nobody can know: neither sent, nor not sent."""
     proxy = await ctx.proxy()
     broker, topic = await ctx.broker(), ctx.topic()
-    await ctx.send(broker, ctx.topic())
+    await ctx.use(broker)
     proxy.withhold()
     sending = ctx.start(ctx.raises(OutcomeUnknown, ctx.send(broker, topic), "sending without an answer"))
     await asyncio.sleep(ctx.limits.settle)
@@ -225,7 +225,7 @@ async def black_hole(ctx: Context) -> None:
     """Catches a send without a time limit."""
     proxy = await ctx.proxy()
     broker, topic = await ctx.broker(), ctx.topic()
-    await ctx.send(broker, ctx.topic())
+    await ctx.use(broker)
     proxy.black_hole()
     lost = ctx.raises(OutcomeUnknown, ctx.send(broker, topic), "sending into a black hole")
     await ctx.within(ctx.limits.timeout + ctx.limits.lag, lost, "ending")
