@@ -2,8 +2,8 @@
 RabbitMQ. Needs the extra `rabbitmq`.
 
 One durable topic exchange, named by the prefix, to which messages go by `<message_type>.<message_name>`. A group has a
-queue for each topic, `<prefix>:<message_type>:<message_name>:<group>`, and beside it `…:dead` for what was put aside, and
-`…:retry:<ms>` while something waits there to be handled again.
+queue for each topic, `<prefix>:<message_type>:<message_name>:<group>`, and beside it `…:dead` for what was put aside,
+and `…:retry:<ms>` while something waits there to be handled again.
 """
 
 from __future__ import annotations
@@ -265,6 +265,7 @@ _UNUSED = 600.0
 _GIVEN_BACK_AFTER = 5.0
 _PATIENCE = 2.0
 _LONGEST_REASON = 1024
+_MOST_ATTEMPTS = 1_000_000
 
 
 class _Token(NamedTuple):
@@ -585,7 +586,7 @@ def _text(value: object) -> str:
 
 def _count(value: object) -> int:
     """A header of that name can be anybody's."""
-    return value if isinstance(value, int) and 0 < value < 1_000_000 else 0
+    return value if isinstance(value, int) and 0 < value < _MOST_ATTEMPTS else 0
 
 
 _STEPS = (10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)
@@ -594,5 +595,6 @@ _STEPS = (10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)
 def _rung(seconds: float) -> int:
     """Round up, by a quarter at most, to milliseconds that many retries have in common: each takes a queue."""
     milliseconds = math.ceil(seconds * 1000)
-    magnitude = 10 ** (len(str(milliseconds)) - 1)
-    return next(rung for step in _STEPS if (rung := -(-step * magnitude // 10)) >= milliseconds)
+    magnitude = int(10 ** (len(str(milliseconds)) - 1))
+    rungs = (-(-step * magnitude // 10) for step in _STEPS)
+    return next(rung for rung in rungs if rung >= milliseconds)
