@@ -70,12 +70,11 @@ class Address:
             raise WiringError("an ssl_context needs an address that begins with amqps://")
         self._ssl_context = ssl_context
 
-    async def dial(self, name: str) -> tuple[Connection, asyncio.StreamWriter]:
+    async def dial(self, purpose: str) -> tuple[Connection, asyncio.StreamWriter]:
         """Connect, and give what is written to beside the connection: aiormq's own way there is a queue of ten."""
         transport = _KeepingWriter(TLSTransportFactory() if self._url.scheme == "amqps" else TCPTransportFactory())
-        url = self._url.extend_query(
-            {"name": name} | ({} if "heartbeat" in self._url.query else {"heartbeat": HEARTBEAT})
-        )
+        name = f"{self._url.query.get('name', 'diator')}: {purpose}"
+        url = self._url.update_query({"heartbeat": self.heartbeat, "name": name})
         connection = Connection(url, context=self._ssl_context, transport_factory=transport)
         await connection.connect()
         return connection, transport.writer
@@ -119,7 +118,8 @@ class Channel:
         self.frame_max = connection.connection_tune.frame_max or 131_072
         self.heard = self._loop.time()
         connection.channels[self.number] = self  # type: ignore[assignment]  # it needs `frames.put` of it, and no more
-        connection.closing.add_done_callback(self._connection_closed)
+        self._closing = connection.closing
+        self._closing.add_done_callback(self._connection_closed)
         await self.ask(commands.Channel.Open())
 
     # -- speaking ------------------------------------------------------------------------------------------------
@@ -148,6 +148,12 @@ class Channel:
         if self._unwritten and self.error is None and self._writer is not None:
             self._writer.write(b"".join(self._unwritten))
         self._unwritten.clear()
+
+    def part(self) -> None:
+        """Close the channel, and not the connection."""
+        self._closing.cancel()
+        if self.error is None:
+            self.say(commands.Channel.Close(200, "", 0, 0))
 
     async def hang_up(self) -> None:
         """Close the channel and the connection: in an orderly way, if the peer takes part in it soon."""
@@ -211,8 +217,8 @@ class Channel:
                 self.take_content(method, header, bytes(body))
 
     def _connection_closed(self, closing: asyncio.Future[Any]) -> None:
-        error = None if closing.cancelled() else closing.exception()
-        self._lose(Lost(f"the connection is gone ({explained(error)})"))
+        if not closing.cancelled():
+            self._lose(Lost(f"the connection is gone ({explained(closing.exception())})"))
 
     def _lose(self, error: Exception) -> None:
         if self.error is None:

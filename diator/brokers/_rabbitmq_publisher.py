@@ -165,7 +165,7 @@ class Publisher:
         if self._link is None and not self.is_closed:
             link = _Link(self._max_in_flight, self._gone)
             try:
-                await link.open(*await self._address.dial("diator: publishing"))
+                await link.open(*await self._address.dial("publishing"))
                 await link.ask(commands.Confirm.Select())
                 await link.ask(topic_exchange(self._exchange))
             except BaseException as error:

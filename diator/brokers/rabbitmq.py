@@ -40,6 +40,7 @@ from diator.brokers.sending import send_together
 from diator.brokers.settling import Acknowledgements, provenance
 from diator.brokers.supervisor import MessagesMissed, Patience, Source, Supervised
 from diator.exceptions import (
+    AccessRefused,
     BrokerClosed,
     BrokerError,
     BrokerUnavailable,
@@ -164,7 +165,8 @@ class RabbitMQMessageBroker:
         See `ReadableBroker.subscribe`. Each subscription has a connection of its own.
 
         Raises:
-            WiringError: A queue is there with other settings, or the user may not declare or read it.
+            WiringError: A queue is there with other settings.
+            AccessRefused: The user may not declare or read it.
         """
         if prefetch < 1:
             raise WiringError("prefetch is at least 1")
@@ -196,7 +198,7 @@ class RabbitMQMessageBroker:
             raise BrokerClosed("this broker is closed")
         reading = _Reading(member, min(prefetch + self._read_ahead // len(member.queues), 65_535))
         try:
-            await reading.open(*await self._address.dial("diator: consuming"))
+            await reading.open(*await self._address.dial("consuming"))
             await reading.begin()
             yield reading
         finally:
@@ -345,7 +347,7 @@ class _Reading(Channel):
         """What is not settled. In the order of its tags, which is that of arrival."""
         self._acked: set[int] = set()
         self._acknowledgements = Acknowledgements[int](self._tell)
-        self._beside = asyncio.Lock()
+        self._beside = 0
 
     async def begin(self) -> None:
         """
@@ -356,10 +358,10 @@ class _Reading(Channel):
             MessagesMissed: It was there before, and is not any more.
         """
         member = self._member
-        gone = [queue for queue in member.queues if member.declared and not await self._is_there(queue)]
         try:
+            there = [not member.declared or await self._is_there(_passively(queue)) for queue in member.queues]
             await self.ask(topic_exchange(member.prefix))
-            await self.probe()
+            await self.ask(commands.Basic.Qos(prefetch_count=self._prefetch))
             for queue, topic in member.queues.items():
                 if member.group is not None:
                     await self.ask(_durable(member.dead(queue), {"x-queue-type": member.queue_type}))
@@ -368,31 +370,41 @@ class _Reading(Channel):
                     commands.Queue.Bind(queue=queue, exchange=member.prefix, routing_key=_routing_key(*topic))
                 )
             member.declared = True
-            if gone:
-                raise MessagesMissed(f"RabbitMQ had no queue {gone[0]!r} any more; it is declared anew")
+            if not all(there):
+                raise MessagesMissed("RabbitMQ had lost a queue of this subscription; it is declared anew")
             for queue in member.queues:
                 await self.ask(commands.Basic.Consume(queue=queue, consumer_tag=queue))
         except Refused as error:
-            if error.code in _PERMANENT:
-                raise WiringError(f"RabbitMQ refuses: {error}; {_PERMANENT[error.code]}") from error
+            if error.code == _NOT_ALLOWED:
+                raise AccessRefused(
+                    f"RabbitMQ refuses a subscription ({error}); let its user configure, write and read what begins "
+                    f"with {member.prefix!r}, and write to the default exchange"
+                ) from error
+            if error.code in {_LOCKED, _OTHERWISE}:
+                raise WiringError(
+                    f"RabbitMQ refuses a subscription ({error}); delete what is there with other settings once it is "
+                    "empty, or use another group or prefix, or the queue_type that it has"
+                ) from error
             raise
 
-    async def _is_there(self, queue: str) -> bool:
+    async def _is_there(self, declared_passively: Frame) -> bool:
         try:
-            await self.ask_beside(commands.Queue.Declare(queue=queue, passive=True))
+            await self._ask_beside(declared_passively)
         except Refused as error:
             if error.code == _NOT_FOUND:
                 return False
             raise
         return True
 
-    async def ask_beside(self, frame: Frame) -> None:
+    async def _ask_beside(self, frame: Frame) -> None:
         """Ask what RabbitMQ may answer by closing the channel, on another one."""
-        async with self._beside:
-            beside = Channel(2)
-            await beside.open(self.connection, cast("asyncio.StreamWriter", self._writer))
+        self._beside = self._beside % _MOST_CHANNELS + 1
+        beside = Channel(self.number + self._beside)
+        await beside.open(self.connection, cast("asyncio.StreamWriter", self._writer))
+        try:
             await beside.ask(frame)
-            await beside.ask(commands.Channel.Close(200, "", 0, 0))
+        finally:
+            beside.part()
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:
         while not self._something.is_set():
@@ -405,9 +417,12 @@ class _Reading(Channel):
         return given
 
     async def probe(self) -> None:
-        """Ask for something that changes nothing."""
-        await self.ask(commands.Basic.Qos(prefetch_count=self._prefetch))
-        self._something.set()
+        """See whether the exchange is there: RabbitMQ does not tell those whose queues have lost it."""
+        exchange = self._member.prefix
+        if await self._is_there(commands.Exchange.Declare(exchange=exchange, passive=True)):
+            self._something.set()
+        else:
+            self.give_up(MessagesMissed(f"RabbitMQ has no exchange {exchange!r} any more; it is declared anew"))
 
     def take(self, frame: Any) -> bool:
         if isinstance(frame, commands.Basic.Cancel):
@@ -475,7 +490,7 @@ class _Reading(Channel):
         declared = self._member.waiting.get(name)
         if declared is None or self._loop.time() - declared > _UNUSED / 2:
             expires = {"x-message-ttl": milliseconds, "x-expires": milliseconds + int(_UNUSED * 1000)}
-            await self.ask_beside(_durable(name, {**self._member.passing_on(queue), **expires}))
+            await self._ask_beside(_durable(name, {**self._member.passing_on(queue), **expires}))
             self._member.waiting[name] = self._loop.time()
         return name
 
@@ -555,14 +570,12 @@ class _Reading(Channel):
         await self.hang_up()
 
 
-_NOT_FOUND = 404
-_PERMANENT = {
-    403: "allow its user to configure, write and read what begins with the prefix",
-    405: "another connection has it for itself; use another group or prefix",
-    406: "it is there with other settings: delete it when it is empty, use another group or prefix, or the queue_type "
-    "that it has",
-}
-"""What RabbitMQ refuses again and again, and what can be done about it."""
+_NOT_ALLOWED, _NOT_FOUND, _LOCKED, _OTHERWISE = 403, 404, 405, 406
+_MOST_CHANNELS = 1_000
+
+
+def _passively(queue: str) -> commands.Queue.Declare:
+    return commands.Queue.Declare(queue=queue, passive=True)
 
 
 def _durable(queue: str, arguments: dict[str, Any]) -> commands.Queue.Declare:
