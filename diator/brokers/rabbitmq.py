@@ -479,9 +479,9 @@ class _Reading(Channel):
         self._settled(token)
 
     async def _hand_on(self, publication: Publication) -> None:
-        """Nothing of a connection that is gone: that message comes again anyway."""
-        if self.error is None:
-            await self._member.publisher.publish(publication)
+        if self.error is not None:
+            raise BrokerUnavailable("the connection that it came by is gone; it comes again")
+        await self._member.publisher.publish(publication)
 
     async def _waiting_room(self, queue: str, after: float) -> str:
         """Declare where messages for *queue* wait. Unused, it goes; it must not while something waits in it."""
@@ -499,12 +499,12 @@ class _Reading(Channel):
         """What could not be published comes again: after a moment, so that a failing service is not stormed."""
         try:
             yield
-        except CLIENT_ERRORS as error:
+        except (BrokerError, *CLIENT_ERRORS) as error:
             self._member.waiting.clear()
             self._loop.call_later(_GIVEN_BACK_AFTER, self._give_back, delivery)
             if isinstance(error, BrokerError):
                 raise
-            raise BrokerUnavailable(f"it was not given back, and comes again ({explained(error)})") from error
+            raise BrokerUnavailable(f"RabbitMQ did not take it, and it comes again ({explained(error)})") from error
 
     def _give_back(self, delivery: Delivery) -> None:
         token = cast("_Token", delivery.token)

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 import ssl
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
+from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 from urllib.request import Request, urlopen
 from uuid import uuid4
@@ -328,7 +330,7 @@ class RabbitMQHarness(Harness):
     facilities = frozenset(
         {"proxy", "raw", "dead_letters", "crash", "processes", "outages", "operator", "topology", "alarm", "security"}
     )
-    limits = Limits(scale=2.0, settle=0.2, redelivery=3.0, timeout=2.0, liveness=6.0, recovery=5.0)
+    limits = Limits(scale=2.0, settle=0.2, redelivery=3.0, timeout=5.0, liveness=6.0, recovery=8.0)
     password = "swordfish-of-the-rabbitmq-harness"
 
     def __init__(self):
@@ -391,7 +393,7 @@ class RabbitMQHarness(Harness):
 
             def __init__(self, *args, **options):
                 super().__init__(*args, **options)
-                self.writers = set()
+                self.writers, self.disconnected = set(), set()
                 dial = self._address.dial
 
                 async def dialled(purpose):
@@ -409,8 +411,8 @@ class RabbitMQHarness(Harness):
                     yield reading
 
         name = f"{'&' if '?' in url else '?'}name=conformance-{uuid4().hex}"
-        patience = Patience(connect=2.0, idle=1.0, silence=1.0, longest_pause=1.0)
-        broker = Watched(url + name, self.prefix, timeout=2.0, patience=patience, **options)
+        patience = Patience(connect=5.0, idle=1.0, silence=1.0, longest_pause=1.0)
+        broker = Watched(url + name, self.prefix, timeout=5.0, patience=patience, **options)
         broker.name = name.partition("=")[2]
         return broker
 
@@ -473,12 +475,21 @@ class RabbitMQHarness(Harness):
             await self.services["breakable"].run("rabbitmqctl set_vm_memory_high_watermark 0.6")
 
     async def disconnect(self, transport):
-        def close():
-            for connection in self._manage("GET", "connections"):
-                if connection["client_properties"].get("connection_name", "").startswith(transport.name):
-                    self._manage("DELETE", f"connections/{quote(connection['name'])}")
+        def of_transport():
+            connections = self._manage("GET", "connections")
+            return [
+                each["name"] for each in connections if each.get("user_provided_name", "").startswith(transport.name)
+            ]
 
-        await asyncio.to_thread(close)
+        # The management plugin learns of connections, and of their end, within seconds.
+        found, count = set(), sum(map(is_open, transport.writers))
+        while len(found) < count:
+            await asyncio.sleep(0.2)  # noqa: ASYNC110  # nobody tells
+            found = set(await asyncio.to_thread(of_transport)) - transport.disconnected
+        transport.disconnected |= found
+        for name in found:
+            with contextlib.suppress(HTTPError):  # closed already
+                await asyncio.to_thread(self._manage, "DELETE", f"connections/{quote(name)}")
 
     def _manage(self, method, what):
         parts = urlsplit(self.direct)
@@ -520,6 +531,10 @@ class RabbitMQHarness(Harness):
             return self.connecting_to(f"amqp://{address}")
         trusted = ssl.create_default_context(cafile=self.certificates.path / f"{authority}.pem")
         return self.connecting_to(f"amqps://{address}", ssl_context=trusted)
+
+
+def is_open(writer):
+    return not writer.transport.is_closing()
 
 
 def alone(coroutine):
