@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import struct
 from collections import deque
 from typing import Any, TypeAlias
 
@@ -151,6 +150,8 @@ class Channel:
 
     def part(self) -> None:
         """Close the channel, and not the connection."""
+        if self._writer is None:
+            return
         self._closing.cancel()
         if self.error is None:
             self.say(commands.Channel.Close(200, "", 0, 0))
@@ -240,14 +241,6 @@ def is_blocked(connection: Connection) -> bool:
         return False
     waiting.close()
     return True
-
-
-_FRAME = struct.Struct(">BHI")
-
-
-def framed(kind: int, payload: bytes, number: int = Channel.NUMBER) -> bytes:
-    """Write a frame: 2 is the header of a message, 3 a part of its body."""
-    return b"%b%b\xce" % (_FRAME.pack(kind, number, len(payload)), payload)
 
 
 def explained(error: BaseException | None) -> str:

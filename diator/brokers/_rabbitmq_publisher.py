@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import struct
-from collections.abc import Callable, Mapping
-from functools import lru_cache
-from time import time
-from typing import Any, NamedTuple
-from uuid import UUID, uuid4
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
 
 from diator.brokers._rabbitmq_channel import (
     CLIENT_ERRORS,
@@ -21,15 +18,13 @@ from diator.brokers._rabbitmq_channel import (
     Refused,
     commands,
     explained,
-    framed,
     is_blocked,
-    marshal,
 )
+from diator.brokers._rabbitmq_frames import Publication
 from diator.exceptions import (
     BrokerClosed,
     BrokerError,
     BrokerUnavailable,
-    EncodingError,
     MessageRejected,
     MessageUnroutable,
     OutcomeUnknown,
@@ -44,16 +39,9 @@ _LOOK = 1.0
 """How often, in seconds, the oldest message in flight is looked at."""
 
 
-class Publication(NamedTuple):
-    """A message as it is published. *header* is the payload of the frame of that name."""
-
-    exchange: str
-    routing_key: str
-    header: bytes
-    body: bytes
-    message_id: str
-    """As it is in the header: RabbitMQ returns what is unroutable without saying which publication it was."""
-    mandatory: bool
+def topic_exchange(name: str) -> commands.Exchange.Declare:
+    """Ask for the exchange of that name, which stays."""
+    return commands.Exchange.Declare(exchange=name, exchange_type="topic", durable=True)
 
 
 class Publisher:
@@ -248,22 +236,18 @@ class _Link(Channel):
 
     def publish(self, publication: Publication, deadline: float) -> asyncio.Future[None]:
         """Write a message: at once if nothing is on its way, else with whatever this turn of the loop brings."""
-        exchange, routing_key, header, body, message_id, mandatory = publication
-        most = self.frame_max - 8
-        if len(header) > most:
-            raise MessageRejected(
-                f"its headers take {len(header):,} bytes, and RabbitMQ takes {most:,}", message_id=_uuid(message_id)
-            )
-        frames = [_publish(exchange, routing_key, mandatory), framed(2, header)]
-        frames += [framed(3, body[start : start + most]) for start in range(0, len(body), most)]
-        self.write(b"".join(frames))
+        try:
+            frames = publication.frames(self.frame_max)
+        except ValueError as error:
+            raise MessageRejected(str(error), message_id=_uuid(publication.message_id)) from error
+        self.write(frames)
         if not self._waiting:
             self.flush()
         self._tag += 1
         now = self._loop.time()
         self._waiting[self._tag] = call = _Call(self._loop.create_future(), publication, now, deadline)
         self._bytes += call.size
-        self.ids[message_id] = call
+        self.ids[call.key] = call
         if self._sweeper is None:
             self._sweeper = self._loop.call_at(min(deadline, now + _LOOK), self._sweep)
         return call.confirmed
@@ -355,70 +339,8 @@ def _verdict(error: Exception, message_id: UUID | None, *, alone: bool) -> Broke
     return OutcomeUnknown(f"{explained(error)}; it may have arrived", message_id=message_id)
 
 
-# -- what is written ---------------------------------------------------------------------------------------------
-
-_HEADER = struct.Struct(">HHQH")
-_BASIC = 60
-_FLAGS = 1 << 15 | 1 << 12 | 1 << 7 | 1 << 6 | 1 << 5  # content_type, delivery_mode, message_id, timestamp, type
-_HEADERS_FLAG = 1 << 13
-_JSON = b"\x10application/json"
-_PERSISTENT = b"\x02"
-
-
-def topic_exchange(name: str) -> commands.Exchange.Declare:
-    return commands.Exchange.Declare(exchange=name, exchange_type="topic", durable=True)
-
-
-@lru_cache(maxsize=1024)
-def _publish(exchange: str, routing_key: str, mandatory: bool) -> bytes:  # noqa: FBT001
-    frame = commands.Basic.Publish(exchange=exchange, routing_key=routing_key, mandatory=mandatory)
-    return marshal(frame, Channel.NUMBER)
-
-
-def header_of(name: str, message_id: str, headers: Mapping[str, str], size: int) -> bytes:
-    """
-    Write the properties of a message whose body has *size* bytes.
-
-    Raises:
-        EncodingError: A header is no valid Unicode, or its name is too long.
-    """
-    try:
-        kind, table = _short(name, 255), b""
-        for each, value in headers.items():
-            text = value.encode()
-            table += _short(each, 128) + b"S" + len(text).to_bytes(4) + text
-    except (UnicodeEncodeError, ValueError) as error:
-        raise EncodingError(f"{name}.headers", str(error)) from error
-    flags, properties = _FLAGS, _JSON
-    if table:
-        flags, properties = _FLAGS | _HEADERS_FLAG, _JSON + len(table).to_bytes(4) + table
-    known = b"%b%b\x24%b%b" % (properties, _PERSISTENT, message_id.encode(), int(time()).to_bytes(8))
-    return _HEADER.pack(_BASIC, 0, size, flags) + known + kind
-
-
 def _uuid(text: str) -> UUID | None:
     try:
         return UUID(text)
     except ValueError:
         return None
-
-
-def _short(text: str, most: int) -> bytes:
-    encoded = text.encode()
-    if len(encoded) > most:
-        raise ValueError(f"a name has {len(encoded)} bytes, and AMQP takes {most}")
-    return b"%c%b" % (len(encoded), encoded)
-
-
-def again(header: ContentHeader, headers: Mapping[str, Any], body: bytes, queue: str) -> Publication:
-    """Make a message that came one for *queue*, with other *headers*. Without an id it gets one, to be known by."""
-    properties = header.properties
-    properties.message_id = properties.message_id or str(uuid4())
-    properties.headers = {
-        name: bytearray(value) if isinstance(value, bytes) else value for name, value in headers.items()
-    }
-    properties.delivery_mode = 2
-    properties.expiration = None
-    properties.user_id = None  # RabbitMQ refuses another one than the connection's
-    written = ContentHeader(0, len(body), properties).marshal()
-    return Publication("", queue, written, body, properties.message_id, mandatory=True)

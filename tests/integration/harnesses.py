@@ -417,18 +417,21 @@ class RabbitMQHarness(Harness):
         return broker
 
     async def send_raw(self, transport, topic, body):
-        from diator.brokers.rabbitmq import _routing_key
+        from diator.brokers._rabbitmq_member import routing_key
 
-        key = _routing_key(*topic)
+        key = routing_key(*topic)
         await self._amqp(lambda channel: channel.basic_publish(body, exchange=self.prefix, routing_key=key))
 
     async def dead_letters(self, transport, topic, group):
-        from diator.brokers.rabbitmq import _queue
+        from pamqp.commands import Basic
+
+        from diator.brokers._rabbitmq_member import queue_name
 
         found = []
 
         async def take(channel):
-            while (letter := await channel.basic_get(f"{_queue(self.prefix, topic, group)}:dead")).header.body_size:
+            dead = f"{queue_name(self.prefix, topic, group)}:dead"
+            while not isinstance((letter := await channel.basic_get(dead)).delivery, Basic.GetEmpty):
                 reason = letter.header.properties.headers["diator-dlq-reason"]
                 found.append(DeadLettered(body=letter.body, reason=reason))
 
@@ -484,7 +487,7 @@ class RabbitMQHarness(Harness):
         # The management plugin learns of connections, and of their end, within seconds.
         found, count = set(), sum(map(is_open, transport.writers))
         while len(found) < count:
-            await asyncio.sleep(0.2)  # noqa: ASYNC110  # nobody tells
+            await asyncio.sleep(0.2)  # nobody tells
             found = set(await asyncio.to_thread(of_transport)) - transport.disconnected
         transport.disconnected |= found
         for name in found:
@@ -501,12 +504,12 @@ class RabbitMQHarness(Harness):
         return json.loads(said) if said else None
 
     async def delete(self, transport, topic, group):
-        from diator.brokers.rabbitmq import _queue
+        from diator.brokers._rabbitmq_member import queue_name
 
         async def delete(channel):
             if group is None:
                 await channel.exchange_delete(self.prefix)
-            deleted = _queue(self.prefix, topic, group or "")
+            deleted = queue_name(self.prefix, topic, group or "")
             for queue in {queue for queue in self.declared if queue.startswith(deleted)} | {deleted}:
                 await channel.queue_delete(queue)
 
