@@ -36,6 +36,9 @@ HEARTBEAT = 10
 """In seconds, unless the address says otherwise. After two without a sign the server counts us as dead."""
 
 _GOODBYE = 2.0
+_MOST_CHANNELS = 1_000
+NOT_ALLOWED, NOT_FOUND, LOCKED, OTHERWISE = 403, 404, 405, 406
+"""Why RabbitMQ closes a channel. Otherwise: it is there with other settings."""
 
 
 class Lost(ConnectionError):
@@ -108,6 +111,7 @@ class Channel:
         self._asked: deque[asyncio.Future[Frame]] = deque()
         self._content: tuple[Content, ContentHeader, bytearray] | None = None
         self._method: Content | None = None
+        self._beside = 0
 
     async def open(self, connection: Connection, writer: asyncio.StreamWriter) -> None:
         """Begin to speak, and to listen."""
@@ -131,6 +135,27 @@ class Channel:
         self._asked.append(reply)
         self.say(frame)
         return await reply
+
+    async def ask_beside(self, frame: Frame) -> None:
+        """Ask on another channel, what RabbitMQ may answer by closing it."""
+        self._beside = self._beside % _MOST_CHANNELS + 1
+        beside = Channel(self.number + self._beside)
+        if self._writer is not None:
+            try:
+                await beside.open(self.connection, self._writer)
+                await beside.ask(frame)
+            finally:
+                beside.part()
+
+    async def is_there(self, declared_passively: Frame) -> bool:
+        """Tell whether that is there."""
+        try:
+            await self.ask_beside(declared_passively)
+        except Refused as error:
+            if error.code == NOT_FOUND:
+                return False
+            raise
+        return True
 
     def say(self, frame: Frame) -> None:
         """Send what has no reply."""

@@ -16,10 +16,12 @@ from uuid import uuid4
 
 from diator.brokers._rabbitmq_channel import (
     CLIENT_ERRORS,
+    LOCKED,
+    NOT_ALLOWED,
+    OTHERWISE,
     Channel,
     Content,
     ContentHeader,
-    Frame,
     Refused,
     commands,
     explained,
@@ -127,12 +129,16 @@ class Member:
         """Name where what is put aside goes: without a group, all of a topic to one place."""
         return f"{queue if self.group is not None else queue_name(self.prefix, self.queues[queue], _ALONE)}:dead"
 
-    def arguments(self, queue: str) -> dict[str, Any]:
-        """With what a queue is declared. RabbitMQ compares them with what is there."""
+    def declarations(self, queue: str) -> list[commands.Queue.Declare]:
+        """What has to be there. RabbitMQ compares it with what is."""
         if self.group is None:
-            return {"x-queue-type": "classic", "x-expires": int(_ALONE_EXPIRES * 1000)}
+            return [_durable(queue, {"x-queue-type": "classic", "x-expires": int(_ALONE_EXPIRES * 1000)})]
         limit = {"x-delivery-limit": _DELIVERY_LIMIT} if self.queue_type == "quorum" else {}
-        return {**limit, **self.passing_on(self.dead(queue))}
+        return [self.declaration_of_dead(queue), _durable(queue, {**limit, **self.passing_on(self.dead(queue))})]
+
+    def declaration_of_dead(self, queue: str) -> commands.Queue.Declare:
+        """Without a group, it is declared when there is something to put aside."""
+        return _durable(self.dead(queue), {"x-queue-type": self.queue_type})
 
     def passing_on(self, queue: str) -> dict[str, Any]:
         """What has RabbitMQ itself pass messages on to *queue*: with quorum queues, without losing one."""
@@ -173,7 +179,6 @@ class Reading(Channel):
         self._acked: set[int] = set()
         self._ended = False
         self._acknowledgements = Acknowledgements[int](self._tell)
-        self._beside = 0
 
     async def begin(self) -> None:
         """
@@ -185,13 +190,12 @@ class Reading(Channel):
         """
         member = self._member
         try:
-            there = [not member.declared or await self._is_there(_passively(queue)) for queue in member.queues]
+            there = [not member.declared or await self.is_there(passively(queue)) for queue in member.queues]
             await self.ask(topic_exchange(member.prefix))
             await self.ask(commands.Basic.Qos(prefetch_count=self._prefetch))
             for queue, topic in member.queues.items():
-                if member.group is not None:
-                    await self.ask(_durable(member.dead(queue), {"x-queue-type": member.queue_type}))
-                await self.ask(_durable(queue, member.arguments(queue)))
+                for declaration in member.declarations(queue):
+                    await self.ask(declaration)
                 await self.ask(
                     commands.Queue.Bind(queue=queue, exchange=member.prefix, routing_key=routing_key(*topic))
                 )
@@ -201,36 +205,17 @@ class Reading(Channel):
             for queue in member.queues:
                 await self.ask(commands.Basic.Consume(queue=queue, consumer_tag=queue))
         except Refused as error:
-            if error.code == _NOT_ALLOWED:
+            if error.code == NOT_ALLOWED:
                 raise AccessRefused(
                     f"RabbitMQ refuses a subscription ({error}); let its user configure, write and read what begins "
                     f"with {member.prefix!r}, and write to the default exchange"
                 ) from error
-            if error.code in {_LOCKED, _OTHERWISE}:
+            if error.code in {LOCKED, OTHERWISE}:
                 raise WiringError(
                     f"RabbitMQ refuses a subscription ({error}); delete what is there with other settings once it is "
                     "empty, or use another group or prefix, or the queue_type that it has"
                 ) from error
             raise
-
-    async def _is_there(self, declared_passively: Frame) -> bool:
-        try:
-            await self._ask_beside(declared_passively)
-        except Refused as error:
-            if error.code == _NOT_FOUND:
-                return False
-            raise
-        return True
-
-    async def _ask_beside(self, frame: Frame) -> None:
-        """Ask what RabbitMQ may answer by closing the channel, on another one."""
-        self._beside = self._beside % _MOST_CHANNELS + 1
-        beside = Channel(self.number + self._beside)
-        try:
-            await beside.open(self.connection, cast("asyncio.StreamWriter", self._writer))
-            await beside.ask(frame)
-        finally:
-            beside.part()
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:
         while not self._something.is_set():
@@ -246,7 +231,7 @@ class Reading(Channel):
     async def probe(self) -> None:
         """See whether the exchange is there: RabbitMQ does not tell those whose queues have lost it."""
         exchange = self._member.prefix
-        if await self._is_there(commands.Exchange.Declare(exchange=exchange, passive=True)):
+        if await self.is_there(commands.Exchange.Declare(exchange=exchange, passive=True)):
             self._something.set()
         else:
             self.give_up(MessagesMissed(f"RabbitMQ has no exchange {exchange!r} any more; it is declared anew"))
@@ -303,7 +288,7 @@ class Reading(Channel):
         with self._giving_back_on_failure(delivery):
             dead = self._member.dead(token.queue)
             if self._member.group is None and self.error is None:
-                await self._ask_beside(_durable(dead, {"x-queue-type": self._member.queue_type}))
+                await self.ask_beside(self._member.declaration_of_dead(token.queue))
             await self._hand_on(again(token.header, headers, delivery.body, dead))
         self._settled(token)
 
@@ -319,7 +304,7 @@ class Reading(Channel):
         declared = self._member.waiting.get(name)
         if declared is None or self._loop.time() - declared > _UNUSED / 2:
             expires = {"x-message-ttl": milliseconds, "x-expires": milliseconds + int(_UNUSED * 1000)}
-            await self._ask_beside(_durable(name, {**self._member.passing_on(queue), **expires}))
+            await self.ask_beside(_durable(name, {**self._member.passing_on(queue), **expires}))
             self._member.waiting[name] = self._loop.time()
         return name
 
@@ -408,11 +393,7 @@ class Reading(Channel):
                 self.say(ack if what == "acked" else nack)
 
 
-_NOT_ALLOWED, _NOT_FOUND, _LOCKED, _OTHERWISE = 403, 404, 405, 406
-_MOST_CHANNELS = 1_000
-
-
-def _passively(queue: str) -> commands.Queue.Declare:
+def passively(queue: str) -> commands.Queue.Declare:
     return commands.Queue.Declare(queue=queue, passive=True)
 
 

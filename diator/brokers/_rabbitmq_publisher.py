@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
 from diator.brokers._rabbitmq_channel import (
     CLIENT_ERRORS,
+    NOT_FOUND,
     Address,
     Channel,
     Content,
@@ -21,6 +22,7 @@ from diator.brokers._rabbitmq_channel import (
     is_blocked,
 )
 from diator.brokers._rabbitmq_frames import Publication
+from diator.brokers.audit import Finding
 from diator.exceptions import (
     BrokerClosed,
     BrokerError,
@@ -94,6 +96,14 @@ class Publisher:
         else:
             confirmed = await self._publish_in_turn(publication, deadline)
         await confirmed
+
+    def blocked(self) -> Sequence[Finding]:
+        """Tell of an alarm, which holds back every publisher."""
+        if self._link is None or not is_blocked(self._link.connection):
+            return ()
+        return (
+            Finding(weakens="receipt", problem=_BLOCKED, remedy="make room: rabbitmq-diagnostics alarms says where"),
+        )
 
     async def aclose(self) -> None:
         """
@@ -333,7 +343,7 @@ class _Link(Channel):
 
 def _verdict(error: Exception, message_id: UUID | None, *, alone: bool) -> BrokerError:
     if isinstance(error, Refused) and alone:
-        if error.code == 404:  # noqa: PLR2004  # not found
+        if error.code == NOT_FOUND:
             return BrokerUnavailable(f"{error}; it is declared anew with the next message", message_id=message_id)
         return MessageRejected(f"RabbitMQ refused it ({error})", message_id=message_id)
     return OutcomeUnknown(f"{explained(error)}; it may have arrived", message_id=message_id)

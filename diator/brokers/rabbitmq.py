@@ -13,10 +13,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, 
 from contextlib import asynccontextmanager
 from typing import Self
 
+from diator.brokers._rabbitmq_audit import inspect
 from diator.brokers._rabbitmq_channel import Address
 from diator.brokers._rabbitmq_frames import Publication, header_of
 from diator.brokers._rabbitmq_member import OF_THE_SERVICE, UNUSUAL, Member, QueueType, Reading, routing_key
 from diator.brokers._rabbitmq_publisher import Publisher
+from diator.brokers.audit import Finding
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
@@ -77,7 +79,7 @@ class RabbitMQMessageBroker:
         self._read_ahead = read_ahead
         self._patience = patience or Patience(connect=timeout)
         self._publisher = Publisher(self._address, prefix, timeout=timeout, max_in_flight=max_in_flight)
-        self._subscriptions: set[Supervised] = set()
+        self._members: set[Member] = set()
 
     @property
     def capabilities(self) -> Capabilities:
@@ -147,7 +149,7 @@ class RabbitMQMessageBroker:
             is_full=lambda waiting: member.holds - waiting >= prefetch,
         )
         member.supervised = supervised
-        self._subscriptions.add(supervised)
+        self._members.add(member)
         try:
             async with supervised as deliveries:
                 member.stays = True
@@ -156,7 +158,7 @@ class RabbitMQMessageBroker:
                 finally:
                     member.stays = False
         finally:
-            self._subscriptions.discard(supervised)
+            self._members.discard(member)
             await member.leave()
 
     @asynccontextmanager
@@ -171,11 +173,25 @@ class RabbitMQMessageBroker:
         finally:
             member.part_with(reading)
 
+    async def audit(self) -> Sequence[Finding]:
+        """
+        See `Auditable.audit`. It compares what this broker and its subscriptions use with what is declared.
+
+        AMQP shows neither policies nor the server's configuration: a policy with `max-length`, `message-ttl` or
+        `expires` can drop messages (`rabbitmqctl list_policies`), and a handler that takes longer than the server's
+        `consumer_timeout` loses its delivery.
+        """
+        if self._publisher.is_closed:
+            raise BrokerClosed("this broker is closed")
+        findings = await inspect(self._address, self._prefix, self._members, timeout=self._timeout)
+        return [*self._publisher.blocked(), *findings]
+
     async def aclose(self) -> None:
         """Refuse further messages and wait, at most *timeout*, for the confirms that are due. Again: does nothing."""
         self._publisher.is_closed = True
-        for subscription in self._subscriptions:
-            subscription.close(BrokerClosed("this broker is closed"))
+        for member in self._members:
+            if member.supervised is not None:
+                member.supervised.close(BrokerClosed("this broker is closed"))
         await self._publisher.aclose()
 
     async def __aenter__(self) -> Self:
