@@ -90,6 +90,14 @@ def private_redis(pytestconfig: pytest.Config) -> Iterator[Service]:
     service.remove()
 
 
+@pytest.fixture
+def private_rabbitmq(pytestconfig: pytest.Config) -> Iterator[Service]:
+    """A RabbitMQ for this test alone, which may set off its alarms."""
+    service = found(pytestconfig.stash[SERVICES].private, "rabbitmq")
+    yield service
+    service.remove()
+
+
 def found(look: Callable[[str], Found], name: str) -> Found:
     """What *look* finds; else the test is skipped, or fails if the service is required."""
     try:
