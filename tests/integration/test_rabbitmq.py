@@ -470,7 +470,13 @@ async def test_several_topics_with_a_backlog_are_all_read(broker):
 async def test_a_foreign_message_without_an_id_is_given_back_and_put_aside_whole(broker, plain, queue, prefix):
     async with broker.subscribe([COUNTED], group="readers") as deliveries:
         exchange = await plain.get_exchange(prefix)
-        headers = {"text": "t", "number": 7, "bytes": bytearray(b"\xff"), "list": [1], "when": datetime(2026, 1, 1, tzinfo=UTC)}
+        headers = {
+            "text": "t",
+            "number": 7,
+            "bytes": bytearray(b"\xff"),
+            "list": [1],
+            "when": datetime(2026, 1, 1, tzinfo=UTC),
+        }
         foreign = aio_pika.Message(b"\x00garbage", headers=headers, correlation_id="c", expiration=60)
         await exchange.publish(foreign, "notification_event.Counted")
         first = await anext(deliveries)
