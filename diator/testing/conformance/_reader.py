@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from time import monotonic
 from typing import Any, Literal, TypeAlias
 
-from diator.brokers.base import Delivery, Topic
+from diator.brokers.base import Delivery, Gap, Topic
 from diator.brokers.message import Message
 from diator.testing.conformance._harness import Limits, Transport
 from diator.testing.conformance._ledger import Ledger, Nonconformance, Received
@@ -19,7 +19,12 @@ _FENCE = "conformance-fence"
 
 
 class Reader:
-    """One subscription of a scenario. What it receives is in the ledger under `name`, except for fences."""
+    """
+    One subscription of a scenario. What it receives is in the ledger under `name`, except for fences.
+
+    Attributes:
+        gaps: What it was told that it may have missed.
+    """
 
     def __init__(
         self,
@@ -28,6 +33,7 @@ class Reader:
         name: str,
         deliveries: AsyncIterator[Delivery],
         *,
+        gaps: Sequence[Gap],
         ledger: Ledger,
         limits: Limits,
     ) -> None:
@@ -35,6 +41,7 @@ class Reader:
         self.topics = topics
         self.name = name
         self.deliveries = deliveries
+        self.gaps = gaps
         self._ledger = ledger
         self._limits = limits
 
@@ -57,7 +64,7 @@ class Reader:
         while len(taken) < count:
             taken.append(await self.next())
             if settle == "ack":
-                await taken[-1].delivery.ack()
+                await _uncut(taken[-1].delivery.ack())
         return taken
 
     async def until_fence(self, *, settle: Settle = "ack") -> list[Received]:
@@ -80,18 +87,19 @@ class Reader:
 
     async def during(self, sending: Coroutine[Any, Any, Any], *, settle: Settle = "ack") -> list[Received]:
         """Read while *sending* runs and up to a fence behind it, so that no buffer has to hold everything."""
-        taken: list[Received] = []
+        begun = len(self._ledger.received)
 
         async def read() -> None:
             while True:
-                taken.extend(await self.take(1, settle=settle))
+                await self.take(1, settle=settle)
 
         reading = asyncio.create_task(read())
         try:
             await _unless_failed(sending, reading)
         finally:
             await cancelled(reading)
-        return taken + await self.until_fence(settle=settle)
+        await self.until_fence(settle=settle)
+        return [received for received in self._ledger.received[begun:] if received.subscription == self.name]
 
     async def is_held_back(self) -> None:
         """Raise `Nonconformance` if a delivery comes although it must not. Something has to be waiting."""
@@ -172,6 +180,15 @@ async def send_fence(broker: Transport, topic: Topic) -> object:
 def is_fence(received: Received) -> bool:
     """Tell whether this is no message of the scenario."""
     return received.message is not None and _FENCE.encode() in received.message.payload_json
+
+
+async def _uncut(settling: Coroutine[Any, Any, None]) -> None:
+    """Settle to the end, also when it is cancelled meanwhile: what is half told may come again, or not."""
+    task = asyncio.create_task(settling)
+    try:
+        await asyncio.shield(task)
+    finally:
+        await asyncio.wait({task})
 
 
 async def cancelled(task: asyncio.Future[Any]) -> None:

@@ -6,11 +6,13 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
+import diator
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.memory import MemoryMessageBroker
 from diator.brokers.message import Message
@@ -59,6 +61,42 @@ class Deviating(MemoryHarness):
     deviations: ClassVar = {"PUB-01": Deviation(reason="known to be wrong", issue="#1")}
 
 
+class SlowToSettle(MemoryHarness):
+    """A transport that tells the service of each acknowledgement by itself, and waits for the answer."""
+
+    def transport(self):
+        return SlowToSettleBroker()
+
+
+class SlowToSettleBroker(MemoryMessageBroker):
+    @asynccontextmanager
+    async def subscribe(self, topics, /, **options):
+        async with super().subscribe(topics, **options) as deliveries:
+            yield SlowDeliveries(deliveries)
+
+
+class SlowDeliveries:
+    def __init__(self, deliveries):
+        self.deliveries = deliveries
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        delivery = await anext(self.deliveries)
+        delivery.settler = SlowSettler(delivery.settler)
+        return delivery
+
+
+class SlowSettler:
+    def __init__(self, settler):
+        self.settler = settler
+
+    async def ack(self, delivery, /):
+        await asyncio.sleep(0.005)
+        await self.settler.ack(delivery)
+
+
 # -- one scenario ------------------------------------------------------------------------------------------------
 
 
@@ -74,6 +112,12 @@ def test_a_scenario_fails():
 
     assert (result.outcome, result.reason) == ("FAIL", "it is wrong")
     assert isinstance(result.error, Nonconformance)
+
+
+def test_what_a_scenario_acknowledges_when_it_stops_reading_is_acknowledged():
+    result = run_scenario(SCENARIOS["ENC-02"], SlowToSettle(), seed=1)
+
+    assert (result.outcome, result.reason) == ("PASS", "")
 
 
 def test_any_error_is_a_failure():
@@ -421,10 +465,11 @@ def test_the_report_has_its_shape(tmp_path, capsys):
 
     report = json.loads(file.read_text())
     assert report.keys() == {
-        "suite_version", "diator_version", "transport", "broker", "capabilities", "facilities", "totals", "scenarios"
+        "suite_version", "diator_version", "transport", "broker", "driver", "result", "capabilities", "facilities",
+        "totals", "scenarios",
     }  # fmt: skip
     assert (report["suite_version"], report["transport"], report["broker"]) == (SUITE_VERSION, "memory", "in process")
-    assert report["totals"] == {"PASS": 1, "FAIL": 0, "UNSUPPORTED": 1, "NOT_RUN": 0, "DEVIATION": 0}
+    assert report["totals"] == {"PASS": 1, "FAIL": 0, "UNSUPPORTED": 1, "NOT_RUN": 0, "DEVIATION": 0, "PROVISIONAL": 0}
     assert report["capabilities"]["redelivery"] == ["close", "crash", "retry"]
     first = report["scenarios"][0]
     assert first.keys() == {"id", "title", "level", "outcome", "reason", "seconds", "seed"}
@@ -494,3 +539,32 @@ def test_what_a_facility_needs_is_brought_up_outside_of_the_scenario():
         harness.kept.close()
 
     assert (missing.outcome, missing.reason) == ("NOT_RUN", "no alarm: no container engine answers")
+
+
+THIS_MINOR = ".".join(diator.__version__.split(".")[:2])
+
+
+@pytest.mark.parametrize(
+    ("since", "strict", "outcome"),
+    [(THIS_MINOR, "", "PROVISIONAL"), (THIS_MINOR, "1", "FAIL"), ("0.9", "", "FAIL"), ("", "", "FAIL")],
+)
+def test_a_scenario_that_is_new_fails_nobody_yet(since, strict, outcome, monkeypatch):
+    monkeypatch.setenv("DIATOR_CONFORMANCE_STRICT", strict)
+
+    result = result_of(failing, since=since)
+
+    assert (result.outcome, "it is wrong" in result.reason) == (outcome, True)
+    assert result_of(passing, since=since).outcome == "PASS"
+
+
+def test_our_own_transports_cannot_hide_behind_that():
+    """Nothing that a harness or a class of tests can say changes it: the environment of this run is strict."""
+    assert result_of(failing, since=THIS_MINOR).outcome == "FAIL"
+
+
+def test_a_deviation_from_what_is_new_is_as_strict_as_any():
+    harness = MemoryHarness()
+    harness.deviations = {"PUB-01": Deviation(reason="known")}
+
+    assert result_of(failing, since=THIS_MINOR, harness=harness).outcome == "DEVIATION"
+    assert result_of(passing, since=THIS_MINOR, harness=harness).outcome == "FAIL"
