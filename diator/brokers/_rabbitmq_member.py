@@ -419,7 +419,7 @@ _STEPS = (10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)
 
 
 def _rung(seconds: float) -> int:
-    """Round up, by a quarter at most, to milliseconds that many retries have in common: each takes a queue."""
+    """Round up, by a third at most, to milliseconds that many retries have in common: each takes a queue."""
     milliseconds = math.ceil(seconds * 1000)
     magnitude = int(10 ** (len(str(milliseconds)) - 1))
     rungs = (-(-step * magnitude // 10) for step in _STEPS)

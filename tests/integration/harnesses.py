@@ -334,7 +334,7 @@ class RabbitMQHarness(Harness):
     facilities = frozenset(
         {"proxy", "raw", "dead_letters", "crash", "processes", "outages", "operator", "topology", "alarm", "security"}
     )
-    limits = Limits(scale=2.0, settle=0.2, redelivery=3.0, timeout=5.0, liveness=6.0, recovery=8.0)
+    limits = Limits(scale=2.0, settle=0.2, redelivery=3.0, timeout=5.0, liveness=6.0, recovery=8.0, pause=1.0)
     password = "swordfish-of-the-rabbitmq-harness"
 
     def __init__(self):
@@ -415,7 +415,8 @@ class RabbitMQHarness(Harness):
                     yield reading
 
         name = f"{'&' if '?' in url else '?'}name=conformance-{uuid4().hex}"
-        patience = Patience(connect=5.0, idle=1.0, silence=1.0, longest_pause=1.0)
+        # Killed and started again, it answers before its queues are there.
+        patience = Patience(connect=15.0, idle=1.0, silence=1.0, longest_pause=1.0)
         broker = Watched(url + name, self.prefix, timeout=5.0, patience=patience, **options)
         broker.name = name.partition("=")[2]
         return broker
