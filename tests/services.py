@@ -197,6 +197,12 @@ class Service:
         """Let a frozen service go on."""
         self._container.unpause()
 
+    def run(self, command: str) -> None:
+        """Run *command* in the container, which has to succeed."""
+        code, output = self._container.exec_run(command)
+        if code:
+            raise RuntimeError(f"{command}: {output.decode(errors='replace')}")
+
     def let_go(self) -> None:
         """Close what the engine's client keeps open; it opens it again when it is needed."""
         self._container.client.close()

@@ -228,7 +228,7 @@ class Subscription:
             partition.out = 0
         self._delayed = [each for each in self._delayed if not each[2].lost]
         heapq.heapify(self._delayed)
-        self.supervised.withdraw(lambda delivery: _token(delivery).partition.lost)
+        self.supervised.take_back(lambda delivery: _token(delivery).partition.lost)
 
     def withdraw(self, partitions: Collection[_Partition]) -> None:
         """Take back what of *partitions* was received and not given out."""
@@ -237,7 +237,7 @@ class Subscription:
             if partition in partitions:
                 partition.out -= 1
                 self.unsettled -= 1
-        self.supervised.withdraw(lambda delivery: _token(delivery).partition in partitions)
+        self.supervised.take_back(lambda delivery: _token(delivery).partition in partitions)
 
     def tell_gap(self, partition: _Partition, reason: str) -> None:
         """Messages are gone: some that came after the last one that was read, whenever that was."""

@@ -22,6 +22,14 @@ _WAITING = 0.05
 logger: logging.Logger = logging.getLogger(__name__)
 
 
+class MessagesMissed(Exception):
+    """
+    Raised by a source whose service has lost messages, or may have, and not just the connection to it.
+
+    The subscription connects again, and tells the program about the gap even where a lost connection makes none.
+    """
+
+
 class Source(Protocol):
     """
     The transport's half: one connection while it lives, ready to receive.
@@ -151,16 +159,18 @@ class Supervised:
         """What was received and never asked for."""
         return self._received
 
-    def look_again(self) -> None:
-        """Something was settled: perhaps the next one can be given out."""
-        self._arrived.set()
-
-    def withdraw(self, gone: Callable[[Delivery], bool]) -> None:
-        """Forget what was received, never asked for, and is *gone*: it is not this subscription's any more."""
-        kept = [delivery for delivery in self._received if not gone(delivery)]
+    def take_back(self, which: Callable[[Delivery], bool] = lambda _: True) -> list[Delivery]:
+        """Take *which* of what was received and never asked for, all of it by default: it is given out no more."""
+        taken = [delivery for delivery in self._received if which(delivery)]
+        kept = [delivery for delivery in self._received if not which(delivery)]
         self._received.clear()
         self._received.extend(kept)
         self._room.set()
+        self._arrived.set()
+        return taken
+
+    def look_again(self) -> None:
+        """Something was settled: perhaps the next one can be given out."""
         self._arrived.set()
 
     def tell_gap(self, since: datetime, reason: str) -> None:
@@ -187,6 +197,7 @@ class Supervised:
         loop = asyncio.get_running_loop()
         failures = 0
         lost: tuple[datetime, str] | None = None
+        missed = self._lossy
         while True:
             since = loop.time()
             connected = False
@@ -196,9 +207,9 @@ class Supervised:
                     since, connected = loop.time(), True
                     if not ready.done():
                         ready.set_result(None)
-                    if lost is not None and self._lossy:
+                    if lost is not None and missed:
                         self.tell_gap(*lost)
-                    lost = None
+                    lost, missed = None, self._lossy
                     await self._receive_from(source)
             except Exception as error:  # noqa: BLE001  # whatever a client library raises, the connection is gone
                 if not ready.done():
@@ -208,6 +219,7 @@ class Supervised:
                     self._ended = error
                     self._arrived.set()
                     return
+                missed = missed or isinstance(error, MessagesMissed)
                 reason = f"{type(error).__name__}: {error}" if str(error) else "the peer was silent"
                 logger.warning("a subscription has no connection (%s); connecting again", reason)
                 behind = loop.time() - max(since, self._complete_until()) if connected else 0.0

@@ -24,6 +24,7 @@ TRANSPORTS = {
     "memory": ("tests.integration.harnesses:MemoryHarness", None),
     "redis": ("tests.integration.harnesses:RedisHarness", "redis"),
     "redis-streams": ("tests.integration.harnesses:RedisStreamHarness", "redis"),
+    "rabbitmq": ("tests.integration.harnesses:RabbitMQHarness", "rabbitmq"),
 }
 
 

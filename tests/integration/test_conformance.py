@@ -16,6 +16,7 @@ from tests.integration.harnesses import (
     KafkaInPlaceHarness,
     MemoryHarness,
     PlainHarness,
+    RabbitMQHarness,
     RedisHarness,
     RedisStreamHarness,
 )
@@ -24,7 +25,11 @@ from tests.integration.publish import REPORTS, TRANSPORTS
 pytestmark = pytest.mark.timeout(300)
 
 
-ADDRESSES = {"redis_url": "DIATOR_TEST_REDIS_URL", "kafka_servers": "DIATOR_TEST_KAFKA_SERVERS"}
+ADDRESSES = {
+    "redis_url": "DIATOR_TEST_REDIS_URL",
+    "rabbitmq_url": "DIATOR_TEST_RABBITMQ_URL",
+    "kafka_servers": "DIATOR_TEST_KAFKA_SERVERS",
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,6 +74,10 @@ class TestRedis(TransportConformance):
 
 class TestRedisStreams(TransportConformance):
     harness = RedisStreamHarness
+
+
+class TestRabbitMQ(TransportConformance):
+    harness = RabbitMQHarness
 
 
 class TestKafka(TransportConformance):
