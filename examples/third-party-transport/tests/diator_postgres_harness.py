@@ -28,11 +28,12 @@ class PostgresHarness(Harness):
     limits = Limits(timeout=2.0, redelivery=3.0, liveness=6.0, recovery=5.0)
 
     def start(self) -> None:
-        self._dsn = os.environ.get("DIATOR_TEST_POSTGRES_URL", "")
-        if not self._dsn:
-            raise EnvironmentMissing("DIATOR_TEST_POSTGRES_URL names no PostgreSQL")
+        self._dsn = os.environ.get("DIATOR_TEST_POSTGRES_URL", "postgresql://127.0.0.1:5432/postgres")
         self._address = urlsplit(self._dsn).hostname or "127.0.0.1", urlsplit(self._dsn).port or 5432
-        self._version = asyncio.run(self._ask("SELECT version()"))
+        try:
+            self._version = asyncio.run(self._ask("SELECT version()"))
+        except (OSError, asyncpg.PostgresError) as error:
+            raise EnvironmentMissing("DIATOR_TEST_POSTGRES_URL names no PostgreSQL that answers") from error
 
     def service(self) -> str:
         return " ".join(self._version.split()[:2])
