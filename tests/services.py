@@ -1,4 +1,8 @@
-"""The services that integration tests talk to: found by address, else started in containers."""
+"""
+The services that integration tests talk to: found by address, else started in containers.
+
+``python tests/services.py redis postgres -- COMMAND`` runs a command with the addresses in its environment.
+"""
 
 import asyncio
 import gc
@@ -355,3 +359,24 @@ def _answer(backend: Backend, url: str, *, within: float) -> None:
 def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command with the addresses of services in its environment, as far as they are to be had or required."""
+    names, command = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+    services, found = Services(), {}
+    try:
+        for name in names:
+            try:
+                found[BACKENDS[name].variable] = services.url(name)
+            except MissingService:
+                if name in os.environ.get("DIATOR_REQUIRE_BACKENDS", ""):
+                    raise
+        return subprocess.run(command, env={**os.environ, **found}, check=False).returncode
+    finally:
+        services.close()
+        sys.stdout.write(f"{services.summary()}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -67,7 +67,8 @@ class Capabilities:
     """
     What `Delivery.attempt` counts: nothing; each time it was given back; also deliveries that nobody settled.
 
-    It belongs to the message in its group, not to the member, and what was never given out does not count.
+    It belongs to the message in its group, not to the member, and what was never given out does not count. Of what a
+    member had received when its process died, nobody can tell what it had given out: all of it may count.
     """
     ordering: Ordering = "none"
     """
@@ -89,12 +90,13 @@ class Capabilities:
     """
     Where a new group begins, or may: now; at the oldest message; anywhere.
 
-    Now, but for what was `retained` because nobody was there: that goes to the first who comes.
+    Now, but for what was `retained` because nobody was there: that goes to the first group that comes; where there are
+    no groups, to the first subscription.
     """
     durability: Durability = "none"
     """What confirmed messages survive: nothing; an orderly restart of the service; the death of its process."""
     unroutable: Unroutable = "dropped"
-    """What becomes of a message that has nobody to go to: gone; kept for who comes; `MessageUnroutable`."""
+    """What becomes of a message that has nobody to go to: gone; kept, see `replay`; `MessageUnroutable`."""
     headers: Headers = "envelope"
     """Where headers travel: in the body, or as the service's own."""
     backpressure: Backpressure = "none"
