@@ -40,8 +40,8 @@ class FaultProxy:
     host = "127.0.0.1"
 
     def __init__(self, host: str, port: int) -> None:
-        self.port = 0
-        self.accepted = 0
+        self.port: int = 0
+        self.accepted: int = 0
         self.passed: Counter[Flow] = Counter()
         self.lost: Counter[Flow] = Counter()
         self._service = host, port
