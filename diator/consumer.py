@@ -348,6 +348,8 @@ def _key(message: Message | DecodingError) -> str | None:
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _stops: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
 """What a signal calls, of all consumers of a loop: it has only one handler for each."""
+_before: dict[asyncio.AbstractEventLoop, dict[signal.Signals, Any]] = {}
+"""What a signal did before there was any. What the program had told the loop itself, it cannot be asked for."""
 
 
 @contextlib.contextmanager
@@ -355,6 +357,8 @@ def _calling_on_signals(stop: Callable[[], None]) -> Generator[None, None, None]
     """Have SIGTERM and SIGINT call *stop*, where that is possible: in the main thread, on a loop that has signals."""
     loop = asyncio.get_running_loop()
     stops = _stops.setdefault(loop, [])
+    if not stops:
+        _before[loop] = {number: signal.getsignal(number) for number in _SIGNALS}
     stops.append(stop)
 
     def stop_all() -> None:
@@ -371,5 +375,7 @@ def _calling_on_signals(stop: Callable[[], None]) -> Generator[None, None, None]
         if not stops:
             del _stops[loop]
             with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-                for number in _SIGNALS:
+                for number, handler in _before.pop(loop).items():
                     loop.remove_signal_handler(number)
+                    if handler is not None:  # or it was not Python's
+                        signal.signal(number, handler)

@@ -28,42 +28,76 @@ class Capabilities:
     """
     What a transport promises. Every level is the weakest unless it is said, so that what is not said is not promised.
 
-    The same record says what a program needs: what is not said is not asked for.
+    The same record says what a program needs: what is not said is not asked for. Levels are ordered, from weak to
+    strong, as they are declared above; a stronger one promises the weaker ones too. What a transport does not promise,
+    it refuses where somebody asks for it (`require`), and never does something weaker instead.
     """
 
     guarantee: Guarantee = "at_most_once"
-    """How often a message reaches a subscription, end to end, under the faults that the transport survives."""
+    """
+    How often a message reaches a subscription, end to end, under the faults that the transport survives.
+
+    At least once takes settlement and a receipt; at most once, nothing comes a second time by the transport's doing.
+    """
     receipt: Receipt = "none"
     """What a send that returned proves: nothing; the service has the message; it has stored it."""
     settlement: Settlement = "none"
-    """What can be acknowledged. Cumulative: what was settled out of order may come again after a restart."""
+    """
+    What can be acknowledged. None: `ack` does nothing. Cumulative: what was settled out of order may come again after a
+    restart.
+    """
     redelivery: Redelivery = frozenset()
-    """What makes a delivery that was not acknowledged available again."""
+    """
+    What makes a delivery that was not acknowledged available to its group again.
+
+    `retry`: `Delivery.retry`, as often as it is called. `close`: the end of its subscription, at once. `crash`: the
+    death of the process that held it. `deadline`: its holder lives, and has not renewed its lease; one that renews it
+    keeps the delivery, however long a handler takes.
+    """
     redelivery_bound: float | None = None
-    """Within how many seconds that happens after a crash. Told to programs, not compared."""
+    """Within how many seconds that happens after a crash or a deadline. Told to programs, not compared."""
     delayed_retry: bool = False
+    """Whether `retry` can wait; what comes behind does not wait for it. Without, an *after* above 0 is refused."""
     dead_letter: bool = False
+    """Whether a message can be put aside: kept as it was, with the reason, where its group does not read."""
     delivery_count: Count = "none"
-    """What `Delivery.attempt` counts: nothing; each time it was given back; also deliveries that nobody settled."""
+    """
+    What `Delivery.attempt` counts: nothing; each time it was given back; also deliveries that nobody settled.
+
+    It belongs to the message in its group, not to the member, and what was never given out does not count.
+    """
     ordering: Ordering = "none"
-    """Within what the order of sends is the order of first deliveries, for one consumer."""
+    """
+    Within what the order of sends is the order of first deliveries, for one consumer. What comes again may come later.
+
+    Destination: all that goes to one topic. Key: what has the same `Message.key`.
+    """
     distribution: Distribution = frozenset()
     """Broadcast: every subscription gets every message. Competing: one member of a group gets it."""
     subscription: Subscription = "ephemeral"
     """What becomes of messages while no member of a group is there: they are missed, or wait."""
     replay: Replay = "none"
-    """Where a new group may begin: now; at the oldest message; anywhere."""
+    """
+    Where a new group begins, or may: now; at the oldest message; anywhere.
+
+    Now, but for what was `retained` because nobody was there: that goes to the first who comes.
+    """
     durability: Durability = "none"
     """What confirmed messages survive: nothing; an orderly restart of the service; the death of its process."""
     unroutable: Unroutable = "dropped"
-    """What becomes of a message that has nobody to go to; reported is `MessageUnroutable`."""
+    """What becomes of a message that has nobody to go to: gone; kept for who comes; `MessageUnroutable`."""
     headers: Headers = "envelope"
     """Where headers travel: in the body, or as the service's own."""
     backpressure: Backpressure = "none"
-    """How a slow consumer holds the flow. None: what it cannot take is lost."""
+    """
+    How a slow consumer holds the flow. None: what it cannot take is lost, and *prefetch* bounds nothing.
+
+    Prefetch: the service gives no more than so many at a time. Pull: it gives what is asked for.
+    """
     max_message_bytes: int = 0
-    """How large an encoded message may be, in bytes."""
+    """How large an encoded message may be, in bytes: exactly that many arrive, one more is `MessageTooLarge`."""
     multi_process: bool = False
+    """Whether senders and readers may be in different processes. That takes a `network`, if only a file."""
     network: bool = False
     """Whether there is a link that can fail. Told to the conformance suite, not compared."""
 
@@ -94,7 +128,11 @@ _LEVELS: dict[str, tuple[str, ...]] = {
 
 
 def require(broker: object, promised: Capabilities, needed: Capabilities, *, for_: str, remedy: str) -> None:
-    """Raise `UnsupportedCapability` unless what is *promised* by *broker* covers what is *needed*."""
+    """
+    Raise `UnsupportedCapability` unless what is *promised* by *broker* covers what is *needed*.
+
+    The error says what is lacking, which call needs it (*for_*), and what can be done instead (*remedy*).
+    """
     if lacks := promised.lacking(needed):
         raise UnsupportedCapability(type(broker).__name__, lacks, why=for_, remedy=remedy)
 

@@ -33,9 +33,12 @@ def encode(message: Message, *, max_bytes: int = MAX_MESSAGE_BYTES, headers_in_b
     """
     Write *message* as the body that travels.
 
+    With *headers_in_body*, its headers and key are in it; without, they are the transport's to send beside it, as
+    `headers_with_key` gives them.
+
     Raises:
         MessageTooLarge: It has more than *max_bytes* bytes.
-        EncodingError: Its type, name, key or a header is no valid Unicode.
+        EncodingError: Its type, name, or (in the body) its key or a header is no valid Unicode.
     """
     envelope: dict[str, object] = {
         "message_type": message.message_type,
@@ -58,14 +61,22 @@ def headers_with_key(message: Message) -> dict[str, str]:
     """
     Give the headers as they travel: the key of the message is one of them.
 
+    For transports whose service has headers of its own. What is given can be written in UTF-8; `decode` takes it apart.
+
     Raises:
-        EncodingError: The program has a header of that name.
+        EncodingError: The program has a header of that name, or one (or the key) is no valid Unicode.
     """
     if _KEY in message.headers:
         raise EncodingError(
             f"{message.message_name}.headers", f"{_KEY!r} is where the key of a message travels; set that"
         )
-    return {**message.headers} if message.key is None else {**message.headers, _KEY: message.key}
+    headers = {**message.headers} if message.key is None else {**message.headers, _KEY: message.key}
+    try:
+        for name, value in headers.items():
+            (name + value).encode()
+    except UnicodeEncodeError as error:
+        raise EncodingError(f"{message.message_name}.headers", str(error)) from error
+    return headers
 
 
 class _Envelope(msgspec.Struct):

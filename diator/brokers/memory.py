@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Self
+from uuid import UUID
 
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
@@ -69,11 +70,13 @@ class MemoryMessageBroker:
         if self._closed:
             raise BrokerClosed("this broker is closed", message_id=message.message_id)
         body = encode(message, max_bytes=self._max_message_bytes, headers_in_body=True)
-        topic = Topic(message.message_type, message.message_name)
+        self._put(Topic(message.message_type, message.message_name), body, message.message_id)
+
+    def _put(self, topic: Topic, body: bytes, message_id: UUID | None = None) -> None:
         queues = [queue for queue in self._queues if topic in queue.topics]
         if any(len(queue) >= self._capacity for queue in queues) or (not queues and len(self._kept) >= self._capacity):
             raise MessageRejected(
-                f"{self._capacity:,} messages wait already, and nobody takes them", message_id=message.message_id
+                f"{self._capacity:,} messages wait already, and nobody takes them", message_id=message_id
             )
         for queue in queues or [self._kept]:
             queue.put(_Entry(topic, body))
@@ -222,7 +225,10 @@ class _Member:
 
     async def retry(self, delivery: Delivery, after: float, /) -> None:
         if entry := self._settled(delivery):
-            asyncio.get_running_loop().call_later(after, self._queue.put_back, [entry])
+            if after > 0:
+                asyncio.get_running_loop().call_later(after, self._queue.put_back, [entry])
+            else:
+                self._queue.put_back([entry])
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         if entry := self._settled(delivery):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Self
@@ -10,11 +12,13 @@ from typing import Any, Self
 from diator.brokers._redis_connection import Client, Connection, SharedConnection, check_client, client_from_url
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities, require
-from diator.brokers.codec import MAX_MESSAGE_BYTES, encode
+from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode
 from diator.brokers.message import Message
 from diator.brokers.sending import send_together
 from diator.brokers.supervisor import Patience, Source, Supervised
-from diator.exceptions import BrokerClosed, MessageUnroutable, UnsupportedCapability, WiringError
+from diator.exceptions import BrokerClosed, DecodingError, MessageUnroutable, UnsupportedCapability, WiringError
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class RedisMessageBroker:
@@ -32,7 +36,8 @@ class RedisMessageBroker:
     received raises `MessageUnroutable`; Redis counts those on the node that it was sent to.
 
     A subscription takes a connection of its own from the pool, holds at most *read_ahead* messages that were not asked
-    for yet, and has *patience* with the service.
+    for yet, and has *patience* with the service. With *older_senders* it also hears diator 0.1, whose channels end in
+    the id of the message instead of its name: every message of that kind is then looked into, for its name.
     """
 
     def __init__(  # one transport, all its options
@@ -44,6 +49,7 @@ class RedisMessageBroker:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         max_in_flight: int = 1024,
         require_receiver: bool = False,
+        older_senders: bool = False,
         read_ahead: int = 1_000,
         patience: Patience | None = None,
     ) -> None:
@@ -54,6 +60,7 @@ class RedisMessageBroker:
         self._prefix = channel_prefix
         self._max_message_bytes = max_message_bytes
         self._require_receiver = require_receiver
+        self._older_senders = older_senders
         self._ahead = read_ahead
         self._patience = patience or Patience(connect=timeout)
         self._connection = SharedConnection(client, timeout=timeout, max_in_flight=max_in_flight)
@@ -68,6 +75,7 @@ class RedisMessageBroker:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         max_in_flight: int = 1024,
         require_receiver: bool = False,
+        older_senders: bool = False,
         read_ahead: int = 1_000,
         patience: Patience | None = None,
     ) -> Self:
@@ -79,6 +87,7 @@ class RedisMessageBroker:
             max_message_bytes=max_message_bytes,
             max_in_flight=max_in_flight,
             require_receiver=require_receiver,
+            older_senders=older_senders,
             read_ahead=read_ahead,
             patience=patience,
         )
@@ -137,8 +146,9 @@ class RedisMessageBroker:
             competing = Capabilities(distribution=frozenset({"competing"}))
             require(self, self.capabilities, competing, for_=f"subscribe(group={group!r})", remedy=remedy)
         channels = {self._channel(topic): topic for topic in topics}
+        patterns = {self._channel_of_any(topic) for topic in topics} if self._older_senders else ()
         supervised = Supervised(
-            lambda: self._subscribed(channels),
+            lambda: self._subscribed(channels, patterns),
             lossy=True,
             ahead=self._ahead,
             patience=self._patience,
@@ -152,13 +162,17 @@ class RedisMessageBroker:
             self._connection.subscriptions.discard(supervised)
 
     @asynccontextmanager
-    async def _subscribed(self, channels: Mapping[bytes, Topic]) -> AsyncGenerator[Source, None]:
+    async def _subscribed(
+        self, channels: Mapping[bytes, Topic], patterns: Collection[bytes]
+    ) -> AsyncGenerator[Source, None]:
         """Take a connection of the client's pool, and wait until Redis has confirmed every channel."""
         if self._connection.is_closed:
             raise BrokerClosed("this broker is closed")
         connection = await self._client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
         try:
-            source = _Subscription(connection, channels)
+            source = _Subscription(connection, channels, patterns)
+            if patterns:
+                await connection.send_command("PSUBSCRIBE", *patterns, check_health=False)
             await connection.send_command("SUBSCRIBE", *channels, check_health=False)
             while not source.is_ready:
                 await source.receive(0)
@@ -169,6 +183,9 @@ class RedisMessageBroker:
 
     def _channel(self, topic: Topic) -> bytes:
         return f"{self._prefix}:{topic.message_type}:{topic.message_name}".encode()
+
+    def _channel_of_any(self, topic: Topic) -> bytes:
+        return re.sub(rb"([*?\[\]\\])", rb"\\\1", f"{self._prefix}:{topic.message_type}:".encode()) + b"*"
 
     async def aclose(self) -> None:
         """Refuse further messages and wait, at most *timeout*, for the answers that are due. Again: does nothing."""
@@ -189,14 +206,15 @@ class _Subscription:
     Not redis-py's `PubSub`: that connects and subscribes again by itself, and nobody learns what was missed.
     """
 
-    def __init__(self, connection: Connection, channels: Mapping[bytes, Topic]) -> None:
+    def __init__(self, connection: Connection, channels: Mapping[bytes, Topic], patterns: Collection[bytes]) -> None:
         self._connection = connection
         self._topics = channels
+        self._wanted = {*channels, *patterns}
         self._confirmed: set[bytes] = set()
 
     @property
     def is_ready(self) -> bool:
-        return self._confirmed >= self._topics.keys()
+        return self._confirmed >= self._wanted
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:  # Redis sends them one by one
         # Never cancelled half-way through a reply: its parts stay in the parser.
@@ -207,9 +225,23 @@ class _Subscription:
         if kind == b"message":
             channel, body = rest
             return [Delivery(topic=self._topics[channel], body=body, headers={}, attempt=1, settler=self)]
-        if kind == b"subscribe":
+        if kind == b"pmessage":
+            _, channel, body = rest
+            topic = None if channel in self._topics else self._topic_of(body)  # or it came by its channel, too
+            return [Delivery(topic=topic, body=body, headers={}, attempt=1, settler=self)] if topic else []
+        if kind in {b"subscribe", b"psubscribe"}:
             self._confirmed.add(rest[0])
         return []
+
+    def _topic_of(self, body: bytes) -> Topic | None:
+        """Find out what an older sender's message is about; None if nobody here asked for it."""
+        try:
+            message = decode(body, max_bytes=len(body))
+        except DecodingError as error:
+            logger.warning("a message on the channel of an older sender cannot be read: %s", error)
+            return None
+        topic = Topic(message.message_type, message.message_name)
+        return topic if topic in self._topics.values() else None
 
     async def probe(self) -> None:
         await self._connection.send_command("PING", check_health=False)  # its reply comes with the others

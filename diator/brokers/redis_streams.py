@@ -26,7 +26,7 @@ from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
 from diator.brokers.message import Message
 from diator.brokers.sending import send_together
 from diator.brokers.supervisor import Patience, Source, Supervised
-from diator.exceptions import BrokerClosed, BrokerError, EncodingError, WiringError
+from diator.exceptions import BrokerClosed, BrokerError, WiringError
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -142,11 +142,8 @@ class RedisStreamMessageBroker:
         """See `MessageBroker.send_message`."""
         body = encode(message, max_bytes=self._max_message_bytes)
         fields = [BODY, body]
-        try:
-            for name, value in headers_with_key(message).items():
-                fields += [name.encode(), value.encode()]
-        except UnicodeEncodeError as error:
-            raise EncodingError(f"{message.message_name}.headers", str(error)) from error
+        for name, value in headers_with_key(message).items():
+            fields += [name.encode(), value.encode()]
         stream = self._stream(Topic(message.message_type, message.message_name))
         if not self._is_verified:
             await self._verify()

@@ -20,19 +20,30 @@ class MessageBroker(Protocol):
 
     A broker of diator also keeps these promises:
 
-    - It connects when it is first used. `async with broker:` connects early, and closes.
-    - It is safe to use from several tasks of one event loop at once. What one task sends keeps its order.
-    - It never runs a handler, and never changes or keeps a hold of the message.
+    - It is made without a running event loop, and connects when it is first used. `async with broker:` connects early,
+      gives the broker itself, and closes it.
+    - It is safe to use from several tasks of one event loop at once. What one task sends keeps its order, also where
+      it starts the sends one after the other and waits for all of them.
+    - It never runs a handler, never waits for a reader, and never changes or keeps a hold of the message.
     - Every call returns or raises within the broker's `timeout` (seconds), however dead the service is.
-    - It does not retry. What to do about a verdict is the program's to decide.
+    - It does not retry, nor drop what looks like a repeat. What to do about a verdict is the program's to decide.
     - A cancelled call raises `CancelledError` at once; the message may have arrived or not, and others are unaffected.
+    - `await aclose()` refuses what comes after it, with `BrokerClosed`; sends that it overtakes end with a verdict of
+      their own, subscriptions with `BrokerClosed`. It waits for answers that are due, and for no service that is gone.
+      Called again, at the same time, or after it was cancelled, it finishes and raises nothing.
+    - What the service or its client library raises comes out as one of diator's errors, with the other as its cause.
+    - Nothing that it logs, raises or shows (`repr`) has a part of a payload or a password in it; when nothing is wrong,
+      it logs nothing above INFO.
     """
 
     async def send_message(self, message: Message, /) -> None:
         """
         Hand *message* to the service. Returns when the service has confirmed it, as strongly as it can.
 
+        Each error of a broker has the `message_id`.
+
         Raises:
+            EncodingError: Not sent, it cannot be written. Raised before anything else is done.
             BrokerUnavailable: Not sent, no connection. Sending it again is safe.
             BrokerClosed: Not sent, this broker was closed.
             MessageRejected: Not sent, and will be refused again; `MessageTooLarge` is the common reason.
@@ -50,13 +61,21 @@ class BatchMessageBroker(Protocol):
         Hand *messages* to the service, in their order.
 
         Raises:
-            MessagesNotSent: Some were not confirmed; `__cause__` is the verdict on the first of them.
+            MessagesNotSent: Some were not confirmed: those that it names. `__cause__` is the verdict on the first.
+            DiatorError: Any other error says that none of them was sent.
         """
         ...
 
 
 async def send_together(send: Callable[[Message], Awaitable[None]], messages: Sequence[Message]) -> None:
-    """Keep the promise of `send_messages` with a *send* that puts concurrent callers' messages into one exchange."""
+    """
+    Keep the promise of `send_messages` with a *send* that puts concurrent callers' messages into one exchange.
+
+    It is called for all of *messages* at once, in their order, and has to keep that.
+
+    Raises:
+        MessagesNotSent: *send* raised for some of them.
+    """
     verdicts = await asyncio.gather(*map(send, messages), return_exceptions=True)
     failed = [(message, error) for message, error in zip(messages, verdicts, strict=True) if error is not None]
     if failed:

@@ -23,11 +23,19 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """The transport's half: one connection while it lives, ready to receive."""
+    """
+    The transport's half: one connection while it lives, ready to receive.
+
+    `receive` is called again and again by one task; `probe`, if need be, by another one while `receive` waits.
+    """
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:
         """
         Wait for deliveries, and give at most *most* of them; none, where something else was heard.
+
+        Whenever it returns, the service was heard. It is cancelled when the subscription ends, and when the peer counts
+        as dead. What it had taken from the service by then and not given is the transport's to give back, or to give
+        with the next connection.
 
         Raises:
             Exception: The connection is lost, whatever the client library calls that.
@@ -35,11 +43,20 @@ class Source(Protocol):
         ...
 
     async def probe(self) -> None:
-        """Ask the service for a sign of life. `receive` returns when it comes."""
+        """
+        Ask the service for a sign of life. `receive` returns when it comes.
+
+        It may do nothing where `receive` returns by itself more often than `Patience.idle`.
+        """
         ...
 
 
 Connect = Callable[[], AbstractAsyncContextManager[Source]]
+"""
+Makes one connection: entered, it is ready, so that what is confirmed from now on is received; left, it is gone.
+
+It raises `BrokerClosed` if the broker is, which ends the subscription. Any other error is a failure to connect.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +89,8 @@ class Supervised:
     or with a `WiringError` of *connect*: what is set up wrongly does not come right by trying again.
 
     *lossy* says that messages are missed while there is no connection: *on_gap* is told so when there is one again. At
-    most *ahead* deliveries are received before they are asked for; none is given out while *is_full* says that enough
-    are not settled yet.
+    most *ahead* deliveries are received before they are asked for; none is given out while *is_full*, which is told how
+    many of those there are, says that enough are not settled yet. Deliveries that were received outlive the connection.
     """
 
     def __init__(

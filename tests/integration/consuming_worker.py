@@ -1,20 +1,22 @@
 """
-A consumer in a process of its own: `consuming_worker.py ADDRESS PREFIX LEDGER SECONDS`.
+A consumer in a process of its own: `consuming_worker.py ADDRESS PREFIX LEDGER SECONDS [careless]`.
 
-ADDRESS is `redis://…`, or `redis-streams://…`. Each handler writes into the file LEDGER when it begins, takes SECONDS,
-and writes when it ends; gaps are written too. A line is one write, so that what was written survives the process.
+ADDRESS is as in `transports.py`. Each handler writes into the file LEDGER when it begins, takes SECONDS, and writes
+when it ends; gaps are written too. A line is one write, so that what was written survives the process. A careless one
+acknowledges what it receives before it has handled it.
 """
 
 import asyncio
 import logging
 import os
 import sys
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from time import time
 
-from diator.brokers.redis import RedisMessageBroker
-from diator.brokers.redis_streams import RedisStreamMessageBroker
 from diator.consumer import Consumer
 from diator.events import EventMap, NotificationEvent
+from tests.integration.transports import broker_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,25 +24,40 @@ class Counted(NotificationEvent):
     number: int
 
 
-async def consume(address: str, prefix: str, ledger: int, seconds: float) -> None:
+class Careless:
+    """A broker whose deliveries are acknowledged before anybody has them, as by auto-commit and no-ack."""
+
+    def __init__(self, broker):
+        self.broker = broker
+        self.capabilities = broker.capabilities
+        self.send_message = broker.send_message
+
+    @asynccontextmanager
+    async def subscribe(self, topics, /, **options):
+        async with self.broker.subscribe(topics, **options) as deliveries:
+            yield self.acknowledged(deliveries)
+
+    @staticmethod
+    async def acknowledged(deliveries):
+        async for delivery in deliveries:
+            await delivery.ack()
+            yield delivery
+
+
+async def consume(address: str, prefix: str, ledger: int, seconds: float, *, careless: bool) -> None:
     def write(*words: object) -> None:
         os.write(ledger, (" ".join(map(str, words)) + "\n").encode())
 
     async def handle(event: Counted) -> None:
-        write("begin", event.number)
+        write("begin", event.number, time())
         await asyncio.sleep(seconds)
-        write("end", event.number)
+        write("end", event.number, time())
 
     event_map = EventMap()
     event_map.bind(Counted, handle)
-    streams = address.startswith("redis-streams")
-    url = address.replace("redis-streams", "redis") + f"?client_name={prefix}"
-    broker = (
-        RedisStreamMessageBroker.from_url(url, prefix, lease=1) if streams else RedisMessageBroker.from_url(url, prefix)
-    )
-    async with broker:
+    async with broker_for(address, prefix) as broker:
         consumer = Consumer(
-            broker,
+            Careless(broker) if careless else broker,
             event_map=event_map,
             concurrency=16,
             on_gap=lambda gap: write("gap", gap.since.timestamp(), gap.until.timestamp()),
@@ -49,4 +66,6 @@ async def consume(address: str, prefix: str, ledger: int, seconds: float) -> Non
 
 
 logging.basicConfig(level=logging.WARNING)
-asyncio.run(consume(sys.argv[1], sys.argv[2], os.open(sys.argv[3], os.O_WRONLY | os.O_APPEND), float(sys.argv[4])))
+_, address, prefix, ledger, seconds, *more = sys.argv
+file = os.open(ledger, os.O_WRONLY | os.O_APPEND)
+asyncio.run(consume(address, prefix, file, float(seconds), careless=more == ["careless"]))

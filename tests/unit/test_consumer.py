@@ -1389,6 +1389,25 @@ async def test_it_runs_where_there_are_no_signals_too(in_a_thread, monkeypatch):
     assert await (asyncio.to_thread(asyncio.run, run()) if in_a_thread else run()) == ["acked"]
 
 
+async def test_afterwards_a_signal_does_what_it_did_before():
+    """However many consumers there were, and in whatever order they ended."""
+
+    def ours(*_): ...
+
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        consumers = [consumer_of(Scripted(), on_joined)[0] for _ in range(2)]
+        running = [asyncio.create_task(consumer.run()) for consumer in consumers]
+        for consumer, run in zip(consumers, running, strict=True):
+            await asyncio.sleep(0.01)
+            assert signal.getsignal(signal.SIGTERM) is not ours
+            consumer.stop()
+            await run
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 async def test_without_signals_those_of_the_program_stay():
     called = asyncio.Event()
     loop = asyncio.get_running_loop()

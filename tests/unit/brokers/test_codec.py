@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diator.brokers import Message
-from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode, payload_decoder, payload_encoder
+from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode, headers_with_key, payload_decoder, payload_encoder
 from diator.events import ECSTEvent, EventEmitter, NotificationEvent
 from diator.exceptions import DecodingError, EncodingError, MessageTooLarge
 from tests.unit.doubles import Recorder
@@ -195,6 +195,12 @@ def test_one_byte_more_is_not_read():
 
     with pytest.raises(DecodingError, match="the body has 301 bytes, and this broker takes 300"):
         decode(body, max_bytes=300)
+
+
+@pytest.mark.parametrize("bad", [{"key": "\ud800"}, {"headers": {"\ud800": "1"}}, {"headers": {"trace": "\ud800"}}])
+def test_what_cannot_be_written_beside_the_body_is_refused_too(bad):
+    with pytest.raises(EncodingError, match=r"a\.headers"):
+        headers_with_key(Message.create(message_name="a", payload={}, **bad))
 
 
 @pytest.mark.parametrize("part", ["message_name", "message_type", "key", "headers"])

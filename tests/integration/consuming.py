@@ -1,0 +1,88 @@
+"""Consumers in processes of their own, and the ledgers that their handlers write."""
+
+import asyncio
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from uuid import uuid4
+
+WORKER = Path(__file__).with_name("consuming_worker.py")
+ROOT = WORKER.parents[2]
+
+
+class Ledger:
+    """What the handlers of one process wrote: when each began and ended, and when messages may have been missed."""
+
+    def __init__(self, file: Path) -> None:
+        self._lines = file.open("x+")
+        self.begun: list[tuple[int, float]] = []
+        self.ended: list[tuple[int, float]] = []
+        self.gaps: list[tuple[float, float]] = []
+        self.handled: Counter[int] = Counter()
+        """How often each number was handled to the end."""
+
+    def read(self) -> "Ledger":
+        """Read on: what was written since."""
+        while not self._lines.closed and (line := self._lines.readline()).endswith("\n"):
+            what, first, at = line.split()
+            if what == "gap":
+                self.gaps.append((float(first), float(at)))
+            elif what == "begin":
+                self.begun.append((int(first), float(at)))
+            else:
+                self.ended.append((int(first), float(at)))
+                self.handled[int(first)] += 1
+        return self
+
+    def close(self) -> None:
+        self.read()
+        self._lines.close()
+
+
+async def until(holds, *, within=25.0) -> None:
+    """Wait until *holds* says so: another process makes it true."""
+    async with asyncio.timeout(within):
+        while not holds():  # noqa: ASYNC110  # as above
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def consuming(
+    address: str, prefix: str, folder: Path, *, seconds: float = 0.001, careless: bool = False
+) -> AsyncIterator[tuple[Process, Ledger]]:
+    """Start a process that consumes; what is left of it at the end is killed."""
+    file = folder / uuid4().hex
+    ledger = Ledger(file)
+    more = ["careless"] if careless else []
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.integration.consuming_worker"),
+        *(address, prefix, file, str(seconds), *more),
+        stderr=PIPE,
+        cwd=ROOT,
+    )
+    try:
+        yield process, ledger
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+        ledger.close()
+
+
+async def kill(process: Process) -> None:
+    """End it as a power cut would."""
+    process.kill()
+    await process.wait()
+
+
+async def asked_to_end(process: Process) -> str:
+    """Ask it to end, and see that it does so in good order; what it logged."""
+    process.send_signal(signal.SIGTERM)
+    async with asyncio.timeout(25):
+        _, log = await process.communicate()
+    assert process.returncode == 0, log.decode()
+    return log.decode()

@@ -1,0 +1,83 @@
+"""
+FastStream, in an environment of its own: `faststream_peer.py send|hear TRANSPORT ADDRESS NAME`.
+
+NAME is what is sent to or heard from: a channel, a stream, a topic, or `exchange/routing key`. What it hears it prints,
+a line each; what it sends are the lines of its standard input.
+"""
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+from faststream.kafka import KafkaBroker
+from faststream.rabbit import ExchangeType, RabbitBroker, RabbitExchange, RabbitQueue
+from faststream.redis import RedisBroker, StreamSub
+from faststream.redis.parser import MessageFormat
+
+
+class Plain(MessageFormat):
+    """Nothing but the body, as everybody but FastStream reads and writes it."""
+
+    @classmethod
+    async def encode(cls, **parts: Any) -> bytes:
+        return (await cls.build(**parts)).data
+
+    @classmethod
+    def parse(cls, data: bytes) -> tuple[bytes, dict[str, Any]]:
+        return data, {"content-type": "application/json"}
+
+
+def hearing(transport: str, address: str, name: str) -> Any:
+    match transport:
+        case "redis":
+            broker = RedisBroker(address, logger=None)
+            return broker, broker.subscriber(name)
+        case "redis-streams":
+            broker = RedisBroker(address, logger=None)
+            return broker, broker.subscriber(stream=StreamSub(name, last_id="0"))
+        case "rabbitmq":
+            exchange, _, routing_key = name.partition("/")
+            broker = RabbitBroker(address, logger=None)
+            queue = RabbitQueue(f"{name}.faststream", routing_key=routing_key, durable=True)
+            return broker, broker.subscriber(queue, RabbitExchange(exchange, type=ExchangeType.TOPIC, durable=True))
+        case _:
+            broker = KafkaBroker(address, logger=None)
+            return broker, broker.subscriber(name, group_id=f"{name}.faststream", auto_offset_reset="earliest")
+
+
+async def hear(transport: str, address: str, name: str) -> None:
+    broker, subscriber = hearing(transport, address, name)
+
+    @subscriber
+    async def handle(body: dict[str, Any]) -> None:
+        if "body" in body:  # a stream's entry, of which FastStream knows no field
+            body = json.loads(body["body"])
+        print(body["message_name"], json.dumps(body["payload"]), flush=True)
+
+    async with broker:
+        await broker.start()
+        print("ready", flush=True)
+        await asyncio.Event().wait()
+
+
+async def send(transport: str, address: str, name: str) -> None:
+    bodies = [json.loads(line) for line in sys.stdin]
+    match transport:
+        case "redis":
+            async with RedisBroker(address, logger=None, message_format=Plain) as broker:
+                for body in bodies:
+                    await broker.publish(body, name)
+        case "rabbitmq":
+            exchange, _, routing_key = name.partition("/")
+            async with RabbitBroker(address, logger=None) as broker:
+                for body in bodies:
+                    topic = RabbitExchange(exchange, type=ExchangeType.TOPIC, durable=True)
+                    await broker.publish(body, exchange=topic, routing_key=routing_key, persist=True)
+        case "kafka":
+            async with KafkaBroker(address, logger=None) as broker:
+                for body in bodies:
+                    await broker.publish(body, name, headers={"tenant": "7"})
+
+
+asyncio.run({"send": send, "hear": hear}[sys.argv[1]](*sys.argv[2:]))

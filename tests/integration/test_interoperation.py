@@ -1,0 +1,182 @@
+"""What diator sends, others read; what they send in the documented form, diator consumes. With real clients."""
+
+import asyncio
+import json
+from dataclasses import dataclass
+from uuid import uuid4
+
+import pytest
+from redis.asyncio import Redis
+
+from diator.brokers.redis import RedisMessageBroker
+from diator.brokers.redis_streams import RedisStreamMessageBroker
+from diator.consumer import Consumer
+from diator.events import EventEmitter, EventMap, NotificationEvent
+from tests import peers
+
+pytestmark = pytest.mark.timeout(180)  # the first one installs the others
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserJoined(NotificationEvent):
+    user_id: int
+
+
+@pytest.fixture(scope="session")
+def install(pytestconfig):
+    """Gives the interpreter of a peer."""
+    cache = pytestconfig.cache.mkdir("peers")
+    return lambda peer: peers.interpreter(peer, cache)
+
+
+@pytest.fixture
+def prefix():
+    return f"interoperation-{uuid4().hex[:12]}"
+
+
+class Heard:
+    """A consumer at work, and the users it heard of."""
+
+    def __init__(self, broker, *, count=3):
+        self.users: list[int] = []
+        self.told = []
+        self._count = count
+        event_map = EventMap()
+        event_map.bind(UserJoined, self._handle)
+        self.consumer = Consumer(broker, event_map=event_map, on_handled=self.told.append)
+
+    async def _handle(self, event: UserJoined) -> None:
+        self.users.append(event.user_id)
+        if len(self.users) == self._count:
+            self.consumer.stop()
+
+
+async def emit(broker, *users):
+    emitter = EventEmitter(message_broker=broker)
+    for user_id in users:
+        await emitter.emit(UserJoined(user_id=user_id))
+
+
+async def listening(client, channel, count=1):
+    """Wait until so many subscribers or patterns are there."""
+    while sum(number for _, number in await client.pubsub_numsub(channel)) + await client.pubsub_numpat() < count:  # noqa: ASYNC110  # Redis tells nobody
+        await asyncio.sleep(0.01)
+
+
+# -- older diator ------------------------------------------------------------------------------------------------
+
+
+async def test_older_diator_hears_this_one(redis_url, prefix, install):
+    """By its pattern, which the name of the message fits as its id did."""
+    async with (
+        RedisMessageBroker.from_url(redis_url, prefix) as broker,
+        peers.running(install("older_diator"), "older_diator", "hear", redis_url, prefix) as older,
+    ):
+        assert await peers.said(older) == ["ready"]
+        await emit(broker, 1, 2, 3)
+        heard = [await peers.said(older) for _ in range(3)]
+
+    assert heard == [["UserJoined", str(user_id)] for user_id in (1, 2, 3)]
+
+
+async def test_this_one_hears_older_diator(redis_url, prefix, install):
+    """Where it is told to: the channels of older senders end in the id of the message."""
+    async with RedisMessageBroker.from_url(redis_url, prefix, older_senders=True) as broker:
+        heard = Heard(broker, count=4)
+        consuming = asyncio.create_task(heard.consumer.run(signals=False))
+        async with Redis.from_url(redis_url) as client:
+            await listening(client, f"{prefix}:notification_event:UserJoined")
+            await client.publish(f"{prefix}:notification_event:{uuid4()}", b"garbage")
+            await client.publish(f"{prefix}:notification_event:{uuid4()}", body("SomethingElse", 9))
+        async with peers.running(install("older_diator"), "older_diator", "send", redis_url, prefix) as older:
+            await peers.ended(older)
+        await emit(broker, 3)  # and a newer one all the same, once
+        await asyncio.wait_for(consuming, 10)
+
+    assert heard.users == [0, 1, 2, 3]
+    assert [handled.outcome for handled in heard.told] == ["acked"] * 4
+
+
+def body(name: str, user_id: int) -> str:
+    """A message, as docs/brokers.md describes it, by somebody who has read no more than that."""
+    event_id = str(uuid4())
+    payload = {"event_id": event_id, "event_timestamp": "2026-03-07T09:26:02Z", "user_id": user_id}
+    message = {"message_type": "notification_event", "message_name": name, "message_id": event_id, "payload": payload}
+    return json.dumps(message)
+
+
+# -- plain clients -----------------------------------------------------------------------------------------------
+
+
+async def test_a_plain_client_of_redis(redis_url, prefix):
+    async with (
+        RedisMessageBroker.from_url(redis_url, prefix) as broker,
+        Redis.from_url(redis_url) as client,
+        client.pubsub() as subscription,
+    ):
+        channel = f"{prefix}:notification_event:UserJoined"
+        await subscription.subscribe(channel)
+        assert (await subscription.get_message(timeout=5))["type"] == "subscribe"
+        await emit(broker, 1)
+        assert json.loads((await subscription.get_message(timeout=5))["data"])["payload"]["user_id"] == 1
+
+        heard = Heard(broker, count=1)
+        consuming = asyncio.create_task(heard.consumer.run(signals=False))
+        await listening(client, channel, count=2)
+        await client.publish(channel, body("UserJoined", 2))
+        await asyncio.wait_for(consuming, 10)
+
+    assert heard.users == [2]
+
+
+async def test_a_plain_client_of_redis_streams(redis_url, prefix):
+    stream = f"{prefix}:notification_event:UserJoined"
+    async with RedisStreamMessageBroker.from_url(redis_url, prefix) as broker, Redis.from_url(redis_url) as client:
+        await emit(broker, 1)
+        [(_, entry)] = await client.xrange(stream)
+        assert json.loads(entry[b"body"])["payload"]["user_id"] == 1
+
+        await client.xadd(stream, {"body": body("UserJoined", 2), "tenant": "7"})
+        heard = Heard(broker, count=2)
+        await asyncio.wait_for(heard.consumer.run(signals=False), 10)
+
+        assert heard.users == [1, 2]
+        await client.delete(stream)
+
+
+# -- FastStream --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transport", ["redis", "redis-streams"])
+async def test_faststream_hears_this_one(redis_url, prefix, install, transport):
+    make = RedisStreamMessageBroker if transport == "redis-streams" else RedisMessageBroker
+    name = f"{prefix}:notification_event:UserJoined"
+    python = install("faststream_peer")
+    async with (
+        make.from_url(redis_url, prefix) as broker,
+        peers.running(python, "faststream_peer", "hear", transport, redis_url, name) as faststream,
+    ):
+        assert await peers.said(faststream) == ["ready"]
+        if transport == "redis":
+            async with Redis.from_url(redis_url) as client:
+                await listening(client, name)
+        await emit(broker, 1, 2, 3)
+        heard = [await peers.said(faststream) for _ in range(3)]
+
+    assert [name for name, _ in heard] == ["UserJoined"] * 3
+    assert [json.loads(payload)["user_id"] for _, payload in heard] == [1, 2, 3]
+
+
+async def test_this_one_hears_faststream_over_redis(redis_url, prefix, install):
+    """Without the envelope that it puts around everything else. To a stream it sends no fields but its own."""
+    name = f"{prefix}:notification_event:UserJoined"
+    python = install("faststream_peer")
+    async with RedisMessageBroker.from_url(redis_url, prefix) as broker, Redis.from_url(redis_url) as client:
+        heard = Heard(broker)
+        consuming = asyncio.create_task(heard.consumer.run(signals=False))
+        await listening(client, name)
+        async with peers.running(python, "faststream_peer", "send", "redis", redis_url, name) as faststream:
+            await peers.ended(faststream, "\n".join(body("UserJoined", user_id) for user_id in range(3)))
+        await asyncio.wait_for(consuming, 10)
+
+    assert heard.users == [0, 1, 2]

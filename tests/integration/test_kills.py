@@ -1,0 +1,228 @@
+"""
+SIGKILL of the consumer and of the service, at one third and at two thirds of 10,000 messages.
+
+Every message is accounted for: how often it was sent, when each handler began and ended, when what was killed. With one
+protection taken away the same books show a loss, so that they are known to find one.
+"""
+
+import asyncio
+from collections import Counter, defaultdict
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from time import time
+from uuid import uuid4
+
+import pytest
+from redis.asyncio import Redis
+
+from diator.brokers import Message
+from diator.exceptions import BrokerUnavailable, MessageUnroutable, OutcomeUnknown
+from tests.conftest import SERVICES, found
+from tests.integration.consuming import Ledger, asked_to_end, consuming, kill, until
+from tests.integration.transports import broker_for
+
+pytestmark = pytest.mark.timeout(240)
+
+MANY, KEYS = 10_000, 16
+AHEAD = 1_500
+"""How many messages the sender may be ahead of the handlers, so that every kill strikes while it sends."""
+RECONNECTING = 0.5
+"""Within how many seconds a consumer has heard that the service is back."""
+QUIET = 3.0
+"""For how many seconds nothing has to come before nothing is coming."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transport:
+    """What of a transport decides how its books are read."""
+
+    scheme: str
+    backend: str
+    told_within: float
+    """Within how many seconds an acknowledgement has reached the service. What was handled since may come again."""
+    in_order: bool = True
+    """Whether what a dead consumer held comes before what it had not received."""
+
+
+TRANSPORTS = [
+    # What a member held comes again when its lease is over; meanwhile others read on.
+    Transport(scheme="redis-streams", backend="redis", told_within=1.0, in_order=False),
+]
+
+
+@dataclass(kw_only=True)
+class Books:
+    """Everything that happened."""
+
+    sent: Counter[int] = field(default_factory=Counter)
+    ledgers: list[Ledger] = field(default_factory=list)
+    outages: list[tuple[float, float]] = field(default_factory=list)
+    """When somebody was killed, and when he was there again."""
+
+    def handled(self) -> Counter[int]:
+        return sum((ledger.read().handled for ledger in self.ledgers), Counter())
+
+    def begun(self) -> list[tuple[float, int]]:
+        return sorted((at, number) for ledger in self.ledgers for number, at in ledger.read().begun)
+
+    def lost(self) -> set[int]:
+        return self.sent.keys() - self.handled().keys()
+
+    def unexplained(self, told_within: float) -> list[int]:
+        """Numbers that were handled again although each was sent once, and could be acknowledged."""
+        begun: dict[int, list[float]] = defaultdict(list)
+        for at, number in self.begun():
+            begun[number].append(at)
+        unexplained = []
+        for number, times in begun.items():
+            struck = sum(self._cut_off(at, told_within) for at in times)
+            if len(times) > self.sent[number] + struck:
+                unexplained.append(number)
+        return unexplained
+
+    def _cut_off(self, begun: float, told_within: float) -> bool:
+        """Whether what was begun then could not be acknowledged."""
+        return any(killed <= begun + told_within and begun <= back for killed, back in self.outages)
+
+    def late(self) -> set[int]:
+        """Numbers that were first begun after a later one of their key."""
+        furthest: dict[int, int] = {}
+        late, seen = set(), set()
+        for _, number in self.begun():
+            key = number % KEYS
+            if number not in seen and number < furthest.get(key, -1):
+                late.add(number)
+            seen.add(number)
+            furthest[key] = max(number, furthest.get(key, -1))
+        return late
+
+
+def message(number: int) -> Message:
+    return Message.create(message_name="Counted", payload={"number": number}, key=str(number % KEYS))
+
+
+async def send_all(broker, books: Books, many: int = MANY) -> None:
+    """Send every number below *many*, of each key one after the other, each again until it is confirmed."""
+    handled = 0
+
+    async def look() -> None:
+        nonlocal handled
+        while True:
+            handled = len(books.handled())
+            await asyncio.sleep(0.05)
+
+    async def send_key(key: int) -> None:
+        for number in range(key, many, KEYS):
+            sent = message(number)
+            while len(books.sent) - handled > AHEAD:  # noqa: ASYNC110  # other processes handle them
+                await asyncio.sleep(0.01)
+            while True:
+                try:
+                    await broker.send_message(sent)
+                    books.sent[number] += 1
+                    break
+                except OutcomeUnknown:
+                    books.sent[number] += 1
+                except (BrokerUnavailable, MessageUnroutable):
+                    pass  # it was not sent: the service is away, or has no queue yet
+                await asyncio.sleep(0.05)
+
+    looking = asyncio.create_task(look())
+    async with asyncio.TaskGroup() as senders:
+        for key in range(KEYS):
+            senders.create_task(send_key(key))
+    looking.cancel()
+    await asyncio.wait({looking})
+
+
+@pytest.fixture
+def private(pytestconfig):
+    """Makes a service of this test's own."""
+    services = []
+
+    def private(backend):
+        services.append(found(pytestconfig.stash[SERVICES].private, backend))
+        return services[-1]
+
+    yield private
+    for service in services:
+        service.remove()
+
+
+def address_of(transport: Transport, service) -> str:
+    return f"{transport.scheme}://{service.url.rpartition('//')[2]}"
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda transport: transport.scheme)
+async def test_nothing_is_lost(private, tmp_path, transport) -> None:
+    """Neither by the death of consumers, nor by that of the service; what comes twice was in flight at one of them."""
+    service = private(transport.backend)
+    address, prefix, books = address_of(transport, service), f"kills-{uuid4().hex[:8]}", Books()
+
+    async with broker_for(address, prefix) as broker, AsyncExitStack() as stack:
+
+        async def start():
+            process, ledger = await stack.enter_async_context(consuming(address, prefix, tmp_path))
+            books.ledgers.append(ledger)
+            return process
+
+        consumer = await start()
+        sending = asyncio.create_task(send_all(broker, books))
+        for thirds in (1, 2):
+            await until(lambda thirds=thirds: len(books.handled()) >= MANY * thirds / 3, within=60)
+            killed = time()
+            await kill(consumer)
+            books.outages.append((killed, time()))
+            consumer = await start()
+            await until(lambda: books.ledgers[-1].read().ended, within=20)
+            killed = time()
+            await asyncio.to_thread(service.kill)
+            await asyncio.to_thread(service.start)
+            books.outages.append((killed, time() + RECONNECTING))
+        await sending
+        await until(lambda: len(books.handled()) == MANY, within=60)
+        await asyncio.sleep(transport.told_within + 1)
+        await asked_to_end(consumer)
+
+    assert not books.lost()
+    assert books.handled().keys() == {*range(MANY)}
+    assert books.unexplained(transport.told_within) == []
+    late = books.late()
+    assert not late if transport.in_order else len(late) <= 2 * (16 + 100)  # what each dead member can have held
+    repeated = sum(books.handled().values()) - MANY
+    print(f"{transport.scheme}: {MANY} sent, 0 lost, {repeated} repeated, {len(late)} late")  # noqa: T201
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda transport: transport.scheme)
+async def test_whoever_acknowledges_first_loses(private, tmp_path, transport) -> None:
+    """The same death of a consumer, whose deliveries were acknowledged when they were received."""
+    address, prefix, books = address_of(transport, private(transport.backend)), f"kills-{uuid4().hex[:8]}", Books()
+
+    async with (
+        broker_for(address, prefix) as broker,
+        consuming(address, prefix, tmp_path, seconds=0.02, careless=True) as (killed, first),
+    ):
+        sending = asyncio.create_task(send_all(broker, books, 1_000))
+        await until(lambda: len(first.read().ended) >= 100)
+        await kill(killed)
+        await sending
+        async with consuming(address, prefix, tmp_path) as (successor, second):
+            books.ledgers = [first, second]
+            await until(lambda: time() - max((at for _, at in second.read().ended), default=time()) > QUIET)
+            await asked_to_end(successor)
+
+    assert books.lost()
+
+
+async def test_a_redis_that_stores_nothing_loses(private) -> None:
+    """What was confirmed, and the service died with it."""
+    service, prefix = private("redis"), f"kills-{uuid4().hex[:8]}"
+    async with Redis.from_url(service.url) as client:
+        await client.config_set("appendonly", "no")
+    async with broker_for(service.url.replace("redis", "redis-streams", 1), prefix) as broker:
+        await broker.send_messages([message(number) for number in range(500)])
+    await asyncio.to_thread(service.kill)
+    await asyncio.to_thread(service.start)
+
+    async with Redis.from_url(service.url) as client:
+        assert not await client.exists(f"{prefix}:notification_event:Counted")

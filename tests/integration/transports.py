@@ -1,0 +1,18 @@
+"""A broker for an address, as a test process is told one."""
+
+from typing import Any
+
+
+def broker_for(address: str, prefix: str, **options: Any) -> Any:
+    """Make the broker of `redis://…`, `redis-streams://…`, `amqp://…` or `kafka://…`, which keeps to *prefix*."""
+    scheme, _, rest = address.partition("://")
+    match scheme:
+        case "redis":
+            from diator.brokers.redis import RedisMessageBroker
+
+            return RedisMessageBroker.from_url(address, prefix, **options)
+        case "redis-streams":
+            from diator.brokers.redis_streams import RedisStreamMessageBroker
+
+            return RedisStreamMessageBroker.from_url(f"redis://{rest}", prefix, **{"lease": 1.0, **options})
+    raise ValueError(scheme)

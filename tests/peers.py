@@ -1,0 +1,58 @@
+"""Other libraries, and older versions of this one, each in an environment of its own: they would not fit into ours."""
+
+import asyncio
+import subprocess
+import sys
+import venv
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+PINS = {
+    "older_diator": ["diator[redis]==0.1.2", "redis==8.1.0"],
+    "faststream_peer": ["faststream[redis,rabbit,kafka]==0.7.8"],
+}
+PROGRAMS = Path(__file__).parent / "integration" / "peers"
+
+
+def interpreter(peer: str, cache: Path) -> Path:
+    """The Python that has *peer* installed; installs it, where *cache* has not got it yet."""
+    folder = cache / f"{peer}-{sys.implementation.cache_tag}"
+    python, installed = folder / "bin" / "python", folder / "installed"
+    wanted = "\n".join(PINS[peer])
+    if not installed.exists() or installed.read_text() != wanted:
+        venv.create(folder, clear=True, with_pip=True)
+        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PINS[peer]]
+        subprocess.run(command, check=True)
+        installed.write_text(wanted)
+    return python
+
+
+@asynccontextmanager
+async def running(python: Path, peer: str, *arguments: str) -> AsyncIterator[Process]:
+    """The program of *peer* at work; what is left of it at the end is killed."""
+    # Isolated, so that it finds its own libraries and none of ours.
+    process = await asyncio.create_subprocess_exec(
+        python, "-I", PROGRAMS / f"{peer}.py", *arguments, stdin=PIPE, stdout=PIPE
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def ended(process: Process, given: str = "") -> None:
+    """Give it its input, and wait until it has done its work."""
+    await process.communicate(given.encode())
+    assert process.returncode == 0
+
+
+async def said(process: Process) -> list[str]:
+    """The words of its next line."""
+    async with asyncio.timeout(20):
+        line = await process.stdout.readline()
+    assert line, "it has ended"
+    return line.decode().strip().split(maxsplit=1)
