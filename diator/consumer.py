@@ -209,7 +209,7 @@ class Consumer:
                 logger.warning("stopped before %d deliveries were handled; they are not settled", left)
             if any(task.cancelled() for task in tasks):
                 lost = BrokerUnavailable("the subscription was cancelled, and not by this program")
-            self._handling.is_ending = True
+            self._handling.end()
             for ending in {stopping, hurry, *tasks}:
                 ending.cancel()
             _, deaf = await asyncio.wait({stopping, hurry, *tasks}, timeout=_PATIENCE)
