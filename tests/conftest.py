@@ -17,6 +17,9 @@ FIXTURES = {
     "postgres_url": "postgres",
 }
 Found = TypeVar("Found")
+
+# Who writes scenarios is not spared by their being new.
+os.environ["DIATOR_CONFORMANCE_STRICT"] = "1"
 SERVICES = pytest.StashKey[Services]()
 
 

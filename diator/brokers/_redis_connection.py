@@ -42,6 +42,7 @@ _NOT_EXECUTED = (
     redis_errors.TryAgainError,
     redis_errors.AuthenticationError,
     redis_errors.MaxConnectionsError,
+    redis_errors.OutOfMemoryError,  # it has no room now, and will have
 )
 # Beside its own errors the client lets through what a broken connection does to it, of which redis-py's issues 3546
 # and 4287 have examples: AttributeError and TypeError of a writer that is gone, RuntimeError of a closed transport.

@@ -74,6 +74,8 @@ end
 
 _FORGOTTEN_AFTER = 3600.0
 _MOST_PENDING = b"100000"
+_NO_ENTRY = b"18446744073709551615-18446744073709551614"
+"""An id that no entry comes after."""
 _MOST_OF_LUA = 4_000
 """How many arguments a script can hand on at once: `unpack` has a limit of about 8,000."""
 
@@ -134,6 +136,9 @@ class Member:
             except MessageRejected as error:
                 if "BUSYGROUP" not in str(error):
                     raise
+        # Nothing can be there, so this asks only whether it may be read: whoever may not is to hear so at once.
+        nothing = [_NO_ENTRY] * len(self.topics)
+        await self.execute(b"XREADGROUP", b"GROUP", self.group, self.name, b"STREAMS", *self.topics, *nothing)
         self._joined = True
 
     def delivery(self, stream: bytes, id_: bytes, pairs: Sequence[bytes], times: int) -> Delivery:

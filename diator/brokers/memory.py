@@ -160,30 +160,30 @@ class _Queue:
 
     def __init__(self) -> None:
         self.topics: set[Topic] = set()
-        self._waiting: deque[_Entry] = deque()
+        self.waiting: deque[_Entry] = deque()
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self.waiting)
 
     def put(self, entry: _Entry) -> None:
-        self._waiting.append(entry)
+        self.waiting.append(entry)
         self._changed.set()
 
     def put_back(self, entries: Collection[_Entry]) -> None:
         """Return what was given out, before everything that came later."""
         for entry in entries:
             entry.attempt += 1
-        self._waiting.extendleft(reversed([*entries]))
+        self.waiting.extendleft(reversed([*entries]))
         self._changed.set()
 
     def take(self) -> _Entry:
-        return self._waiting.popleft()
+        return self.waiting.popleft()
 
     def take_all(self, topics: Collection[Topic]) -> list[_Entry]:
         """Take what is of *topics*, in its order."""
-        taken = [entry for entry in self._waiting if entry.topic in topics]
-        self._waiting = deque(entry for entry in self._waiting if entry.topic not in topics)
+        taken = [entry for entry in self.waiting if entry.topic in topics]
+        self.waiting = deque(entry for entry in self.waiting if entry.topic not in topics)
         return taken
 
     async def change(self) -> None:
@@ -201,23 +201,23 @@ class _Member:
 
     def __init__(self, broker: MemoryMessageBroker, queue: _Queue, prefetch: int) -> None:
         self._broker = broker
-        self._queue = queue
+        self.queue = queue
         self._prefetch = prefetch
-        self._unsettled: dict[Delivery, _Entry] = {}
+        self.unsettled: dict[Delivery, _Entry] = {}
         self._left = False
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Delivery:
-        while self._left or not self._queue or len(self._unsettled) >= self._prefetch:
+        while self._left or not self.queue or len(self.unsettled) >= self._prefetch:
             if self._left:
                 raise StopAsyncIteration
             self._broker.check_open()
-            await self._queue.change()
-        entry = self._queue.take()
+            await self.queue.change()
+        entry = self.queue.take()
         delivery = Delivery(topic=entry.topic, body=entry.body, headers={}, attempt=entry.attempt, settler=self)
-        self._unsettled[delivery] = entry
+        self.unsettled[delivery] = entry
         return delivery
 
     async def ack(self, delivery: Delivery, /) -> None:
@@ -226,9 +226,9 @@ class _Member:
     async def retry(self, delivery: Delivery, after: float, /) -> None:
         if entry := self._settled(delivery):
             if after > 0:
-                asyncio.get_running_loop().call_later(after, self._queue.put_back, [entry])
+                asyncio.get_running_loop().call_later(after, self.queue.put_back, [entry])
             else:
-                self._queue.put_back([entry])
+                self.queue.put_back([entry])
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         if entry := self._settled(delivery):
@@ -238,10 +238,10 @@ class _Member:
     def leave(self) -> None:
         """What this member has not settled goes to others, in its order."""
         self._left = True
-        self._queue.put_back(self._unsettled.values())
-        self._unsettled.clear()
+        self.queue.put_back(self.unsettled.values())
+        self.unsettled.clear()
 
     def _settled(self, delivery: Delivery) -> _Entry | None:
         """Give the entry of *delivery*, once; None if it was returned to the queue before, or is no longer ours."""
-        self._queue.changed()
-        return self._unsettled.pop(delivery, None)
+        self.queue.changed()
+        return self.unsettled.pop(delivery, None)

@@ -1,10 +1,13 @@
 """A TCP proxy that fails as networks and services do: for tests of what a client makes of it."""
 
+from __future__ import annotations
+
 import asyncio
 import random
 import socket
 import struct
 from collections import Counter
+from dataclasses import dataclass
 from enum import Enum
 from typing import Self
 
@@ -43,11 +46,12 @@ class FaultProxy:
         self.lost: Counter[Flow] = Counter()
         self._service = host, port
         self._listener: asyncio.Server | None = None
-        self._links: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
+        self._links: dict[asyncio.Task[None], _Link] = {}
         self._open = {flow: asyncio.Event() for flow in Flow}
         self._lossy: set[Flow] = set()
         self._latency = 0.0, 0.0
         self._cuts: dict[Flow, int] = {}
+        self._rejects = False
 
     # -- faults --------------------------------------------------------------------------------------------------
 
@@ -72,6 +76,15 @@ class FaultProxy:
         """Break every connection as soon as *count* more bytes have gone in the direction of *flow*, once."""
         self._cuts[flow] = count
 
+    def forget(self) -> None:
+        """Lose for good what goes through the connections that there are, as a NAT does that has forgotten them."""
+        for link in self._links.values():
+            link.forgotten = True
+
+    def reject(self) -> None:
+        """Accept new connections and break each at once, until `heal`: as a balancer does with nobody behind it."""
+        self._rejects = True
+
     def refuse(self) -> None:
         """Refuse new connections, as a machine does where no service listens."""
         if self._listener is not None:
@@ -80,15 +93,15 @@ class FaultProxy:
 
     def cut(self) -> None:
         """End every connection in an orderly way (FIN). What was withheld is lost."""
-        for task, writers in self._links.items():
-            for writer in writers:
+        for task, link in self._links.items():
+            for writer in link.writers:
                 writer.close()
             task.cancel()
 
     def reset(self) -> None:
         """Break every connection (RST), as a machine does that has forgotten them."""
-        for task, writers in self._links.items():
-            for writer in writers:
+        for task, link in self._links.items():
+            for writer in link.writers:
                 _reset(writer)
             task.cancel()
 
@@ -97,6 +110,7 @@ class FaultProxy:
         self._lossy.clear()
         self._cuts.clear()
         self._latency = 0.0, 0.0
+        self._rejects = False
         for is_open in self._open.values():
             is_open.set()
         if self._listener is None:
@@ -122,38 +136,40 @@ class FaultProxy:
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
-        task = asyncio.create_task(self._serve(reader, writer), name=f"proxied connection {self.accepted}")
-        self._links[task] = [writer]
+        if self._rejects:
+            _reset(writer)
+            return
+        link = _Link([writer])
+        task = asyncio.create_task(self._serve(link, reader, writer), name=f"proxied connection {self.accepted}")
+        self._links[task] = link
         task.add_done_callback(self._links.pop)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writers = [writer]
+    async def _serve(self, link: _Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             service_reader, service_writer = await asyncio.open_connection(*self._service)
-            writers.append(service_writer)
-            self._links[asyncio.current_task()] = writers  # type: ignore[index]  # this is a task
+            link.writers.append(service_writer)
             async with asyncio.TaskGroup() as pumps:
-                pumps.create_task(self._pump(Flow.TO_SERVER, reader, service_writer))
-                pumps.create_task(self._pump(Flow.TO_CLIENT, service_reader, writer))
+                pumps.create_task(self._pump(link, Flow.TO_SERVER, reader, service_writer))
+                pumps.create_task(self._pump(link, Flow.TO_CLIENT, service_reader, writer))
         except* OSError:
-            for each in writers:
+            for each in link.writers:
                 _reset(each)
         finally:
-            for each in writers:
+            for each in link.writers:
                 each.close()
 
-    async def _pump(self, flow: Flow, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(self, link: _Link, flow: Flow, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         lost = False
         while True:
             try:
                 chunk = await reader.read(_CHUNK)
             except ConnectionError:
-                if flow not in self._lossy:
+                if flow not in self._lossy and not link.forgotten:
                     raise
                 chunk = b""
             await self._open[flow].wait()
             await self._travel()
-            lost = lost or flow in self._lossy
+            lost = lost or link.forgotten or flow in self._lossy
             if lost:
                 self.lost[flow] += len(chunk)
                 if not chunk:
@@ -180,6 +196,14 @@ class FaultProxy:
                 del self._cuts[flow]
                 await asyncio.sleep(0.005)  # a reset overtakes what the peer has not read
                 self.reset()
+
+
+@dataclass
+class _Link:
+    """A connection to a client, and the one to the service that belongs to it."""
+
+    writers: list[asyncio.StreamWriter]
+    forgotten: bool = False
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

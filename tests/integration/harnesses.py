@@ -116,7 +116,7 @@ class RedisHarness(Harness):
 
     name = "redis"
     facilities = frozenset({"proxy", "raw", "crash", "processes", "outages", "operator", "security"})
-    limits = Limits(scale=2.0, redelivery=3.0, timeout=2.0, liveness=6.0, recovery=5.0)
+    limits = Limits(scale=2.0, redelivery=3.0, timeout=2.0, liveness=6.0, recovery=5.0, pause=1.0)
     password = "swordfish-of-the-redis-harness"
 
     def __init__(self):
@@ -133,6 +133,7 @@ class RedisHarness(Harness):
         with redis.Redis.from_url(url) as client:
             try:
                 self.version = client.info("server")["redis_version"]
+                self.keeps = client.info("persistence")["aof_enabled"]
             except redis.RedisError as error:
                 raise EnvironmentMissing(str(error)) from error
 
@@ -237,7 +238,9 @@ class RedisStreamHarness(RedisHarness):
     def connecting_to(self, url):
         from diator.brokers.redis_streams import RedisStreamMessageBroker
 
-        return RedisStreamMessageBroker.from_url(named(url), lease=1.0, **self.options())
+        return RedisStreamMessageBroker.from_url(
+            named(url), lease=1.0, durability="crash" if self.keeps else "none", **self.options()
+        )
 
     async def send_raw(self, transport, topic, body):
         await transport._client.xadd(transport._stream(topic), {"body": body})
@@ -281,6 +284,7 @@ def guarded_redis(certificates, certificate, password):
         "port 0",
         "tls-port 6379",
         "protected-mode no",
+        "appendonly yes",
         "bind 0.0.0.0",
         "tls-auth-clients no",
         "tls-cert-file /tmp/certificate",

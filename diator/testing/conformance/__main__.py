@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.report.write_text(report.as_json(), encoding="utf-8")
     _write(", ".join(f"{count} {outcome}" for outcome, count in report.totals().items() if count))
     missing = options.require and report.broker is None
+    _write(report.result())
     return FAILED if report.totals()["FAIL"] or missing else PASSED
 
 

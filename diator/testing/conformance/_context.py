@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator, Awaitable, Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from diator.brokers.base import Topic
+from diator.brokers.base import Gap, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
-from diator.exceptions import BrokerUnavailable, OutcomeUnknown
+from diator.exceptions import BrokerError, BrokerUnavailable, MessageUnroutable, OutcomeUnknown
 from diator.testing.conformance._consuming import Handle, Handlings
-from diator.testing.conformance._harness import Harness, Limits, Proxy, Transport
+from diator.testing.conformance._harness import Harness, Limits, Outages, Proxy, Transport
 from diator.testing.conformance._ledger import Ledger, Nonconformance, NotApplicable, Received, fate_of
 from diator.testing.conformance._reader import Reader, Work, cancelled, share
 
@@ -98,9 +98,14 @@ class Context:
             try:
                 await broker.send_message(message)
             except BaseException as error:
-                sent.fate = fate_of(error)
+                sent.end(fate_of(error))
                 raise
-            sent.fate = "confirmed"
+            sent.end("confirmed")
+
+    async def use(self, broker: Transport, topic: Topic | None = None) -> None:
+        """Send a message that nobody has to receive. To hear that nobody did is as good."""
+        with suppress(MessageUnroutable):
+            await self.send(broker, topic or self.topic())
 
     @asynccontextmanager
     async def reading(
@@ -116,8 +121,9 @@ class Context:
             named = self.name("-alone")
         name = named or self.name("-subscription")
         begun = len(self.ledger.received)
-        async with broker.subscribe(topics, group=named, prefetch=prefetch) as deliveries:
-            reader = Reader(broker, topics, name, deliveries, ledger=self.ledger, limits=self.limits)
+        gaps: list[Gap] = []
+        async with broker.subscribe(topics, group=named, prefetch=prefetch, on_gap=gaps.append) as deliveries:
+            reader = Reader(broker, topics, name, deliveries, gaps=gaps, ledger=self.ledger, limits=self.limits)
             try:
                 yield reader
             finally:
@@ -143,11 +149,17 @@ class Context:
         """Put a proxy before the service, until the end of the scenario. To be done before a broker is made."""
         return await self._resources.enter_async_context(self.harness.proxied())
 
+    async def outages(self) -> Outages:
+        """Have a service that may be broken, until the end of the scenario. To be done before a broker is made."""
+        return await self._resources.enter_async_context(self.harness.private())
+
     async def persist(self, broker: Transport, message: Message) -> None:
-        """Send *message* until it is confirmed. Each try is in the ledger."""
+        """Send *message* until it is confirmed, or nobody is there to receive it. Each try is in the ledger."""
         while True:
             try:
-                return await self.send_all(broker, [message])
+                with suppress(MessageUnroutable):
+                    await self.send_all(broker, [message])
+                return
             except (BrokerUnavailable, OutcomeUnknown):
                 await asyncio.sleep(0.05)
 
@@ -196,6 +208,15 @@ class Context:
         except Exception as other:
             raise Nonconformance(f"{what} raises {other!r}, and should raise {error.__name__}") from other
         raise Nonconformance(f"{what} raises nothing, and should raise {error.__name__}")
+
+    async def or_broker_error(self, doing: Awaitable[object], what: str) -> None:
+        """Let *doing* succeed, or raise an error of the contract; `Nonconformance` if it raises another one."""
+        try:
+            await doing
+        except BrokerError:
+            pass
+        except Exception as other:
+            raise Nonconformance(f"{what} raises {other!r}, and should raise no foreign error") from other
 
     async def within(self, seconds: float, doing: Coroutine[Any, Any, T], what: str) -> T:
         """Give what *doing* gives; `Nonconformance` if that takes longer than *seconds*."""

@@ -55,6 +55,8 @@ class Limits:
     """Within what it notices that a silent peer is gone."""
     recovery: float = 10.0
     """Within what it receives again once the service is back."""
+    pause: float = 30.0
+    """The longest pause between two tries to connect again."""
     lag: float = 1.0
     """How late a delivery may be on a machine that is busy, where a scenario is about somebody being held up."""
 
@@ -106,8 +108,14 @@ class Proxy(Protocol):
     def cut_after(self, count: int, flow: Flow) -> None:
         """Break every connection as soon as *count* more bytes have gone in the direction of *flow*, once."""
 
+    def forget(self) -> None:
+        """Lose everything of the connections that there are, for good. Those to come are as good as ever."""
+
     def refuse(self) -> None:
         """Refuse new connections until `heal`."""
+
+    def reject(self) -> None:
+        """Accept new connections, count them, and break each at once, until `heal`."""
 
     def cut(self) -> None:
         """End every connection in an orderly way."""

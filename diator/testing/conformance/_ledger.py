@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from time import monotonic
 from typing import Literal, TypeAlias
 from uuid import UUID
 
-from diator.brokers.base import Delivery
+from diator.brokers.base import Delivery, Gap
 from diator.brokers.codec import decode
 from diator.brokers.message import Message
 from diator.exceptions import BrokerError, DecodingError, OutcomeUnknown
@@ -31,6 +32,17 @@ class Sent:
 
     message: Message
     fate: Fate = "attempted"
+    began: datetime = field(default_factory=lambda: datetime.now(UTC))
+    ended: datetime | None = None
+
+    def end(self, fate: Fate) -> None:
+        """Note what became of it, and that this is known now."""
+        self.fate, self.ended = fate, datetime.now(UTC)
+
+    def within(self, gaps: Sequence[Gap]) -> bool:
+        """Whether some of the time of its sending is in one of *gaps*."""
+        ended = self.ended or datetime.now(UTC)
+        return any(gap.since <= ended and self.began <= gap.until for gap in gaps)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -67,7 +79,7 @@ class Verdict:
 
     subscription: str
     lost: Sequence[UUID] = ()
-    """Confirmed, and never delivered."""
+    """Confirmed, never delivered, and in no gap that was told."""
     repeated: Sequence[UUID] = ()
     """Delivered again, and nothing that would explain it."""
     explained: Sequence[UUID] = ()
@@ -102,18 +114,22 @@ class Ledger:
         self.sent.append(sent)
         return sent
 
-    def judge(self, subscription: str, expected: Iterable[Message]) -> Verdict:
+    def judge(self, subscription: str, expected: Iterable[Message], *, gaps: Sequence[Gap] = ()) -> Verdict:
         """
         Compare what came to *subscription* with the messages that it was entitled to, which are *expected*.
 
-        One that was sent n times may come n times. Raises ValueError if there are none: that would prove nothing.
+        One that was sent n times may come n times. What was sent in one of *gaps*, which the subscription was told of,
+        is not lost but missed. Raises ValueError if there are none: that would prove nothing.
         """
         ids = list(dict.fromkeys(message.message_id for message in expected))
         if not ids:
             raise ValueError("a verdict on no messages at all proves nothing")
         fates: dict[UUID, list[Fate]] = defaultdict(list)
+        sure: set[UUID] = set()
         for sent in self.sent:
             fates[sent.message.message_id].append(sent.fate)
+            if sent.fate == "confirmed" and not sent.within(gaps):
+                sure.add(sent.message.message_id)
         came: dict[UUID | None, list[Received]] = defaultdict(list)
         for received in self.received:
             if received.subscription == subscription:
@@ -122,7 +138,7 @@ class Ledger:
         places = {each: place for place, each in enumerate(ids)}
         return Verdict(
             subscription=subscription,
-            lost=[each for each in ids if "confirmed" in fates[each] and each not in came],
+            lost=[each for each in ids if each in sure and each not in came],
             repeated=[each for each in ids if _unexplained(came.get(each, ()), fates[each])],
             explained=[each for each in ids if _explained(came.get(each, ()), fates[each])],
             unexpected=[each for each in came if each is None or each not in wanted or {*fates[each]} == {"failed"}],

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from time import monotonic
 from typing import Any, Literal, TypeAlias
 
-from diator.brokers.base import Delivery, Topic
+from diator.brokers.base import Delivery, Gap, Topic
 from diator.brokers.message import Message
 from diator.testing.conformance._harness import Limits, Transport
 from diator.testing.conformance._ledger import Ledger, Nonconformance, Received
@@ -19,7 +19,12 @@ _FENCE = "conformance-fence"
 
 
 class Reader:
-    """One subscription of a scenario. What it receives is in the ledger under `name`, except for fences."""
+    """
+    One subscription of a scenario. What it receives is in the ledger under `name`, except for fences.
+
+    Attributes:
+        gaps: What it was told that it may have missed.
+    """
 
     def __init__(
         self,
@@ -28,6 +33,7 @@ class Reader:
         name: str,
         deliveries: AsyncIterator[Delivery],
         *,
+        gaps: Sequence[Gap],
         ledger: Ledger,
         limits: Limits,
     ) -> None:
@@ -35,6 +41,7 @@ class Reader:
         self.topics = topics
         self.name = name
         self.deliveries = deliveries
+        self.gaps = gaps
         self._ledger = ledger
         self._limits = limits
 

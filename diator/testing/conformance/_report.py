@@ -6,12 +6,13 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import diator
 from diator.brokers.capabilities import Capabilities
 from diator.testing.conformance._harness import Harness
 from diator.testing.conformance._runner import Outcome, Result
+from diator.testing.conformance._scenario import SCENARIOS
 
 SUITE_VERSION = "2026.11"
 """Changes whenever a scenario asks for something new."""
@@ -27,6 +28,8 @@ class Report:
     capabilities: Capabilities | None
     facilities: Sequence[str]
     results: Sequence[Result]
+    driver: str | None = None
+    """The client library and its version, where the harness names one."""
 
     @classmethod
     def of(
@@ -39,7 +42,23 @@ class Report:
             capabilities=capabilities,
             facilities=sorted(harness.facilities),
             results=results,
+            driver=harness.driver() or None,
         )
+
+    def result(self) -> Literal["success", "partial", "failure"]:
+        """
+        Sum it up.
+
+        A failure is a scenario that failed, or a service that was not to be had. A success is the whole catalogue of
+        core scenarios without one that the environment could not run, and no deviation from them or from a promise.
+        What is between is partial.
+        """
+        if self.broker is None or self.totals()["FAIL"]:
+            return "failure"
+        proved = {result.scenario.id for result in self.results if result.outcome != "NOT_RUN" or not result.applicable}
+        missing = {each.id for each in SCENARIOS.values() if each.level == "C"} - proved
+        deviates = any(each.outcome == "DEVIATION" and each.scenario.level in "CX" for each in self.results)
+        return "partial" if missing or deviates else "success"
 
     def totals(self) -> dict[str, int]:
         """Count the results by outcome; each outcome is there, with 0 too."""
@@ -53,6 +72,8 @@ class Report:
             "diator_version": diator.__version__,
             "transport": self.transport,
             "broker": self.broker,
+            "driver": self.driver,
+            "result": self.result(),
             "capabilities": _plain(self.capabilities),
             "facilities": [*self.facilities],
             "totals": self.totals(),

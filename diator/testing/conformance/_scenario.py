@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+import diator
 from diator.brokers.capabilities import Capabilities
 from diator.testing.conformance._context import Context
 
@@ -30,11 +31,18 @@ class Scenario:
     """What the environment has to be able to do, by the names of `Harness.facilities`."""
     timeout: float = 10.0
     """Seconds for all of it, on a machine with one core to spare; the harness may scale them."""
+    since: str = ""
+    """The minor release of diator with which it came, such as `1.1`; empty for those that were there from the start."""
 
     @property
     def group(self) -> str:
         """The part of the catalogue, such as `ACK`."""
         return self.id.partition("-")[0]
+
+    @property
+    def provisional(self) -> bool:
+        """Whether it came with this minor release: its failure is told, and fails nobody's build until the next one."""
+        return bool(self.since) and diator.__version__.startswith(f"{self.since}.")
 
     @property
     def catches(self) -> str:
@@ -54,6 +62,7 @@ def scenario(
     needs: Capabilities | None = None,
     facilities: Iterable[str] = (),
     timeout: float = 10.0,
+    since: str = "",
 ) -> Callable[[Run], Run]:
     """Register the decorated coroutine function. Its docstring says which defect it catches."""
 
@@ -68,6 +77,7 @@ def scenario(
             needs=needs or Capabilities(),
             facilities=frozenset(facilities),
             timeout=timeout,
+            since=since,
         )
         return run
 

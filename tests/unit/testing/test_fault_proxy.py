@@ -75,3 +75,33 @@ async def test_it_takes_its_time_until_it_heals():
         writer.write(b"x")
         await reader.readexactly(1)
         assert monotonic() - began < 0.04
+
+
+async def test_it_forgets_the_connections_that_there_are_and_no_others():
+    async with echo() as proxy, connected(proxy) as (old_reader, old_writer), connected(proxy) as (_, idle):
+        old_writer.write(b"x")
+        await old_reader.readexactly(1)
+        proxy.forget()
+        await proxy.heal()
+        old_writer.write(b"x")
+        idle.close()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(old_reader.read(1), 0.05)
+
+        async with connected(proxy) as (reader, writer):
+            writer.write(b"x")
+            assert await reader.readexactly(1) == b"x"
+
+
+async def test_it_counts_those_that_it_rejects():
+    async with echo() as proxy:
+        proxy.reject()
+        async with connected(proxy) as (reader, _):
+            with pytest.raises(ConnectionError):
+                await reader.read(1)
+        assert (proxy.accepted, proxy.connections) == (1, 0)
+
+        await proxy.heal()
+        async with connected(proxy) as (reader, writer):
+            writer.write(b"x")
+            assert await reader.readexactly(1) == b"x"

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import pytest
 
+import diator
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.memory import MemoryMessageBroker
 from diator.brokers.message import Message
@@ -421,10 +422,11 @@ def test_the_report_has_its_shape(tmp_path, capsys):
 
     report = json.loads(file.read_text())
     assert report.keys() == {
-        "suite_version", "diator_version", "transport", "broker", "capabilities", "facilities", "totals", "scenarios"
+        "suite_version", "diator_version", "transport", "broker", "driver", "result", "capabilities", "facilities",
+        "totals", "scenarios",
     }  # fmt: skip
     assert (report["suite_version"], report["transport"], report["broker"]) == (SUITE_VERSION, "memory", "in process")
-    assert report["totals"] == {"PASS": 1, "FAIL": 0, "UNSUPPORTED": 1, "NOT_RUN": 0, "DEVIATION": 0}
+    assert report["totals"] == {"PASS": 1, "FAIL": 0, "UNSUPPORTED": 1, "NOT_RUN": 0, "DEVIATION": 0, "PROVISIONAL": 0}
     assert report["capabilities"]["redelivery"] == ["close", "crash", "retry"]
     first = report["scenarios"][0]
     assert first.keys() == {"id", "title", "level", "outcome", "reason", "seconds", "seed"}
@@ -494,3 +496,32 @@ def test_what_a_facility_needs_is_brought_up_outside_of_the_scenario():
         harness.kept.close()
 
     assert (missing.outcome, missing.reason) == ("NOT_RUN", "no alarm: no container engine answers")
+
+
+THIS_MINOR = ".".join(diator.__version__.split(".")[:2])
+
+
+@pytest.mark.parametrize(
+    ("since", "strict", "outcome"),
+    [(THIS_MINOR, "", "PROVISIONAL"), (THIS_MINOR, "1", "FAIL"), ("0.9", "", "FAIL"), ("", "", "FAIL")],
+)
+def test_a_scenario_that_is_new_fails_nobody_yet(since, strict, outcome, monkeypatch):
+    monkeypatch.setenv("DIATOR_CONFORMANCE_STRICT", strict)
+
+    result = result_of(failing, since=since)
+
+    assert (result.outcome, "it is wrong" in result.reason) == (outcome, True)
+    assert result_of(passing, since=since).outcome == "PASS"
+
+
+def test_our_own_transports_cannot_hide_behind_that():
+    """Nothing that a harness or a class of tests can say changes it: the environment of this run is strict."""
+    assert result_of(failing, since=THIS_MINOR).outcome == "FAIL"
+
+
+def test_a_deviation_from_what_is_new_is_as_strict_as_any():
+    harness = MemoryHarness()
+    harness.deviations = {"PUB-01": Deviation(reason="known")}
+
+    assert result_of(failing, since=THIS_MINOR, harness=harness).outcome == "DEVIATION"
+    assert result_of(passing, since=THIS_MINOR, harness=harness).outcome == "FAIL"

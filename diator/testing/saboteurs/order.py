@@ -1,0 +1,62 @@
+"""The order of messages gone wrong."""
+
+from __future__ import annotations
+
+from diator.brokers.base import Delivery, Settler
+from diator.brokers.message import Message
+from diator.testing.saboteurs import content
+from diator.testing.saboteurs._base import Saboteur, caught_by
+
+
+@caught_by("ORD-01", "ORD-02", "ORD-07", "ORD-09")
+class SwapsNeighbours(Saboteur):
+    """Lets every tenth message be overtaken by the next."""
+
+    _count = 0
+    _held: Message | None = None
+
+    async def send_message(self, message: Message, /) -> None:
+        self._count += 1
+        if self._count % 10 == 0 and self._held is None:
+            self._held = message
+            return
+        await super().send_message(message)
+        if held := self._held:
+            self._held = None
+            await super().send_message(held)
+
+
+@caught_by("ORD-02")
+class SwapsKeys(Saboteur):
+    """Keeps the order of each key and not that of the topic."""
+
+    _count = 0
+    _held: Message | None = None
+
+    async def send_message(self, message: Message, /) -> None:
+        self._count += 1
+        if message.key is not None and self._count % 10 == 0 and self._held is None:
+            self._held = message
+            return
+        if (held := self._held) and held.key == message.key:
+            self._held = None
+            await super().send_message(held)
+        await super().send_message(message)
+        if held := self._held:
+            self._held = None
+            await super().send_message(held)
+
+
+@caught_by("ORD-03")
+class HidesKeys(content.DropsKeys):
+    """Leaves the consumer no way to keep an order."""
+
+
+@caught_by("ORD-10")
+class DisordersOnRetry(Saboteur):
+    """Turns the queue around when something is given back."""
+
+    async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
+        for queue in self._queues:
+            queue.waiting.reverse()
+        await super().retry(settle, delivery, after)
