@@ -25,7 +25,7 @@ def main() -> int:
                 options.transports or brokers.TRANSPORTS,
                 options.libraries or BROKER_LIBRARIES,
                 options.only or brokers.WORKLOADS,
-                brokers.QUICK if options.quick else brokers.Effort(rounds=options.rounds),
+                brokers.QUICK if options.quick else brokers.Effort(rounds=options.rounds, messages=options.messages),
             )
         case _:
             results = comparison.compare(
@@ -67,6 +67,7 @@ def parsed() -> argparse.Namespace:
         "transports", nargs="*", type=one_of(brokers.TRANSPORTS), metavar="redis streams rabbitmq kafka"
     )
     transports.add_argument("--rounds", type=int, default=3)
+    transports.add_argument("--messages", type=int, default=20_000, help="how many are drained")
     transports.add_argument("--only", type=chosen_from(brokers.WORKLOADS), metavar="P64,C1")
     transports.add_argument("--libraries", type=chosen_from(BROKER_LIBRARIES), metavar="raw,diator")
     transports.add_argument("--quick", action="store_true", help="one round of little: whether it works")

@@ -9,7 +9,7 @@ from typing import Self
 
 from measuring import GREETING, NICKNAME, Finished, Handle, Settled
 
-from diator.consumer import Consumer, Handled
+from diator.consumer import Consumer
 from diator.events import EventEmitter, EventHandler, EventMap, NotificationEvent
 
 
@@ -44,9 +44,6 @@ class Diator:
         class OnUserJoined(EventHandler[UserJoined]):
             async def handle(self, event: UserJoined) -> None:
                 await handle(event)
-
-        def on_handled(handled: Handled) -> None:
-            if handled.outcome == "acked":
                 settled()
 
         async def finished() -> None:
@@ -55,9 +52,7 @@ class Diator:
 
         events = EventMap()
         events.bind(UserJoined, OnUserJoined)
-        consumer = Consumer(
-            self.broker, event_map=events, group=self.group, concurrency=concurrency, on_handled=on_handled
-        )
+        consumer = Consumer(self.broker, event_map=events, group=self.group, concurrency=concurrency)
         running = asyncio.create_task(consumer.run())
         while not consumer.health().receiving:  # noqa: ASYNC110  # that is how it is asked
             await asyncio.sleep(0.01)
