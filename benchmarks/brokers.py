@@ -92,7 +92,7 @@ TRANSPORTS = {
         service="rabbitmq",
         class_name="RabbitMQ",
         look=destinations.rabbitmq,
-        diator="{name}:notification_event:UserJoined",
+        diator="{name}:notification_event:UserJoined:benchmark",
         targets={
             "P1": (1, 0.95),
             "P64": (1.2, 1.35),
@@ -202,9 +202,7 @@ class _Measuring:
         print(end="\r\033[K", file=sys.stderr)
 
     async def _measure(self, library: Library, workload: str) -> dict[str, Any]:
-        name = f"benchmark:{os.getpid()}:{next(self._numbers)}"
-        if self._transport.service == "kafka":
-            name = name.replace(":", "-")
+        name = f"benchmark-{os.getpid()}-{next(self._numbers)}"
         where = self._transport.destination(library, name)
         what = f"{self._transport.class_name} {library.name} {workload}"
         async with self._transport.look(self._url, where) as destination:
@@ -276,7 +274,7 @@ class _Measuring:
 
     async def memory(self, library: Library) -> dict[str, Any]:
         """Send a million messages to a reader that keeps up, and see what both of them keep."""
-        name, what = f"benchmark:{os.getpid()}:flat", f"{self._transport.class_name} {library.name} M"
+        name, what = f"benchmark-{os.getpid()}-flat", f"{self._transport.class_name} {library.name} M"
         messages, marks = self._effort.flood, [self._effort.flood // 5, self._effort.flood]
         reading = {"messages": messages, "concurrency": HANDLERS, "marks": marks}
         sending = {"messages": messages, "at_once": 100, "per_second": FLOOD_PER_SECOND, "marks": marks}

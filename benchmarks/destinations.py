@@ -105,6 +105,8 @@ async def rabbitmq(url: str, name: str) -> AsyncGenerator[Destination, None]:
         finally:
             async with connection.channel() as channel:
                 await channel.queue_delete(name)
+                await channel.queue_delete(f"{name}:dead")  # diator's; of the others there is none
+                await channel.exchange_delete(name.partition(":")[0])
 
 
 class _Queue:
@@ -135,7 +137,7 @@ async def kafka(servers: str, name: str) -> AsyncGenerator[Destination, None]:
         await admin.create_topics([NewTopic(name, PARTITIONS, 1)])
         yield _Topic(servers, name)
     finally:
-        await admin.delete_topics([name])
+        await admin.delete_topics([each for each in await admin.list_topics() if each.startswith(name)])
         await admin.close()
 
 
