@@ -69,6 +69,13 @@ def integration(session: nox.Session) -> None:
 
 
 @nox.session
+def conformance(session: nox.Session) -> None:
+    """The reports and the matrix of the documentation, made anew; after `--` the names of transports."""
+    session.install("-e", f".[{CLIENTS}]", *group("tests"))
+    session.run("python", "-m", "tests.integration.publish", *session.posargs, env=images(session))
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Everything in one run: unit, integration, documentation; with coverage."""
     session.install("-e", f".[{CLIENTS}]", *group("tests"))

@@ -75,8 +75,8 @@ class Delivery:
     attempt: int
     """1 for the first delivery of this message to its group; always 1 where the transport does not count."""
     settler: Settler = field(repr=False)
-    token: object = None
-    """By what the transport knows this delivery: a tag, an offset, the id of an entry. Nobody else looks at it."""
+    token: object = field(default=None, repr=False)
+    """By what the transport knows this delivery: a tag, an offset, an entry. Nobody else looks at it, nor logs it."""
     outcome: str | None = None
     """How it was settled: `ack`, `retry`, `dead_letter`; None if it was not."""
 
@@ -87,6 +87,9 @@ class Delivery:
         Returns when the transport has taken note. It may tell the service together with others, within milliseconds,
         and at the latest when the subscription ends; if that fails, the message comes again. Does nothing where the
         transport has no acknowledgements.
+
+        Raises:
+            BrokerError: It could not be told, and comes again.
         """
         await self._settle("ack", lambda: self.settler.ack(self))
 

@@ -1,11 +1,18 @@
 """diator's own transports keep their contract. `-k ACK` runs one part of it, `-k ACK-03` one scenario."""
 
+import asyncio
 import contextlib
+import importlib
+import json
+from dataclasses import asdict
+from typing import ClassVar
 
 import pytest
 
-from diator.testing.conformance import TransportConformance
+from diator.testing import FaultyMessageBroker
+from diator.testing.conformance import Deviation, EnvironmentMissing, TransportConformance
 from tests.integration.harnesses import MemoryHarness, PlainHarness, RedisHarness, RedisStreamHarness
+from tests.integration.publish import REPORTS, TRANSPORTS
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -27,9 +34,50 @@ class TestPlainMemory(TransportConformance):
     harness = PlainHarness
 
 
+class FaultyHarness(MemoryHarness):
+    """The broker of the fault kit, with nothing scripted."""
+
+    def transport(self):
+        return FaultyMessageBroker()
+
+    def full(self, room):
+        return FaultyMessageBroker(capacity=room)
+
+
+class TestFaulty(TransportConformance):
+    harness = FaultyHarness
+    deviations: ClassVar = {
+        **dict.fromkeys(["ACK-11", "PSN-09"], Deviation(reason="a retry comes at once: a test does not wait")),
+        **dict.fromkeys(["LEK-06", "LEK-08"], Deviation(reason="it keeps what was delivered, for the test to ask")),
+    }
+
+
 class TestRedis(TransportConformance):
     harness = RedisHarness
 
 
 class TestRedisStreams(TransportConformance):
     harness = RedisStreamHarness
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_what_is_published_is_what_the_transport_promises(name):
+    """Otherwise `nox -s conformance` has to be run again."""
+    module, _, attribute = TRANSPORTS[name][0].partition(":")
+    harness = getattr(importlib.import_module(module), attribute)()
+    try:
+        harness.start()
+    except EnvironmentMissing as missing:
+        pytest.skip(str(missing))
+
+    async def promised():
+        async with contextlib.aclosing(harness.transport()) as broker:
+            return asdict(broker.capabilities)
+
+    try:
+        found = asyncio.run(promised())
+    finally:
+        harness.stop()
+
+    published = json.loads((REPORTS / f"{name}.json").read_text())["capabilities"]
+    assert published == {key: sorted(each) if isinstance(each, frozenset) else each for key, each in found.items()}

@@ -64,7 +64,7 @@ class Reader:
         while len(taken) < count:
             taken.append(await self.next())
             if settle == "ack":
-                await taken[-1].delivery.ack()
+                await _uncut(taken[-1].delivery.ack())
         return taken
 
     async def until_fence(self, *, settle: Settle = "ack") -> list[Received]:
@@ -87,18 +87,19 @@ class Reader:
 
     async def during(self, sending: Coroutine[Any, Any, Any], *, settle: Settle = "ack") -> list[Received]:
         """Read while *sending* runs and up to a fence behind it, so that no buffer has to hold everything."""
-        taken: list[Received] = []
+        begun = len(self._ledger.received)
 
         async def read() -> None:
             while True:
-                taken.extend(await self.take(1, settle=settle))
+                await self.take(1, settle=settle)
 
         reading = asyncio.create_task(read())
         try:
             await _unless_failed(sending, reading)
         finally:
             await cancelled(reading)
-        return taken + await self.until_fence(settle=settle)
+        await self.until_fence(settle=settle)
+        return [received for received in self._ledger.received[begun:] if received.subscription == self.name]
 
     async def is_held_back(self) -> None:
         """Raise `Nonconformance` if a delivery comes although it must not. Something has to be waiting."""
@@ -179,6 +180,15 @@ async def send_fence(broker: Transport, topic: Topic) -> object:
 def is_fence(received: Received) -> bool:
     """Tell whether this is no message of the scenario."""
     return received.message is not None and _FENCE.encode() in received.message.payload_json
+
+
+async def _uncut(settling: Coroutine[Any, Any, None]) -> None:
+    """Settle to the end, also when it is cancelled meanwhile: what is half told may come again, or not."""
+    task = asyncio.create_task(settling)
+    try:
+        await asyncio.shield(task)
+    finally:
+        await asyncio.wait({task})
 
 
 async def cancelled(task: asyncio.Future[Any]) -> None:

@@ -445,3 +445,9 @@ async def test_closing_ends_all_waiting(wait):
                 await waiting
         except (BrokerClosed, StopAsyncIteration):
             pass
+
+
+def test_a_delivery_shows_neither_its_body_nor_what_its_transport_knows_of_it():
+    delivery = Delivery(topic=COUNTED, body=b"hunter2", headers={}, attempt=1, settler=None, token=[b"hunter2"])
+
+    assert "hunter2" not in repr(delivery)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -60,6 +61,42 @@ class Deviating(MemoryHarness):
     deviations: ClassVar = {"PUB-01": Deviation(reason="known to be wrong", issue="#1")}
 
 
+class SlowToSettle(MemoryHarness):
+    """A transport that tells the service of each acknowledgement by itself, and waits for the answer."""
+
+    def transport(self):
+        return SlowToSettleBroker()
+
+
+class SlowToSettleBroker(MemoryMessageBroker):
+    @asynccontextmanager
+    async def subscribe(self, topics, /, **options):
+        async with super().subscribe(topics, **options) as deliveries:
+            yield SlowDeliveries(deliveries)
+
+
+class SlowDeliveries:
+    def __init__(self, deliveries):
+        self.deliveries = deliveries
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        delivery = await anext(self.deliveries)
+        delivery.settler = SlowSettler(delivery.settler)
+        return delivery
+
+
+class SlowSettler:
+    def __init__(self, settler):
+        self.settler = settler
+
+    async def ack(self, delivery, /):
+        await asyncio.sleep(0.005)
+        await self.settler.ack(delivery)
+
+
 # -- one scenario ------------------------------------------------------------------------------------------------
 
 
@@ -75,6 +112,12 @@ def test_a_scenario_fails():
 
     assert (result.outcome, result.reason) == ("FAIL", "it is wrong")
     assert isinstance(result.error, Nonconformance)
+
+
+def test_what_a_scenario_acknowledges_when_it_stops_reading_is_acknowledged():
+    result = run_scenario(SCENARIOS["ENC-02"], SlowToSettle(), seed=1)
+
+    assert (result.outcome, result.reason) == ("PASS", "")
 
 
 def test_any_error_is_a_failure():

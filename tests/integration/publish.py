@@ -1,0 +1,73 @@
+"""
+Runs the suite against diator's own transports, and publishes what became of it: `python -m tests.integration.publish`.
+
+It writes `docs/conformance/<transport>.json` and the tables of `docs/conformance.md`. Arguments name the transports to
+run; the page is made of all reports that there are.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from diator.testing.conformance.matrix import main as write_tables
+from tests.services import BACKENDS, MissingService, Services
+
+ROOT = Path(__file__).parents[2]
+REPORTS = ROOT / "docs" / "conformance"
+PAGE = ROOT / "docs" / "conformance.md"
+SEED = "1"
+
+#: By the name of the report: the harness, in the order of the columns, and the service that it needs.
+TRANSPORTS = {
+    "memory": ("tests.integration.harnesses:MemoryHarness", None),
+    "redis": ("tests.integration.harnesses:RedisHarness", "redis"),
+    "redis-streams": ("tests.integration.harnesses:RedisStreamHarness", "redis"),
+}
+
+
+def main(names):
+    """Run what *names* says, or all; give 1 if something failed or was not to be had."""
+    services = Services()
+    try:
+        failed = [name for name in names or TRANSPORTS if not publish(name, services)]
+    finally:
+        services.close()
+    write_tables([*map(str, reports()), "--into", str(PAGE)])
+    return 1 if failed else 0
+
+
+def publish(name, services):
+    """Run one transport, and write its report unless its service is not to be had."""
+    harness, service = TRANSPORTS[name]
+    environment = {**os.environ}
+    try:
+        if service is not None:
+            environment[BACKENDS[service].variable] = services.url(service)
+    except MissingService as missing:
+        sys.stderr.write(f"{name}: no {service}: {missing}\n")
+        return False
+    REPORTS.mkdir(exist_ok=True)
+    report = REPORTS / f"{name}.json"
+    command = [sys.executable, "-m", "diator.testing.conformance", harness, "--require", "--seed", SEED]
+    run = subprocess.run([*command, "--report", report], check=False, cwd=ROOT, env=environment)
+    report.write_text(publishable(json.loads(report.read_text())), encoding="utf-8")
+    return run.returncode == 0
+
+
+def publishable(report):
+    """The report with whole seconds and a line for each scenario, so that two runs differ in what is different."""
+    scenarios = [{**each, "seconds": round(each["seconds"])} for each in report["scenarios"]]
+    lines = ",\n".join(f"    {json.dumps(each, ensure_ascii=False)}" for each in scenarios)
+    head = json.dumps({**report, "scenarios": []}, indent=2, ensure_ascii=False)
+    return head.replace('"scenarios": []', f'"scenarios": [\n{lines}\n  ]') + "\n"
+
+
+def reports():
+    """The reports that there are, in the order of the columns."""
+    return [path for name in TRANSPORTS if (path := REPORTS / f"{name}.json").exists()]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
