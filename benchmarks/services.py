@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -39,7 +40,11 @@ def running(name: str) -> Generator[str, None, None]:
     )
     container = started.stdout.strip()
     try:
-        wait_for(backend, address, within=STARTING)
+        logging.disable(logging.ERROR)  # the clients say of each attempt that nobody answers yet
+        try:
+            wait_for(backend, address, within=STARTING)
+        finally:
+            logging.disable(logging.NOTSET)
         yield address
     finally:
         subprocess.run(["docker", "rm", "--force", "--volumes", container], check=True, capture_output=True)
