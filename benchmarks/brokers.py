@@ -171,9 +171,9 @@ class Worker:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
 
-    async def reply(self) -> dict[str, Any]:
+    async def reply(self, *, within: float = DEADLINE) -> dict[str, Any]:
         assert self.process.stdout is not None
-        async with asyncio.timeout(DEADLINE):
+        async with asyncio.timeout(within):
             if line := await self.process.stdout.readline():
                 reply: dict[str, Any] = json.loads(line)
                 return reply
@@ -284,11 +284,11 @@ class _Measuring:
             self._worker(library, name, "consume", reading) as reader,
         ):
             await reader.reply()
-            async with self._worker(library, name, "flood", sending) as sender, asyncio.timeout(10 * DEADLINE):
+            async with self._worker(library, name, "flood", sending) as sender:
                 watching = asyncio.create_task(self._most_held(destination))
                 try:
-                    sent = await sender.reply()
-                    read = await reader.reply()
+                    sent = await sender.reply(within=10 * DEADLINE)
+                    read = await reader.reply(within=10 * DEADLINE)
                 finally:
                     watching.cancel()
                 most_held = await watching
@@ -377,7 +377,8 @@ def table(
                     cells.append(_cell(figures))
             rows.append(cells)
     heads = [*libraries, *(f"diator/{other}" for other in ("raw", "faststream") if other in others)]
-    show(f"{name}: messages a second (microseconds of CPU), and ratios of one round", ["workload", *heads], rows)
+    if rows:
+        show(f"{name}: messages a second (microseconds of CPU), and ratios of one round", ["workload", *heads], rows)
     return results
 
 
