@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import comparison, imports, memory
-from benchmarks.environments import CACHE, LIBRARIES
+from benchmarks import brokers, comparison, imports, memory
+from benchmarks.environments import BROKER_LIBRARIES, CACHE, LIBRARIES
 from benchmarks.reports import keep
 from benchmarks.worker.workloads import WORKLOADS
-
-NO_REDIS = """\
-The redis benchmark starts nothing. Start a server that may be filled with messages, such as
-    docker run --rm --network host redis:8 --bind 127.0.0.1 --save ''
-and say where it is:
-    python -m benchmarks redis --url redis://127.0.0.1:6379
-A published port instead of the host's network halves what a round trip reaches."""
 
 
 def main() -> int:
@@ -28,14 +20,13 @@ def main() -> int:
             results = imports.measure()
         case "memory":
             results = memory.measure()
-        case "redis":
-            if not options.url:
-                print(NO_REDIS, file=sys.stderr)
-                return 2
-            # It needs redis-py, which the other benchmarks do not.
-            from benchmarks import publishing  # noqa: PLC0415
-
-            results = asyncio.run(publishing.measure(options.url, rounds=options.rounds, seconds=options.seconds))
+        case "brokers":
+            results = brokers.compare(
+                options.transports or brokers.TRANSPORTS,
+                options.libraries or BROKER_LIBRARIES,
+                options.only or brokers.WORKLOADS,
+                brokers.QUICK if options.quick else brokers.Effort(rounds=options.rounds, messages=options.messages),
+            )
         case _:
             results = comparison.compare(
                 options.libraries or LIBRARIES,
@@ -71,10 +62,15 @@ def parsed() -> argparse.Namespace:
     others = parser.add_subparsers(dest="benchmark", title="other benchmarks")
     others.add_parser("imports", help=imports.__doc__, parents=[kept])
     others.add_parser("memory", help=memory.__doc__, parents=[kept])
-    redis = others.add_parser("redis", help="publishing through a Redis", parents=[kept])
-    redis.add_argument("--url", help="redis://…; nothing is started")
-    redis.add_argument("--rounds", type=int, default=9)
-    redis.add_argument("--seconds", type=float, default=0.3, help="of each measurement")
+    transports = others.add_parser("brokers", help=brokers.__doc__, parents=[kept])
+    transports.add_argument(
+        "transports", nargs="*", type=one_of(brokers.TRANSPORTS), metavar="redis streams rabbitmq kafka"
+    )
+    transports.add_argument("--rounds", type=int, default=3)
+    transports.add_argument("--messages", type=int, default=20_000, help="how many are drained")
+    transports.add_argument("--only", type=chosen_from(brokers.WORKLOADS), metavar="P64,C1")
+    transports.add_argument("--libraries", type=chosen_from(BROKER_LIBRARIES), metavar="raw,diator")
+    transports.add_argument("--quick", action="store_true", help="one round of little: whether it works")
     return parser.parse_args()
 
 
@@ -86,6 +82,10 @@ def chosen_from(names: Iterable[str]) -> Callable[[str], list[str]]:
         return chosen
 
     return choose
+
+
+def one_of(names: Iterable[str]) -> Callable[[str], str]:
+    return lambda text: chosen_from(names)(text)[0]
 
 
 def missed(results: object) -> bool:

@@ -8,6 +8,7 @@ import sys
 import venv
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 CACHE = Path(__file__).parent.parent / ".benchmarks" / str(sys.implementation.cache_tag)
@@ -24,6 +25,8 @@ class Library:
 
     name: str
     adapter: str
+    worker: str = "worker"
+    """The folder of the program that measures it."""
     module: str = ""
     pins: tuple[str, ...] = ()
     targets: Mapping[str, float] = field(default_factory=dict)
@@ -31,7 +34,7 @@ class Library:
     @property
     def command(self) -> list[str]:
         """Start its worker with this."""
-        worker = str(Path(__file__).parent / "worker")
+        worker = str(Path(__file__).parent / self.worker)
         # Isolated, so that nothing but the pinned libraries is found, whatever PYTHONPATH says.
         return [self.python, *(["-I"] if self.pins else []), worker, self.adapter]
 
@@ -102,3 +105,34 @@ LIBRARIES = {
         ),
     ]
 }
+
+
+# -- transports -------------------------------------------------------------------------------------------------
+
+
+def _as_here(*names: str) -> tuple[str, ...]:
+    """Pin the clients at the versions of the running environment, which the others are measured with."""
+    return tuple(f"{name}=={metadata.version(name)}" for name in names if _is_installed(name))
+
+
+def _is_installed(name: str) -> bool:
+    return any(metadata.distributions(name=name))
+
+
+BROKER_LIBRARIES = {
+    library.name: library
+    for library in [
+        Library(name="raw", adapter="raw", worker="transports"),
+        Library(name="diator", adapter="with_diator", worker="transports"),
+        Library(
+            name="faststream",
+            adapter="with_faststream",
+            worker="transports",
+            pins=(
+                "faststream[redis,rabbit,kafka]==0.7.8",
+                *_as_here("redis", "hiredis", "aio-pika", "aiormq", "aiokafka", "orjson"),
+            ),
+        ),
+    ]
+}
+"""Of the plain clients and diator it is measured what is installed in the running environment."""

@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any, Literal, TypeAlias
 from uuid import UUID
 
+from diator._deadlines import Deadlines
 from diator._handlers import Prepared
 from diator._hints import name_of
 from diator.brokers.base import Delivery, Topic
@@ -92,12 +93,13 @@ def _unit_of_work(handlers: Sequence[Prepared], emitter: EventEmitter) -> Callab
     async def run(event: Any, shared: Shared) -> Outgoing:
         raised: list[Any] = []
         failures: list[Exception] = []
-        wanted = _cancellations()
+        alone = len(handlers) == 1  # then its cancellation is judged where the task is known
+        wanted = 0 if alone else _running_task().cancelling()
         for handler in handlers:
             try:
                 await handler.call(event, shared, raised)
             except asyncio.CancelledError as error:
-                if len(handlers) == 1 or _cancellations() > wanted:
+                if alone or _running_task().cancelling() > wanted:
                     raise
                 cancelled = RuntimeError(f"{handler.name} was cancelled by something in it")
                 cancelled.__cause__ = error
@@ -106,7 +108,7 @@ def _unit_of_work(handlers: Sequence[Prepared], emitter: EventEmitter) -> Callab
                 error.add_note(f"raised by {handler.name}, which handles {name_of(type(event))}")
                 failures.append(error)
         if failures:
-            raise failures[0] if len(handlers) == 1 else EventHandlersFailed("handlers of an event failed", failures)
+            raise failures[0] if alone else EventHandlersFailed("handlers of an event failed", failures)
         return await emitter.handle(raised, shared) if raised else []
 
     # Each starts with nothing shared: a middleware that calls again gets another scope, and other events.
@@ -128,10 +130,11 @@ _SETTLE_PAUSES = (0.05, 0.1, 0.0)
 """Seconds to wait after each failure to settle; after the last one the delivery is left to come again."""
 
 
-def _cancellations() -> int:
-    """Count the wishes that the running task should end. A `CancelledError` alone can be of a handler's own making."""
+def _running_task() -> asyncio.Task[Any]:
+    """Give it for its `cancelling()`: a `CancelledError` alone can be of a handler's own making."""
     task = asyncio.current_task()
-    return 0 if task is None else task.cancelling()
+    assert task is not None, "a coroutine of diator runs in a task"  # noqa: S101  # asyncio has no other way
+    return task
 
 
 class Handling:
@@ -153,13 +156,17 @@ class Handling:
         self._can_retry = can_retry
         self._can_dead_letter = can_dead_letter
         self._max_message_bytes = max_message_bytes
-        self._timeout = timeout
+        self._deadlines = Deadlines(timeout)
         self._on_handled = on_handled
         self.in_flight: dict[Delivery, float] = {}
         """What is being handled, and since when, on the clock of `time.monotonic`."""
         self.last_progress = monotonic()
-        self.is_ending = False
-        """Set before handling is cancelled from outside. Any other cancellation is of a handler's own making."""
+        self._is_ending = False
+
+    def end(self) -> None:
+        """From now on handling is cancelled from outside. Any cancellation before is of a handler's own making."""
+        self._is_ending = True
+        self._deadlines.close()
 
     def read(self, delivery: Delivery) -> Message | DecodingError:
         """Decode the envelope of *delivery*. What is wrong with it is a result here: it decides what becomes of it."""
@@ -188,16 +195,17 @@ class Handling:
         finally:
             self.last_progress = monotonic()
             del self.in_flight[delivery]
-            handled = Handled(
-                topic=delivery.topic,
-                message_id=message.message_id if isinstance(message, Message) else None,
-                attempt=delivery.attempt,
-                outcome=outcome,
-                reason=reason,
-                error=error,
-                seconds=self.last_progress - started,
-            )
-            self._tell(handled)
+            if reason is not None or self._on_handled is not None:
+                handled = Handled(
+                    topic=delivery.topic,
+                    message_id=message.message_id if isinstance(message, Message) else None,
+                    attempt=delivery.attempt,
+                    outcome=outcome,
+                    reason=reason,
+                    error=error,
+                    seconds=self.last_progress - started,
+                )
+                self._tell(handled)
 
     async def _run(
         self, delivery: Delivery, message: Message | DecodingError
@@ -220,6 +228,7 @@ class Handling:
     async def _run_handlers(
         self, route: Route, event: Any, message: Message
     ) -> tuple[str | None, BaseException | None]:
+        task = _running_task()
         failed: BaseException | None = None
         for run in range(self._retry.immediate + 1):
             if run:
@@ -227,14 +236,14 @@ class Handling:
                 event = route.read(message.payload_json)  # a handler may have changed the other one
             failed = None
             try:
-                async with asyncio.timeout(self._timeout):
+                with self._deadlines.of(task):
                     await route.handle(event)
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # it decides what becomes of the delivery
                 failed = error
             # Cancelled from outside is neither success nor failure, whatever the handler made of it.
-            if self.is_ending or (isinstance(failed, asyncio.CancelledError) and _cancellations()):
+            if self._is_ending or (isinstance(failed, asyncio.CancelledError) and task.cancelling()):
                 raise asyncio.CancelledError
-            while (task := asyncio.current_task()) and task.cancelling():
+            while task.cancelling():
                 task.uncancel()  # of the handler's own making, and left behind
             if failed is None:
                 return None, None

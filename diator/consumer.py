@@ -118,6 +118,7 @@ class Consumer:
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self._waiting: asyncio.Task[Any] | None = None
+        self._interrupted = False
 
     async def run(self, *, signals: bool = True) -> None:
         """
@@ -156,6 +157,7 @@ class Consumer:
         self._stopping.set()
         self._lanes.close()
         if self._waiting is not None:
+            self._interrupted = True
             self._waiting.cancel()
             self._waiting = None
 
@@ -179,7 +181,7 @@ class Consumer:
         try:
             result = await something
         except asyncio.CancelledError:
-            if self._waiting is None and task is not None and task.uncancel() == 0:
+            if self._interrupted and task is not None and task.uncancel() == 0:
                 return None  # it was `stop` that cancelled
             raise
         finally:
@@ -209,7 +211,7 @@ class Consumer:
                 logger.warning("stopped before %d deliveries were handled; they are not settled", left)
             if any(task.cancelled() for task in tasks):
                 lost = BrokerUnavailable("the subscription was cancelled, and not by this program")
-            self._handling.is_ending = True
+            self._handling.end()
             for ending in {stopping, hurry, *tasks}:
                 ending.cancel()
             _, deaf = await asyncio.wait({stopping, hurry, *tasks}, timeout=_PATIENCE)
@@ -222,8 +224,19 @@ class Consumer:
             raise lost
 
     async def _receive(self, deliveries: AsyncIterator[Delivery], admit: Callable[[Delivery], Awaitable[None]]) -> None:
-        number = 0
-        while (delivery := await self._until_stopped(_next_of(deliveries))) is not None:
+        await self._until_stopped(self._admit_all(deliveries, admit))
+
+    async def _admit_all(
+        self, deliveries: AsyncIterator[Delivery], admit: Callable[[Delivery], Awaitable[None]]
+    ) -> None:
+        """`stop` cancels no more than the wait for the next one."""
+        task, number = self._waiting, 0
+        while not self._stopping.is_set():
+            self._waiting = task
+            delivery = await anext(deliveries)
+            self._waiting = None
+            if self._stopping.is_set():  # not everything that is cancelled notices; what came goes back to the service
+                return
             await admit(delivery)
             number += 1
             if number % _TURN == 0:  # where nothing ever has to wait, the rest of the program is to have its turn
@@ -243,10 +256,6 @@ class Consumer:
                 self._on_gap(gap)
             except Exception:
                 logger.exception("on_gap failed")
-
-
-async def _next_of(deliveries: AsyncIterator[Delivery]) -> Delivery:
-    return await anext(deliveries)
 
 
 # -- what a transport can do decides what an option means --------------------------------------------------------
@@ -288,7 +297,7 @@ class _Lanes:
         self._freed = asyncio.Event()
         self._ready: deque[_Job] = deque()
         self._behind: dict[str, deque[_Job]] = {}
-        self._arrived = asyncio.Event()
+        self._idle: deque[asyncio.Future[None]] = deque()
         self._closed = False
 
     async def put(self, delivery: Delivery, message: Message | DecodingError) -> None:
@@ -307,16 +316,17 @@ class _Lanes:
         if key is not None:
             self._behind[key] = deque()
         self._ready.append((delivery, message))
-        self._arrived.set()
+        self._wake()
 
     async def take(self) -> _Job | None:
         """Wait for the next one; None once it is closed."""
-        while not self._ready or self._closed:
-            if self._closed:
-                return None
-            self._arrived.clear()
-            await self._arrived.wait()
-        return self._ready.popleft()
+        while not self._closed:
+            if self._ready:
+                return self._ready.popleft()
+            idle = asyncio.get_running_loop().create_future()
+            self._idle.append(idle)
+            await idle
+        return None
 
     def done(self, message: Message | DecodingError) -> None:
         """Let the next one of that key go."""
@@ -327,15 +337,24 @@ class _Lanes:
             return
         if behind := self._behind[key]:
             self._ready.append(behind.popleft())
-            self._arrived.set()
+            self._wake()
         else:
             del self._behind[key]
 
     def close(self) -> None:
         """Give out nothing more. What was not given out is not settled, and goes back to the service."""
         self._closed = True
-        self._arrived.set()
         self._freed.set()
+        while self._idle:
+            self._wake()
+
+    def _wake(self) -> None:
+        """Wake one of those who wait: all at once would look in vain, all but one."""
+        while self._idle:
+            idle = self._idle.popleft()
+            if not idle.done():
+                idle.set_result(None)
+                return
 
 
 def _key(message: Message | DecodingError) -> str | None:

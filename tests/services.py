@@ -217,7 +217,7 @@ class Service:
 
     def _wait(self) -> None:
         try:
-            _answer(self._backend, self.url, within=STARTING)
+            wait_for(self._backend, self.url, within=STARTING)
         except TimeoutError as error:
             last_words = self._container.logs(tail=5).decode(errors="replace")
             raise MissingService(f"{error}; its last words: {last_words!r}") from error
@@ -287,7 +287,7 @@ class Services:
     def _find(self, backend: Backend) -> None:
         try:
             if url := os.environ.get(backend.variable):
-                _answer(backend, url, within=ANSWERING)
+                wait_for(backend, url, within=ANSWERING)
                 source = backend.variable
             else:
                 url, source = self.private(backend.name).url, f"container {backend.image}"
@@ -331,7 +331,7 @@ def _reaper() -> subprocess.Popen[bytes]:
     )
 
 
-def _answer(backend: Backend, url: str, *, within: float) -> None:
+def wait_for(backend: Backend, url: str, *, within: float) -> None:
     """Return when the service answers in its own protocol. Never shows the address's password."""
 
     async def ask() -> None:

@@ -19,7 +19,7 @@ LAYERS = [
     "events",
     "_handlers",
     "brokers container",
-    "_hints retrying",
+    "_deadlines _hints retrying",
     "response exceptions",
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names.split()}

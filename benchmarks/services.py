@@ -1,0 +1,84 @@
+"""The services that messages go through: by address, else in containers on the host's network, bound to loopback."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from tests.services import BACKENDS, Backend, wait_for
+
+STARTING = 120
+"""Seconds until a fresh container must answer."""
+
+
+@contextmanager
+def running(name: str) -> Generator[str, None, None]:
+    """
+    Give the address of a service: that of its variable in the environment, else of a container for this run alone.
+
+    A published port would halve what a round trip reaches, so the container has no network of its own.
+    """
+    backend = BACKENDS[name]
+    if address := os.environ.get(backend.variable):
+        yield address
+        return
+    port = _free_port()
+    address = backend.url.format(port=port)
+    environment, command = _SETTINGS[name](backend, port)
+    print(f"starting {backend.image}", file=sys.stderr)
+    variables = [word for key, value in environment.items() for word in ("--env", f"{key}={value}")]
+    started = subprocess.run(
+        ["docker", "run", "--detach", "--rm", "--network", "host", *variables, backend.image, *command],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    container = started.stdout.strip()
+    try:
+        logging.disable(logging.ERROR)  # the clients say of each attempt that nobody answers yet
+        try:
+            wait_for(backend, address, within=STARTING)
+        finally:
+            logging.disable(logging.NOTSET)
+        yield address
+    finally:
+        subprocess.run(["docker", "rm", "--force", "--volumes", container], check=True, capture_output=True)
+
+
+def _redis(backend: Backend, port: int) -> tuple[dict[str, str], list[str]]:
+    return {}, [*str(backend.command).split(), "--bind", "127.0.0.1", "--port", str(port)]
+
+
+def _rabbitmq(_: Backend, port: int) -> tuple[dict[str, str], list[str]]:
+    environment = {
+        "RABBITMQ_NODENAME": f"benchmark{port}@localhost",
+        "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+        "RABBITMQ_NODE_PORT": str(port),
+        "RABBITMQ_DIST_PORT": str(_free_port()),
+        "RABBITMQ_ENABLED_PLUGINS_FILE": "/tmp/no-plugins",  # whose ports may be taken
+    }
+    return environment, []
+
+
+def _kafka(backend: Backend, port: int) -> tuple[dict[str, str], list[str]]:
+    controller = _free_port()
+    environment = {
+        **{key: value.format(port=port) for key, value in backend.environment.items()},
+        "KAFKA_LISTENERS": f"PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}",
+        "KAFKA_CONTROLLER_QUORUM_VOTERS": f"1@127.0.0.1:{controller}",
+    }
+    return environment, []
+
+
+_SETTINGS = {"redis": _redis, "rabbitmq": _rabbitmq, "kafka": _kafka}
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port

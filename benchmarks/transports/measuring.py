@@ -1,0 +1,172 @@
+"""
+What is measured, whatever the library: publishing, draining, and the time from one process to another.
+
+Neither side is spared: the same event is made, written, read and handled by all.
+"""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any, Protocol, Self
+
+NICKNAME = "Ada"
+GREETING = "welcome to the meeting, make yourself at home and mute, please"
+
+Reply = Callable[[dict[str, Any]], None]
+Handle = Callable[[Any], Awaitable[None]]
+Settled = Callable[[], None]
+Finished = Callable[[], Awaitable[None]]
+
+
+class Transport(Protocol):
+    """What each library does, as its documentation does it. Entering connects, and declares what messages wait in."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    async def send(self, number: int) -> None:
+        """Make the event of that number, and return when the service has confirmed it."""
+
+    def consuming(self, handle: Handle, settled: Settled, concurrency: int) -> AbstractAsyncContextManager[Finished]:
+        """
+        Handle each event, acknowledge it, and then call *settled*.
+
+        On entry it is ready to receive. Gives what to wait for until the service knows of every acknowledgement.
+        """
+
+
+async def publish(transport: Transport, reply: Reply, *, callers: int, seconds: float) -> None:
+    """So many tasks, each of which waits for the receipt of its message before it sends the next."""
+    sent = 0
+
+    async def call(end: float) -> None:
+        nonlocal sent
+        while perf_counter() < end:
+            sent += 1
+            await transport.send(sent)
+
+    async def all_call(seconds: float) -> None:
+        end = perf_counter() + seconds
+        await asyncio.gather(*(call(end) for _ in range(callers)))
+
+    await all_call(seconds / 5)  # the connections, of which a pool makes many
+    unmeasured, started, used = sent, perf_counter(), process_time()
+    await all_call(seconds)
+    measured, took, used = sent - unmeasured, perf_counter() - started, process_time() - used
+    reply({"sent": sent, "per_second": measured / took, "cpu_microseconds": used / measured * 1e6})
+
+
+async def fill(transport: Transport, reply: Reply, *, callers: int, messages: int) -> None:
+    """Send so many messages, numbered from 0."""
+    numbers = iter(range(messages))
+
+    async def call() -> None:
+        for number in numbers:
+            await transport.send(number)
+
+    await asyncio.gather(*(call() for _ in range(callers)))
+    reply({"sent": messages})
+
+
+async def pace(transport: Transport, reply: Reply, *, messages: int, per_second: float) -> None:
+    """Send so many messages at a rate, each at its moment, however long another one takes."""
+    started = perf_counter()
+    async with asyncio.TaskGroup() as sending:
+        for number in range(messages):
+            await asyncio.sleep(max(0, started + number / per_second - perf_counter()))
+            sending.create_task(transport.send(number))
+    reply({"sent": messages})
+
+
+async def flood(
+    transport: Transport, reply: Reply, *, messages: int, at_once: int, per_second: float, marks: Sequence[int]
+) -> None:
+    """Send so many messages, several at once, at no more than a rate; at each of the *marks*, look at the memory."""
+    resident = []
+    for first in range(0, messages, at_once):
+        due = perf_counter() + at_once / per_second
+        await asyncio.gather(*(transport.send(number) for number in range(first, first + at_once)))
+        resident += [_resident_mib() for mark in marks if first < mark <= first + at_once]
+        await asyncio.sleep(max(0, due - perf_counter()))
+    reply({"resident_mib": resident})
+
+
+async def consume(
+    transport: Transport,
+    reply: Reply,
+    *,
+    messages: int,
+    concurrency: int,
+    pause: float = 0.0,
+    marks: Sequence[int] = (),
+) -> None:
+    """
+    Handle so many messages, from the first call of the handler until the service knows the last acknowledgement.
+
+    Handlers wait *pause* seconds. At each of the *marks* (numbers of messages) the memory is looked at.
+    """
+    times = bytearray(messages)
+    waited: list[float] = []
+    resident: list[float] = []
+    began = used = 0.0
+    count = 0
+    enough = asyncio.Event()
+
+    async def handle(event: Any) -> None:
+        nonlocal began, used
+        now = perf_counter()
+        if not began:
+            began, used = now, process_time()
+        if not marks:
+            waited.append(now - event.sent_at)
+        times[event.number] += 1
+        if pause:
+            await asyncio.sleep(pause)
+
+    def settled() -> None:
+        nonlocal count
+        count += 1
+        if count in marks:
+            resident.append(_resident_mib())
+        if count == messages:
+            enough.set()
+
+    async with transport.consuming(handle, settled, concurrency) as finished:
+        reply({"ready": True})
+        await enough.wait()
+        await finished()
+        took, used = perf_counter() - began, process_time() - used
+    waited.sort()
+    reply(
+        {
+            "per_second": messages / took,
+            "cpu_microseconds": used / messages * 1e6,
+            "lost": times.count(0),
+            "repeated": sum(each > 1 for each in times),
+            "p50_ms": waited[len(waited) // 2] * 1e3 if waited else None,
+            "p99_ms": waited[len(waited) * 99 // 100] * 1e3 if waited else None,
+            "resident_mib": resident,
+        }
+    )
+
+
+def _resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+WORKLOADS = {"publish": publish, "fill": fill, "pace": pace, "flood": flood, "consume": consume}
+
+
+async def nothing() -> None:
+    """What there is to wait for where each acknowledgement was awaited."""
+
+
+async def end(task: asyncio.Task[None]) -> None:
+    """Cancel *task* until it has ended: `asyncio.wait_for` of Python 3.11, which clients use, can forget it once."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.1)

@@ -1,0 +1,96 @@
+"""One timer for many deadlines does what a timer for each would."""
+
+import asyncio
+
+import pytest
+
+from diator._deadlines import Deadlines
+
+
+def running() -> asyncio.Task[object]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
+async def within(deadlines: Deadlines, seconds: float) -> None:
+    with deadlines.of(running()):
+        await asyncio.sleep(seconds)
+
+
+async def test_what_takes_too_long_is_cancelled():
+    with pytest.raises(TimeoutError):
+        await within(Deadlines(0.01), 10)
+
+    assert not running().cancelling()
+
+
+async def test_each_has_its_own_time():
+    """The one that began later is not ended with the first, nor by the timer that looked for the first."""
+    deadlines = Deadlines(0.1)
+    first = asyncio.create_task(within(deadlines, 10))
+    await asyncio.sleep(0.07)
+    second = asyncio.create_task(within(deadlines, 0.07))
+    third = asyncio.create_task(within(deadlines, 10))
+
+    await asyncio.wait({first, second, third}, timeout=1)
+
+    assert second.exception() is None
+    assert isinstance(first.exception(), TimeoutError)
+    assert isinstance(third.exception(), TimeoutError)
+
+
+async def test_after_a_pause_it_looks_again():
+    deadlines = Deadlines(0.02)
+    await within(deadlines, 0)
+    await asyncio.sleep(0.05)
+
+    with pytest.raises(TimeoutError):
+        await within(deadlines, 10)
+
+
+async def test_what_ignores_it_is_cancelled_once_and_holds_up_nobody():
+    deadlines = Deadlines(0.01)
+
+    async def deaf() -> str:
+        with deadlines.of(running()):
+            try:
+                await asyncio.sleep(10)
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.1)
+        return "done"
+
+    ignoring = asyncio.create_task(deaf())
+    await asyncio.sleep(0.02)
+    with pytest.raises(TimeoutError):
+        await within(deadlines, 10)
+
+    assert await ignoring == "done"
+
+
+async def test_cancelled_by_someone_else_it_stays_cancelled():
+    deadlines = Deadlines(0.01)
+
+    async def slow() -> None:
+        with deadlines.of(running()):
+            try:
+                await asyncio.sleep(10)
+            finally:
+                await asyncio.sleep(10)
+
+    task = asyncio.create_task(slow())
+    await asyncio.sleep(0.03)
+    task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_closed_it_cancels_nothing():
+    deadlines = Deadlines(0.01)
+    task = asyncio.create_task(within(deadlines, 0.05))
+    await asyncio.sleep(0)
+
+    deadlines.close()
+
+    await task
