@@ -232,12 +232,9 @@ class Subscription:
 
     def withdraw(self, partitions: Collection[_Partition]) -> None:
         """Take back what of *partitions* was received and not given out."""
-        for delivery in self.supervised.not_given_out:
-            partition = _token(delivery).partition
-            if partition in partitions:
-                partition.out -= 1
-                self.unsettled -= 1
-        self.supervised.take_back(lambda delivery: _token(delivery).partition in partitions)
+        for delivery in self.supervised.take_back(lambda delivery: _token(delivery).partition in partitions):
+            _token(delivery).partition.out -= 1
+            self.unsettled -= 1
 
     def tell_gap(self, partition: _Partition, reason: str) -> None:
         """Messages are gone: some that came after the last one that was read, whenever that was."""
