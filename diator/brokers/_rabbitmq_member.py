@@ -177,7 +177,7 @@ class Reading(Channel):
         self._open: dict[int, None] = {}
         """What is not settled. In the order of its tags, which is that of arrival."""
         self._acked: set[int] = set()
-        self._ended = False
+        self._begun = self._ended = False
         self._acknowledgements = Acknowledgements[int](self._tell)
 
     async def begin(self) -> None:
@@ -204,6 +204,7 @@ class Reading(Channel):
                 raise MessagesMissed("RabbitMQ had lost a queue of this subscription; it is declared anew")
             for queue in member.queues:
                 await self.ask(commands.Basic.Consume(queue=queue, consumer_tag=queue))
+            self._begun = True
         except Refused as error:
             if error.code == NOT_ALLOWED:
                 raise AccessRefused(
@@ -359,7 +360,7 @@ class Reading(Channel):
         """Stop, have what was acknowledged told, give back what nobody has seen, and close."""
         member = self._member
         try:
-            if self.error is None and self._writer is not None:
+            if self.error is None and self._begun:
                 async with asyncio.timeout(_PATIENCE):
                     for queue in member.queues:
                         await self.ask(commands.Basic.Cancel(queue))

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from typing import Self
 
 from diator.brokers._rabbitmq_audit import inspect
-from diator.brokers._rabbitmq_channel import Address
+from diator.brokers._rabbitmq_channel import Address, Lost
 from diator.brokers._rabbitmq_frames import Publication, header_of
 from diator.brokers._rabbitmq_member import OF_THE_SERVICE, UNUSUAL, Member, QueueType, Reading, routing_key
 from diator.brokers._rabbitmq_publisher import Publisher
@@ -165,13 +165,21 @@ class RabbitMQMessageBroker:
     async def _reading(self, member: Member, prefetch: int) -> AsyncGenerator[Source, None]:
         if self._publisher.is_closed:
             raise BrokerClosed("this broker is closed")
-        reading = Reading(member, min(prefetch + self._read_ahead // len(member.queues), 65_535))
-        try:
-            await reading.open(*await self._address.dial("consuming"))
-            await reading.begin()
-            yield reading
-        finally:
-            member.part_with(reading)
+        for tries_left in (2, 1, 0):
+            reading = Reading(member, min(prefetch + self._read_ahead // len(member.queues), 65_535))
+            try:
+                await reading.open(*await self._address.dial("consuming"))
+                try:
+                    await reading.begin()
+                except Lost:
+                    # Of several that create a quorum queue at once, RabbitMQ can fail one with an INTERNAL_ERROR.
+                    if tries_left:
+                        continue
+                    raise
+                yield reading
+                return
+            finally:
+                member.part_with(reading)
 
     async def audit(self) -> Sequence[Finding]:
         """
