@@ -101,6 +101,11 @@ class Reader:
         await self.until_fence(settle=settle)
         return [received for received in self._ledger.received[begun:] if received.subscription == self.name]
 
+    def acknowledged(self) -> set[object]:
+        """Give the ids of what this reader, or another of its name, has acknowledged."""
+        received = (each for each in self._ledger.received if each.subscription == self.name)
+        return {each.id for each in received if each.delivery.outcome == "ack"}
+
     async def is_held_back(self) -> None:
         """Raise `Nonconformance` if a delivery comes although it must not. Something has to be waiting."""
         waiting = asyncio.ensure_future(anext(self.deliveries))
