@@ -12,7 +12,6 @@ from diator.brokers.message import Message
 from diator.exceptions import BrokerError, BrokerUnavailable, OutcomeUnknown
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._harness import Proxy
-from diator.testing.conformance._ledger import Received
 from diator.testing.conformance._reader import Reader, cancelled
 
 # -- the fault was felt ------------------------------------------------------------------------------------------
@@ -93,11 +92,11 @@ async def receives_again(ctx: Context, reader: Reader, *, by: float | None = Non
 async def read_while(
     reader: Reader, doing: Coroutine[Any, Any, Any], *, until: Callable[[Collection[object]], bool] = lambda _: True
 ) -> None:
-    """Acknowledge what comes while *doing* runs, and then until the ids that came are enough."""
+    """Acknowledge what comes while *doing* runs, and then until the ids that were acknowledged are enough."""
     task = asyncio.create_task(doing)
     try:
         while not task.done() or not until(reader.acknowledged):
-            reading: asyncio.Task[list[Received]] = asyncio.create_task(reader.take(1))
+            reading = asyncio.create_task(reader.take(1))
             await asyncio.wait({reading} if task.done() else {reading, task}, return_when=asyncio.FIRST_COMPLETED)
             if not reading.done():
                 await cancelled(reading)
