@@ -15,7 +15,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.11"
-nox.options.sessions = ["lint", "types", "unit", "build", "tests"]
+nox.options.sessions = ["lint", "types", "unit", "build", "third_party", "tests"]
 nox.options.reuse_venv = "yes"
 
 ROOT = Path(__file__).parent
@@ -65,7 +65,7 @@ def unit(session: nox.Session, extras: str) -> None:
 def integration(session: nox.Session) -> None:
     """What needs services."""
     session.install("-e", f".[{CLIENTS}]", *group("tests"))
-    session.run("pytest", "tests/integration", *session.posargs, env=images(session))
+    session.run("pytest", "tests/integration", *session.posargs, env=images(session, *SERVICES))
 
 
 @nox.session
@@ -81,23 +81,21 @@ def tests(session: nox.Session) -> None:
     session.install("-e", f".[{CLIENTS}]", *group("tests"))
     # Without services a third of the code is not reached, which is no failure where none are to be had.
     enough = ["--cov-fail-under=97"] if os.environ.get("DIATOR_REQUIRE_BACKENDS") else []
-    session.run("pytest", "--cov", *enough, *session.posargs, env=images(session))
+    session.run("pytest", "--cov", *enough, *session.posargs, env=images(session, *SERVICES))
 
 
 @nox.session
 def benchmarks(session: nox.Session) -> None:
     """The numbers of the documentation, measured here."""
     session.install(f".[{CLIENTS}]", *group("bench"))  # the libraries they compare with they install themselves
-    session.run("python", "-m", "benchmarks", *session.posargs, env=images(session))
+    session.run("python", "-m", "benchmarks", *session.posargs, env=images(session, *SERVICES))
 
 
 @nox.session
 def build(session: nox.Session) -> None:
     """The wheel and the sdist; a program runs with the wheel alone, far from the checkout."""
     session.install("build", "twine")
-    dist = Path(session.create_tmp()) / "dist"
-    shutil.rmtree(dist, ignore_errors=True)
-    session.run("python", "-m", "build", "--outdir", str(dist), silent=True)
+    dist = built(session)
     session.run("twine", "check", "--strict", *map(str, dist.iterdir()))
     with tempfile.TemporaryDirectory() as elsewhere:
         session.run("python", "-m", "venv", f"{elsewhere}/venv")
@@ -109,14 +107,40 @@ def build(session: nox.Session) -> None:
             session.run(python, "meetings.py", external=True)
 
 
+@nox.session
+def third_party(session: nox.Session) -> None:
+    """A transport of somebody else's and the suite that proves it, with wheels alone, far from the checkout."""
+    session.install("build", *group("tests"))  # it is here that the service is looked for
+    (wheel,) = built(session).glob("*.whl")
+    with tempfile.TemporaryDirectory() as elsewhere:
+        example = Path(shutil.copytree(ROOT / "examples" / "third-party-transport", f"{elsewhere}/example"))
+        needs = nox.project.dependency_groups(nox.project.load_toml(example / "pyproject.toml"), "tests")
+        session.run("python", "-m", "venv", f"{elsewhere}/venv")
+        python = f"{elsewhere}/venv/bin/python"
+        session.run(python, "-m", "pip", "install", "--quiet", f"{wheel}[testing]", example, *needs, external=True)
+        shutil.rmtree(example / "diator_postgres")  # what is tested is what was installed
+        with session.chdir(example):
+            with_postgres = ["python", ROOT / "tests" / "services.py", "postgres", "--"]
+            environment = {**images(session, "postgres"), "PYTHONPATH": None}
+            session.run(*with_postgres, python, "-m", "pytest", *session.posargs, env=environment)
+
+
+def built(session: nox.Session) -> Path:
+    """Where the wheel and the sdist are, built now."""
+    dist = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(dist), silent=True)
+    return dist
+
+
 def group(name: str) -> tuple[str, ...]:
     """The requirements of a dependency group."""
     return nox.project.dependency_groups(PROJECT, name)
 
 
-def images(session: nox.Session) -> dict[str, str]:
+def images(session: nox.Session, *services: str) -> dict[str, str]:
     """
-    Environment that names images for the services.
+    Environment that names images for *services*.
 
     What the caller's environment names is taken as it is. For the rest: the public images, where
     they can be had; else, on a Debian machine, our own, built from packages; else nothing, and the
@@ -125,7 +149,7 @@ def images(session: nox.Session) -> dict[str, str]:
     wanted = {
         name: image
         for name, (address, image) in SERVICES.items()
-        if not {address, f"DIATOR_{name.upper()}_IMAGE"} & os.environ.keys()
+        if name in services and not {address, f"DIATOR_{name.upper()}_IMAGE"} & os.environ.keys()
     }
     # Where we have built images before, there were none to be had.
     built = docker("image", "inspect", "localhost/diator/debian:trixie")

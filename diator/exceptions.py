@@ -176,6 +176,10 @@ class BrokerUnavailable(BrokerError, ConnectionError):
         super().__init__(problem if message_id is None else f"not sent: {problem}", message_id=message_id)
 
 
+class AccessRefused(BrokerError, WiringError):
+    """The service does not allow this user what a subscription needs. Trying again does not mend that."""
+
+
 class BrokerClosed(BrokerError):
     """The broker was closed by its program. The message was not sent."""
 

@@ -93,6 +93,22 @@ def private_redis(pytestconfig: pytest.Config) -> Iterator[Service]:
     service.remove()
 
 
+@pytest.fixture
+def private_rabbitmq(pytestconfig: pytest.Config) -> Iterator[Service]:
+    """A RabbitMQ for this test alone, which may set off its alarms."""
+    service = found(pytestconfig.stash[SERVICES].private, "rabbitmq")
+    yield service
+    service.remove()
+
+
+@pytest.fixture
+def private_kafka(pytestconfig: pytest.Config) -> Iterator[Service]:
+    """A Kafka for this test alone. A proxy before its port `behind` has to listen at its port `proxied`."""
+    service = found(pytestconfig.stash[SERVICES].private, "kafka")
+    yield service
+    service.remove()
+
+
 def found(look: Callable[[str], Found], name: str) -> Found:
     """What *look* finds; else the test is skipped, or fails if the service is required."""
     try:

@@ -1,4 +1,8 @@
-"""The services that integration tests talk to: found by address, else started in containers."""
+"""
+The services that integration tests talk to: found by address, else started in containers.
+
+``python tests/services.py redis postgres -- COMMAND`` runs a command with the addresses in its environment.
+"""
 
 import asyncio
 import gc
@@ -115,9 +119,11 @@ BACKENDS = {
             environment={
                 "KAFKA_NODE_ID": "1",
                 "KAFKA_PROCESS_ROLES": "broker,controller",
-                "KAFKA_LISTENERS": "PLAINTEXT://:{port},CONTROLLER://:9093",
-                "KAFKA_ADVERTISED_LISTENERS": "PLAINTEXT://127.0.0.1:{port}",
-                "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
+                # A proxy has to stand where clients are sent to: who comes through `behind` is sent to `proxied`.
+                "KAFKA_LISTENERS": "PLAINTEXT://:{port},PROXIED://:{behind},CONTROLLER://:9093",
+                "KAFKA_ADVERTISED_LISTENERS": "PLAINTEXT://127.0.0.1:{port},PROXIED://127.0.0.1:{proxied}",
+                "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT",
+                "KAFKA_INTER_BROKER_LISTENER_NAME": "PLAINTEXT",
                 "KAFKA_CONTROLLER_LISTENER_NAMES": "CONTROLLER",
                 "KAFKA_CONTROLLER_QUORUM_VOTERS": "1@localhost:9093",
                 "KAFKA_OFFSETS_TOPIC_REPLICATION_FACTOR": "1",
@@ -146,6 +152,9 @@ class Service:
     """
     A service in a container of its own, on a loopback port that it keeps for life.
 
+    Where clients are sent on to an advertised address, as by Kafka, the port `behind` advertises the port `proxied`,
+    at which nobody listens: there a proxy can stand.
+
     Every method blocks until it has taken effect: a coroutine calls it by ``asyncio.to_thread``.
     """
 
@@ -153,12 +162,15 @@ class Service:
         from docker.errors import APIError
         from testcontainers.core.container import DockerContainer
 
-        port = _free_port()
+        port, self.behind, self.proxied = _free_port(), _free_port(), _free_port()
         self.url = backend.url.format(port=port)
         self._backend = backend
+        ports = {"port": port, "behind": self.behind, "proxied": self.proxied}
         container = DockerContainer(backend.image)
         container.ports = {str(backend.port or port): ("127.0.0.1", port)}
-        container.with_envs(**{k: v.format(port=port) for k, v in backend.environment.items()})
+        if any("{behind}" in value for value in backend.environment.values()):
+            container.ports[str(self.behind)] = ("127.0.0.1", self.behind)
+        container.with_envs(**{name: value.format(**ports) for name, value in backend.environment.items()})
         if backend.command:
             container.with_command(backend.command)
         try:
@@ -188,6 +200,12 @@ class Service:
     def unpause(self) -> None:
         """Let a frozen service go on."""
         self._container.unpause()
+
+    def run(self, command: str) -> None:
+        """Run *command* in the container, which has to succeed."""
+        code, output = self._container.exec_run(command)
+        if code:
+            raise RuntimeError(f"{command}: {output.decode(errors='replace')}")
 
     def let_go(self) -> None:
         """Close what the engine's client keeps open; it opens it again when it is needed."""
@@ -341,3 +359,24 @@ def wait_for(backend: Backend, url: str, *, within: float) -> None:
 def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command with the addresses of services in its environment, as far as they are to be had or required."""
+    names, command = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+    services, found = Services(), {}
+    try:
+        for name in names:
+            try:
+                found[BACKENDS[name].variable] = services.url(name)
+            except MissingService:
+                if name in os.environ.get("DIATOR_REQUIRE_BACKENDS", ""):
+                    raise
+        return subprocess.run(command, env={**os.environ, **found}, check=False).returncode
+    finally:
+        services.close()
+        sys.stdout.write(f"{services.summary()}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

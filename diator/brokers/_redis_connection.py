@@ -11,6 +11,7 @@ from uuid import UUID
 
 from diator.brokers.supervisor import Supervised
 from diator.exceptions import (
+    AccessRefused,
     BrokerClosed,
     BrokerError,
     BrokerUnavailable,
@@ -54,6 +55,8 @@ def verdict(error: BaseException, message_id: UUID | None, *, written: bool) -> 
     if isinstance(error, BrokerError):
         return error
     problem = f"{type(error).__name__}: {error}"
+    if isinstance(error, redis_errors.NoPermissionError) and message_id is None:
+        return AccessRefused(f"Redis refuses a subscription ({problem}); let its user do so, by ACL SETUSER")
     if isinstance(error, _NOT_EXECUTED) or str(error).startswith("BUSY ") or not written:
         return BrokerUnavailable(f"Redis is not available ({problem})", message_id=message_id)
     if isinstance(error, redis_errors.ResponseError):
@@ -95,6 +98,19 @@ def check_client(client: object) -> None:
         raise WiringError("this Redis client is synchronous; give a redis.asyncio.Redis")
     if isinstance(client, type) or not callable(getattr(client, "execute_command", None)):
         raise WiringError(f"{client!r:.80} is no Redis client; give a redis.asyncio.Redis object, or use from_url")
+
+
+async def give_back(client: Client, connection: Connection) -> None:
+    """
+    Close *connection* at once, and return it to the pool of *client*. Nothing of value may be on its way.
+
+    redis-py alone would begin to close it: with TLS that waits for the peer's goodbye, after `aclose` has returned.
+    """
+    writer: asyncio.StreamWriter | None = getattr(connection, "_writer", None)
+    if writer is not None:
+        writer.transport.abort()
+    await connection.disconnect(nowait=True)
+    await client.connection_pool.release(connection)
 
 
 class SharedConnection:
@@ -240,8 +256,7 @@ class SharedConnection:
     async def _give_back(self, link: _Link, connection: AbstractConnection) -> None:
         if self._link is link:
             self._link = None
-        await connection.disconnect(nowait=True)
-        await self._client.connection_pool.release(connection)
+        await give_back(self._client, connection)
 
     async def _execute_alone(self, command: Sequence[bytes], message_id: UUID | None, deadline: float) -> Any:
         written = not self._plain  # of a client of another kind nobody knows

@@ -57,20 +57,30 @@ class Capabilities:
     redelivery_bound: float | None = None
     """Within how many seconds that happens after a crash or a deadline. Told to programs, not compared."""
     delayed_retry: bool = False
-    """Whether `retry` can wait; what comes behind does not wait for it. Without, an *after* above 0 is refused."""
+    """
+    Whether `retry` can wait; what comes behind does not wait for it, unless by `ordered_retry`. Without, an *after*
+    above 0 is refused.
+    """
     dead_letter: bool = False
     """Whether a message can be put aside: kept as it was, with the reason, where its group does not read."""
     delivery_count: Count = "none"
     """
     What `Delivery.attempt` counts: nothing; each time it was given back; also deliveries that nobody settled.
 
-    It belongs to the message in its group, not to the member, and what was never given out does not count.
+    It belongs to the message in its group, not to the member, and what was never given out does not count. Of what a
+    member had received when its process died, nobody can tell what it had given out: all of it may count.
     """
     ordering: Ordering = "none"
     """
     Within what the order of sends is the order of first deliveries, for one consumer. What comes again may come later.
 
     Destination: all that goes to one topic. Key: what has the same `Message.key`.
+    """
+    ordered_retry: bool = False
+    """
+    Whether a message that was given back comes again before what is behind it: of its key, or without one of nothing.
+
+    What is behind it waits meanwhile, so that the order of first deliveries is that of the work.
     """
     distribution: Distribution = frozenset()
     """Broadcast: every subscription gets every message. Competing: one member of a group gets it."""
@@ -80,12 +90,13 @@ class Capabilities:
     """
     Where a new group begins, or may: now; at the oldest message; anywhere.
 
-    Now, but for what was `retained` because nobody was there: that goes to the first who comes.
+    Now, but for what was `retained` because nobody was there: that goes to the first group that comes; where there are
+    no groups, to the first subscription.
     """
     durability: Durability = "none"
     """What confirmed messages survive: nothing; an orderly restart of the service; the death of its process."""
     unroutable: Unroutable = "dropped"
-    """What becomes of a message that has nobody to go to: gone; kept for who comes; `MessageUnroutable`."""
+    """What becomes of a message that has nobody to go to: gone; kept, see `replay`; `MessageUnroutable`."""
     headers: Headers = "envelope"
     """Where headers travel: in the body, or as the service's own."""
     backpressure: Backpressure = "none"

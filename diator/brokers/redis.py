@@ -9,7 +9,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, 
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
-from diator.brokers._redis_connection import Client, Connection, SharedConnection, check_client, client_from_url
+from diator.brokers._redis_connection import (
+    CLIENT_ERRORS,
+    Client,
+    Connection,
+    SharedConnection,
+    check_client,
+    client_from_url,
+    give_back,
+    verdict,
+)
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities, require
 from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode
@@ -171,15 +180,17 @@ class RedisMessageBroker:
         connection = await self._client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
         try:
             source = _Subscription(connection, channels, patterns)
-            if patterns:
-                await connection.send_command("PSUBSCRIBE", *patterns, check_health=False)
-            await connection.send_command("SUBSCRIBE", *channels, check_health=False)
-            while not source.is_ready:
-                await source.receive(0)
+            try:
+                if patterns:
+                    await connection.send_command("PSUBSCRIBE", *patterns, check_health=False)
+                await connection.send_command("SUBSCRIBE", *channels, check_health=False)
+                while not source.is_ready:
+                    await source.receive(0)
+            except CLIENT_ERRORS as error:
+                raise verdict(error, None, written=False) from error
             yield source
         finally:
-            await connection.disconnect(nowait=True)
-            await self._client.connection_pool.release(connection)
+            await give_back(self._client, connection)
 
     def _channel(self, topic: Topic) -> bytes:
         return f"{self._prefix}:{topic.message_type}:{topic.message_name}".encode()

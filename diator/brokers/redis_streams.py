@@ -15,7 +15,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Self
 
-from diator.brokers._redis_connection import Client, Connection, SharedConnection, check_client, client_from_url
+from diator.brokers._redis_connection import (
+    Client,
+    Connection,
+    SharedConnection,
+    check_client,
+    client_from_url,
+    give_back,
+)
 from diator.brokers._redis_member import BODY, Member, ms
 from diator.brokers._redis_persistence import durability as durability_of
 from diator.brokers._redis_persistence import findings
@@ -199,8 +206,7 @@ class RedisStreamMessageBroker:
         try:
             yield _Reading(connection, member, self._retention)
         finally:
-            await connection.disconnect(nowait=True)
-            await self._client.connection_pool.release(connection)
+            await give_back(self._client, connection)
 
     async def audit(self) -> list[Finding]:
         """See `Auditable.audit`. It needs the permission for INFO, and CONFIG GET for the whole of it."""

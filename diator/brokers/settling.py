@@ -61,6 +61,7 @@ def provenance(delivery: Delivery, reason: str, *, source: str, group: str, **pl
     Give the headers of a dead letter: why *delivery* was put aside, and where it came from.
 
     *source* is the stream, queue or topic, *place* is where in it, by the service's own words: `entry_id`, `partition`.
+    *group* is empty where the subscription had none.
     """
     said = {
         "version": "1",

@@ -22,6 +22,14 @@ _WAITING = 0.05
 logger: logging.Logger = logging.getLogger(__name__)
 
 
+class MessagesMissed(Exception):
+    """
+    Raised by a source whose service has lost messages, or may have, and not just the connection to it.
+
+    The subscription connects again, and tells the program about the gap even where a lost connection makes none.
+    """
+
+
 class Source(Protocol):
     """
     The transport's half: one connection while it lives, ready to receive.
@@ -151,9 +159,27 @@ class Supervised:
         """What was received and never asked for."""
         return self._received
 
+    def take_back(self, which: Callable[[Delivery], bool] = lambda _: True) -> list[Delivery]:
+        """Take *which* of what was received and never asked for, all of it by default: it is given out no more."""
+        taken = [delivery for delivery in self._received if which(delivery)]
+        kept = [delivery for delivery in self._received if not which(delivery)]
+        self._received.clear()
+        self._received.extend(kept)
+        self._room.set()
+        self._arrived.set()
+        return taken
+
     def look_again(self) -> None:
         """Something was settled: perhaps the next one can be given out."""
         self._arrived.set()
+
+    def tell_gap(self, since: datetime, reason: str) -> None:
+        """Tell the program that messages may have been missed from *since* until now."""
+        if self._on_gap is not None:
+            try:
+                self._on_gap(Gap(since=since, until=datetime.now(UTC), reason=reason))
+            except Exception:
+                logger.exception("on_gap failed")
 
     def close(self, error: BrokerClosed) -> None:
         """End this subscription: who waits for a delivery, or asks for one, gets *error*."""
@@ -171,6 +197,7 @@ class Supervised:
         loop = asyncio.get_running_loop()
         failures = 0
         lost: tuple[datetime, str] | None = None
+        missed = self._lossy
         while True:
             since = loop.time()
             connected = False
@@ -180,9 +207,9 @@ class Supervised:
                     since, connected = loop.time(), True
                     if not ready.done():
                         ready.set_result(None)
-                    if lost is not None and self._lossy:
-                        self._tell_gap(*lost)
-                    lost = None
+                    if lost is not None and missed:
+                        self.tell_gap(*lost)
+                    lost, missed = None, self._lossy
                     await self._receive_from(source)
             except Exception as error:  # noqa: BLE001  # whatever a client library raises, the connection is gone
                 if not ready.done():
@@ -192,6 +219,7 @@ class Supervised:
                     self._ended = error
                     self._arrived.set()
                     return
+                missed = missed or isinstance(error, MessagesMissed)
                 reason = f"{type(error).__name__}: {error}" if str(error) else "the peer was silent"
                 logger.warning("a subscription has no connection (%s); connecting again", reason)
                 behind = loop.time() - max(since, self._complete_until()) if connected else 0.0
@@ -248,13 +276,6 @@ class Supervised:
         """Until when nothing can have been missed. What the service had for a reader that lagged is lost with it."""
         waited = asyncio.get_running_loop().time() - self._heard > _WAITING
         return self._heard if waited else self._caught_up
-
-    def _tell_gap(self, lost_at: datetime, reason: str) -> None:
-        if self._on_gap is not None:
-            try:
-                self._on_gap(Gap(since=lost_at, until=datetime.now(UTC), reason=reason))
-            except Exception:
-                logger.exception("on_gap failed")
 
 
 async def _end_of(task: asyncio.Task[None]) -> None:

@@ -37,11 +37,11 @@ class FaultProxy:
         lost: How many bytes a black hole has taken, by direction.
     """
 
-    host = "127.0.0.1"
+    host: str = "127.0.0.1"
 
     def __init__(self, host: str, port: int) -> None:
-        self.port = 0
-        self.accepted = 0
+        self.port: int = 0
+        self.accepted: int = 0
         self.passed: Counter[Flow] = Counter()
         self.lost: Counter[Flow] = Counter()
         self._service = host, port
@@ -49,7 +49,7 @@ class FaultProxy:
         self._links: dict[asyncio.Task[None], _Link] = {}
         self._open = {flow: asyncio.Event() for flow in Flow}
         self._lossy: set[Flow] = set()
-        self._latency = 0.0, 0.0
+        self._latency: tuple[float, float] = (0.0, 0.0)
         self._cuts: dict[Flow, int] = {}
         self._rejects = False
 

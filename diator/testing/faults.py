@@ -68,37 +68,37 @@ class _Well(SendFault, DeliveryFault):
     pass
 
 
-well = _Well("well")
+well: _Well = _Well("well")
 """Nothing: for the messages between those that something happens to."""
 
-unavailable = SendFault("unavailable")
+unavailable: SendFault = SendFault("unavailable")
 """`BrokerUnavailable`: not sent. The service is down, or not to be reached."""
 
-rejected = SendFault("rejected")
+rejected: SendFault = SendFault("rejected")
 """`MessageRejected`: not sent, and it will be refused again. A limit, a full queue, a missing right."""
 
-unroutable = SendFault("unroutable")
+unroutable: SendFault = SendFault("unroutable")
 """`MessageUnroutable`: it reached nobody. RabbitMQ, or Redis Pub/Sub with `require_receiver`."""
 
-unknown_but_sent = SendFault("unknown_but_sent")
+unknown_but_sent: SendFault = SendFault("unknown_but_sent")
 """`OutcomeUnknown`, and it has arrived: the link broke before the answer came. Whoever sends it again repeats it."""
 
-unknown_and_lost = SendFault("unknown_and_lost")
+unknown_and_lost: SendFault = SendFault("unknown_and_lost")
 """`OutcomeUnknown`, and it has not arrived: the link broke before the message did. Whoever does not repeat, loses."""
 
-lost = SendFault("lost")
+lost: SendFault = SendFault("lost")
 """Confirmed, and gone: nobody was subscribed (Redis Pub/Sub), or the service died and had not stored it."""
 
-repeated = SendFault("repeated")
+repeated: SendFault = SendFault("repeated")
 """Confirmed, and there twice, with one id: somebody sent it again after an unknown outcome, as an outbox does."""
 
-overtaken = SendFault("overtaken")
+overtaken: SendFault = SendFault("overtaken")
 """Confirmed, and there after the next one: two senders, two partitions, or one that was given back."""
 
-held = SendFault("held")
+held: SendFault = SendFault("held")
 """Confirmed, and there when the test says so (`FaultyMessageBroker.release`): a queue that lags, a link that stalls."""
 
-crashed = DeliveryFault("crashed")
+crashed: DeliveryFault = DeliveryFault("crashed")
 """
 The process dies when the work is done and before the service hears of it: it is delivered again, as the next attempt.
 

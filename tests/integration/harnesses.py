@@ -1,10 +1,18 @@
 """How the conformance suite gets diator's own transports."""
 
+import asyncio
+import base64
+import contextlib
+import json
 import os
-from contextlib import asynccontextmanager, contextmanager
+import ssl
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
-from urllib.parse import urlsplit
+from urllib.error import HTTPError
+from urllib.parse import quote, urlsplit
+from urllib.request import Request, urlopen
 from uuid import uuid4
 
 from diator.brokers.base import Topic
@@ -316,5 +324,435 @@ def guarded_redis(certificates, certificate, password):
     )
 
 
+# -- RabbitMQ ----------------------------------------------------------------------------------------------------
+
+
+class RabbitMQHarness(Harness):
+    """RabbitMQ, at `DIATOR_TEST_RABBITMQ_URL`. What it declares is deleted at the end."""
+
+    name = "rabbitmq"
+    facilities = frozenset(
+        {"proxy", "raw", "dead_letters", "crash", "processes", "outages", "operator", "topology", "alarm", "security"}
+    )
+    limits = Limits(scale=2.0, settle=0.2, redelivery=3.0, timeout=5.0, liveness=6.0, recovery=8.0, pause=1.0)
+    password = "swordfish-of-the-rabbitmq-harness"
+
+    def __init__(self):
+        self.services = PrivateServices()
+        self.certificates = None
+        self.prefix = os.environ.setdefault("DIATOR_CONFORMANCE_PREFIX", f"conformance-{os.getpid()}")
+        self.declared = set()
+
+    def start(self):
+        url = os.environ.get("DIATOR_TEST_RABBITMQ_URL")
+        if not url:
+            raise EnvironmentMissing("DIATOR_TEST_RABBITMQ_URL does not say where RabbitMQ is")
+        self.url = self.direct = self.shared = url
+        try:
+            self.version = alone(self._amqp(lambda channel: channel.connection.server_properties["version"]))
+        except OSError as error:
+            raise EnvironmentMissing(str(error)) from error
+
+    def stop(self):
+        async def delete(channel):
+            for queue in self.declared:
+                await channel.queue_delete(queue)
+            await channel.exchange_delete(self.prefix, if_unused=True)
+
+        if self.prefix.endswith(f"-{os.getpid()}"):  # and not in another process of this run
+            alone(self._amqp(delete))
+        self.services.close()
+        if self.certificates:
+            self.certificates.close()
+
+    def prepare(self, facility):
+        if facility in {"outages", "alarm"}:
+            self.services.get("breakable", "rabbitmq")
+        if facility == "operator":
+            try:
+                self._manage("GET", "overview")
+            except OSError as error:
+                raise EnvironmentMissing(f"RabbitMQ's management plugin does not answer: {error}") from error
+        if facility == "security":
+            self.certificates = self.certificates or Certificates()
+            for certificate in ("server", "expired"):
+                self.services.get(certificate, guarded_rabbitmq(self.certificates, certificate, self.password))
+
+    def service(self):
+        return f"RabbitMQ {self.version}"
+
+    def driver(self):
+        return f"aiormq {version('aiormq')}"
+
+    def transport(self):
+        return self.connecting_to(self.url)
+
+    def connecting_to(self, url, **options):
+        from diator.brokers.rabbitmq import RabbitMQMessageBroker
+
+        harness = self
+
+        class Watched(RabbitMQMessageBroker):
+            """Tells what it declares, for it to be deleted, and what it has open, for it to be broken."""
+
+            def __init__(self, *args, **options):
+                super().__init__(*args, **options)
+                self.writers, self.disconnected = set(), set()
+                dial = self._address.dial
+
+                async def dialled(purpose):
+                    connection, writer = await dial(purpose)
+                    self.writers.add(writer)
+                    return connection, writer
+
+                self._address.dial = dialled
+
+            @asynccontextmanager
+            async def _reading(self, member, prefetch):
+                if member.group is not None:
+                    harness.declared |= {*member.queues, *map(member.dead, member.queues)}
+                async with super()._reading(member, prefetch) as reading:
+                    if harness.direct != harness.shared:
+                        # RabbitMQ writes down within a second that a quorum queue is there; killed before that, it
+                        # has lost the queue, whatever was confirmed.
+                        await asyncio.sleep(1.5)
+                    yield reading
+
+        name = f"{'&' if '?' in url else '?'}name=conformance-{uuid4().hex}"
+        # Killed and started again, it answers before its queues are there.
+        patience = Patience(connect=15.0, idle=1.0, silence=1.0, longest_pause=1.0)
+        broker = Watched(url + name, self.prefix, timeout=5.0, patience=patience, **options)
+        broker.name = name.partition("=")[2]
+        return broker
+
+    async def send_raw(self, transport, topic, body):
+        from diator.brokers._rabbitmq_member import routing_key
+
+        key = routing_key(*topic)
+        await self._amqp(lambda channel: channel.basic_publish(body, exchange=self.prefix, routing_key=key))
+
+    async def dead_letters(self, transport, topic, group):
+        from pamqp.commands import Basic
+
+        from diator.brokers._rabbitmq_member import queue_name
+
+        found = []
+
+        async def take(channel):
+            dead = f"{queue_name(self.prefix, topic, group)}:dead"
+            while not isinstance((letter := await channel.basic_get(dead)).delivery, Basic.GetEmpty):
+                reason = letter.header.properties.headers["diator-dlq-reason"]
+                found.append(DeadLettered(body=letter.body, reason=reason))
+
+        await self._amqp(take)
+        return found
+
+    async def crash(self, transport):
+        async def no_more(purpose):
+            raise ConnectionError("its process is dead")
+
+        transport._address.dial = no_more
+        for writer in transport.writers:
+            writer.transport.abort()
+
+    @asynccontextmanager
+    async def proxied(self):
+        parts = urlsplit(self.direct)
+        async with FaultProxy(parts.hostname, parts.port or 5672) as proxy:
+            url = f"amqp://{parts.username}:{parts.password}@{proxy.host}:{proxy.port}{parts.path}"
+            with self._at(url, self.direct):
+                yield proxy
+
+    @asynccontextmanager
+    async def private(self):
+        async with self.services["breakable"].breakable() as service:
+            with self._at(service.url, service.url):
+                yield service
+
+    @contextmanager
+    def _at(self, url, direct):
+        before = self.url, self.direct
+        self.url, self.direct = url, direct
+        try:
+            yield
+        finally:
+            self.url, self.direct = before
+
+    @asynccontextmanager
+    async def alarm(self):
+        await self.services["breakable"].run("rabbitmqctl set_vm_memory_high_watermark 0.000001")
+        try:
+            yield
+        finally:
+            await self.services["breakable"].run("rabbitmqctl set_vm_memory_high_watermark 0.6")
+
+    async def disconnect(self, transport):
+        def of_transport():
+            connections = self._manage("GET", "connections")
+            return [
+                each["name"] for each in connections if each.get("user_provided_name", "").startswith(transport.name)
+            ]
+
+        # The management plugin learns of connections, and of their end, within seconds.
+        found, count = set(), max(1, sum(map(is_open, transport.writers)))  # one may be just about to be
+        while len(found) < count:
+            await asyncio.sleep(0.2)  # nobody tells
+            found = set(await asyncio.to_thread(of_transport)) - transport.disconnected
+        transport.disconnected |= found
+        for name in found:
+            with contextlib.suppress(HTTPError):  # closed already
+                await asyncio.to_thread(self._manage, "DELETE", f"connections/{quote(name)}")
+
+    def _manage(self, method, what):
+        parts = urlsplit(self.direct)
+        request = Request(f"http://{parts.hostname}:15672/api/{what}", method=method)
+        credentials = base64.b64encode(f"{parts.username}:{parts.password}".encode()).decode()
+        request.add_header("Authorization", f"Basic {credentials}")
+        with urlopen(request, timeout=5) as answer:
+            said = answer.read()
+        return json.loads(said) if said else None
+
+    async def delete(self, transport, topic, group):
+        from diator.brokers._rabbitmq_member import queue_name
+
+        async def delete(channel):
+            if group is None:
+                await channel.exchange_delete(self.prefix)
+            deleted = queue_name(self.prefix, topic, group or "")
+            for queue in {queue for queue in self.declared if queue.startswith(deleted)} | {deleted}:
+                await channel.queue_delete(queue)
+
+        await self._amqp(delete)
+
+    async def _amqp(self, do):
+        """Do something with a client of its own."""
+        import aiormq
+
+        async with aiormq.connect(self.direct) as connection:
+            done = do(await connection.channel())
+            return await done if asyncio.iscoroutine(done) else done
+
+    def guarded(self, access):
+        service = self.services["expired" if access == "expired" else "server"]
+        authority = "other" if access == "unknown authority" else "ca"
+        host = "localhost" if access == "wrong host" else "127.0.0.1"
+        user = access.replace(" ", "-") if access.startswith("may not") else "granted"
+        password = "wrong" if access == "wrong password" else self.password
+        address = f"{user}:{password}@{host}:{urlsplit(service.url).port}/"
+        if access == "plain":
+            return self.connecting_to(f"amqp://{address}")
+        trusted = ssl.create_default_context(cafile=self.certificates.path / f"{authority}.pem")
+        return self.connecting_to(f"amqps://{address}", ssl_context=trusted)
+
+
+def is_open(writer):
+    return not writer.transport.is_closing()
+
+
+def alone(coroutine):
+    """Run *coroutine* to its end, whether or not an event loop is running here."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(asyncio.run, coroutine).result()
+
+
+def guarded_rabbitmq(certificates, certificate, password):
+    """RabbitMQ that speaks only TLS, and has three users."""
+    rights = {
+        "granted": {"configure": ".*", "write": ".*", "read": ".*"},
+        "may-not-send": {"configure": ".*", "write": r".*:.*|amq\\.default", "read": ".*"},
+        "may-not-read": {"configure": ".*", "write": ".*", "read": ""},
+    }
+    definitions = {
+        "vhosts": [{"name": "/"}],
+        "users": [{"name": name, "password": password, "tags": ""} for name in rights],
+        "permissions": [{"user": name, "vhost": "/", **right} for name, right in rights.items()],
+    }
+    settings = [
+        "listeners.tcp = none",
+        "listeners.ssl.default = 5672",
+        "ssl_options.certfile = /tmp/certificate",
+        "ssl_options.keyfile = /tmp/key",
+        "ssl_options.cacertfile = /tmp/ca",
+        "ssl_options.verify = verify_none",
+        "load_definitions = /tmp/definitions.json",
+        "log.console = true",
+    ]
+    files = {
+        "certificate": certificates.read(f"{certificate}.pem"),
+        "key": certificates.read(f"{certificate}.key"),
+        "ca": certificates.read("ca.pem"),
+        "definitions.json": json.dumps(definitions),
+        "guarded.conf": "\n".join(settings),
+    }
+    names = {name: name.upper().replace(".", "_") for name in files}
+    write = "; ".join(f'printf "%s\\n" "${variable}" > /tmp/{name}' for name, variable in names.items())
+
+    async def probe(url):
+        import aiormq
+
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        async with aiormq.connect(url.replace("guest:guest", f"granted:{password}"), context=context):
+            pass
+
+    return replace(
+        BACKENDS["rabbitmq"],
+        url="amqps://guest:guest@127.0.0.1:{port}/",
+        command=f"sh -c '{write}; chmod 644 /tmp/*; RABBITMQ_CONFIG_FILE=/tmp/guarded.conf exec rabbitmq-server'",
+        environment={names[name]: text.replace("{", "{{").replace("}", "}}") for name, text in files.items()},
+        probe=probe,
+    )
+
+
 def _bytes(value):
     return value.encode() if isinstance(value, str) else value
+
+
+# -- Kafka -------------------------------------------------------------------------------------------------------
+
+
+class KafkaHarness(Harness):
+    """Kafka, at `DIATOR_TEST_KAFKA_SERVERS`; one in a container of its own, where it is to be broken or proxied."""
+
+    name = "kafka"
+    facilities = frozenset({"proxy", "raw", "dead_letters", "crash", "processes", "outages", "topology"})
+    # Joining a group, and creating a topic, take a tenth of a second each; the lowest session that Kafka allows is 6 s.
+    limits = Limits(
+        scale=4.0, settle=0.3, redelivery=5.0, timeout=3.0, liveness=10.0, recovery=20.0, lag=2.0, pause=1.0
+    )
+    in_place = False
+
+    def __init__(self):
+        self.services = PrivateServices()
+
+    @property
+    def is_proxied(self):
+        return int(self.servers.rpartition(":")[2]) == self.services["breakable"]._service.proxied
+
+    def start(self):
+        servers = os.environ.get("DIATOR_TEST_KAFKA_SERVERS")
+        if not servers:
+            raise EnvironmentMissing("DIATOR_TEST_KAFKA_SERVERS does not say where Kafka is")
+        self.servers = servers
+
+    def stop(self):
+        self.services.close()
+
+    def prepare(self, facility):
+        if facility in {"proxy", "outages"}:  # a proxy has to stand where Kafka sends its clients to
+            self.services.get("breakable", "kafka")
+
+    def service(self):
+        return "Kafka"
+
+    def driver(self):
+        return f"aiokafka {version('aiokafka')}"
+
+    def transport(self):
+        from diator.brokers.kafka import KafkaMessageBroker
+
+        patience = Patience(connect=10.0, idle=1.5, silence=1.5, longest_pause=1.0)
+        return KafkaMessageBroker(
+            self.servers,
+            "conformance",
+            timeout=3.0,
+            session=6.0,
+            heartbeat=0.1,
+            drain=10.0,
+            retry_in_place=self.in_place,
+            patience=patience,
+        )
+
+    async def send_raw(self, transport, topic, body):
+        await transport._producer.send(transport._names.topic(topic), body)
+
+    async def dead_letters(self, transport, topic, group):
+        from aiokafka import AIOKafkaConsumer
+
+        name = transport._names.beside(transport._names.topic(topic), group, "-dlq")
+        async with AIOKafkaConsumer(name, bootstrap_servers=self.servers, auto_offset_reset="earliest") as consumer:
+            (place,) = consumer.assignment()
+            count = (await consumer.end_offsets([place]))[place]
+            found = [await consumer.getone() for _ in range(count)]
+        return [
+            DeadLettered(body=record.value, reason=dict(record.headers)["diator-dlq-reason"].decode())
+            for record in found
+        ]
+
+    @asynccontextmanager
+    async def proxied(self):
+        service = self.services["breakable"]._service
+        if self.is_proxied:
+            raise EnvironmentMissing("Kafka sends its clients to one address, at which one proxy can stand")
+        proxy = FaultProxy("127.0.0.1", service.behind)
+        proxy.port = service.proxied
+        async with proxy:
+            with self._at(f"{proxy.host}:{proxy.port}"):
+                yield proxy
+
+    @asynccontextmanager
+    async def private(self):
+        async with self.services["breakable"].breakable() as service:
+            with self._at(service.url):
+                yield service
+
+    @contextmanager
+    def _at(self, servers):
+        before, self.servers = self.servers, servers
+        try:
+            yield
+        finally:
+            self.servers = before
+
+    async def crash(self, transport):
+        nowhere = replace(transport._cluster, servers=("127.0.0.1:1",))
+
+        async def nothing(*_, **__):
+            pass
+
+        clients = [transport._producer._producer.client] if transport._producer._producer else []
+        transport._producer._cluster = nowhere
+        for subscription in transport._subscriptions.values():
+            subscription._cluster = nowhere
+            subscription.connection.say_goodbye = nothing
+            if committing := getattr(subscription.connection, "_committing", None):
+                committing.cancel()
+            clients.append(subscription.connection.consumer._client)
+        for client in clients:
+            client._get_conn = nothing
+            for connection in client._conns.values():
+                if connection._writer:
+                    connection._writer.transport.abort()
+
+    async def delete(self, transport, topic, group):
+        from aiokafka.admin import AIOKafkaAdminClient
+
+        name = transport._names.topic(topic)
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.servers)
+        await admin.start()
+        try:
+            await admin.delete_topics([name if group is None else transport._names.beside(name, group, "-retry")])
+        finally:
+            await admin.close()
+        if group is not None:
+            await self._forget_what_was_read(name, group)
+
+    async def _forget_what_was_read(self, name, group):
+        from aiokafka import AIOKafkaConsumer, TopicPartition
+        from aiokafka.errors import CommitFailedError
+
+        async with AIOKafkaConsumer(
+            bootstrap_servers=self.servers, group_id=group, enable_auto_commit=False
+        ) as consumer:
+            await consumer._client._wait_on_metadata(name)
+            places = [TopicPartition(name, number) for number in consumer.partitions_for_topic(name)]
+            consumer.assign(places)
+            with suppress(CommitFailedError):  # Kafka touches no group that has members
+                await consumer.commit(dict.fromkeys(places, 0))
+
+
+class KafkaInPlaceHarness(KafkaHarness):
+    """Kafka, where what is given back holds up what is behind it."""
+
+    name = "kafka, retry in place"
+    in_place = True

@@ -67,6 +67,10 @@ class PrivateService:
             await self._do(self._service.unpause)
             self._paused = False
 
+    async def run(self, command: str) -> None:
+        """Run *command* in the container."""
+        await self._do(lambda: self._service.run(command))
+
     @asynccontextmanager
     async def breakable(self):
         """Lend it to a scenario."""

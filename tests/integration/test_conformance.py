@@ -11,18 +11,34 @@ import pytest
 
 from diator.testing import FaultyMessageBroker
 from diator.testing.conformance import Deviation, EnvironmentMissing, TransportConformance
-from tests.integration.harnesses import MemoryHarness, PlainHarness, RedisHarness, RedisStreamHarness
+from tests.integration.harnesses import (
+    KafkaHarness,
+    KafkaInPlaceHarness,
+    MemoryHarness,
+    PlainHarness,
+    RabbitMQHarness,
+    RedisHarness,
+    RedisStreamHarness,
+)
 from tests.integration.publish import REPORTS, TRANSPORTS
 
 pytestmark = pytest.mark.timeout(300)
 
 
+ADDRESSES = {
+    "redis_url": "DIATOR_TEST_REDIS_URL",
+    "rabbitmq_url": "DIATOR_TEST_RABBITMQ_URL",
+    "kafka_servers": "DIATOR_TEST_KAFKA_SERVERS",
+}
+
+
 @pytest.fixture(scope="session", autouse=True)
-def redis_address(request):
-    """Tell the harnesses where Redis is, as those of a third party are told."""
+def addresses(request):
+    """Tell the harnesses where the services are, as those of a third party are told."""
     with pytest.MonkeyPatch.context() as environment:
-        with contextlib.suppress(pytest.skip.Exception):
-            environment.setenv("DIATOR_TEST_REDIS_URL", request.getfixturevalue("redis_url"))
+        for fixture, variable in ADDRESSES.items():
+            with contextlib.suppress(pytest.skip.Exception):
+                environment.setenv(variable, request.getfixturevalue(fixture))
         yield
 
 
@@ -58,6 +74,19 @@ class TestRedis(TransportConformance):
 
 class TestRedisStreams(TransportConformance):
     harness = RedisStreamHarness
+
+
+class TestRabbitMQ(TransportConformance):
+    harness = RabbitMQHarness
+
+
+class TestKafka(TransportConformance):
+    harness = KafkaHarness
+
+
+class TestKafkaInPlace(TransportConformance):
+    harness = KafkaInPlaceHarness
+    only = "ACK ORD PSN GRP"
 
 
 @pytest.mark.parametrize("name", TRANSPORTS)

@@ -11,7 +11,6 @@ from uuid import uuid4
 import pytest
 
 from diator.exceptions import BrokerUnavailable, MessageRejected, OutcomeUnknown
-from diator.testing.conformance import SCENARIOS, select
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -30,16 +29,6 @@ def program_of(path):
 page = program_of(PAGE)
 TestTable = page.TestTable
 TestTable.required = True
-
-
-def test_the_page_says_how_many_scenarios_pass():
-    passed, unsupported, not_run = map(
-        int, re.search(r"(\d+) PASS, (\d+) UNS\w+, (\d+) NOT_RUN", PAGE.read_text()).groups()
-    )
-
-    absent = [each for each in select() if each.facilities - page.TableHarness.facilities]
-    assert passed + unsupported + not_run == len(SCENARIOS)
-    assert not_run >= len(absent)
 
 
 @asynccontextmanager

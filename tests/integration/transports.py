@@ -15,4 +15,12 @@ def broker_for(address: str, prefix: str, **options: Any) -> Any:
             from diator.brokers.redis_streams import RedisStreamMessageBroker
 
             return RedisStreamMessageBroker.from_url(f"redis://{rest}", prefix, **{"lease": 1.0, **options})
+        case "amqp":
+            from diator.brokers.rabbitmq import RabbitMQMessageBroker
+
+            return RabbitMQMessageBroker(address, prefix, **options)
+        case "kafka":
+            from diator.brokers.kafka import KafkaMessageBroker
+
+            return KafkaMessageBroker(rest, prefix, **{"session": 6.0, "heartbeat": 0.3, "drain": 5.0, **options})
     raise ValueError(scheme)

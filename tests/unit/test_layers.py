@@ -28,8 +28,15 @@ MODULES = sorted(ROOT.rglob("*.py"))
 #: Each client library, and the one file that imports it. A transport's helper may share its library.
 CLIENTS = {
     "redis": {"brokers/redis.py", "brokers/redis_streams.py", "brokers/_redis_connection.py"},
-    "aio_pika": {"brokers/rabbitmq.py"},
-    "aiokafka": {"brokers/kafka.py"},
+    "aiormq": {"brokers/_rabbitmq_channel.py"},
+    "pamqp": {"brokers/_rabbitmq_channel.py"},
+    "aio_pika": set(),
+    "aiokafka": {
+        "brokers/_kafka_findings.py",
+        "brokers/_kafka_client.py",
+        "brokers/_kafka_reading.py",
+        "brokers/_kafka_sending.py",
+    },
     "rodi": {"container/rodi.py"},
     "dishka": {"container/dishka.py"},
     "pydantic": set(),

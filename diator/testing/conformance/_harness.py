@@ -235,7 +235,11 @@ class Harness(ABC):
         raise NotImplementedError
 
     async def dead_letters(self, transport: Transport, topic: Topic, group: str | None) -> list[DeadLettered]:
-        """`dead_letters`: Give what was put aside of *topic* by *group*, as the service has it."""
+        """
+        `dead_letters`: Give what was put aside of *topic* by *group*, as the service has it.
+
+        None is for a subscription without a group. Bodies are given as they were sent, whatever else is kept with them.
+        """
         raise NotImplementedError
 
     def full(self, room: int) -> Transport:

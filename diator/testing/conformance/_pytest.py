@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from diator.exceptions import MissingExtra
 from diator.testing.conformance._harness import Deviation, EnvironmentMissing, Harness
 from diator.testing.conformance._runner import check_deviations, run_scenario
-from diator.testing.conformance._scenario import SCENARIOS, Scenario, select
+from diator.testing.conformance._scenario import Scenario, select
 
 try:
     import pytest
@@ -28,13 +28,15 @@ class TransportConformance:
     deviations: ClassVar[Mapping[str, Deviation]] = {}
     """Beside those of the harness."""
     required: ClassVar[bool] = False
+    only: ClassVar[str] = ""
+    """Only scenarios whose id or title has one of these words: for a second configuration of a transport."""
 
     _running: ClassVar[Harness | None] = None
     _missing: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        settings = {"harness", "deviations", "required", "pytestmark"}
+        settings = {"harness", "deviations", "required", "only", "pytestmark"}
         own = {name for name in vars(cls) if not name.startswith("__")} - settings
         if shadowed := sorted(own):
             raise TypeError(
@@ -46,7 +48,8 @@ class TransportConformance:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Make a test of each scenario."""
         if "conformance_scenario" in metafunc.fixturenames:
-            metafunc.parametrize("conformance_scenario", select(), ids=sorted(SCENARIOS))
+            scenarios = select(self.only)
+            metafunc.parametrize("conformance_scenario", scenarios, ids=[each.id for each in scenarios])
 
     @classmethod
     def setup_class(cls) -> None:

@@ -45,6 +45,12 @@ class Reader:
         self._ledger = ledger
         self._limits = limits
 
+    @property
+    def acknowledged(self) -> set[object]:
+        """The ids of what was, also by others of this name."""
+        received = (each for each in self._ledger.received if each.subscription == self.name)
+        return {each.id for each in received if each.delivery.outcome == "ack"}
+
     async def next(self) -> Received:
         """Wait for the next delivery; it is the scenario's to settle."""
         while is_fence(received := await self.next_or_fence()):

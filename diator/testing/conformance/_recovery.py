@@ -12,7 +12,6 @@ from diator.brokers.message import Message
 from diator.exceptions import BrokerError, BrokerUnavailable, OutcomeUnknown
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._harness import Proxy
-from diator.testing.conformance._ledger import Received
 from diator.testing.conformance._reader import Reader, cancelled
 
 # -- the fault was felt ------------------------------------------------------------------------------------------
@@ -80,7 +79,7 @@ async def receives_again(ctx: Context, reader: Reader, *, by: float | None = Non
     await reader.until_fence()
     messages = await ctx.send(reader.broker, topic, 20)
     await reader.until_fence()
-    ids = [message.message_id for message in messages]
+    ids: list[object] = [message.message_id for message in messages]
     came = [each.id for each in ctx.ledger.received if each.id in ids and each.subscription == reader.name]
     if ctx.capabilities.ordering != "destination":
         came.sort(key=ids.index)
@@ -93,18 +92,17 @@ async def receives_again(ctx: Context, reader: Reader, *, by: float | None = Non
 async def read_while(
     reader: Reader, doing: Coroutine[Any, Any, Any], *, until: Callable[[Collection[object]], bool] = lambda _: True
 ) -> None:
-    """Acknowledge what comes while *doing* runs, and then until the ids that came are enough."""
+    """Acknowledge what comes while *doing* runs, and then until the ids that were acknowledged are enough."""
     task = asyncio.create_task(doing)
-    came: set[object] = set()
     try:
-        while not task.done() or not until(came):
-            reading: asyncio.Task[list[Received]] = asyncio.create_task(reader.take(1))
+        while not task.done() or not until(reader.acknowledged):
+            reading = asyncio.create_task(reader.take(1))
             await asyncio.wait({reading} if task.done() else {reading, task}, return_when=asyncio.FIRST_COMPLETED)
             if not reading.done():
                 await cancelled(reading)
             # An acknowledgement that did not arrive is told, and its message comes again.
             if not reading.cancelled() and not isinstance(reading.exception(), BrokerError):
-                came |= {each.id for each in reading.result()}
+                reading.result()
             if task.done():
                 task.result()
     finally:

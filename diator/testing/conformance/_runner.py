@@ -131,9 +131,11 @@ def _run(scenario: Scenario, harness: Harness, seed: int) -> Result:
             await scenario.run(context)
 
     async def within_deadline() -> None:
+        files = open_files()
         asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(_said(context)))
         await _bounded(judge, scenario.timeout * harness.limits.scale)
         await _no_task_is_left()
+        await _closed(files)
 
     try:
         with _nothing_left_open(problems), _collecting_only_what_is_new():
@@ -180,6 +182,14 @@ async def _no_task_is_left() -> None:
     if left:
         names = ", ".join(sorted(getattr(task.get_coro(), "__qualname__", task.get_name()) for task in left))
         raise Nonconformance(f"tasks are left behind: {names}")
+
+
+async def _closed(files: set[str]) -> None:
+    """Let end what is just ending: a connection by TLS says goodbye and waits for an answer."""
+    for _ in range(25):
+        if open_files() <= files:
+            return
+        await asyncio.sleep(0.01)
 
 
 @contextmanager

@@ -22,7 +22,14 @@ from diator.testing.conformance import SCENARIOS
 PlainReport: TypeAlias = Mapping[str, Any]
 """A report as JSON has it."""
 
-SIGNS: dict[str, str] = {"PASS": "✓", "FAIL": "✗", "DEVIATION": "△", "UNSUPPORTED": "○", "NOT_RUN": "·"}
+SIGNS: dict[str, str] = {
+    "PASS": "✓",
+    "FAIL": "✗",
+    "PROVISIONAL": "◇",
+    "DEVIATION": "△",
+    "UNSUPPORTED": "○",
+    "NOT_RUN": "·",
+}
 """How each outcome is shown."""
 
 _YES_NO: dict[str, str] = {"True": "yes", "False": "no"}
@@ -141,13 +148,16 @@ def totals(reports: Sequence[PlainReport]) -> str:
     rows = [
         [
             report["transport"],
-            report["broker"] or "",
+            ", by ".join(filter(None, [report["broker"], report.get("driver")])),
             report["suite_version"],
+            report.get("result", ""),
             *(str(report["totals"].get(outcome, 0)) for outcome in SIGNS),
         ]
         for report in reports
     ]
-    return _table(["transport", "service", "suite", *(f"{sign} {name}" for name, sign in SIGNS.items())], rows)
+    return _table(
+        ["transport", "service", "suite", "result", *(f"{sign} {name}" for name, sign in SIGNS.items())], rows
+    )
 
 
 def capabilities(reports: Sequence[PlainReport]) -> str:
@@ -182,7 +192,7 @@ def reasons(reports: Sequence[PlainReport]) -> str:
     for report in reports:
         because: dict[tuple[str, str], list[str]] = defaultdict(list)
         for each in report["scenarios"]:
-            if each["outcome"] in ("FAIL", "DEVIATION", "NOT_RUN"):
+            if each["outcome"] not in ("PASS", "UNSUPPORTED"):
                 because[SIGNS[each["outcome"]], each["reason"]].append(each["id"])
         lines += [
             f"- {report['transport']}, {sign} {', '.join(ids)}: {_cell(reason)}"

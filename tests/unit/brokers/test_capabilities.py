@@ -15,6 +15,7 @@ LEVELS = {
     "dead_letter": [False, True],
     "delivery_count": ["none", "retries", "exact"],
     "ordering": ["none", "key", "destination"],
+    "ordered_retry": [False, True],
     "subscription": ["ephemeral", "durable"],
     "replay": ["none", "earliest", "position"],
     "durability": ["none", "restart", "crash"],

@@ -10,7 +10,7 @@ from itertools import pairwise, takewhile
 import pytest
 
 from diator.brokers.base import Delivery, Topic
-from diator.brokers.supervisor import Patience, Supervised
+from diator.brokers.supervisor import MessagesMissed, Patience, Supervised
 from diator.exceptions import BrokerClosed, BrokerUnavailable, MessageRejected, WiringError
 
 PATIENT = Patience(connect=5, idle=5, silence=5, first_pause=0, longest_pause=0)
@@ -309,6 +309,31 @@ async def test_the_gap_lasts_until_there_is_a_connection():
         await asyncio.sleep(0)
 
     assert 0.1 <= (gaps[0].until - gaps[0].since).total_seconds() < 0.1 + PROMPTLY
+
+
+async def test_a_gap_where_a_service_has_lost_messages_though_its_connections_lose_none():
+    """It is told with the first reason, and the next loss of a connection alone is none again."""
+    gaps = []
+    service = Service(None, MessagesMissed("and still gone"))
+    async with service.supervised(lossy=False, on_gap=gaps.append):
+        await service.flap(MessagesMissed("the queue is gone"))
+        await asyncio.sleep(0)
+        await service.flap(ConnectionError("cut"))
+        await asyncio.sleep(0)
+
+    assert [each.reason for each in gaps] == ["MessagesMissed: the queue is gone"]
+
+
+async def test_what_is_taken_back_is_given_to_nobody():
+    service = Service()
+    async with service.supervised(lossy=False) as deliveries:
+        service.links[0].tell(1, 2, 3)
+        assert await take(deliveries, 1) == [1]
+        taken = deliveries.take_back()
+        service.links[0].tell(4)
+
+        assert [int(each.body) for each in taken] == [2, 3]
+        assert await take(deliveries, 1) == [4]
 
 
 async def test_no_gap_where_nothing_is_missed():

@@ -10,7 +10,7 @@ from diator.exceptions import BrokerError, EncodingError
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._scenario import scenario
 
-_RETRY = Capabilities(settlement="individual", redelivery=frozenset({"retry"}))
+_RETRY = Capabilities(settlement="cumulative", redelivery=frozenset({"retry"}))
 
 
 async def _arrive(ctx: Context, *all_headers: Mapping[str, str]) -> None:

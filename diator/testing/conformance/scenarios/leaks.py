@@ -22,7 +22,7 @@ def _tasks() -> int:
 @scenario("LEK-01", "after it is closed, a broker holds no task and no connection")
 async def closed_is_gone(ctx: Context) -> None:
     """Catches a task or a socket that only the end of the program ends."""
-    await ctx.send(await ctx.broker(), ctx.topic())  # what a library opens once and keeps is not the broker's
+    await ctx.use(await ctx.broker())  # what a library opens once and keeps is not the broker's
     tasks, files = _tasks(), len(open_files())
     broker, topic = ctx.harness.transport(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
@@ -55,7 +55,7 @@ async def nothing_unseen(ctx: Context) -> None:
 @scenario("LEK-03", "30 brokers, one after the other, leave nothing", timeout=60)
 async def again_and_again(ctx: Context) -> None:
     """Catches what is left a little at a time."""
-    await ctx.send(await ctx.broker(), ctx.topic())
+    await ctx.use(await ctx.broker())
     tasks, files = _tasks(), len(open_files())
     for _ in range(30):
         async with ctx.harness.transport() as broker:

@@ -32,7 +32,7 @@ async def a_new_one_works(ctx: Context) -> None:
 async def closed_often(ctx: Context) -> None:
     """Catches a close that fails, or hangs, when another is under way."""
     broker = await ctx.broker()
-    await ctx.send(broker, ctx.topic())
+    await ctx.use(broker)
     await asyncio.gather(*(broker.aclose() for _ in range(10)))
     await broker.aclose()
     await ctx.raises(BrokerClosed, broker.send_message(ctx.message(ctx.topic())), "sending when closed")
@@ -54,7 +54,7 @@ async def closes_on_error(ctx: Context) -> None:
     async def fail() -> None:
         async with opened as broker:
             ctx.check(broker is opened, "`async with` gives another object")
-            await broker.send_message(ctx.message(ctx.topic()))
+            await ctx.use(broker)
             raise raised
 
     caught = await ctx.raises(LookupError, fail(), "a broker's block")
@@ -110,7 +110,7 @@ async def cancelled_close(ctx: Context) -> None:
     """Catches a close that, once cancelled, releases nothing, or hangs the next time."""
     for steps in range(4):
         broker, topic = await ctx.broker(), ctx.topic()
-        await ctx.send(broker, topic)
+        await ctx.use(broker, topic)
         closing = asyncio.create_task(broker.aclose())
         for _ in range(steps):
             await asyncio.sleep(0)
@@ -214,7 +214,7 @@ async def share_nothing(ctx: Context) -> None:
     """Catches state that is kept on the class: closing one closes the other."""
     one, two, topic = await ctx.broker(), await ctx.broker(), ctx.topic()
     async with ctx.reading(two, topic) as reader:
-        await ctx.send(one, ctx.topic())
+        await ctx.use(one)
         await one.aclose()
         messages = await ctx.send(two, topic, 3)
         await reader.until_fence()

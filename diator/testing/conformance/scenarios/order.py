@@ -101,17 +101,23 @@ async def tasks_keep_order(ctx: Context) -> None:
 
 
 @scenario("ORD-10", "a message that is given back does not disorder the others", needs=Capabilities(
-    ordering="destination", settlement="individual", redelivery=frozenset({"retry"})))  # fmt: skip
+    ordering="key", settlement="cumulative", redelivery=frozenset({"retry"})))  # fmt: skip
 async def order_survives_retry(ctx: Context) -> None:
-    """Catches a retry that moves more than its own message. Judged by first deliveries."""
+    """Catches a retry that moves more than its own message; and one that is overtaken where it must not be."""
     broker, topic = await ctx.broker(), ctx.topic()
-    async with ctx.reading(broker, topic, group=ctx.name()) as reader:
-        messages = await ctx.send(broker, topic, 40)
+    messages = [ctx.message(topic, number, key="one key") for number in range(40)]
+    async with ctx.reading(broker, topic, group=ctx.name(), prefetch=1) as reader:
+        await ctx.send_all(broker, messages)
         settled = 0
+        given_back: object = None
         while settled < len(messages):
             received = await reader.next()
+            if ctx.capabilities.ordered_retry and given_back is not None:
+                ctx.same(received.id, given_back, "what came after a message of its key was given back")
+            given_back = None
             if ctx.random.random() < 0.3 and received.delivery.attempt == 1:  # noqa: PLR2004
                 await received.delivery.retry()
+                given_back = received.id
             else:
                 await received.delivery.ack()
                 settled += 1

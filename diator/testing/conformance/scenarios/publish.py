@@ -59,7 +59,7 @@ async def batch(ctx: Context) -> None:
     broker, topic = await ctx.broker(), ctx.topic()
     send_messages: Any = getattr(broker, "send_messages", None)
     ctx.applies(send_messages, "this transport has no send_messages")
-    messages = [ctx.message(topic, number) for number in range(10)]
+    messages = [ctx.message(topic, number, key="one key") for number in range(10)]
     ids = [message.message_id for message in messages]
     spoilt = [*messages[:4], ctx.message(Topic(topic.message_type, "\ud800")), *messages[4:]]
     async with ctx.reading(broker, topic) as reader:
@@ -182,7 +182,8 @@ async def unchanged(ctx: Context) -> None:
     broker, topic = await ctx.broker(), ctx.topic()
     message = ctx.message(topic, key="k", headers={"a": "1"})
     before = asdict(message)
-    await ctx.send_all(broker, [message])
+    async with ctx.reading(broker, topic):
+        await ctx.send_all(broker, [message])
     ctx.same(asdict(message), before, "the message after it was sent")
 
 
@@ -200,8 +201,7 @@ async def does_not_wait(ctx: Context) -> None:
 async def connects_when_used(ctx: Context) -> None:
     """Catches a transport that only works after a call that the contract does not have."""
     for _ in range(2):
-        broker, topic = await ctx.broker(), ctx.topic()
-        await ctx.send(broker, topic)
+        await ctx.use(await ctx.broker())
     async with ctx.harness.transport() as entered:
         topic = ctx.topic()
         async with ctx.reading(entered, topic) as reader:

@@ -1,0 +1,160 @@
+"""What in a Kafka weakens what the transport promises. It asks, and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from aiokafka import errors
+from aiokafka.admin.config_resource import ConfigResourceType
+from aiokafka.client import AIOKafkaClient
+from aiokafka.protocol.admin import DescribeConfigsRequest
+from aiokafka.protocol.metadata import MetadataRequest
+
+from diator.brokers._kafka_client import DEAD, HEADERS_BYTES, Cluster, Policy, close_client
+from diator.brokers.audit import Finding
+
+_DAY_MS = 24 * 60 * 60 * 1000
+_WEEK_MINUTES = 7 * 24 * 60
+_COPIES = 3
+
+
+async def look_into(cluster: Cluster, policy: Policy, prefix: str) -> list[Finding]:
+    """Look at the brokers, and at all topics that are there of *prefix*."""
+    client = AIOKafkaClient(**cluster.settings())
+    try:
+        await client.bootstrap()
+        node = client.get_random_node()
+        response = await client.send(node, MetadataRequest(None, allow_auto_topic_creation=False))
+        copies = {
+            name: min((len(partition[3]) for partition in partitions), default=0)
+            for error_code, name, _, partitions in response.topics
+            if not error_code and name.startswith(f"{prefix}.")
+        }
+        brokers = [broker[0] for broker in response.brokers]
+        found = [*_of_the_cluster(len(brokers), policy)]
+        if brokers:
+            found += _of_a_broker(await _described(client, brokers[0], ConfigResourceType.BROKER, [str(brokers[0])]))
+        described = await _described(client, node, ConfigResourceType.TOPIC, [*copies])
+        for name, settings in described.items():
+            found += _of_a_topic(name, copies[name], settings, policy)
+        return found
+    finally:
+        await close_client(client)
+
+
+async def _described(
+    client: Any, node: Any, kind: ConfigResourceType, names: Collection[str]
+) -> dict[str, Mapping[str, str] | str]:
+    """Give the settings of each of *names*, or why they are not to be had."""
+    if not names:
+        return {}
+    request = DescribeConfigsRequest(resources=[(int(kind), name, None) for name in names], include_synonyms=False)
+    response = await client.send(node, request)
+    return {
+        name: errors.for_code(error_code).__name__
+        if error_code
+        else {setting[0]: setting[1] or "" for setting in settings}
+        for error_code, _, _, name, settings in response.resources
+    }
+
+
+def _of_the_cluster(brokers: int, policy: Policy) -> Iterator[Finding]:
+    if policy.create and policy.replicas(brokers) < _COPIES:
+        yield Finding(
+            weakens="durability",
+            problem=f"topics are created with {policy.replicas(brokers)} copies, for the cluster has {brokers} brokers",
+            remedy="have three brokers at least, and replication_factor=3",
+        )
+
+
+def _of_a_broker(described: Mapping[str, Mapping[str, str] | str]) -> Iterator[Finding]:
+    for name, settings in described.items():
+        if isinstance(settings, str):
+            yield _hidden(f"broker {name}", settings, "DescribeConfigs on the cluster")
+            continue
+        if int(settings.get("offsets.retention.minutes", _WEEK_MINUTES)) < _WEEK_MINUTES:
+            yield Finding(
+                weakens="subscription",
+                problem=f"offsets.retention.minutes is {settings['offsets.retention.minutes']}: by then a group "
+                "without members has forgotten what it handled, and gets it all again",
+                remedy=f"set it to {_WEEK_MINUTES} (a week) at least, and longer than any group is ever away",
+            )
+        if settings.get("auto.create.topics.enable") == "true":
+            yield Finding(
+                weakens="durability",
+                problem="auto.create.topics.enable is true: a topic that was deleted comes back by itself, with one "
+                "copy of each message unless default.replication.factor says otherwise",
+                remedy="set it to false",
+            )
+
+
+def _of_a_topic(name: str, copies: int, settings: Mapping[str, str] | str, policy: Policy) -> Iterator[Finding]:
+    if copies < _COPIES:
+        yield Finding(
+            weakens="durability",
+            problem=f"{name} has {copies} copies of each message: what is lost with a broker's disk is lost",
+            remedy="reassign its partitions to three brokers (kafka-reassign-partitions.sh)",
+        )
+    if isinstance(settings, str):
+        yield _hidden(f"topic {name}", settings, f"DescribeConfigs on the topic {name}")
+        return
+    set_to = f"kafka-configs.sh --alter --topic {name} --add-config"
+    if int(settings.get("min.insync.replicas", 1)) < 2:  # noqa: PLR2004  # a second copy is what is meant by safe
+        yield Finding(
+            weakens="receipt",
+            problem=f"{name} has min.insync.replicas below 2: a message is confirmed while there is one copy of it",
+            remedy=f"{set_to} min.insync.replicas=2",
+        )
+    if settings.get("unclean.leader.election.enable") == "true":
+        yield Finding(
+            weakens="durability",
+            problem=f"{name} has unclean.leader.election.enable: a copy that lacks what was confirmed may take over",
+            remedy=f"{set_to} unclean.leader.election.enable=false",
+        )
+    if "compact" in settings.get("cleanup.policy", ""):
+        yield Finding(
+            weakens="guarantee",
+            problem=f"{name} is compacted: of the messages of one key all but the last are removed, read or not",
+            remedy=f"{set_to} cleanup.policy=delete",
+        )
+    yield from _of_its_retention(name, settings, set_to)
+    if int(settings.get("max.message.bytes", 0)) < policy.max_message_bytes:
+        yield Finding(
+            weakens="max_message_bytes",
+            problem=f"{name} takes {int(settings.get('max.message.bytes', 0)):,} bytes, and this broker's "
+            f"max_message_bytes is {policy.max_message_bytes:,}",
+            remedy=f"{set_to} max.message.bytes={policy.max_message_bytes + HEADERS_BYTES}",
+        )
+
+
+def _of_its_retention(name: str, settings: Mapping[str, str], set_to: str) -> Iterator[Finding]:
+    kept_ms, kept_bytes = int(settings.get("retention.ms", -1)), int(settings.get("retention.bytes", -1))
+    if name.endswith(DEAD):
+        if kept_ms >= 0 or kept_bytes >= 0:
+            yield Finding(
+                weakens="dead_letter",
+                problem=f"{name} is emptied by retention, whether or not anybody has looked at what was put aside",
+                remedy=f"{set_to} retention.ms=-1,retention.bytes=-1",
+            )
+        return
+    if 0 <= kept_ms < _DAY_MS:
+        yield Finding(
+            weakens="subscription",
+            problem=f"{name} keeps messages for {kept_ms / 1000:g} s: a group that is away for longer misses some",
+            remedy=f"{set_to} retention.ms={7 * _DAY_MS}",
+        )
+    if kept_bytes >= 0:
+        yield Finding(
+            weakens="subscription",
+            problem=f"{name} keeps {kept_bytes:,} bytes a partition: a burst removes what was not read yet",
+            remedy=f"{set_to} retention.bytes=-1",
+        )
+
+
+def _hidden(what: str, why: str, right: str) -> Finding:
+    return Finding(
+        weakens="durability",
+        problem=f"the settings of {what} may not be looked at ({why}), so nobody knows what they weaken",
+        remedy=f"allow {right}",
+    )

@@ -1,0 +1,96 @@
+"""What is written to RabbitMQ for a message, as AMQP 0-9-1 has it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from functools import lru_cache
+from time import time
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+from diator.brokers._rabbitmq_channel import Channel, ContentHeader, commands, marshal
+from diator.exceptions import EncodingError
+
+_FRAME = struct.Struct(">BHI")
+_AROUND = 8
+"""How many bytes a frame has beside its payload."""
+_HEADER = struct.Struct(">HHQH")
+_BASIC = 60
+_FLAGS = 1 << 15 | 1 << 12 | 1 << 7 | 1 << 6 | 1 << 5  # content_type, delivery_mode, message_id, timestamp, type
+_HEADERS_FLAG = 1 << 13
+_JSON = b"\x10application/json"
+_PERSISTENT = b"\x02"
+
+
+class Publication(NamedTuple):
+    """A message as it is published. *header* is the payload of the frame of that name."""
+
+    exchange: str
+    routing_key: str
+    header: bytes
+    body: bytes
+    message_id: str
+    """As it is in the header: RabbitMQ returns what is unroutable without saying which publication it was."""
+    mandatory: bool
+
+    def frames(self, frame_max: int) -> bytes:
+        """Write it whole. `ValueError` if its headers do not fit into a frame."""
+        most, body = frame_max - _AROUND, self.body
+        if len(self.header) > most:
+            raise ValueError(f"its headers take {len(self.header):,} bytes, and RabbitMQ takes {most:,}")
+        parts = [_framed(3, body[start : start + most]) for start in range(0, len(body), most)]
+        return _publish(self.exchange, self.routing_key, self.mandatory) + _framed(2, self.header) + b"".join(parts)
+
+
+def _framed(kind: int, payload: bytes) -> bytes:
+    """Write a frame: 2 is the header of a message, 3 a part of its body."""
+    return b"%b%b\xce" % (_FRAME.pack(kind, Channel.NUMBER, len(payload)), payload)
+
+
+@lru_cache(maxsize=1024)
+def _publish(exchange: str, routing_key: str, mandatory: bool) -> bytes:  # noqa: FBT001
+    frame = commands.Basic.Publish(exchange=exchange, routing_key=routing_key, mandatory=mandatory)
+    return marshal(frame, Channel.NUMBER)
+
+
+def header_of(name: str, message_id: str, headers: Mapping[str, str], size: int) -> bytes:
+    """
+    Write the properties of a message whose body has *size* bytes.
+
+    Raises:
+        EncodingError: A header is no valid Unicode, or its name is too long.
+    """
+    try:
+        kind, table = _short(name, 255), b""
+        for each, value in headers.items():
+            text = value.encode()
+            table += _short(each, 128) + b"S" + len(text).to_bytes(4) + text
+    except (UnicodeEncodeError, ValueError) as error:
+        raise EncodingError(f"{name}.headers", str(error)) from error
+    flags, properties = _FLAGS, _JSON
+    if table:
+        flags, properties = _FLAGS | _HEADERS_FLAG, _JSON + len(table).to_bytes(4) + table
+    known = b"%b%b\x24%b%b" % (properties, _PERSISTENT, message_id.encode(), int(time()).to_bytes(8))
+    return _HEADER.pack(_BASIC, 0, size, flags) + known + kind
+
+
+def _short(text: str, most: int) -> bytes:
+    encoded = text.encode()
+    if len(encoded) > most:
+        raise ValueError(f"a name has {len(encoded)} bytes, and AMQP takes {most}")
+    return b"%c%b" % (len(encoded), encoded)
+
+
+def again(header: ContentHeader, headers: Mapping[str, Any], body: bytes, queue: str) -> Publication:
+    """Make a message that came one for *queue*, with other *headers*. Without an id it gets one, to be known by."""
+    properties = header.properties
+    properties.message_id = properties.message_id or str(uuid4())
+    properties.headers = {
+        name: bytearray(value) if isinstance(value, bytes) else value for name, value in headers.items()
+    }
+    properties.delivery_mode = 2
+    properties.expiration = None
+    properties.user_id = None  # RabbitMQ refuses another one than the connection's
+    written = ContentHeader(0, len(body), properties).marshal()
+    return Publication("", queue, written, body, properties.message_id, mandatory=True)

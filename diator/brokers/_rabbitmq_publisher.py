@@ -1,0 +1,356 @@
+"""Publishing to RabbitMQ: one channel with confirms, which concurrent callers use at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+from uuid import UUID
+
+from diator.brokers._rabbitmq_channel import (
+    CLIENT_ERRORS,
+    NOT_FOUND,
+    Address,
+    Channel,
+    Content,
+    ContentHeader,
+    Lost,
+    Refused,
+    commands,
+    explained,
+    is_blocked,
+)
+from diator.brokers._rabbitmq_frames import Publication
+from diator.brokers.audit import Finding
+from diator.exceptions import (
+    BrokerClosed,
+    BrokerError,
+    BrokerUnavailable,
+    MessageRejected,
+    MessageUnroutable,
+    OutcomeUnknown,
+    WiringError,
+)
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+_BLOCKED = "RabbitMQ has stopped reading from publishers: a resource alarm, memory or disk"
+_MOST_BYTES = 4 * 1024 * 1024
+_LOOK = 1.0
+"""How often, in seconds, the oldest message in flight is looked at."""
+
+
+def topic_exchange(name: str) -> commands.Exchange.Declare:
+    """Ask for the exchange of that name, which stays."""
+    return commands.Exchange.Declare(exchange=name, exchange_type="topic", durable=True)
+
+
+class Publisher:
+    """
+    Publishes with confirms, on a connection of its own: an alarm of RabbitMQ holds back everything on it.
+
+    At most *max_in_flight* messages, and about 4 MiB, wait for their confirms; further ones queue for room, in their
+    order. Every call ends within *timeout* seconds, all told. A message that is overdue stays in flight, its outcome
+    unknown, until RabbitMQ answers; if nothing at all was heard meanwhile, the connection is given up. Nothing is sent
+    twice.
+    """
+
+    def __init__(self, address: Address, exchange: str, *, timeout: float, max_in_flight: int) -> None:
+        self._address = address
+        self._exchange = exchange
+        self._timeout = timeout
+        self._max_in_flight = max_in_flight
+        self._link: _Link | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._turn = asyncio.Lock()
+        self._queued = 0
+        self._farewells: set[asyncio.Task[None]] = set()
+        self._closing: asyncio.Task[None] | None = None
+        self.is_closed = False
+
+    async def open(self) -> None:
+        """Connect now. BrokerUnavailable if that is not possible."""
+        self._on_this_loop()
+        try:
+            async with asyncio.timeout(self._timeout), self._turn:
+                await self._connected()
+        except TimeoutError as error:
+            raise BrokerUnavailable(f"no connection to RabbitMQ within {self._timeout:g} s") from error
+
+    async def publish(self, publication: Publication) -> None:
+        """
+        Publish, and return when RabbitMQ has confirmed.
+
+        Raises:
+            BrokerUnavailable: It was not sent.
+            MessageRejected: RabbitMQ refused it.
+            MessageUnroutable: No queue wants it, and it is mandatory.
+            OutcomeUnknown: It was sent, and not confirmed.
+            BrokerClosed: `aclose` was called before.
+        """
+        deadline = self._on_this_loop().time() + self._timeout
+        link = self._link
+        if link is not None and not self._queued and link.has_room and publication.message_id not in link.ids:
+            confirmed = link.publish(publication, deadline)
+        else:
+            confirmed = await self._publish_in_turn(publication, deadline)
+        await confirmed
+
+    def blocked(self) -> Sequence[Finding]:
+        """Tell of an alarm, which holds back every publisher."""
+        if self._link is None or not is_blocked(self._link.connection):
+            return ()
+        return (
+            Finding(weakens="receipt", problem=_BLOCKED, remedy="make room: rabbitmq-diagnostics alarms says where"),
+        )
+
+    async def aclose(self) -> None:
+        """
+        Refuse further messages, wait for the confirms that are due, and close the connection.
+
+        That goes on if a caller is cancelled; calling it again waits for it.
+        """
+        self.is_closed = True
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(), name="diator: closing")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        async with self._turn:  # behind those who were there before
+            link, self._link = self._link, None
+        if link is not None:
+            await link.finish()
+            await link.hang_up()
+        if self._farewells:
+            await asyncio.wait(self._farewells)
+
+    def _on_this_loop(self) -> asyncio.AbstractEventLoop:
+        """Begin anew on another event loop. What belonged to one that is over died with it."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            if self._loop is not None and self._loop.is_running():
+                raise WiringError("a broker belongs to one event loop at a time; make another one for each thread")
+            if self._loop is not None:
+                self._link, self._turn, self._queued = None, asyncio.Lock(), 0
+            self._loop = loop
+        return loop
+
+    async def _publish_in_turn(self, publication: Publication, deadline: float) -> asyncio.Future[None]:
+        """Wait for a connection with room, and for an earlier message of this id to be answered."""
+        message_id = publication.message_id
+        concerned = _uuid(message_id)
+        self._queued += 1
+        try:
+            async with asyncio.timeout_at(deadline):
+                while True:
+                    async with self._turn:
+                        while not (link := await self._connected(concerned)).has_room:
+                            await link.room()
+                        if message_id not in link.ids:
+                            return link.publish(publication, deadline)
+                    await link.room()
+        except TimeoutError as error:
+            blocked = self._link is not None and is_blocked(self._link.connection)
+            raise BrokerUnavailable(
+                _BLOCKED if blocked else f"RabbitMQ took no message within {self._timeout:g} s", message_id=concerned
+            ) from error
+        finally:
+            self._queued -= 1
+
+    async def _connected(self, message_id: UUID | None = None) -> _Link:
+        """Called by one at a time."""
+        if self._link is None and not self.is_closed:
+            link = _Link(self._max_in_flight, self._gone)
+            try:
+                await link.open(*await self._address.dial("publishing"))
+                await link.ask(commands.Confirm.Select())
+                await link.ask(topic_exchange(self._exchange))
+            except BaseException as error:
+                self._farewell(link)
+                if isinstance(error, Refused):
+                    raise MessageRejected(
+                        f"RabbitMQ refuses the exchange {self._exchange!r} ({error}); it has to be a durable topic "
+                        "exchange, and the user has to be allowed to declare it, or choose another prefix",
+                        message_id=message_id,
+                    ) from error
+                if isinstance(error, CLIENT_ERRORS) and not isinstance(error, TimeoutError):
+                    raise BrokerUnavailable(
+                        f"no connection to RabbitMQ ({explained(error)})", message_id=message_id
+                    ) from error
+                raise
+            self._link = link
+        if self.is_closed or self._link is None:
+            raise BrokerClosed("this broker is closed", message_id=message_id)
+        return self._link
+
+    def _gone(self, link: _Link) -> None:
+        if self._link is link:
+            self._link = None
+            self._farewell(link)
+
+    def _farewell(self, link: Channel) -> None:
+        farewell = asyncio.create_task(link.hang_up(), name="diator: closing a connection to RabbitMQ")
+        self._farewells.add(farewell)
+        farewell.add_done_callback(self._farewells.discard)
+
+
+class _Call:
+    """A message in flight. Its caller may have gone."""
+
+    __slots__ = ("confirmed", "deadline", "key", "size", "written")
+
+    def __init__(
+        self, confirmed: asyncio.Future[None], publication: Publication, written: float, deadline: float
+    ) -> None:
+        self.confirmed = confirmed
+        self.key = publication.message_id
+        self.size = len(publication.header) + len(publication.body)
+        self.written = written
+        self.deadline = deadline
+
+    @property
+    def message_id(self) -> UUID | None:
+        return _uuid(self.key)
+
+    def fail(self, error: BrokerError) -> None:
+        if not self.confirmed.done():
+            self.confirmed.set_exception(error)
+
+
+class _Link(Channel):
+    """A connection while it lives: who waits for which confirm."""
+
+    def __init__(self, max_in_flight: int, gone: Callable[[_Link], None]) -> None:
+        super().__init__()
+        self._max_in_flight = max_in_flight
+        self._gone = gone
+        self._tag = 0
+        self._waiting: dict[int, _Call] = {}
+        self.ids: dict[str, _Call] = {}
+        """Who is in flight, by the id in its header: never two of one."""
+        self._bytes = 0
+        self._answered = asyncio.Event()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._blocked = False
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._waiting) < self._max_in_flight and self._bytes < _MOST_BYTES
+
+    async def room(self) -> None:
+        """Wait until a message has been answered, or the connection is gone."""
+        if self.error is None:
+            self._answered.clear()
+            await self._answered.wait()
+
+    def publish(self, publication: Publication, deadline: float) -> asyncio.Future[None]:
+        """Write a message: at once if nothing is on its way, else with whatever this turn of the loop brings."""
+        try:
+            frames = publication.frames(self.frame_max)
+        except ValueError as error:
+            raise MessageRejected(str(error), message_id=_uuid(publication.message_id)) from error
+        self.write(frames)
+        if not self._waiting:
+            self.flush()
+        self._tag += 1
+        now = self._loop.time()
+        self._waiting[self._tag] = call = _Call(self._loop.create_future(), publication, now, deadline)
+        self._bytes += call.size
+        self.ids[call.key] = call
+        if self._sweeper is None:
+            self._sweeper = self._loop.call_at(min(deadline, now + _LOOK), self._sweep)
+        return call.confirmed
+
+    async def finish(self) -> None:
+        """Wait for the confirms that are due."""
+        while any(not call.confirmed.done() for call in self._waiting.values()):
+            await self.room()
+
+    # -- answers -------------------------------------------------------------------------------------------------
+
+    def take(self, frame: Any) -> bool:
+        if not isinstance(frame, (commands.Basic.Ack, commands.Basic.Nack)):
+            return False
+        tag, nacked = frame.delivery_tag or 0, isinstance(frame, commands.Basic.Nack)
+        tags = [each for each in self._waiting if each <= tag] if frame.multiple else [tag]
+        for each in tags:
+            call = self._waiting.pop(each, None)
+            if call is None:
+                continue
+            self._bytes -= call.size
+            del self.ids[call.key]
+            if nacked:
+                call.fail(
+                    MessageRejected(
+                        "RabbitMQ refused it (nack); its queue may be full, and set to reject what is too much",
+                        message_id=call.message_id,
+                    )
+                )
+            elif not call.confirmed.done():
+                call.confirmed.set_result(None)
+        self._answered.set()
+        return True
+
+    def take_content(self, method: Content, header: ContentHeader, body: bytes) -> None:
+        """A message came back, since no queue wants it. Its confirm follows."""
+        if call := self.ids.get(header.properties.message_id or ""):
+            call.fail(
+                MessageUnroutable(
+                    f"no queue wants what is routed by {method.routing_key!r}; nobody has subscribed yet, or the "
+                    "queues were deleted",
+                    message_id=call.message_id,
+                )
+            )
+            self._answered.set()
+
+    def _sweep(self) -> None:
+        """Look at the oldest messages: one timer for all of them, instead of one each."""
+        self._sweeper = None
+        now = self._loop.time()
+        blocked = is_blocked(self.connection)
+        if blocked != self._blocked:
+            self._blocked = blocked
+            logger.warning(_BLOCKED if blocked else "RabbitMQ reads from publishers again")
+        soonest = now + _LOOK
+        for call in self._waiting.values():
+            if call.confirmed.done():
+                continue  # abandoned
+            if call.deadline > now:
+                soonest = min(soonest, call.deadline)
+                break
+            if self.heard <= call.written and not blocked:
+                self.give_up(Lost(f"RabbitMQ was silent for {now - call.written:.3g} s"))
+                return
+            why = _BLOCKED if blocked else "RabbitMQ has not confirmed it in time"
+            call.fail(OutcomeUnknown(f"{why}; it may still arrive", message_id=call.message_id))
+            self._answered.set()
+        if self._waiting:
+            self._sweeper = self._loop.call_at(soonest, self._sweep)
+
+    def lost(self, error: Exception) -> None:
+        """Tell everybody who waits. Of a single message RabbitMQ has said what is wrong with it, unless it is gone."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        alone = len(self._waiting) == 1
+        for call in self._waiting.values():
+            call.fail(_verdict(error, call.message_id, alone=alone))
+        self._waiting.clear()
+        self.ids.clear()
+        self._answered.set()
+        self._gone(self)
+
+
+def _verdict(error: Exception, message_id: UUID | None, *, alone: bool) -> BrokerError:
+    if isinstance(error, Refused) and alone:
+        if error.code == NOT_FOUND:
+            return BrokerUnavailable(f"{error}; it is declared anew with the next message", message_id=message_id)
+        return MessageRejected(f"RabbitMQ refused it ({error})", message_id=message_id)
+    return OutcomeUnknown(f"{explained(error)}; it may have arrived", message_id=message_id)
+
+
+def _uuid(text: str) -> UUID | None:
+    try:
+        return UUID(text)
+    except ValueError:
+        return None

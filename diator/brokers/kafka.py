@@ -1,0 +1,242 @@
+"""
+Kafka. Needs the extra `kafka`.
+
+One topic for each kind and name of messages, `<prefix>.<message_type>.<message_name>`, which all groups share. Beside
+it each group has topics of its own: `….<group>-retry` is what is handled again later, `….<group>-dlq` what was put
+aside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
+from typing import Self
+
+from diator.brokers._kafka_client import CLIENT_ERRORS, MAX_KAFKA_BYTES, Cluster, Names, Policy, verdict
+from diator.brokers._kafka_findings import look_into
+from diator.brokers._kafka_reading import Reading, Subscription
+from diator.brokers._kafka_sending import SharedProducer
+from diator.brokers.audit import Finding
+from diator.brokers.base import Delivery, OnGap, Topic
+from diator.brokers.capabilities import Capabilities
+from diator.brokers.codec import encode, headers_with_key
+from diator.brokers.message import Message
+from diator.brokers.sending import send_together
+from diator.brokers.supervisor import Patience, Supervised
+from diator.exceptions import BrokerClosed, EncodingError, MessageRejected, WiringError
+
+
+class KafkaMessageBroker:
+    """
+    Sends each message to the Kafka topic `<prefix>.<message_type>.<message_name>`, and reads as a member of a group.
+
+    A message is confirmed when every replica that is in sync has it. Its key decides on its partition, and messages of
+    one key keep their order; those without one have none. A group begins at the oldest message, and collects while no
+    member is there. A subscription without a group gets every message from now on; nothing of it is committed, and
+    losing the connection loses nothing, for it knows where it was.
+
+    At least once: what is committed of a partition is its lowest message that is not finished, and beside it what is
+    finished above. A member that dies is noticed after *session* seconds. Then, and whenever a member comes or goes,
+    all of them let the work that they have begun end, within *drain* seconds, and the partitions are shared out anew.
+    No more than *window* messages of a partition are handled ahead of its oldest unfinished one.
+
+    What is given back waits in a topic of its group, `….<group>-retry`, and others overtake it. With *retry_in_place*
+    it waits in its place, and what has the same key waits behind it.
+
+    Args:
+        servers: `host:port`, or several of them with commas between.
+        prefix: What the names of all topics begin with.
+        timeout: Seconds within which every call ends.
+        max_message_bytes: How large an encoded message may be. The default leaves room for headers in what Kafka takes.
+        max_in_flight: How many messages wait for their confirmation; further ones wait for room.
+        ssl_context: For TLS. None is no TLS.
+        sasl_mechanism: `PLAIN`, `SCRAM-SHA-256` or `SCRAM-SHA-512`, with *username* and *password*.
+        create_topics: Whether missing topics are created. If not, an error says which command does.
+        partitions: How many a topic gets that is created: as many members of a group can share it.
+        replication_factor: How many copies; None is as many as there are brokers, at most three. With three, two of
+            them have to have a message before it is confirmed (`min.insync.replicas`).
+        heartbeat: How often, in seconds, a member says that it lives, and hears that others have come or gone.
+        read_ahead: How many messages are received before they are asked for.
+        metadata_age: After how many seconds new topics and partitions are looked for.
+        patience: How long a subscription waits for what.
+    """
+
+    def __init__(
+        self,
+        servers: str,
+        prefix: str = "diator",
+        *,
+        timeout: float = 10.0,
+        max_message_bytes: int = MAX_KAFKA_BYTES,
+        max_in_flight: int = 1024,
+        ssl_context: ssl.SSLContext | None = None,
+        sasl_mechanism: str | None = None,
+        username: str | None = None,
+        password: str | None = None,
+        create_topics: bool = True,
+        partitions: int = 4,
+        replication_factor: int | None = None,
+        session: float = 30.0,
+        heartbeat: float = 3.0,
+        drain: float = 20.0,
+        window: int = 1_000,
+        read_ahead: int = 500,
+        retry_in_place: bool = False,
+        metadata_age: float = 60.0,
+        patience: Patience | None = None,
+    ) -> None:
+        if min(timeout, heartbeat, metadata_age) <= 0 or drain < 0 or session < 2 * heartbeat:
+            raise WiringError("timeout, heartbeat and metadata_age are above 0, and session is at least two heartbeats")
+        if min(max_message_bytes, max_in_flight, partitions, window) < 1 or read_ahead < 0:
+            raise WiringError("max_message_bytes, max_in_flight, partitions and window are at least 1")
+        if replication_factor is not None and replication_factor < 1:
+            raise WiringError("replication_factor is at least 1; None is as many as there are brokers, at most 3")
+        self._cluster = Cluster(
+            servers=tuple(each.strip() for each in str(servers).split(",")),
+            timeout=timeout,
+            ssl_context=ssl_context,
+            sasl_mechanism=sasl_mechanism,
+            username=username,
+            password=password,
+        )
+        self._names = Names(prefix)
+        self._policy = Policy(
+            create=create_topics,
+            partitions=partitions,
+            replication_factor=replication_factor,
+            max_message_bytes=max_message_bytes,
+        )
+        self._reading = Reading(
+            session=session,
+            heartbeat=heartbeat,
+            drain=drain,
+            window=window,
+            in_place=retry_in_place,
+            metadata_age=metadata_age,
+            max_message_bytes=max_message_bytes,
+            first_part=(patience or Patience(connect=timeout)).connect / 3,
+        )
+        self._max_message_bytes = max_message_bytes
+        self._read_ahead = read_ahead
+        self._patience = patience or Patience(connect=timeout)
+        self._producer = SharedProducer(self._cluster, self._policy, max_in_flight=max_in_flight)
+        self._subscriptions: dict[Supervised, Subscription] = {}
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What Kafka promises."""
+        return Capabilities(
+            guarantee="at_least_once",
+            receipt="durable",
+            settlement="cumulative",
+            redelivery=frozenset({"retry", "close", "crash"}),
+            redelivery_bound=self._reading.session + self._reading.heartbeat + self._reading.drain,
+            delayed_retry=True,
+            dead_letter=True,
+            delivery_count="retries",
+            ordering="key",
+            ordered_retry=self._reading.in_place,
+            distribution=frozenset({"broadcast", "competing"}),
+            subscription="durable",
+            replay="earliest",
+            durability="crash",
+            unroutable="retained",
+            headers="native",
+            backpressure="pull",
+            max_message_bytes=self._max_message_bytes,
+            multi_process=True,
+            network=True,
+        )
+
+    async def send_message(self, message: Message, /) -> None:
+        """See `MessageBroker.send_message`."""
+        body = encode(message, max_bytes=self._max_message_bytes)
+        headers: list[tuple[str, bytes]] = []
+        key = None
+        try:
+            if message.key is not None:
+                key = message.key.encode()
+            if key is not None or message.headers:
+                headers = [(name, value.encode()) for name, value in _valid(headers_with_key(message)).items()]
+            topic = self._names.topic(Topic(message.message_type, message.message_name))
+        except UnicodeEncodeError as error:
+            raise EncodingError(f"{message.message_name}.headers", str(error)) from error
+        except MessageRejected as error:
+            raise MessageRejected(str(error), message_id=message.message_id) from None
+        await self._producer.send(topic, body, key=key, headers=headers, message_id=message.message_id)
+
+    async def send_messages(self, messages: Sequence[Message], /) -> None:
+        """See `BatchMessageBroker.send_messages`: in as few requests as they fit in, in their order."""
+        await send_together(self.send_message, messages)
+
+    @asynccontextmanager
+    async def subscribe(
+        self,
+        topics: Collection[Topic],
+        /,
+        *,
+        group: str | None = None,
+        prefetch: int = 64,
+        on_gap: OnGap | None = None,
+    ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
+        """See `ReadableBroker.subscribe`."""
+        if prefetch < 1:
+            raise WiringError("prefetch is at least 1")
+        if self._producer.is_closed:
+            raise BrokerClosed("this broker is closed")
+        subscription = Subscription(
+            topics,
+            group,
+            cluster=self._cluster,
+            policy=self._policy,
+            reading=self._reading,
+            names=self._names,
+            producer=self._producer,
+        )
+        supervised = subscription.supervised = Supervised(
+            subscription.connected,
+            lossy=False,
+            ahead=prefetch + self._read_ahead,
+            patience=self._patience,
+            on_gap=on_gap,
+            is_full=lambda waiting: subscription.unsettled - waiting >= prefetch,
+        )
+        self._subscriptions[supervised] = subscription
+        try:
+            async with supervised as deliveries:
+                yield deliveries
+        finally:
+            del self._subscriptions[supervised]
+            await subscription.left()
+
+    async def audit(self) -> Sequence[Finding]:
+        """See `Auditable.audit`: copies, retention and the like, of the cluster and of all topics of this prefix."""
+        if self._producer.is_closed:
+            raise BrokerClosed("this broker is closed")
+        try:
+            async with asyncio.timeout(self._cluster.timeout):
+                return await look_into(self._cluster, self._policy, self._names.prefix)
+        except CLIENT_ERRORS as error:
+            raise verdict(error, None, handed_over=False) from error
+
+    async def aclose(self) -> None:
+        """Refuse further messages and wait, at most *timeout*, for the confirmations that are due."""
+        for subscription in self._subscriptions:
+            subscription.close(BrokerClosed("this broker is closed"))
+        await self._producer.aclose()
+
+    async def __aenter__(self) -> Self:
+        await self._producer.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+def _valid(headers: dict[str, str]) -> dict[str, str]:
+    """Refuse what is no Unicode: Kafka's client finds that out in the middle of a batch."""
+    for name in headers:
+        name.encode()
+    return headers

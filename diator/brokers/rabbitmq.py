@@ -1,0 +1,216 @@
+"""
+RabbitMQ. Needs the extra `rabbitmq`.
+
+One durable topic exchange, named by the prefix, to which messages go by `<message_type>.<message_name>`. A group has a
+queue for each topic, `<prefix>:<message_type>:<message_name>:<group>`, and beside it `…:dead` for what was put aside,
+and `…:retry:<ms>` while something waits there to be handled again.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Self
+
+from diator.brokers._rabbitmq_audit import inspect
+from diator.brokers._rabbitmq_channel import Address, Lost
+from diator.brokers._rabbitmq_frames import Publication, header_of
+from diator.brokers._rabbitmq_member import OF_THE_SERVICE, UNUSUAL, Member, QueueType, Reading, routing_key
+from diator.brokers._rabbitmq_publisher import Publisher
+from diator.brokers.audit import Finding
+from diator.brokers.base import Delivery, OnGap, Topic
+from diator.brokers.capabilities import Capabilities
+from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
+from diator.brokers.message import Message
+from diator.brokers.sending import send_together
+from diator.brokers.supervisor import Patience, Source, Supervised
+from diator.exceptions import BrokerClosed, EncodingError, WiringError
+
+_ROUTING = frozenset({"CC", "BCC"})
+"""Headers that RabbitMQ routes by."""
+
+
+class RabbitMQMessageBroker:
+    """
+    Publishes to a topic exchange of RabbitMQ, and reads queues.
+
+    At least once: a send has returned when RabbitMQ has stored the message in every queue that wants it, and a message
+    is its group's until a member has acknowledged it. A group begins when it first subscribes, and collects from then
+    on. Without a group, a subscription has a queue of its own, that is gone two minutes after its subscriber.
+
+    A message that no queue wants raises `MessageUnroutable`, unless *mandatory* is switched off; then it is dropped.
+
+    *url* is `amqp://user:password@host:port/vhost`, or `amqps://…` for TLS, with *ssl_context* if yours is not the
+    system's. *queue_type* `classic` is for services without quorum queues; they do not count deliveries, so that a
+    message which kills its consumers is not found out. *timeout* is in seconds, for each send and for connecting; at
+    most *max_in_flight* messages wait for their confirms. *read_ahead* is the number of messages that are held beyond
+    those that are being handled; where a message may kill its process, 0 keeps its neighbours out of it.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        prefix: str = "diator",
+        *,
+        ssl_context: ssl.SSLContext | None = None,
+        timeout: float = 10.0,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_in_flight: int = 1024,
+        mandatory: bool = True,
+        queue_type: QueueType = "quorum",
+        read_ahead: int = 100,
+        patience: Patience | None = None,
+    ) -> None:
+        if read_ahead < 0 or max_in_flight < 1 or timeout <= 0:
+            raise WiringError("read_ahead is at least 0, max_in_flight at least 1, and timeout above 0")
+        if queue_type not in {"quorum", "classic"}:
+            raise WiringError(f"queue_type is quorum or classic, not {queue_type!r:.80}")
+        if not prefix or prefix.startswith("amq.") or UNUSUAL.search(prefix):
+            raise WiringError(
+                "the prefix names an exchange: letters, digits and _./@,+- and not 'amq.' at its beginning"
+            )
+        self._address = Address(url, ssl_context)
+        self._prefix = prefix
+        self._timeout = timeout
+        self._max_message_bytes = max_message_bytes
+        self._mandatory = mandatory
+        self._queue_type: QueueType = queue_type
+        self._read_ahead = read_ahead
+        self._patience = patience or Patience(connect=timeout)
+        self._publisher = Publisher(self._address, prefix, timeout=timeout, max_in_flight=max_in_flight)
+        self._members: set[Member] = set()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What RabbitMQ promises, on one node or with quorum queues on several."""
+        return Capabilities(
+            guarantee="at_least_once",
+            receipt="durable",
+            settlement="individual",
+            redelivery=frozenset({"retry", "close", "crash"}),
+            redelivery_bound=2.0 * self._address.heartbeat,
+            delayed_retry=True,
+            dead_letter=True,
+            delivery_count="exact" if self._queue_type == "quorum" else "retries",
+            ordering="destination",
+            distribution=frozenset({"broadcast", "competing"}),
+            subscription="durable",
+            durability="crash",
+            unroutable="reported" if self._mandatory else "dropped",
+            headers="native",
+            backpressure="prefetch",
+            max_message_bytes=self._max_message_bytes,
+            multi_process=True,
+            network=True,
+        )
+
+    async def send_message(self, message: Message, /) -> None:
+        """See `MessageBroker.send_message`."""
+        body = encode(message, max_bytes=self._max_message_bytes)
+        headers = headers_with_key(message)
+        if headers:
+            _check_headers(message, headers)
+        message_id = str(message.message_id)
+        header = header_of(message.message_name, message_id, headers, len(body))
+        key = routing_key(message.message_type, message.message_name)
+        await self._publisher.publish(Publication(self._prefix, key, header, body, message_id, self._mandatory))
+
+    async def send_messages(self, messages: Sequence[Message], /) -> None:
+        """See `BatchMessageBroker.send_messages`: in one write, in their order."""
+        await send_together(self.send_message, messages)
+
+    @asynccontextmanager
+    async def subscribe(
+        self,
+        topics: Collection[Topic],
+        /,
+        *,
+        group: str | None = None,
+        prefetch: int = 64,
+        on_gap: OnGap | None = None,
+    ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
+        """
+        See `ReadableBroker.subscribe`. Each subscription has a connection of its own.
+
+        Raises:
+            WiringError: A queue is there with other settings.
+            AccessRefused: The user may not declare or read it.
+        """
+        if prefetch < 1:
+            raise WiringError("prefetch is at least 1")
+        member = Member(self._publisher, self._prefix, topics, group, self._queue_type)
+        supervised = Supervised(
+            lambda: self._reading(member, prefetch),
+            lossy=False,
+            ahead=prefetch + self._read_ahead,
+            patience=self._patience,
+            on_gap=on_gap,
+            is_full=lambda waiting: member.holds - waiting >= prefetch,
+        )
+        member.supervised = supervised
+        self._members.add(member)
+        try:
+            async with supervised as deliveries:
+                member.stays = True
+                try:
+                    yield deliveries
+                finally:
+                    member.stays = False
+        finally:
+            self._members.discard(member)
+            await member.leave()
+
+    @asynccontextmanager
+    async def _reading(self, member: Member, prefetch: int) -> AsyncGenerator[Source, None]:
+        if self._publisher.is_closed:
+            raise BrokerClosed("this broker is closed")
+        for tries_left in (2, 1, 0):
+            reading = Reading(member, min(prefetch + self._read_ahead // len(member.queues), 65_535))
+            try:
+                await reading.open(*await self._address.dial("consuming"))
+                try:
+                    await reading.begin()
+                except Lost:
+                    # Of several that create a quorum queue at once, RabbitMQ can fail one with an INTERNAL_ERROR.
+                    if tries_left:
+                        continue
+                    raise
+                yield reading
+                return
+            finally:
+                member.part_with(reading)
+
+    async def audit(self) -> Sequence[Finding]:
+        """
+        See `Auditable.audit`. It compares what this broker and its subscriptions use with what is declared.
+
+        AMQP shows neither policies nor the server's configuration: a policy with `max-length`, `message-ttl` or
+        `expires` can drop messages (`rabbitmqctl list_policies`), and a handler that takes longer than the server's
+        `consumer_timeout` loses its delivery.
+        """
+        if self._publisher.is_closed:
+            raise BrokerClosed("this broker is closed")
+        findings = await inspect(self._address, self._prefix, self._members, timeout=self._timeout)
+        return [*self._publisher.blocked(), *findings]
+
+    async def aclose(self) -> None:
+        """Refuse further messages and wait, at most *timeout*, for the confirms that are due. Again: does nothing."""
+        self._publisher.is_closed = True
+        for member in self._members:
+            if member.supervised is not None:
+                member.supervised.close(BrokerClosed("this broker is closed"))
+        await self._publisher.aclose()
+
+    async def __aenter__(self) -> Self:
+        await self._publisher.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+def _check_headers(message: Message, headers: Mapping[str, str]) -> None:
+    for name in headers:
+        if name in _ROUTING or name.startswith(OF_THE_SERVICE):
+            raise EncodingError(f"{message.message_name}.headers", f"{name!r} means something to RabbitMQ or to diator")

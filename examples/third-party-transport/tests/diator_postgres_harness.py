@@ -1,0 +1,99 @@
+"""How the conformance suite gets this transport, and what it can do to PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+from urllib.parse import urlsplit
+
+import asyncpg
+from diator_postgres import PostgresMessageBroker
+from diator_postgres.broker import _written
+
+from diator.brokers.base import Topic
+from diator.testing.conformance import DeadLettered, EnvironmentMissing, Harness, Limits
+from diator.testing.fault_proxy import FaultProxy
+
+SCHEMA = "diator_postgres_conformance"
+
+
+class PostgresHarness(Harness):
+    name = "postgres"
+    facilities = frozenset({"raw", "dead_letters", "crash", "proxy", "operator", "topology", "processes"})
+    limits = Limits(timeout=2.0, redelivery=3.0, liveness=6.0, recovery=5.0)
+
+    def start(self) -> None:
+        self._dsn = os.environ.get("DIATOR_TEST_POSTGRES_URL", "postgresql://127.0.0.1:5432/postgres")
+        self._address = urlsplit(self._dsn).hostname or "127.0.0.1", urlsplit(self._dsn).port or 5432
+        try:
+            self._version = asyncio.run(self._ask("SELECT version()"))
+        except (OSError, asyncpg.PostgresError) as error:
+            raise EnvironmentMissing("DIATOR_TEST_POSTGRES_URL names no PostgreSQL that answers") from error
+
+    def service(self) -> str:
+        return " ".join(self._version.split()[:2])
+
+    def driver(self) -> str:
+        return f"asyncpg {version('asyncpg')}"
+
+    def transport(self) -> PostgresMessageBroker:
+        host, port = self._address
+        return PostgresMessageBroker(
+            self._dsn, schema=SCHEMA, host=host, port=port, timeout=2.0, lease=2.0, absence=30.0
+        )
+
+    async def send_raw(self, transport: Any, topic: Topic, body: bytes) -> None:
+        await self._ask("SELECT send($1, $2, $3)", [_written(*topic)], [body], ["{}"])
+
+    async def dead_letters(self, transport: Any, topic: Topic, group: str | None) -> list[DeadLettered]:
+        query = "SELECT array_agg(encode(body, 'hex') || ' ' || headers ORDER BY id) FROM dead_letters WHERE topic = $1"
+        found = [letter.split(" ", 1) for letter in await self._ask(query, _written(*topic)) or ()]
+        letters = [(bytes.fromhex(body), json.loads(headers)) for body, headers in found]
+        mine = [(body, headers) for body, headers in letters if headers["diator-dlq-consumer-group"] == (group or "")]
+        return [DeadLettered(body=body, reason=headers["diator-dlq-reason"]) for body, headers in mine]
+
+    async def crash(self, transport: Any) -> None:
+        def no_more(*_: object, **__: object) -> None:
+            raise ConnectionError("this process is dead")
+
+        for link in _links(transport):
+            link._connect = no_more
+            link.break_off()
+
+    @asynccontextmanager
+    async def proxied(self) -> AsyncIterator[FaultProxy]:
+        direct = self._address
+        async with FaultProxy(*direct) as proxy:
+            self._address = proxy.host, proxy.port
+            try:
+                yield proxy
+            finally:
+                self._address = direct
+
+    async def disconnect(self, transport: Any) -> None:
+        pids = [link._connection.get_server_pid() for link in _links(transport) if link._connection]
+        await self._ask("SELECT count(pg_terminate_backend(pid, 1000)) FROM unnest($1::int[]) AS pid", pids)
+
+    async def delete(self, transport: Any, topic: Topic, group: str | None) -> None:
+        names = [group and _written(group), _written(*topic)]
+        await self._ask(
+            "WITH gone AS (DELETE FROM groups WHERE coalesce(grp = $1, true) AND topic = $2) "
+            "DELETE FROM messages WHERE coalesce(grp = $1, true) AND topic = $2",
+            *names,
+        )
+
+    async def _ask(self, query: str, *arguments: object) -> Any:
+        connection = await asyncpg.connect(self._dsn, server_settings={"search_path": SCHEMA})
+        try:
+            return await connection.fetchval(query, *arguments)
+        finally:
+            await connection.close()
+
+
+def _links(transport: Any) -> list[Any]:
+    return [transport._sender, transport._reader]

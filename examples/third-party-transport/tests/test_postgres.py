@@ -1,0 +1,161 @@
+"""What the suite does not ask for: what is left in the tables, what is told of a subscription that lapsed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from diator_postgres import PostgresMessageBroker
+
+from diator.brokers import Message
+from diator.brokers.base import Gap, Topic
+from diator.exceptions import WiringError
+
+pytestmark = pytest.mark.skipif("DIATOR_TEST_POSTGRES_URL" not in os.environ, reason="no PostgreSQL")
+
+
+@pytest.fixture
+async def database() -> AsyncIterator[tuple[Any, str]]:
+    """A connection that sees a schema of this test alone."""
+    schema = f"diator_{uuid4().hex}"
+    connection = await asyncpg.connect(
+        os.environ["DIATOR_TEST_POSTGRES_URL"], server_settings={"search_path": schema}, statement_cache_size=0
+    )
+    yield connection, schema
+    await connection.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+    await connection.close()
+
+
+def new_broker(schema: str, **options: Any) -> PostgresMessageBroker:
+    return PostgresMessageBroker(os.environ["DIATOR_TEST_POSTGRES_URL"], schema=schema, **options)
+
+
+def new_message(number: int) -> Message:
+    return Message.create(message_name="Happened", payload={"number": number})
+
+
+HAPPENED = Topic("notification_event", "Happened")
+
+
+async def test_nothing_remains_of_what_every_group_has_done(database: tuple[Any, str]) -> None:
+    connection, schema = database
+    async with new_broker(schema) as broker:
+        for group in ("first", "second"):
+            async with broker.subscribe([HAPPENED], group=group):
+                pass
+        await broker.send_message(new_message(1))
+        left = [await connection.fetchval("SELECT count(*) FROM messages")]
+        for group in ("first", "second"):
+            async with broker.subscribe([HAPPENED], group=group) as deliveries:
+                await (await anext(deliveries)).ack()
+            left.append(await connection.fetchval("SELECT count(*) FROM messages"))
+    assert left == [2, 1, 0]
+
+
+async def test_a_subscription_without_a_group_leaves_nothing_behind(database: tuple[Any, str]) -> None:
+    connection, schema = database
+    async with new_broker(schema) as broker:
+        async with broker.subscribe([HAPPENED]) as deliveries:
+            await broker.send_messages([new_message(1), new_message(2)])
+            await anext(deliveries)
+        tables = "SELECT (SELECT count(*) FROM groups), (SELECT count(*) FROM messages)"
+        assert tuple(await connection.fetchrow(tables)) == (0, 0)
+
+
+async def test_one_that_lapsed_is_told_since_when(database: tuple[Any, str]) -> None:
+    connection, schema = database
+    gaps: asyncio.Queue[Gap] = asyncio.Queue()
+    async with (
+        new_broker(schema, lease=0.3) as broker,
+        broker.subscribe([HAPPENED], on_gap=gaps.put_nowait) as deliveries,
+    ):
+        await broker.send_message(new_message(1))
+        await (await anext(deliveries)).ack()
+        await asyncio.sleep(0.1)
+        # As if it had been asleep for longer than `absence`: another one removes it, and what is sent misses it.
+        await connection.execute("UPDATE groups SET expires = now() - interval '1 s'")
+        await broker.send_message(new_message(2))
+        gap = await gaps.get()
+        await broker.send_message(new_message(3))
+        delivery = await anext(deliveries)
+    assert b'"number":3' in delivery.body
+    assert gap.since < gap.until
+
+
+async def test_one_whose_process_died_does_not_collect_for_ever(database: tuple[Any, str]) -> None:
+    connection, schema = database
+    async with new_broker(schema) as broker:
+        async with broker.subscribe([HAPPENED], group="others"):
+            await connection.execute("INSERT INTO groups SELECT topic, 'dead', now() - interval '1 s' FROM groups")
+            await broker.send_message(new_message(1))
+            kept = await connection.fetch("SELECT grp FROM messages")
+        async with broker.subscribe([HAPPENED]):
+            groups = await connection.fetch("SELECT grp FROM groups WHERE grp = 'dead'")
+    assert [row["grp"] for row in kept] == ['["others"]']
+    assert groups == []
+
+
+async def test_the_rows_of_a_group_are_each_topics_own(database: tuple[Any, str]) -> None:
+    """Services of one name may read different things. Neither is kept awake by what is not its own."""
+    _, schema = database
+    other = Topic("notification_event", "Other")
+    async with new_broker(schema) as broker:
+        async with broker.subscribe([HAPPENED], group="group"):
+            pass
+        async with broker.subscribe([other], group="group") as deliveries:
+            await broker.send_message(new_message(1))
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(deliveries), 0.1)
+        async with broker.subscribe([HAPPENED], group="group") as deliveries:
+            assert (await anext(deliveries)).attempt == 1
+
+
+async def test_whoever_founds_a_group_waits_for_the_sends_under_way(database: tuple[Any, str]) -> None:
+    """They looked for groups before it was there, and may be confirmed after it."""
+    connection, schema = database
+    async with new_broker(schema) as broker:
+        sending = connection.transaction()
+        await sending.start()
+        await connection.execute("SELECT send(ARRAY['topic'], ARRAY['{}'::bytea], ARRAY['{}'])")
+        subscription = broker.subscribe([HAPPENED], group="group")
+        entering = asyncio.create_task(subscription.__aenter__())
+        waits = not (await asyncio.wait([entering], timeout=0.3))[0]
+        await sending.commit()
+        await entering
+        await subscription.__aexit__(None, None, None)
+    assert waits
+
+
+async def test_what_a_lost_answer_had_claimed_comes_at_once_and_is_no_attempt(database: tuple[Any, str]) -> None:
+    connection, schema = database
+    async with (
+        new_broker(schema, lease=60) as broker,
+        broker.subscribe([HAPPENED], group="group") as deliveries,
+    ):
+        [member] = broker._subscriptions
+        # The service has claimed for it, and dies before it says so.
+        await connection.execute(
+            "INSERT INTO messages (topic, grp, body, headers, attempt, due, holder) "
+            "SELECT topic, grp, '{}', '{}', 1, now() + interval '1 min', $1 FROM groups",
+            member._name,
+        )
+        await connection.execute("SELECT pg_terminate_backend($1)", broker._reader._connection.get_server_pid())
+        delivery = await asyncio.wait_for(anext(deliveries), 5)
+    assert delivery.attempt == 1
+
+
+async def test_a_commit_waits_for_the_disk_whatever_the_database_says(database: tuple[Any, str]) -> None:
+    _, schema = database
+    async with new_broker(schema, server_settings={"synchronous_commit": "off"}) as broker:
+        [(found,)] = await broker._sender.run("SELECT current_setting('synchronous_commit')")
+    assert found == "on"
+
+
+def test_a_schema_is_no_way_into_the_database() -> None:
+    with pytest.raises(WiringError, match="no name for a schema"):
+        new_broker('x"; DROP TABLE messages')

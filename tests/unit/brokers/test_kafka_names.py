@@ -1,0 +1,137 @@
+"""What a Kafka broker is made with, and the names of its topics. It connects to nothing."""
+
+import ssl
+
+import pytest
+
+pytest.importorskip("aiokafka")
+
+from diator.brokers._kafka_client import DEAD, RETRY, Cluster, Names, Policy
+from diator.brokers.base import Topic
+from diator.brokers.kafka import KafkaMessageBroker
+from diator.exceptions import MessageRejected, WiringError
+
+SECRET = "swordfish"
+
+
+def test_a_plain_name_stays_as_it_is():
+    assert Names("shop").topic(Topic("notification_event", "Order.Paid_2")) == "shop.notification_event.Order.Paid_2"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Topic("a", "b.c"), Topic("a.b", "c")),
+        (Topic("a", "b-2fc"), Topic("a", "b/c")),
+        (Topic("a", "ä"), Topic("a", "a\u0308")),
+        (Topic("a", "b"), Topic("a", "b ")),
+        (Topic("a", "-"), Topic("a", "")),
+    ],
+)
+def test_different_topics_have_different_names(one, other):
+    names = Names("p")
+
+    assert names.topic(one) != names.topic(other)
+
+
+def test_what_kafka_does_not_allow_is_written_in_what_it_does():
+    assert Names("p").topic(Topic("t", "a/b *")) == "p.t.a-2fb-20-2a"
+
+
+def test_groups_have_topics_that_no_message_can_have():
+    names = Names("p")
+    topic = names.topic(Topic("t", "N"))
+
+    beside = {names.beside(topic, group, what) for group in ("a", "a.b", "a-b", "ä", None) for what in (RETRY, DEAD)}
+
+    assert len(beside) == 10
+    assert f"{topic}.a-retry" in beside
+    assert names.topic(Topic("t", "N.a-retry")) not in beside
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "ä" * 60])
+def test_a_name_that_is_too_long_is_refused(name):
+    with pytest.raises(MessageRejected, match="Kafka allows 249"):
+        Names("p").topic(Topic("t", name))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"servers": "localhost"},
+        {"servers": ""},
+        {"servers": f"kafka://user:{SECRET}@host:9092"},
+        {"servers": "a:1,,b:2"},
+        {"prefix": "a b"},
+        {"prefix": ""},
+        {"timeout": 0},
+        {"session": 3.0, "heartbeat": 2.0},
+        {"partitions": 0},
+        {"replication_factor": 0},
+        {"window": 0},
+        {"read_ahead": -1},
+        {"drain": -1.0},
+        {"ssl_context": True},
+        {"sasl_mechanism": "GSSAPI", "username": "u", "password": SECRET},
+        {"sasl_mechanism": "PLAIN"},
+        {"username": "u", "password": SECRET},
+        {"sasl_mechanism": "PLAIN", "username": "u"},
+    ],
+    ids=str,
+)
+def test_a_bad_option_is_refused_at_once(options):
+    with pytest.raises(WiringError) as refused:
+        KafkaMessageBroker(**{"servers": "localhost:9092", **options})
+
+    assert SECRET not in str(refused.value)
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(TypeError):
+        KafkaMessageBroker("localhost:9092", acks=1)
+
+
+def test_security_is_what_was_said():
+    context = ssl.create_default_context()
+    login = {"sasl_mechanism": "SCRAM-SHA-256", "username": "u", "password": SECRET}
+
+    protocols = [
+        Cluster(servers=("a:1",), timeout=1.0, **options).settings()["security_protocol"]
+        for options in ({}, {"ssl_context": context}, login, {"ssl_context": context, **login})
+    ]
+
+    assert protocols == ["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
+
+
+def test_a_password_is_in_no_representation():
+    cluster = Cluster(servers=("a:1",), timeout=1.0, sasl_mechanism="PLAIN", username="u", password=SECRET)
+
+    assert SECRET not in repr(cluster)
+
+
+@pytest.mark.parametrize(("brokers", "copies"), [(1, 1), (2, 2), (3, 3), (9, 3)])
+def test_topics_get_three_copies_where_there_are_three_brokers(brokers, copies):
+    policy = Policy(create=True, partitions=4, replication_factor=None, max_message_bytes=1000)
+
+    assert policy.replicas(brokers) == copies
+    assert policy.configs("p.t.N", copies) == ({"min.insync.replicas": "2"} if copies == 3 else {})
+
+
+def test_dead_letters_are_kept():
+    policy = Policy(create=True, partitions=4, replication_factor=1, max_message_bytes=1000)
+
+    assert policy.configs(f"p.t.N.g{DEAD}", 1) == {"retention.ms": "-1"}
+
+
+def test_a_topic_takes_what_the_broker_promises():
+    policy = Policy(create=True, partitions=4, replication_factor=1, max_message_bytes=5_000_000)
+
+    assert int(policy.configs("p.t.N", 1)["max.message.bytes"]) > 5_000_000
+
+
+def test_members_wait_for_each_other_longer_than_a_drain_and_a_join_is_not_broken_off():
+    settings = KafkaMessageBroker("a:1", drain=120.0)._reading.settings(Cluster(servers=("a:1",), timeout=1.0), "group")
+
+    assert settings["rebalance_timeout_ms"] > 120_000
+    assert settings["request_timeout_ms"] > settings["rebalance_timeout_ms"]
+    assert settings["enable_auto_commit"] is False

@@ -1,0 +1,181 @@
+"""The watermark: what is committed of a partition, and what is known of it by the member that comes next."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diator.brokers._kafka_offsets import DELAYS, Offsets, rung
+
+
+def taken(*offsets, position=0):
+    partition = Offsets(position)
+    for offset in offsets:
+        partition.take(offset)
+    return partition
+
+
+def test_nothing_taken_is_nothing_to_commit():
+    assert Offsets(7).progress() == (7, "")
+
+
+def test_what_is_finished_in_order_is_committed():
+    partition = taken(5, 6, 7, position=5)
+
+    partition.finish(5)
+    partition.finish(6)
+
+    assert partition.progress() == (7, "")
+
+
+def test_a_gap_is_never_committed():
+    """Trap 3 of Kafka: 5 to 9 are done and 4 is running; 4 must come again."""
+    partition = taken(*range(4, 10), position=4)
+
+    for offset in range(5, 10):
+        partition.finish(offset)
+
+    assert partition.progress()[0] == 4
+    assert partition.spread == 6
+
+
+def test_holes_are_no_obstacle():
+    """A compacted topic, and one with transactions, has offsets that never come."""
+    partition = taken(3, 8, 11, position=1)
+
+    for offset in (3, 8, 11):
+        partition.finish(offset)
+
+    assert partition.progress() == (12, "")
+
+
+def test_what_was_finished_above_is_not_delivered_again():
+    partition = taken(*range(10))
+    for offset in (0, 3, 4, 7, 9):
+        partition.finish(offset)
+
+    later = Offsets(*partition.progress())
+
+    assert [offset for offset in range(1, 12) if later.take(offset)] == [1, 2, 5, 6, 8, 10, 11]
+
+
+def test_what_an_earlier_member_wrote_is_written_again_until_it_was_read():
+    partition = taken(*range(20))
+    for offset in range(10, 20):
+        partition.finish(offset)
+    second = Offsets(*partition.progress())
+    second.take(0)
+    second.take(1)
+    second.finish(0)
+
+    third = Offsets(*second.progress())
+
+    assert [offset for offset in range(1, 22) if third.take(offset)] == [*range(1, 10), 20, 21]
+
+
+def test_a_hole_in_the_middle_of_what_was_written_stays_one():
+    partition = taken(*range(20))
+    for offset in range(10, 20):
+        partition.finish(offset)
+    second = Offsets(*partition.progress())
+    for offset in range(15):
+        second.take(offset)
+
+    third = Offsets(*second.progress())
+
+    assert [offset for offset in range(22) if third.take(offset)] == [*range(10), 20, 21]
+
+
+def test_attempts_outlive_a_change_of_members():
+    partition = taken(0, 1, 2)
+    assert partition.give_back(1) == 2
+    assert partition.give_back(1) == 3
+    partition.finish(0)
+
+    later = Offsets(*partition.progress())
+
+    assert [later.take(1), later.take(2)] == [3, 1]
+
+
+def test_attempts_of_what_was_not_read_yet_are_kept():
+    partition = taken(0, 1, 2)
+    partition.give_back(2)
+    second = Offsets(*partition.progress())
+    second.take(0)
+
+    third = Offsets(*second.progress())
+
+    assert [third.take(0), third.take(1), third.take(2)] == [1, 1, 2]
+
+
+def test_an_offset_is_taken_once():
+    partition = taken(0, 1)
+
+    assert [partition.take(0), partition.take(1), partition.take(2)] == [0, 0, 1]
+
+
+def test_finishing_what_is_not_there_changes_nothing():
+    partition = taken(0)
+
+    partition.finish(99)
+
+    assert partition.progress() == (0, "")
+
+
+@pytest.mark.parametrize(
+    "written", ["", "1", "2 3+4", "other", '{"owner": "other"}', "1 x+y", "1 5+", "1 3", "1 :", " "]
+)
+def test_what_another_program_wrote_says_nothing(written):
+    partition = Offsets(10, written)
+
+    assert [partition.take(offset) for offset in (10, 13, 14, 15)] == [1, 1, 1, 1]
+
+
+def test_what_there_is_no_room_for_comes_again():
+    """Kafka takes 4,096 characters beside a commit, and refuses the commit if there are more."""
+    partition = taken(*range(20_000))
+    for offset in range(1, 20_000, 2):
+        partition.finish(offset)
+
+    lowest, written = partition.progress()
+    later = Offsets(lowest, written)
+    again = {offset for offset in range(20_000) if later.take(offset)}
+
+    assert lowest == 0
+    assert len(written) <= 4_096
+    assert again > {*range(0, 20_000, 2)}
+    assert again < {*range(20_000)}
+
+
+@given(st.lists(st.tuples(st.sampled_from(["take", "finish", "give back", "next member"]), st.integers(0, 30))))
+def test_nothing_is_lost_and_nothing_finished_comes_again(steps):
+    """Whatever is done, in whatever order, by however many members."""
+    partition = Offsets(0)
+    finished: set[int] = set()
+    attempts: dict[int, int] = {}
+    out: dict[int, int] = {}
+    expected = 0
+    for step, number in steps:
+        if step == "take":
+            attempt = partition.take(expected)
+            assert bool(attempt) == (expected not in finished)
+            if attempt:
+                assert attempt == attempts.get(expected, 1)
+                out[expected] = attempt
+            expected += 1
+        elif step == "next member":
+            lowest, written = partition.progress()
+            assert all(offset in finished for offset in range(lowest))
+            partition, out, expected = Offsets(lowest, written), {}, lowest
+        elif out:
+            offset = [*out][number % len(out)]
+            if step == "finish":
+                partition.finish(offset)
+                finished.add(offset)
+                del out[offset]
+            else:
+                attempts[offset] = partition.give_back(offset)
+
+
+@pytest.mark.parametrize(("after", "where"), [(0.0, 0), (1.0, 0), (1.01, 1), (15.0, 2), (256.0, 4), (9e9, len(DELAYS))])
+def test_a_retry_waits_among_delays_like_its_own(after, where):
+    assert rung(after) == where

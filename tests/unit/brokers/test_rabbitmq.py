@@ -1,0 +1,130 @@
+"""What of RabbitMQ needs no RabbitMQ: addresses, names, and what is written for a message."""
+
+import ssl
+from datetime import UTC, datetime
+from uuid import uuid4
+
+import pytest
+
+pytest.importorskip("aiormq")
+
+from pamqp import commands
+from pamqp.frame import unmarshal
+
+from diator.brokers._rabbitmq_frames import Publication, header_of
+from diator.brokers._rabbitmq_member import _rung, queue_name, routing_key
+from diator.brokers.base import Topic
+from diator.brokers.rabbitmq import RabbitMQMessageBroker
+from diator.exceptions import EncodingError, WiringError
+
+URL = "amqp://guest:swordfish@localhost/"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "localhost",
+        "redis://user:swordfish@localhost/",
+        "amqp://",
+        "amqp://user:swordfish@localhost:port/",
+        "amqp://localhost/?heartbeat=swordfish",
+        None,
+    ],
+)
+def test_a_bad_address_is_refused_and_not_quoted(url):
+    with pytest.raises(WiringError, match="no address like amqp://") as refused:
+        RabbitMQMessageBroker(url)
+
+    assert "swordfish" not in str(refused.value)
+    assert refused.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"read_ahead": -1},
+        {"max_in_flight": 0},
+        {"timeout": 0},
+        {"queue_type": "stream"},
+        {"prefix": ""},
+        {"prefix": "amq.mine"},
+        {"prefix": "a:b"},
+        {"ssl_context": ssl.create_default_context()},
+    ],
+    ids=str,
+)
+def test_an_option_that_makes_no_sense_is_refused(options):
+    with pytest.raises(WiringError):
+        RabbitMQMessageBroker(URL, **options)
+
+
+def test_the_bound_of_redelivery_is_two_heartbeats():
+    assert RabbitMQMessageBroker(URL).capabilities.redelivery_bound == 20.0
+    assert RabbitMQMessageBroker(f"{URL}?heartbeat=3").capabilities.redelivery_bound == 6.0
+
+
+def test_what_is_promised_follows_the_options():
+    default = RabbitMQMessageBroker(URL).capabilities
+    weaker = RabbitMQMessageBroker(URL, queue_type="classic", mandatory=False).capabilities
+
+    assert weaker.lacking(default) == [
+        "delivery_count (retries, needed is exact)",
+        "unroutable (dropped, needed is reported)",
+    ]
+
+
+def test_a_routing_key_means_one_topic_only():
+    assert routing_key("notification_event", "meetings.UserJoined") == "notification_event.meetings.UserJoined"
+    assert routing_key("a.b", "c") != routing_key("a", "b.c")
+    for wild in "*#":
+        assert wild not in routing_key("notification_event", f"a.{wild}")
+    with pytest.raises(EncodingError, match="255 bytes"):
+        routing_key("notification_event", "x" * 255)
+
+
+def test_no_two_queues_have_one_name():
+    parts = ["", "a", "a:b", "b", ":", "#", "#3A", "ä", "a b", "%"]
+    names = {queue_name("p", Topic(kind, name), group) for kind in parts for name in parts for group in parts}
+
+    assert len(names) == len(parts) ** 3
+    with pytest.raises(EncodingError, match="255 bytes"):
+        queue_name("p", Topic("notification_event", "x"), "g" * 230)
+
+
+@pytest.mark.parametrize("frame_max", [4_096, 131_072])
+def test_a_publication_is_read_by_others_as_it_was_written(frame_max):
+    message_id, body = str(uuid4()), b"{" + b"x" * 10_000 + b"}"
+    headers = {"trace": "\u00e4", "empty": "", "": "x"}
+    header = header_of("Joined", message_id, headers, len(body))
+
+    written = Publication("diator", "a.b", header, body, message_id, mandatory=True).frames(frame_max)
+
+    frames = []
+    while written:
+        size, number, frame = unmarshal(written)
+        assert (number, size <= frame_max) == (1, True)
+        frames.append(frame)
+        written = written[size:]
+    publish, content, *parts = frames
+    assert isinstance(publish, commands.Basic.Publish)
+    assert (publish.exchange, publish.routing_key, publish.mandatory) == ("diator", "a.b", True)
+    assert b"".join(part.value for part in parts) == body
+    properties = content.properties
+    assert (content.body_size, properties.headers, properties.message_id) == (len(body), headers, message_id)
+    assert (properties.content_type, properties.delivery_mode) == ("application/json", 2)
+    assert properties.message_type == "Joined"
+    assert abs((datetime.now(UTC) - properties.timestamp).total_seconds()) < 5
+
+
+@pytest.mark.parametrize("headers", [{"x" * 129: "1"}, {"a": "\ud800"}])
+def test_a_header_that_amqp_cannot_have_is_refused(headers):
+    with pytest.raises(EncodingError, match=r"Joined\.headers"):
+        header_of("Joined", str(uuid4()), headers, 0)
+
+
+def test_delays_are_rounded_up_by_a_third_at_most():
+    for milliseconds in range(1, 100_000, 7):
+        rung = _rung(milliseconds / 1000)
+        assert milliseconds <= rung <= max(milliseconds * 1.34, milliseconds + 1)
+    assert len({_rung(seconds / 10) for seconds in range(10, 36_000)}) < 50
