@@ -29,7 +29,7 @@ async def concurrency(ctx: Context) -> None:
         at_work -= 1
 
     async with ctx.consuming(broker, handle, concurrency=5) as handlings:
-        await ctx.send_all(broker, [handlings.message(number) for number in range(25)])
+        await asyncio.gather(*(ctx.send_all(broker, [handlings.message(number)]) for number in range(25)))
         await handlings.become(25)
     ctx.same(most, 5, "the most handlers at once")
 
