@@ -65,6 +65,7 @@ WORDS: dict[str, tuple[str, dict[str, str]]] = {
         {"none": "no", "retries": "when it is given back", "exact": "each, also when a consumer dies"},
     ),
     "ordering": ("messages keep their order", {"none": "no", "key": "of one key", "destination": "of one event class"}),
+    "ordered_retry": ("what is given back holds up those behind it, and keeps its place", _YES_NO),
     "distribution": (
         "a message goes to",
         {"": "nobody", "broadcast": "every subscription", "competing": "one member of each group"},
