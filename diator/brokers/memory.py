@@ -101,7 +101,7 @@ class MemoryMessageBroker:
             self._queues.append(queue)
         for entry in self._kept.take_all(queue.topics):
             queue.put(entry)
-        member = _Member(self, queue, prefetch)
+        member = _Member(self, queue, topics, prefetch)
         try:
             yield member
         finally:
@@ -180,6 +180,14 @@ class _Queue:
     def take(self) -> _Entry:
         return self.waiting.popleft()
 
+    def take_of(self, topics: Collection[Topic]) -> _Entry | None:
+        """Take the oldest that is of *topics*; None if there is none."""
+        for place, entry in enumerate(self.waiting):
+            if entry.topic in topics:
+                del self.waiting[place]
+                return entry
+        return None
+
     def take_all(self, topics: Collection[Topic]) -> list[_Entry]:
         """Take what is of *topics*, in its order."""
         taken = [entry for entry in self.waiting if entry.topic in topics]
@@ -197,11 +205,12 @@ class _Queue:
 
 
 class _Member:
-    """One subscription: takes from its queue, and settles what it took."""
+    """One subscription: takes what it wants from its queue, and settles what it took."""
 
-    def __init__(self, broker: MemoryMessageBroker, queue: _Queue, prefetch: int) -> None:
+    def __init__(self, broker: MemoryMessageBroker, queue: _Queue, topics: Collection[Topic], prefetch: int) -> None:
         self._broker = broker
         self.queue = queue
+        self._topics = frozenset(topics)
         self._prefetch = prefetch
         self.unsettled: dict[Delivery, _Entry] = {}
         self._left = False
@@ -210,12 +219,11 @@ class _Member:
         return self
 
     async def __anext__(self) -> Delivery:
-        while self._left or not self.queue or len(self.unsettled) >= self._prefetch:
+        while self._left or len(self.unsettled) >= self._prefetch or not (entry := self.queue.take_of(self._topics)):
             if self._left:
                 raise StopAsyncIteration
             self._broker.check_open()
             await self.queue.change()
-        entry = self.queue.take()
         delivery = Delivery(topic=entry.topic, body=entry.body, headers={}, attempt=entry.attempt, settler=self)
         self.unsettled[delivery] = entry
         return delivery

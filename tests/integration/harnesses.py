@@ -354,10 +354,16 @@ class RabbitMQHarness(Harness):
             raise EnvironmentMissing(str(error)) from error
 
     def stop(self):
+        from aiormq.exceptions import ChannelPreconditionFailed
+
         async def delete(channel):
+            with contextlib.suppress(OSError):  # what other processes of this run have declared
+                self.declared |= {each["name"] for each in self._manage("GET", "queues?columns=name")}
             for queue in self.declared:
-                await channel.queue_delete(queue)
-            await channel.exchange_delete(self.prefix, if_unused=True)
+                if queue.startswith(f"{self.prefix}:"):
+                    await channel.queue_delete(queue)
+            with contextlib.suppress(ChannelPreconditionFailed):  # another harness of this process uses it
+                await channel.exchange_delete(self.prefix, if_unused=True)
 
         if self.prefix.endswith(f"-{os.getpid()}"):  # and not in another process of this run
             alone(self._amqp(delete))
