@@ -19,6 +19,7 @@ import msgspec
 from diator.brokers._redis_connection import SharedConnection
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.settling import Acknowledgements, provenance
+from diator.brokers.supervisor import MessagesMissed
 from diator.exceptions import BrokerError, MessageRejected
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -33,14 +34,21 @@ _NOW = b"""
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
-# Take an entry from the group, to be read again. KEYS: stream, delayed, again. ARGV: group, id, kept, after (ms).
+# Whoever comes too late changes nothing: another member has the entry, or has handled it. KEYS: stream, … ARGV: group,
+# id, member, …
+_ONLY_OURS = b"""
+local held = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1)
+if not held.err and (#held == 0 or held[1][2] ~= ARGV[3]) then return 0 end
+"""
+# Take an entry from the group, to be read again. KEYS: stream, delayed, again. ARGV: …, what to keep, after (ms).
 _RETRY = (
-    _NOW
+    _ONLY_OURS
+    + _NOW
     + b"""
-if tonumber(ARGV[4]) > 0 then
-  redis.call('ZADD', KEYS[2], now + ARGV[4], ARGV[3])
+if tonumber(ARGV[5]) > 0 then
+  redis.call('ZADD', KEYS[2], now + ARGV[5], ARGV[4])
 else
-  redis.call('XADD', KEYS[3], '*', 'again', ARGV[3])
+  redis.call('XADD', KEYS[3], '*', 'again', ARGV[4])
 end
 return redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
 """
@@ -57,11 +65,14 @@ end
 return #due
 """
 )
-# Put an entry aside. KEYS: stream, dead. ARGV: group, id, then the fields.
-_PUT_ASIDE = b"""
-redis.call('XADD', KEYS[2], '*', unpack(ARGV, 3))
+# Put an entry aside. KEYS: stream, dead. ARGV: …, then the fields.
+_PUT_ASIDE = (
+    _ONLY_OURS
+    + b"""
+redis.call('XADD', KEYS[2], '*', unpack(ARGV, 4))
 return redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
 """
+)
 # Forget members that are gone and hold nothing. KEYS: stream. ARGV: group, idle (ms), name of one that goes now.
 _FORGET = b"""
 for _, member in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
@@ -129,16 +140,25 @@ class Member:
         return b"%b:%b:%b" % (stream, self.group, what)
 
     async def create_groups(self) -> None:
-        """Create the groups that are not there: at the oldest message, so that nothing is missed."""
+        """
+        Create the groups that are not there: at the oldest message, so that nothing is missed.
+
+        Raises:
+            MessagesMissed: One was there before, and is not any more.
+        """
+        created: list[bytes] = []
         for stream in self.topics:
             try:
                 await self.execute(b"XGROUP", b"CREATE", stream, self.group, b"0", b"MKSTREAM")
+                created.append(stream)
             except MessageRejected as error:
                 if "BUSYGROUP" not in str(error):
                     raise
         # Nothing can be there, so this asks only whether it may be read: whoever may not is to hear so at once.
         nothing = [_NO_ENTRY] * len(self.topics)
         await self.execute(b"XREADGROUP", b"GROUP", self.group, self.name, b"STREAMS", *self.topics, *nothing)
+        if created and self._joined:
+            raise MessagesMissed(f"Redis had lost {created[0].decode()}, or its group; both are there again")
         self._joined = True
 
     def delivery(self, stream: bytes, id_: bytes, pairs: Sequence[bytes], times: int) -> Delivery:
@@ -179,8 +199,9 @@ class Member:
         first = self._first.get(entry.stream, entry.stream)
         keys = [entry.stream, self.key(first, b"delayed"), self.key(first, _AGAIN)]
         with self._noting_failure(entry):
-            await self._eval(_RETRY, keys, [self.group, entry.id, held, ms(after)])
-        await self._remove(entry.stream, [entry.id])
+            was_ours = await self._eval(_RETRY, keys, [self.group, entry.id, self.name, held, ms(after)])
+        if was_ours:
+            await self._remove(entry.stream, [entry.id])
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         entry = self._let_go(delivery)  # should that fail, it is nobody's once the lease is over, and comes again
@@ -193,11 +214,14 @@ class Member:
         dead = self.key(stream, b"dead")
         with self._noting_failure(entry):
             if len(fields) <= _MOST_OF_LUA:
-                await self._eval(_PUT_ASIDE, [entry.stream, dead], [self.group, entry.id, *fields])
-            else:
+                was_ours = await self._eval(
+                    _PUT_ASIDE, [entry.stream, dead], [self.group, entry.id, self.name, *fields]
+                )
+            elif was_ours := bool(await self._still_ours(entry.stream, [entry.id])):
                 await self.execute(b"XADD", dead, b"*", *fields)
                 await self.execute(b"XACK", entry.stream, self.group, entry.id)
-        await self._remove(entry.stream, [entry.id])
+        if was_ours:
+            await self._remove(entry.stream, [entry.id])
 
     @contextmanager
     def _noting_failure(self, entry: Entry) -> Generator[None, None, None]:

@@ -387,11 +387,12 @@ async def test_trap_1_a_quiet_stream_is_no_broken_connection(make, redis_url, ad
 
 @pytest.mark.parametrize("what", ["the stream", "all of it", "everything"])
 async def test_trap_2_the_stream_is_deleted_while_it_is_read(*, make, redis_url, prefix, caplog, what) -> None:
-    """The group is made again. What was held is settled in vain, and that harms nothing."""
+    """The group is made again, and the program is told. What was held is settled in vain, and that harms nothing."""
+    gaps = []
     url = urlsplit(redis_url)._replace(path="/9").geturl()
     async with Redis.from_url(url) as admin:
         broker = await make(url)
-        async with subscribed(broker) as deliveries:
+        async with subscribed(broker, on_gap=gaps.append) as deliveries:
             await send(broker, 1)
             [held] = await take(deliveries, 1)
             await asyncio.sleep(0.1)
@@ -409,6 +410,7 @@ async def test_trap_2_the_stream_is_deleted_while_it_is_read(*, make, redis_url,
         await admin.flushdb()
 
     assert len([record for record in caplog.records if "connecting again" in record.message]) < 10
+    assert len(gaps) == 1
 
 
 @pytest.mark.parametrize("fault", ["cut", "reset", "silence"])
@@ -720,7 +722,7 @@ async def test_leaving_one_topic_that_is_gone_leaves_the_others_too(patient, adm
         monkey = member.execute
 
         async def deleted_first(*command, **options):
-            if command[0] == b"EVAL" and command[1] is redis_streams._FORGET:
+            if command[0] == b"EVAL" and command[1] is _redis_member._FORGET:
                 await admin.delete(f"{prefix}:notification_event:gone")
             return await monkey(*command, **options)
 
@@ -768,6 +770,23 @@ async def test_a_retry_comes_when_it_is_due(broker, admin, stream) -> None:
             if attempt % 2:
                 await nothing_comes(deliveries, within=0.2)
     await nothing_left(admin, stream)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "late", [lambda each: each.retry(), lambda each: each.dead_letter("too late")], ids=["retry", "dead letter"]
+)
+async def test_whoever_settles_too_late_changes_nothing(broker, admin, stream, late) -> None:
+    """Another member took it over, and has handled it: it must not come back, nor be put aside."""
+    async with subscribed(broker) as deliveries:
+        await send(broker, 1)
+        [delivery] = await take(deliveries, 1)
+        await admin.xclaim(stream, "billing", "another", 0, [delivery.token.id])
+        await admin.xack(stream, "billing", delivery.token.id)
+        await late(delivery)
+        await nothing_comes(deliveries, within=0.5)
+    await nothing_left(admin, stream)
+    assert not await admin.exists(f"{stream}:billing:dead")
 
 
 async def test_a_retry_without_a_delay_waits_for_nothing(broker, admin, stream, monkeypatch) -> None:
