@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diator.brokers import Message, MessageBroker
+from diator.brokers.base import Transport
 from diator.brokers.codec import encode
 from diator.brokers.memory import MemoryMessageBroker
 from diator.consumer import Consumer
@@ -143,7 +144,7 @@ class Announcing:
         print(textwrap.indent(json.dumps(json.loads(encode(message)), indent=2), " " * 32))
 
 
-def broker_for(address: str) -> Any:
+def broker_for(address: str) -> Transport:
     match address.partition("://"):
         case ("memory", *_):
             return MemoryMessageBroker()

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, Self, TypeAlias
 
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.sending import MessageBroker
@@ -190,3 +190,15 @@ class ReadableBroker(MessageBroker, Protocol):
             BrokerClosed: This broker was closed.
         """
         ...
+
+
+class Transport(ReadableBroker, Protocol):
+    """A broker that can also be opened and closed, as all of diator's can: what a program makes, and what it shares."""
+
+    async def aclose(self) -> None:
+        """Refuse further messages, end its subscriptions, and give up what it holds. Calling it again does nothing."""
+        ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *exc_info: object) -> bool | None: ...

@@ -18,6 +18,7 @@ What a transport promises in its `capabilities` is proved; what it does not prom
 a transport is known to fail is a `Deviation`, which is data, has a reason, and is an error once it is not needed.
 """
 
+from diator.brokers.base import Transport
 from diator.testing.conformance import scenarios
 from diator.testing.conformance._context import Context, Handlings
 from diator.testing.conformance._harness import (
@@ -29,7 +30,6 @@ from diator.testing.conformance._harness import (
     Limits,
     Outages,
     Proxy,
-    Transport,
 )
 from diator.testing.conformance._ledger import Ledger, Nonconformance, Received, Verdict
 from diator.testing.conformance._pytest import TransportConformance

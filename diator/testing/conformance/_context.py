@@ -9,12 +9,12 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from diator.brokers.base import Gap, Topic
+from diator.brokers.base import Gap, Topic, Transport
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
 from diator.exceptions import BrokerError, BrokerUnavailable, MessageUnroutable, OutcomeUnknown
 from diator.testing.conformance._consuming import Handle, Handlings
-from diator.testing.conformance._harness import Harness, Limits, Outages, Proxy, Transport
+from diator.testing.conformance._harness import Harness, Limits, Outages, Proxy
 from diator.testing.conformance._ledger import Ledger, Nonconformance, NotApplicable, Received, fate_of
 from diator.testing.conformance._reader import Reader, Work, cancelled, share
 

@@ -7,23 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, Self, TypeAlias
+from typing import ClassVar, Literal, Protocol, TypeAlias
 
-from diator.brokers.base import ReadableBroker, Topic
+from diator.brokers.base import Topic, Transport
 from diator.consumer import Consumer
 from diator.testing.fault_proxy import Flow
-
-
-class Transport(ReadableBroker, Protocol):
-    """A broker that can be read from and closed, which is what the suite tests."""
-
-    async def aclose(self) -> None:
-        """Give up what it holds. Calling it again does nothing."""
-        ...
-
-    async def __aenter__(self) -> Self: ...
-
-    async def __aexit__(self, *exc_info: object) -> bool | None: ...
 
 
 class EnvironmentMissing(Exception):

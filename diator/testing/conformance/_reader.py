@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from time import monotonic
 from typing import Any, Literal, TypeAlias
 
-from diator.brokers.base import Delivery, Gap, Topic
+from diator.brokers.base import Delivery, Gap, Topic, Transport
 from diator.brokers.message import Message
-from diator.testing.conformance._harness import Limits, Transport
+from diator.testing.conformance._harness import Limits
 from diator.testing.conformance._ledger import Ledger, Nonconformance, Received
 
 Work: TypeAlias = Callable[[Received], Awaitable[None]]

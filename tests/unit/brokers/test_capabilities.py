@@ -101,3 +101,8 @@ def test_requiring_says_who_lacks_what_for_which_option_and_what_can_be_done():
 
 def test_requiring_what_is_promised_says_nothing():
     require("a broker", Capabilities(replay="position"), Capabilities(replay="earliest"), for_="X(y)", remedy="go")
+
+
+def test_a_level_that_there_is_not_is_refused():
+    with pytest.raises(WiringError, match="guarantee is one of at_most_once, at_least_once, and not 'exactly_once'"):
+        Capabilities(guarantee="exactly_once")

@@ -10,12 +10,12 @@ from time import monotonic
 from typing import Self
 from uuid import uuid4
 
-from diator.brokers.base import Topic
+from diator.brokers.base import Topic, Transport
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
 from diator.exceptions import OutcomeUnknown
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._harness import Proxy, Transport
+from diator.testing.conformance._harness import Proxy
 from diator.testing.conformance._recovery import bears, connected_again, read_while, receives_again
 from diator.testing.conformance._scenario import scenario
 from diator.testing.fault_proxy import Flow

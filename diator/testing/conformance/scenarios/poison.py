@@ -7,12 +7,12 @@ import json
 from uuid import uuid4
 
 from diator._handling import Handled
+from diator.brokers.base import Transport
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
 from diator.retrying import PermanentError, RetryPolicy
 from diator.testing.conformance._consuming import Handlings, Happened
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._harness import Transport
 from diator.testing.conformance._scenario import scenario
 
 _LETTERS = Capabilities(settlement="cumulative", dead_letter=True)

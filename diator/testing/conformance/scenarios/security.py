@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 
+from diator.brokers.base import Transport
 from diator.brokers.capabilities import Capabilities
 from diator.exceptions import (
     AccessRefused,
@@ -15,7 +16,7 @@ from diator.exceptions import (
     OutcomeUnknown,
 )
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._harness import Access, EnvironmentMissing, Transport
+from diator.testing.conformance._harness import Access, EnvironmentMissing
 from diator.testing.conformance._scenario import scenario
 
 
