@@ -322,10 +322,11 @@ class Reading(Channel):
             raise BrokerUnavailable(f"RabbitMQ did not take it, and it comes again ({explained(error)})") from error
 
     def _give_back(self, delivery: Delivery) -> None:
-        token = cast("_Token", delivery.token)
-        if delivery.outcome is None and token.tag in self._open and self.error is None and not self._ended:
-            self._forget(token.tag)
-            self.say(commands.Basic.Nack(token.tag, requeue=True))
+        tag = cast("_Token", delivery.token).tag
+        if delivery.outcome is None and tag in self._open:
+            self._forget(tag)  # also where the connection is gone, or nobody would be given anything in its place
+            if self.error is None and not self._ended:
+                self.say(commands.Basic.Nack(tag, requeue=True))
 
     def _settled(self, token: _Token) -> None:
         if token.tag in self._open:

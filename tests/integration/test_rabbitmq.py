@@ -508,6 +508,22 @@ async def test_what_cannot_be_put_aside_is_given_back(broker, plain, queue, monk
     assert again.attempt == 2
 
 
+@pytest.mark.parametrize("outcome", ["retry", "dead_letter"])
+async def test_what_failed_to_be_settled_on_a_lost_connection_keeps_no_place(behind_proxy, proxy, monkeypatch, outcome):
+    """It comes again by the next connection, for which it must not count as given out for ever."""
+    monkeypatch.setattr(_rabbitmq_member, "_GIVEN_BACK_AFTER", 0.2)
+    await collect(behind_proxy)
+    async with behind_proxy.subscribe([COUNTED], group="readers", prefetch=1) as deliveries:
+        await behind_proxy.send_message(counted(1))
+        delivery, connections = await anext(deliveries), proxy.accepted
+        proxy.reset()
+        await become(lambda: proxy.accepted, connections + 1)
+        with pytest.raises(BrokerUnavailable):
+            await (delivery.retry() if outcome == "retry" else delivery.dead_letter("bad"))
+
+        assert await asyncio.wait_for(numbers(deliveries, 1), 5) == [1]
+
+
 async def test_a_subscription_without_a_group_puts_aside(broker, plain, prefix):
     async with broker.subscribe([COUNTED]) as deliveries:
         await broker.send_message(counted(1))
