@@ -275,11 +275,12 @@ class Reading(Channel):
         """Published to the group's queue again, by way of one that keeps it for so long, and then acknowledged."""
         token = cast("_Token", delivery.token)
         with self._giving_back_on_failure(delivery):
-            queue = token.queue
-            if after > 0:
-                queue = await self._waiting_room(queue, after)
-            headers = {**_of_program(token.header), ATTEMPT: delivery.attempt}
-            await self._hand_on(again(token.header, headers, delivery.body, queue))
+            async with asyncio.timeout(self._member.publisher.timeout):
+                queue = token.queue
+                if after > 0:
+                    queue = await self._waiting_room(queue, after)
+                headers = {**_of_program(token.header), ATTEMPT: delivery.attempt}
+                await self._hand_on(again(token.header, headers, delivery.body, queue))
         self._settled(token)
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
@@ -287,10 +288,11 @@ class Reading(Channel):
         why = provenance(delivery, reason[:_LONGEST_REASON], source=token.queue, group=self._member.group or "")
         headers = _of_program(token.header) | why
         with self._giving_back_on_failure(delivery):
-            dead = self._member.dead(token.queue)
-            if self._member.group is None and self.error is None:
-                await self.ask_beside(self._member.declaration_of_dead(token.queue))
-            await self._hand_on(again(token.header, headers, delivery.body, dead))
+            async with asyncio.timeout(self._member.publisher.timeout):
+                dead = self._member.dead(token.queue)
+                if self._member.group is None and self.error is None:
+                    await self.ask_beside(self._member.declaration_of_dead(token.queue))
+                await self._hand_on(again(token.header, headers, delivery.body, dead))
         self._settled(token)
 
     async def _hand_on(self, publication: Publication) -> None:

@@ -508,6 +508,20 @@ async def test_what_cannot_be_put_aside_is_given_back(broker, plain, queue, monk
     assert again.attempt == 2
 
 
+@pytest.mark.parametrize(("outcome", "group"), [("retry", "readers"), ("dead_letter", None)])
+async def test_settling_is_bounded_where_nobody_answers(behind_proxy, proxy, outcome, group):
+    """Also where a queue has to be declared first, on the connection that it came by."""
+    async with behind_proxy.subscribe([COUNTED], group=group) as deliveries:
+        await behind_proxy.send_message(counted(1))
+        delivery = await anext(deliveries)
+        proxy.black_hole()
+        started = monotonic()
+        with pytest.raises(BrokerUnavailable):
+            await (delivery.retry(after=30) if outcome == "retry" else delivery.dead_letter("bad"))
+        assert monotonic() - started < 3.0 + SLACK
+        await proxy.heal()
+
+
 @pytest.mark.parametrize("outcome", ["retry", "dead_letter"])
 async def test_what_failed_to_be_settled_on_a_lost_connection_keeps_no_place(behind_proxy, proxy, monkeypatch, outcome):
     """It comes again by the next connection, for which it must not count as given out for ever."""
