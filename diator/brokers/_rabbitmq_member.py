@@ -263,7 +263,10 @@ class Reading(Channel):
         self._something.set()
 
     def lost(self, error: Exception) -> None:
+        """Have none of it begun: all that is not settled comes again, some of it elsewhere already."""
         self._something.set()
+        if self._member.supervised is not None:
+            self._member.holds -= len(self._member.supervised.take_back(lambda delivery: delivery.settler is self))
 
     # -- settling ------------------------------------------------------------------------------------------------
 

@@ -382,6 +382,25 @@ async def test_trap_1_a_handler_outlives_its_connection_and_the_message_comes_ag
     assert [(each.outcome, each.attempt) for each in outcomes] == [("acked", 1), ("acked", 2)]
 
 
+async def test_what_was_fetched_by_a_lost_connection_is_not_begun(behind_proxy, proxy):
+    """As much as is read ahead waits for a slow handler, and nothing is received meanwhile. It comes again anyway."""
+    topics = (COUNTED, OTHER)
+    await collect(behind_proxy, topics)
+    await behind_proxy.send_messages([counted(number, topic=topics[number % 2]) for number in range(200)])
+    async with behind_proxy.subscribe(topics, group="readers", prefetch=1) as deliveries:
+        slow = await anext(deliveries)
+        await become(lambda: len(deliveries.not_given_out), 100)
+        await asyncio.sleep(0.1)
+        connections = proxy.accepted
+        proxy.reset()
+        await become(lambda: proxy.accepted, connections + 1)
+        await slow.ack()
+
+        assert sorted(await numbers(deliveries, 200)) == [*range(200)]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(deliveries), 0.3)
+
+
 async def test_trap_9_what_always_fails_is_handled_so_often_and_then_put_aside(broker, plain, queue):
     events, begun = EventMap(), []
 
