@@ -86,11 +86,18 @@ def again(header: ContentHeader, headers: Mapping[str, Any], body: bytes, queue:
     """Make a message that came one for *queue*, with other *headers*. Without an id it gets one, to be known by."""
     properties = header.properties
     properties.message_id = properties.message_id or str(uuid4())
-    properties.headers = {
-        name: bytearray(value) if isinstance(value, bytes) else value for name, value in headers.items()
-    }
+    properties.headers = _writable(headers)
     properties.delivery_mode = 2
     properties.expiration = None
     properties.user_id = None  # RabbitMQ refuses another one than the connection's
     written = ContentHeader(0, len(body), properties).marshal()
     return Publication("", queue, written, body, properties.message_id, mandatory=True)
+
+
+def _writable(value: Any) -> Any:
+    """Have what was no text when it was read, at any depth, be what pamqp writes as such."""
+    if isinstance(value, Mapping):
+        return {name: _writable(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_writable(each) for each in value]
+    return bytearray(value) if isinstance(value, bytes) else value

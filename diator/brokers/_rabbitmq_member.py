@@ -263,7 +263,10 @@ class Reading(Channel):
         self._something.set()
 
     def lost(self, error: Exception) -> None:
+        """Have none of it begun: all that is not settled comes again, some of it elsewhere already."""
         self._something.set()
+        if self._member.supervised is not None:
+            self._member.holds -= len(self._member.supervised.take_back(lambda delivery: delivery.settler is self))
 
     # -- settling ------------------------------------------------------------------------------------------------
 
@@ -275,11 +278,12 @@ class Reading(Channel):
         """Published to the group's queue again, by way of one that keeps it for so long, and then acknowledged."""
         token = cast("_Token", delivery.token)
         with self._giving_back_on_failure(delivery):
-            queue = token.queue
-            if after > 0:
-                queue = await self._waiting_room(queue, after)
-            headers = {**_of_program(token.header), ATTEMPT: delivery.attempt}
-            await self._hand_on(again(token.header, headers, delivery.body, queue))
+            async with asyncio.timeout(self._member.publisher.timeout):
+                queue = token.queue
+                if after > 0:
+                    queue = await self._waiting_room(queue, after)
+                headers = {**_of_program(token.header), ATTEMPT: delivery.attempt}
+                await self._hand_on(again(token.header, headers, delivery.body, queue))
         self._settled(token)
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
@@ -287,10 +291,11 @@ class Reading(Channel):
         why = provenance(delivery, reason[:_LONGEST_REASON], source=token.queue, group=self._member.group or "")
         headers = _of_program(token.header) | why
         with self._giving_back_on_failure(delivery):
-            dead = self._member.dead(token.queue)
-            if self._member.group is None and self.error is None:
-                await self.ask_beside(self._member.declaration_of_dead(token.queue))
-            await self._hand_on(again(token.header, headers, delivery.body, dead))
+            async with asyncio.timeout(self._member.publisher.timeout):
+                dead = self._member.dead(token.queue)
+                if self._member.group is None and self.error is None:
+                    await self.ask_beside(self._member.declaration_of_dead(token.queue))
+                await self._hand_on(again(token.header, headers, delivery.body, dead))
         self._settled(token)
 
     async def _hand_on(self, publication: Publication) -> None:
@@ -322,10 +327,11 @@ class Reading(Channel):
             raise BrokerUnavailable(f"RabbitMQ did not take it, and it comes again ({explained(error)})") from error
 
     def _give_back(self, delivery: Delivery) -> None:
-        token = cast("_Token", delivery.token)
-        if delivery.outcome is None and token.tag in self._open and self.error is None and not self._ended:
-            self._forget(token.tag)
-            self.say(commands.Basic.Nack(token.tag, requeue=True))
+        tag = cast("_Token", delivery.token).tag
+        if delivery.outcome is None and tag in self._open:
+            self._forget(tag)  # also where the connection is gone, or nobody would be given anything in its place
+            if self.error is None and not self._ended:
+                self.say(commands.Basic.Nack(tag, requeue=True))
 
     def _settled(self, token: _Token) -> None:
         if token.tag in self._open:

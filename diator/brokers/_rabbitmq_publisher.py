@@ -59,7 +59,7 @@ class Publisher:
     def __init__(self, address: Address, exchange: str, *, timeout: float, max_in_flight: int) -> None:
         self._address = address
         self._exchange = exchange
-        self._timeout = timeout
+        self.timeout = timeout
         self._max_in_flight = max_in_flight
         self._link: _Link | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -73,10 +73,10 @@ class Publisher:
         """Connect now. BrokerUnavailable if that is not possible."""
         self._on_this_loop()
         try:
-            async with asyncio.timeout(self._timeout), self._turn:
+            async with asyncio.timeout(self.timeout), self._turn:
                 await self._connected()
         except TimeoutError as error:
-            raise BrokerUnavailable(f"no connection to RabbitMQ within {self._timeout:g} s") from error
+            raise BrokerUnavailable(f"no connection to RabbitMQ within {self.timeout:g} s") from error
 
     async def publish(self, publication: Publication) -> None:
         """
@@ -89,7 +89,7 @@ class Publisher:
             OutcomeUnknown: It was sent, and not confirmed.
             BrokerClosed: `aclose` was called before.
         """
-        deadline = self._on_this_loop().time() + self._timeout
+        deadline = self._on_this_loop().time() + self.timeout
         link = self._link
         if link is not None and not self._queued and link.has_room and publication.message_id not in link.ids:
             confirmed = link.publish(publication, deadline)
@@ -153,7 +153,7 @@ class Publisher:
         except TimeoutError as error:
             blocked = self._link is not None and is_blocked(self._link.connection)
             raise BrokerUnavailable(
-                _BLOCKED if blocked else f"RabbitMQ took no message within {self._timeout:g} s", message_id=concerned
+                _BLOCKED if blocked else f"RabbitMQ took no message within {self.timeout:g} s", message_id=concerned
             ) from error
         finally:
             self._queued -= 1

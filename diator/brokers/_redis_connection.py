@@ -45,6 +45,8 @@ _NOT_EXECUTED = (
     redis_errors.MaxConnectionsError,
     redis_errors.OutOfMemoryError,  # it has no room now, and will have
 )
+_NOT_NOW = ("BUSY ", "NOREPLICAS ", "MISCONF ")
+"""How the errors begin that a server gives until it is otherwise: a script runs, replicas or the disk are missing."""
 # Beside its own errors the client lets through what a broken connection does to it, of which redis-py's issues 3546
 # and 4287 have examples: AttributeError and TypeError of a writer that is gone, RuntimeError of a closed transport.
 CLIENT_ERRORS = (redis_errors.RedisError, OSError, asyncio.TimeoutError, AttributeError, TypeError, RuntimeError)
@@ -57,7 +59,7 @@ def verdict(error: BaseException, message_id: UUID | None, *, written: bool) -> 
     problem = f"{type(error).__name__}: {error}"
     if isinstance(error, redis_errors.NoPermissionError) and message_id is None:
         return AccessRefused(f"Redis refuses a subscription ({problem}); let its user do so, by ACL SETUSER")
-    if isinstance(error, _NOT_EXECUTED) or str(error).startswith("BUSY ") or not written:
+    if isinstance(error, _NOT_EXECUTED) or str(error).startswith(_NOT_NOW) or not written:
         return BrokerUnavailable(f"Redis is not available ({problem})", message_id=message_id)
     if isinstance(error, redis_errors.ResponseError):
         return MessageRejected(f"Redis refused it ({problem})", message_id=message_id)

@@ -34,15 +34,16 @@ _NOW = b"""
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
-# Whoever comes too late changes nothing: another member has the entry, or has handled it. KEYS: stream, … ARGV: group,
-# id, member, …
-_ONLY_OURS = b"""
-local held = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1)
-if not held.err and (#held == 0 or held[1][2] ~= ARGV[3]) then return 0 end
+# Do nothing to an entry that is not this member's: another has it, or it was settled and the reply was lost.
+_IF_OURS = b"""
+if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1, ARGV[2]) == 0 then
+  return 0
+end
 """
-# Take an entry from the group, to be read again. KEYS: stream, delayed, again. ARGV: …, what to keep, after (ms).
+# Take an entry from the group, to be read again.
+# KEYS: stream, delayed, again. ARGV: group, member, id, kept, after (ms).
 _RETRY = (
-    _ONLY_OURS
+    _IF_OURS
     + _NOW
     + b"""
 if tonumber(ARGV[5]) > 0 then
@@ -50,7 +51,7 @@ if tonumber(ARGV[5]) > 0 then
 else
   redis.call('XADD', KEYS[3], '*', 'again', ARGV[4])
 end
-return redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
+return redis.call('XACK', KEYS[1], ARGV[1], ARGV[3])
 """
 )
 # Have what is due read again. KEYS: delayed, again. ARGV: how many at most.
@@ -65,12 +66,12 @@ end
 return #due
 """
 )
-# Put an entry aside. KEYS: stream, dead. ARGV: …, then the fields.
+# Put an entry aside. KEYS: stream, dead. ARGV: group, member, id, then the fields.
 _PUT_ASIDE = (
-    _ONLY_OURS
+    _IF_OURS
     + b"""
 redis.call('XADD', KEYS[2], '*', unpack(ARGV, 4))
-return redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
+return redis.call('XACK', KEYS[1], ARGV[1], ARGV[3])
 """
 )
 # Forget members that are gone and hold nothing. KEYS: stream. ARGV: group, idle (ms), name of one that goes now.
@@ -87,6 +88,8 @@ _FORGOTTEN_AFTER = 3600.0
 _MOST_PENDING = b"100000"
 _NO_ENTRY = b"18446744073709551615-18446744073709551614"
 """An id that no entry comes after."""
+_MOVED_AT_ONCE = 100
+"""How many messages that are due a script moves, before Redis does something else."""
 _MOST_OF_LUA = 4_000
 """How many arguments a script can hand on at once: `unpack` has a limit of about 8,000."""
 
@@ -199,7 +202,7 @@ class Member:
         first = self._first.get(entry.stream, entry.stream)
         keys = [entry.stream, self.key(first, b"delayed"), self.key(first, _AGAIN)]
         with self._noting_failure(entry):
-            was_ours = await self._eval(_RETRY, keys, [self.group, entry.id, self.name, held, ms(after)])
+            was_ours = await self._eval(_RETRY, keys, [self.group, self.name, entry.id, held, ms(after)])
         if was_ours:
             await self._remove(entry.stream, [entry.id])
 
@@ -215,7 +218,7 @@ class Member:
         with self._noting_failure(entry):
             if len(fields) <= _MOST_OF_LUA:
                 was_ours = await self._eval(
-                    _PUT_ASIDE, [entry.stream, dead], [self.group, entry.id, self.name, *fields]
+                    _PUT_ASIDE, [entry.stream, dead], [self.group, self.name, entry.id, *fields]
                 )
             elif was_ours := bool(await self._still_ours(entry.stream, [entry.id])):
                 await self.execute(b"XADD", dead, b"*", *fields)
@@ -291,15 +294,26 @@ class Member:
 
     async def unheld(self, stream: bytes) -> list[Delivery]:
         """Take what Redis has given to this member, and a connection that broke has lost on the way."""
-        found: list[Delivery] = []
-        for id_, _, _, times in await self._pending(stream):
-            if id_ not in self._held[stream]:
-                attempt = times + (id_ in self._not_settled)
-                self._not_settled.discard(id_)
-                count = (b"RETRYCOUNT", str(attempt).encode())
-                claimed = await self.execute(b"XCLAIM", stream, self.group, self.name, b"0", id_, *count)
-                found += [self.delivery(stream, id_, pairs or (), attempt) for id_, pairs in claimed]
+        with self._finding() as found:
+            for id_, _, _, times in await self._pending(stream):
+                if id_ not in self._held[stream]:
+                    attempt = times + (id_ in self._not_settled)
+                    count = (b"RETRYCOUNT", str(attempt).encode())
+                    claimed = await self.execute(b"XCLAIM", stream, self.group, self.name, b"0", id_, *count)
+                    self._not_settled.discard(id_)
+                    found += [self.delivery(stream, id_, pairs or (), attempt) for id_, pairs in claimed]
         return found
+
+    @contextmanager
+    def _finding(self) -> Generator[list[Delivery], None, None]:
+        """Give a list for what is found. If that fails half-way nobody gets it, so that it must not be renewed."""
+        found: list[Delivery] = []
+        try:
+            yield found
+        except BaseException:
+            for delivery in found:
+                self._let_go(delivery)
+            raise
 
     async def _pending(self, stream: bytes) -> list[Any]:
         pending: list[Any] = await self.execute(b"XPENDING", stream, self.group, b"-", b"+", _MOST_PENDING, self.name)
@@ -327,18 +341,14 @@ class Member:
 
     async def scan(self, most: int) -> list[Delivery]:
         """Move what is due, and take over at most *most* entries whose lease is over."""
-        found: list[Delivery] = []
         for stream in self.streams:
             keys = [self.key(stream, b"delayed"), self.key(stream, b"again")]
-            await self._eval(_MOVE_DUE, keys, [b"100"])
-        try:
+            while await self._eval(_MOVE_DUE, keys, [b"%d" % _MOVED_AT_ONCE]) == _MOVED_AT_ONCE:
+                pass  # there may be more
+        with self._finding() as found:
             for stream in self.topics:
                 if len(found) < most:
                     await self._take_over(stream, most - len(found), found)
-        except BaseException:
-            for delivery in found:  # nobody gets them from here, so they must not be renewed
-                self._let_go(delivery)
-            raise
         return found
 
     async def _take_over(self, stream: bytes, most: int, found: list[Delivery]) -> None:
@@ -350,8 +360,9 @@ class Member:
         for id_, pairs in entries:
             if id_ in self._held[stream]:
                 continue  # our own, whose renewal was late; it is being handled
-            ((_, _, _, times),) = await self.execute(b"XPENDING", stream, self.group, id_, id_, b"1")
-            found.append(self.delivery(stream, id_, pairs, times))
+            # By now who had it may have acknowledged it.
+            for _, _, _, times in await self.execute(b"XPENDING", stream, self.group, id_, id_, b"1", self.name):
+                found.append(self.delivery(stream, id_, pairs, times))
 
     async def trim(self, stream: bytes, retention: float) -> None:
         """Remove what is older than *retention* and was acknowledged by every group."""

@@ -194,7 +194,8 @@ class Supervised:
             await _end_of(self._pump)
 
     async def _keep_receiving(self, ready: asyncio.Future[None]) -> None:
-        loop = asyncio.get_running_loop()
+        loop, pump = asyncio.get_running_loop(), asyncio.current_task()
+        assert pump is not None, "it runs in a task"  # noqa: S101  # asyncio has no other way
         failures = 0
         lost: tuple[datetime, str] | None = None
         missed = self._lossy
@@ -211,7 +212,9 @@ class Supervised:
                         self.tell_gap(*lost)
                     lost, missed = None, self._lossy
                     await self._receive_from(source)
-            except Exception as error:  # noqa: BLE001  # whatever a client library raises, the connection is gone
+            except (Exception, asyncio.CancelledError) as error:  # whatever a client library raises, it is gone
+                if isinstance(error, asyncio.CancelledError) and pump.cancelling():
+                    raise  # else the library has cancelled something of its own, and nobody this subscription
                 if not ready.done():
                     ready.set_exception(_unavailable(error))
                     return
@@ -220,7 +223,8 @@ class Supervised:
                     self._arrived.set()
                     return
                 missed = missed or isinstance(error, MessagesMissed)
-                reason = f"{type(error).__name__}: {error}" if str(error) else "the peer was silent"
+                silent = isinstance(error, TimeoutError) and not str(error)
+                reason = "the peer was silent" if silent else f"{type(error).__name__}: {error}".removesuffix(": ")
                 logger.warning("a subscription has no connection (%s); connecting again", reason)
                 behind = loop.time() - max(since, self._complete_until()) if connected else 0.0
                 lost = lost or (datetime.now(UTC) - timedelta(seconds=behind), reason)
@@ -289,7 +293,7 @@ async def _end_of(task: asyncio.Task[None]) -> None:
         await asyncio.wait([task], timeout=0.1)
 
 
-def _unavailable(error: Exception) -> DiatorError:
+def _unavailable(error: BaseException) -> DiatorError:
     if isinstance(error, DiatorError):
         return error
     unavailable = BrokerUnavailable(f"{type(error).__name__}: {error}")

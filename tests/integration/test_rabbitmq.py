@@ -382,6 +382,25 @@ async def test_trap_1_a_handler_outlives_its_connection_and_the_message_comes_ag
     assert [(each.outcome, each.attempt) for each in outcomes] == [("acked", 1), ("acked", 2)]
 
 
+async def test_what_was_fetched_by_a_lost_connection_is_not_begun(behind_proxy, proxy):
+    """As much as is read ahead waits for a slow handler, and nothing is received meanwhile. It comes again anyway."""
+    topics = (COUNTED, OTHER)
+    await collect(behind_proxy, topics)
+    await behind_proxy.send_messages([counted(number, topic=topics[number % 2]) for number in range(200)])
+    async with behind_proxy.subscribe(topics, group="readers", prefetch=1) as deliveries:
+        slow = await anext(deliveries)
+        await become(lambda: len(deliveries.not_given_out), 100)
+        await asyncio.sleep(0.1)
+        connections = proxy.accepted
+        proxy.reset()
+        await become(lambda: proxy.accepted, connections + 1)
+        await slow.ack()
+
+        assert sorted(await numbers(deliveries, 200)) == [*range(200)]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(deliveries), 0.3)
+
+
 async def test_trap_9_what_always_fails_is_handled_so_often_and_then_put_aside(broker, plain, queue):
     events, begun = EventMap(), []
 
@@ -506,6 +525,36 @@ async def test_what_cannot_be_put_aside_is_given_back(broker, plain, queue, monk
         again = await asyncio.wait_for(anext(deliveries), 0.2 + SLACK)
         await again.ack()
     assert again.attempt == 2
+
+
+@pytest.mark.parametrize(("outcome", "group"), [("retry", "readers"), ("dead_letter", None)])
+async def test_settling_is_bounded_where_nobody_answers(behind_proxy, proxy, outcome, group):
+    """Also where a queue has to be declared first, on the connection that it came by."""
+    async with behind_proxy.subscribe([COUNTED], group=group) as deliveries:
+        await behind_proxy.send_message(counted(1))
+        delivery = await anext(deliveries)
+        proxy.black_hole()
+        started = monotonic()
+        with pytest.raises(BrokerUnavailable):
+            await (delivery.retry(after=30) if outcome == "retry" else delivery.dead_letter("bad"))
+        assert monotonic() - started < 3.0 + SLACK
+        await proxy.heal()
+
+
+@pytest.mark.parametrize("outcome", ["retry", "dead_letter"])
+async def test_what_failed_to_be_settled_on_a_lost_connection_keeps_no_place(behind_proxy, proxy, monkeypatch, outcome):
+    """It comes again by the next connection, for which it must not count as given out for ever."""
+    monkeypatch.setattr(_rabbitmq_member, "_GIVEN_BACK_AFTER", 0.2)
+    await collect(behind_proxy)
+    async with behind_proxy.subscribe([COUNTED], group="readers", prefetch=1) as deliveries:
+        await behind_proxy.send_message(counted(1))
+        delivery, connections = await anext(deliveries), proxy.accepted
+        proxy.reset()
+        await become(lambda: proxy.accepted, connections + 1)
+        with pytest.raises(BrokerUnavailable):
+            await (delivery.retry() if outcome == "retry" else delivery.dead_letter("bad"))
+
+        assert await asyncio.wait_for(numbers(deliveries, 1), 5) == [1]
 
 
 async def test_a_subscription_without_a_group_puts_aside(broker, plain, prefix):

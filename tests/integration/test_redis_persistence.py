@@ -12,7 +12,7 @@ from diator.brokers.audit import audit
 from diator.brokers.base import Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.redis_streams import RedisStreamMessageBroker
-from diator.exceptions import UnsupportedCapability
+from diator.exceptions import BrokerUnavailable, UnsupportedCapability
 
 STORED = Capabilities(durability="crash")
 
@@ -127,3 +127,13 @@ async def test_followers_that_need_not_have_a_message_are_a_finding(url):
     await follower.wait_closed()
 
     assert problems == ["there are replicas, and none has to have a message: a failover may lose confirmed ones"]
+
+
+async def test_what_it_does_not_take_for_now_may_be_sent_again(server, url):
+    """As long as the replicas that the audit asks for are away, it refuses every write."""
+    async with RedisStreamMessageBroker.from_url(url) as broker:
+        await server.config_set("min-replicas-to-write", "1")
+        with pytest.raises(BrokerUnavailable, match="NOREPLICAS"):
+            await broker.send_message(message())
+        await server.config_set("min-replicas-to-write", "0")
+        await broker.send_message(message())

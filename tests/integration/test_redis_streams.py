@@ -7,7 +7,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
 from urllib.parse import urlsplit
@@ -21,7 +21,7 @@ from redis.backoff import ConstantBackoff
 from diator.brokers import Message, _redis_member, redis_streams
 from diator.brokers._redis_connection import SharedConnection
 from diator.brokers.base import Delivery, Topic
-from diator.brokers.codec import decode
+from diator.brokers.codec import decode, encode
 from diator.brokers.redis_streams import RedisStreamMessageBroker
 from diator.brokers.supervisor import Patience
 from diator.consumer import Consumer
@@ -472,6 +472,37 @@ async def test_what_was_on_its_way_comes_with_the_next_connection(make, proxy, p
         assert sorted(await acked(deliveries, 2, within=2 + SLACK)) == [1, 2]
 
 
+async def test_what_was_on_its_way_comes_though_fetching_it_fails_once(
+    *, make, proxy, proxied_url, admin, stream, monkeypatch
+) -> None:
+    """The next connection breaks too, when the first of two was fetched. It must not count as given out for ever."""
+    execute, claims = SharedConnection.execute, 0
+
+    async def fail_once(self, *command, **options):
+        nonlocal claims
+        if command[0] == b"XCLAIM" and b"JUSTID" not in command:
+            claims += 1
+            if claims == 2:
+                raise OutcomeUnknown("the connection to Redis failed")
+        return await execute(self, *command, **options)
+
+    monkeypatch.setattr(SharedConnection, "execute", fail_once)
+    reader = await make(proxied_url, lease=LONG)
+    async with subscribed(reader, prefetch=1) as deliveries:
+        await asyncio.sleep(0.1)
+        proxy.withhold(Flow.TO_CLIENT)
+        async with admin.pipeline(transaction=True) as both:  # so that one reply has them
+            for number in (1, 2):
+                both.xadd(stream, {"body": encode(message(number), max_bytes=1000)})
+            await both.execute()
+        await asyncio.sleep(0.1)
+        proxy.cut()
+        await proxy.heal()
+
+        assert sorted(await acked(deliveries, 2)) == [1, 2]
+    assert claims > 2
+
+
 async def test_entering_is_bounded_where_nobody_answers(make, proxy, proxied_url) -> None:
     broker = await make(proxied_url)
     proxy.black_hole()
@@ -613,6 +644,29 @@ async def test_what_was_taken_over_is_not_forgotten_when_looking_fails(*, make, 
         assert sorted(await acked(deliveries, 3)) == [1, 2, 3]
 
 
+@pytest.mark.usefixtures("quick")
+async def test_what_is_acknowledged_while_it_is_taken_over_is_let_go(
+    *, make, redis_url, admin, stream, monkeypatch, caplog
+) -> None:
+    """Its old owner was late, and not dead."""
+    execute = SharedConnection.execute
+
+    async def acknowledged_first(self, *command, **options):
+        if command[0] == b"XPENDING" and b"1" in command[4:]:
+            await admin.xack(stream, "billing", command[3])
+        return await execute(self, *command, **options)
+
+    monkeypatch.setattr(SharedConnection, "execute", acknowledged_first)
+    broker = await make(redis_url)
+    await send(broker, 1)
+    await admin.xgroup_create(stream, "billing", "0")
+    await admin.xreadgroup("billing", "late", {stream: ">"}, count=1)
+    async with subscribed(broker) as deliveries:
+        await nothing_comes(deliveries, within=LEASE + SLACK)
+        await nothing_left(admin, stream)
+    assert "connecting again" not in caplog.text
+
+
 @pytest.mark.parametrize("outcome", ["dead_letter", "retry"])
 async def test_what_could_not_be_settled_comes_again(
     *, make, proxy, proxied_url, broker, admin, stream, outcome
@@ -633,6 +687,54 @@ async def test_what_could_not_be_settled_comes_again(
         assert (number_of(again), again.attempt) == (1, 2)
         await again.ack()
         await nothing_left(admin, stream)
+
+
+@pytest.mark.parametrize("outcome", ["dead_letter", "retry"])
+async def test_what_another_has_taken_is_not_settled(*, patient, admin, stream, outcome) -> None:
+    """It is settled too late, and by the other one as well: aside, or given back, it would be there twice."""
+    async with subscribed(patient) as deliveries:
+        await send(patient, 1)
+        [delivery] = await take(deliveries, 1)
+        await admin.xclaim(stream, "billing", "another", 0, [delivery.token.id], justid=True)
+
+        await (delivery.retry() if outcome == "retry" else delivery.dead_letter("bad"))
+
+        assert await pending(admin, stream) == 1
+        assert not await admin.xlen(f"{stream}:billing:again")
+        assert not await dead_letters(admin, stream)
+        await admin.xack(stream, "billing", delivery.token.id)
+
+
+@pytest.mark.parametrize("outcome", ["dead_letter", "retry"])
+async def test_what_is_settled_again_since_the_reply_was_lost_is_settled_once(
+    *, make, redis_url, admin, stream, monkeypatch, outcome
+) -> None:
+    execute, settled = SharedConnection.execute, 0
+
+    async def lose_one(self, *command, **options):
+        nonlocal settled
+        reply = await execute(self, *command, **options)
+        if command[0] == b"EVAL" and b"XACK" in command[1]:
+            settled += 1
+            if settled == 1:
+                raise OutcomeUnknown("the connection to Redis failed")
+        return reply
+
+    monkeypatch.setattr(SharedConnection, "execute", lose_one)
+    broker = await make(redis_url, lease=LONG)
+    async with subscribed(broker) as deliveries:
+        await send(broker, 1)
+        [delivery] = await take(deliveries, 1)
+        for _ in range(2):
+            with suppress(OutcomeUnknown):
+                await (delivery.retry() if outcome == "retry" else delivery.dead_letter("bad"))
+
+        assert settled == 2
+        if outcome == "retry":
+            assert await acked(deliveries, 1) == [1]
+            await nothing_comes(deliveries)
+        else:
+            assert len(await dead_letters(admin, stream)) == 1
 
 
 # -- leaving -----------------------------------------------------------------------------------------------------
@@ -815,6 +917,16 @@ async def test_a_crash_after_a_retry_counts_too(broker, admin, stream) -> None:
         [delivery] = await take(deliveries, 1)
         assert delivery.attempt == 4
         await delivery.ack()
+
+
+async def test_many_retries_that_are_due_at_once_come_at_once(broker) -> None:
+    """Whatever made so many fail at the same time, they do not come back one hundred a second."""
+    async with subscribed(broker, prefetch=500) as deliveries:
+        await send(broker, *range(500))
+        for delivery in await take(deliveries, 500):
+            await delivery.retry(after=0.1)
+
+        assert sorted(await acked(deliveries, 500, within=1 + 2 * SLACK)) == [*range(500)]
 
 
 @pytest.mark.usefixtures("quick")

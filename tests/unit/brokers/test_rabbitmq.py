@@ -11,7 +11,7 @@ pytest.importorskip("aiormq")
 from pamqp import commands
 from pamqp.frame import unmarshal
 
-from diator.brokers._rabbitmq_frames import Publication, header_of
+from diator.brokers._rabbitmq_frames import ContentHeader, Publication, again, header_of
 from diator.brokers._rabbitmq_member import _rung, queue_name, routing_key
 from diator.brokers.base import Topic
 from diator.brokers.rabbitmq import RabbitMQMessageBroker
@@ -128,3 +128,12 @@ def test_delays_are_rounded_up_by_a_third_at_most():
         rung = _rung(milliseconds / 1000)
         assert milliseconds <= rung <= max(milliseconds * 1.34, milliseconds + 1)
     assert len({_rung(seconds / 10) for seconds in range(10, 36_000)}) < 50
+
+
+def test_what_is_no_text_in_a_header_is_written_again_as_it_came():
+    """At any depth: what RabbitMQ hands over as `bytes`, where another client wrote no UTF-8, pamqp does not write."""
+    headers = {"list": [b"\xff", {"in": b"\xfe"}], "alone": b"\xfd", "text": "t"}
+    handed_on = again(ContentHeader(0, 2, commands.Basic.Properties()), headers, b"{}", "somewhere")
+    frame = b"\x02\x00\x01" + len(handed_on.header).to_bytes(4) + handed_on.header + b"\xce"
+    read = unmarshal(frame)[2].properties.headers
+    assert read == {"list": [b"\xff", {"in": b"\xfe"}], "alone": b"\xfd", "text": "t"}

@@ -45,7 +45,7 @@ class Link:
         while not self.arriving:
             self.something.clear()
             await self.something.wait()
-        if isinstance(self.arriving[0], Exception):
+        if isinstance(self.arriving[0], BaseException):
             raise self.arriving[0]
         if self.arriving[0] is None:
             del self.arriving[0]
@@ -78,7 +78,7 @@ class Service:
         self.most_live = max(self.live, self.most_live)
         try:
             fate = self.fates.pop(0) if self.fates else None
-            if isinstance(fate, Exception):
+            if isinstance(fate, BaseException):
                 raise fate
             if fate is not None:
                 await fate()
@@ -188,6 +188,20 @@ async def test_one_connection_after_any_number_of_flaps():
             assert service.live == 1
 
     assert (service.most_live, service.live) == (1, 0)
+
+
+async def test_a_client_library_that_cancels_what_is_its_own():
+    """Nobody has cancelled the subscription: it is a connection that is lost, or not to be had."""
+    service = Service(None, asyncio.CancelledError(), None)
+    async with service.supervised() as deliveries:
+        service.links[0].tell(1)
+        assert await take(deliveries, 1) == [1]
+        link = await service.flap(asyncio.CancelledError())
+        link.tell(2)
+        assert await take(deliveries, 1) == [2]
+
+    with pytest.raises(BrokerUnavailable):
+        await Service(asyncio.CancelledError()).supervised().__aenter__()
 
 
 async def test_a_connection_whose_closing_fails():
