@@ -63,16 +63,19 @@ def unit(session: nox.Session, extras: str) -> None:
 
 @nox.session
 def integration(session: nox.Session) -> None:
-    """What needs services."""
+    """What needs services; without arguments, the reports and the matrix are made anew, too."""
     session.install("-e", f".[{CLIENTS}]", *group("tests"))
-    session.run("pytest", "tests/integration", *session.posargs, env=images(session, *SERVICES))
+    environment = images(session, *SERVICES)
+    if not session.posargs:
+        session.run("python", "-m", "tests.integration.publish", env=environment)
+    session.run("pytest", "tests/integration", *session.posargs, env=environment)
 
 
 @nox.session
 def conformance(session: nox.Session) -> None:
     """The reports and the matrix of the documentation, made anew; after `--` the names of transports."""
     session.install("-e", f".[{CLIENTS}]", *group("tests"))
-    session.run("python", "-m", "tests.integration.publish", *session.posargs, env=images(session))
+    session.run("python", "-m", "tests.integration.publish", *session.posargs, env=images(session, *SERVICES))
 
 
 @nox.session

@@ -3,10 +3,13 @@ Somebody joins a meeting: a command, a query, a domain event, and an event that 
 
     python examples/meetings.py                                               # in memory, needs no service
 
-The same program through Redis; the second process consumes what the first one sends, until Ctrl-C:
+The same program through a broker; the second process consumes what the first one sends, until Ctrl-C:
 
     python examples/meetings.py --broker redis-streams://localhost:6379/0 --consume
-    python examples/meetings.py --broker redis-streams://localhost:6379/0     # or redis://…, for Pub/Sub
+    python examples/meetings.py --broker redis-streams://localhost:6379/0
+
+Or redis://… for Pub/Sub, amqp://guest:guest@localhost/ for RabbitMQ, kafka://localhost:9092 for Kafka. RabbitMQ says so
+if nobody has ever subscribed: consume first.
 """
 
 import argparse
@@ -152,8 +155,16 @@ def broker_for(address: str) -> Any:
             from diator.brokers.redis_streams import RedisStreamMessageBroker  # noqa: PLC0415
 
             return RedisStreamMessageBroker.from_url(f"redis://{rest}")
+        case ("amqp" | "amqps", *_):
+            from diator.brokers.rabbitmq import RabbitMQMessageBroker  # noqa: PLC0415
+
+            return RabbitMQMessageBroker(address)
+        case ("kafka", _, servers):
+            from diator.brokers.kafka import KafkaMessageBroker  # noqa: PLC0415
+
+            return KafkaMessageBroker(servers)
         case (unknown, *_):
-            raise WiringError(f"there is no broker for {unknown!r}; use memory, redis://… or redis-streams://…")
+            raise WiringError(f"there is no broker for {unknown!r}; use memory, or an address as in the description")
 
 
 async def send(broker: MessageBroker) -> None:
@@ -201,7 +212,12 @@ def say(what: str, *, by: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Somebody joins a meeting.")
-    parser.add_argument("--broker", default="memory", metavar="ADDRESS", help="memory, redis://… or redis-streams://…")
+    parser.add_argument(
+        "--broker",
+        default="memory",
+        metavar="ADDRESS",
+        help="memory, redis://…, redis-streams://…, amqp://… or kafka://…",
+    )
     parser.add_argument("--consume", action="store_true", help="consume what another process sends")
     arguments = parser.parse_args()
     try:

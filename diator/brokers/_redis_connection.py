@@ -11,6 +11,7 @@ from uuid import UUID
 
 from diator.brokers.supervisor import Supervised
 from diator.exceptions import (
+    AccessRefused,
     BrokerClosed,
     BrokerError,
     BrokerUnavailable,
@@ -54,6 +55,8 @@ def verdict(error: BaseException, message_id: UUID | None, *, written: bool) -> 
     if isinstance(error, BrokerError):
         return error
     problem = f"{type(error).__name__}: {error}"
+    if isinstance(error, redis_errors.NoPermissionError) and message_id is None:
+        return AccessRefused(f"Redis refuses a subscription ({problem}); let its user do so, by ACL SETUSER")
     if isinstance(error, _NOT_EXECUTED) or str(error).startswith("BUSY ") or not written:
         return BrokerUnavailable(f"Redis is not available ({problem})", message_id=message_id)
     if isinstance(error, redis_errors.ResponseError):

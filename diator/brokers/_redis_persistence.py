@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from diator.brokers.audit import Finding
 from diator.brokers.capabilities import Durability
-from diator.exceptions import MessageRejected
+from diator.exceptions import AccessRefused, MessageRejected
 
 Execute: TypeAlias = Callable[..., Awaitable[Any]]
 
@@ -53,7 +53,7 @@ async def _setting(execute: Execute, name: bytes) -> str | None:
     """Give a setting; None where it may not be read."""
     try:
         answer: Any = await execute(b"CONFIG", b"GET", name)
-    except MessageRejected:  # managed services, and careful ones, keep it to themselves
+    except (AccessRefused, MessageRejected):  # managed services, and careful ones, keep it to themselves
         return None
     pairs = answer if isinstance(answer, dict) else dict(zip(answer[::2], answer[1::2], strict=True))
     value: bytes | None = pairs.get(name)

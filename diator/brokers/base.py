@@ -185,6 +185,7 @@ class ReadableBroker(MessageBroker, Protocol):
         Raises, on entry:
             WiringError: *prefetch* is below 1.
             UnsupportedCapability: The transport has no groups, or cannot do without one.
+            AccessRefused: The service does not let this user read there.
             BrokerUnavailable: The service cannot be reached within the broker's `timeout`.
             BrokerClosed: This broker was closed.
         """

@@ -10,12 +10,14 @@ from contextlib import asynccontextmanager
 from typing import Any, Self
 
 from diator.brokers._redis_connection import (
+    CLIENT_ERRORS,
     Client,
     Connection,
     SharedConnection,
     check_client,
     client_from_url,
     give_back,
+    verdict,
 )
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities, require
@@ -178,11 +180,14 @@ class RedisMessageBroker:
         connection = await self._client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
         try:
             source = _Subscription(connection, channels, patterns)
-            if patterns:
-                await connection.send_command("PSUBSCRIBE", *patterns, check_health=False)
-            await connection.send_command("SUBSCRIBE", *channels, check_health=False)
-            while not source.is_ready:
-                await source.receive(0)
+            try:
+                if patterns:
+                    await connection.send_command("PSUBSCRIBE", *patterns, check_health=False)
+                await connection.send_command("SUBSCRIBE", *channels, check_health=False)
+                while not source.is_ready:
+                    await source.receive(0)
+            except CLIENT_ERRORS as error:
+                raise verdict(error, None, written=False) from error
             yield source
         finally:
             await give_back(self._client, connection)

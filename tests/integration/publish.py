@@ -26,6 +26,7 @@ TRANSPORTS = {
     "redis": ("tests.integration.harnesses:RedisHarness", "redis"),
     "redis-streams": ("tests.integration.harnesses:RedisStreamHarness", "redis"),
     "rabbitmq": ("tests.integration.harnesses:RabbitMQHarness", "rabbitmq"),
+    "kafka": ("tests.integration.harnesses:KafkaHarness", "kafka"),
 }
 
 

@@ -3,8 +3,10 @@
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import redis
 
 MEETINGS = Path(__file__).parents[2] / "examples" / "meetings.py"
@@ -38,3 +40,25 @@ def test_meetings_says_that_redis_cannot_be_reached():
     assert told.returncode == 1
     assert told.stderr.startswith("meetings: Redis is not available")
     assert "Traceback" not in told.stderr
+
+
+@pytest.mark.parametrize("scheme", ["redis-streams", "amqp", "kafka"])
+def test_meetings_consumes_what_another_process_sends(redis_url, rabbitmq_url, kafka_servers, scheme):
+    """The same program twice, on every transport that keeps a message for whoever comes."""
+    addresses = {"redis-streams": redis_url.replace("redis", scheme, 1), "amqp": rabbitmq_url, "kafka": kafka_servers}
+    address = f"{scheme}://{addresses[scheme].rpartition('//')[2]}"
+    consumer = subprocess.Popen(
+        [sys.executable, "-u", str(MEETINGS), "--broker", address, "--consume"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while (told := meetings(address)).returncode and time.monotonic() < deadline:
+            assert "nobody has subscribed yet" in told.stderr
+        assert told.returncode == 0
+        heard = next(line for line in consumer.stdout if "count_members" in line)
+    finally:
+        consumer.terminate()
+        consumer.communicate(timeout=20)
+
+    assert "hears of UserJoinedNotificationEvent" in heard
+    assert consumer.returncode == 0

@@ -5,14 +5,19 @@ import json
 from dataclasses import dataclass
 from uuid import uuid4
 
+import aio_pika
 import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from redis.asyncio import Redis
 
+from diator.brokers.kafka import KafkaMessageBroker
+from diator.brokers.rabbitmq import RabbitMQMessageBroker
 from diator.brokers.redis import RedisMessageBroker
 from diator.brokers.redis_streams import RedisStreamMessageBroker
 from diator.consumer import Consumer
 from diator.events import EventEmitter, EventMap, NotificationEvent
 from tests import peers
+from tests.integration.transports import broker_for
 
 pytestmark = pytest.mark.timeout(180)  # the first one installs the others
 
@@ -44,6 +49,12 @@ class Heard:
         event_map = EventMap()
         event_map.bind(UserJoined, self._handle)
         self.consumer = Consumer(broker, event_map=event_map, on_handled=self.told.append)
+
+    async def ready(self) -> None:
+        """Wait until it is subscribed."""
+        async with asyncio.timeout(20):
+            while not self.consumer.health().receiving:  # noqa: ASYNC110  # it is asked, as by a service's health check
+                await asyncio.sleep(0.01)
 
     async def _handle(self, event: UserJoined) -> None:
         self.users.append(event.user_id)
@@ -144,39 +155,103 @@ async def test_a_plain_client_of_redis_streams(redis_url, prefix):
         await client.delete(stream)
 
 
+async def test_a_plain_client_of_rabbitmq(rabbitmq_url, prefix):
+    """Another queue of the exchange hears everything; what is published to the exchange is consumed."""
+    async with RabbitMQMessageBroker(rabbitmq_url, prefix) as broker, await aio_pika.connect(rabbitmq_url) as client:
+        channel = await client.channel()
+        exchange = await channel.declare_exchange(prefix, "topic", durable=True)
+        queue = await channel.declare_queue(exclusive=True)
+        await queue.bind(exchange, "notification_event.UserJoined")
+        await emit(broker, 1)
+        heard = await queue.get(timeout=5)
+        assert json.loads(heard.body)["payload"]["user_id"] == 1
+        assert (heard.content_type, heard.type) == ("application/json", "UserJoined")
+        assert heard.message_id == json.loads(heard.body)["message_id"]
+
+        consumer = Heard(broker, count=1)
+        consuming = asyncio.create_task(consumer.consumer.run(signals=False))
+        await consumer.ready()
+        await exchange.publish(
+            aio_pika.Message(body("UserJoined", 2).encode(), headers={"tenant": "7"}), "notification_event.UserJoined"
+        )
+        await asyncio.wait_for(consuming, 10)
+        assert consumer.users == [2]
+        await exchange.delete()
+        for name in ("", ":dead"):
+            await channel.queue_delete(f"{prefix}:notification_event:UserJoined:diator{name}")
+
+
+async def test_a_plain_client_of_kafka(kafka_servers, prefix):
+    topic = f"{prefix}.notification_event.UserJoined"
+    async with KafkaMessageBroker(kafka_servers, prefix) as broker:
+        await emit(broker, 1)
+        reader = AIOKafkaConsumer(topic, bootstrap_servers=kafka_servers, auto_offset_reset="earliest")
+        async with reader:
+            record = await asyncio.wait_for(anext(reader), 10)
+        assert json.loads(record.value)["payload"]["user_id"] == 1
+
+        async with AIOKafkaProducer(bootstrap_servers=kafka_servers) as producer:
+            await producer.send_and_wait(topic, body("UserJoined", 2).encode(), headers=[("tenant", b"7")])
+        consumer = Heard(broker, count=2)
+        await asyncio.wait_for(consumer.consumer.run(signals=False), 20)
+        assert sorted(consumer.users) == [1, 2]
+
+
 # -- FastStream --------------------------------------------------------------------------------------------------
 
+ELSEWHERE = {
+    "redis": lambda prefix: f"{prefix}:notification_event:UserJoined",
+    "redis-streams": lambda prefix: f"{prefix}:notification_event:UserJoined",
+    "rabbitmq": lambda prefix: f"{prefix}/notification_event.UserJoined",
+    "kafka": lambda prefix: f"{prefix}.notification_event.UserJoined",
+}
+"""Where FastStream finds what diator sends."""
 
-@pytest.mark.parametrize("transport", ["redis", "redis-streams"])
-async def test_faststream_hears_this_one(redis_url, prefix, install, transport):
-    make = RedisStreamMessageBroker if transport == "redis-streams" else RedisMessageBroker
-    name = f"{prefix}:notification_event:UserJoined"
+
+@pytest.fixture
+def addresses(redis_url, rabbitmq_url, kafka_servers):
+    """As diator is told them, and as FastStream is."""
+    return {
+        "redis": (redis_url, redis_url),
+        "redis-streams": (redis_url.replace("redis", "redis-streams", 1), redis_url),
+        "rabbitmq": (rabbitmq_url, rabbitmq_url),
+        "kafka": (f"kafka://{kafka_servers}", kafka_servers),
+    }
+
+
+@pytest.mark.parametrize("transport", ELSEWHERE)
+async def test_faststream_hears_this_one(addresses, prefix, install, transport):
+    ours, theirs = addresses[transport]
+    name = ELSEWHERE[transport](prefix)
     python = install("faststream_peer")
-    async with (
-        make.from_url(redis_url, prefix) as broker,
-        peers.running(python, "faststream_peer", "hear", transport, redis_url, name) as faststream,
-    ):
-        assert await peers.said(faststream) == ["ready"]
-        if transport == "redis":
-            async with Redis.from_url(redis_url) as client:
-                await listening(client, name)
-        await emit(broker, 1, 2, 3)
-        heard = [await peers.said(faststream) for _ in range(3)]
+    async with broker_for(ours, prefix) as broker:
+        if transport == "kafka":
+            await emit(broker, 0)  # the topic is there
+        async with peers.running(python, "faststream_peer", "hear", transport, theirs, name) as faststream:
+            assert await peers.said(faststream) == ["ready"]
+            if transport == "redis":
+                async with Redis.from_url(theirs) as client:
+                    await listening(client, name)
+            await emit(broker, 1, 2, 3)
+            count = 4 if transport == "kafka" else 3
+            heard = [await peers.said(faststream) for _ in range(count)]
 
-    assert [name for name, _ in heard] == ["UserJoined"] * 3
-    assert [json.loads(payload)["user_id"] for _, payload in heard] == [1, 2, 3]
+    assert {name for name, _ in heard} == {"UserJoined"}
+    assert sorted(json.loads(payload)["user_id"] for _, payload in heard)[-3:] == [1, 2, 3]
 
 
-async def test_this_one_hears_faststream_over_redis(redis_url, prefix, install):
-    """Without the envelope that it puts around everything else. To a stream it sends no fields but its own."""
-    name = f"{prefix}:notification_event:UserJoined"
+@pytest.mark.parametrize("transport", ["redis", "rabbitmq", "kafka"])
+async def test_this_one_hears_faststream(addresses, prefix, install, transport):
+    """Over Redis without the envelope that it puts around everything else. To a stream it sends only its own field."""
+    ours, theirs = addresses[transport]
+    name = ELSEWHERE[transport](prefix)
     python = install("faststream_peer")
-    async with RedisMessageBroker.from_url(redis_url, prefix) as broker, Redis.from_url(redis_url) as client:
+    async with broker_for(ours, prefix) as broker:
         heard = Heard(broker)
         consuming = asyncio.create_task(heard.consumer.run(signals=False))
-        await listening(client, name)
-        async with peers.running(python, "faststream_peer", "send", "redis", redis_url, name) as faststream:
+        await heard.ready()
+        async with peers.running(python, "faststream_peer", "send", transport, theirs, name) as faststream:
             await peers.ended(faststream, "\n".join(body("UserJoined", user_id) for user_id in range(3)))
-        await asyncio.wait_for(consuming, 10)
+        await asyncio.wait_for(consuming, 20)
 
-    assert heard.users == [0, 1, 2]
+    assert sorted(heard.users) == [0, 1, 2]

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from time import time
 from uuid import uuid4
 
+import aio_pika
 import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from redis.asyncio import Redis
 
 from diator.brokers import Message
@@ -228,3 +230,41 @@ async def test_a_redis_that_stores_nothing_loses(private) -> None:
 
     async with Redis.from_url(service.url) as client:
         assert not await client.exists(f"{prefix}:notification_event:Counted")
+
+
+MORE = 200
+
+
+async def killed_with(service, send) -> None:
+    """Have *send* called while *service* is frozen, and then kill it: nobody has read what the client wrote."""
+    await asyncio.to_thread(service.pause)
+    async with asyncio.timeout(10):
+        for _ in range(MORE):
+            await send()
+    await asyncio.to_thread(service.kill)
+    await asyncio.to_thread(service.start)
+
+
+async def test_a_rabbitmq_that_confirms_nothing_loses(private) -> None:
+    """What its client took, and nobody waited for."""
+    service = private("rabbitmq")
+    async with await aio_pika.connect(service.url) as client:
+        channel = await client.channel(publisher_confirms=False)
+        await channel.declare_queue("counted", durable=True, arguments={"x-queue-type": "quorum"})
+        persistent = aio_pika.Message(b"1", delivery_mode=2)
+        await killed_with(service, lambda: channel.default_exchange.publish(persistent, "counted"))
+
+    async with await aio_pika.connect(service.url) as client:
+        queue = await (await client.channel()).declare_queue("counted", passive=True)
+        assert queue.declaration_result.message_count < MORE
+
+
+async def test_a_kafka_that_confirms_nothing_loses(private) -> None:
+    """Likewise, with `acks=0`."""
+    service, place = private("kafka"), TopicPartition("counted", 0)
+    async with AIOKafkaProducer(bootstrap_servers=service.url, acks=0) as producer:
+        await producer.send_and_wait("counted", b"0", partition=0)
+        await killed_with(service, lambda: producer.send_and_wait("counted", b"1", partition=0))
+
+    async with AIOKafkaConsumer(bootstrap_servers=service.url) as consumer:
+        assert (await consumer.end_offsets([place]))[place] < MORE

@@ -40,7 +40,7 @@ def test_meetings_tells_the_whole_story_in_memory():
     assert list(body) == ["message_type", "message_name", "message_id", "payload"]
 
 
-@pytest.mark.parametrize("address", ["amqp://localhost", "memories"])
+@pytest.mark.parametrize("address", ["nats://localhost", "memories"])
 def test_meetings_refuses_a_scheme_that_it_does_not_know(address):
     told = run("meetings.py", "--broker", address)
 

@@ -6,7 +6,14 @@ import logging
 import traceback
 
 from diator.brokers.capabilities import Capabilities
-from diator.exceptions import BrokerError, BrokerUnavailable, EncodingError, MessageRejected, OutcomeUnknown
+from diator.exceptions import (
+    AccessRefused,
+    BrokerError,
+    BrokerUnavailable,
+    EncodingError,
+    MessageRejected,
+    OutcomeUnknown,
+)
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._harness import Access, EnvironmentMissing, Transport
 from diator.testing.conformance._scenario import scenario
@@ -80,7 +87,7 @@ async def authorised(ctx: Context) -> None:
         ctx.ledger.judge(reader.name, messages).demand()
     if deaf is not None:
         subscribing = ctx.reading(deaf, topic).__aenter__()
-        shut_out = ctx.raises(BrokerError, subscribing, "subscribing without permission")
+        shut_out = ctx.raises(AccessRefused, subscribing, "subscribing without permission")
         await ctx.within(within, shut_out, "being refused")
         await ctx.use(deaf, topic)
 
