@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapp
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition, errors
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
@@ -332,9 +332,8 @@ class Subscription:
     async def ack(self, delivery: Delivery, /) -> None:
         """Noted here, and committed together with others."""
         token = _token(delivery)
-        partition, record = token.partition, token.record
-        if not partition.lost:
-            self._finished(partition, record)
+        if not token.partition.lost:
+            self._finished(token.partition, token.record)
 
     async def retry(self, delivery: Delivery, after: float, /) -> None:
         token = _token(delivery)
@@ -398,7 +397,8 @@ class Subscription:
     def _let_go(self, partition: _Partition) -> None:
         partition.out -= 1
         self.unsettled -= 1
-        self.freed.set()
+        if partition.ending:
+            self.freed.set()
         self.supervised.look_again()
 
     def is_too_far(self, partition: _Partition) -> bool:
@@ -407,7 +407,9 @@ class Subscription:
 
 
 def _token(delivery: Delivery) -> _Token:
-    return cast("_Token", delivery.token)
+    token = delivery.token
+    assert isinstance(token, _Token), "a delivery is settled by the subscription that it is of"  # noqa: S101
+    return token
 
 
 @dataclass(frozen=True)
