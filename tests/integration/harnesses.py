@@ -712,12 +712,13 @@ class KafkaHarness(Harness):
 
         clients = [transport._producer._producer.client] if transport._producer._producer else []
         transport._producer._cluster = nowhere
-        for subscription in transport._subscriptions.values():
-            subscription._cluster = nowhere
-            subscription.connection.say_goodbye = nothing
-            if committing := getattr(subscription.connection, "_committing", None):
+        for connections in transport._subscriptions.values():
+            connections._cluster = nowhere
+            connection = connections.latest
+            connection.say_goodbye = nothing
+            if committing := getattr(connection, "_committing", None):
                 committing.cancel()
-            clients.append(subscription.connection.consumer._client)
+            clients.append(connection.consumer._client)
         for client in clients:
             client._get_conn = nothing
             for connection in client._conns.values():
