@@ -26,7 +26,7 @@ from diator.brokers._kafka_offsets import Offsets
 from diator.brokers._kafka_subscription import Partition, Reading, Record, Subscription
 from diator.brokers.base import Delivery
 from diator.brokers.supervisor import Source
-from diator.exceptions import BrokerUnavailable, MessageRejected, WiringError
+from diator.exceptions import AccessRefused, BrokerUnavailable, MessageRejected, WiringError
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -35,6 +35,13 @@ _COMMIT_TIMEOUT = 5.0
 _COORDINATING = ("_coordination_task", "_heartbeat_task", "_commit_refresh_task", "_reset_committed_task")
 _LOOK_AGAIN = 1.0
 """How often, in seconds, it is looked whether topics have changed, as far as the client has heard."""
+
+
+_NO_RIGHT = (
+    errors.TopicAuthorizationFailedError,
+    errors.GroupAuthorizationFailedError,
+    errors.ClusterAuthorizationFailedError,
+)
 
 
 class Connections:
@@ -55,15 +62,19 @@ class Connections:
         if not self._policy.create:
             wanted += subscription.dead  # better refused now than when it is needed
         try:
-            await ensure_topics(self._cluster, self._policy, wanted)
+            await ensure_topics(self._cluster, self._policy, wanted, reading=subscription.names)
         except MessageRejected as error:
             raise WiringError(str(error)) from error
+        except _NO_RIGHT as error:
+            raise _access_refused(error) from error
         consumer = AIOKafkaConsumer(**_settings(self._cluster, subscription.reading, subscription.group))
         connection = self.latest = (_Alone if subscription.group is None else _Member)(subscription, consumer)
         try:
             await consumer.start()
             await connection.begin(subscription.names)
             yield connection
+        except _NO_RIGHT as error:
+            raise _access_refused(error) from error
         finally:
             leaving = asyncio.create_task(connection.leave(within=min(self._cluster.timeout, 5.0)))
             self._leaving.add(leaving)
@@ -74,6 +85,12 @@ class Connections:
         """Wait for what was settled to reach Kafka. That has its own bound."""
         if self._leaving:
             await asyncio.wait(self._leaving)
+
+
+def _access_refused(error: Exception) -> AccessRefused:
+    problem = f"{type(error).__name__}: {error}"
+    remedy = "let its user describe and read its topics, and read its group"
+    return AccessRefused(f"Kafka refuses a subscription ({problem}); {remedy} (kafka-acls.sh)")
 
 
 def _settings(cluster: Cluster, reading: Reading, group: str | None) -> dict[str, Any]:
