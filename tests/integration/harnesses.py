@@ -777,6 +777,13 @@ class KafkaHarness(Harness):
                 await consumer.commit(dict.fromkeys(places, 0))
 
 
+_ALL, _READ, _WRITE = 2, 3, 4
+_DENY, _ALLOW = 2, 3
+_TOPIC, _LITERAL = 2, 3
+_EVERYTHING = {_TOPIC: "*", 3: "*", 4: "kafka-cluster"}
+"""All topics, all groups, and the cluster; numbers as in Kafka's protocol."""
+
+
 def guarded_kafka(certificates, certificate, password):
     """Kafka that speaks only TLS to others, and has three users."""
     rights = {"granted": [], "may-not-send": [_WRITE], "may-not-read": [_READ]}
@@ -787,6 +794,7 @@ def guarded_kafka(certificates, certificate, password):
         "ADVERTISED_LISTENERS": "GUARDED://127.0.0.1:{port},INSIDE://127.0.0.1:9094",
         "LISTENER_SECURITY_PROTOCOL_MAP": "GUARDED:SASL_SSL,INSIDE:PLAINTEXT,CONTROLLER:PLAINTEXT",
         "INTER_BROKER_LISTENER_NAME": "INSIDE",
+        "CONTROLLER_LISTENER_NAMES": "CONTROLLER",
         "SASL_ENABLED_MECHANISMS": "PLAIN",
         "LISTENER_NAME_GUARDED_PLAIN_SASL_JAAS_CONFIG": f"{login} required {users};",
         "LISTENER_NAME_GUARDED_SSL_KEYSTORE_TYPE": "PEM",
@@ -817,20 +825,9 @@ def guarded_kafka(certificates, certificate, password):
             await client.close()
 
     kafka = BACKENDS["kafka"]
-    plain = {name: value for name, value in kafka.environment.items() if "LISTENER" not in name}
-    return replace(
-        kafka,
-        environment={**plain, "KAFKA_CONTROLLER_LISTENER_NAMES": "CONTROLLER"}
-        | {f"KAFKA_{name}": value for name, value in settings.items()},
-        probe=probe,
-    )
-
-
-_TOPIC, _LITERAL = 2, 3
-_EVERYTHING = {_TOPIC: "*", 3: "*", 4: "kafka-cluster"}
-"""All topics, all groups, and the cluster."""
-_ALL, _READ, _WRITE = 2, 3, 4
-_DENY, _ALLOW = 2, 3
+    environment = {name: value for name, value in kafka.environment.items() if "LISTENER" not in name}
+    environment |= {f"KAFKA_{name}": value for name, value in settings.items()}
+    return replace(kafka, environment=environment, probe=probe)
 
 
 def _sasl(user, password):
