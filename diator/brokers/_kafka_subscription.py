@@ -91,11 +91,17 @@ class Partition:
 class _Token:
     """By what a delivery is known. It has no `repr` with a payload in it, as a record has."""
 
-    __slots__ = ("partition", "record")
+    __slots__ = ("partition", "record", "settled")
 
     def __init__(self, partition: Partition, record: Record) -> None:
         self.partition = partition
         self.record = record
+        self.settled = False
+        """Whether it is, or has come again as another delivery: settling it now says nothing."""
+
+    @property
+    def is_over(self) -> bool:
+        return self.settled or self.partition.lost
 
 
 class Subscription:
@@ -242,15 +248,16 @@ class Subscription:
     async def ack(self, delivery: Delivery, /) -> None:
         """Noted here, and committed together with others."""
         token = _token(delivery)
-        if not token.partition.lost:
-            self._finished(token.partition, token.record)
+        if not token.is_over:
+            self._finished(token)
 
     async def retry(self, delivery: Delivery, after: float, /) -> None:
         token = _token(delivery)
         partition, record = token.partition, token.record
-        if partition.lost:
+        if token.is_over:
             return
         if self.group is None or self.reading.in_place:
+            token.settled = True
             self._let_go(partition)
             self._delay(partition, record, partition.offsets.give_back(record.offset), after)
             return
@@ -261,23 +268,45 @@ class Subscription:
         topic = (
             partition.place.topic if partition.retries else self._names.beside(partition.place.topic, self.group, RETRY)
         )
-        await self._producer.send(topic, record.value or b"", key=record.key, headers=headers, partition=rung(after))
-        if not partition.lost:
-            self._finished(partition, record)
+        await self._move(token, delivery.attempt, topic, headers, partition=rung(after))
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         token = _token(delivery)
         partition, record = token.partition, token.record
-        if partition.lost:
+        if token.is_over:
             return
         source = self._retries.get(partition.place.topic, partition.place.topic)
         partition_, _, offset = self._origin(partition, record).partition(":")
         about = provenance(delivery, reason, source=source, group=self.group or "", partition=partition_, offset=offset)
         headers = [*self._own_headers(partition, record)]
         headers += [(name, value.encode(errors="replace")) for name, value in about.items()]
-        await self._producer.send(self._dead[source], record.value or b"", key=record.key, headers=headers)
-        if not partition.lost:
-            self._finished(partition, record)
+        await self._move(token, delivery.attempt, self._dead[source], headers)
+
+    async def _move(
+        self,
+        token: _Token,
+        attempt: int,
+        topic: str,
+        headers: Sequence[tuple[str, bytes]],
+        partition: int | None = None,
+    ) -> None:
+        """Write it to *topic*, and then it is done here. If that fails, it comes again, though this member lives on."""
+        record = token.record
+        try:
+            await self._producer.send(topic, record.value or b"", key=record.key, headers=headers, partition=partition)
+        except BaseException:
+            asyncio.get_running_loop().call_later(self.reading.session, self._come_again, token, attempt)
+            raise
+        if not token.is_over:
+            self._finished(token)
+
+    def _come_again(self, token: _Token, attempt: int) -> None:
+        """Unless another try to settle it has succeeded meanwhile."""
+        if not token.is_over:
+            token.settled = True
+            self._let_go(token.partition)
+            self.ready.append((token.partition, token.record, attempt))
+            self.wake()
 
     @staticmethod
     def _own_headers(partition: Partition, record: Record) -> Sequence[tuple[str, bytes]]:
@@ -288,7 +317,9 @@ class Subscription:
     def _origin(partition: Partition, record: Record) -> str:
         return _told_by(record).origin if partition.retries else f"{record.partition}:{record.offset}"
 
-    def _finished(self, partition: Partition, record: Record) -> None:
+    def _finished(self, token: _Token) -> None:
+        partition, record = token.partition, token.record
+        token.settled = True
         partition.offsets.finish(record.offset)
         self._let_go(partition)
         if partition.behind and record.key in partition.behind:
