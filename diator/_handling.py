@@ -151,7 +151,7 @@ class Handling:
         timeout: float,
         on_handled: Callable[[Handled], None] | None,
     ) -> None:
-        self._routes = by_topic
+        self._routes: dict[tuple[str, str], Route] = dict(by_topic.items())
         self._retry = retry
         self._can_retry = can_retry
         self._can_dead_letter = can_dead_letter
@@ -215,7 +215,7 @@ class Handling:
             return f"crash-loop: delivered {delivery.attempt - 1} times before, more often than it is given back", None
         if isinstance(message, DecodingError):
             return f"undecodable: {message}", message
-        route = self._routes.get(Topic(message.message_type, message.message_name))
+        route = self._routes.get((message.message_type, message.message_name))
         if route is None:
             # The sender's text, so neither whole nor as it is: it ends in logs.
             return f"unknown-type: no handler for {message.message_type[:80]!r} {message.message_name[:80]!r}", None

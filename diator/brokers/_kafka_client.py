@@ -19,6 +19,7 @@ try:
     from aiokafka import errors
     from aiokafka.client import AIOKafkaClient
     from aiokafka.protocol.admin import CreateTopicsRequest
+    from aiokafka.protocol.fetch import FetchRequest
     from aiokafka.protocol.metadata import MetadataRequest
 except ModuleNotFoundError as _missing:
     raise MissingExtra("diator.brokers.kafka", "kafka") from _missing
@@ -181,13 +182,18 @@ MAX_KAFKA_BYTES = 1024 * 1024 - HEADERS_BYTES
 """How large a body fits into what Kafka takes unless it is told otherwise."""
 _ALREADY_THERE = 36
 _UNKNOWN_TOPIC = 3
+_BEYOND = 2**63 - 1
+"""An offset that no message has."""
 
 
-async def ensure_topics(cluster: Cluster, policy: Policy, wanted: Collection[str]) -> None:
+async def ensure_topics(
+    cluster: Cluster, policy: Policy, wanted: Collection[str], *, reading: Collection[str] = ()
+) -> None:
     """
     See that the *wanted* topics are there; the missing ones are created as the *policy* says.
 
-    aiokafka's own `create_topics` raises nothing when Kafka refuses: it has to be looked at.
+    aiokafka's own `create_topics` raises nothing when Kafka refuses: it has to be looked at. Those of *reading* may be
+    read, else it raises what Kafka says.
 
     Raises:
         MessageRejected: One is missing, and is not to be or cannot be created; it says why, or with which command.
@@ -205,6 +211,8 @@ async def ensure_topics(cluster: Cluster, policy: Policy, wanted: Collection[str
         while missing or leaderless:
             await asyncio.sleep(0.02)
             missing, leaderless = await _look_for(client, wanted)
+        if reading:
+            await _try_to_read(client, reading)
     finally:
         await close_client(client)
 
@@ -225,6 +233,17 @@ async def _look_for(client: Any, topics: Collection[str]) -> tuple[list[str], li
         elif error_code or any(partition[0] for partition in partitions):
             leaderless.append(name)
     return missing, leaderless
+
+
+async def _try_to_read(client: Any, topics: Collection[str]) -> None:
+    """Read where nothing is: Kafka looks at rights first, and only a reader is told that it has none."""
+    request = FetchRequest(0, 0, 1, 0, [(topic, [(0, _BEYOND, 1)]) for topic in topics])
+    response = await client.send(client.get_random_node(), request)
+    for name, partitions in response.topics:
+        for _, error_code, *_ in partitions:
+            error = errors.for_code(error_code)
+            if error is errors.TopicAuthorizationFailedError:
+                raise error(name)
 
 
 async def _create(client: Any, policy: Policy, missing: Collection[str], *, within: float) -> None:

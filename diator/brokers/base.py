@@ -91,7 +91,7 @@ class Delivery:
         Raises:
             BrokerError: It could not be told, and comes again.
         """
-        await self._settle("ack", lambda: self.settler.ack(self))
+        await self._settle("ack", self.settler.ack)
 
     async def retry(self, *, after: float = 0.0) -> None:
         """
@@ -100,7 +100,7 @@ class Delivery:
         Raises:
             UnsupportedCapability: The transport cannot, or cannot with a delay.
         """
-        await self._settle("retry", lambda: self.settler.retry(self, after))
+        await self._settle("retry", self.settler.retry, after)
 
     async def dead_letter(self, reason: str) -> None:
         """
@@ -112,16 +112,16 @@ class Delivery:
             UnsupportedCapability: The transport cannot.
             BrokerError: It could not be put aside, and comes again.
         """
-        await self._settle("dead_letter", lambda: self.settler.dead_letter(self, reason))
+        await self._settle("dead_letter", self.settler.dead_letter, reason)
 
-    async def _settle(self, outcome: str, settle: Callable[[], Awaitable[None]]) -> None:
+    async def _settle(self, outcome: str, settle: Callable[..., Awaitable[None]], *how: object) -> None:
         if self.outcome == outcome:
             return
         if self.outcome is not None:
             raise AlreadySettled(f"this delivery was settled by {self.outcome}, and cannot be by {outcome}")
         self.outcome = outcome
         try:
-            await settle()
+            await settle(self, *how)
         except BaseException:
             self.outcome = None  # what failed has settled nothing; another way may do
             raise

@@ -16,8 +16,9 @@ from typing import Self
 
 from diator.brokers._kafka_client import CLIENT_ERRORS, MAX_KAFKA_BYTES, Cluster, Names, Policy, verdict
 from diator.brokers._kafka_findings import look_into
-from diator.brokers._kafka_reading import Reading, Subscription
+from diator.brokers._kafka_member import Connections
 from diator.brokers._kafka_sending import SharedProducer
+from diator.brokers._kafka_subscription import Reading, Subscription
 from diator.brokers.audit import Finding
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
@@ -122,7 +123,7 @@ class KafkaMessageBroker:
         self._read_ahead = read_ahead
         self._patience = patience or Patience(connect=timeout)
         self._producer = SharedProducer(self._cluster, self._policy, max_in_flight=max_in_flight)
-        self._subscriptions: dict[Supervised, Subscription] = {}
+        self._subscriptions: dict[Supervised, Connections] = {}
 
     @property
     def capabilities(self) -> Capabilities:
@@ -186,30 +187,23 @@ class KafkaMessageBroker:
             raise WiringError("prefetch is at least 1")
         if self._producer.is_closed:
             raise BrokerClosed("this broker is closed")
-        subscription = Subscription(
-            topics,
-            group,
-            cluster=self._cluster,
-            policy=self._policy,
-            reading=self._reading,
-            names=self._names,
-            producer=self._producer,
-        )
+        subscription = Subscription(topics, group, reading=self._reading, names=self._names, producer=self._producer)
+        connections = Connections(subscription, self._cluster, self._policy)
         supervised = subscription.supervised = Supervised(
-            subscription.connected,
+            connections.connected,
             lossy=False,
             ahead=prefetch + self._read_ahead,
             patience=self._patience,
             on_gap=on_gap,
             is_full=lambda waiting: subscription.unsettled - waiting >= prefetch,
         )
-        self._subscriptions[supervised] = subscription
+        self._subscriptions[supervised] = connections
         try:
             async with supervised as deliveries:
                 yield deliveries
         finally:
             del self._subscriptions[supervised]
-            await subscription.left()
+            await connections.left()
 
     async def audit(self) -> Sequence[Finding]:
         """See `Auditable.audit`: copies, retention and the like, of the cluster and of all topics of this prefix."""

@@ -150,9 +150,10 @@ class Supervised:
                 raise self._ended
             self._arrived.clear()
             await self._arrived.wait()
-        if len(received) == self._ahead:
+        delivery = received.popleft()
+        if len(received) == self._ahead // 2:  # not before: receiving a few costs as much as receiving many
             self._room.set()
-        return received.popleft()
+        return delivery
 
     @property
     def not_given_out(self) -> Sequence[Delivery]:
@@ -236,6 +237,7 @@ class Supervised:
     async def _receive_from(self, source: Source) -> None:
         """Receive until the connection is lost, or its peer is silent for too long."""
         self._heard_now()
+        self._room.set()
         async with asyncio.timeout(None) as alive:
             watching = asyncio.create_task(self._watch(source, alive), name="diator: watching for silence")
             try:
@@ -256,7 +258,7 @@ class Supervised:
         loop, patience = asyncio.get_running_loop(), self._patience
         while True:
             quiet = loop.time() - self._heard
-            if quiet < patience.idle or len(self._received) >= self._ahead:  # heard, or not listened to
+            if quiet < patience.idle or not self._room.is_set():  # heard, or not listened to
                 await asyncio.sleep(max(patience.idle - quiet, patience.silence / 10))
                 continue
             asked = loop.time()
@@ -266,7 +268,7 @@ class Supervised:
                 await asyncio.sleep(patience.silence - (loop.time() - asked))
             except Exception as error:  # noqa: BLE001  # whatever it is, there was no sign of life
                 logger.debug("asking for a sign of life failed: %r", error)
-            if self._heard < asked and len(self._received) < self._ahead:
+            if self._heard < asked and self._room.is_set():
                 alive.reschedule(loop.time())
                 return
 

@@ -34,8 +34,9 @@ CLIENTS = {
     "aiokafka": {
         "brokers/_kafka_findings.py",
         "brokers/_kafka_client.py",
-        "brokers/_kafka_reading.py",
+        "brokers/_kafka_member.py",
         "brokers/_kafka_sending.py",
+        "brokers/_kafka_subscription.py",
     },
     "rodi": {"container/rodi.py"},
     "dishka": {"container/dishka.py"},

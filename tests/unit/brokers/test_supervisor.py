@@ -501,6 +501,24 @@ async def test_no_more_is_read_ahead_than_was_allowed(ahead):
     assert 0 < min(link.asked_for) <= max(link.asked_for) <= ahead
 
 
+async def test_it_receives_again_when_half_is_gone():
+    """Many at a time, and not each by itself. Until then nobody listens, and no peer is taken for a silent one."""
+    service = Service()
+    async with service.supervised(patience=WATCHFUL, ahead=10) as deliveries:
+        [link] = service.links
+        link.on_probe = forever
+        link.tell(*range(30))
+        assert await take(deliveries, 4) == [*range(4)]
+        await asyncio.sleep(0.3)
+        assert len(link.arriving) == 20
+
+        assert await take(deliveries, 1) == [4]
+        await asyncio.sleep(0.01)
+        assert len(link.arriving) == 15
+
+    assert service.links == [link]
+
+
 async def test_read_ahead_is_bounded_over_all_connections():
     service = Service()
     service.prepare = lambda link: link.tell(*range(2), ConnectionError())
