@@ -119,6 +119,10 @@ class Names:
             self._known[topic] = _checked(name)
         return name
 
+    def group(self, group: str) -> str:
+        """Name a group: two prefixes of one cluster, such as those of two environments, must not disturb each other."""
+        return f"{self.prefix}.{group}"
+
     def beside(self, topic: str, group: str | None, what: str) -> str:
         """Name what a group has beside *topic*: `RETRY` or `DEAD`. No message can have such a name."""
         return _checked(f"{topic}.{_escaped(group, '_')}{what}" if group is not None else f"{topic}{what}")

@@ -67,7 +67,7 @@ class Connections:
             raise WiringError(str(error)) from error
         except _NO_RIGHT as error:
             raise _access_refused(error) from error
-        consumer = AIOKafkaConsumer(**_settings(self._cluster, subscription.reading, subscription.group))
+        consumer = AIOKafkaConsumer(**_settings(self._cluster, subscription.reading, subscription.group_id))
         connection = self.latest = (_Alone if subscription.group is None else _Member)(subscription, consumer)
         try:
             await consumer.start()
@@ -93,7 +93,7 @@ def _access_refused(error: Exception) -> AccessRefused:
     return AccessRefused(f"Kafka refuses a subscription ({problem}); {remedy} (kafka-acls.sh)")
 
 
-def _settings(cluster: Cluster, reading: Reading, group: str | None) -> dict[str, Any]:
+def _settings(cluster: Cluster, reading: Reading, group_id: str | None) -> dict[str, Any]:
     """Give what a consumer of aiokafka is made with."""
     rebalance = reading.drain + 10.0
     # A join is answered when the slowest member has rejoined; a shorter timeout would break it off each time.
@@ -107,9 +107,9 @@ def _settings(cluster: Cluster, reading: Reading, group: str | None) -> dict[str
         "max_partition_fetch_bytes": reading.max_message_bytes + 16 * HEADERS_BYTES,
         "metadata_max_age_ms": round(reading.metadata_age * 1000),
     }
-    if group is not None:
+    if group_id is not None:
         settings |= {
-            "group_id": group,
+            "group_id": group_id,
             "session_timeout_ms": round(reading.session * 1000),
             "heartbeat_interval_ms": round(reading.heartbeat * 1000),
             "rebalance_timeout_ms": round(rebalance * 1000),

@@ -117,6 +117,7 @@ class Subscription:
         producer: SharedProducer,
     ) -> None:
         self.group = group
+        self.group_id = None if group is None else names.group(group)
         self.reading = reading
         self._names = names
         self._producer = producer

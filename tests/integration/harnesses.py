@@ -767,7 +767,7 @@ class KafkaHarness(Harness):
         finally:
             await admin.close()
         if group is not None:
-            await self._forget_what_was_read(name, group)
+            await self._forget_what_was_read(name, transport._names.group(group))
 
     async def _forget_what_was_read(self, name, group):
         from aiokafka import AIOKafkaConsumer, TopicPartition
