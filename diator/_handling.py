@@ -278,6 +278,9 @@ class Handling:
         return "given_up"
 
     def _tell(self, handled: Handled) -> None:
+        if handled.outcome == "retried":
+            name, message_id, attempt = handled.topic.message_name, handled.message_id, handled.attempt
+            logger.warning("%s %s failed (%s); attempt %d comes later", name, message_id, handled.reason, attempt + 1)
         if handled.outcome in ("dead_lettered", "given_up"):
             lost = " and is lost: this transport cannot put it aside" if handled.outcome == "given_up" else ""
             name, message_id = handled.topic.message_name, handled.message_id

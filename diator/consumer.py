@@ -41,6 +41,8 @@ class Health:
     """How a consumer gets on. A service that answers a ping proves nothing; progress does. Times in seconds."""
 
     receiving: bool
+    connected: bool
+    """Whether the subscription has its connection; true where a transport does not tell."""
     since_last_progress: float
     in_flight: int
     oldest_in_flight: float
@@ -115,6 +117,7 @@ class Consumer:
         self._lanes = _Lanes(concurrency)
         self._started = False
         self._receiving = False
+        self._deliveries: AsyncIterator[Delivery] | None = None
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self._waiting: asyncio.Task[Any] | None = None
@@ -141,7 +144,7 @@ class Consumer:
                 deliveries = await self._until_stopped(stack.enter_async_context(subscription))
                 if deliveries is not None:
                     try:
-                        self._receiving = True
+                        self._deliveries, self._receiving = deliveries, True
                         await self._consume(deliveries)
                     finally:
                         self._receiving = False
@@ -166,6 +169,7 @@ class Consumer:
         now, in_flight = monotonic(), self._handling.in_flight.values()
         return Health(
             receiving=self._receiving and not self._stopping.is_set(),
+            connected=self._receiving and getattr(self._deliveries, "connected", True),
             since_last_progress=now - self._handling.last_progress,
             in_flight=len(in_flight),
             oldest_in_flight=now - min(in_flight, default=now),

@@ -122,6 +122,8 @@ class Supervised:
         self._room = asyncio.Event()
         self._heard = 0.0
         self._caught_up = 0.0
+        self.connected = False
+        """Whether there is a connection now."""
         self._ended: DiatorError | None = None
         self._pump: asyncio.Task[None] | None = None
 
@@ -207,8 +209,11 @@ class Supervised:
                 async with asyncio.timeout(self._patience.connect) as connecting, self._connect() as source:
                     connecting.reschedule(None)
                     since, connected = loop.time(), True
+                    self.connected = True
                     if not ready.done():
                         ready.set_result(None)
+                    if lost is not None:
+                        logger.info("a subscription is connected again")
                     if lost is not None and missed:
                         self.tell_gap(*lost)
                     lost, missed = None, self._lossy
@@ -223,6 +228,7 @@ class Supervised:
                     self._ended = error
                     self._arrived.set()
                     return
+                self.connected = False
                 missed = missed or isinstance(error, MessagesMissed)
                 silent = isinstance(error, TimeoutError) and not str(error)
                 reason = "the peer was silent" if silent else f"{type(error).__name__}: {error}".removesuffix(": ")

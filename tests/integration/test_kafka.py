@@ -220,11 +220,8 @@ async def test_what_is_committed_is_the_lowest_that_is_not_finished(broker, kafk
             await delivery.ack()
         await asyncio.sleep(0.5)
 
-        (offset,) = [
-            each.offset
-            for each in (await committed(kafka_servers, broker._names.group(group))).values()
-            if each.offset > 0
-        ]
+        told = await committed(kafka_servers, broker._names.group(group))
+        (offset,) = [each.offset for each in told.values() if each.offset > 0]
 
     assert offset == 4
     async with subscribed(broker, group=group) as deliveries:

@@ -113,7 +113,7 @@ async def test_the_topics_of_a_group_grow_and_stay():
     await send(broker, 1)
     await send(broker, 2, name="other")
 
-    async with broker.subscribe({COUNTED}, group="billing") as deliveries:
+    async with broker.subscribe({COUNTED, OTHER}, group="billing") as deliveries:
         assert [(each.topic, number_of(each)) for each in await take(deliveries, 2)] == [(COUNTED, 1), (OTHER, 2)]
 
 
@@ -451,3 +451,18 @@ def test_a_delivery_shows_neither_its_body_nor_what_its_transport_knows_of_it():
     delivery = Delivery(topic=COUNTED, body=b"hunter2", headers={}, attempt=1, settler=None, token=[b"hunter2"])
 
     assert "hunter2" not in repr(delivery)
+
+
+async def test_members_of_one_group_take_what_they_want():
+    """Two services that share a group by mistake do not take each other's messages."""
+    joined, left = Topic("notification_event", "Joined"), Topic("notification_event", "Left")
+    broker = MemoryMessageBroker()
+    async with (
+        broker.subscribe({joined}, group="diator") as first,
+        broker.subscribe({left}, group="diator") as second,
+    ):
+        for topic in (left, joined, joined, left):
+            await broker.send_message(Message.create(message_name=topic.message_name, payload={}))
+
+        assert [(await anext(first)).topic for _ in range(2)] == [joined] * 2
+        assert [(await anext(second)).topic for _ in range(2)] == [left] * 2

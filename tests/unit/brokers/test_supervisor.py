@@ -627,6 +627,17 @@ async def test_what_does_not_come_right_by_itself_ends_the_iterator(error):
     assert len(service.attempts) == 3
 
 
+async def test_it_tells_whether_it_is_connected():
+    """A health check asks it."""
+    service = Service(None, forever)
+    async with service.supervised() as deliveries:
+        assert deliveries.connected
+        service.links[0].tell(ConnectionError())
+        while deliveries.connected:  # noqa: ASYNC110  # it is asked, as by a health check
+            await asyncio.sleep(0)
+        assert len(service.attempts) <= 2
+
+
 async def test_a_broker_that_is_closed_while_receiving_ends_the_iterator():
     service = Service()
     async with service.supervised() as deliveries:
