@@ -117,11 +117,15 @@ class Entry:
 class Member:
     """One member of a group: what it holds, and how that is settled. It outlives its connections."""
 
-    def __init__(self, connection: SharedConnection, topics: Mapping[bytes, Topic], group: str, lease: float) -> None:
+    def __init__(
+        self, connection: SharedConnection, topics: Mapping[bytes, Topic], group: str, *, lease: float, prefetch: int
+    ) -> None:
         self.execute = connection.execute
         self.group = group.encode()
         self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}".encode()
         self.lease = lease
+        self._prefetch = prefetch
+        self._suspects: set[bytes] = set()
         self.streams = tuple(topics)
         self._first = {self.key(stream, _AGAIN): stream for stream in topics}
         self.topics = {**topics, **{again: topics[stream] for again, stream in self._first.items()}}
@@ -137,6 +141,11 @@ class Member:
     def holds(self) -> int:
         """How many deliveries are not settled, given out or not."""
         return sum(map(len, self._held.values()))
+
+    @property
+    def is_taking_over(self) -> bool:
+        """Whether it holds what somebody had begun, or may have: there may be more."""
+        return bool(self._suspects)
 
     def key(self, stream: bytes, what: bytes) -> bytes:
         """Name what belongs to this group alone."""
@@ -241,6 +250,7 @@ class Member:
     def _let_go(self, delivery: Delivery) -> Entry:
         entry = cast("Entry", delivery.token)
         self._held[entry.stream].pop(entry.id, None)
+        self._suspects.discard(entry.id)
         self.on_settled()
         return entry
 
@@ -340,11 +350,17 @@ class Member:
     # -- looking after the group ---------------------------------------------------------------------------------
 
     async def scan(self, most: int) -> list[Delivery]:
-        """Move what is due, and take over at most *most* entries whose lease is over."""
+        """
+        Move what is due, and take over entries whose lease is over, at most *most*.
+
+        As many as can begin, and no more: one of them may have killed who had it, and will kill this process. What has
+        not been taken over by then is not counted as delivered again, and so is not taken for a killer.
+        """
         for stream in self.streams:
             keys = [self.key(stream, b"delayed"), self.key(stream, b"again")]
             while await self._eval(_MOVE_DUE, keys, [b"%d" % _MOVED_AT_ONCE]) == _MOVED_AT_ONCE:
                 pass  # there may be more
+        most = min(most, self._prefetch - len(self._suspects))
         with self._finding() as found:
             for stream in self.topics:
                 if len(found) < most:
@@ -363,6 +379,8 @@ class Member:
             # By now who had it may have acknowledged it.
             for _, _, _, times in await self.execute(b"XPENDING", stream, self.group, id_, id_, b"1", self.name):
                 found.append(self.delivery(stream, id_, pairs, times))
+                if times > 1:  # and not left by somebody who had never seen it
+                    self._suspects.add(id_)
 
     async def trim(self, stream: bytes, retention: float) -> None:
         """Remove what is older than *retention* and was acknowledged by every group."""

@@ -875,6 +875,25 @@ async def test_a_retry_comes_when_it_is_due(broker, admin, stream) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+async def test_what_a_dead_member_held_is_taken_over_as_it_can_begin(broker, admin, stream) -> None:
+    """One of it may be what killed that member. What has not been begun is not to be counted with it."""
+    await send(broker, *range(10))
+    await admin.xgroup_create(stream, "billing", "0")
+    await admin.xreadgroup("billing", "dead", {stream: ">"}, count=10)
+
+    async with subscribed(broker, prefetch=2) as deliveries:
+        [first, second] = await take(deliveries, 2)
+        await asyncio.sleep(0.3)
+        left = await admin.xpending_range(stream, "billing", "-", "+", 10, "dead")
+        assert [each["times_delivered"] for each in left] == [1] * 8
+        assert (first.attempt, second.attempt) == (2, 2)
+        await first.ack()
+        await second.ack()
+        assert await acked(deliveries, 8) == [*range(2, 10)]
+    await nothing_left(admin, stream)
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "late", [lambda each: each.retry(), lambda each: each.dead_letter("too late")], ids=["retry", "dead letter"]
 )
