@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("aiokafka")
 
 from diator.brokers._kafka_client import DEAD, RETRY, Cluster, Names, Policy
+from diator.brokers._kafka_member import _settings
 from diator.brokers.base import Topic
 from diator.brokers.kafka import KafkaMessageBroker
 from diator.exceptions import MessageRejected, WiringError
@@ -130,7 +131,8 @@ def test_a_topic_takes_what_the_broker_promises():
 
 
 def test_members_wait_for_each_other_longer_than_a_drain_and_a_join_is_not_broken_off():
-    settings = KafkaMessageBroker("a:1", drain=120.0)._reading.settings(Cluster(servers=("a:1",), timeout=1.0), "group")
+    reading = KafkaMessageBroker("a:1", drain=120.0)._reading
+    settings = _settings(Cluster(servers=("a:1",), timeout=1.0), reading, "group")
 
     assert settings["rebalance_timeout_ms"] > 120_000
     assert settings["request_timeout_ms"] > settings["rebalance_timeout_ms"]
