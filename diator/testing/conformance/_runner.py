@@ -147,7 +147,7 @@ def _run(scenario: Scenario, harness: Harness, seed: int) -> Result:
     except NotApplicable as error:
         return Result(scenario=scenario, outcome="NOT_RUN", reason=f"not applicable: {error}", applicable=False)
     except EnvironmentMissing as error:
-        return Result(scenario=scenario, outcome="NOT_RUN", reason=f"no service: {error}")
+        return Result(scenario=scenario, outcome="NOT_RUN", reason=f"not to be had: {error}")
     except Exception as error:  # noqa: BLE001  # whatever it is, the scenario failed
         return Result(scenario=scenario, outcome="FAIL", reason=_reason(error), error=error)
     result, reason = outcome[0] if outcome else ("PASS", "")

@@ -15,7 +15,8 @@ from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
 from diator.exceptions import OutcomeUnknown
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._harness import EnvironmentMissing, Proxy
+from diator.testing.conformance._harness import Proxy
+from diator.testing.conformance._ledger import NotApplicable
 from diator.testing.conformance._recovery import bears, connected_again, read_while, receives_again
 from diator.testing.conformance._scenario import scenario
 from diator.testing.fault_proxy import Flow
@@ -320,7 +321,7 @@ async def confirmation_lost(ctx: Context) -> None:
         sender = await ctx.broker()
         messages = await ctx.send(sender, topic)
         if not await reader.until_fence():
-            raise EnvironmentMissing("the proxy of this harness stands before a service of its own")
+            raise NotApplicable("the proxy of this harness stands before a service of its own")
         proxy.black_hole(Flow.TO_CLIENT)
         message = ctx.message(topic, 1)
         sending = ctx.raises(OutcomeUnknown, ctx.send_all(sender, [message]), "sending without an answer")
