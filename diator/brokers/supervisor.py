@@ -122,7 +122,7 @@ class Supervised:
         self._room = asyncio.Event()
         self._heard = 0.0
         self._caught_up = 0.0
-        self.connected = False
+        self.connected: bool = False
         """Whether there is a connection now."""
         self._ended: DiatorError | None = None
         self._pump: asyncio.Task[None] | None = None
