@@ -210,7 +210,7 @@ class _Member:
     def __init__(self, broker: MemoryMessageBroker, queue: _Queue, topics: Collection[Topic], prefetch: int) -> None:
         self._broker = broker
         self.queue = queue
-        self._topics = frozenset(topics)
+        self.topics = {*topics}
         self._prefetch = prefetch
         self.unsettled: dict[Delivery, _Entry] = {}
         self._left = False
@@ -219,7 +219,7 @@ class _Member:
         return self
 
     async def __anext__(self) -> Delivery:
-        while self._left or len(self.unsettled) >= self._prefetch or not (entry := self.queue.take_of(self._topics)):
+        while self._left or len(self.unsettled) >= self._prefetch or not (entry := self.queue.take_of(self.topics)):
             if self._left:
                 raise StopAsyncIteration
             self._broker.check_open()

@@ -37,6 +37,7 @@ class Member(Protocol):
     """One subscription, as the broker inside has it. This and `Queue` are all that a saboteur may know of it."""
 
     queue: Queue
+    topics: set[Topic]
     unsettled: dict[Delivery, Any]
 
     async def __anext__(self) -> Delivery: ...
@@ -91,6 +92,7 @@ class Saboteur(MemoryMessageBroker):
         topics, group, prefetch = self.instead(topics, group, prefetch)
         async with super().subscribe(topics, group=group, prefetch=prefetch, on_gap=on_gap) as deliveries:
             member = cast("Member", deliveries)
+            member.topics = member.queue.topics  # whatever a defect puts into its queue, it takes
             self._members.add(member)
             await self.joined(member, topics)
             yield _Reading(member, self.read)

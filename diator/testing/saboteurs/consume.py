@@ -78,9 +78,9 @@ class ReadsTheEventOnce(Consumer):
 
     def __init__(self, broker: ReadableBroker, **options: Any) -> None:
         super().__init__(broker, **options)
-        for topic, route in self._routes.items():
-            read = functools.cache(route.read)
-            self._routes[topic] = replace(route, read=read)
+        routes = self._handling._routes  # noqa: SLF001  # where a defect of reading would be
+        for topic, route in routes.items():
+            routes[topic] = replace(route, read=functools.cache(route.read))
 
 
 class GivesUpOnAnAnswer(Consumer):
