@@ -82,7 +82,8 @@ async def came_and_went(ctx: Context) -> None:
             del reader
     await asyncio.sleep(ctx.limits.settle)
     gc.collect()
-    ctx.same((_tasks(), len(open_files())), (tasks, files), "the tasks and open files after 100 subscriptions")
+    more = _tasks() - tasks, len(open_files()) - files  # fewer, where the first one had not quite ended
+    ctx.check(max(more) <= 0, f"{more[0]} tasks and {more[1]} open files are left of 100 subscriptions")
     alive = sum(each() is not None for each in left)
     ctx.check(alive < 5, f"the broker still holds {alive} of 100 subscriptions")  # noqa: PLR2004
     async with ctx.reading(broker, topic) as reader:
