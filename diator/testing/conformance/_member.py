@@ -92,10 +92,7 @@ async def member(harness: Harness, name: str, group: str, *, seconds: float) -> 
 # -- the process -------------------------------------------------------------------------------------------------
 
 
-async def _consume(told: Mapping[str, Any]) -> None:
-    harness: Harness = getattr(importlib.import_module(told["module"]), told["harness"])()
-    harness.start()
-
+async def _consume(harness: Harness, told: Mapping[str, Any]) -> None:
     async def handle(event: Happened) -> None:
         _write(f"begin {event.number}")
         await asyncio.sleep(told["seconds"])
@@ -110,12 +107,17 @@ async def _consume(told: Mapping[str, Any]) -> None:
         await running
     finally:
         await broker.aclose()
-        harness.stop()
 
 
 def main() -> None:
     """Consume as the command line says, until a signal comes."""
-    asyncio.run(_consume(json.loads(sys.argv[1])))
+    told = json.loads(sys.argv[1])
+    harness: Harness = getattr(importlib.import_module(told["module"]), told["harness"])()
+    harness.start()
+    try:
+        asyncio.run(_consume(harness, told))
+    finally:
+        harness.stop()
 
 
 def _write(line: str) -> None:

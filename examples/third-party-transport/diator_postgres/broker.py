@@ -68,6 +68,7 @@ class PostgresMessageBroker:
         timeout: float = 10.0,
         lease: float = 60.0,
         absence: float = 300.0,
+        patience: Patience | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         **options: Any,
     ) -> None:
@@ -75,6 +76,7 @@ class PostgresMessageBroker:
             raise WiringError(f"{schema!r} is no name for a schema: use a to z, digits and _")
         self._dsn, self._schema, self._options = dsn, schema, options
         self._timeout, self._lease, self._absence = timeout, lease, absence
+        self._patience = patience or Patience(connect=timeout, idle=2 * timeout)
         self._max_message_bytes = max_message_bytes
         self._sender = Link(self._connect, self._prepare, timeout=timeout)
         self._reader = Link(self._connect, self._prepare, self._listen, timeout=timeout)
@@ -168,7 +170,7 @@ class PostgresMessageBroker:
             lambda: self._connected(member),
             lossy=False,  # what is sent meanwhile waits in the table. That it waited in vain is told by the member
             ahead=prefetch,
-            patience=Patience(connect=self._timeout, idle=2 * self._timeout),
+            patience=self._patience,
             on_gap=None,
             is_full=lambda not_given_out: len(member.held) - not_given_out >= prefetch,
         )

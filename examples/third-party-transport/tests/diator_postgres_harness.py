@@ -16,20 +16,23 @@ from diator_postgres import PostgresMessageBroker
 from diator_postgres.broker import _written
 
 from diator.brokers.base import Topic
+from diator.brokers.supervisor import Patience
 from diator.testing.conformance import DeadLettered, EnvironmentMissing, Harness, Limits
 from diator.testing.fault_proxy import FaultProxy
 
 SCHEMA = "diator_postgres_conformance"
 
+PATIENCE = Patience(connect=2.0, idle=4.0, longest_pause=1.0)
+
 
 class PostgresHarness(Harness):
     name = "postgres"
     facilities = frozenset({"raw", "dead_letters", "crash", "proxy", "operator", "topology", "processes"})
-    limits = Limits(timeout=2.0, redelivery=3.0, liveness=6.0, recovery=5.0)
+    limits = Limits(timeout=2.0, redelivery=3.0, liveness=6.0, recovery=5.0, pause=1.0)
 
     def start(self) -> None:
         self._dsn = os.environ.get("DIATOR_TEST_POSTGRES_URL", "postgresql://127.0.0.1:5432/postgres")
-        self._address = urlsplit(self._dsn).hostname or "127.0.0.1", urlsplit(self._dsn).port or 5432
+        self._address = self._direct = urlsplit(self._dsn).hostname or "127.0.0.1", urlsplit(self._dsn).port or 5432
         try:
             self._version = asyncio.run(self._ask("SELECT version()"))
         except (OSError, asyncpg.PostgresError) as error:
@@ -44,7 +47,7 @@ class PostgresHarness(Harness):
     def transport(self) -> PostgresMessageBroker:
         host, port = self._address
         return PostgresMessageBroker(
-            self._dsn, schema=SCHEMA, host=host, port=port, timeout=2.0, lease=2.0, absence=30.0
+            self._dsn, schema=SCHEMA, host=host, port=port, timeout=2.0, lease=2.0, absence=30.0, patience=PATIENCE
         )
 
     async def send_raw(self, transport: Any, topic: Topic, body: bytes) -> None:
@@ -67,13 +70,13 @@ class PostgresHarness(Harness):
 
     @asynccontextmanager
     async def proxied(self) -> AsyncIterator[FaultProxy]:
-        direct = self._address
-        async with FaultProxy(*direct) as proxy:
+        before = self._address
+        async with FaultProxy(*self._direct) as proxy:
             self._address = proxy.host, proxy.port
             try:
                 yield proxy
             finally:
-                self._address = direct
+                self._address = before
 
     async def disconnect(self, transport: Any) -> None:
         pids = [link._connection.get_server_pid() for link in _links(transport) if link._connection]
