@@ -164,8 +164,10 @@ class Supervised:
 
     def take_back(self, which: Callable[[Delivery], bool] = lambda _: True) -> list[Delivery]:
         """Take *which* of what was received and never asked for, all of it by default: it is given out no more."""
-        taken = [delivery for delivery in self._received if which(delivery)]
-        kept = [delivery for delivery in self._received if not which(delivery)]
+        taken: list[Delivery] = []
+        kept: list[Delivery] = []
+        for delivery in self._received:
+            (taken if which(delivery) else kept).append(delivery)
         self._received.clear()
         self._received.extend(kept)
         self._room.set()
