@@ -159,7 +159,7 @@ def images(session: nox.Session, *services: str) -> dict[str, str]:
     if not wanted or (not built and docker("info") and all(map(at_hand, wanted.values()))):
         return {}
     if os.geteuid() == 0 and Path("/etc/debian_version").exists():
-        command = ["containers/up", *wanted]
+        command = [ROOT / "containers" / "up", *wanted]
         up = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
         if up.returncode == 0:
             return dict(word.split("=", 1) for word in shlex.split(up.stdout) if "=" in word)
