@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import pytest
 
-from tests.services import BACKENDS, MissingService, Service, Services
+from tests.services import MissingService, Service, Services, required
 
 #: Which service a fixture stands for.
 FIXTURES = {
@@ -23,17 +23,12 @@ os.environ["DIATOR_CONFORMANCE_STRICT"] = "1"
 SERVICES = pytest.StashKey[Services]()
 
 
-def required() -> set[str]:
-    """The services without which the run counts as failed, from the environment."""
-    names = set(os.environ.get("DIATOR_REQUIRE_BACKENDS", "").replace(",", " ").split())
-    if unknown := names - BACKENDS.keys():
-        raise pytest.UsageError(f"DIATOR_REQUIRE_BACKENDS: {unknown} not among {set(BACKENDS)}")
-    return names
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Begin a run that has looked for nothing yet."""
-    required()
+    try:
+        required()
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
     config.stash[SERVICES] = Services()
 
 

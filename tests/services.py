@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
+from uuid import uuid4
 
 # testcontainers reads these when it is imported. Its reaper is an image that would have to be
 # pulled; `_REAPER` below does that work. Loopback, even where the tests run in a container.
@@ -26,7 +27,9 @@ os.environ.setdefault("TESTCONTAINERS_CONNECTION_MODE", "docker_host")
 #: Seconds until a fresh container must answer (Java, cold, on a busy laptop), and a given address.
 STARTING, ANSWERING = 90, 10
 
-#: Removes this run's containers as soon as the run lets go of the pipe, even if it was killed.
+#: The label of containers, whose value is one for each `Services`: two of a process do not end together.
+_LABEL = "diator-tests"
+#: Removes the containers of that label as soon as the process lets go of the pipe, even if it was killed.
 _REAPER = """
 import sys, docker
 sys.stdin.read()
@@ -158,7 +161,7 @@ class Service:
     Every method blocks until it has taken effect: a coroutine calls it by ``asyncio.to_thread``.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, label: str) -> None:
         from docker.errors import APIError
         from testcontainers.core.container import DockerContainer
 
@@ -166,7 +169,7 @@ class Service:
         self.url = backend.url.format(port=port)
         self._backend = backend
         ports = {"port": port, "behind": self.behind, "proxied": self.proxied}
-        container = DockerContainer(backend.image)
+        container = DockerContainer(backend.image).with_kwargs(labels={_LABEL: label})
         container.ports = {str(backend.port or port): ("127.0.0.1", port)}
         if any("{behind}" in value for value in backend.environment.values()):
             container.ports[str(self.behind)] = ("127.0.0.1", self.behind)
@@ -232,6 +235,7 @@ class Services:
         self._sources: dict[str, str] = {}
         self._missing: dict[str, str] = {}
         self._preparing = Lock()
+        self._label = uuid4().hex
         self._engine: bool | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
 
@@ -264,7 +268,7 @@ class Services:
             MissingService: No container can be had.
         """
         self._prepare()
-        return Service(BACKENDS[backend] if isinstance(backend, str) else backend)
+        return Service(BACKENDS[backend] if isinstance(backend, str) else backend, self._label)
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of *names* that were looked for in vain."""
@@ -280,7 +284,7 @@ class Services:
         return "services: " + "; ".join(said)
 
     def close(self) -> None:
-        """Remove every container of this run."""
+        """Remove every container that was started here."""
         if self._reaper:
             self._reaper.communicate()
 
@@ -303,7 +307,20 @@ class Services:
                 self._engine = _engine_answers()
             if not self._engine:
                 raise MissingService("no container engine answers")
-            self._reaper = self._reaper or _reaper()
+            self._reaper = self._reaper or _reaper(self._label)
+
+
+def required() -> set[str]:
+    """
+    The services without which a run counts as failed, from the environment.
+
+    Raises:
+        ValueError: There is no such service.
+    """
+    names = set(os.environ.get("DIATOR_REQUIRE_BACKENDS", "").replace(",", " ").split())
+    if unknown := names - BACKENDS.keys():
+        raise ValueError(f"DIATOR_REQUIRE_BACKENDS: {unknown} not among {set(BACKENDS)}")
+    return names
 
 
 def _engine_answers() -> bool:
@@ -321,11 +338,9 @@ def _engine_answers() -> bool:
     return answers
 
 
-def _reaper() -> subprocess.Popen[bytes]:
-    from testcontainers.core.labels import LABEL_SESSION_ID, SESSION_ID
-
+def _reaper(label: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-c", _REAPER, f"{LABEL_SESSION_ID}={SESSION_ID}"],
+        [sys.executable, "-c", _REAPER, f"{_LABEL}={label}"],
         stdin=subprocess.PIPE,
         start_new_session=True,  # an interrupt from the keyboard is not for it
     )
@@ -370,7 +385,7 @@ def main(arguments: list[str]) -> int:
             try:
                 found[BACKENDS[name].variable] = services.url(name)
             except MissingService:
-                if name in os.environ.get("DIATOR_REQUIRE_BACKENDS", ""):
+                if name in required():
                     raise
         return subprocess.run(command, env={**os.environ, **found}, check=False).returncode
     finally:

@@ -21,6 +21,7 @@ from tests.integration.harnesses import (
     RedisStreamHarness,
 )
 from tests.integration.publish import REPORTS, TRANSPORTS
+from tests.services import required
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -70,22 +71,27 @@ class TestFaulty(TransportConformance):
 
 class TestRedis(TransportConformance):
     harness = RedisHarness
+    required = "redis" in required()
 
 
 class TestRedisStreams(TransportConformance):
     harness = RedisStreamHarness
+    required = "redis" in required()
 
 
 class TestRabbitMQ(TransportConformance):
     harness = RabbitMQHarness
+    required = "rabbitmq" in required()
 
 
 class TestKafka(TransportConformance):
     harness = KafkaHarness
+    required = "kafka" in required()
 
 
 class TestKafkaInPlace(TransportConformance):
     harness = KafkaInPlaceHarness
+    required = "kafka" in required()
     only = "ACK ORD PSN GRP"
 
 

@@ -10,7 +10,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from tests.services import Service
+from tests.services import BACKENDS, MissingService, Service, Services, wait_for
 
 
 async def test_redis_answers(redis_url: str) -> None:
@@ -82,3 +82,17 @@ async def test_a_private_redis_can_be_frozen(private_redis: Service) -> None:
         await asyncio.to_thread(private_redis.unpause)
 
         assert await answer
+
+
+def test_services_end_by_themselves(redis_url: str) -> None:
+    """Who has services of his own ends with them, and with no others of this process."""
+    services = Services()
+    try:
+        own = services.private("redis").url
+    except MissingService as missing:
+        pytest.skip(str(missing))
+    services.close()
+
+    with pytest.raises(TimeoutError):
+        wait_for(BACKENDS["redis"], own, within=0.5)
+    wait_for(BACKENDS["redis"], redis_url, within=5)
