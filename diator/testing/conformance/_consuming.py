@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -91,6 +91,11 @@ class Handlings:
     def outcomes(self) -> list[str]:
         """Say what became of each delivery, in the order in which they were done."""
         return [handled.outcome for handled in self.handled]
+
+    def outcomes_of(self, messages: Sequence[Message]) -> list[str]:
+        """Say what became of *messages*, in their order: they may be handled in another one."""
+        last = {handled.message_id: handled.outcome for handled in self.handled}
+        return [last.get(message.message_id, "not handled") for message in messages]
 
     def _note(self, handled: Handled) -> None:
         self.handled.append(handled)

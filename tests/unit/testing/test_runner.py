@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def test_a_scenario_that_hangs_fails_and_says_where():
     result = result_of(hanging, timeout=0.05)
 
     assert result.outcome == "FAIL"
-    assert result.reason.startswith("not done after 0.05 s; it waited in ")
+    assert re.match(r"not done after [\d.]+ s; it waited in ", result.reason)
 
 
 def test_a_scenario_that_cannot_be_cancelled_fails():
@@ -152,7 +153,7 @@ def test_a_scenario_that_cannot_be_cancelled_fails():
     result = result_of(stubborn, timeout=0.05)
 
     assert result.outcome == "FAIL"
-    assert "not done after 0.05 s" in result.reason
+    assert "cannot even be cancelled" in result.reason
 
 
 def test_the_harness_scales_the_time():
