@@ -81,8 +81,8 @@ class Connections:
             leaving.add_done_callback(self._leaving.discard)
             await asyncio.shield(leaving)
 
-    async def left(self) -> None:
-        """Wait for what was settled to reach Kafka. That has its own bound."""
+    async def leave(self, not_given_out: Collection[Delivery]) -> None:
+        """Wait for what was settled to reach Kafka. That has its own bound. What nobody has seen was not committed."""
         if self._leaving:
             await asyncio.wait(self._leaving)
 

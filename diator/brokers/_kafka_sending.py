@@ -22,6 +22,7 @@ from diator.brokers._kafka_client import (
     refused,
     verdict,
 )
+from diator.brokers.supervisor import Supervised, close_all
 from diator.exceptions import BrokerClosed, MessageRejected, OutcomeUnknown, WiringError
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ class SharedProducer:
         self._ending: set[asyncio.Task[None]] = set()
         self._closing: asyncio.Task[None] | None = None
         self.is_closed = False
+        self.subscriptions: set[Supervised] = set()
+        """What reads with the same broker, and ends with it."""
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
@@ -227,6 +230,7 @@ class SharedProducer:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
+        reading = asyncio.create_task(close_all(self.subscriptions))
         async with self._turn:  # behind those who were there before
             while self._calls or self._entering:
                 self._freed.clear()
@@ -238,6 +242,7 @@ class SharedProducer:
             await self._tear_down(producer)
         if self._ending:
             await asyncio.wait(self._ending)
+        await reading
 
     def _check_loop(self) -> asyncio.AbstractEventLoop:
         """Begin anew on another event loop. What belonged to one that is over died with it."""

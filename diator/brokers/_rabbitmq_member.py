@@ -119,7 +119,6 @@ class Member:
         self.holds = 0
         """How many deliveries its subscription has received that are not settled, given out or not."""
         self.supervised: Supervised | None = None
-        self.stays = False
         self.declared = False
         self.waiting: dict[str, float] = {}
         """Queues for retries, and when each was declared."""
@@ -159,8 +158,8 @@ class Member:
         self._farewells.add(farewell)
         farewell.add_done_callback(self._farewells.discard)
 
-    async def leave(self) -> None:
-        """Wait until the service knows."""
+    async def leave(self, not_given_out: Collection[Delivery]) -> None:
+        """Wait until the service knows. What nobody has seen was given back with the connection that it came by."""
         if self._farewells:
             await asyncio.wait(self._farewells)
 
@@ -371,7 +370,7 @@ class Reading(Channel):
                     for queue in member.queues:
                         await self.ask(commands.Basic.Cancel(queue))
                     self._settle_all({*unseen, *(cast("_Token", delivery.token).tag for delivery in self._arrived)})
-                    if member.group is None and not member.stays:
+                    if member.group is None and member.supervised and member.supervised.is_ending:
                         for queue in member.queues:
                             await self.ask(commands.Queue.Delete(queue=queue))
         except CLIENT_ERRORS as error:

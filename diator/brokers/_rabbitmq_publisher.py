@@ -23,6 +23,7 @@ from diator.brokers._rabbitmq_channel import (
 )
 from diator.brokers._rabbitmq_frames import Publication
 from diator.brokers.audit import Finding
+from diator.brokers.supervisor import Supervised, close_all
 from diator.exceptions import (
     BrokerClosed,
     BrokerError,
@@ -68,6 +69,8 @@ class Publisher:
         self._farewells: set[asyncio.Task[None]] = set()
         self._closing: asyncio.Task[None] | None = None
         self.is_closed = False
+        self.subscriptions: set[Supervised] = set()
+        """What reads with the same broker, and ends with it."""
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
@@ -117,6 +120,7 @@ class Publisher:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
+        reading = asyncio.create_task(close_all(self.subscriptions))
         async with self._turn:  # behind those who were there before
             link, self._link = self._link, None
         if link is not None:
@@ -124,6 +128,7 @@ class Publisher:
             await link.hang_up()
         if self._farewells:
             await asyncio.wait(self._farewells)
+        await reading
 
     def _on_this_loop(self) -> asyncio.AbstractEventLoop:
         """Begin anew on another event loop. What belonged to one that is over died with it."""

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from diator.brokers.supervisor import Supervised
+from diator.brokers.supervisor import Supervised, close_all
 from diator.exceptions import (
     AccessRefused,
     BrokerClosed,
@@ -143,15 +143,17 @@ class SharedConnection:
         self._queued = 0
         self._retiring: set[asyncio.Task[None]] = set()
         self.subscriptions: set[Supervised] = set()
-        """What reads with the same client. It ends when this is closed."""
+        """What reads with the same client. It ends before this is closed, and with its help."""
         self.owns_client = False
         """Whether closing this closes the client too."""
         self._closed = False
+        """Whether nothing goes out any more."""
         self._closing: asyncio.Task[None] | None = None
 
     @property
     def is_closed(self) -> bool:
-        return self._closed
+        """Whether it is, or is about to be."""
+        return self._closing is not None
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
@@ -195,14 +197,13 @@ class SharedConnection:
 
         That goes on if a caller is cancelled; calling it again waits for it.
         """
-        self._closed = True
-        for subscription in self.subscriptions:
-            subscription.close(BrokerClosed("this broker is closed"))
         if self._closing is None:
             self._closing = asyncio.create_task(self._close(), name="diator: closing")
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
+        await close_all(self.subscriptions)
+        self._closed = True
         async with self._turn:  # behind those who were there before
             link, self._link = self._link, None
         if link is not None:

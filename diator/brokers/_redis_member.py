@@ -40,6 +40,21 @@ if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1, ARGV[2]) == 0 
   return 0
 end
 """
+# Acknowledge entries. KEYS: stream. ARGV: group, member, command that removes them or none, ids.
+_ACK = b"""
+local ours = {}
+for i = 4, #ARGV do
+  if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2]) > 0 then
+    ours[#ours + 1] = ARGV[i]
+  end
+end
+if #ours > 0 then
+  redis.call('XACK', KEYS[1], ARGV[1], unpack(ours))
+  if ARGV[3] ~= '' then
+    redis.call(ARGV[3], KEYS[1], unpack(ours))
+  end
+end
+"""
 # Take an entry from the group, to be read again.
 # KEYS: stream, delayed, again. ARGV: group, member, id, kept, after (ms).
 _RETRY = (
@@ -118,24 +133,31 @@ class Member:
     """One member of a group: what it holds, and how that is settled. It outlives its connections."""
 
     def __init__(
-        self, connection: SharedConnection, topics: Mapping[bytes, Topic], group: str, *, lease: float, prefetch: int
+        self,
+        connection: SharedConnection,
+        topics: Mapping[bytes, Topic],
+        group: str,
+        *,
+        lease: float,
+        prefetch: int,
+        timeout: float,
     ) -> None:
         self.execute = connection.execute
         self.group = group.encode()
         self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}".encode()
         self.lease = lease
         self._prefetch = prefetch
+        self._timeout = timeout
         self._suspects: set[bytes] = set()
         self.streams = tuple(topics)
         self._first = {self.key(stream, _AGAIN): stream for stream in topics}
         self.topics = {**topics, **{again: topics[stream] for again, stream in self._first.items()}}
         self._cursors = dict.fromkeys(self.topics, b"0-0")
-        self._joined = False
         self._not_settled: set[bytes] = set()
         self.on_settled: Callable[[], None] = lambda: None
         self._held: dict[bytes, dict[bytes, Delivery]] = {stream: {} for stream in self.topics}
         self._acked: Acknowledgements[Entry] = Acknowledgements(self._tell_acked)
-        self._renewing = asyncio.create_task(self._keep_renewing(), name="diator: renewing leases")
+        self._renewing: asyncio.Task[None] | None = None
 
     @property
     def holds(self) -> int:
@@ -169,9 +191,10 @@ class Member:
         # Nothing can be there, so this asks only whether it may be read: whoever may not is to hear so at once.
         nothing = [_NO_ENTRY] * len(self.topics)
         await self.execute(b"XREADGROUP", b"GROUP", self.group, self.name, b"STREAMS", *self.topics, *nothing)
-        if created and self._joined:
+        if created and self._renewing is not None:
             raise MessagesMissed(f"Redis had lost {created[0].decode()}, or its group; both are there again")
-        self._joined = True
+        if self._renewing is None:
+            self._renewing = asyncio.create_task(self._keep_renewing(), name="diator: renewing leases")
 
     def delivery(self, stream: bytes, id_: bytes, pairs: Sequence[bytes], times: int) -> Delivery:
         """Make a delivery of an entry that was delivered *times* times."""
@@ -259,9 +282,9 @@ class Member:
         for entry in entries:
             by_stream[entry.stream].append(entry.id)
         for stream, ids in by_stream.items():
+            then = b"XDEL" if stream in self._first else b""  # what was read again is of no use to any other group
             try:
-                await self.execute(b"XACK", stream, self.group, *ids)
-                await self._remove(stream, ids)
+                await self._eval(_ACK, [stream], [self.group, self.name, then, *ids])
             except BrokerError as error:
                 logger.warning("%d acknowledgements did not reach Redis; they come again: %s", len(ids), error)
 
@@ -277,14 +300,18 @@ class Member:
                 except BrokerError as error:
                     logger.warning("leases on %d messages could not be renewed: %s", len(held), error)
 
-    async def leave(self, not_given_out: Collection[Delivery], *, within: float) -> None:
-        """Have what was acknowledged told, and leave the rest to others at once, instead of when the lease is over."""
+    async def leave(self, not_given_out: Collection[Delivery]) -> None:
+        """
+        Have what was acknowledged told, and leave the rest to others at once, instead of when the lease is over.
+
+        It takes at most *timeout* seconds.
+        """
+        if self._renewing is None:
+            return  # it never was a member
         self._renewing.cancel()
-        if not self._joined:
-            return
         unseen = {cast("Entry", delivery.token).id for delivery in not_given_out}
         try:
-            async with asyncio.timeout(within):
+            async with asyncio.timeout(self._timeout):
                 await self._acked.flush()
                 for stream in self.topics:
                     await self._leave(stream, unseen)

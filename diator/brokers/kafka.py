@@ -123,7 +123,6 @@ class KafkaMessageBroker:
         self._read_ahead = read_ahead
         self._patience = patience or Patience(connect=timeout)
         self._producer = SharedProducer(self._cluster, self._policy, max_in_flight=max_in_flight)
-        self._subscriptions: dict[Supervised, Connections] = {}
 
     @property
     def capabilities(self) -> Capabilities:
@@ -183,8 +182,6 @@ class KafkaMessageBroker:
         on_gap: OnGap | None = None,
     ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
         """See `ReadableBroker.subscribe`."""
-        if prefetch < 1:
-            raise WiringError("prefetch is at least 1")
         if self._producer.is_closed:
             raise BrokerClosed("this broker is closed")
         subscription = Subscription(topics, group, reading=self._reading, names=self._names, producer=self._producer)
@@ -192,18 +189,16 @@ class KafkaMessageBroker:
         supervised = subscription.supervised = Supervised(
             connections.connected,
             lossy=False,
+            prefetch=prefetch,
             ahead=prefetch + self._read_ahead,
             patience=self._patience,
             on_gap=on_gap,
-            is_full=lambda waiting: subscription.unsettled - waiting >= prefetch,
+            siblings=self._producer.subscriptions,
+            unsettled=lambda: subscription.unsettled,
+            leave=connections.leave,
         )
-        self._subscriptions[supervised] = connections
-        try:
-            async with supervised as deliveries:
-                yield deliveries
-        finally:
-            del self._subscriptions[supervised]
-            await connections.left()
+        async with supervised as deliveries:
+            yield deliveries
 
     async def audit(self) -> Sequence[Finding]:
         """See `Auditable.audit`: copies, retention and the like, of the cluster and of all topics of this prefix."""
@@ -217,8 +212,6 @@ class KafkaMessageBroker:
 
     async def aclose(self) -> None:
         """Refuse further messages and wait, at most *timeout*, for the confirmations that are due."""
-        for subscription in self._subscriptions:
-            subscription.close(BrokerClosed("this broker is closed"))
         await self._producer.aclose()
 
     async def __aenter__(self) -> Self:

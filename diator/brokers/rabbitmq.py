@@ -137,29 +137,24 @@ class RabbitMQMessageBroker:
             WiringError: A queue is there with other settings.
             AccessRefused: The user may not declare or read it.
         """
-        if prefetch < 1:
-            raise WiringError("prefetch is at least 1")
         member = Member(self._publisher, self._prefix, topics, group, self._queue_type)
-        supervised = Supervised(
+        member.supervised = Supervised(
             lambda: self._reading(member, prefetch),
             lossy=False,
+            prefetch=prefetch,
             ahead=prefetch + self._read_ahead,
             patience=self._patience,
             on_gap=on_gap,
-            is_full=lambda waiting: member.holds - waiting >= prefetch,
+            siblings=self._publisher.subscriptions,
+            unsettled=lambda: member.holds,
+            leave=member.leave,
         )
-        member.supervised = supervised
         self._members.add(member)
         try:
-            async with supervised as deliveries:
-                member.stays = True
-                try:
-                    yield deliveries
-                finally:
-                    member.stays = False
+            async with member.supervised as deliveries:
+                yield deliveries
         finally:
             self._members.discard(member)
-            await member.leave()
 
     @asynccontextmanager
     async def _reading(self, member: Member, prefetch: int) -> AsyncGenerator[Source, None]:
@@ -196,10 +191,6 @@ class RabbitMQMessageBroker:
 
     async def aclose(self) -> None:
         """Refuse further messages and wait, at most *timeout*, for the confirms that are due. Again: does nothing."""
-        self._publisher.is_closed = True
-        for member in self._members:
-            if member.supervised is not None:
-                member.supervised.close(BrokerClosed("this broker is closed"))
         await self._publisher.aclose()
 
     async def __aenter__(self) -> Self:

@@ -70,7 +70,7 @@ class RedisMessageBroker:
         self._max_message_bytes = max_message_bytes
         self._require_receiver = require_receiver
         self._older_senders = older_senders
-        self._ahead = read_ahead
+        self._read_ahead = read_ahead
         self._patience = patience or Patience(connect=timeout)
         self._connection = SharedConnection(client, timeout=timeout, max_in_flight=max_in_flight)
 
@@ -156,19 +156,17 @@ class RedisMessageBroker:
             require(self, self.capabilities, competing, for_=f"subscribe(group={group!r})", remedy=remedy)
         channels = {self._channel(topic): topic for topic in topics}
         patterns = {self._channel_of_any(topic) for topic in topics} if self._older_senders else ()
-        supervised = Supervised(
+        subscription = Supervised(
             lambda: self._subscribed(channels, patterns),
             lossy=True,
-            ahead=self._ahead,
+            prefetch=prefetch,
+            ahead=prefetch + self._read_ahead,
             patience=self._patience,
             on_gap=on_gap,
+            siblings=self._connection.subscriptions,
         )
-        self._connection.subscriptions.add(supervised)
-        try:
-            async with supervised as deliveries:
-                yield deliveries
-        finally:
-            self._connection.subscriptions.discard(supervised)
+        async with subscription as deliveries:
+            yield deliveries
 
     @asynccontextmanager
     async def _subscribed(

@@ -177,26 +177,24 @@ class RedisStreamMessageBroker:
             broadcast = Capabilities(distribution=frozenset({"broadcast"}))
             remedy = "name a group, one for each service, or use Redis Pub/Sub"
             require(self, self.capabilities, broadcast, for_="subscribe() without a group", remedy=remedy)
-        if prefetch < 1:
-            raise WiringError("prefetch is at least 1")
         streams = {self._stream(topic): topic for topic in topics}
-        member = Member(self._connection, streams, str(group), lease=self._lease, prefetch=prefetch)
+        member = Member(
+            self._connection, streams, str(group), lease=self._lease, prefetch=prefetch, timeout=self._timeout
+        )
         supervised = Supervised(
             lambda: self._reading(member),
             lossy=False,
+            prefetch=prefetch,
             ahead=prefetch + self._read_ahead,
             patience=self._patience,
             on_gap=on_gap,
-            is_full=lambda waiting: member.holds - waiting >= prefetch,
+            siblings=self._connection.subscriptions,
+            unsettled=lambda: member.holds,
+            leave=member.leave,
         )
         member.on_settled = supervised.look_again
-        self._connection.subscriptions.add(supervised)
-        try:
-            async with supervised as deliveries:
-                yield deliveries
-        finally:
-            self._connection.subscriptions.discard(supervised)
-            await member.leave(supervised.not_given_out, within=self._timeout)
+        async with supervised as deliveries:
+            yield deliveries
 
     @asynccontextmanager
     async def _reading(self, member: Member) -> AsyncGenerator[Source, None]:

@@ -6,12 +6,12 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeAlias
 
 from diator.brokers.base import Delivery, Gap, OnGap
 from diator.exceptions import BrokerClosed, BrokerUnavailable, DiatorError, WiringError
@@ -88,6 +88,10 @@ class Patience:
         return random.uniform(0, min(self.longest_pause, self.first_pause * 2 ** min(failures, 32)))  # noqa: S311
 
 
+Leave: TypeAlias = Callable[[Collection[Delivery]], Awaitable[None]]
+"""Has the service know what was settled, and gives back what was not; it is told what nobody has seen. Bounded."""
+
+
 class Supervised:
     """
     A subscription that is connected again whenever it breaks, with one connection at any time.
@@ -97,8 +101,15 @@ class Supervised:
     or with a `WiringError` of *connect*: what is set up wrongly does not come right by trying again.
 
     *lossy* says that messages are missed while there is no connection: *on_gap* is told so when there is one again. At
-    most *ahead* deliveries are received before they are asked for; none is given out while *is_full*, which is told how
-    many of those there are, says that enough are not settled yet. Deliveries that were received outlive the connection.
+    most *ahead* deliveries (by default *prefetch*) are received before they are asked for, and outlive the connection.
+    *unsettled* tells how many deliveries are not settled, given out or not: none is given out while
+    *prefetch* of those that were are not. Who settles one calls `look_again`.
+
+    While it lives it is one of *siblings*, those of a broker, which `close_all` ends. When it ends, by its context or
+    with the broker, *leave* is called once, after the last connection, with what was received and never given out.
+
+    Raises:
+        WiringError: *prefetch* is below 1.
     """
 
     def __init__(
@@ -106,17 +117,25 @@ class Supervised:
         connect: Connect,
         *,
         lossy: bool,
-        ahead: int,
+        prefetch: int,
+        ahead: int | None = None,
         patience: Patience,
         on_gap: OnGap | None,
-        is_full: Callable[[int], bool] = lambda _: False,
+        siblings: set[Supervised],
+        unsettled: Callable[[], int] | None = None,
+        leave: Leave | None = None,
     ) -> None:
+        if prefetch < 1:
+            raise WiringError("prefetch is at least 1")
         self._connect = connect
         self._lossy = lossy
-        self._ahead = ahead
+        self._prefetch = prefetch
+        self._ahead = prefetch if ahead is None else ahead
         self._patience = patience
         self._on_gap = on_gap
-        self._is_full = is_full
+        self._siblings = siblings
+        self._unsettled = unsettled
+        self._leave = leave
         self._received: deque[Delivery] = deque()
         self._arrived = asyncio.Event()
         self._room = asyncio.Event()
@@ -126,10 +145,12 @@ class Supervised:
         """Whether there is a connection now."""
         self._ended: DiatorError | None = None
         self._pump: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pump = asyncio.create_task(self._keep_receiving(ready), name="diator: receiving")
+        self._siblings.add(self)
         try:
             await ready
         except BaseException:
@@ -147,9 +168,11 @@ class Supervised:
 
     async def __anext__(self) -> Delivery:
         received = self._received
-        while not received or self._is_full(len(received)):
+        while self._ending is not None or not received or self._is_full:
             if self._ended is not None:
                 raise self._ended
+            if self._ending is not None:
+                raise StopAsyncIteration
             self._arrived.clear()
             await self._arrived.wait()
         delivery = received.popleft()
@@ -158,9 +181,13 @@ class Supervised:
         return delivery
 
     @property
-    def not_given_out(self) -> Sequence[Delivery]:
-        """What was received and never asked for."""
-        return self._received
+    def is_ending(self) -> bool:
+        """Whether the next connection to be lost is the last."""
+        return self._ending is not None
+
+    @property
+    def _is_full(self) -> bool:
+        return self._unsettled is not None and self._unsettled() - len(self._received) >= self._prefetch
 
     def take_back(self, which: Callable[[Delivery], bool] = lambda _: True) -> list[Delivery]:
         """Take *which* of what was received and never asked for, all of it by default: it is given out no more."""
@@ -186,17 +213,24 @@ class Supervised:
             except Exception:
                 logger.exception("on_gap failed")
 
-    def close(self, error: BrokerClosed) -> None:
-        """End this subscription: who waits for a delivery, or asks for one, gets *error*."""
-        self._ended = error
-        self._received.clear()
-        self._arrived.set()
-        if self._pump is not None:
-            self._pump.cancel()
+    async def aclose(self) -> None:
+        """End it with its broker: who waits for a delivery, or asks for one, gets `BrokerClosed`."""
+        self._ended = BrokerClosed("this broker is closed")
+        await self._end()
 
     async def _end(self) -> None:
+        """Once, and to its end: also if this is cancelled."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end_once(), name="diator: ending a subscription")
+            self._arrived.set()
+        await asyncio.shield(self._ending)
+
+    async def _end_once(self) -> None:
+        self._siblings.discard(self)
         if self._pump is not None:
             await _end_of(self._pump)
+        if self._leave is not None:
+            await self._leave(self._received)
 
     async def _keep_receiving(self, ready: asyncio.Future[None]) -> None:
         loop, pump = asyncio.get_running_loop(), asyncio.current_task()
@@ -290,6 +324,11 @@ class Supervised:
         """Until when nothing can have been missed. What the service had for a reader that lagged is lost with it."""
         waited = asyncio.get_running_loop().time() - self._heard > _WAITING
         return self._heard if waited else self._caught_up
+
+
+async def close_all(subscriptions: Collection[Supervised]) -> None:
+    """End the subscriptions of a broker, all at once. Each is over when this returns."""
+    await asyncio.gather(*(subscription.aclose() for subscription in [*subscriptions]))
 
 
 async def _end_of(task: asyncio.Task[None]) -> None:

@@ -730,7 +730,8 @@ class KafkaHarness(Harness):
 
         clients = [transport._producer._producer.client] if transport._producer._producer else []
         transport._producer._cluster = nowhere
-        for connections in transport._subscriptions.values():
+        for subscription in transport._producer.subscriptions:
+            connections = subscription._leave.__self__
             connections._cluster = nowhere
             connection = connections.latest
             connection.say_goodbye = nothing

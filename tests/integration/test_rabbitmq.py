@@ -389,7 +389,7 @@ async def test_what_was_fetched_by_a_lost_connection_is_not_begun(behind_proxy, 
     await behind_proxy.send_messages([counted(number, topic=topics[number % 2]) for number in range(200)])
     async with behind_proxy.subscribe(topics, group="readers", prefetch=1) as deliveries:
         slow = await anext(deliveries)
-        await become(lambda: len(deliveries.not_given_out), 100)
+        await become(lambda: len(deliveries._received), 100)
         await asyncio.sleep(0.1)
         connections = proxy.accepted
         proxy.reset()

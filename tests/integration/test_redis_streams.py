@@ -689,15 +689,25 @@ async def test_what_could_not_be_settled_comes_again(
         await nothing_left(admin, stream)
 
 
-@pytest.mark.parametrize("outcome", ["dead_letter", "retry"])
-async def test_what_another_has_taken_is_not_settled(*, patient, admin, stream, outcome) -> None:
-    """It is settled too late, and by the other one as well: aside, or given back, it would be there twice."""
+@pytest.mark.parametrize(
+    "settle",
+    [lambda each: each.ack(), lambda each: each.retry(), lambda each: each.dead_letter("bad")],
+    ids=["ack", "retry", "dead letter"],
+)
+async def test_what_another_has_taken_is_not_settled(patient, admin, stream, settle) -> None:
+    """
+    It is settled too late, and by the other one as well: aside, or given back, it would be there twice.
+
+    Acknowledged, it would be lost with the other one.
+    """
     async with subscribed(patient) as deliveries:
-        await send(patient, 1)
-        [delivery] = await take(deliveries, 1)
+        await send(patient, 1, 2)
+        [delivery, own] = await take(deliveries, 2)
         await admin.xclaim(stream, "billing", "another", 0, [delivery.token.id], justid=True)
 
-        await (delivery.retry() if outcome == "retry" else delivery.dead_letter("bad"))
+        await settle(delivery)
+        await own.ack()
+        await asyncio.sleep(0.1)
 
         assert await pending(admin, stream) == 1
         assert not await admin.xlen(f"{stream}:billing:again")
@@ -751,6 +761,24 @@ async def test_trap_10_leaving_with_pending_work_loses_nothing(patient, admin, s
         theirs = await acked(others, 40 - len(mine), within=2 + SLACK)
 
     assert sorted(mine + theirs) == [*range(40)]
+    await nothing_left(admin, stream)
+
+
+async def test_a_broker_that_is_closed_leaves_first(make, redis_url, patient, admin, stream) -> None:
+    """What was acknowledged a moment ago is told, and the rest is others' at once, though the context goes on."""
+    other = await make(redis_url, lease=LONG)
+    await send(patient, *range(10))
+    async with subscribed(other, prefetch=2) as deliveries:
+        [first, _] = await take(deliveries, 2)
+        await first.ack()
+        await other.aclose()
+        assert await pending(admin, stream) == 9
+
+        async with subscribed(patient) as others:
+            rest = await take(others, 9, within=2 + SLACK)
+            assert [(number_of(each), each.attempt) for each in rest] == [(1, 2), *((n, 1) for n in range(2, 10))]
+            for each in rest:
+                await each.ack()
     await nothing_left(admin, stream)
 
 

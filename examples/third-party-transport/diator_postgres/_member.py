@@ -89,10 +89,11 @@ class Member:
     _name: UUID = field(default_factory=uuid4)
     _claiming: asyncio.Task[Sequence[Any]] | None = None
     _complete_until: datetime | None = None
-    _leaving: asyncio.Task[None] | None = None
+    _has_left: bool = False
 
     def __post_init__(self) -> None:
         self._acknowledgements = Acknowledgements[Token](self._tell)
+        self._renewing: asyncio.Task[None] | None = None
 
     # -- the source ----------------------------------------------------------------------------------------------
 
@@ -100,6 +101,7 @@ class Member:
         """Have a connection, and with it the group."""
         self.link.prepare_by(self.prepare)
         await self.link.run("SELECT")
+        self._renewing = self._renewing or asyncio.create_task(self._keep_renewing(), name="diator: renewing")
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:
         self.woken.clear()
@@ -142,7 +144,7 @@ class Member:
 
     async def ack(self, delivery: Delivery, /) -> None:
         token = self._taken_from(delivery)
-        if self._leaving is None:
+        if not self._has_left:
             self._acknowledgements.add(token)
 
     async def retry(self, delivery: Delivery, after: float, /) -> None:
@@ -154,7 +156,7 @@ class Member:
 
     async def _settle(self, statement: str, delivery: Delivery, value: object) -> None:
         token = self._taken_from(delivery)
-        if self._leaving is None:
+        if not self._has_left:
             await self.link.run(statement, self._name, *_columns([token]), value)
             self._let_go.discard(token)
 
@@ -175,21 +177,20 @@ class Member:
 
     # -- the group, and the end ----------------------------------------------------------------------------------
 
-    async def keep_renewing(self) -> None:
+    async def _keep_renewing(self) -> None:
         while True:
             await asyncio.sleep(self.lease.total_seconds() / 3)
             with suppress(BrokerError):
                 await self.link.run(_RENEW, self._name, *_columns(self.held), self.lease)
                 await self._join(self.link.run)
 
-    async def leave(self, not_given_out: Sequence[Delivery]) -> None:
+    async def leave(self, not_given_out: Collection[Delivery]) -> None:
         """Tell what is left to tell, and give back what is held. Should that fail, the lease ends by itself."""
-        if self._leaving is None:
-            unseen = {cast(Token, delivery.token) for delivery in not_given_out}
-            self._leaving = asyncio.create_task(self._leave(unseen), name="diator: leaving")
-        await asyncio.shield(self._leaving)
-
-    async def _leave(self, unseen: set[Token]) -> None:
+        self._has_left = True
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.wait([self._renewing])
+        unseen = {cast(Token, delivery.token) for delivery in not_given_out}
         run = partial(self.link.run, until=asyncio.get_running_loop().time() + self.timeout)
         self.link.forget(self.prepare)
         with suppress(BrokerError):

@@ -22,7 +22,7 @@ from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
 from diator.brokers.sending import send_together
-from diator.brokers.supervisor import Patience, Source, Supervised
+from diator.brokers.supervisor import Patience, Source, Supervised, close_all
 from diator.exceptions import BrokerClosed, BrokerError, WiringError
 from diator_postgres._link import Link
 from diator_postgres._member import Member
@@ -82,7 +82,8 @@ class PostgresMessageBroker:
         self._reader = Link(self._connect, self._prepare, self._listen, timeout=timeout)
         self._waiting: deque[_Sending] = deque()
         self._writing: asyncio.Task[None] | None = None
-        self._subscriptions: dict[Member, Supervised] = {}
+        self._subscriptions: set[Supervised] = set()
+        self._members: set[Member] = set()
         self._closing: asyncio.Task[None] | None = None
 
     @property
@@ -154,8 +155,6 @@ class PostgresMessageBroker:
     async def subscribe(
         self, topics: Collection[Topic], /, *, group: str | None = None, prefetch: int = 64, on_gap: OnGap | None = None
     ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
-        if prefetch < 1:
-            raise WiringError("prefetch is at least 1")
         member = Member(
             link=self._reader,
             group=group or "",
@@ -169,22 +168,20 @@ class PostgresMessageBroker:
         supervised = Supervised(
             lambda: self._connected(member),
             lossy=False,  # what is sent meanwhile waits in the table. That it waited in vain is told by the member
-            ahead=prefetch,
+            prefetch=prefetch,
             patience=self._patience,
             on_gap=None,
-            is_full=lambda not_given_out: len(member.held) - not_given_out >= prefetch,
+            siblings=self._subscriptions,
+            unsettled=lambda: len(member.held),
+            leave=member.leave,
         )
         member.on_settled = supervised.look_again
-        self._subscriptions[member] = supervised
-        renewing = asyncio.create_task(member.keep_renewing(), name="diator: renewing")
+        self._members.add(member)
         try:
             async with supervised as deliveries:
                 yield deliveries
         finally:
-            renewing.cancel()
-            await asyncio.wait([renewing])
-            await member.leave(supervised.not_given_out)
-            self._subscriptions.pop(member, None)
+            self._members.discard(member)
 
     @asynccontextmanager
     async def _connected(self, member: Member) -> AsyncGenerator[Source, None]:
@@ -211,10 +208,7 @@ class PostgresMessageBroker:
         closed = BrokerClosed("this broker is closed")
         while self._waiting:  # nothing was written of these
             self._waiting.popleft().settle(closed)
-        leaving = [member.leave([*each.not_given_out]) for member, each in self._subscriptions.items()]
-        for supervised in self._subscriptions.values():
-            supervised.close(closed)
-        await asyncio.gather(*leaving)
+        await close_all(self._subscriptions)
         if self._writing is not None:
             await asyncio.wait([self._writing])
         await asyncio.gather(self._sender.close(), self._reader.close())
@@ -234,7 +228,7 @@ class PostgresMessageBroker:
 
     async def _listen(self, connection: Any) -> None:
         def wake(group: str | None) -> None:
-            for member in self._subscriptions:
+            for member in self._members:
                 if group in {None, member.written}:
                     member.woken.set()
 

@@ -137,7 +137,7 @@ async def test_what_a_lost_answer_had_claimed_comes_at_once_and_is_no_attempt(da
         new_broker(schema, lease=60) as broker,
         broker.subscribe([HAPPENED], group="group") as deliveries,
     ):
-        [member] = broker._subscriptions
+        [member] = broker._members
         # The service has claimed for it, and dies before it says so.
         await connection.execute(
             "INSERT INTO messages (topic, grp, body, headers, attempt, due, holder) "

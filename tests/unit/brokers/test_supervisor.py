@@ -10,7 +10,7 @@ from itertools import pairwise, takewhile
 import pytest
 
 from diator.brokers.base import Delivery, Topic
-from diator.brokers.supervisor import MessagesMissed, Patience, Supervised
+from diator.brokers.supervisor import MessagesMissed, Patience, Supervised, close_all
 from diator.exceptions import BrokerClosed, BrokerUnavailable, MessageRejected, WiringError
 
 PATIENT = Patience(connect=5, idle=5, silence=5, first_pause=0, longest_pause=0)
@@ -70,6 +70,7 @@ class Service:
         self.connected = asyncio.Event()
         self.on_close = None
         self.prepare = lambda link: None
+        self.siblings = set()
 
     @asynccontextmanager
     async def connect(self):
@@ -104,8 +105,9 @@ class Service:
         self.links[-1].tell(error or ConnectionError("lost"))
         return await self.next_link()
 
-    def supervised(self, *, lossy=True, ahead=10, patience=PATIENT, on_gap=None):
-        return Supervised(self.connect, lossy=lossy, ahead=ahead, patience=patience, on_gap=on_gap)
+    def supervised(self, **options):
+        defaults = {"lossy": True, "prefetch": 10, "patience": PATIENT, "on_gap": None, "siblings": self.siblings}
+        return Supervised(self.connect, **defaults | options)
 
 
 async def forever():
@@ -489,7 +491,7 @@ async def test_a_peer_that_died_behind_a_slow_consumer_is_noticed_afterwards():
 @pytest.mark.parametrize("ahead", [1, 3, 10])
 async def test_no_more_is_read_ahead_than_was_allowed(ahead):
     service = Service()
-    async with service.supervised(ahead=ahead) as deliveries:
+    async with service.supervised(prefetch=ahead) as deliveries:
         [link] = service.links
         link.tell(*range(100))
         for taken in range(0, 50, 5):
@@ -522,7 +524,7 @@ async def test_it_receives_again_when_half_is_gone():
 async def test_read_ahead_is_bounded_over_all_connections():
     service = Service()
     service.prepare = lambda link: link.tell(*range(2), ConnectionError())
-    async with service.supervised(ahead=5) as deliveries:
+    async with service.supervised(prefetch=5) as deliveries:
         await asyncio.sleep(0.05)
 
         assert len(deliveries._received) == 5
@@ -531,7 +533,7 @@ async def test_read_ahead_is_bounded_over_all_connections():
 
 async def test_cancelling_a_wait_loses_nothing():
     service, taken = Service(), []
-    async with service.supervised(ahead=3) as deliveries:
+    async with service.supervised(prefetch=3) as deliveries:
 
         async def tell():
             for number in range(200):
@@ -648,3 +650,122 @@ async def test_a_broker_that_is_closed_while_receiving_ends_the_iterator():
         with pytest.raises(BrokerClosed):
             await waiting
     assert len(service.attempts) == 1
+
+
+# -- leaving ---------------------------------------------------------------------------------------------------------
+
+
+class Leaving:
+    """What a transport does at the end: notes who is connected by then, and what nobody has seen."""
+
+    def __init__(self, service):
+        self.service = service
+        self.calls = []
+        self.may_end = asyncio.Event()
+        self.may_end.set()
+
+    async def __call__(self, not_given_out):
+        self.calls.append((self.service.live, [int(each.body) for each in not_given_out]))
+        await self.may_end.wait()
+
+
+async def test_the_transport_leaves_after_the_last_connection():
+    """Once, with what was received and given to nobody."""
+    service = Service()
+    leave = Leaving(service)
+    async with service.supervised(leave=leave) as deliveries:
+        service.links[0].tell(1, 2, 3)
+        await take(deliveries, 1)
+        assert service.siblings == {deliveries}
+
+    assert leave.calls == [(0, [2, 3])]
+    assert service.siblings == set()
+
+
+async def test_a_transport_that_never_was_connected_leaves_too():
+    service = Service(OSError())
+    leave = Leaving(service)
+    with pytest.raises(BrokerUnavailable):
+        await service.supervised(leave=leave).__aenter__()
+
+    assert leave.calls == [(0, [])]
+    assert service.siblings == set()
+
+
+async def test_a_broker_ends_its_subscriptions():
+    """Those who wait hear it, and those who come later; what was received is given to nobody, and it leaves once."""
+    service, other = Service(), Service()
+    leave = Leaving(service)
+    other.siblings = service.siblings
+    async with service.supervised(leave=leave) as deliveries, other.supervised() as others:
+        waiting = asyncio.create_task(take(others, 1))
+        service.links[0].tell(1, 2)
+        await take(deliveries, 1)
+
+        await close_all(service.siblings)
+
+        assert service.live == other.live == 0
+        assert leave.calls == [(0, [2])]
+        with pytest.raises(BrokerClosed):
+            await waiting
+        for _ in range(2):
+            with pytest.raises(BrokerClosed):
+                await take(deliveries, 1)
+    assert len(leave.calls) == 1
+
+
+async def test_leaving_goes_on_when_who_ended_it_is_cancelled():
+    service = Service()
+    leave = Leaving(service)
+    leave.may_end.clear()
+    deliveries = await service.supervised(leave=leave).__aenter__()
+    ending = asyncio.create_task(deliveries.__aexit__(None, None, None))
+    await asyncio.sleep(0.01)
+    ending.cancel()
+    await asyncio.wait([ending])
+    again = asyncio.create_task(deliveries.aclose())
+    await asyncio.sleep(0.01)
+    assert not again.done()
+
+    leave.may_end.set()
+    await again
+    assert len(leave.calls) == 1
+
+
+async def test_what_asks_after_the_end_is_told_that_there_is_no_more():
+    service = Service()
+    async with service.supervised() as deliveries:
+        service.links[0].tell(1)
+        await take(deliveries, 1)
+        waiting = asyncio.create_task(anext(deliveries))
+        await asyncio.sleep(0.01)
+
+    for asking in (waiting, anext(deliveries)):
+        with pytest.raises(StopAsyncIteration):
+            async with asyncio.timeout(1):
+                await asking
+
+
+# -- holding back ----------------------------------------------------------------------------------------------------
+
+
+async def test_no_more_than_prefetch_are_given_out_and_not_settled():
+    unsettled = 0
+    service = Service()
+    async with service.supervised(prefetch=2, ahead=4, unsettled=lambda: unsettled) as deliveries:
+        service.links[0].tell(1, 2, 3, 4)
+        await asyncio.sleep(0.01)
+        unsettled = 4
+        assert await take(deliveries, 2) == [1, 2]
+        waiting = asyncio.create_task(take(deliveries, 1))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+
+        unsettled -= 1
+        deliveries.look_again()
+        assert await waiting == [3]
+
+
+def test_prefetch_is_at_least_one():
+    with pytest.raises(WiringError, match="prefetch"):
+        Service().supervised(prefetch=0)
