@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import ssl
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -204,7 +204,7 @@ async def ensure_topics(
     """
     client = AIOKafkaClient(**cluster.settings())
     try:
-        await client.bootstrap()
+        await started(client.bootstrap())
         missing, leaderless = await _look_for(client, wanted)
         if missing and not policy.create:
             replicas = policy.replicas(len(client.cluster.brokers()))
@@ -314,7 +314,24 @@ def refused(error: BaseException) -> bool:
     )
 
 
-# -- ends that do not hang -----------------------------------------------------------------------------------------
+# -- ends that do not hang, and forget nothing ---------------------------------------------------------------------
+
+_LEAVING_THE_START = 0.5
+
+
+async def started(starting: Coroutine[Any, Any, None]) -> None:
+    """
+    Await *starting*, which connects a client. Whoever is cancelled meanwhile lets it end, for half a second at most.
+
+    aiokafka forgets a connection on which it asks about the cluster while it is cancelled: nobody could close it.
+    """
+    start = asyncio.create_task(starting)
+    try:
+        await asyncio.shield(start)
+    finally:
+        if not start.done():
+            await asyncio.wait({start}, timeout=_LEAVING_THE_START)
+        await end_tasks([start])
 
 
 async def close_client(client: Any) -> None:

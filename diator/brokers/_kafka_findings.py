@@ -11,7 +11,7 @@ from aiokafka.client import AIOKafkaClient
 from aiokafka.protocol.admin import DescribeConfigsRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
-from diator.brokers._kafka_client import DEAD, HEADERS_BYTES, Cluster, Policy, close_client
+from diator.brokers._kafka_client import DEAD, HEADERS_BYTES, Cluster, Policy, close_client, started
 from diator.brokers.audit import Finding
 
 _DAY_MS = 24 * 60 * 60 * 1000
@@ -23,7 +23,7 @@ async def look_into(cluster: Cluster, policy: Policy, prefix: str) -> list[Findi
     """Look at the brokers, and at all topics that are there of *prefix*."""
     client = AIOKafkaClient(**cluster.settings())
     try:
-        await client.bootstrap()
+        await started(client.bootstrap())
         node = client.get_random_node()
         response = await client.send(node, MetadataRequest(None, allow_auto_topic_creation=False))
         copies = {

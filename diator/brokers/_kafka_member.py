@@ -21,6 +21,7 @@ from diator.brokers._kafka_client import (
     close_client,
     end_tasks,
     ensure_topics,
+    started,
 )
 from diator.brokers._kafka_offsets import Offsets
 from diator.brokers._kafka_subscription import Partition, Reading, Record, Subscription
@@ -70,7 +71,7 @@ class Connections:
         consumer = AIOKafkaConsumer(**_settings(self._cluster, subscription.reading, subscription.group_id))
         connection = self.latest = (_Alone if subscription.group is None else _Member)(subscription, consumer)
         try:
-            await consumer.start()
+            await started(consumer.start())
             await connection.begin(subscription.names)
             yield connection
         except _NO_RIGHT as error:

@@ -20,6 +20,7 @@ from diator.brokers._kafka_client import (
     end_tasks,
     ensure_topics,
     refused,
+    started,
     verdict,
 )
 from diator.brokers.supervisor import Supervised, close_all
@@ -178,7 +179,7 @@ class SharedProducer:
                 max_request_size=self._policy.max_message_bytes + 16 * HEADERS_BYTES,
             )
             try:
-                await producer.start()
+                await started(producer.start())
             except BaseException:
                 await self._tear_down(producer)
                 raise

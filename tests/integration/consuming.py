@@ -19,6 +19,8 @@ class Ledger:
 
     def __init__(self, file: Path) -> None:
         self._lines = file.open("x+")
+        self._half = ""
+        """A line of which the rest is not there yet."""
         self.begun: list[tuple[int, float]] = []
         self.ended: list[tuple[int, float]] = []
         self.gaps: list[tuple[float, float]] = []
@@ -27,8 +29,12 @@ class Ledger:
 
     def read(self) -> "Ledger":
         """Read on: what was written since."""
-        while not self._lines.closed and (line := self._lines.readline()).endswith("\n"):
-            what, first, at = line.split()
+        while not self._lines.closed and (part := self._lines.readline()):
+            self._half += part
+            if not self._half.endswith("\n"):
+                break
+            what, first, at = self._half.split()
+            self._half = ""
             if what == "gap":
                 self.gaps.append((float(first), float(at)))
             elif what == "begin":
