@@ -73,6 +73,12 @@ class Saboteur(MemoryMessageBroker):
         for member in self._members:
             self.died(member)
 
+    async def aclose(self) -> None:
+        """See `MessageBroker.aclose`: others have at once what was not settled, as over a network."""
+        await super().aclose()
+        for member in self._members:
+            self.closed(member)
+
     @property
     def capabilities(self) -> Capabilities:
         """What the broker inside promises, and that several share a service, as over a network."""
@@ -119,6 +125,11 @@ class Saboteur(MemoryMessageBroker):
     def died(self, member: Member) -> None:
         """Do what the service does for a subscription whose process is gone."""
         member.leave()
+
+    def closed(self, member: Member) -> None:
+        """Do what becomes of a subscription whose broker is closed."""
+        member.queue.put_back(member.unsettled.values())
+        member.unsettled.clear()
 
     async def read(self, member: Member) -> Delivery:
         """Wait for the next delivery."""

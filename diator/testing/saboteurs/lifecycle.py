@@ -119,6 +119,14 @@ class FailsToEndWhenClosed(Saboteur):
             raise BrokerUnavailable("cannot unsubscribe")
 
 
+@caught_by("ACK-26")
+class ClosesBeneath(Saboteur):
+    """Leaves what its subscriptions hold to them when it is closed."""
+
+    def closed(self, member: Member) -> None:
+        """Do nothing."""
+
+
 @caught_by("LIF-13")
 class HoldsALock(Saboteur):
     """Cannot send or subscribe while a delivery is out."""

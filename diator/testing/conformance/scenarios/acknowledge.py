@@ -388,3 +388,20 @@ async def unsettled_counts(ctx: Context) -> None:
                 await ctx.send(broker, topic)
             counted.append((await reader.take(1, settle="nothing"))[0].delivery.attempt)
     ctx.same(counted, [1, 2, 3], "the attempts")
+
+
+@scenario("ACK-26", "a broker that is closed tells what was acknowledged, and hands the rest over", needs=_CLOSE)
+async def closed_beneath(ctx: Context) -> None:
+    """Catches a broker that closes under its subscriptions as a crash would end them."""
+    ctx.applies(ctx.capabilities.multi_process, "what is in the process ends with it")
+    broker, other, topic, group = await ctx.broker(), await ctx.broker(), ctx.topic(), ctx.name()
+    async with ctx.reading(broker, topic, group=group) as reader:
+        messages = await ctx.send(broker, topic, 4)
+        await reader.take(2)
+        await reader.take(2, settle="nothing")
+        await broker.aclose()
+        async with ctx.reading(other, topic, group=group) as successor:
+            soon = min(2 * ctx.limits.lag, ctx.limits.redelivery)
+            await ctx.within(soon, successor.take(2), "handing over")
+            await successor.until_fence()
+    ctx.ledger.judge(group, messages).demand()
