@@ -23,8 +23,9 @@ from diator.brokers._kafka_client import (
     started,
     verdict,
 )
-from diator.brokers.supervisor import Supervised, close_all
-from diator.exceptions import BrokerClosed, MessageRejected, OutcomeUnknown, WiringError
+from diator.brokers.shared import Shared
+from diator.brokers.supervisor import close_all
+from diator.exceptions import BrokerClosed, MessageRejected, OutcomeUnknown
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ _STAY = 100
 """How many messages without a key go to one partition before another is chosen."""
 
 
-class SharedProducer:
+class SharedProducer(Shared):
     """
     The sending half of the transport.
 
@@ -47,29 +48,22 @@ class SharedProducer:
     """
 
     def __init__(self, cluster: Cluster, policy: Policy, *, max_in_flight: int) -> None:
+        super().__init__()
         self._cluster = cluster
         self._policy = policy
         self._timeout = cluster.timeout
         self._max_in_flight = max_in_flight
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._producer: Any = None
         self._calls: dict[asyncio.Future[Any], tuple[float, UUID | None]] = {}
         self._entering = 0
-        self._queued = 0
         self._known: set[str] = set()
         self._stays: dict[str, tuple[int, int]] = {}
-        self._turn = asyncio.Lock()
         self._freed = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
-        self._ending: set[asyncio.Task[None]] = set()
-        self._closing: asyncio.Task[None] | None = None
-        self.is_closed = False
-        self.subscriptions: set[Supervised] = set()
-        """What reads with the same broker, and ends with it."""
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
-        self._check_loop()
+        self._on_this_loop()
         try:
             async with asyncio.timeout(self._timeout), self._turn:
                 await self._connected(None)
@@ -95,7 +89,7 @@ class SharedProducer:
             OutcomeUnknown: It was handed over, and not confirmed in time.
             BrokerClosed: `aclose` was called before.
         """
-        loop = self._check_loop()
+        loop = self._on_this_loop()
         if self.is_closed:
             raise BrokerClosed("this broker is closed", message_id=message_id)
         deadline = loop.time() + self._timeout
@@ -103,7 +97,8 @@ class SharedProducer:
         if producer is None or self._queued or self._is_full or topic not in self._known:
             producer = await self._in_turn(topic, message_id, deadline)
         if partition is not None:
-            partition = min(partition, len(await producer.partitions_for(topic)) - 1)  # others may have created it
+            there = producer.client.cluster.partitions_for_topic(topic) or {partition}
+            partition = min(partition, max(there))  # others may have created it, with fewer
         elif key is None:
             partition = self._partition_of(producer, topic)
         self._entering += 1
@@ -208,9 +203,7 @@ class SharedProducer:
             if not confirmed.done():
                 unknown = f"Kafka did not confirm it within {self._timeout:g} s; it may have arrived"
                 confirmed.set_exception(OutcomeUnknown(unknown, message_id=message_id))
-        ending = asyncio.create_task(self._tear_down(producer), name="diator: giving up a producer")
-        self._ending.add(ending)
-        ending.add_done_callback(self._ending.discard)
+        self._beside.begin(self._tear_down(producer), "giving up a producer")
 
     @staticmethod
     async def _tear_down(producer: Any) -> None:
@@ -218,17 +211,6 @@ class SharedProducer:
         producer._closed = True  # noqa: SLF001  # else it complains that nobody has stopped it
         await end_tasks([producer._sender.sender_task])  # noqa: SLF001
         await close_client(producer.client)
-
-    async def aclose(self) -> None:
-        """
-        Refuse further calls, and wait for the confirmations that are due.
-
-        That goes on if a caller is cancelled; calling it again waits for it.
-        """
-        self.is_closed = True
-        if self._closing is None:
-            self._closing = asyncio.create_task(self._close(), name="diator: closing")
-        await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
         reading = asyncio.create_task(close_all(self.subscriptions))
@@ -241,21 +223,12 @@ class SharedProducer:
             self._sweeper.cancel()
         if producer is not None:
             await self._tear_down(producer)
-        if self._ending:
-            await asyncio.wait(self._ending)
+        await self._beside.done()
         await reading
 
-    def _check_loop(self) -> asyncio.AbstractEventLoop:
-        """Begin anew on another event loop. What belonged to one that is over died with it."""
-        loop = asyncio.get_running_loop()
-        if loop is self._loop:
-            return loop
-        if self._loop is not None and self._loop.is_running():
-            raise WiringError("a broker belongs to one event loop at a time; make another one for each thread")
+    def _begin_anew(self) -> None:
         if self._producer is not None:
             self._producer._closed = True  # noqa: SLF001
-        self._producer, self._turn, self._freed = None, asyncio.Lock(), asyncio.Event()
-        self._calls, self._entering, self._queued, self._sweeper = {}, 0, 0, None
+        self._producer, self._freed = None, asyncio.Event()
+        self._calls, self._entering, self._sweeper = {}, 0, None
         self._known.clear()
-        self._loop = loop
-        return loop

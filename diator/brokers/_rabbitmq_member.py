@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import re
 from collections import deque
 from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 from uuid import uuid4
@@ -27,11 +24,13 @@ from diator.brokers._rabbitmq_channel import (
     explained,
 )
 from diator.brokers._rabbitmq_frames import Publication, again
+from diator.brokers._rabbitmq_names import queue_name, routing_key, rung
 from diator.brokers._rabbitmq_publisher import Publisher, topic_exchange
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.settling import Acknowledgements, provenance
+from diator.brokers.shared import Beside
 from diator.brokers.supervisor import MessagesMissed, Supervised
-from diator.exceptions import AccessRefused, BrokerError, BrokerUnavailable, EncodingError, WiringError
+from diator.exceptions import AccessRefused, BrokerError, BrokerUnavailable, WiringError
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -43,48 +42,6 @@ OF_THE_SERVICE = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-coun
 """How those headers begin that are no program's."""
 _ALONE = "/"
 """How the names of queues without a group begin, in the place of the group."""
-
-
-# -- names -------------------------------------------------------------------------------------------------------
-
-_LONGEST = 255
-_LONGEST_SUFFIX = len(":retry:4294967295")
-
-
-@lru_cache(maxsize=1024)
-def routing_key(message_type: str, message_name: str) -> str:
-    """Keep what has a meaning in a binding from having one, and the kind to one word. Raises `EncodingError`."""
-    key = f"{_quoted(message_type, '%*#.')}.{_quoted(message_name, '%*#')}"
-    if len(key.encode()) > _LONGEST:
-        raise EncodingError(f"{message_name:.80}…", f"RabbitMQ takes routing keys of {_LONGEST} bytes")
-    return key
-
-
-def queue_name(prefix: str, topic: Topic, group: str) -> str:
-    """Name a queue so that no two of different parts have one name. Raises `EncodingError`."""
-    queue = ":".join(UNUSUAL.sub(_escaped, part) for part in (prefix, *topic, group))
-    if len(queue.encode()) > _LONGEST - _LONGEST_SUFFIX:
-        raise EncodingError(
-            f"{topic.message_name:.80}…", f"with its group it makes a name of more than {_LONGEST} bytes"
-        )
-    return queue
-
-
-UNUSUAL = re.compile("[^a-zA-Z0-9_./@,+ -]")
-"""What aiormq allows in the name of a queue has `#` and `:` beside these, which have a meaning here."""
-
-
-def _escaped(found: re.Match[str]) -> str:
-    return "".join(f"#{byte:02X}" for byte in found[0].encode())
-
-
-def _quoted(text: str, characters: str) -> str:
-    for character in characters:
-        text = text.replace(character, f"%{ord(character):02X}")
-    return text
-
-
-# -- reading -----------------------------------------------------------------------------------------------------
 
 _DELIVERY_LIMIT = 1_000
 """After so many deliveries that nobody settled RabbitMQ puts a message aside by itself: far above any retry policy."""
@@ -122,7 +79,7 @@ class Member:
         self.declared = False
         self.waiting: dict[str, float] = {}
         """Queues for retries, and when each was declared."""
-        self._farewells: set[asyncio.Task[None]] = set()
+        self._beside = Beside()
 
     def dead(self, queue: str) -> str:
         """Name where what is put aside goes: without a group, all of a topic to one place."""
@@ -154,14 +111,11 @@ class Member:
         unseen = self.supervised.take_back() if self.supervised else []
         self.holds -= len(unseen)
         tags = {cast("_Token", delivery.token).tag for delivery in unseen}
-        farewell = asyncio.create_task(reading.end(tags), name="diator: ending a subscription")
-        self._farewells.add(farewell)
-        farewell.add_done_callback(self._farewells.discard)
+        self._beside.begin(reading.end(tags), "ending a subscription")
 
     async def leave(self, not_given_out: Collection[Delivery]) -> None:
         """Wait until the service knows. What nobody has seen was given back with the connection that it came by."""
-        if self._farewells:
-            await asyncio.wait(self._farewells)
+        await self._beside.done()
 
 
 class Reading(Channel):
@@ -304,7 +258,7 @@ class Reading(Channel):
 
     async def _waiting_room(self, queue: str, after: float) -> str:
         """Declare where messages for *queue* wait. Unused, it goes; it must not while something waits in it."""
-        milliseconds = _rung(after)
+        milliseconds = rung(after)
         name = f"{queue}:retry:{milliseconds}"
         declared = self._member.waiting.get(name)
         if declared is None or self._loop.time() - declared > _UNUSED / 2:
@@ -419,14 +373,3 @@ def _text(value: object) -> str:
 def _count(value: object) -> int:
     """A header of that name can be anybody's."""
     return value if isinstance(value, int) and 0 < value < _MOST_ATTEMPTS else 0
-
-
-_STEPS = (10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)
-
-
-def _rung(seconds: float) -> int:
-    """Round up, by a third at most, to milliseconds that many retries have in common: each takes a queue."""
-    milliseconds = math.ceil(seconds * 1000)
-    magnitude = int(10 ** (len(str(milliseconds)) - 1))
-    rungs = (-(-step * magnitude // 10) for step in _STEPS)
-    return next(rung for rung in rungs if rung >= milliseconds)

@@ -23,7 +23,8 @@ from diator.brokers._rabbitmq_channel import (
 )
 from diator.brokers._rabbitmq_frames import Publication
 from diator.brokers.audit import Finding
-from diator.brokers.supervisor import Supervised, close_all
+from diator.brokers.shared import Shared
+from diator.brokers.supervisor import close_all
 from diator.exceptions import (
     BrokerClosed,
     BrokerError,
@@ -31,7 +32,6 @@ from diator.exceptions import (
     MessageRejected,
     MessageUnroutable,
     OutcomeUnknown,
-    WiringError,
 )
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def topic_exchange(name: str) -> commands.Exchange.Declare:
     return commands.Exchange.Declare(exchange=name, exchange_type="topic", durable=True)
 
 
-class Publisher:
+class Publisher(Shared):
     """
     Publishes with confirms, on a connection of its own: an alarm of RabbitMQ holds back everything on it.
 
@@ -58,19 +58,12 @@ class Publisher:
     """
 
     def __init__(self, address: Address, exchange: str, *, timeout: float, max_in_flight: int) -> None:
+        super().__init__()
         self._address = address
         self._exchange = exchange
         self.timeout = timeout
         self._max_in_flight = max_in_flight
         self._link: _Link | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._turn = asyncio.Lock()
-        self._queued = 0
-        self._farewells: set[asyncio.Task[None]] = set()
-        self._closing: asyncio.Task[None] | None = None
-        self.is_closed = False
-        self.subscriptions: set[Supervised] = set()
-        """What reads with the same broker, and ends with it."""
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
@@ -108,17 +101,6 @@ class Publisher:
             Finding(weakens="receipt", problem=_BLOCKED, remedy="make room: rabbitmq-diagnostics alarms says where"),
         )
 
-    async def aclose(self) -> None:
-        """
-        Refuse further messages, wait for the confirms that are due, and close the connection.
-
-        That goes on if a caller is cancelled; calling it again waits for it.
-        """
-        self.is_closed = True
-        if self._closing is None:
-            self._closing = asyncio.create_task(self._close(), name="diator: closing")
-        await asyncio.shield(self._closing)
-
     async def _close(self) -> None:
         reading = asyncio.create_task(close_all(self.subscriptions))
         async with self._turn:  # behind those who were there before
@@ -126,20 +108,11 @@ class Publisher:
         if link is not None:
             await link.finish()
             await link.hang_up()
-        if self._farewells:
-            await asyncio.wait(self._farewells)
+        await self._beside.done()
         await reading
 
-    def _on_this_loop(self) -> asyncio.AbstractEventLoop:
-        """Begin anew on another event loop. What belonged to one that is over died with it."""
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop:
-            if self._loop is not None and self._loop.is_running():
-                raise WiringError("a broker belongs to one event loop at a time; make another one for each thread")
-            if self._loop is not None:
-                self._link, self._turn, self._queued = None, asyncio.Lock(), 0
-            self._loop = loop
-        return loop
+    def _begin_anew(self) -> None:
+        self._link = None
 
     async def _publish_in_turn(self, publication: Publication, deadline: float) -> asyncio.Future[None]:
         """Wait for a connection with room, and for an earlier message of this id to be answered."""
@@ -195,9 +168,7 @@ class Publisher:
             self._farewell(link)
 
     def _farewell(self, link: Channel) -> None:
-        farewell = asyncio.create_task(link.hang_up(), name="diator: closing a connection to RabbitMQ")
-        self._farewells.add(farewell)
-        farewell.add_done_callback(self._farewells.discard)
+        self._beside.begin(link.hang_up(), "closing a connection to RabbitMQ")
 
 
 class _Call:

@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from diator.brokers.supervisor import Supervised, close_all
+from diator.brokers.shared import Shared
+from diator.brokers.supervisor import close_all
 from diator.exceptions import (
     AccessRefused,
     BrokerClosed,
@@ -115,7 +116,7 @@ async def give_back(client: Client, connection: Connection) -> None:
     await client.connection_pool.release(connection)
 
 
-class SharedConnection:
+class SharedConnection(Shared):
     """
     One connection of a client's pool, which concurrent callers use at once.
 
@@ -129,6 +130,7 @@ class SharedConnection:
     """
 
     def __init__(self, client: Client, *, timeout: float, max_in_flight: int) -> None:
+        super().__init__()
         self._client = client
         self._timeout = timeout
         self._max_in_flight = max_in_flight
@@ -138,22 +140,10 @@ class SharedConnection:
         self._alone_at_once = max(1, min(connections, max_in_flight))
         self._alone = asyncio.Semaphore(self._alone_at_once)
         self._link: _Link | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._turn = asyncio.Lock()
-        self._queued = 0
-        self._retiring: set[asyncio.Task[None]] = set()
-        self.subscriptions: set[Supervised] = set()
-        """What reads with the same client. It ends before this is closed, and with its help."""
         self.owns_client = False
         """Whether closing this closes the client too."""
         self._closed = False
         """Whether nothing goes out any more."""
-        self._closing: asyncio.Task[None] | None = None
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether it is, or is about to be."""
-        return self._closing is not None
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
@@ -176,9 +166,7 @@ class SharedConnection:
             OutcomeUnknown: It was sent, and there is no reply.
             BrokerClosed: `aclose` was called before.
         """
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop:
-            self._move_to(loop)
+        loop = self._on_this_loop()
         deadline = loop.time() + self._timeout
         link = self._link
         reply: asyncio.Future[Any] | None
@@ -191,36 +179,19 @@ class SharedConnection:
             raise verdict(error, message_id, written=False) from error
         return await (self._execute_alone(command, message_id, deadline) if reply is None else reply)
 
-    async def aclose(self) -> None:
-        """
-        Refuse further calls, wait for the replies that are due, and give the connection back to the client.
-
-        That goes on if a caller is cancelled; calling it again waits for it.
-        """
-        if self._closing is None:
-            self._closing = asyncio.create_task(self._close(), name="diator: closing")
-        await asyncio.shield(self._closing)
-
     async def _close(self) -> None:
-        await close_all(self.subscriptions)
+        await close_all(self.subscriptions)  # with the help of this
         self._closed = True
         async with self._turn:  # behind those who were there before
             link, self._link = self._link, None
         if link is not None:
             await link.finish()
-        if self._retiring:
-            await asyncio.wait(self._retiring)
+        await self._beside.done()
         if self.owns_client:
             await self._client.aclose()
 
-    def _move_to(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin anew on another event loop. What belonged to one that is over died with it."""
-        if self._loop is not None and self._loop.is_running():
-            raise WiringError("a broker belongs to one event loop at a time; make another one for each thread")
-        if self._loop is not None:
-            self._link, self._turn, self._queued = None, asyncio.Lock(), 0
-            self._alone = asyncio.Semaphore(self._alone_at_once)
-        self._loop = loop
+    def _begin_anew(self) -> None:
+        self._link, self._alone = None, asyncio.Semaphore(self._alone_at_once)
 
     async def _call_in_turn(
         self, command: Sequence[bytes], message_id: UUID | None, deadline: float
@@ -252,9 +223,7 @@ class SharedConnection:
         """Use another connection from now on, and give this one back when its replies are in."""
         if self._link is link:
             self._link = None
-            finishing = asyncio.create_task(link.finish(), name="diator: the last replies of a connection to Redis")
-            self._retiring.add(finishing)
-            finishing.add_done_callback(self._retiring.discard)
+            self._beside.begin(link.finish(), "the last replies of a connection to Redis")
 
     async def _give_back(self, link: _Link, connection: AbstractConnection) -> None:
         if self._link is link:

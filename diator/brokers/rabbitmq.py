@@ -16,7 +16,8 @@ from typing import Self
 from diator.brokers._rabbitmq_audit import inspect
 from diator.brokers._rabbitmq_channel import Address, Lost
 from diator.brokers._rabbitmq_frames import Publication, header_of
-from diator.brokers._rabbitmq_member import OF_THE_SERVICE, UNUSUAL, Member, QueueType, Reading, routing_key
+from diator.brokers._rabbitmq_member import OF_THE_SERVICE, Member, QueueType, Reading
+from diator.brokers._rabbitmq_names import UNUSUAL, routing_key
 from diator.brokers._rabbitmq_publisher import Publisher
 from diator.brokers.audit import Finding
 from diator.brokers.base import Delivery, OnGap, Topic

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
 from diator.brokers.base import Delivery
+from diator.brokers.shared import Beside
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ class Acknowledgements(Generic[T]):
         self._tell = tell
         self._noted: list[T] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._telling: set[asyncio.Task[None]] = set()
+        self._beside = Beside()
 
     def add(self, item: T) -> None:
         """Note *item*, which is told with others."""
@@ -42,8 +43,7 @@ class Acknowledgements(Generic[T]):
     async def flush(self) -> None:
         """Tell what was noted, and wait until all of it was told."""
         self._flush()
-        if self._telling:
-            await asyncio.wait(self._telling)
+        await self._beside.done()
 
     def _flush(self) -> None:
         if self._timer is not None:
@@ -51,9 +51,7 @@ class Acknowledgements(Generic[T]):
             self._timer = None
         if self._noted:
             noted, self._noted = self._noted, []
-            task = asyncio.create_task(self._tell(noted), name="diator: acknowledging")
-            self._telling.add(task)
-            task.add_done_callback(self._telling.discard)
+            self._beside.begin(self._tell(noted), "acknowledging")
 
 
 def provenance(delivery: Delivery, reason: str, *, source: str, group: str, **place: str) -> dict[str, str]:

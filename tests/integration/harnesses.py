@@ -432,7 +432,7 @@ class RabbitMQHarness(Harness):
         return broker
 
     async def send_raw(self, transport, topic, body):
-        from diator.brokers._rabbitmq_member import routing_key
+        from diator.brokers._rabbitmq_names import routing_key
 
         key = routing_key(*topic)
         await self._amqp(lambda channel: channel.basic_publish(body, exchange=self.prefix, routing_key=key))
@@ -440,7 +440,7 @@ class RabbitMQHarness(Harness):
     async def dead_letters(self, transport, topic, group):
         from pamqp.commands import Basic
 
-        from diator.brokers._rabbitmq_member import queue_name
+        from diator.brokers._rabbitmq_names import queue_name
 
         found = []
 
@@ -519,7 +519,7 @@ class RabbitMQHarness(Harness):
         return json.loads(said) if said else None
 
     async def delete(self, transport, topic, group):
-        from diator.brokers._rabbitmq_member import queue_name
+        from diator.brokers._rabbitmq_names import queue_name
 
         async def delete(channel):
             if group is None:

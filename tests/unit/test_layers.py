@@ -34,6 +34,7 @@ CLIENTS = {
     "aiokafka": {
         "brokers/_kafka_findings.py",
         "brokers/_kafka_client.py",
+        "brokers/_kafka_connection.py",
         "brokers/_kafka_member.py",
         "brokers/_kafka_sending.py",
         "brokers/_kafka_subscription.py",

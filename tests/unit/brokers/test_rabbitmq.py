@@ -12,7 +12,7 @@ from pamqp import commands
 from pamqp.frame import unmarshal
 
 from diator.brokers._rabbitmq_frames import ContentHeader, Publication, again, header_of
-from diator.brokers._rabbitmq_member import _rung, queue_name, routing_key
+from diator.brokers._rabbitmq_names import queue_name, routing_key, rung
 from diator.brokers.base import Topic
 from diator.brokers.rabbitmq import RabbitMQMessageBroker
 from diator.exceptions import EncodingError, WiringError
@@ -125,9 +125,9 @@ def test_a_header_that_amqp_cannot_have_is_refused(headers):
 
 def test_delays_are_rounded_up_by_a_third_at_most():
     for milliseconds in range(1, 100_000, 7):
-        rung = _rung(milliseconds / 1000)
-        assert milliseconds <= rung <= max(milliseconds * 1.34, milliseconds + 1)
-    assert len({_rung(seconds / 10) for seconds in range(10, 36_000)}) < 50
+        bound = rung(milliseconds / 1000)
+        assert milliseconds <= bound <= max(milliseconds * 1.34, milliseconds + 1)
+    assert len({rung(seconds / 10) for seconds in range(10, 36_000)}) < 50
 
 
 def test_what_is_no_text_in_a_header_is_written_again_as_it_came():

@@ -1,0 +1,82 @@
+"""What a connection has that many callers use at once, whatever its service: an event loop, a turn, and an end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from diator.brokers.supervisor import Supervised
+from diator.exceptions import WiringError
+
+
+class Beside:
+    """Work that goes on beside everything else, such as the end of a connection. Only an end waits for it."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Do *work*, in a task of this *name*."""
+        task = asyncio.create_task(work, name=f"diator: {name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def done(self) -> None:
+        """Wait for all of it. It goes on if whoever waits is cancelled."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+class Shared:
+    """
+    A connection that many callers of one event loop use at once. Each transport makes its own of this.
+
+    It connects when it is first used. Whoever finds no connection, or no room, waits for its turn; nobody passes
+    those who do.
+    """
+
+    def __init__(self) -> None:
+        self.subscriptions: set[Supervised] = set()
+        """What reads with the same broker, and ends with it."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._turn = asyncio.Lock()
+        self._queued = 0
+        """How many wait for their turn."""
+        self._beside = Beside()
+        self._closing: asyncio.Task[None] | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is, or is about to be."""
+        return self._closing is not None
+
+    async def aclose(self) -> None:
+        """
+        Refuse further calls, wait for the answers that are due, and part with the connection.
+
+        That goes on if a caller is cancelled; calling it again waits for it.
+        """
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(), name="diator: closing")
+        await asyncio.shield(self._closing)
+
+    def _on_this_loop(self) -> asyncio.AbstractEventLoop:
+        """Begin anew on another event loop. What belonged to one that is over died with it."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            if self._loop is not None:
+                if self._loop.is_running():
+                    raise WiringError("a broker belongs to one event loop at a time; make another one for each thread")
+                self._turn, self._queued, self._beside = asyncio.Lock(), 0, Beside()
+                self._begin_anew()
+            self._loop = loop
+        return loop
+
+    def _begin_anew(self) -> None:
+        """Forget what belonged to the event loop before."""
+        raise NotImplementedError
+
+    async def _close(self) -> None:
+        """Do what `aclose` says. Called once."""
+        raise NotImplementedError
