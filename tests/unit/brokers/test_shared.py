@@ -1,0 +1,98 @@
+"""A connection that many callers use: one event loop at a time, and one end."""
+
+import asyncio
+import threading
+from contextlib import suppress
+
+import pytest
+
+from diator.brokers.shared import Beside, Shared
+from diator.exceptions import WiringError
+
+
+class Connection(Shared):
+    def __init__(self):
+        super().__init__()
+        self.events = []
+        self.may_end = asyncio.Event()
+
+    def use(self):
+        return self._on_this_loop()
+
+    def _begin_anew(self):
+        self.events.append("anew")
+
+    async def _close(self):
+        self.events.append("closing")
+        await self.may_end.wait()
+        self.events.append("closed")
+
+
+async def test_it_closes_once_whoever_asks_and_whoever_is_cancelled():
+    connection = Connection()
+    assert not connection.is_closed
+    first, second = asyncio.create_task(connection.aclose()), asyncio.create_task(connection.aclose())
+    await asyncio.sleep(0)
+    assert connection.is_closed
+
+    first.cancel()
+    with suppress(asyncio.CancelledError):
+        await first
+    connection.may_end.set()
+    await second
+    await connection.aclose()
+
+    assert connection.events == ["closing", "closed"]
+
+
+def test_on_another_event_loop_it_begins_anew():
+    connection = Connection()
+
+    async def use():
+        assert connection.use() is connection.use() is asyncio.get_running_loop()
+
+    asyncio.run(use())
+    assert connection.events == []
+    asyncio.run(use())
+    assert connection.events == ["anew"]
+
+
+async def test_two_event_loops_at_once_are_refused():
+    connection, errors = Connection(), []
+    connection.use()
+
+    def elsewhere():
+        async def use():
+            with pytest.raises(WiringError) as caught:
+                connection.use()
+            errors.append(caught.value)
+
+        asyncio.run(use())
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    await asyncio.to_thread(thread.join)
+
+    assert "one event loop at a time" in str(errors[0])
+    assert connection.events == []
+
+
+async def test_work_beside_goes_on_when_whoever_waits_is_cancelled():
+    beside, may_end, done = Beside(), asyncio.Event(), []
+
+    async def work():
+        await may_end.wait()
+        done.append(True)
+
+    beside.begin(work(), "working")
+    waiting = asyncio.create_task(beside.done())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with suppress(asyncio.CancelledError):
+        await waiting
+    assert not done
+
+    may_end.set()
+    await beside.done()
+    assert done
+    await beside.done()  # there is nothing left
