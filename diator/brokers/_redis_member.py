@@ -17,6 +17,7 @@ from uuid import uuid4
 import msgspec
 
 from diator.brokers._redis_connection import SharedConnection
+from diator.brokers._redis_scripts import ACK, FORGET, MOVE_DUE, PUT_ASIDE, RETRY
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.settling import Acknowledgements, provenance
 from diator.brokers.supervisor import MessagesMissed
@@ -26,79 +27,6 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 BODY = b"body"
 _AGAIN = b"again"
-
-# -- what must happen whole, or not at all -----------------------------------------------------------------------
-
-# All times are those of Redis: the clocks of two members may differ by more than a delay.
-_NOW = b"""
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-"""
-# Do nothing to an entry that is not this member's: another has it, or it was settled and the reply was lost.
-_IF_OURS = b"""
-if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1, ARGV[2]) == 0 then
-  return 0
-end
-"""
-# Acknowledge entries. KEYS: stream. ARGV: group, member, command that removes them or none, ids.
-_ACK = b"""
-local ours = {}
-for i = 4, #ARGV do
-  if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2]) > 0 then
-    ours[#ours + 1] = ARGV[i]
-  end
-end
-if #ours > 0 then
-  redis.call('XACK', KEYS[1], ARGV[1], unpack(ours))
-  if ARGV[3] ~= '' then
-    redis.call(ARGV[3], KEYS[1], unpack(ours))
-  end
-end
-"""
-# Take an entry from the group, to be read again.
-# KEYS: stream, delayed, again. ARGV: group, member, id, kept, after (ms).
-_RETRY = (
-    _IF_OURS
-    + _NOW
-    + b"""
-if tonumber(ARGV[5]) > 0 then
-  redis.call('ZADD', KEYS[2], now + ARGV[5], ARGV[4])
-else
-  redis.call('XADD', KEYS[3], '*', 'again', ARGV[4])
-end
-return redis.call('XACK', KEYS[1], ARGV[1], ARGV[3])
-"""
-)
-# Have what is due read again. KEYS: delayed, again. ARGV: how many at most.
-_MOVE_DUE = (
-    _NOW
-    + b"""
-local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[1])
-for _, kept in ipairs(due) do
-  redis.call('XADD', KEYS[2], '*', 'again', kept)
-  redis.call('ZREM', KEYS[1], kept)
-end
-return #due
-"""
-)
-# Put an entry aside. KEYS: stream, dead. ARGV: group, member, id, then the fields.
-_PUT_ASIDE = (
-    _IF_OURS
-    + b"""
-redis.call('XADD', KEYS[2], '*', unpack(ARGV, 4))
-return redis.call('XACK', KEYS[1], ARGV[1], ARGV[3])
-"""
-)
-# Forget members that are gone and hold nothing. KEYS: stream. ARGV: group, idle (ms), name of one that goes now.
-_FORGET = b"""
-for _, member in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
-  local name, pending, idle = member[2], member[4], member[6]
-  if pending == 0 and (name == ARGV[3] or idle > tonumber(ARGV[2])) then
-    redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], name)
-  end
-end
-"""
-
 _FORGOTTEN_AFTER = 3600.0
 _MOST_PENDING = b"100000"
 _NO_ENTRY = b"18446744073709551615-18446744073709551614"
@@ -234,7 +162,7 @@ class Member:
         first = self._first.get(entry.stream, entry.stream)
         keys = [entry.stream, self.key(first, b"delayed"), self.key(first, _AGAIN)]
         with self._noting_failure(entry):
-            was_ours = await self._eval(_RETRY, keys, [self.group, self.name, entry.id, held, ms(after)])
+            was_ours = await self._eval(RETRY, keys, [self.group, self.name, entry.id, held, ms(after)])
         if was_ours:
             await self._remove(entry.stream, [entry.id])
 
@@ -249,9 +177,7 @@ class Member:
         dead = self.key(stream, b"dead")
         with self._noting_failure(entry):
             if len(fields) <= _MOST_OF_LUA:
-                was_ours = await self._eval(
-                    _PUT_ASIDE, [entry.stream, dead], [self.group, self.name, entry.id, *fields]
-                )
+                was_ours = await self._eval(PUT_ASIDE, [entry.stream, dead], [self.group, self.name, entry.id, *fields])
             elif was_ours := bool(await self._still_ours(entry.stream, [entry.id])):
                 await self.execute(b"XADD", dead, b"*", *fields)
                 await self.execute(b"XACK", entry.stream, self.group, entry.id)
@@ -284,7 +210,7 @@ class Member:
         for stream, ids in by_stream.items():
             then = b"XDEL" if stream in self._first else b""  # what was read again is of no use to any other group
             try:
-                await self._eval(_ACK, [stream], [self.group, self.name, then, *ids])
+                await self._eval(ACK, [stream], [self.group, self.name, then, *ids])
             except BrokerError as error:
                 logger.warning("%d acknowledgements did not reach Redis; they come again: %s", len(ids), error)
 
@@ -325,7 +251,7 @@ class Member:
                 begun = id_ in self._held[stream] and id_ not in unseen
                 count = str(times if begun else times - 1).encode()
                 await self._claim(stream, [id_], b"RETRYCOUNT", count, idle_ms=math.ceil(self.lease * 1000))
-            await self._eval(_FORGET, [stream], [self.group, ms(_FORGOTTEN_AFTER), self.name])
+            await self._eval(FORGET, [stream], [self.group, ms(_FORGOTTEN_AFTER), self.name])
         except BrokerError as error:
             logger.warning("what was not handled of %s is taken by others when its lease is over: %s", stream, error)
 
@@ -385,7 +311,7 @@ class Member:
         """
         for stream in self.streams:
             keys = [self.key(stream, b"delayed"), self.key(stream, b"again")]
-            while await self._eval(_MOVE_DUE, keys, [b"%d" % _MOVED_AT_ONCE]) == _MOVED_AT_ONCE:
+            while await self._eval(MOVE_DUE, keys, [b"%d" % _MOVED_AT_ONCE]) == _MOVED_AT_ONCE:
                 pass  # there may be more
         most = min(most, self._prefetch - len(self._suspects))
         with self._finding() as found:

@@ -9,16 +9,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, 
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
-from diator.brokers._redis_connection import (
+from diator.brokers._redis_client import (
     CLIENT_ERRORS,
     Client,
     Connection,
-    SharedConnection,
     check_client,
     client_from_url,
     give_back,
     verdict,
 )
+from diator.brokers._redis_connection import SharedConnection
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities, require
 from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode

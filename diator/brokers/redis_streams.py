@@ -15,14 +15,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Self
 
-from diator.brokers._redis_connection import (
-    Client,
-    Connection,
-    SharedConnection,
-    check_client,
-    client_from_url,
-    give_back,
-)
+from diator.brokers._redis_client import Client, Connection, check_client, client_from_url, give_back
+from diator.brokers._redis_connection import SharedConnection
 from diator.brokers._redis_member import BODY, Member, ms
 from diator.brokers._redis_persistence import durability as durability_of
 from diator.brokers._redis_persistence import findings

@@ -27,7 +27,7 @@ ROOT = Path(diator.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 #: Each client library, and the one file that imports it. A transport's helper may share its library.
 CLIENTS = {
-    "redis": {"brokers/redis.py", "brokers/redis_streams.py", "brokers/_redis_connection.py"},
+    "redis": {"brokers/redis.py", "brokers/redis_streams.py", "brokers/_redis_client.py"},
     "aiormq": {"brokers/_rabbitmq_channel.py"},
     "pamqp": {"brokers/_rabbitmq_channel.py"},
     "aio_pika": set(),
