@@ -394,6 +394,19 @@ async def test_ending_while_kafka_is_gone_cancels_nobody(make, private_kafka) ->
 # -- trap 8: many callers at once --------------------------------------------------------------------------------
 
 
+async def test_what_is_sent_at_once_without_a_key_stays_together(make, kafka_servers, name) -> None:
+    """In few large batches, and in its order; aiokafka would choose a partition for each."""
+    broker = await make(kafka_servers, partitions=4)
+    for _ in range(3):
+        await send(broker, *range(50))
+
+    places = [TopicPartition(name, number) for number in range(4)]
+    async with AIOKafkaConsumer(bootstrap_servers=kafka_servers) as consumer:
+        ends = await consumer.end_offsets(places)
+    assert sum(ends.values()) == 150
+    assert {end % 50 for end in ends.values()} == {0}
+
+
 async def test_5000_callers_at_once_are_not_much_slower_than_one_batch(broker) -> None:
     await send(broker, 0)
     messages = [message(number) for number in range(5_000)]

@@ -132,11 +132,11 @@ def _run(scenario: Scenario, harness: Harness, seed: int) -> Result:
             await scenario.run(context)
 
     async def within_deadline() -> None:
-        files = open_files()
+        files, threads = open_files(), threading.active_count()
         asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(_said(context)))
         await _bounded(judge, scenario.timeout * harness.limits.scale)
         await _no_task_is_left()
-        await _closed(files)
+        await _ended(files, threads)
 
     try:
         with _nothing_left_open(problems), _collecting_only_what_is_new():
@@ -189,10 +189,10 @@ async def _no_task_is_left() -> None:
         raise Nonconformance(f"tasks are left behind: {names}")
 
 
-async def _closed(files: set[str]) -> None:
-    """Let end what is just ending: a connection by TLS says goodbye and waits for an answer."""
+async def _ended(files: set[str], threads: int) -> None:
+    """Let end what is just ending: TLS says goodbye and waits for an answer, a thread has waited for a process."""
     for _ in range(25):
-        if open_files() <= files:
+        if open_files() <= files and threading.active_count() <= threads:
             return
         await asyncio.sleep(0.01)
 

@@ -200,6 +200,15 @@ def test_a_thread_that_is_left_is_a_failure():
     assert (result.outcome, result.reason) == ("FAIL", "1 threads are left running")
 
 
+def test_a_thread_that_is_just_ending_is_none():
+    """Such as the one that waited for a process."""
+
+    async def ending(ctx):
+        threading.Timer(0.1, int).start()
+
+    assert result_of(ending).outcome == "PASS"
+
+
 @pytest.mark.parametrize("unseen", ["task", "coroutine", "file"])
 def test_what_nobody_saw_is_a_failure(unseen):
     async def fail():

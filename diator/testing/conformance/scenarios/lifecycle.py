@@ -79,7 +79,8 @@ async def finishes(ctx: Context) -> None:
     async with ctx.consuming(broker, handle, concurrency=2) as handlings:
         await ctx.send_all(broker, [handlings.message(number) for number in range(10)])
         await ctx.within(0.05 + ctx.limits.lag, handlings.become(2), "finishing")
-    ctx.same((begun, ended), ([0, 1], [0, 1]), "what was begun, and ended")
+    ctx.same(len(begun), 2, "how many were begun")
+    ctx.same(sorted(ended), sorted(begun), "what was ended of what was begun")
     ctx.same(handlings.outcomes(), ["acked", "acked"], "the outcomes")
 
 
@@ -206,7 +207,7 @@ async def from_within(ctx: Context) -> None:
     async with ctx.consuming(broker, handle) as handlings:
         await ctx.send_all(broker, [handlings.message(0)])
         await handlings.become(2)
-    ctx.same((done, handlings.outcomes()), ([0, 1], ["acked", "acked"]), "what was handled")
+    ctx.same((sorted(done), handlings.outcomes()), ([0, 1], ["acked", "acked"]), "what was handled")
 
 
 @scenario("LIF-18", "two brokers in one process are two")
