@@ -3,9 +3,11 @@
 import asyncio
 import base64
 import contextlib
+import functools
 import json
 import os
 import ssl
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
@@ -375,10 +377,7 @@ class RabbitMQHarness(Harness):
         if facility in {"outages", "alarm"}:
             self.services.get("breakable", "rabbitmq")
         if facility == "operator":
-            try:
-                self._manage("GET", "overview")
-            except OSError as error:
-                raise EnvironmentMissing(f"RabbitMQ's management plugin does not answer: {error}") from error
+            self._wait_for_management()
         if facility == "security":
             self.certificates = self.certificates or Certificates()
             for certificate in ("server", "expired"):
@@ -469,6 +468,17 @@ class RabbitMQHarness(Harness):
             with self._at(url, self.direct):
                 yield proxy
 
+    def _wait_for_management(self):
+        """The plugin may begin to listen some seconds after the broker."""
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                return self._manage("GET", "overview")
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise EnvironmentMissing(f"RabbitMQ's management plugin does not answer: {error}") from error
+                time.sleep(0.2)
+
     @asynccontextmanager
     async def private(self):
         async with self.services["breakable"].breakable() as service:
@@ -511,7 +521,8 @@ class RabbitMQHarness(Harness):
 
     def _manage(self, method, what):
         parts = urlsplit(self.direct)
-        request = Request(f"http://{parts.hostname}:15672/api/{what}", method=method)
+        host = container_of(parts.port) or parts.hostname
+        request = Request(f"http://{host}:15672/api/{what}", method=method)
         credentials = base64.b64encode(f"{parts.username}:{parts.password}".encode()).decode()
         request.add_header("Authorization", f"Basic {credentials}")
         with urlopen(request, timeout=5) as answer:
@@ -855,3 +866,18 @@ class KafkaInPlaceHarness(KafkaHarness):
 
     name = "kafka, retry in place"
     in_place = True
+
+
+@functools.cache
+def container_of(port):
+    """The address of the container on this machine that is reached at *port*; None if there is none."""
+    from docker import from_env
+    from docker.errors import DockerException
+
+    try:
+        with contextlib.closing(from_env()) as engine:
+            for container in engine.containers.list(filters={"publish": str(port)}):
+                for network in container.attrs["NetworkSettings"]["Networks"].values():
+                    return network["IPAddress"]
+    except DockerException:
+        return None
