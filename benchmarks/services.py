@@ -66,10 +66,11 @@ def _rabbitmq(_: Backend, port: int) -> tuple[dict[str, str], list[str]]:
 
 
 def _kafka(backend: Backend, port: int) -> tuple[dict[str, str], list[str]]:
-    controller = _free_port()
+    controller, behind = _free_port(), _free_port()
+    ports = {"port": port, "behind": behind, "proxied": behind}  # here nobody is behind a proxy
     environment = {
-        **{key: value.format(port=port) for key, value in backend.environment.items()},
-        "KAFKA_LISTENERS": f"PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}",
+        **{key: value.format(**ports) for key, value in backend.environment.items()},
+        "KAFKA_LISTENERS": f"PLAINTEXT://127.0.0.1:{port},PROXIED://127.0.0.1:{behind},CONTROLLER://127.0.0.1:{controller}",
         "KAFKA_CONTROLLER_QUORUM_VOTERS": f"1@127.0.0.1:{controller}",
     }
     return environment, []

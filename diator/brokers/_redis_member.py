@@ -84,13 +84,10 @@ class Member:
         self._not_settled: set[bytes] = set()
         self.on_settled: Callable[[], None] = lambda: None
         self._held: dict[bytes, dict[bytes, Delivery]] = {stream: {} for stream in self.topics}
+        self.holds = 0
+        """How many deliveries are not settled, given out or not."""
         self._acked: Acknowledgements[Entry] = Acknowledgements(self._tell_acked)
         self._renewing: asyncio.Task[None] | None = None
-
-    @property
-    def holds(self) -> int:
-        """How many deliveries are not settled, given out or not."""
-        return sum(map(len, self._held.values()))
 
     @property
     def is_taking_over(self) -> bool:
@@ -134,9 +131,10 @@ class Member:
                 fields, origin, attempt = held.fields, held.origin, held.attempt + times - 1
             except (msgspec.DecodeError, IndexError):
                 logger.warning("an entry of %s is not one of ours", stream)
-        body, headers = None, {}
+        body: bytes | None = None
+        headers: dict[str, str] = {}
         for name, value in fields:
-            if name == BODY and body is None:  # ours is the first; another one is a header of that name
+            if body is None and name == BODY:  # ours is the first; another one is a header of that name
                 body = value
             else:
                 headers[name.decode(errors="replace")] = value.decode(errors="replace")
@@ -148,7 +146,9 @@ class Member:
             settler=self,
             token=Entry(stream, id_, fields, origin),
         )
-        self._held[stream][id_] = delivery
+        ours = self._held[stream]
+        self.holds += id_ not in ours
+        ours[id_] = delivery
         return delivery
 
     # -- settling ------------------------------------------------------------------------------------------------
@@ -198,7 +198,8 @@ class Member:
 
     def _let_go(self, delivery: Delivery) -> Entry:
         entry = cast("Entry", delivery.token)
-        self._held[entry.stream].pop(entry.id, None)
+        if self._held[entry.stream].pop(entry.id, None) is not None:
+            self.holds -= 1
         self._suspects.discard(entry.id)
         self.on_settled()
         return entry

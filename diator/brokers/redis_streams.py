@@ -244,6 +244,8 @@ class _Reading:
         self._to_look_for_lost = [*member.topics]
         self._command = (b"XREADGROUP", b"GROUP", member.group, member.name, b"COUNT")
         self._streams = [*member.topics]
+        self._busy: bytes | None = None
+        """A stream that alone had as much as was asked for: there is more where that came from."""
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:
         while self._to_look_for_lost:
@@ -258,19 +260,24 @@ class _Reading:
         # COUNT is for each stream. Where there is room for fewer than one of each, some are asked, then others; only
         # when none of them has anything, all are waited for.
         several = min(len(self._streams), most)
-        if several < len(self._streams) and self._empty * several < len(self._streams):
-            block: tuple[bytes, ...] = ()
+        block: tuple[bytes, ...] = ()
+        if self._busy is not None:  # every other time, so that all the others have their turn
+            streams, self._busy, several = [self._busy], None, 1
         else:
-            several, block = len(self._streams), (b"BLOCK", ms(self._until_next_scan))
-        streams, count = self._streams[:several], str(max(1, min(most, 100) // several)).encode()
-        self._streams = self._streams[several:] + streams
+            if several == len(self._streams) or self._empty * several >= len(self._streams):
+                several, block = len(self._streams), (b"BLOCK", ms(self._until_next_scan))
+            streams = self._streams[:several]
+            self._streams = self._streams[several:] + streams
+        count = max(1, min(most, 100) // several)
         await self._connection.send_command(
-            *self._command, count, *block, b"STREAMS", *streams, *[b">"] * several, check_health=False
+            *self._command, b"%d" % count, *block, b"STREAMS", *streams, *[b">"] * several, check_health=False
         )
         # BLOCK ends after a second at the latest, so a peer that says nothing for longer is dead.
         reply = await self._connection.read_response(disable_decoding=True, timeout=math.inf, disconnect_on_error=False)
         self._empty = 0 if reply else self._empty + 1
-        answered = reply.items() if isinstance(reply, dict) else reply or ()
+        answered = [*(reply.items() if isinstance(reply, dict) else reply or ())]
+        if several > 1 and len(answered) == 1 and len(answered[0][1]) == count:
+            self._busy = answered[0][0]
         return [
             self._member.delivery(stream, id_, pairs or (), 1) for stream, entries in answered for id_, pairs in entries
         ]
