@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition, errors
+from aiokafka.client import ConnectionGroup
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
@@ -238,4 +239,7 @@ class _Member(Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # a
         await end_tasks([coordinator._coordination_task, coordinator._heartbeat_task])  # noqa: SLF001
         if coordinator.member_id and coordinator.coordinator_id is not None:
             request = LeaveGroupRequest(coordinator.group_id, coordinator.member_id)
-            await self.consumer._client.send(coordinator.coordinator_id, request)  # noqa: SLF001
+            # On the other connection Kafka answers when the fetch is over that waits there.
+            await self.consumer._client.send(  # noqa: SLF001
+                coordinator.coordinator_id, request, group=ConnectionGroup.COORDINATION
+            )
