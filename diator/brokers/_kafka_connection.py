@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ _LOOK_AGAIN = 1.0
 """How often, in seconds, it is looked whether topics have changed, as far as the client has heard."""
 
 
-class Connection:
+class Connection(ABC):
     """One consumer of aiokafka, while it lives."""
 
     def __init__(self, subscription: Subscription, consumer: Any) -> None:
@@ -39,8 +40,9 @@ class Connection:
         self._was_connected = True
         subscription.wake = self._woken.set
 
+    @abstractmethod
     async def begin(self, topics: Sequence[str]) -> None:
-        raise NotImplementedError
+        """Read *topics* from now on."""
 
     @property
     def is_readable(self) -> bool:
@@ -190,7 +192,7 @@ class Connection:
         await end_tasks([*tasks, getattr(fetcher, "_fetch_task", None), *getattr(fetcher, "_pending_tasks", ())])
         await close_client(consumer._client)  # noqa: SLF001
 
-    async def say_goodbye(self) -> None:
+    async def say_goodbye(self) -> None:  # noqa: B027  # a reader alone has nothing to tell
         """Tell Kafka what it has to know."""
 
 

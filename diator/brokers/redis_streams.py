@@ -257,30 +257,37 @@ class _Reading:
                 return found  # and scan again at once
             self._next_scan = loop.time() + self._until_next_scan
             await self._trim()
-        # COUNT is for each stream. Where there is room for fewer than one of each, some are asked, then others; only
-        # when none of them has anything, all are waited for.
-        several = min(len(self._streams), most)
-        block: tuple[bytes, ...] = ()
-        if self._busy is not None:  # every other time, so that all the others have their turn
-            streams, self._busy, several = [self._busy], None, 1
-        else:
-            if several == len(self._streams) or self._empty * several >= len(self._streams):
-                several, block = len(self._streams), (b"BLOCK", ms(self._until_next_scan))
-            streams = self._streams[:several]
-            self._streams = self._streams[several:] + streams
-        count = max(1, min(most, 100) // several)
+        streams, block = self._to_ask(most)
+        count = max(1, min(most, 100) // len(streams))  # for each stream
         await self._connection.send_command(
-            *self._command, b"%d" % count, *block, b"STREAMS", *streams, *[b">"] * several, check_health=False
+            *self._command, b"%d" % count, *block, b"STREAMS", *streams, *[b">"] * len(streams), check_health=False
         )
         # BLOCK ends after a second at the latest, so a peer that says nothing for longer is dead.
         reply = await self._connection.read_response(disable_decoding=True, timeout=math.inf, disconnect_on_error=False)
         self._empty = 0 if reply else self._empty + 1
         answered = [*(reply.items() if isinstance(reply, dict) else reply or ())]
-        if several > 1 and len(answered) == 1 and len(answered[0][1]) == count:
+        if len(streams) > 1 and len(answered) == 1 and len(answered[0][1]) == count:
             self._busy = answered[0][0]
         return [
             self._member.delivery(stream, id_, pairs or (), 1) for stream, entries in answered for id_, pairs in entries
         ]
+
+    def _to_ask(self, most: int) -> tuple[list[bytes], tuple[bytes, ...]]:
+        """
+        Choose whom to ask, and for how long to wait there.
+
+        A busy stream is asked alone every other time: of all of them, each would give but its part. Where there is room
+        for fewer than one of each, some are asked, then others; when none of them has anything, all are waited for.
+        """
+        if self._busy is not None:
+            streams, self._busy = [self._busy], None
+            return streams, ()
+        several = min(len(self._streams), most)
+        if several == len(self._streams) or self._empty * several >= len(self._streams):
+            return self._streams, (b"BLOCK", ms(self._until_next_scan))
+        streams = self._streams[:several]
+        self._streams = self._streams[several:] + streams
+        return streams, ()
 
     @property
     def _until_next_scan(self) -> float:

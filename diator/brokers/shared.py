@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from typing import Any
 
@@ -28,7 +29,7 @@ class Beside:
             await asyncio.wait(self._tasks)
 
 
-class Shared:
+class Shared(ABC):
     """
     A connection that many callers of one event loop use at once. Each transport makes its own of this.
 
@@ -73,10 +74,10 @@ class Shared:
             self._loop = loop
         return loop
 
+    @abstractmethod
     def _begin_anew(self) -> None:
         """Forget what belonged to the event loop before."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def _close(self) -> None:
         """Do what `aclose` says. Called once."""
-        raise NotImplementedError

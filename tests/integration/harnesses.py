@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import ssl
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
@@ -377,7 +376,10 @@ class RabbitMQHarness(Harness):
         if facility in {"outages", "alarm"}:
             self.services.get("breakable", "rabbitmq")
         if facility == "operator":
-            self._wait_for_management()
+            try:
+                self._manage("GET", "overview")
+            except OSError as error:
+                raise EnvironmentMissing(f"RabbitMQ's management plugin does not answer: {error}") from error
         if facility == "security":
             self.certificates = self.certificates or Certificates()
             for certificate in ("server", "expired"):
@@ -467,17 +469,6 @@ class RabbitMQHarness(Harness):
             url = f"amqp://{parts.username}:{parts.password}@{proxy.host}:{proxy.port}{parts.path}"
             with self._at(url, self.direct):
                 yield proxy
-
-    def _wait_for_management(self):
-        """The plugin may begin to listen some seconds after the broker."""
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                return self._manage("GET", "overview")
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise EnvironmentMissing(f"RabbitMQ's management plugin does not answer: {error}") from error
-                time.sleep(0.2)
 
     @asynccontextmanager
     async def private(self):

@@ -192,7 +192,7 @@ async def test_nothing_is_lost(private, tmp_path, transport) -> None:
     assert books.handled().keys() == {*range(MANY)}
     assert books.unexplained(transport.told_within) == []
     late = books.late()
-    # What each dead member can have held: what was given out, and what was read ahead.
+    # What each dead member can have held and not begun: what was read ahead, and what waited behind its key.
     assert not late if transport.in_order else len(late) <= 2 * (16 + 16 + 100)
     repeated = sum(books.handled().values()) - MANY
     print(f"{transport.scheme}: {MANY} sent, 0 lost, {repeated} repeated, {len(late)} late")  # noqa: T201

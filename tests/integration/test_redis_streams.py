@@ -20,6 +20,8 @@ from redis.backoff import ConstantBackoff
 
 from diator.brokers import Message, _redis_member, redis_streams
 from diator.brokers._redis_connection import SharedConnection
+from diator.brokers._redis_member import Member
+from diator.brokers._redis_scripts import FORGET
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.codec import decode, encode
 from diator.brokers.redis_streams import RedisStreamMessageBroker
@@ -848,11 +850,11 @@ async def test_leaving_one_topic_that_is_gone_leaves_the_others_too(patient, adm
         await patient.send_message(message(1, kept))
         await take(deliveries, 1)
         await asyncio.sleep(0.05)
-        member = deliveries._pump and next(each for each in gc.get_objects() if type(each) is _redis_member.Member)
+        (member,) = [each for each in gc.get_objects() if type(each) is Member and prefix.encode() in each.streams[0]]
         monkey = member.execute
 
         async def deleted_first(*command, **options):
-            if command[0] == b"EVAL" and command[1] is _redis_member._FORGET:
+            if command[0] == b"EVAL" and command[1] is FORGET:
                 await admin.delete(f"{prefix}:notification_event:gone")
             return await monkey(*command, **options)
 
