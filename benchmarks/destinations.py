@@ -157,9 +157,11 @@ class _Topic:
     async def _count(self, *, committed: bool) -> int:
         from aiokafka import AIOKafkaConsumer, TopicPartition  # noqa: PLC0415  # as above
 
-        group = GROUP if committed else None
+        # diator's groups begin with the prefix, as its topics do.
+        prefix, dot, _ = self._name.partition(".")
+        group = f"{prefix}{dot}{GROUP}" if dot else GROUP
         async with AIOKafkaConsumer(
-            bootstrap_servers=self._servers, group_id=group, enable_auto_commit=False
+            bootstrap_servers=self._servers, group_id=group if committed else None, enable_auto_commit=False
         ) as looking:
             partitions = [TopicPartition(self._name, number) for number in range(PARTITIONS)]
             ends = await looking.end_offsets(partitions)

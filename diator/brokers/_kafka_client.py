@@ -182,6 +182,8 @@ class Policy:
 
 HEADERS_BYTES = 64 * 1024
 """What is left for the headers and the key of a message, beside its body."""
+MAX_HEADERS_BYTES = HEADERS_BYTES - 4 * 1024
+"""How much of that a program may fill; a dead letter has more to say."""
 MAX_KAFKA_BYTES = 1024 * 1024 - HEADERS_BYTES
 """How large a body fits into what Kafka takes unless it is told otherwise."""
 _ALREADY_THERE = 36

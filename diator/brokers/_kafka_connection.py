@@ -33,7 +33,6 @@ class Connection(ABC):
         self.generation = 0
         self.topics: Sequence[str] = ()
         self._paused: set[TopicPartition] = set()
-        self._fetching: asyncio.Task[tuple[int, Mapping[TopicPartition, list[Record]]]] | None = None
         self._woken = asyncio.Event()
         self._heard = False
         self._next_look = 0.0
@@ -62,54 +61,48 @@ class Connection(ABC):
             try:
                 if deliveries := await self._what_is_there(most):
                     return deliveries
-                if deliveries := await self._what_comes(most):
-                    return deliveries
+                await self._what_comes()
             except errors.OffsetOutOfRangeError as error:
                 await self._skip_what_is_gone(error)
             except errors.NoOffsetForPartitionError:
                 logger.debug("a partition had no offset yet")  # it has one by now: see `on_partitions_assigned`
 
     async def _what_is_there(self, most: int) -> list[Delivery]:
-        """Give what the client has already. Asked first, for a task and a wait would cost more than all the rest."""
-        if self._fetching is not None or not self.is_readable:
+        """Give what the client has already. Of a new assignment it has to wait, until we know where that begins."""
+        if not self.is_readable:
             return []
-        return self._accept(self.generation, await self.consumer.getmany(max_records=most))
+        generation, deliveries = self.generation, list[Delivery]()
+        records: Mapping[TopicPartition, list[Record]] = await self.consumer.getmany(max_records=most)
+        if generation == self.generation:  # else it was read of what was ours then; whoever has it now reads it again
+            for place, of_partition in records.items():
+                if partition := self.partitions.get(place):
+                    self.subscription.accept(partition, of_partition, deliveries)
+        return deliveries
 
-    async def _what_comes(self, most: int) -> list[Delivery]:
-        """Wait for messages, for something to be due, or to be woken."""
-        if self._fetching is None:
-            self._fetching = asyncio.create_task(self._fetch(most), name="diator: fetching")
-        woken = asyncio.create_task(self._woken.wait())
+    async def _what_comes(self) -> None:
+        """
+        Wait for messages, for something to be due, or to be woken.
+
+        The client's own way of waiting takes the messages with it, and asks for the next ones before we have begun.
+        """
+        come = self.consumer._fetcher._create_fetch_waiter()  # noqa: SLF001
+        come.add_done_callback(lambda _: self._woken.set())
         due = self.subscription.due_in()
         limit = _LOOK_AGAIN if due is None else max(0.0, min(due, _LOOK_AGAIN))
-        # What has come of a new assignment before we know where it begins has to wait: it must not be passed over.
-        waiting = {self._fetching, woken} if self.is_readable else {woken}
+        timer = asyncio.get_running_loop().call_later(limit, self._woken.set)
         try:
-            await asyncio.wait(waiting, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            await self._woken.wait()
         finally:
-            woken.cancel()
-        if not self._fetching.done() or not self.is_readable:
-            return []
-        fetched, self._fetching = self._fetching, None
-        return self._accept(*fetched.result())
+            timer.cancel()
+            come.cancel()
+        if not come.cancelled():
+            come.result()  # it may be an error
 
     async def _look_now_and_then(self) -> None:
         now = asyncio.get_running_loop().time()
         if now >= self._next_look:
             self._next_look = now + _LOOK_AGAIN
             await self.look()
-
-    async def _fetch(self, most: int) -> tuple[int, Mapping[TopicPartition, list[Record]]]:
-        records: Mapping[TopicPartition, list[Record]] = await self.consumer.getmany(timeout_ms=500, max_records=most)
-        return self.generation, records
-
-    def _accept(self, generation: int, records: Mapping[TopicPartition, list[Record]]) -> list[Delivery]:
-        deliveries: list[Delivery] = []
-        if generation == self.generation:  # else it was read of what was ours then; whoever has it now reads it again
-            for place, of_partition in records.items():
-                if partition := self.partitions.get(place):
-                    self.subscription.accept(partition, of_partition, deliveries)
-        return deliveries
 
     def _hold_back(self) -> None:
         """Read nothing of a partition while too much of it is unfinished. Set anew: a rebalance forgets it."""
@@ -178,8 +171,6 @@ class Connection(ABC):
 
     async def leave(self, *, within: float) -> None:
         """End it within *within* seconds, whatever state it is in."""
-        if self._fetching is not None:
-            await end_tasks([self._fetching])
         try:
             async with asyncio.timeout(within):
                 await self.say_goodbye()

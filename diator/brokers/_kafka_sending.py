@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaProducer, TopicPartition, errors
+from aiokafka.partitioner import DefaultPartitioner
 
 from diator.brokers._kafka_client import (
     CLIENT_ERRORS,
-    HEADERS_BYTES,
     Cluster,
     Policy,
     close_client,
@@ -31,10 +31,10 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _BATCH = 128 * 1024
 """Bytes of a batch. All callers of a full one wake together, so that small ones collapse with many callers."""
-
-
 _STAY = 100
 """How many messages without a key go to one partition before another is chosen."""
+
+_partition_of_key: Callable[[bytes, Sequence[int], Sequence[int]], int] = DefaultPartitioner()
 
 
 class SharedProducer(Shared):
@@ -54,7 +54,8 @@ class SharedProducer(Shared):
         self._timeout = cluster.timeout
         self._max_in_flight = max_in_flight
         self._producer: Any = None
-        self._calls: dict[asyncio.Future[Any], tuple[float, UUID | None]] = {}
+        self._calls: dict[asyncio.Future[Any], tuple[float, UUID | None, Any]] = {}
+        """Who waits: until when, for which message, and of which producer. The oldest is the first."""
         self._entering = 0
         self._known: set[str] = set()
         self._stays: dict[str, tuple[int, int]] = {}
@@ -96,26 +97,26 @@ class SharedProducer(Shared):
         producer = self._producer
         if producer is None or self._queued or self._is_full or topic not in self._known:
             producer = await self._in_turn(topic, message_id, deadline)
-        if partition is not None:
-            there = producer.client.cluster.partitions_for_topic(topic) or {partition}
-            partition = min(partition, max(there))  # others may have created it, with fewer
-        elif key is None:
-            partition = self._partition_of(producer, topic)
         self._entering += 1
         try:
-            confirmed: asyncio.Future[Any] = await producer.send(topic, value, key, partition, None, headers)
+            place = self._place(producer, topic, key, partition)
+            # What `producer.send` does before that, for each message, is done here for each topic.
+            put = producer._message_accumulator.add_message  # noqa: SLF001
+            confirmed: asyncio.Future[Any] = await put(place, key, value, self._timeout, None, headers)
         except CLIENT_ERRORS as error:
             self._known.discard(topic)
             raise verdict(error, message_id, handed_over=False) from error
         finally:
             self._entering -= 1
-        self._calls[confirmed] = deadline, message_id
+        self._calls[confirmed] = deadline, message_id, producer
         if self._sweeper is None:
             self._sweeper = loop.call_at(deadline, self._sweep)
         try:
             await confirmed
         except CLIENT_ERRORS as error:
-            if not refused(error):
+            if refused(error):
+                self._retire(producer)
+            else:
                 self._give_up(producer)
             raise verdict(error, message_id, handed_over=True) from error
         finally:
@@ -126,20 +127,26 @@ class SharedProducer(Shared):
     def _is_full(self) -> bool:
         return len(self._calls) + self._entering >= self._max_in_flight
 
-    def _partition_of(self, producer: Any, topic: str) -> int | None:
+    def _place(self, producer: Any, topic: str, key: bytes | None, partition: int | None) -> TopicPartition:
         """
-        Choose where messages without a key go, and stay there for a while; None leaves it to aiokafka.
+        Choose a partition: the one of *key*. What has no key goes where the one before it went, for a while.
 
         aiokafka chooses anew for each, so that many callers fill many small batches instead of few large ones.
         """
-        partition, left = self._stays.get(topic, (-1, 0))
-        if not left or not self._calls:
-            partitions = producer.client.cluster.available_partitions_for_topic(topic)
-            if not partitions:
-                return None
-            partition, left = random.choice([*partitions]), _STAY  # noqa: S311
-        self._stays[topic] = partition, left - 1
-        return partition
+        partitions = producer.client.cluster.partitions_for_topic(topic)
+        if not partitions:
+            raise errors.UnknownTopicOrPartitionError(topic)  # any more
+        if partition is not None:
+            partition = min(partition, max(partitions))  # others may have created it, with fewer
+        elif key is not None:
+            partition = _partition_of_key(key, sorted(partitions), [])
+        else:
+            partition, left = self._stays.get(topic, (-1, 0))
+            if not left or not self._calls:
+                usable = producer.client.cluster.available_partitions_for_topic(topic) or partitions
+                partition, left = random.choice([*usable]), _STAY  # noqa: S311
+            self._stays[topic] = partition, left - 1
+        return TopicPartition(topic, partition)
 
     async def _in_turn(self, topic: str, message_id: UUID | None, deadline: float) -> Any:
         """Wait for a producer that knows *topic*, and for room."""
@@ -171,7 +178,6 @@ class SharedProducer(Shared):
                 enable_idempotence=True,
                 linger_ms=0,
                 max_batch_size=_BATCH,
-                max_request_size=self._policy.max_message_bytes + 16 * HEADERS_BYTES,
             )
             try:
                 await started(producer.start())
@@ -186,24 +192,38 @@ class SharedProducer(Shared):
         self._sweeper = None
         if not self._calls or self._loop is None:
             return
-        deadline, _ = next(iter(self._calls.values()))
-        if deadline <= self._loop.time():
-            self._give_up(self._producer)
-        else:
+        deadline, _, producer = next(iter(self._calls.values()))
+        if deadline > self._loop.time():
             self._sweeper = self._loop.call_at(deadline, self._sweep)
+            return
+        self._give_up(producer)
+        self._sweeper = self._loop.call_later(0, self._sweep)
 
     def _give_up(self, producer: Any) -> None:
-        """Tell everybody who waits that nobody knows, and make another producer next time."""
-        if producer is None or producer is not self._producer:
-            return
-        self._producer = None
-        self._known.clear()
-        self._stays.clear()
-        for confirmed, (_, message_id) in self._calls.items():
-            if not confirmed.done():
+        """Tell everybody who waits for *producer* that nobody knows, and part with it."""
+        self._retire(producer)
+        for confirmed, (_, message_id, of) in self._calls.items():
+            if of is producer and not confirmed.done():
                 unknown = f"Kafka did not confirm it within {self._timeout:g} s; it may have arrived"
                 confirmed.set_exception(OutcomeUnknown(unknown, message_id=message_id))
-        self._beside.begin(self._tear_down(producer), "giving up a producer")
+
+    def _retire(self, producer: Any) -> None:
+        """
+        Make another producer for the next call. This one ends when nobody waits for it any more.
+
+        aiokafka goes on counting after a message that Kafka has refused, so that Kafka refuses what follows it, too.
+        """
+        if producer is self._producer:
+            self._producer = None
+            self._known.clear()
+            self._stays.clear()
+            self._beside.begin(self._end_of(producer), "the end of a producer")
+
+    async def _end_of(self, producer: Any) -> None:
+        while any(of is producer for _, _, of in self._calls.values()):
+            self._freed.clear()
+            await self._freed.wait()
+        await self._tear_down(producer)
 
     @staticmethod
     async def _tear_down(producer: Any) -> None:

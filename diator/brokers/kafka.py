@@ -14,7 +14,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Self
 
-from diator.brokers._kafka_client import CLIENT_ERRORS, MAX_KAFKA_BYTES, Cluster, Names, Policy, verdict
+from diator.brokers._kafka_client import (
+    CLIENT_ERRORS,
+    MAX_HEADERS_BYTES,
+    MAX_KAFKA_BYTES,
+    Cluster,
+    Names,
+    Policy,
+    verdict,
+)
 from diator.brokers._kafka_findings import look_into
 from diator.brokers._kafka_member import Connections
 from diator.brokers._kafka_sending import SharedProducer
@@ -159,7 +167,7 @@ class KafkaMessageBroker:
             if message.key is not None:
                 key = message.key.encode()
             if key is not None or message.headers:
-                headers = [(name, value.encode()) for name, value in _valid(headers_with_key(message)).items()]
+                headers = _encoded(headers_with_key(message))
             topic = self._names.topic(Topic(message.message_type, message.message_name))
         except UnicodeEncodeError as error:
             raise EncodingError(f"{message.message_name}.headers", str(error)) from error
@@ -222,8 +230,9 @@ class KafkaMessageBroker:
         await self.aclose()
 
 
-def _valid(headers: dict[str, str]) -> dict[str, str]:
-    """Refuse what is no Unicode: Kafka's client finds that out in the middle of a batch."""
-    for name in headers:
-        name.encode()
-    return headers
+def _encoded(headers: dict[str, str]) -> list[tuple[str, bytes]]:
+    """Refuse here what would spoil a whole batch: what is no Unicode, and what is larger than Kafka takes."""
+    size = sum(len(name.encode()) + len(value.encode()) for name, value in headers.items())
+    if size > MAX_HEADERS_BYTES:
+        raise MessageRejected(f"its key and headers have {size:,} bytes, and at most {MAX_HEADERS_BYTES:,} find room")
+    return [(name, value.encode()) for name, value in headers.items()]

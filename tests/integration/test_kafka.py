@@ -407,6 +407,28 @@ async def test_what_is_sent_at_once_without_a_key_stays_together(make, kafka_ser
     assert {end % 50 for end in ends.values()} == {0}
 
 
+async def test_what_kafka_refuses_spoils_nothing_that_follows(broker, name, admin) -> None:
+    small = {"max.message.bytes": "1000"}
+    await admin.create_topics([NewTopic(name, 1, 1, topic_configs=small)])
+    await send(broker, 1)
+    with pytest.raises(MessageRejected, match=r"raise max\.message\.bytes"):
+        await broker.send_message(message("x" * 2000))
+    async with subscribed(broker) as deliveries:
+        for number in range(2, 5):
+            await broker.send_message(message(number))
+        assert await acked(deliveries, 4) == [1, 2, 3, 4]
+
+
+async def test_headers_that_are_too_large_are_refused_before_they_are_sent(broker) -> None:
+    async def refused(**fields) -> None:
+        with pytest.raises(MessageRejected, match=r"key and headers have 70,003 bytes, and at most 61,440"):
+            await broker.send_message(message(0, **fields))
+
+    async with subscribed(broker) as deliveries:
+        await asyncio.gather(send(broker, 1, 2), refused(headers={"big": "x" * 70_000}), refused(key="x" * 70_000))
+        assert sorted(await acked(deliveries, 2)) == [1, 2]
+
+
 async def test_5000_callers_at_once_are_not_much_slower_than_one_batch(broker) -> None:
     await send(broker, 0)
     messages = [message(number) for number in range(5_000)]
