@@ -144,7 +144,7 @@ async def test_what_a_lost_answer_had_claimed_comes_at_once_and_is_no_attempt(da
             "SELECT topic, grp, '{}', '{}', 1, now() + interval '1 min', $1 FROM groups",
             member._name,
         )
-        await connection.execute("SELECT pg_terminate_backend($1)", broker._reader._connection.get_server_pid())
+        await connection.execute("SELECT pg_terminate_backend($1)", broker._reader.connection.get_server_pid())
         delivery = await asyncio.wait_for(anext(deliveries), 5)
     assert delivery.attempt == 1
 
