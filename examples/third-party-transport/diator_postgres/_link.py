@@ -33,8 +33,9 @@ class Link(Shared):
         self._is_over = False
 
     async def run(self, statement: str, *arguments: object, until: float | None = None) -> Sequence[Any]:
-        until = self._on_this_loop().time() + self.timeout if until is None else until
-        running = asyncio.create_task(self._run(statement, arguments, until), name="diator: asking PostgreSQL")
+        loop = self._on_this_loop()
+        until = loop.time() + self.timeout if until is None else until
+        running = loop.create_task(self._run(statement, arguments, until), name="diator: asking PostgreSQL")
         running.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps nobody waits any more
         return await asyncio.shield(running)
 
