@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from diator.brokers.base import Delivery
 from diator.brokers.shared import Beside
+from diator.exceptions import BrokerError
 
 T = TypeVar("T")
 
@@ -16,17 +18,19 @@ _MOST = 100
 _DELAY = 0.002
 """Seconds that the first of them waits for others."""
 
+logger: logging.Logger = logging.getLogger(__name__)
+
 
 class Acknowledgements(Generic[T]):
     """
     Tells the service what was acknowledged, many at once: a round trip for each would be all that a consumer does.
 
     *tell* is called with what was added, in that order, as soon as there are 100, and within 2 ms of the first. It runs
-    beside the work, and several of its calls may overlap. What it raises is lost to the caller: it logs by itself, and
-    those messages come again.
+    beside the work, and several of its calls may overlap. A `BrokerError` that it raises is logged, and those
+    messages come again.
     """
 
-    def __init__(self, tell: Callable[[Sequence[T]], Coroutine[Any, Any, None]]) -> None:
+    def __init__(self, tell: Callable[[Sequence[T]], Awaitable[None]]) -> None:
         self._tell = tell
         self._noted: list[T] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -51,7 +55,13 @@ class Acknowledgements(Generic[T]):
             self._timer = None
         if self._noted:
             noted, self._noted = self._noted, []
-            self._beside.begin(self._tell(noted), "acknowledging")
+            self._beside.begin(self._tell_noted(noted), "acknowledging")
+
+    async def _tell_noted(self, noted: Sequence[T]) -> None:
+        try:
+            await self._tell(noted)
+        except BrokerError as error:
+            logger.warning("%d acknowledgements did not reach the service; they come again: %s", len(noted), error)
 
 
 def provenance(delivery: Delivery, reason: str, *, source: str, group: str, **place: str) -> dict[str, str]:

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import partial
-from operator import itemgetter
 from typing import Any, TypeAlias, cast
-from uuid import UUID, uuid4
+from uuid import uuid4
 
-from diator.brokers.base import Delivery, Gap, OnGap, Topic
+from diator.brokers.base import Delivery, Topic
 from diator.brokers.settling import Acknowledgements, provenance
-from diator.exceptions import BrokerError
+from diator.brokers.supervisor import Source, Supervised
+from diator.exceptions import BrokerClosed, BrokerError
 from diator_postgres._link import Link
 
 Token: TypeAlias = tuple[int, int]
 """The id of a row and the attempt: no two deliveries have the same, so none settles what another one holds."""
-
-Run: TypeAlias = Callable[..., Awaitable[Sequence[Any]]]
-"""Has a statement run: by a connection that is being prepared, or by a link."""
-
-_AT_ONCE = 32
-"""How many are claimed at once, so that other members have work, too."""
 
 # What waits again comes first, lest the new ones never let it. `ANY (ARRAY (…))` is always an index scan.
 _CLAIM = """
@@ -56,18 +48,14 @@ _ASIDE = f"""
 WITH gone AS ({_DONE} RETURNING m.id, topic, grp, body)
 INSERT INTO dead_letters SELECT id, topic, grp, body, $4::text::json FROM gone
 """
-# All that is held but for the first $2 and $3. What is none of $4 and $5 was not given out: that was no attempt.
+# What was not given out ($2, $3) was no attempt. What was is given back, too, by a member that leaves ($5).
 _GIVE_BACK = """
-WITH back AS (
-    UPDATE messages SET holder = NULL, due = '-infinity',
-        attempt = attempt - ((id, attempt) NOT IN (SELECT * FROM unnest($4::text[]::bigint[], $5::text[]::int[])))::int
-    WHERE grp = $6 AND due > '-infinity' AND holder = $1
-        AND (id, attempt) NOT IN (SELECT * FROM unnest($2::text[]::bigint[], $3::text[]::int[])) RETURNING grp
+WITH ours AS (SELECT * FROM unnest($2::text[]::bigint[], $3::text[]::int[])), back AS (
+    UPDATE messages SET holder = NULL, due = '-infinity', attempt = attempt - ((id, attempt) NOT IN (TABLE ours))::int
+    WHERE grp = $4 AND due > '-infinity' AND holder = $1 AND ($5 OR (id, attempt) NOT IN (TABLE ours)) RETURNING grp
 )
 SELECT pg_notify(current_schema, grp) FROM back LIMIT 1
 """
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -80,44 +68,48 @@ class Member:
     topics: Mapping[str, Topic]
     lease: timedelta
     kept: timedelta | None
-    timeout: float
-    on_gap: OnGap | None
-    on_settled: Callable[[], None] = lambda: None
+    supervised: Supervised = field(init=False)
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     held: set[Token] = field(default_factory=set)
-    _let_go: set[Token] = field(default_factory=set)
-    _name: UUID = field(default_factory=uuid4)
-    _claiming: asyncio.Task[Sequence[Any]] | None = None
-    _complete_until: datetime | None = None
-    _has_left: bool = False
 
     def __post_init__(self) -> None:
+        self._name = uuid4()
+        self._known: set[Token] = set()
+        """What is held, and what is settled and not told yet, or in vain: that comes again when its lease is over."""
         self._acknowledgements = Acknowledgements[Token](self._tell)
         self._renewing: asyncio.Task[None] | None = None
+        self._has_left = False
+        self._connection: Any = None
+        self._emptied = datetime.now(UTC)
+        self._complete_until: datetime | None = None
 
     # -- the source ----------------------------------------------------------------------------------------------
 
-    async def ready(self) -> None:
-        """Have a connection, and with it the group."""
-        self.link.prepare_by(self.prepare)
-        await self.link.run("SELECT")
+    @asynccontextmanager
+    async def connected(self) -> AsyncGenerator[Source, None]:
+        """Have the group, and nothing claimed that nobody knows of, since the answer was lost."""
+        if self.link.is_closed:
+            raise BrokerClosed("this broker is closed")
+        await self._join()
         self._renewing = self._renewing or asyncio.create_task(self._keep_renewing(), name="diator: renewing")
+        await self._give_back()
+        self._connection = self.link.connection
+        yield self
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:
+        if self._connection is None or self._connection.is_closed():
+            raise ConnectionError("the connection is lost, and perhaps the answer to a claim with it")
         self.woken.clear()
         began = datetime.now(UTC)
-        about = (self._name, self.written, [*self.topics], min(most, _AT_ONCE), self.lease)
-        self._claiming = claiming = self._claiming or self.link.begin(_CLAIM, *about)
-        try:
-            rows = await asyncio.shield(claiming)  # if this is cancelled, the next call has the answer
-        finally:
-            if claiming.done():
-                self._claiming = None
-        self.held.update((row["id"], row["attempt"]) for row in rows)
+        claim = self.link.run(_CLAIM, self._name, self.written, [*self.topics], most, self.lease)
+        rows = sorted(map(tuple, await claim))  # RETURNING keeps no order
+        tokens = {(id_, attempt) for id_, attempt, *_ in rows}
+        self.held |= tokens
+        self._known |= tokens
         if not rows:
-            self._complete_until = began
+            self._emptied = began
             await self._wait()
-        return [self._delivery(row) for row in sorted(rows, key=itemgetter("id"))]  # RETURNING keeps no order
+        return [self._delivery(*row) for row in rows]
 
     async def probe(self) -> None:
         """`receive` asks the service more often than that."""
@@ -125,55 +117,39 @@ class Member:
     async def _wait(self) -> None:
         """Wait until there may be something: a notification, something that is due, or one that was lost."""
         [(due,)] = await self.link.run(_NEXT_DUE, self.written, [*self.topics])
-        longest = self.timeout / 2
+        longest = self.link.timeout / 2
         with suppress(TimeoutError):
             async with asyncio.timeout(longest if due is None else min(longest, due.total_seconds())):
                 await self.woken.wait()
 
-    def _delivery(self, row: Any) -> Delivery:
-        return Delivery(
-            topic=self.topics[row["topic"]],
-            body=row["body"],
-            headers={name: str(value) for name, value in json.loads(row["headers"]).items()},
-            attempt=row["attempt"],
-            settler=self,
-            token=(row["id"], row["attempt"]),
-        )
+    def _delivery(self, id_: int, attempt: int, written: str, body: bytes, headers: str) -> Delivery:
+        texts = {name: str(value) for name, value in json.loads(headers).items()}
+        topic, token = self.topics[written], (id_, attempt)
+        return Delivery(topic=topic, body=body, headers=texts, attempt=attempt, settler=self, token=token)
 
     # -- the settler ---------------------------------------------------------------------------------------------
 
     async def ack(self, delivery: Delivery, /) -> None:
-        token = self._taken_from(delivery)
-        if not self._has_left:
-            self._acknowledgements.add(token)
+        self._acknowledgements.add(self._let_go(delivery))
 
     async def retry(self, delivery: Delivery, after: float, /) -> None:
-        await self._settle(_LATER, delivery, timedelta(seconds=after))
+        await self._tell([self._let_go(delivery)], _LATER, timedelta(seconds=after))
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         said = provenance(delivery, reason, source=delivery.topic.message_name, group=self.group)
-        await self._settle(_ASIDE, delivery, json.dumps({**delivery.headers, **said}))
+        await self._tell([self._let_go(delivery)], _ASIDE, json.dumps({**delivery.headers, **said}))
 
-    async def _settle(self, statement: str, delivery: Delivery, value: object) -> None:
-        token = self._taken_from(delivery)
-        if not self._has_left:
-            await self.link.run(statement, self._name, *_columns([token]), value)
-            self._let_go.discard(token)
-
-    async def _tell(self, tokens: Sequence[Token]) -> None:
-        try:
-            await self.link.run(_DONE, self._name, *_columns(tokens))
-            self._let_go.difference_update(tokens)
-        except BrokerError as error:
-            logger.warning("%d acknowledgements did not arrive, and these messages come again: %s", len(tokens), error)
-
-    def _taken_from(self, delivery: Delivery) -> Token:
+    def _let_go(self, delivery: Delivery) -> Token:
         """From now on it is renewed no more, so that it comes again if this fails."""
         token = cast(Token, delivery.token)
         self.held.discard(token)
-        self._let_go.add(token)
-        self.on_settled()
+        self.supervised.look_again()
         return token
+
+    async def _tell(self, tokens: Sequence[Token], statement: str = _DONE, *values: object) -> None:
+        if not self._has_left:  # else it comes too late
+            await self.link.run(statement, self._name, *_columns(tokens), *values)
+            self._known.difference_update(tokens)
 
     # -- the group, and the end ----------------------------------------------------------------------------------
 
@@ -182,44 +158,33 @@ class Member:
             await asyncio.sleep(self.lease.total_seconds() / 3)
             with suppress(BrokerError):
                 await self.link.run(_RENEW, self._name, *_columns(self.held), self.lease)
-                await self._join(self.link.run)
+                await self._join()
+
+    async def _join(self) -> None:
+        emptied = self._emptied
+        [(was_there,)] = await self.link.run("SELECT join_group($1, $2, $3)", self.written, [*self.topics], self.kept)
+        if not was_there and self._complete_until is not None:
+            self.supervised.tell_gap(self._complete_until, "the group was gone")
+        self._complete_until = emptied  # not before: a group that is gone is empty, too
 
     async def leave(self, not_given_out: Collection[Delivery]) -> None:
         """Tell what is left to tell, and give back what is held. Should that fail, the lease ends by itself."""
+        if self._renewing is None:
+            return  # it never was a member
+        until = asyncio.get_running_loop().time() + self.link.timeout
+        self._renewing.cancel()
+        await asyncio.wait([self._renewing])
+        await self._acknowledgements.flush()
         self._has_left = True
-        if self._renewing is not None:
-            self._renewing.cancel()
-            await asyncio.wait([self._renewing])
-        unseen = {cast(Token, delivery.token) for delivery in not_given_out}
-        run = partial(self.link.run, until=asyncio.get_running_loop().time() + self.timeout)
-        self.link.forget(self.prepare)
         with suppress(BrokerError):
-            await self._acknowledgements.flush()
             if self.kept is not None:
-                await run("SELECT drop_groups($1)", [self.written])
-            elif self._complete_until is not None:  # it had a connection once
-                await self._give_back(run, keeping=(), given_out=(self.held | self._let_go) - unseen)
+                await self.link.run("SELECT drop_groups($1)", [self.written], until=until)
+            else:
+                await self._give_back({cast(Token, delivery.token) for delivery in not_given_out}, until)
 
-    async def prepare(self, connection: Any) -> None:
-        """Have the group, and nothing claimed that nobody knows of, since the answer was lost."""
-        await self._join(connection.fetch)
-        if self._claiming is not None and self._claiming.done():
-            self._claiming = None  # it came, and was not fetched
-        known = self.held | self._let_go
-        await self._give_back(connection.fetch, keeping=known, given_out=known)
-
-    async def _join(self, run: Run) -> None:
-        [(was_there,)] = await run("SELECT join_group($1, $2, $3)", self.written, [*self.topics], self.kept)
-        if not was_there and self._complete_until is not None and self.on_gap is not None:
-            gap = Gap(since=self._complete_until, until=datetime.now(UTC), reason="the group was gone")
-            try:
-                self.on_gap(gap)
-            except Exception:
-                logger.exception("on_gap failed")
-        self._complete_until = self._complete_until or datetime.now(UTC)
-
-    async def _give_back(self, run: Run, *, keeping: Collection[Token], given_out: Collection[Token]) -> None:
-        await run(_GIVE_BACK, self._name, *_columns(keeping), *_columns(given_out), self.written)
+    async def _give_back(self, unseen: Collection[Token] = (), until: float | None = None) -> None:
+        given_out = _columns(self._known.difference(unseen))
+        await self.link.run(_GIVE_BACK, self._name, *given_out, self.written, self._has_left, until=until)
 
 
 def _columns(tokens: Collection[Token]) -> tuple[list[str], list[str]]:

@@ -6,34 +6,29 @@ import asyncio
 import hashlib
 import json
 import re
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.resources import files
 from typing import Any, Self
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import asyncpg
 
 from diator.brokers import Message
 from diator.brokers.base import Delivery, OnGap, Topic
+from diator.brokers.batching import Batches
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
 from diator.brokers.sending import send_together
-from diator.brokers.supervisor import Patience, Source, Supervised, close_all
-from diator.exceptions import BrokerClosed, BrokerError, WiringError
+from diator.brokers.supervisor import Patience, Supervised
+from diator.exceptions import WiringError
 from diator_postgres._link import Link
 from diator_postgres._member import Member
 
-_MOST_MESSAGES, _MOST_BYTES = 500, 4 * 1024 * 1024
-"""What one exchange holds: it is one transaction."""
-
 _LONGEST_NAME = 200
 """Letters of a topic or group in a table. An index takes no more than 2,700 bytes, a notification 8,000."""
-
-_SEND = "SELECT send($1, $2, $3)"
 
 # A commit waits for the disk, whatever this database's default is; other settings than off wait for more.
 _PREPARE = """
@@ -74,17 +69,19 @@ class PostgresMessageBroker:
     ) -> None:
         if not re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", schema):
             raise WiringError(f"{schema!r} is no name for a schema: use a to z, digits and _")
-        self._dsn, self._schema, self._options = dsn, schema, options
-        self._timeout, self._lease, self._absence = timeout, lease, absence
+        settings = {
+            **options.pop("server_settings", {}),
+            "search_path": f'"{schema}"',
+            "default_transaction_isolation": "read committed",  # as the functions of the schema need it
+        }
+        connect = partial(asyncpg.connect, dsn, server_settings=settings, **options)
+        self._schema, self._timeout, self._lease, self._absence = schema, timeout, lease, absence
         self._patience = patience or Patience(connect=timeout, idle=2 * timeout)
         self._max_message_bytes = max_message_bytes
-        self._sender = Link(self._connect, self._prepare, timeout=timeout)
-        self._reader = Link(self._connect, self._prepare, self._listen, timeout=timeout)
-        self._waiting: deque[_Sending] = deque()
-        self._writing: asyncio.Task[None] | None = None
-        self._subscriptions: set[Supervised] = set()
+        self._sender = Link(connect, self._prepare, timeout=timeout)
+        self._reader = Link(connect, self._prepare_to_read, timeout=timeout)
+        self._batches = Batches(self._send, timeout=timeout)
         self._members: set[Member] = set()
-        self._closing: asyncio.Task[None] | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -114,40 +111,14 @@ class PostgresMessageBroker:
     async def send_message(self, message: Message, /) -> None:
         body = encode(message, max_bytes=self._max_message_bytes)
         headers = json.dumps(headers_with_key(message))
-        if self._closing is not None:
-            raise BrokerClosed("this broker is closed", message_id=message.message_id)
-        loop = asyncio.get_running_loop()
-        topic = _written(message.message_type, message.message_name)
-        sending = _Sending(topic, body, headers, message.message_id, loop.time() + self._timeout, loop.create_future())
-        self._waiting.append(sending)
-        if self._writing is None or self._writing.done():
-            self._writing = asyncio.create_task(self._write(), name="diator: sending")
-        await sending.verdict
+        row = (_written(message.message_type, message.message_name), body, headers)
+        await self._batches.send(row, size=len(body), message_id=message.message_id)
 
     async def send_messages(self, messages: Sequence[Message], /) -> None:
         await send_together(self.send_message, messages)
 
-    async def _write(self) -> None:
-        """Send what is waiting, and what comes meanwhile. An exchange ends before the first of it is overdue."""
-        while batch := self._taken():
-            refusal: BrokerError | None = None
-            try:
-                columns = ([s.topic for s in batch], [s.body for s in batch], [s.headers for s in batch])
-                await self._sender.run(_SEND, *columns, until=batch[0].until)
-            except BrokerError as error:
-                refusal = error
-            for sending in batch:
-                sending.settle(refusal)
-
-    def _taken(self) -> list[_Sending]:
-        batch: list[_Sending] = []
-        room = _MOST_BYTES
-        while self._waiting and room > 0 and len(batch) < _MOST_MESSAGES:
-            sending = self._waiting.popleft()
-            if not sending.verdict.done():  # its caller was cancelled
-                batch.append(sending)
-                room -= len(sending.body)
-        return batch
+    async def _send(self, rows: Sequence[tuple[str, bytes, str]], until: float) -> None:
+        await self._sender.run("SELECT send($1, $2, $3)", *zip(*rows, strict=True), until=until)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -162,33 +133,24 @@ class PostgresMessageBroker:
             topics={_written(*topic): topic for topic in topics},
             lease=timedelta(seconds=self._lease),
             kept=timedelta(seconds=self._absence) if group is None else None,
-            timeout=self._timeout,
-            on_gap=on_gap,
         )
-        supervised = Supervised(
-            lambda: self._connected(member),
+        member.supervised = Supervised(
+            member.connected,
             lossy=False,  # what is sent meanwhile waits in the table. That it waited in vain is told by the member
             prefetch=prefetch,
+            ahead=min(prefetch, 32),  # the other members want some, too
             patience=self._patience,
-            on_gap=None,
-            siblings=self._subscriptions,
+            on_gap=on_gap,
+            siblings=self._reader.subscriptions,
             unsettled=lambda: len(member.held),
             leave=member.leave,
         )
-        member.on_settled = supervised.look_again
         self._members.add(member)
         try:
-            async with supervised as deliveries:
+            async with member.supervised as deliveries:
                 yield deliveries
         finally:
             self._members.discard(member)
-
-    @asynccontextmanager
-    async def _connected(self, member: Member) -> AsyncGenerator[Source, None]:
-        if self._closing is not None:
-            raise BrokerClosed("this broker is closed")
-        await member.ready()
-        yield member
 
     # -- connections ---------------------------------------------------------------------------------------------
 
@@ -200,62 +162,23 @@ class PostgresMessageBroker:
         await self.aclose()
 
     async def aclose(self) -> None:
-        if self._closing is None:
-            self._closing = asyncio.create_task(self._close(), name="diator: closing")
-        await asyncio.shield(self._closing)
-
-    async def _close(self) -> None:
-        closed = BrokerClosed("this broker is closed")
-        while self._waiting:  # nothing was written of these
-            self._waiting.popleft().settle(closed)
-        await close_all(self._subscriptions)
-        if self._writing is not None:
-            await asyncio.wait([self._writing])
-        await asyncio.gather(self._sender.close(), self._reader.close())
-
-    async def _connect(self) -> Any:
-        settings = {
-            **self._options.get("server_settings", {}),
-            "search_path": f'"{self._schema}"',
-            "default_transaction_isolation": "read committed",  # as the functions of the schema need it
-        }
-        return await asyncpg.connect(self._dsn, **{**self._options, "server_settings": settings})
+        await asyncio.gather(self._sender.aclose(), self._reader.aclose())
+        await self._batches.done()
 
     async def _prepare(self, connection: Any) -> None:
         if await connection.fetchval(_PREPARE):
             schema = files(__package__).joinpath("schema.sql").read_text()
             await connection.execute(f'{_ONE_AT_A_TIME}; CREATE SCHEMA IF NOT EXISTS "{self._schema}"; {schema}')
 
-    async def _listen(self, connection: Any) -> None:
+    async def _prepare_to_read(self, connection: Any) -> None:
         def wake(group: str | None) -> None:
             for member in self._members:
                 if group in {None, member.written}:
                     member.woken.set()
 
+        await self._prepare(connection)
         await connection.add_listener(self._schema, lambda _, __, ___, group: wake(group))
-        connection.add_termination_listener(lambda _: wake(None))  # they connect again, and look
-
-
-@dataclass(eq=False, slots=True)
-class _Sending:
-    """A message on its way."""
-
-    topic: str
-    body: bytes
-    headers: str
-    message_id: UUID
-    until: float
-    verdict: asyncio.Future[None]
-
-    def settle(self, refusal: BrokerError | None) -> None:
-        if self.verdict.done():
-            return
-        if refusal is None:
-            self.verdict.set_result(None)
-        else:
-            verdict = type(refusal)(str(refusal), message_id=self.message_id)
-            verdict.__cause__ = refusal.__cause__
-            self.verdict.set_exception(verdict)
+        connection.add_termination_listener(lambda _: wake(None))  # they notice, and connect again
 
 
 def _written(*names: str) -> str:

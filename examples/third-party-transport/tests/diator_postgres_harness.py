@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import asyncpg
 from diator_postgres import PostgresMessageBroker
@@ -44,11 +45,15 @@ class PostgresHarness(Harness):
     def driver(self) -> str:
         return f"asyncpg {version('asyncpg')}"
 
-    def transport(self) -> PostgresMessageBroker:
+    def transport(self) -> Any:
         host, port = self._address
-        return PostgresMessageBroker(
-            self._dsn, schema=SCHEMA, host=host, port=port, timeout=2.0, lease=2.0, absence=30.0, patience=PATIENCE
+        name = f"conformance-{uuid4().hex}"
+        settings = {"host": host, "port": port, "server_settings": {"application_name": name}}
+        transport: Any = PostgresMessageBroker(
+            self._dsn, schema=SCHEMA, timeout=2.0, lease=2.0, absence=30.0, patience=PATIENCE, **settings
         )
+        transport.name = name
+        return transport
 
     async def send_raw(self, transport: Any, topic: Topic, body: bytes) -> None:
         await self._ask("SELECT send($1, $2, $3)", [_written(*topic)], [body], ["{}"])
@@ -64,7 +69,7 @@ class PostgresHarness(Harness):
         def no_more(*_: object, **__: object) -> None:
             raise ConnectionError("this process is dead")
 
-        for link in _links(transport):
+        for link in (transport._sender, transport._reader):
             link._connect = no_more
             link.break_off()
 
@@ -79,8 +84,9 @@ class PostgresHarness(Harness):
                 self._address = before
 
     async def disconnect(self, transport: Any) -> None:
-        pids = [link._connection.get_server_pid() for link in _links(transport) if link._connection]
-        await self._ask("SELECT count(pg_terminate_backend(pid, 1000)) FROM unnest($1::int[]) AS pid", pids)
+        query = "SELECT count(pg_terminate_backend(pid, 1000)) FROM pg_stat_activity WHERE application_name = $1"
+        while not await self._ask(query, transport.name):
+            pass  # one may be just about to be
 
     async def delete(self, transport: Any, topic: Topic, group: str | None) -> None:
         names = [group and _written(group), _written(*topic)]
@@ -96,7 +102,3 @@ class PostgresHarness(Harness):
             return await connection.fetchval(query, *arguments)
         finally:
             await connection.close()
-
-
-def _links(transport: Any) -> list[Any]:
-    return [transport._sender, transport._reader]

@@ -1,0 +1,107 @@
+"""Concurrent sends in one exchange with the service, where it answers one exchange after the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+from uuid import UUID
+
+from diator.exceptions import BrokerClosed, BrokerError, BrokerUnavailable, MessageRejected, OutcomeUnknown
+
+T = TypeVar("T")
+
+_VERDICTS = {BrokerClosed, BrokerUnavailable, MessageRejected, OutcomeUnknown}
+
+
+class Batches(Generic[T]):
+    """
+    Puts what callers send at the same time into one exchange: a round trip for each would be all that a sender does.
+
+    *exchange* is called with what waits, in the order of the calls, and with the time of the event loop's clock at
+    which it has to end: that is *timeout* seconds after the first of these calls. One runs at a time; what is sent
+    meanwhile goes with the next one. In one are at most *most* items, and not another one after *most_bytes*.
+
+    It raises the verdict on all of its items, and each caller gets one of his own: with his `message_id`, and with the
+    same cause. It is the one to refuse what comes after the end of its broker.
+    """
+
+    def __init__(
+        self,
+        exchange: Callable[[Sequence[T], float], Awaitable[object]],
+        *,
+        timeout: float,
+        most: int = 500,
+        most_bytes: int = 4 * 1024 * 1024,
+    ) -> None:
+        self._exchange, self._timeout = exchange, timeout
+        self._most, self._most_bytes = most, most_bytes
+        self._waiting: deque[_Call[T]] = deque()
+        self._exchanging: asyncio.Task[None] | None = None
+
+    async def send(self, item: T, *, size: int, message_id: UUID) -> None:
+        """
+        Have *item*, of *size* bytes, in an exchange; return when that has ended well.
+
+        If this is cancelled, *item* is left out of an exchange that has not begun; one that has begun goes on.
+
+        Raises:
+            BrokerError: The verdict of the exchange.
+        """
+        loop = asyncio.get_running_loop()
+        call = _Call(item, size, message_id, loop.time() + self._timeout, loop.create_future())
+        self._waiting.append(call)
+        if self._exchanging is None or self._exchanging.done():
+            self._exchanging = asyncio.create_task(self._exchange_all(), name="diator: sending")
+        await call.ended
+
+    async def done(self) -> None:
+        """Wait until everybody who waits by now has a verdict. That goes on if whoever waits for it is cancelled."""
+        if self._exchanging is not None:
+            await asyncio.wait([self._exchanging])
+
+    async def _exchange_all(self) -> None:
+        while batch := self._taken():
+            verdict: Exception | None = None
+            try:
+                await self._exchange([call.item for call in batch], batch[0].deadline)
+            except Exception as error:  # noqa: BLE001  # whatever it is, it is the callers' to hear
+                verdict = error
+            for call in batch:
+                if call.ended.done():
+                    continue  # its caller was cancelled meanwhile
+                if verdict is None:
+                    call.ended.set_result(None)
+                else:
+                    call.ended.set_exception(_own(verdict, call.message_id))
+
+    def _taken(self) -> list[_Call[T]]:
+        batch: list[_Call[T]] = []
+        room = self._most_bytes
+        while self._waiting and len(batch) < self._most and room > 0:
+            call = self._waiting.popleft()
+            if not call.ended.done():  # else its caller was cancelled
+                batch.append(call)
+                room -= call.size
+        return batch
+
+
+@dataclass(eq=False, slots=True)
+class _Call(Generic[T]):
+    """One that waits for its verdict."""
+
+    item: T
+    size: int
+    message_id: UUID
+    deadline: float
+    ended: asyncio.Future[None]
+
+
+def _own(verdict: Exception, message_id: UUID) -> Exception:
+    if not isinstance(verdict, BrokerError) or type(verdict) not in _VERDICTS:
+        return verdict
+    own = type(verdict)(str(verdict), message_id=message_id)
+    own.__cause__ = verdict.__cause__
+    return own
