@@ -12,6 +12,7 @@ from aiokafka.protocol.admin import DescribeConfigsRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
 from diator.brokers._kafka_client import DEAD, HEADERS_BYTES, Cluster, Policy, close_client, started
+from diator.brokers._kafka_offsets import BESIDE_A_COMMIT
 from diator.brokers.audit import Finding
 
 _DAY_MS = 24 * 60 * 60 * 1000
@@ -79,6 +80,13 @@ def _of_a_broker(described: Mapping[str, Mapping[str, str] | str]) -> Iterator[F
                 problem=f"offsets.retention.minutes is {settings['offsets.retention.minutes']}: by then a group "
                 "without members has forgotten what it handled, and gets it all again",
                 remedy=f"set it to {_WEEK_MINUTES} (a week) at least, and longer than any group is ever away",
+            )
+        if int(settings.get("offset.metadata.max.bytes", BESIDE_A_COMMIT)) < BESIDE_A_COMMIT:
+            yield Finding(
+                weakens="delivery_count",
+                problem=f"offset.metadata.max.bytes is {settings['offset.metadata.max.bytes']}: where there is no room "
+                "beside a commit, what was finished above it is repeated, and attempts are counted anew",
+                remedy=f"set it to {BESIDE_A_COMMIT} at least, which is its default",
             )
         if settings.get("auto.create.topics.enable") == "true":
             yield Finding(

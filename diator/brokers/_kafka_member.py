@@ -36,6 +36,11 @@ logger: logging.Logger = logging.getLogger(__name__)
 _COMMIT_EVERY = 0.2
 _COMMIT_TIMEOUT = 5.0
 
+_NO_ROOM = (
+    "Kafka has no room beside a commit for what was finished above it (offset.metadata.max.bytes is below 4,096): that "
+    "comes again whenever a member comes, goes or dies, and attempts are counted anew"
+)
+
 _NO_RIGHT = (
     errors.TopicAuthorizationFailedError,
     errors.GroupAuthorizationFailedError,
@@ -125,6 +130,8 @@ class _Member(Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # a
         self._assigned = asyncio.Event()
         self._assigned_at = asyncio.get_running_loop().time()
         self._committing: asyncio.Task[None] | None = None
+        self._bare = False
+        """Whether no more than offsets is committed, since Kafka has no room for what is written beside them."""
 
     async def begin(self, topics: Sequence[str]) -> None:
         self.topics = topics
@@ -214,9 +221,18 @@ class _Member(Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # a
                 # Not aiokafka's own `commit`: it tries for ever, and what it shields from us nobody waits for.
                 coordinator = self.consumer._coordinator  # noqa: SLF001
                 assignment = self.consumer._subscription.subscription.assignment  # noqa: SLF001
-                offsets = {place: OffsetAndMetadata(*now) for place, (_, now) in progress.items()}
+                offsets = {
+                    place: OffsetAndMetadata(lowest, "" if self._bare else beside)
+                    for place, (_, (lowest, beside)) in progress.items()
+                }
                 await coordinator.ensure_coordinator_known()
                 await coordinator._do_commit_offsets(assignment, offsets)  # noqa: SLF001
+        except errors.OffsetMetadataTooLargeError:
+            if self._bare:
+                return False
+            self._bare = True
+            logger.warning("%s", _NO_ROOM)
+            return await self._commit()
         except CLIENT_ERRORS as error:
             logger.warning("what was settled could not be committed yet: %s: %s", type(error).__name__, error)
             return False

@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 
-_LIMIT = 4_000
-"""How many characters are written beside a commit. Kafka takes 4,096 (`offset.metadata.max.bytes`)."""
+BESIDE_A_COMMIT = 4_096
+"""How many characters Kafka takes beside a commit: the default of `offset.metadata.max.bytes`, and all that is used."""
 _VERSION = "1"
 
 
@@ -93,7 +93,7 @@ def _write(lowest: int, done: list[range], attempts: dict[int, int]) -> str:
     tried = [f"{offset - lowest}:{attempt}" for offset, attempt in sorted(attempts.items())]
     finished = [f"{each.start - lowest}+{len(each)}" for each in done]
     parts = [_VERSION, *tried, *finished]
-    room, kept = _LIMIT, 0
+    room, kept = BESIDE_A_COMMIT, 0
     while kept < len(parts) and (room := room - len(parts[kept]) - 1) >= 0:
         kept += 1
     return " ".join(parts[:kept])

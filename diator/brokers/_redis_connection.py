@@ -48,6 +48,7 @@ class SharedConnection(Shared):
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
+        self._on_this_loop()
         try:
             async with asyncio.timeout(self._timeout):
                 async with self._turn:

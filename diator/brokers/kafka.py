@@ -196,6 +196,8 @@ class KafkaMessageBroker:
         connections = Connections(subscription, self._cluster, self._policy)
         supervised = subscription.supervised = Supervised(
             connections.connected,
+            topics,
+            group,
             lossy=False,
             prefetch=prefetch,
             ahead=prefetch + self._read_ahead,

@@ -141,6 +141,8 @@ class RabbitMQMessageBroker:
         member = Member(self._publisher, self._prefix, topics, group, self._queue_type)
         member.supervised = Supervised(
             lambda: self._reading(member, prefetch),
+            topics,
+            group,
             lossy=False,
             prefetch=prefetch,
             ahead=prefetch + self._read_ahead,

@@ -158,6 +158,7 @@ class RedisMessageBroker:
         patterns = {self._channel_of_any(topic) for topic in topics} if self._older_senders else ()
         subscription = Supervised(
             lambda: self._subscribed(channels, patterns),
+            topics,
             lossy=True,
             prefetch=prefetch,
             ahead=prefetch + self._read_ahead,

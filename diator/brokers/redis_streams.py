@@ -177,6 +177,8 @@ class RedisStreamMessageBroker:
         )
         supervised = Supervised(
             lambda: self._reading(member),
+            topics,
+            group,
             lossy=False,
             prefetch=prefetch,
             ahead=prefetch + self._read_ahead,

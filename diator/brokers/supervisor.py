@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Protocol, Self, TypeAlias
 
-from diator.brokers.base import Delivery, Gap, OnGap
+from diator.brokers.base import Delivery, Gap, OnGap, Topic
 from diator.exceptions import BrokerClosed, BrokerUnavailable, DiatorError, WiringError
 
 _WAITING = 0.05
@@ -98,7 +98,8 @@ class Supervised:
 
     Entering it connects, and raises `BrokerUnavailable` if that is not possible, or whatever error of diator *connect*
     raises. From then on it is an iterator of deliveries that ends only with `BrokerClosed`, when the broker is closed,
-    or with a `WiringError` of *connect*: what is set up wrongly does not come right by trying again.
+    or with a `WiringError` of *connect*: what is set up wrongly does not come right by trying again. Logs name it by
+    *topics* and *group*.
 
     *lossy* says that messages are missed while there is no connection: *on_gap* is told so when there is one again. At
     most *ahead* deliveries (by default *prefetch*) are received before they are asked for, and outlive the connection.
@@ -115,6 +116,8 @@ class Supervised:
     def __init__(
         self,
         connect: Connect,
+        topics: Collection[Topic],
+        group: str | None = None,
         *,
         lossy: bool,
         prefetch: int,
@@ -128,6 +131,7 @@ class Supervised:
         if prefetch < 1:
             raise WiringError("prefetch is at least 1")
         self._connect = connect
+        self._name = _named(topics, group)
         self._lossy = lossy
         self._prefetch = prefetch
         self._ahead = prefetch if ahead is None else ahead
@@ -249,7 +253,7 @@ class Supervised:
                     if not ready.done():
                         ready.set_result(None)
                     if lost is not None:
-                        logger.info("a subscription is connected again")
+                        logger.info("%s is connected again", self._name)
                     if lost is not None and missed:
                         self.tell_gap(*lost)
                     lost, missed = None, self._lossy
@@ -268,7 +272,7 @@ class Supervised:
                 missed = missed or isinstance(error, MessagesMissed)
                 silent = isinstance(error, TimeoutError) and not str(error)
                 reason = "the peer was silent" if silent else f"{type(error).__name__}: {error}".removesuffix(": ")
-                logger.warning("a subscription has no connection (%s); connecting again", reason)
+                logger.warning("%s has no connection (%s); connecting again", self._name, reason)
                 behind = loop.time() - max(since, self._complete_until()) if connected else 0.0
                 lost = lost or (datetime.now(UTC) - timedelta(seconds=behind), reason)
             if connected and loop.time() - since > self._patience.healthy:
@@ -340,6 +344,16 @@ async def _end_of(task: asyncio.Task[None]) -> None:
     while not task.done():
         task.cancel()
         await asyncio.wait([task], timeout=0.1)
+
+
+_LISTED = 3
+
+
+def _named(topics: Collection[Topic], group: str | None) -> str:
+    names = sorted({topic.message_name for topic in topics})
+    further = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    of = "" if group is None else f" of {group}"
+    return f"the subscription{of} to {', '.join(names[:_LISTED])}{further}"
 
 
 def _unavailable(error: BaseException) -> DiatorError:

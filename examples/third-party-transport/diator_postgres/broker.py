@@ -136,6 +136,8 @@ class PostgresMessageBroker:
         )
         member.supervised = Supervised(
             member.connected,
+            topics,
+            group,
             lossy=False,  # what is sent meanwhile waits in the table. That it waited in vain is told by the member
             prefetch=prefetch,
             ahead=min(prefetch, 32),  # the other members want some, too

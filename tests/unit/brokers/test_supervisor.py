@@ -107,7 +107,8 @@ class Service:
 
     def supervised(self, **options):
         defaults = {"lossy": True, "prefetch": 10, "patience": PATIENT, "on_gap": None, "siblings": self.siblings}
-        return Supervised(self.connect, **defaults | options)
+        topics = options.pop("topics", [Topic("notification_event", "Counted")])
+        return Supervised(self.connect, topics, options.pop("group", None), **defaults | options)
 
 
 async def forever():
@@ -178,6 +179,25 @@ async def test_what_was_received_survives_the_connection():
         (await service.flap()).tell(4)
 
         assert await take(deliveries, 3) == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("names", "group", "named"),
+    [
+        (["Paid"], None, "the subscription to Paid"),
+        (["Paid", "Joined"], "billing", "the subscription of billing to Joined, Paid"),
+        (["A", "B", "C", "D", "E"], "billing", "the subscription of billing to A, B, C and 2 more"),
+    ],
+)
+async def test_logs_name_the_subscription_that_lost_its_connection(names, group, named, caplog):
+    caplog.set_level("INFO")
+    service = Service()
+    async with service.supervised(topics=[Topic("notification_event", name) for name in names], group=group):
+        await service.flap(OSError("gone"))
+        await asyncio.sleep(0)
+
+    assert f"{named} has no connection (OSError: gone); connecting again" in caplog.messages
+    assert f"{named} is connected again" in caplog.messages
 
 
 async def test_one_connection_after_any_number_of_flaps():
