@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from aiokafka import errors
@@ -18,6 +19,9 @@ from diator.brokers.audit import Finding
 _DAY_MS = 24 * 60 * 60 * 1000
 _WEEK_MINUTES = 7 * 24 * 60
 _COPIES = 3
+_TOPIC = "…"
+"""In a remedy, until it is known for how many topics it is."""
+_LISTED = 3
 
 
 async def look_into(cluster: Cluster, policy: Policy, prefix: str) -> list[Finding]:
@@ -37,9 +41,11 @@ async def look_into(cluster: Cluster, policy: Policy, prefix: str) -> list[Findi
         if brokers:
             found += _of_a_broker(await _described(client, brokers[0], ConfigResourceType.BROKER, [str(brokers[0])]))
         described = await _described(client, node, ConfigResourceType.TOPIC, [*copies])
-        for name, settings in described.items():
-            found += _of_a_topic(name, copies[name], settings, policy)
-        return found
+        topics: dict[Finding, list[str]] = {}
+        for name, settings in sorted(described.items()):
+            for finding in _of_a_topic(name, copies[name], settings, policy):
+                topics.setdefault(finding, []).append(name)
+        return [*found, *(_with_its_topics(finding, names) for finding, names in topics.items())]
     finally:
         await close_client(client)
 
@@ -98,40 +104,40 @@ def _of_a_broker(described: Mapping[str, Mapping[str, str] | str]) -> Iterator[F
 
 
 def _of_a_topic(name: str, copies: int, settings: Mapping[str, str] | str, policy: Policy) -> Iterator[Finding]:
+    """Without the name of the topic: many have the same."""
     if copies < _COPIES:
         yield Finding(
             weakens="durability",
-            problem=f"{name} has {copies} copies of each message: what is lost with a broker's disk is lost",
-            remedy="reassign its partitions to three brokers (kafka-reassign-partitions.sh)",
+            problem=f"copies of each message: {copies}, so that what is lost with a broker's disk is lost",
+            remedy=f"reassign the partitions of {_TOPIC} to three brokers (kafka-reassign-partitions.sh)",
         )
     if isinstance(settings, str):
-        yield _hidden(f"topic {name}", settings, f"DescribeConfigs on the topic {name}")
+        yield _hidden("these topics", settings, f"DescribeConfigs on the topic {_TOPIC}")
         return
-    set_to = f"kafka-configs.sh --alter --topic {name} --add-config"
+    set_to = f"kafka-configs.sh --alter --topic {_TOPIC} --add-config"
     if int(settings.get("min.insync.replicas", 1)) < 2:  # noqa: PLR2004  # a second copy is what is meant by safe
         yield Finding(
             weakens="receipt",
-            problem=f"{name} has min.insync.replicas below 2: a message is confirmed while there is one copy of it",
+            problem="min.insync.replicas is below 2: a message is confirmed while there is one copy of it",
             remedy=f"{set_to} min.insync.replicas=2",
         )
     if settings.get("unclean.leader.election.enable") == "true":
         yield Finding(
             weakens="durability",
-            problem=f"{name} has unclean.leader.election.enable: a copy that lacks what was confirmed may take over",
+            problem="unclean.leader.election.enable is true: a copy that lacks what was confirmed may take over",
             remedy=f"{set_to} unclean.leader.election.enable=false",
         )
     if "compact" in settings.get("cleanup.policy", ""):
         yield Finding(
             weakens="guarantee",
-            problem=f"{name} is compacted: of the messages of one key all but the last are removed, read or not",
+            problem="cleanup.policy is compact: of the messages of one key all but the last are removed, read or not",
             remedy=f"{set_to} cleanup.policy=delete",
         )
     yield from _of_its_retention(name, settings, set_to)
-    if int(settings.get("max.message.bytes", 0)) < policy.max_message_bytes:
+    if (most := int(settings.get("max.message.bytes", 0))) < policy.max_message_bytes:
         yield Finding(
             weakens="max_message_bytes",
-            problem=f"{name} takes {int(settings.get('max.message.bytes', 0)):,} bytes, and this broker's "
-            f"max_message_bytes is {policy.max_message_bytes:,}",
+            problem=f"max.message.bytes is {most:,}, and this broker's max_message_bytes {policy.max_message_bytes:,}",
             remedy=f"{set_to} max.message.bytes={policy.max_message_bytes + HEADERS_BYTES}",
         )
 
@@ -142,22 +148,29 @@ def _of_its_retention(name: str, settings: Mapping[str, str], set_to: str) -> It
         if kept_ms >= 0 or kept_bytes >= 0:
             yield Finding(
                 weakens="dead_letter",
-                problem=f"{name} is emptied by retention, whether or not anybody has looked at what was put aside",
+                problem="retention removes what was put aside, whether or not anybody has looked at it",
                 remedy=f"{set_to} retention.ms=-1,retention.bytes=-1",
             )
         return
     if 0 <= kept_ms < _DAY_MS:
         yield Finding(
             weakens="subscription",
-            problem=f"{name} keeps messages for {kept_ms / 1000:g} s: a group that is away for longer misses some",
+            problem=f"messages are kept for {kept_ms / 1000:g} s: a group that is away for longer misses some",
             remedy=f"{set_to} retention.ms={7 * _DAY_MS}",
         )
     if kept_bytes >= 0:
         yield Finding(
             weakens="subscription",
-            problem=f"{name} keeps {kept_bytes:,} bytes a partition: a burst removes what was not read yet",
+            problem=f"{kept_bytes:,} bytes of a partition are kept: a burst removes what was not read yet",
             remedy=f"{set_to} retention.bytes=-1",
         )
+
+
+def _with_its_topics(finding: Finding, names: Sequence[str]) -> Finding:
+    """One for all topics that have the same: somebody is to read them."""
+    listed = ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+    remedy = finding.remedy.replace(_TOPIC, names[0]) if len(names) == 1 else f"for each: {finding.remedy}"
+    return replace(finding, problem=f"{listed}: {finding.problem}", remedy=remedy)
 
 
 def _hidden(what: str, why: str, right: str) -> Finding:
