@@ -85,8 +85,8 @@ class Connection(ABC):
 
         The client's own way of waiting takes the messages with it, and asks for the next ones before we have begun.
         """
-        come = self.consumer._fetcher._create_fetch_waiter()  # noqa: SLF001
-        come.add_done_callback(lambda _: self._woken.set())
+        come: asyncio.Future[None] = self.consumer._fetcher._create_fetch_waiter()  # noqa: SLF001
+        come.add_done_callback(self._wake_up)
         due = self.subscription.due_in()
         limit = _LOOK_AGAIN if due is None else max(0.0, min(due, _LOOK_AGAIN))
         timer = asyncio.get_running_loop().call_later(limit, self._woken.set)
@@ -97,6 +97,10 @@ class Connection(ABC):
             come.cancel()
         if not come.cancelled():
             come.result()  # it may be an error
+
+    def _wake_up(self, come: asyncio.Future[None]) -> None:
+        if not come.cancelled():
+            self._woken.set()
 
     async def _look_now_and_then(self) -> None:
         now = asyncio.get_running_loop().time()
