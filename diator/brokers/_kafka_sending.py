@@ -137,16 +137,15 @@ class SharedProducer(Shared):
         if not partitions:
             raise errors.UnknownTopicOrPartitionError(topic)  # any more
         if partition is not None:
-            partition = min(partition, max(partitions))  # others may have created it, with fewer
-        elif key is not None:
-            partition = _partition_of_key(key, sorted(partitions), [])
-        else:
-            partition, left = self._stays.get(topic, (-1, 0))
-            if not left or not self._calls:
-                usable = producer.client.cluster.available_partitions_for_topic(topic) or partitions
-                partition, left = random.choice([*usable]), _STAY  # noqa: S311
-            self._stays[topic] = partition, left - 1
-        return TopicPartition(topic, partition)
+            return TopicPartition(topic, min(partition, max(partitions)))  # others may have created it, with fewer
+        if key is not None:
+            return TopicPartition(topic, _partition_of_key(key, sorted(partitions), []))
+        chosen, left = self._stays.get(topic, (-1, 0))
+        if not left or not self._calls:
+            usable = producer.client.cluster.available_partitions_for_topic(topic) or partitions
+            chosen, left = random.choice([*usable]), _STAY  # noqa: S311
+        self._stays[topic] = chosen, left - 1
+        return TopicPartition(topic, chosen)
 
     async def _in_turn(self, topic: str, message_id: UUID | None, deadline: float) -> Any:
         """Wait for a producer that knows *topic*, and for room."""

@@ -1,0 +1,253 @@
+"""How the conformance suite gets Kafka."""
+
+import os
+import ssl
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
+from importlib.metadata import version
+
+from diator.brokers.supervisor import Patience
+from diator.testing.conformance import DeadLettered, EnvironmentMissing, Harness, Limits
+from diator.testing.fault_proxy import FaultProxy
+from tests.integration.private_services import Certificates, PrivateServices
+from tests.services import BACKENDS
+
+
+class KafkaHarness(Harness):
+    """Kafka, at `DIATOR_TEST_KAFKA_SERVERS`; one in a container of its own, where it is to be broken or proxied."""
+
+    name = "kafka"
+    facilities = frozenset({"proxy", "raw", "dead_letters", "crash", "processes", "outages", "topology", "security"})
+    # Joining a group, and creating a topic, take a tenth of a second each; the lowest session that Kafka allows is 6 s.
+    limits = Limits(
+        scale=4.0, settle=0.3, redelivery=5.0, timeout=3.0, liveness=10.0, recovery=20.0, lag=2.0, pause=1.0
+    )
+    password = "swordfish-of-the-kafka-harness"
+    in_place = False
+
+    def __init__(self):
+        self.services = PrivateServices()
+        self.certificates = None
+
+    @property
+    def is_proxied(self):
+        return int(self.servers.rpartition(":")[2]) == self.services["breakable"]._service.proxied
+
+    def start(self):
+        servers = os.environ.get("DIATOR_TEST_KAFKA_SERVERS")
+        if not servers:
+            raise EnvironmentMissing("DIATOR_TEST_KAFKA_SERVERS does not say where Kafka is")
+        self.servers = servers
+
+    def stop(self):
+        self.services.close()
+        if self.certificates:
+            self.certificates.close()
+
+    def prepare(self, facility):
+        if facility in {"proxy", "outages"}:  # a proxy has to stand where Kafka sends its clients to
+            self.services.get("breakable", "kafka")
+        if facility == "security":
+            self.certificates = self.certificates or Certificates()
+            for certificate in ("server", "expired"):
+                self.services.get(certificate, guarded_kafka(self.certificates, certificate, self.password))
+
+    def service(self):
+        return "Kafka"
+
+    def driver(self):
+        return f"aiokafka {version('aiokafka')}"
+
+    def transport(self):
+        return self.connecting_to(self.servers)
+
+    def connecting_to(self, servers, **options):
+        from diator.brokers.kafka import KafkaMessageBroker
+
+        patience = Patience(connect=10.0, idle=1.5, silence=1.5, longest_pause=1.0)
+        return KafkaMessageBroker(
+            servers,
+            "conformance",
+            timeout=3.0,
+            session=6.0,
+            heartbeat=0.1,
+            drain=10.0,
+            retry_in_place=self.in_place,
+            patience=patience,
+            **options,
+        )
+
+    async def send_raw(self, transport, topic, body):
+        await transport._producer.send(transport._names.topic(topic), body)
+
+    async def dead_letters(self, transport, topic, group):
+        from aiokafka import AIOKafkaConsumer
+
+        name = transport._names.beside(transport._names.topic(topic), group, "-dlq")
+        async with AIOKafkaConsumer(name, bootstrap_servers=self.servers, auto_offset_reset="earliest") as consumer:
+            (place,) = consumer.assignment()
+            count = (await consumer.end_offsets([place]))[place]
+            found = [await consumer.getone() for _ in range(count)]
+        return [
+            DeadLettered(body=record.value, reason=dict(record.headers)["diator-dlq-reason"].decode())
+            for record in found
+        ]
+
+    @asynccontextmanager
+    async def proxied(self):
+        service = self.services["breakable"]._service
+        if self.is_proxied:
+            raise EnvironmentMissing("Kafka sends its clients to one address, at which one proxy can stand")
+        proxy = FaultProxy("127.0.0.1", service.behind)
+        proxy.port = service.proxied
+        async with proxy:
+            with self._at(f"{proxy.host}:{proxy.port}"):
+                yield proxy
+
+    @asynccontextmanager
+    async def private(self):
+        async with self.services["breakable"].breakable() as service:
+            with self._at(service.url):
+                yield service
+
+    @contextmanager
+    def _at(self, servers):
+        before, self.servers = self.servers, servers
+        try:
+            yield
+        finally:
+            self.servers = before
+
+    async def crash(self, transport):
+        nowhere = replace(transport._cluster, servers=("127.0.0.1:1",))
+
+        async def nothing(*_, **__):
+            pass
+
+        clients = [transport._producer._producer.client] if transport._producer._producer else []
+        transport._producer._cluster = nowhere
+        for subscription in transport._producer.subscriptions:
+            connections = subscription._leave.__self__
+            connections._cluster = nowhere
+            connection = connections.latest
+            connection.say_goodbye = nothing
+            if committing := getattr(connection, "_committing", None):
+                committing.cancel()
+            clients.append(connection.consumer._client)
+        for client in clients:
+            client._get_conn = nothing
+            for connection in client._conns.values():
+                if connection._writer:
+                    connection._writer.transport.abort()
+
+    def guarded(self, access):
+        service = self.services["expired" if access == "expired" else "server"]
+        authority = "other" if access == "unknown authority" else "ca"
+        host = "localhost" if access == "wrong host" else "127.0.0.1"
+        trusted = ssl.create_default_context(cafile=self.certificates.path / f"{authority}.pem")
+        return self.connecting_to(
+            f"{host}:{service.url.rpartition(':')[2]}",
+            ssl_context=None if access == "plain" else trusted,
+            sasl_mechanism="PLAIN",
+            username=access.replace(" ", "-") if access.startswith("may not") else "granted",
+            password="wrong" if access == "wrong password" else self.password,
+        )
+
+    async def delete(self, transport, topic, group):
+        from aiokafka.admin import AIOKafkaAdminClient
+
+        name = transport._names.topic(topic)
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.servers)
+        await admin.start()
+        try:
+            await admin.delete_topics([name if group is None else transport._names.beside(name, group, "-retry")])
+        finally:
+            await admin.close()
+        if group is not None:
+            await self._forget_what_was_read(name, transport._names.group(group))
+
+    async def _forget_what_was_read(self, name, group):
+        from aiokafka import AIOKafkaConsumer, TopicPartition
+        from aiokafka.errors import CommitFailedError
+
+        async with AIOKafkaConsumer(
+            bootstrap_servers=self.servers, group_id=group, enable_auto_commit=False
+        ) as consumer:
+            await consumer._client._wait_on_metadata(name)
+            places = [TopicPartition(name, number) for number in consumer.partitions_for_topic(name)]
+            consumer.assign(places)
+            with suppress(CommitFailedError):  # Kafka touches no group that has members
+                await consumer.commit(dict.fromkeys(places, 0))
+
+
+_ALL, _READ, _WRITE = 2, 3, 4
+_DENY, _ALLOW = 2, 3
+_TOPIC, _LITERAL = 2, 3
+_EVERYTHING = {_TOPIC: "*", 3: "*", 4: "kafka-cluster"}
+"""All topics, all groups, and the cluster; numbers as in Kafka's protocol."""
+
+
+def guarded_kafka(certificates, certificate, password):
+    """Kafka that speaks only TLS to others, and has three users."""
+    rights = {"granted": [], "may-not-send": [_WRITE], "may-not-read": [_READ]}
+    users = " ".join(f'user_{name}="{password}"' for name in rights)
+    login = "org.apache.kafka.common.security.plain.PlainLoginModule"
+    settings = {
+        "LISTENERS": "GUARDED://:{port},INSIDE://127.0.0.1:9094,CONTROLLER://127.0.0.1:9093",
+        "ADVERTISED_LISTENERS": "GUARDED://127.0.0.1:{port},INSIDE://127.0.0.1:9094",
+        "LISTENER_SECURITY_PROTOCOL_MAP": "GUARDED:SASL_SSL,INSIDE:PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "INTER_BROKER_LISTENER_NAME": "INSIDE",
+        "CONTROLLER_LISTENER_NAMES": "CONTROLLER",
+        "SASL_ENABLED_MECHANISMS": "PLAIN",
+        "LISTENER_NAME_GUARDED_PLAIN_SASL_JAAS_CONFIG": f"{login} required {users};",
+        "LISTENER_NAME_GUARDED_SSL_KEYSTORE_TYPE": "PEM",
+        "LISTENER_NAME_GUARDED_SSL_KEYSTORE_CERTIFICATE_CHAIN": _in_a_line(certificates.read(f"{certificate}.pem")),
+        "LISTENER_NAME_GUARDED_SSL_KEYSTORE_KEY": _in_a_line(certificates.read(f"{certificate}.key")),
+        "AUTHORIZER_CLASS_NAME": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "SUPER_USERS": "User:granted;User:ANONYMOUS",
+    }
+
+    async def probe(servers):
+        """Let the users do everything but what they may not: that is how one sees that it answers."""
+        from aiokafka.client import AIOKafkaClient
+        from aiokafka.protocol.admin import CreateAclsRequest
+
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        client = AIOKafkaClient(bootstrap_servers=servers, ssl_context=context, **_sasl("granted", password))
+        try:
+            await client.bootstrap()
+            for name, forbidden in rights.items():
+                allowed = [(kind, everything, _ALL, _ALLOW) for kind, everything in _EVERYTHING.items()]
+                denied = [(_TOPIC, "*", operation, _DENY) for operation in forbidden]
+                for kind, what, operation, permission in (*allowed, *denied):
+                    request = CreateAclsRequest(kind, what, _LITERAL, f"User:{name}", "*", operation, permission)
+                    response = await client.send(client.get_random_node(), request)
+                    assert not any(error_code for error_code, _ in response.creation_responses), response
+        finally:
+            await client.close()
+
+    kafka = BACKENDS["kafka"]
+    environment = {name: value for name, value in kafka.environment.items() if "LISTENER" not in name}
+    environment |= {f"KAFKA_{name}": value for name, value in settings.items()}
+    return replace(kafka, environment=environment, probe=probe)
+
+
+def _sasl(user, password):
+    return {
+        "security_protocol": "SASL_SSL",
+        "sasl_mechanism": "PLAIN",
+        "sasl_plain_username": user,
+        "sasl_plain_password": password,
+    }
+
+
+def _in_a_line(pem):
+    return " ".join(pem.split("\n")).strip()
+
+
+class KafkaInPlaceHarness(KafkaHarness):
+    """Kafka, where what is given back holds up what is behind it."""
+
+    name = "kafka, retry in place"
+    in_place = True

@@ -1,0 +1,322 @@
+"""How the conformance suite gets RabbitMQ."""
+
+import asyncio
+import base64
+import contextlib
+import functools
+import json
+import os
+import ssl
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from urllib.error import HTTPError
+from urllib.parse import quote, urlsplit
+from urllib.request import Request, urlopen
+from uuid import uuid4
+
+from diator.brokers.supervisor import Patience
+from diator.testing.conformance import DeadLettered, EnvironmentMissing, Harness, Limits
+from diator.testing.fault_proxy import FaultProxy
+from tests.integration.private_services import Certificates, PrivateServices
+from tests.services import BACKENDS
+
+
+class RabbitMQHarness(Harness):
+    """RabbitMQ, at `DIATOR_TEST_RABBITMQ_URL`. What it declares is deleted at the end."""
+
+    name = "rabbitmq"
+    facilities = frozenset(
+        {"proxy", "raw", "dead_letters", "crash", "processes", "outages", "operator", "topology", "alarm", "security"}
+    )
+    limits = Limits(scale=2.0, settle=0.2, redelivery=3.0, timeout=5.0, liveness=6.0, recovery=8.0, pause=1.0)
+    password = "swordfish-of-the-rabbitmq-harness"
+
+    def __init__(self):
+        self.services = PrivateServices()
+        self.certificates = None
+        self.prefix = os.environ.setdefault("DIATOR_CONFORMANCE_PREFIX", f"conformance-{os.getpid()}")
+        self.declared = set()
+
+    def start(self):
+        url = os.environ.get("DIATOR_TEST_RABBITMQ_URL")
+        if not url:
+            raise EnvironmentMissing("DIATOR_TEST_RABBITMQ_URL does not say where RabbitMQ is")
+        self.url = self.direct = self.shared = url
+        try:
+            self.version = alone(self._amqp(lambda channel: channel.connection.server_properties["version"]))
+        except OSError as error:
+            raise EnvironmentMissing(str(error)) from error
+
+    def stop(self):
+        from aiormq.exceptions import ChannelPreconditionFailed
+
+        async def delete(channel):
+            with contextlib.suppress(OSError):  # what other processes of this run have declared
+                self.declared |= {each["name"] for each in self._manage("GET", "queues?columns=name")}
+            for queue in self.declared:
+                if queue.startswith(f"{self.prefix}:"):
+                    await channel.queue_delete(queue)
+            with contextlib.suppress(ChannelPreconditionFailed):  # another harness of this process uses it
+                await channel.exchange_delete(self.prefix, if_unused=True)
+
+        if self.prefix.endswith(f"-{os.getpid()}"):  # and not in another process of this run
+            alone(self._amqp(delete))
+        self.services.close()
+        if self.certificates:
+            self.certificates.close()
+
+    def prepare(self, facility):
+        if facility in {"outages", "alarm"}:
+            self.services.get("breakable", "rabbitmq")
+        if facility == "operator":
+            try:
+                self._manage("GET", "overview")
+            except OSError as error:
+                raise EnvironmentMissing(f"RabbitMQ's management plugin does not answer: {error}") from error
+        if facility == "security":
+            self.certificates = self.certificates or Certificates()
+            for certificate in ("server", "expired"):
+                self.services.get(certificate, guarded_rabbitmq(self.certificates, certificate, self.password))
+
+    def service(self):
+        return f"RabbitMQ {self.version}"
+
+    def driver(self):
+        return f"aiormq {version('aiormq')}"
+
+    def transport(self):
+        return self.connecting_to(self.url)
+
+    def connecting_to(self, url, **options):
+        from diator.brokers.rabbitmq import RabbitMQMessageBroker
+
+        harness = self
+
+        class Watched(RabbitMQMessageBroker):
+            """Tells what it declares, for it to be deleted, and what it has open, for it to be broken."""
+
+            def __init__(self, *args, **options):
+                super().__init__(*args, **options)
+                self.writers, self.disconnected = set(), set()
+                dial = self._address.dial
+
+                async def dialled(purpose):
+                    connection, writer = await dial(purpose)
+                    self.writers.add(writer)
+                    return connection, writer
+
+                self._address.dial = dialled
+
+            @asynccontextmanager
+            async def _reading(self, member, prefetch):
+                if member.group is not None:
+                    harness.declared |= {*member.queues, *map(member.dead, member.queues)}
+                async with super()._reading(member, prefetch) as reading:
+                    if harness.direct != harness.shared:
+                        # RabbitMQ writes down within a second that a quorum queue is there; killed before that, it
+                        # has lost the queue, whatever was confirmed.
+                        await asyncio.sleep(1.5)
+                    yield reading
+
+        name = f"{'&' if '?' in url else '?'}name=conformance-{uuid4().hex}"
+        # Killed and started again, it answers before its queues are there.
+        patience = Patience(connect=15.0, idle=1.0, silence=1.0, longest_pause=1.0)
+        broker = Watched(url + name, self.prefix, timeout=5.0, patience=patience, **options)
+        broker.name = name.partition("=")[2]
+        return broker
+
+    async def send_raw(self, transport, topic, body):
+        from diator.brokers._rabbitmq_names import routing_key
+
+        key = routing_key(*topic)
+        await self._amqp(lambda channel: channel.basic_publish(body, exchange=self.prefix, routing_key=key))
+
+    async def dead_letters(self, transport, topic, group):
+        from pamqp.commands import Basic
+
+        from diator.brokers._rabbitmq_names import queue_name
+
+        found = []
+
+        async def take(channel):
+            dead = f"{queue_name(self.prefix, topic, group)}:dead"
+            while not isinstance((letter := await channel.basic_get(dead)).delivery, Basic.GetEmpty):
+                reason = letter.header.properties.headers["diator-dlq-reason"]
+                found.append(DeadLettered(body=letter.body, reason=reason))
+
+        await self._amqp(take)
+        return found
+
+    async def crash(self, transport):
+        async def no_more(purpose):
+            raise ConnectionError("its process is dead")
+
+        transport._address.dial = no_more
+        for writer in transport.writers:
+            writer.transport.abort()
+
+    @asynccontextmanager
+    async def proxied(self):
+        parts = urlsplit(self.direct)
+        async with FaultProxy(parts.hostname, parts.port or 5672) as proxy:
+            url = f"amqp://{parts.username}:{parts.password}@{proxy.host}:{proxy.port}{parts.path}"
+            with self._at(url, self.direct):
+                yield proxy
+
+    @asynccontextmanager
+    async def private(self):
+        async with self.services["breakable"].breakable() as service:
+            with self._at(service.url, service.url):
+                yield service
+
+    @contextmanager
+    def _at(self, url, direct):
+        before = self.url, self.direct
+        self.url, self.direct = url, direct
+        try:
+            yield
+        finally:
+            self.url, self.direct = before
+
+    @asynccontextmanager
+    async def alarm(self):
+        await self.services["breakable"].run("rabbitmqctl set_vm_memory_high_watermark 0.000001")
+        try:
+            yield
+        finally:
+            await self.services["breakable"].run("rabbitmqctl set_vm_memory_high_watermark 0.6")
+
+    async def disconnect(self, transport):
+        def of_transport():
+            connections = self._manage("GET", "connections")
+            return [
+                each["name"] for each in connections if each.get("user_provided_name", "").startswith(transport.name)
+            ]
+
+        # The management plugin learns of connections, and of their end, within seconds.
+        found, count = set(), max(1, sum(map(is_open, transport.writers)))  # one may be just about to be
+        while len(found) < count:
+            await asyncio.sleep(0.2)  # nobody tells
+            found = set(await asyncio.to_thread(of_transport)) - transport.disconnected
+        transport.disconnected |= found
+        for name in found:
+            with contextlib.suppress(HTTPError):  # closed already
+                await asyncio.to_thread(self._manage, "DELETE", f"connections/{quote(name)}")
+
+    def _manage(self, method, what):
+        parts = urlsplit(self.direct)
+        host = container_of(parts.port) or parts.hostname
+        request = Request(f"http://{host}:15672/api/{what}", method=method)
+        credentials = base64.b64encode(f"{parts.username}:{parts.password}".encode()).decode()
+        request.add_header("Authorization", f"Basic {credentials}")
+        with urlopen(request, timeout=5) as answer:
+            said = answer.read()
+        return json.loads(said) if said else None
+
+    async def delete(self, transport, topic, group):
+        from diator.brokers._rabbitmq_names import queue_name
+
+        async def delete(channel):
+            if group is None:
+                await channel.exchange_delete(self.prefix)
+            deleted = queue_name(self.prefix, topic, group or "")
+            for queue in {queue for queue in self.declared if queue.startswith(deleted)} | {deleted}:
+                await channel.queue_delete(queue)
+
+        await self._amqp(delete)
+
+    async def _amqp(self, do):
+        """Do something with a client of its own."""
+        import aiormq
+
+        async with aiormq.connect(self.direct) as connection:
+            done = do(await connection.channel())
+            return await done if asyncio.iscoroutine(done) else done
+
+    def guarded(self, access):
+        service = self.services["expired" if access == "expired" else "server"]
+        authority = "other" if access == "unknown authority" else "ca"
+        host = "localhost" if access == "wrong host" else "127.0.0.1"
+        user = access.replace(" ", "-") if access.startswith("may not") else "granted"
+        password = "wrong" if access == "wrong password" else self.password
+        address = f"{user}:{password}@{host}:{urlsplit(service.url).port}/"
+        if access == "plain":
+            return self.connecting_to(f"amqp://{address}")
+        trusted = ssl.create_default_context(cafile=self.certificates.path / f"{authority}.pem")
+        return self.connecting_to(f"amqps://{address}", ssl_context=trusted)
+
+
+def guarded_rabbitmq(certificates, certificate, password):
+    """RabbitMQ that speaks only TLS, and has three users."""
+    rights = {
+        "granted": {"configure": ".*", "write": ".*", "read": ".*"},
+        "may-not-send": {"configure": ".*", "write": r".*:.*|amq\\.default", "read": ".*"},
+        "may-not-read": {"configure": ".*", "write": ".*", "read": ""},
+    }
+    definitions = {
+        "vhosts": [{"name": "/"}],
+        "users": [{"name": name, "password": password, "tags": ""} for name in rights],
+        "permissions": [{"user": name, "vhost": "/", **right} for name, right in rights.items()],
+    }
+    settings = [
+        "listeners.tcp = none",
+        "listeners.ssl.default = 5672",
+        "ssl_options.certfile = /tmp/certificate",
+        "ssl_options.keyfile = /tmp/key",
+        "ssl_options.cacertfile = /tmp/ca",
+        "ssl_options.verify = verify_none",
+        "load_definitions = /tmp/definitions.json",
+        "log.console = true",
+    ]
+    files = {
+        "certificate": certificates.read(f"{certificate}.pem"),
+        "key": certificates.read(f"{certificate}.key"),
+        "ca": certificates.read("ca.pem"),
+        "definitions.json": json.dumps(definitions),
+        "guarded.conf": "\n".join(settings),
+    }
+    names = {name: name.upper().replace(".", "_") for name in files}
+    write = "; ".join(f'printf "%s\\n" "${variable}" > /tmp/{name}' for name, variable in names.items())
+
+    async def probe(url):
+        import aiormq
+
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        async with aiormq.connect(url.replace("guest:guest", f"granted:{password}"), context=context):
+            pass
+
+    return replace(
+        BACKENDS["rabbitmq"],
+        url="amqps://guest:guest@127.0.0.1:{port}/",
+        command=f"sh -c '{write}; chmod 644 /tmp/*; RABBITMQ_CONFIG_FILE=/tmp/guarded.conf exec rabbitmq-server'",
+        environment={names[name]: text.replace("{", "{{").replace("}", "}}") for name, text in files.items()},
+        probe=probe,
+    )
+
+
+def is_open(writer):
+    return not writer.transport.is_closing()
+
+
+def alone(coroutine):
+    """Run *coroutine* to its end, whether or not an event loop is running here."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(asyncio.run, coroutine).result()
+
+
+@functools.cache
+def container_of(port):
+    """The address of the container on this machine that is reached at *port*; None if there is none."""
+    from docker import from_env
+    from docker.errors import DockerException
+
+    try:
+        with contextlib.closing(from_env()) as engine:
+            for container in engine.containers.list(filters={"publish": str(port)}):
+                for network in container.attrs["NetworkSettings"]["Networks"].values():
+                    return network["IPAddress"]
+    except DockerException:
+        return None

@@ -1,0 +1,223 @@
+"""How the conformance suite gets Redis: Pub/Sub and Streams."""
+
+import os
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+from diator.brokers.supervisor import Patience
+from diator.testing.conformance import DeadLettered, EnvironmentMissing, Harness, Limits
+from diator.testing.fault_proxy import FaultProxy
+from tests.integration.private_services import Certificates, PrivateServices
+from tests.services import BACKENDS
+
+
+class RedisHarness(Harness):
+    """Redis Pub/Sub, at `DIATOR_TEST_REDIS_URL`."""
+
+    name = "redis"
+    facilities = frozenset({"proxy", "raw", "crash", "processes", "outages", "operator", "security"})
+    limits = Limits(scale=2.0, redelivery=3.0, timeout=2.0, liveness=6.0, recovery=5.0, pause=1.0)
+    password = "swordfish-of-the-redis-harness"
+
+    def __init__(self):
+        self.services = PrivateServices()
+        self.certificates = None
+
+    def start(self):
+        url = os.environ.get("DIATOR_TEST_REDIS_URL")
+        if not url:
+            raise EnvironmentMissing("DIATOR_TEST_REDIS_URL does not say where Redis is")
+        self.url = self.direct = url
+        import redis
+
+        with redis.Redis.from_url(url) as client:
+            try:
+                self.version = client.info("server")["redis_version"]
+                self.keeps = client.info("persistence")["aof_enabled"]
+            except redis.RedisError as error:
+                raise EnvironmentMissing(str(error)) from error
+
+    def stop(self):
+        self.services.close()
+        if self.certificates:
+            self.certificates.close()
+
+    def prepare(self, facility):
+        if facility in {"outages", "alarm"}:
+            self.services.get("breakable", "redis")
+        if facility == "security":
+            self.certificates = self.certificates or Certificates()
+            for certificate in ("server", "expired"):
+                self.services.get(certificate, guarded_redis(self.certificates, certificate, self.password))
+
+    def service(self):
+        return f"Redis {self.version}"
+
+    def driver(self):
+        return f"redis-py {version('redis')}"
+
+    def transport(self):
+        return self.connecting_to(self.url)
+
+    def connecting_to(self, url):
+        from diator.brokers.redis import RedisMessageBroker
+
+        return RedisMessageBroker.from_url(named(url), **self.options())
+
+    def options(self):
+        return {"timeout": 2.0, "patience": Patience(connect=2.0, idle=1.0, silence=1.0, longest_pause=1.0)}
+
+    async def send_raw(self, transport, topic, body):
+        await transport._client.publish(transport._channel(topic), body)
+
+    @asynccontextmanager
+    async def proxied(self):
+        parts = urlsplit(self.direct)
+        async with FaultProxy(parts.hostname, parts.port or 6379) as proxy:
+            with self._at(f"redis://{proxy.host}:{proxy.port}", self.direct):
+                yield proxy
+
+    @asynccontextmanager
+    async def private(self):
+        async with self.services["breakable"].breakable() as service:
+            with self._at(service.url, service.url):
+                yield service
+
+    @contextmanager
+    def _at(self, url, direct):
+        before = self.url, self.direct
+        self.url, self.direct = url, direct
+        try:
+            yield
+        finally:
+            self.url, self.direct = before
+
+    async def crash(self, transport):
+        pool = transport._client.connection_pool
+
+        async def no_more(*_, **__):
+            raise ConnectionError("its process is dead")
+
+        pool.get_connection = no_more
+        for connection in {*pool._in_use_connections, *pool._available_connections}:
+            if connection._writer:
+                connection._writer.transport.abort()
+
+    async def disconnect(self, transport):
+        name = transport._client.connection_pool.connection_kwargs["client_name"]
+        async with self._operator() as operator:
+            for connection in await operator.client_list():
+                if connection["name"] == name:
+                    await operator.client_kill_filter(_id=connection["id"])
+
+    def _operator(self):
+        from redis.asyncio import Redis
+
+        return Redis.from_url(self.direct)
+
+    def guarded(self, access):
+        service = self.services["expired" if access == "expired" else "server"]
+        port, trusted = urlsplit(service.url).port, self.certificates.path
+        authority = "other" if access == "unknown authority" else "ca"
+        host = "localhost" if access == "wrong host" else "127.0.0.1"
+        user = access.replace(" ", "-") if access.startswith("may not") else "granted"
+        password = "wrong" if access == "wrong password" else self.password
+        address = f"{user}:{password}@{host}:{port}/0"
+        plain = access == "plain"
+        return self.connecting_to(
+            f"redis://{address}" if plain else f"rediss://{address}?ssl_ca_certs={trusted}/{authority}.pem"
+        )
+
+
+class RedisStreamHarness(RedisHarness):
+    """Redis Streams, at `DIATOR_TEST_REDIS_URL`."""
+
+    name = "redis streams"
+    facilities = RedisHarness.facilities | {"dead_letters", "topology", "alarm"}
+
+    def connecting_to(self, url):
+        from diator.brokers.redis_streams import RedisStreamMessageBroker
+
+        return RedisStreamMessageBroker.from_url(
+            named(url), lease=1.0, durability="crash" if self.keeps else "none", **self.options()
+        )
+
+    async def send_raw(self, transport, topic, body):
+        await transport._client.xadd(transport._stream(topic), {"body": body})
+
+    async def dead_letters(self, transport, topic, group):
+        entries = await transport._client.xrange(f"{transport._stream(topic).decode()}:{group}:dead")
+        found = [{_bytes(name): _bytes(value) for name, value in fields.items()} for _, fields in entries]
+        return [DeadLettered(body=fields[b"body"], reason=fields[b"diator-dlq-reason"].decode()) for fields in found]
+
+    async def delete(self, transport, topic, group):
+        stream = transport._stream(topic)
+        async with self._operator() as operator:
+            if group is None:
+                await operator.delete(stream)
+            else:
+                await operator.xgroup_destroy(stream, group)
+
+    @asynccontextmanager
+    async def alarm(self):
+        async with self._operator() as operator:
+            await operator.config_set("maxmemory", 1)
+            try:
+                yield
+            finally:
+                await operator.config_set("maxmemory", 0)
+
+
+def named(url):
+    """Give the connections of one transport a name at the server."""
+    return f"{url}{'&' if '?' in url else '?'}client_name=conformance-{uuid4().hex}"
+
+
+def guarded_redis(certificates, certificate, password):
+    """Redis that speaks only TLS, and has three users."""
+    rights = {
+        "granted": "+@all",
+        "may-not-send": "+@all -publish -xadd",
+        "may-not-read": "+@all -subscribe -xreadgroup",
+    }
+    settings = [
+        "port 0",
+        "tls-port 6379",
+        "protected-mode no",
+        "appendonly yes",
+        "bind 0.0.0.0",
+        "tls-auth-clients no",
+        "tls-cert-file /tmp/certificate",
+        "tls-key-file /tmp/key",
+        "tls-ca-cert-file /tmp/ca",
+        "user default off",
+        *(f"user {name} on >{password} ~* &* {right}" for name, right in rights.items()),
+    ]
+    files = {
+        "certificate": certificates.read(f"{certificate}.pem"),
+        "key": certificates.read(f"{certificate}.key"),
+        "ca": certificates.read("ca.pem"),
+        "settings": "\n".join(settings),
+    }
+    write = "; ".join(f'echo "${name}" > /tmp/{name}' for name in files)
+
+    async def probe(url):
+        from redis.asyncio import Redis
+
+        async with Redis.from_url(url, username="granted", password=password, ssl_cert_reqs="none") as client:
+            await client.ping()
+
+    return replace(
+        BACKENDS["redis"],
+        url="rediss://127.0.0.1:{port}/0",
+        command=f"sh -c '{write}; exec redis-server /tmp/settings'",
+        environment=files,
+        probe=probe,
+    )
+
+
+def _bytes(value):
+    return value.encode() if isinstance(value, str) else value
