@@ -102,7 +102,7 @@ class SharedProducer(Shared):
             place = self._place(producer, topic, key, partition)
             # What `producer.send` does before that, for each message, is done here for each topic.
             put = producer._message_accumulator.add_message  # noqa: SLF001
-            confirmed: asyncio.Future[Any] = await put(place, key, value, self._timeout, None, headers)
+            confirmed: asyncio.Future[Any] = await put(place, key, value, self._timeout, None, [*headers])
         except CLIENT_ERRORS as error:
             self._known.discard(topic)
             raise verdict(error, message_id, handed_over=False) from error
