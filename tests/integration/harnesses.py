@@ -684,7 +684,7 @@ class KafkaHarness(Harness):
         )
 
     async def send_raw(self, transport, topic, body):
-        await transport._producer.send(transport._names.topic(topic), body)
+        await transport._producer.send(transport._names.topic(topic), body, headers=[])
 
     async def dead_letters(self, transport, topic, group):
         from aiokafka import AIOKafkaConsumer

@@ -105,7 +105,7 @@ async def health_of_the_link(ctx: Context) -> None:
 
         proxy.refuse()
         proxy.reset()
-        await _says(ctx, consumer, connected=False, by=monotonic() + ctx.limits.lag)
+        await _says(ctx, consumer, connected=False, by=monotonic() + ctx.limits.liveness)
         await asyncio.sleep(ctx.limits.pause)
         await _says(ctx, consumer, connected=False, by=monotonic())
         await proxy.heal()
