@@ -78,12 +78,18 @@ class Address:
         name = f"{self._url.query.get('name', 'diator')}: {purpose}"
         url = self._url.update_query({"heartbeat": self.heartbeat, "name": name})
         connection = Connection(url, context=self._ssl_context, transport_factory=transport)
-        await connection.connect()
+        try:
+            await connection.connect()
+        except BaseException:  # it runs in a task of aiormq's, which may be done when whoever waits is cancelled
+            if transport.writer is not None:
+                transport.writer.transport.abort()
+            raise
+        assert transport.writer is not None, "it is connected"  # noqa: S101
         return connection, transport.writer
 
 
 class _KeepingWriter(TransportFactory):
-    writer: asyncio.StreamWriter
+    writer: asyncio.StreamWriter | None = None
 
     def __init__(self, made_by: TransportFactory) -> None:
         self._made_by = made_by

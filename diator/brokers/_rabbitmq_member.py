@@ -155,9 +155,9 @@ class Reading(Channel):
             member.declared = True
             if not all(there):
                 raise MessagesMissed("RabbitMQ had lost a queue of this subscription; it is declared anew")
+            self._begun = True  # before: cancelled meanwhile, this consumes, and has messages that nobody has seen
             for queue in member.queues:
                 await self.ask(commands.Basic.Consume(queue=queue, consumer_tag=queue))
-            self._begun = True
         except Refused as error:
             if error.code == NOT_ALLOWED:
                 raise AccessRefused(

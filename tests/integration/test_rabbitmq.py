@@ -16,8 +16,10 @@ from uuid import uuid4
 
 import aio_pika
 import pytest
+from aiormq.connection import Connection
 
 from diator.brokers import Message, _rabbitmq_member
+from diator.brokers._rabbitmq_channel import Address
 from diator.brokers.audit import audit
 from diator.brokers.base import Topic
 from diator.brokers.rabbitmq import RabbitMQMessageBroker
@@ -663,3 +665,42 @@ async def test_nothing_is_left_when_it_is_closed(rabbitmq_url, prefix):
     gc.collect()
 
     assert len(asyncio.all_tasks()) == tasks
+
+
+async def test_cancelled_when_it_has_just_connected_it_leaves_no_connection(rabbitmq_url, monkeypatch):
+    """The client connects in a task of its own, which may be done when whoever waits for it is cancelled."""
+    connect, tasks = Connection.connect, asyncio.all_tasks()
+
+    async def connect_in_vain(connection):
+        await connect(connection)
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(Connection, "connect", connect_in_vain)
+    with pytest.raises(asyncio.CancelledError):
+        await Address(rabbitmq_url, None).dial("testing")
+
+    async with asyncio.timeout(5):
+        await asyncio.wait(asyncio.all_tasks() - tasks)
+
+
+async def test_cancelled_as_it_begins_to_consume_it_ends_at_once(broker, monkeypatch):
+    """RabbitMQ does not answer who closes a channel on which it has not yet confirmed a consumer."""
+    ask, consuming = _rabbitmq_member.Reading.ask, asyncio.Event()
+
+    async def noticed(reading, frame):
+        if isinstance(frame, _rabbitmq_member.commands.Basic.Consume):
+            consuming.set()
+        return await ask(reading, frame)
+
+    monkeypatch.setattr(_rabbitmq_member.Reading, "ask", noticed)
+    async with broker.subscribe([COUNTED], group="readers"):
+        pass
+    await broker.send_messages([counted(number) for number in range(10)])
+    for _ in range(10):
+        consuming.clear()
+        entering = asyncio.create_task(broker.subscribe([COUNTED], group="readers").__aenter__())
+        await consuming.wait()
+        began = monotonic()
+        entering.cancel()
+        await asyncio.wait({entering})
+        assert monotonic() - began < 1

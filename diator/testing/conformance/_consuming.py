@@ -75,6 +75,11 @@ class Handlings:
         finally:
             subscribed.cancel()
 
+    @property
+    def tells_of_its_connection(self) -> bool:
+        """Whether the transport says if the subscription has one."""
+        return hasattr(self._announcing.deliveries, "connected")
+
     def message(self, number: int = 0, *, key: str | None = None, **payload: Any) -> Message:
         """Make a message that it can handle, unless *payload* spoils that."""
         return Message.create(
@@ -108,6 +113,7 @@ class _Announcing:
     def __init__(self, broker: ReadableBroker) -> None:
         self._broker = broker
         self.subscribed = asyncio.Event()
+        self.deliveries: AsyncIterator[Delivery] | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -121,5 +127,6 @@ class _Announcing:
         self, topics: Collection[Topic], /, *, group: str | None = None, prefetch: int = 64, on_gap: OnGap | None = None
     ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
         async with self._broker.subscribe(topics, group=group, prefetch=prefetch, on_gap=on_gap) as deliveries:
+            self.deliveries = deliveries
             self.subscribed.set()
             yield deliveries

@@ -117,6 +117,14 @@ class RetriesWhatCannotBeRead(Consumer):
         super().__init__(broker, on_handled=note, **options)
 
 
+class ReadsWhateverSize(Consumer):
+    """Has no limit to what it reads."""
+
+    def __init__(self, broker: ReadableBroker, **options: Any) -> None:
+        super().__init__(broker, **options)
+        self._handling._max_message_bytes *= 2  # noqa: SLF001
+
+
 class TakesAnyRetry(Consumer):
     """Accepts a policy, and leaves out what the transport cannot."""
 
@@ -136,6 +144,7 @@ for _consumer, _ids in {
     NeverForgets: ("LEK-09", "LIF-21"),
     StopsWithTheNextMessage: ("LIF-21",),
     RetriesWhatCannotBeRead: ("PSN-01", "PSN-03", "PSN-13"),
+    ReadsWhateverSize: ("SEC-07",),
     TakesAnyRetry: ("ACK-04",),
 }.items():
     _consumed_by(_consumer, *_ids)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, ClassVar
 
 from diator.brokers.base import Delivery, Settler, Topic
@@ -144,3 +145,13 @@ class LogsPayloads(Saboteur):
     async def send_message(self, message: Message, /) -> None:
         logger.debug("sending %s", message.payload_json)
         await super().send_message(message)
+
+
+@caught_by("SEC-06")
+class Unpickles(Saboteur):
+    """Looks whether a body is a pickle."""
+
+    async def given(self, delivery: Delivery) -> Delivery:
+        with suppress(Exception):
+            pickle.loads(delivery.body)  # noqa: S301
+        return delivery

@@ -88,6 +88,19 @@ class EntersUncancellably(Saboteur):
             await asyncio.sleep(0.005)
 
 
+@caught_by("SUB-10")
+class LeavesAGhost(Saboteur):
+    """Keeps what waits for a member that was cancelled when it had joined, as long as one that lives may keep it."""
+
+    async def joined(self, member: Member, topics: Collection[Topic]) -> None:
+        try:
+            await asyncio.sleep(0.005)
+        except asyncio.CancelledError:
+            asyncio.get_running_loop().call_later(30, member.queue.put_back, [*member.queue.waiting])
+            member.queue.waiting.clear()
+            raise
+
+
 @caught_by("SUB-08", "UNR-06")
 class HasFewSubscriptions(Saboteur):
     """Has a limit that it does not tell."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from time import monotonic, process_time
 
 from diator.brokers.capabilities import Capabilities
@@ -106,6 +107,50 @@ async def loop_goes_on(ctx: Context) -> None:
         await reader.during(ctx.send_all(broker, [ctx.message(topic, number) for number in range(2000)]))
         await asyncio.sleep(0.01)
     ctx.check(max(lags) < ctx.limits.lag / 2, f"the event loop stood still for {max(lags):.3f} s")
+
+
+@scenario(
+    "FLW-08",
+    "a handler that blocks the event loop costs neither the connection nor the membership",
+    level="F",
+    facilities=["proxy"],
+    timeout=60,
+)
+async def blocked_loop(ctx: Context) -> None:
+    """Catches a client that takes its own silence for the service's, or has no patience with its program."""
+    proxy = await ctx.proxy()
+    broker = await ctx.broker()
+    sent, at_work, blocked = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    connections: list[int] = []
+
+    async def handle(event: Happened) -> None:
+        if event.number == 0:
+            at_work.set()
+            await blocked.wait()
+        if event.number == 1:
+            await at_work.wait()  # so that there is something to come again
+            await sent.wait()  # what is under way is sent with a deadline, and may miss it
+            connections.append(proxy.accepted)
+            time.sleep(ctx.limits.liveness * 0.4)  # noqa: ASYNC251  # which is what it is about
+            blocked.set()
+
+    async with ctx.consuming(broker, handle, concurrency=2) as handlings:
+        messages = [handlings.message(number) for number in range(20)]
+        await ctx.send_all(broker, messages)
+        sent.set()
+        await handlings.become(20)
+        messages.append(handlings.message(20))
+        await ctx.send_all(broker, messages[20:])
+        await handlings.become(21)
+        await asyncio.sleep(ctx.limits.settle)
+        handled = sorted((str(each.message_id), each.outcome) for each in handlings.handled)
+        ctx.same(handled, sorted((str(each.message_id), "acked") for each in messages), "what was handled")
+        ctx.same(handlings.consumer.health().gaps, 0, "how many gaps were told")
+        ctx.same([proxy.accepted], connections, "how many connections there were")
+    ctx.check(any(proxy.passed.values()), "nothing passed the proxy, so nothing was proved")
+    if handlings.group is not None:
+        async with ctx.reading(broker, handlings.topic, group=handlings.group) as reader:
+            ctx.same(await reader.until_fence(), [], "what comes again")
 
 
 @scenario("FLW-09", "a busy subscription does not delay a quiet one")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Generator
 from contextlib import contextmanager
+from time import monotonic
 
+from diator.consumer import Consumer
 from diator.testing.conformance._consuming import Happened
 from diator.testing.conformance._context import Context
+from diator.testing.conformance._recovery import connected_again
 from diator.testing.conformance._scenario import scenario
 
 
@@ -70,3 +74,51 @@ async def secrets(ctx: Context) -> None:
     shown += [f"{record.getMessage()} {record.exc_text or ''} {record.exc_info or ''}" for record in records]
     ctx.check(len(shown) > len(messages), "nothing was shown at all")
     ctx.same([text for text in shown if canary in text], [], "where the payload can be read")
+
+
+@scenario(
+    "OBS-06", "health says that the link is out, and that it is back", level="F", facilities=["proxy"], timeout=120
+)
+async def health_of_the_link(ctx: Context) -> None:
+    """Catches a consumer that counts as healthy because its process lives."""
+    proxy = await ctx.proxy()
+    broker = await ctx.broker()
+
+    async def handle(event: Happened) -> None: ...
+
+    async with ctx.consuming(broker, handle) as handlings:
+        consumer = handlings.consumer
+        await ctx.persist(broker, handlings.message())
+        await handlings.become(1)
+        await _says(ctx, consumer, connected=True, by=monotonic())
+
+        before, began = proxy.accepted, monotonic()
+        proxy.black_hole()
+        await connected_again(ctx, proxy, before, ctx.limits.liveness)
+        ctx.applies(handlings.tells_of_its_connection, "the transport does not tell whether it is connected")
+        await _says(ctx, consumer, connected=False, by=began + ctx.limits.liveness)
+        await proxy.heal()
+        proxy.reset()
+        await _says(ctx, consumer, connected=True, by=monotonic() + ctx.limits.recovery)
+        await ctx.persist(broker, handlings.message())
+        await ctx.within(ctx.limits.recovery, handlings.become(2), "handling what was sent when it was said to be back")
+
+        proxy.refuse()
+        proxy.reset()
+        await _says(ctx, consumer, connected=False, by=monotonic() + ctx.limits.liveness)
+        await asyncio.sleep(ctx.limits.pause)
+        await _says(ctx, consumer, connected=False, by=monotonic())
+        await proxy.heal()
+        await _says(ctx, consumer, connected=True, by=monotonic() + ctx.limits.pause + ctx.limits.recovery)
+        await ctx.persist(broker, handlings.message())
+        await ctx.within(ctx.limits.recovery, handlings.become(3), "handling what was sent when it was said to be back")
+
+
+async def _says(ctx: Context, consumer: Consumer, *, connected: bool, by: float) -> None:
+    """Wait until *consumer* says whether it is *connected*; it never says that it does not want to receive."""
+    while (health := consumer.health()).connected != connected:
+        ctx.check(
+            monotonic() < by, f"it does not say that it is {'connected' if connected else 'not connected'}: {health}"
+        )
+        await asyncio.sleep(0.02)
+    ctx.check(health.receiving, f"it says that it has stopped to receive: {health}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 from uuid import uuid4
 
 from diator._handling import Handled
 from diator.brokers.base import Transport
 from diator.brokers.capabilities import Capabilities
+from diator.brokers.codec import encode
 from diator.brokers.message import Message
 from diator.retrying import PermanentError, RetryPolicy
 from diator.testing.conformance._consuming import Handlings, Happened
@@ -59,6 +61,64 @@ async def garbage(ctx: Context) -> None:
     ctx.check(
         all((each.reason or "").startswith("undecodable") for each in bad), f"the reasons: {[e.reason for e in bad]}"
     )
+
+
+_ran: list[str] = []
+
+
+def _run(how: str) -> None:
+    """Leave a trace."""
+    _ran.append(how)
+
+
+class _Runs:
+    """Something that runs when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _run, ("pickle",)
+
+
+@scenario(
+    "SEC-06", "a body that runs something in a careless reader is put aside, and runs nothing", facilities=["raw"]
+)
+async def runs_nothing(ctx: Context) -> None:
+    """Catches a reader that unpickles, or evaluates, what anybody may have sent."""
+    pickles = [pickle.dumps(_Runs(), protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    texts = (
+        f"!!python/object/apply:{__name__}._run [yaml]",
+        f'{{"py/reduce": [{{"py/function": "{__name__}._run"}}, {{"py/tuple": ["jsonpickle"]}}]}}',
+        f"__import__('{__name__}', fromlist=['_run'])._run('eval')",
+    )
+    _ran.clear()
+    for body in pickles:
+        pickle.loads(body)  # noqa: S301  # its own
+    ctx.same(len(_ran), len(pickles), "how many of the pickles run something")
+    _ran.clear()
+    broker = await ctx.broker()
+    async with ctx.consuming(broker, _handle) as handlings:
+        bodies = [*pickles, *(text.encode() for text in texts)]
+        bad = await _raw(ctx, broker, handlings, *bodies)
+    ctx.same(_ran, [], "what was run")
+    ctx.same([each.outcome for each in bad], [_bad(ctx)] * len(bodies), "the outcomes")
+    ctx.check(
+        all((each.reason or "").startswith("undecodable") for each in bad), f"the reasons: {[e.reason for e in bad]}"
+    )
+
+
+@scenario(
+    "SEC-07", "one byte more than max_message_bytes is put aside, whoever sent it", facilities=["raw"], timeout=30
+)
+async def larger_than_promised(ctx: Context) -> None:
+    """Catches a limit that binds only those who send by this library."""
+    broker, limit = await ctx.broker(), ctx.capabilities.max_message_bytes
+    async with ctx.consuming(broker, _handle) as handlings:
+        body = encode(handlings.message(), max_bytes=limit)
+        largest = body + b" " * (limit - len(body))
+        bad = await _raw(ctx, broker, handlings, largest + b" ")
+        await ctx.harness.send_raw(broker, handlings.topic, largest)
+        handled = await handlings.become(3)
+    ctx.same([each.outcome for each in bad], [_bad(ctx)], "the outcome of one byte more")
+    ctx.same(handled[-1].outcome, "acked", "the outcome of the largest")
 
 
 @scenario("PSN-02", "an envelope that is not ours is put aside, one of a newer version is read", facilities=["raw"])

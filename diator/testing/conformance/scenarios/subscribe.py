@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from time import monotonic
 
 from diator.brokers.base import Topic
+from diator.brokers.capabilities import Capabilities
 from diator.exceptions import BrokerClosed
 from diator.testing.conformance._consuming import Happened
 from diator.testing.conformance._context import Context
+from diator.testing.conformance._ledger import Received
 from diator.testing.conformance._reader import Reader, cancelled
+from diator.testing.conformance._runner import open_files
 from diator.testing.conformance._scenario import scenario
 
 
@@ -115,6 +119,45 @@ async def many_subscriptions(ctx: Context) -> None:
         await asyncio.gather(*(reader.until_fence() for reader in readers))
     for reader, messages in zip(readers, sent, strict=True):
         ctx.ledger.judge(reader.name, messages).demand()
+
+
+@scenario(
+    "SUB-10",
+    "a member cancelled on its way into its group leaves nobody behind, at 21 moments",
+    needs=Capabilities(distribution=frozenset({"competing"}), subscription="durable"),
+    timeout=60,
+)
+async def cancelled_joining(ctx: Context) -> None:
+    """Catches a member that joined while it was cancelled, and keeps its part until its session or lease is over."""
+    broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
+
+    async def join() -> None:
+        async with ctx.reading(broker, topic, group=group):
+            await asyncio.Event().wait()
+
+    async def read_all() -> list[Received]:
+        async with ctx.reading(broker, topic, group=group) as reader:
+            return await reader.until_fence()
+
+    await read_all()  # the first one may have to make the group
+    began = monotonic()
+    async with ctx.reading(broker, topic, group=group):
+        took = monotonic() - began
+    tasks, files = len(asyncio.all_tasks()), len(open_files())
+    messages = []
+    for number in range(21):
+        messages += await ctx.send(broker, topic, 2, start=3 * number)
+        joining = ctx.start(join())
+        await asyncio.wait({joining}, timeout=took * number / 16)
+        await ctx.within(ctx.limits.timeout + ctx.limits.lag, cancelled(joining), "cancelling an entry")
+        ctx.check(joining.cancelled(), "a cancelled entry ends otherwise")
+        messages += await ctx.send(broker, topic, start=3 * number + 2)
+        received = await ctx.within(ctx.limits.lag, read_all(), "reading after a member that was cancelled")
+        ctx.same(len(received), 3, "how many came to the only member")
+    await asyncio.sleep(ctx.limits.settle)
+    more = len(asyncio.all_tasks()) - tasks, len(open_files()) - files
+    ctx.check(max(more) <= 0, f"{more[0]} tasks and {more[1]} open files are left of 21 members")
+    ctx.ledger.judge(group, messages).demand()
 
 
 @scenario("SUB-11", "a handler may answer something")
