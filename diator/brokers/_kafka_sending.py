@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
-from aiokafka import AIOKafkaProducer, TopicPartition, errors
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.partitioner import DefaultPartitioner
 
 from diator.brokers._kafka_client import (
@@ -95,7 +95,7 @@ class SharedProducer(Shared):
             raise BrokerClosed("this broker is closed", message_id=message_id)
         deadline = loop.time() + self._timeout
         producer = self._producer
-        if producer is None or self._queued or self._is_full or topic not in self._known:
+        if producer is None or self._queued or self._is_full or not self._is_known(producer, topic):
             producer = await self._in_turn(topic, message_id, deadline)
         self._entering += 1
         try:
@@ -127,6 +127,10 @@ class SharedProducer(Shared):
     def _is_full(self) -> bool:
         return len(self._calls) + self._entering >= self._max_in_flight
 
+    def _is_known(self, producer: Any, topic: str) -> bool:
+        """A broker that has just started, or has not heard of a new topic, can make the client forget where it is."""
+        return topic in self._known and bool(producer.client.cluster.partitions_for_topic(topic))
+
     def _place(self, producer: Any, topic: str, key: bytes | None, partition: int | None) -> TopicPartition:
         """
         Choose a partition: the one of *key*. What has no key goes where the one before it went, for a while.
@@ -134,8 +138,6 @@ class SharedProducer(Shared):
         aiokafka chooses anew for each, so that many callers fill many small batches instead of few large ones.
         """
         partitions = producer.client.cluster.partitions_for_topic(topic)
-        if not partitions:
-            raise errors.UnknownTopicOrPartitionError(topic)  # any more
         if partition is not None:
             return TopicPartition(topic, min(partition, max(partitions)))  # others may have created it, with fewer
         if key is not None:
@@ -152,15 +154,17 @@ class SharedProducer(Shared):
         self._queued += 1
         try:
             async with asyncio.timeout_at(deadline), self._turn:
-                producer = await self._connected(message_id)
-                if topic not in self._known:
-                    await ensure_topics(self._cluster, self._policy, [topic])
-                    await producer.partitions_for(topic)
-                    self._known.add(topic)
-                while self._is_full:
-                    self._freed.clear()
-                    await self._freed.wait()
-                return await self._connected(message_id)
+                while True:
+                    producer = await self._connected(message_id)
+                    if not self._is_known(producer, topic):
+                        await ensure_topics(self._cluster, self._policy, [topic])
+                        await producer.partitions_for(topic)
+                        self._known.add(topic)
+                    elif self._is_full:
+                        self._freed.clear()
+                        await self._freed.wait()
+                    else:
+                        return producer
         except (*CLIENT_ERRORS, MessageRejected) as error:
             raise verdict(error, message_id, handed_over=False) from error
         finally:

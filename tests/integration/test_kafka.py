@@ -435,6 +435,15 @@ async def test_what_kafka_refuses_spoils_nothing_that_follows(broker, name, admi
         assert await acked(deliveries, 4) == [1, 2, 3, 4]
 
 
+async def test_a_topic_that_the_client_has_forgotten_is_looked_for_again(broker, name) -> None:
+    """An answer of a broker that has just started may not have it yet."""
+    await send(broker, 1)
+    del broker._producer._producer.client.cluster._partitions[name]
+    await send(broker, 2)
+    async with subscribed(broker) as deliveries:
+        assert sorted(await acked(deliveries, 2)) == [1, 2]
+
+
 async def test_headers_that_are_too_large_are_refused_before_they_are_sent(broker) -> None:
     async def refused(**fields) -> None:
         with pytest.raises(MessageRejected, match=r"key and headers have 70,003 bytes, and at most 61,440"):
