@@ -38,6 +38,11 @@ CLIENT_ERRORS = (
     LookupError,
     ValueError,
 )
+NO_RIGHT = (
+    errors.TopicAuthorizationFailedError,
+    errors.GroupAuthorizationFailedError,
+    errors.ClusterAuthorizationFailedError,
+)
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 
@@ -307,7 +312,7 @@ def verdict(error: BaseException, message_id: UUID | None, *, handed_over: bool)
 
 def refused(error: BaseException) -> bool:
     """Whether Kafka has answered, and would answer the same again."""
-    if isinstance(error, errors.TopicAuthorizationFailedError | errors.ClusterAuthorizationFailedError):
+    if isinstance(error, NO_RIGHT):
         return True
     return (
         isinstance(error, errors.BrokerResponseError)

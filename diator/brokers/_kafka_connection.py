@@ -54,30 +54,35 @@ class Connection(ABC):
             if self._heard:
                 self._heard = False
                 return []
-            if deliveries := self.subscription.take_ready(most):
-                return deliveries
+            if ready := self.subscription.take_ready(most):
+                return ready
             await self._look_now_and_then()
             self._hold_back()
             try:
-                if deliveries := await self._what_is_there(most):
+                if (deliveries := await self._what_is_there(most)) is None:
+                    await self._what_comes()
+                elif deliveries:
                     return deliveries
-                await self._what_comes()
             except errors.OffsetOutOfRangeError as error:
                 await self._skip_what_is_gone(error)
             except errors.NoOffsetForPartitionError:
                 logger.debug("a partition had no offset yet")  # it has one by now: see `on_partitions_assigned`
 
-    async def _what_is_there(self, most: int) -> list[Delivery]:
-        """Give what the client has already. Of a new assignment it has to wait, until we know where that begins."""
+    async def _what_is_there(self, most: int) -> list[Delivery] | None:
+        """
+        Give what is to be handled of what the client has already; None if it has nothing.
+
+        Of a new assignment it has to wait, until we know where that begins.
+        """
         if not self.is_readable:
-            return []
+            return None
         generation, deliveries = self.generation, list[Delivery]()
         records: Mapping[TopicPartition, list[Record]] = await self.consumer.getmany(max_records=most)
         if generation == self.generation:  # else it was read of what was ours then; whoever has it now reads it again
             for place, of_partition in records.items():
                 if partition := self.partitions.get(place):
                     self.subscription.accept(partition, of_partition, deliveries)
-        return deliveries
+        return deliveries if records else None
 
     async def _what_comes(self) -> None:
         """
@@ -100,6 +105,7 @@ class Connection(ABC):
 
     def _wake_up(self, come: asyncio.Future[None]) -> None:
         if not come.cancelled():
+            come.exception()  # it is raised by whoever waits, if anybody still does
             self._woken.set()
 
     async def _look_now_and_then(self) -> None:
@@ -121,6 +127,7 @@ class Connection(ABC):
                 else:
                     self.consumer.resume(place)
                     self._paused.discard(place)
+        self.subscription.is_held_back = bool(self._paused)
 
     async def look(self) -> None:
         """

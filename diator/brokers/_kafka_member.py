@@ -17,6 +17,7 @@ from aiokafka.structs import OffsetAndMetadata
 from diator.brokers._kafka_client import (
     CLIENT_ERRORS,
     HEADERS_BYTES,
+    NO_RIGHT,
     Cluster,
     Policy,
     end_tasks,
@@ -41,12 +42,6 @@ _NO_ROOM = (
     "comes again whenever a member comes, goes or dies, and attempts are counted anew"
 )
 
-_NO_RIGHT = (
-    errors.TopicAuthorizationFailedError,
-    errors.GroupAuthorizationFailedError,
-    errors.ClusterAuthorizationFailedError,
-)
-
 
 class Connections:
     """Those of one subscription, one after the other."""
@@ -69,7 +64,7 @@ class Connections:
             await ensure_topics(self._cluster, self._policy, wanted, reading=subscription.names)
         except MessageRejected as error:
             raise WiringError(str(error)) from error
-        except _NO_RIGHT as error:
+        except NO_RIGHT as error:
             raise _access_refused(error) from error
         consumer = AIOKafkaConsumer(**_settings(self._cluster, subscription.reading, subscription.group_id))
         connection = self.latest = (Alone if subscription.group is None else _Member)(subscription, consumer)
@@ -77,7 +72,7 @@ class Connections:
             await started(consumer.start())
             await connection.begin(subscription.names)
             yield connection
-        except _NO_RIGHT as error:
+        except NO_RIGHT as error:
             raise _access_refused(error) from error
         finally:
             self._beside.begin(connection.leave(within=min(self._cluster.timeout, 5.0)), "leaving Kafka")

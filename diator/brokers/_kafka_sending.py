@@ -14,6 +14,7 @@ from aiokafka.partitioner import DefaultPartitioner
 
 from diator.brokers._kafka_client import (
     CLIENT_ERRORS,
+    NO_RIGHT,
     Cluster,
     Policy,
     close_client,
@@ -95,37 +96,39 @@ class SharedProducer(Shared):
             raise BrokerClosed("this broker is closed", message_id=message_id)
         deadline = loop.time() + self._timeout
         producer = self._producer
-        if producer is None or self._queued or self._is_full or not self._is_known(producer, topic):
+        if producer is None or self._queued or self._has_no_room or not self._is_known(producer, topic):
             producer = await self._in_turn(topic, message_id, deadline)
         self._entering += 1
         try:
             place = self._place(producer, topic, key, partition)
             # What `producer.send` does before that, for each message, is done here for each topic.
             put = producer._message_accumulator.add_message  # noqa: SLF001
-            confirmed: asyncio.Future[Any] = await put(place, key, value, self._timeout, None, [*headers])
+            confirmed: asyncio.Future[Any] = await put(place, key, value, deadline - loop.time(), None, [*headers])
         except CLIENT_ERRORS as error:
-            self._known.discard(topic)
+            self._retire(producer)
             raise verdict(error, message_id, handed_over=False) from error
         finally:
             self._entering -= 1
+            self._freed.set()
         self._calls[confirmed] = deadline, message_id, producer
         if self._sweeper is None:
             self._sweeper = loop.call_at(deadline, self._sweep)
         try:
             await confirmed
         except CLIENT_ERRORS as error:
-            if refused(error):
+            if not refused(error):
+                self._give_up(producer, f"Kafka did not confirm it ({type(error).__name__}); it may have arrived")
+            elif not isinstance(error, NO_RIGHT):
                 self._retire(producer)
-            else:
-                self._give_up(producer)
             raise verdict(error, message_id, handed_over=True) from error
         finally:
             self._calls.pop(confirmed, None)
             self._freed.set()
 
     @property
-    def _is_full(self) -> bool:
-        return len(self._calls) + self._entering >= self._max_in_flight
+    def _has_no_room(self) -> bool:
+        """Who waits to be put into a batch must not be passed."""
+        return self._entering > 0 or len(self._calls) >= self._max_in_flight
 
     def _is_known(self, producer: Any, topic: str) -> bool:
         """A broker that has just started, or has not heard of a new topic, can make the client forget where it is."""
@@ -143,7 +146,7 @@ class SharedProducer(Shared):
         if key is not None:
             return TopicPartition(topic, _partition_of_key(key, sorted(partitions), []))
         chosen, left = self._stays.get(topic, (-1, 0))
-        if not left or not self._calls:
+        if not left or not self._calls or chosen not in partitions:
             usable = producer.client.cluster.available_partitions_for_topic(topic) or partitions
             chosen, left = random.choice([*usable]), _STAY  # noqa: S311
         self._stays[topic] = chosen, left - 1
@@ -160,7 +163,7 @@ class SharedProducer(Shared):
                         await ensure_topics(self._cluster, self._policy, [topic])
                         await producer.partitions_for(topic)
                         self._known.add(topic)
-                    elif self._is_full:
+                    elif self._has_no_room:
                         self._freed.clear()
                         await self._freed.wait()
                     else:
@@ -175,6 +178,7 @@ class SharedProducer(Shared):
         if self.is_closed:
             raise BrokerClosed("this broker is closed", message_id=message_id)
         if self._producer is None:
+            await self._beside.done()  # what the one before still has of a key comes first
             producer = AIOKafkaProducer(
                 **self._cluster.settings(),
                 acks="all",
@@ -199,15 +203,20 @@ class SharedProducer(Shared):
         if deadline > self._loop.time():
             self._sweeper = self._loop.call_at(deadline, self._sweep)
             return
-        self._give_up(producer)
+        self._tell(producer, f"Kafka did not confirm it within {self._timeout:g} s; it may have arrived")
+        self._retire(producer)
         self._sweeper = self._loop.call_later(0, self._sweep)
 
-    def _give_up(self, producer: Any) -> None:
-        """Tell everybody who waits for *producer* that nobody knows, and part with it."""
-        self._retire(producer)
+    def _give_up(self, producer: Any, why: str) -> None:
+        """Part with *producer*, unless that was done: who waits for one that is retired may still hear of success."""
+        if producer is self._producer:
+            self._tell(producer, why)
+            self._retire(producer)
+
+    def _tell(self, producer: Any, unknown: str) -> None:
+        """Tell everybody who waits for *producer* that nobody knows."""
         for confirmed, (_, message_id, of) in self._calls.items():
             if of is producer and not confirmed.done():
-                unknown = f"Kafka did not confirm it within {self._timeout:g} s; it may have arrived"
                 confirmed.set_exception(OutcomeUnknown(unknown, message_id=message_id))
 
     def _retire(self, producer: Any) -> None:

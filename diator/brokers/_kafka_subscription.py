@@ -139,6 +139,8 @@ class Subscription:
         self.has_begun = False
         self.freed = asyncio.Event()
         self.wake: Callable[[], None] = lambda: None
+        self.is_held_back = False
+        """Whether something is not read for now, until enough is settled."""
         self.ready: deque[tuple[Partition, Record, int]] = deque()
         """What is to be delivered without asking Kafka: what is due, and what was behind another."""
         self._delayed: list[tuple[float, int, Partition, Record, int]] = []
@@ -337,6 +339,8 @@ class Subscription:
         self.unsettled -= 1
         if partition.ending:
             self.freed.set()
+        if self.is_held_back:
+            self.wake()
         self.supervised.look_again()
 
     def is_too_far(self, partition: Partition) -> bool:

@@ -52,6 +52,8 @@ class Batches(Generic[T]):
         """
         loop = asyncio.get_running_loop()
         call = _Call(item, size, message_id, loop.time() + self._timeout, loop.create_future())
+        if self._exchanging is not None and self._exchanging.get_loop() is not loop:
+            self._waiting, self._exchanging = deque(), None  # that loop is over, and who waited there
         self._waiting.append(call)
         if self._exchanging is None or self._exchanging.done():
             self._exchanging = asyncio.create_task(self._exchange_all(), name="diator: sending")
@@ -59,14 +61,22 @@ class Batches(Generic[T]):
 
     async def done(self) -> None:
         """Wait until everybody who waits by now has a verdict. That goes on if whoever waits for it is cancelled."""
-        if self._exchanging is not None:
+        if self._exchanging is not None and self._exchanging.get_loop() is asyncio.get_running_loop():
             await asyncio.wait([self._exchanging])
 
     async def _exchange_all(self) -> None:
+        running = asyncio.current_task()
+        assert running is not None, "it runs in a task"  # noqa: S101  # asyncio has no other way
         while batch := self._taken():
             verdict: Exception | None = None
             try:
                 await self._exchange([call.item for call in batch], batch[0].deadline)
+            except asyncio.CancelledError:
+                if running.cancelling():  # with its event loop
+                    for call in [*batch, *self._waiting]:
+                        call.ended.cancel()
+                    raise
+                verdict = OutcomeUnknown("the client cancelled the exchange, and nobody had asked for that")
             except Exception as error:  # noqa: BLE001  # whatever it is, it is the callers' to hear
                 verdict = error
             for call in batch:

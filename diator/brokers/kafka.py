@@ -167,7 +167,7 @@ class KafkaMessageBroker:
             if message.key is not None:
                 key = message.key.encode()
             if key is not None or message.headers:
-                headers = _encoded(headers_with_key(message))
+                headers = _encoded(headers_with_key(message), key or b"")
             topic = self._names.topic(Topic(message.message_type, message.message_name))
         except UnicodeEncodeError as error:
             raise EncodingError(f"{message.message_name}.headers", str(error)) from error
@@ -232,9 +232,9 @@ class KafkaMessageBroker:
         await self.aclose()
 
 
-def _encoded(headers: dict[str, str]) -> list[tuple[str, bytes]]:
+def _encoded(headers: dict[str, str], key: bytes) -> list[tuple[str, bytes]]:
     """Refuse here what would spoil a whole batch: what is no Unicode, and what is larger than Kafka takes."""
-    size = sum(len(name.encode()) + len(value.encode()) for name, value in headers.items())
+    size = len(key) + sum(len(name.encode()) + len(value.encode()) for name, value in headers.items())
     if size > MAX_HEADERS_BYTES:
         raise MessageRejected(f"its key and headers have {size:,} bytes, and at most {MAX_HEADERS_BYTES:,} find room")
     return [(name, value.encode()) for name, value in headers.items()]

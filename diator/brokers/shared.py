@@ -58,6 +58,7 @@ class Shared(ABC):
 
         That goes on if a caller is cancelled; calling it again waits for it.
         """
+        self._on_this_loop()
         if self._closing is None:
             self._closing = asyncio.create_task(self._close(), name="diator: closing")
         await asyncio.shield(self._closing)

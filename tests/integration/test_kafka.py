@@ -444,13 +444,44 @@ async def test_a_topic_that_the_client_has_forgotten_is_looked_for_again(broker,
         assert sorted(await acked(deliveries, 2)) == [1, 2]
 
 
+async def test_closing_waits_for_no_call_that_found_no_room(make, private_kafka) -> None:
+    """A batch is full, and Kafka does not answer."""
+    broker = await make(private_kafka.url, timeout=1.0)
+    await send(broker, 0)
+    await asyncio.to_thread(private_kafka.pause)
+    big = [message(number, headers={"big": "x" * 20_000}, key="k") for number in range(30)]
+    sending = [asyncio.create_task(broker.send_message(each)) for each in big]
+    await asyncio.sleep(0.1)
+    async with asyncio.timeout(1.0 + 2 + SLACK):
+        await broker.aclose()
+    verdicts = await asyncio.gather(*sending, return_exceptions=True)
+    assert {type(each) for each in verdicts} == {OutcomeUnknown, BrokerUnavailable}
+    await asyncio.to_thread(private_kafka.unpause)
+
+
+async def test_what_has_to_wait_for_a_full_batch_is_not_passed(broker, name, kafka_servers) -> None:
+    await broker.send_message(message(0, key="k"))
+    sending = []
+    for number in range(1, 60):
+        sending.append(asyncio.create_task(broker.send_message(message(number, key="k", headers={"big": "x" * 9_000}))))
+        if number % 7 == 0:
+            await asyncio.sleep(0)
+    await asyncio.gather(*sending)
+    async with subscribed(broker) as deliveries:
+        assert await acked(deliveries, 60) == [*range(60)]
+
+
 async def test_headers_that_are_too_large_are_refused_before_they_are_sent(broker) -> None:
-    async def refused(**fields) -> None:
-        with pytest.raises(MessageRejected, match=r"key and headers have 70,003 bytes, and at most 61,440"):
+    async def refused(size, **fields) -> None:
+        with pytest.raises(MessageRejected, match=rf"key and headers have {size} bytes, and at most 61,440"):
             await broker.send_message(message(0, **fields))
 
     async with subscribed(broker) as deliveries:
-        await asyncio.gather(send(broker, 1, 2), refused(headers={"big": "x" * 70_000}), refused(key="x" * 70_000))
+        await asyncio.gather(
+            send(broker, 1, 2),
+            refused("70,003", headers={"big": "x" * 70_000}),
+            refused("80,003", key="x" * 40_000),  # it is the record's key, and a header
+        )
         assert sorted(await acked(deliveries, 2)) == [1, 2]
 
 
@@ -768,6 +799,27 @@ async def test_in_place_attempts_of_what_waits_behind_another_are_kept(make, kaf
         (last,) = await take(deliveries, 1)
 
     assert (number_of(last), last.attempt) == (2, 1)
+
+
+async def test_in_place_another_key_is_not_held_up_by_many_messages_of_one(make, kafka_servers, name, admin) -> None:
+    await admin.create_topics([NewTopic(name, 1, 1)])
+    broker = await make(kafka_servers, retry_in_place=True, read_ahead=0)
+    await send(broker, *range(300), key="held")
+    await send(broker, 300, key="other")
+    async with subscribed(broker, prefetch=64) as deliveries:
+        (held,) = await take(deliveries, 1)
+        assert number_of(held) == 0
+        assert await acked(deliveries, 1, within=0.9) == [300]
+
+
+async def test_what_was_held_back_is_read_as_soon_as_there_is_room(make, kafka_servers, name, admin) -> None:
+    await admin.create_topics([NewTopic(name, 1, 1)])
+    broker = await make(kafka_servers, window=10, read_ahead=0)
+    await send(broker, *range(100), key="k")
+    async with subscribed(broker, prefetch=10) as deliveries:
+        began = monotonic()
+        assert await acked(deliveries, 100) == [*range(100)]
+        assert monotonic() - began < 5
 
 
 async def test_in_place_what_has_another_key_goes_on(make, kafka_servers) -> None:

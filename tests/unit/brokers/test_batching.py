@@ -169,3 +169,35 @@ async def test_done_is_when_everybody_has_a_verdict_whoever_waits_for_it(service
 
     assert service.exchanges == ["a", "b"]
     await asyncio.wait_for(asyncio.gather(*sends), 1)
+
+
+async def test_an_exchange_that_the_client_cancels_by_itself_leaves_nobody_without_a_verdict(service):
+    batches = batches_of(service)
+    service.error = asyncio.CancelledError()
+    service.may_answer.set()
+
+    for _ in range(2):
+        with pytest.raises(OutcomeUnknown, match="nobody had asked for that"):
+            await asyncio.wait_for(batches.send("a", size=1, message_id=uuid4()), 1)
+
+
+def test_on_another_event_loop_it_begins_anew():
+    """What the loop before had begun died with it, whether or not anybody had time to cancel it."""
+    service = Service()
+    batches = batches_of(service)
+    first = asyncio.new_event_loop()
+    first.run_until_complete(begun(batches, "a"))
+    tasks = asyncio.all_tasks(first)
+    service.may_answer = asyncio.Event()
+    service.may_answer.set()
+
+    async def go_on():
+        await batches.done()
+        await asyncio.wait_for(batches.send("b", size=1, message_id=uuid4()), 1)
+
+    asyncio.run(go_on())
+    assert service.exchanges == ["a", "b"]
+    for task in tasks:
+        task.cancel()
+    first.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    first.close()

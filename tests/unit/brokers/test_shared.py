@@ -57,6 +57,21 @@ def test_on_another_event_loop_it_begins_anew():
     assert connection.events == ["anew"]
 
 
+def test_on_another_event_loop_it_can_be_closed():
+    connection = Connection()
+
+    async def use():
+        connection.use()
+
+    async def close():
+        connection.may_end.set()
+        await connection.aclose()
+
+    asyncio.run(use())
+    asyncio.run(close())
+    assert connection.events == ["anew", "closing", "closed"]
+
+
 async def test_two_event_loops_at_once_are_refused():
     connection, errors = Connection(), []
     connection.use()

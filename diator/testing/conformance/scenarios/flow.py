@@ -122,6 +122,9 @@ async def blocked_loop(ctx: Context) -> None:
     broker = await ctx.broker()
     sent, at_work, blocked = asyncio.Event(), asyncio.Event(), asyncio.Event()
     connections: list[int] = []
+    pause = ctx.limits.liveness * 0.4
+    if "deadline" in ctx.capabilities.redelivery and ctx.capabilities.redelivery_bound is not None:
+        pause = min(pause, ctx.capabilities.redelivery_bound / 4)  # a lease that cannot be renewed for longer is over
 
     async def handle(event: Happened) -> None:
         if event.number == 0:
@@ -131,7 +134,7 @@ async def blocked_loop(ctx: Context) -> None:
             await at_work.wait()  # so that there is something to come again
             await sent.wait()  # what is under way is sent with a deadline, and may miss it
             connections.append(proxy.accepted)
-            time.sleep(ctx.limits.liveness * 0.4)  # noqa: ASYNC251  # which is what it is about
+            time.sleep(pause)  # noqa: ASYNC251  # which is what it is about
             blocked.set()
 
     async with ctx.consuming(broker, handle, concurrency=2) as handlings:
