@@ -450,12 +450,14 @@ async def test_closing_waits_for_no_call_that_found_no_room(make, private_kafka)
     await send(broker, 0)
     await asyncio.to_thread(private_kafka.pause)
     big = [message(number, headers={"big": "x" * 20_000}, key="k") for number in range(30)]
-    sending = [asyncio.create_task(broker.send_message(each)) for each in big]
-    await asyncio.sleep(0.1)
+    sending = [asyncio.create_task(broker.send_message(each)) for each in big[:6]]
+    await asyncio.sleep(0.3)  # whoever finds no room is overdue later than who is in the batch
+    sending += [asyncio.create_task(broker.send_message(each)) for each in big[6:]]
+    await asyncio.sleep(0)
     async with asyncio.timeout(1.0 + 2 + SLACK):
         await broker.aclose()
     verdicts = await asyncio.gather(*sending, return_exceptions=True)
-    assert {type(each) for each in verdicts} == {OutcomeUnknown, BrokerUnavailable}
+    assert {type(each) for each in verdicts} <= {OutcomeUnknown, BrokerUnavailable, BrokerClosed}
     await asyncio.to_thread(private_kafka.unpause)
 
 
@@ -816,10 +818,12 @@ async def test_what_was_held_back_is_read_as_soon_as_there_is_room(make, kafka_s
     await admin.create_topics([NewTopic(name, 1, 1)])
     broker = await make(kafka_servers, window=10, read_ahead=0)
     await send(broker, *range(100), key="k")
-    async with subscribed(broker, prefetch=10) as deliveries:
-        began = monotonic()
-        assert await acked(deliveries, 100) == [*range(100)]
-        assert monotonic() - began < 5
+    async with subscribed(broker, prefetch=20) as deliveries:
+        taken = await take(deliveries, 20)
+        await asyncio.sleep(0.3)
+        for delivery in taken:
+            await delivery.ack()
+        assert await acked(deliveries, 1, within=0.5) == [20]
 
 
 async def test_in_place_what_has_another_key_goes_on(make, kafka_servers) -> None:
