@@ -14,6 +14,7 @@ from aiokafka.protocol.metadata import MetadataRequest
 
 from diator.brokers._kafka_client import DEAD, HEADERS_BYTES, Cluster, Policy, close_client, started
 from diator.brokers._kafka_offsets import BESIDE_A_COMMIT
+from diator.brokers._listing import listed
 from diator.brokers.audit import Finding
 
 _DAY_MS = 24 * 60 * 60 * 1000
@@ -21,7 +22,6 @@ _WEEK_MINUTES = 7 * 24 * 60
 _COPIES = 3
 _TOPIC = "…"
 """In a remedy, until it is known for how many topics it is."""
-_LISTED = 3
 
 
 async def look_into(cluster: Cluster, policy: Policy, prefix: str) -> list[Finding]:
@@ -168,9 +168,8 @@ def _of_its_retention(name: str, settings: Mapping[str, str], set_to: str) -> It
 
 def _with_its_topics(finding: Finding, names: Sequence[str]) -> Finding:
     """One for all topics that have the same: somebody is to read them."""
-    listed = ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
     remedy = finding.remedy.replace(_TOPIC, names[0]) if len(names) == 1 else f"for each: {finding.remedy}"
-    return replace(finding, problem=f"{listed}: {finding.problem}", remedy=remedy)
+    return replace(finding, problem=f"{listed(names)}: {finding.problem}", remedy=remedy)
 
 
 def _hidden(what: str, why: str, right: str) -> Finding:

@@ -234,7 +234,8 @@ class KafkaMessageBroker:
 
 def _encoded(headers: dict[str, str], key: bytes) -> list[tuple[str, bytes]]:
     """Refuse here what would spoil a whole batch: what is no Unicode, and what is larger than Kafka takes."""
-    size = len(key) + sum(len(name.encode()) + len(value.encode()) for name, value in headers.items())
+    encoded = [(name, value.encode()) for name, value in headers.items()]
+    size = len(key) + sum(len(name.encode()) + len(value) for name, value in encoded)
     if size > MAX_HEADERS_BYTES:
         raise MessageRejected(f"its key and headers have {size:,} bytes, and at most {MAX_HEADERS_BYTES:,} find room")
-    return [(name, value.encode()) for name, value in headers.items()]
+    return encoded

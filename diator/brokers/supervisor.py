@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Protocol, Self, TypeAlias
 
+from diator.brokers._listing import listed
 from diator.brokers.base import Delivery, Gap, OnGap, Topic
 from diator.exceptions import BrokerClosed, BrokerUnavailable, DiatorError, WiringError
 
@@ -346,14 +347,9 @@ async def _end_of(task: asyncio.Task[None]) -> None:
         await asyncio.wait([task], timeout=0.1)
 
 
-_LISTED = 3
-
-
 def _named(topics: Collection[Topic], group: str | None) -> str:
-    names = sorted({topic.message_name for topic in topics})
-    further = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     of = "" if group is None else f" of {group}"
-    return f"the subscription{of} to {', '.join(names[:_LISTED])}{further}"
+    return f"the subscription{of} to {listed(sorted({topic.message_name for topic in topics}))}"
 
 
 def _unavailable(error: BaseException) -> DiatorError:
