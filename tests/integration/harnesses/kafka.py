@@ -2,21 +2,22 @@
 
 import os
 import ssl
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 
 from diator.brokers.supervisor import Patience
-from diator.testing.conformance import DeadLettered, EnvironmentMissing, Harness, Limits
+from diator.testing.conformance import DeadLettered, EnvironmentMissing, Limits
 from diator.testing.fault_proxy import FaultProxy
-from tests.integration.private_services import Certificates, PrivateServices
+from tests.integration.harnesses.service import ServiceHarness
 from tests.services import BACKENDS
 
 
-class KafkaHarness(Harness):
+class KafkaHarness(ServiceHarness):
     """Kafka, at `DIATOR_TEST_KAFKA_SERVERS`; one in a container of its own, where it is to be broken or proxied."""
 
-    name = "kafka"
+    name = backend = "kafka"
+    breaking = frozenset({"proxy", "outages"})  # a proxy has to stand where Kafka sends its clients to
     facilities = frozenset({"proxy", "raw", "dead_letters", "crash", "processes", "outages", "topology", "security"})
     # Joining a group, and creating a topic, take a tenth of a second each; the lowest session that Kafka allows is 6 s.
     limits = Limits(
@@ -25,41 +26,24 @@ class KafkaHarness(Harness):
     password = "swordfish-of-the-kafka-harness"
     in_place = False
 
-    def __init__(self):
-        self.services = PrivateServices()
-        self.certificates = None
-
     @property
     def is_proxied(self):
-        return int(self.servers.rpartition(":")[2]) == self.services["breakable"]._service.proxied
+        return int(self.url.rpartition(":")[2]) == self.services["breakable"]._service.proxied
 
     def start(self):
         servers = os.environ.get("DIATOR_TEST_KAFKA_SERVERS")
         if not servers:
             raise EnvironmentMissing("DIATOR_TEST_KAFKA_SERVERS does not say where Kafka is")
-        self.servers = servers
+        self.url = self.direct = servers
 
-    def stop(self):
-        self.services.close()
-        if self.certificates:
-            self.certificates.close()
-
-    def prepare(self, facility):
-        if facility in {"proxy", "outages"}:  # a proxy has to stand where Kafka sends its clients to
-            self.services.get("breakable", "kafka")
-        if facility == "security":
-            self.certificates = self.certificates or Certificates()
-            for certificate in ("server", "expired"):
-                self.services.get(certificate, guarded_kafka(self.certificates, certificate, self.password))
+    def guarded_service(self, certificate):
+        return guarded_kafka(self.certificates, certificate, self.password)
 
     def service(self):
         return "Kafka"
 
     def driver(self):
         return f"aiokafka {version('aiokafka')}"
-
-    def transport(self):
-        return self.connecting_to(self.servers)
 
     def connecting_to(self, servers, **options):
         from diator.brokers.kafka import KafkaMessageBroker
@@ -84,7 +68,7 @@ class KafkaHarness(Harness):
         from aiokafka import AIOKafkaConsumer
 
         name = transport._names.beside(transport._names.topic(topic), group, "-dlq")
-        async with AIOKafkaConsumer(name, bootstrap_servers=self.servers, auto_offset_reset="earliest") as consumer:
+        async with AIOKafkaConsumer(name, bootstrap_servers=self.url, auto_offset_reset="earliest") as consumer:
             (place,) = consumer.assignment()
             count = (await consumer.end_offsets([place]))[place]
             found = [await consumer.getone() for _ in range(count)]
@@ -101,22 +85,8 @@ class KafkaHarness(Harness):
         proxy = FaultProxy("127.0.0.1", service.behind)
         proxy.port = service.proxied
         async with proxy:
-            with self._at(f"{proxy.host}:{proxy.port}"):
+            with self._at(f"{proxy.host}:{proxy.port}", self.direct):
                 yield proxy
-
-    @asynccontextmanager
-    async def private(self):
-        async with self.services["breakable"].breakable() as service:
-            with self._at(service.url):
-                yield service
-
-    @contextmanager
-    def _at(self, servers):
-        before, self.servers = self.servers, servers
-        try:
-            yield
-        finally:
-            self.servers = before
 
     async def crash(self, transport):
         nowhere = replace(transport._cluster, servers=("127.0.0.1:1",))
@@ -157,7 +127,7 @@ class KafkaHarness(Harness):
         from aiokafka.admin import AIOKafkaAdminClient
 
         name = transport._names.topic(topic)
-        admin = AIOKafkaAdminClient(bootstrap_servers=self.servers)
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.url)
         await admin.start()
         try:
             await admin.delete_topics([name if group is None else transport._names.beside(name, group, "-retry")])
@@ -170,9 +140,7 @@ class KafkaHarness(Harness):
         from aiokafka import AIOKafkaConsumer, TopicPartition
         from aiokafka.errors import CommitFailedError
 
-        async with AIOKafkaConsumer(
-            bootstrap_servers=self.servers, group_id=group, enable_auto_commit=False
-        ) as consumer:
+        async with AIOKafkaConsumer(bootstrap_servers=self.url, group_id=group, enable_auto_commit=False) as consumer:
             await consumer._client._wait_on_metadata(name)
             places = [TopicPartition(name, number) for number in consumer.partitions_for_topic(name)]
             consumer.assign(places)

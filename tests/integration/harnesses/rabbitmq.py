@@ -8,7 +8,7 @@ import json
 import os
 import ssl
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from urllib.error import HTTPError
@@ -17,16 +17,16 @@ from urllib.request import Request, urlopen
 from uuid import uuid4
 
 from diator.brokers.supervisor import Patience
-from diator.testing.conformance import DeadLettered, EnvironmentMissing, Harness, Limits
+from diator.testing.conformance import DeadLettered, EnvironmentMissing, Limits
 from diator.testing.fault_proxy import FaultProxy
-from tests.integration.private_services import Certificates, PrivateServices
+from tests.integration.harnesses.service import ServiceHarness
 from tests.services import BACKENDS
 
 
-class RabbitMQHarness(Harness):
+class RabbitMQHarness(ServiceHarness):
     """RabbitMQ, at `DIATOR_TEST_RABBITMQ_URL`. What it declares is deleted at the end."""
 
-    name = "rabbitmq"
+    name = backend = "rabbitmq"
     facilities = frozenset(
         {"proxy", "raw", "dead_letters", "crash", "processes", "outages", "operator", "topology", "alarm", "security"}
     )
@@ -34,8 +34,7 @@ class RabbitMQHarness(Harness):
     password = "swordfish-of-the-rabbitmq-harness"
 
     def __init__(self):
-        self.services = PrivateServices()
-        self.certificates = None
+        super().__init__()
         self.prefix = os.environ.setdefault("DIATOR_CONFORMANCE_PREFIX", f"conformance-{os.getpid()}")
         self.declared = set()
 
@@ -63,31 +62,24 @@ class RabbitMQHarness(Harness):
 
         if self.prefix.endswith(f"-{os.getpid()}"):  # and not in another process of this run
             alone(self._amqp(delete))
-        self.services.close()
-        if self.certificates:
-            self.certificates.close()
+        super().stop()
 
     def prepare(self, facility):
-        if facility in {"outages", "alarm"}:
-            self.services.get("breakable", "rabbitmq")
+        super().prepare(facility)
         if facility == "operator":
             try:
                 self._manage("GET", "overview")
             except OSError as error:
                 raise EnvironmentMissing(f"RabbitMQ's management plugin does not answer: {error}") from error
-        if facility == "security":
-            self.certificates = self.certificates or Certificates()
-            for certificate in ("server", "expired"):
-                self.services.get(certificate, guarded_rabbitmq(self.certificates, certificate, self.password))
+
+    def guarded_service(self, certificate):
+        return guarded_rabbitmq(self.certificates, certificate, self.password)
 
     def service(self):
         return f"RabbitMQ {self.version}"
 
     def driver(self):
         return f"aiormq {version('aiormq')}"
-
-    def transport(self):
-        return self.connecting_to(self.url)
 
     def connecting_to(self, url, **options):
         from diator.brokers.rabbitmq import RabbitMQMessageBroker
@@ -164,21 +156,6 @@ class RabbitMQHarness(Harness):
             url = f"amqp://{parts.username}:{parts.password}@{proxy.host}:{proxy.port}{parts.path}"
             with self._at(url, self.direct):
                 yield proxy
-
-    @asynccontextmanager
-    async def private(self):
-        async with self.services["breakable"].breakable() as service:
-            with self._at(service.url, service.url):
-                yield service
-
-    @contextmanager
-    def _at(self, url, direct):
-        before = self.url, self.direct
-        self.url, self.direct = url, direct
-        try:
-            yield
-        finally:
-            self.url, self.direct = before
 
     @asynccontextmanager
     async def alarm(self):

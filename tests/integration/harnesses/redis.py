@@ -1,30 +1,26 @@
 """How the conformance suite gets Redis: Pub/Sub and Streams."""
 
 import os
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from urllib.parse import urlsplit
 from uuid import uuid4
 
 from diator.brokers.supervisor import Patience
-from diator.testing.conformance import DeadLettered, EnvironmentMissing, Harness, Limits
+from diator.testing.conformance import DeadLettered, EnvironmentMissing, Limits
 from diator.testing.fault_proxy import FaultProxy
-from tests.integration.private_services import Certificates, PrivateServices
+from tests.integration.harnesses.service import ServiceHarness
 from tests.services import BACKENDS
 
 
-class RedisHarness(Harness):
+class RedisHarness(ServiceHarness):
     """Redis Pub/Sub, at `DIATOR_TEST_REDIS_URL`."""
 
-    name = "redis"
+    name = backend = "redis"
     facilities = frozenset({"proxy", "raw", "crash", "processes", "outages", "operator", "security"})
     limits = Limits(scale=2.0, redelivery=3.0, timeout=2.0, liveness=6.0, recovery=5.0, pause=1.0)
     password = "swordfish-of-the-redis-harness"
-
-    def __init__(self):
-        self.services = PrivateServices()
-        self.certificates = None
 
     def start(self):
         url = os.environ.get("DIATOR_TEST_REDIS_URL")
@@ -40,27 +36,14 @@ class RedisHarness(Harness):
             except redis.RedisError as error:
                 raise EnvironmentMissing(str(error)) from error
 
-    def stop(self):
-        self.services.close()
-        if self.certificates:
-            self.certificates.close()
-
-    def prepare(self, facility):
-        if facility in {"outages", "alarm"}:
-            self.services.get("breakable", "redis")
-        if facility == "security":
-            self.certificates = self.certificates or Certificates()
-            for certificate in ("server", "expired"):
-                self.services.get(certificate, guarded_redis(self.certificates, certificate, self.password))
+    def guarded_service(self, certificate):
+        return guarded_redis(self.certificates, certificate, self.password)
 
     def service(self):
         return f"Redis {self.version}"
 
     def driver(self):
         return f"redis-py {version('redis')}"
-
-    def transport(self):
-        return self.connecting_to(self.url)
 
     def connecting_to(self, url):
         from diator.brokers.redis import RedisMessageBroker
@@ -79,21 +62,6 @@ class RedisHarness(Harness):
         async with FaultProxy(parts.hostname, parts.port or 6379) as proxy:
             with self._at(f"redis://{proxy.host}:{proxy.port}", self.direct):
                 yield proxy
-
-    @asynccontextmanager
-    async def private(self):
-        async with self.services["breakable"].breakable() as service:
-            with self._at(service.url, service.url):
-                yield service
-
-    @contextmanager
-    def _at(self, url, direct):
-        before = self.url, self.direct
-        self.url, self.direct = url, direct
-        try:
-            yield
-        finally:
-            self.url, self.direct = before
 
     async def crash(self, transport):
         pool = transport._client.connection_pool

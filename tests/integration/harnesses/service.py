@@ -1,0 +1,54 @@
+"""What the harnesses of services have in common: containers of their own, one to be broken and two that are guarded."""
+
+from contextlib import asynccontextmanager, contextmanager
+
+from diator.testing.conformance import Harness
+from tests.integration.private_services import Certificates, PrivateServices
+
+
+class ServiceHarness(Harness):
+    """Its `url` is where transports connect to, and `direct` is where the same service is without a proxy."""
+
+    backend: str
+    """What `tests.services` calls the service."""
+    breaking = frozenset({"outages", "alarm"})
+    """The facilities for which it needs a service that may be broken."""
+
+    def __init__(self):
+        self.services = PrivateServices()
+        self.certificates = None
+
+    def stop(self):
+        self.services.close()
+        if self.certificates:
+            self.certificates.close()
+
+    def prepare(self, facility):
+        if facility in self.breaking:
+            self.services.get("breakable", self.backend)
+        if facility == "security":
+            self.certificates = self.certificates or Certificates()
+            for certificate in ("server", "expired"):
+                self.services.get(certificate, self.guarded_service(certificate))
+
+    def guarded_service(self, certificate):
+        """Say how a service is started that has this certificate, speaks only TLS to others, and has three users."""
+        raise NotImplementedError
+
+    def transport(self):
+        return self.connecting_to(self.url)
+
+    @asynccontextmanager
+    async def private(self):
+        async with self.services["breakable"].breakable() as service:
+            with self._at(service.url, service.url):
+                yield service
+
+    @contextmanager
+    def _at(self, url, direct):
+        before = self.url, self.direct
+        self.url, self.direct = url, direct
+        try:
+            yield
+        finally:
+            self.url, self.direct = before
