@@ -13,6 +13,7 @@ from uuid import UUID
 
 from diator.brokers._kafka_offsets import DELAYS
 from diator.brokers.base import Topic
+from diator.brokers.batching import own_verdict
 from diator.exceptions import BrokerError, BrokerUnavailable, MessageRejected, MissingExtra, OutcomeUnknown, WiringError
 
 try:
@@ -43,6 +44,7 @@ NO_RIGHT = (
     errors.GroupAuthorizationFailedError,
     errors.ClusterAuthorizationFailedError,
 )
+TOO_LARGE = (errors.MessageSizeTooLargeError, errors.RecordListTooLargeError)
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 
@@ -295,12 +297,10 @@ _BROKEN_PRODUCER = (
 
 def verdict(error: BaseException, message_id: UUID | None, *, handed_over: bool) -> BrokerError:
     """Translate an error of the client. *handed_over*: whether the message may have left when it happened."""
-    if isinstance(error, MessageRejected) and error.message_id is None:
-        return MessageRejected(str(error), message_id=message_id)
     if isinstance(error, BrokerError):
-        return error
+        return own_verdict(error, message_id)
     problem = f"{type(error).__name__}: {error}"
-    if isinstance(error, errors.MessageSizeTooLargeError | errors.RecordListTooLargeError):
+    if isinstance(error, TOO_LARGE):
         remedy = "raise max.message.bytes of its topic, or send less"
         return MessageRejected(f"Kafka refused it as too large ({problem}); {remedy}", message_id=message_id)
     if refused(error):

@@ -6,19 +6,20 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.partitioner import DefaultPartitioner
 
+from diator.brokers._kafka_batch import Batch, Call, sender_of, tear_down
 from diator.brokers._kafka_client import (
     CLIENT_ERRORS,
     NO_RIGHT,
+    TOO_LARGE,
     Cluster,
     Policy,
-    close_client,
-    end_tasks,
     ensure_topics,
     refused,
     started,
@@ -26,14 +27,16 @@ from diator.brokers._kafka_client import (
 )
 from diator.brokers.shared import Shared
 from diator.brokers.supervisor import close_all
-from diator.exceptions import BrokerClosed, MessageRejected, OutcomeUnknown
+from diator.exceptions import BrokerClosed, BrokerError, OutcomeUnknown
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 _BATCH = 128 * 1024
-"""Bytes of a batch. All callers of a full one wake together, so that small ones collapse with many callers."""
+"""Bytes of a batch, until a topic takes less."""
 _STAY = 100
 """How many messages without a key go to one partition before another is chosen."""
+
+_NO_LEADER = (None, -1)
 
 _partition_of_key: Callable[[bytes, Sequence[int], Sequence[int]], int] = DefaultPartitioner()
 
@@ -44,8 +47,8 @@ class SharedProducer(Shared):
 
     It is idempotent: aiokafka repeats a request whose answer was lost, and Kafka knows the repeat by its number and
     stores it once. Without that, each lost answer would be a second message. The price is that aiokafka then tries for
-    ever. So the deadline is kept here: when the oldest call is overdue, all who wait hear *outcome unknown*, and the
-    producer is torn down with whatever it still holds. The next call makes a new one.
+    ever. So the deadline is kept here: when the oldest call is overdue, all who wait for what was sent hear *outcome
+    unknown*, and the producer is torn down. What it had not sent goes to the next one, before all that comes later.
     """
 
     def __init__(self, cluster: Cluster, policy: Policy, *, max_in_flight: int) -> None:
@@ -54,12 +57,17 @@ class SharedProducer(Shared):
         self._policy = policy
         self._timeout = cluster.timeout
         self._max_in_flight = max_in_flight
+        self._batch_bytes = _BATCH
         self._producer: Any = None
-        self._calls: dict[asyncio.Future[Any], tuple[float, UUID | None, Any]] = {}
-        """Who waits: until when, for which message, and of which producer. The oldest is the first."""
-        self._entering = 0
         self._known: set[str] = set()
-        self._stays: dict[str, tuple[int, int]] = {}
+        self._stays: dict[str, tuple[TopicPartition, int]] = {}
+        self._latest: dict[TopicPartition, Batch] = {}
+        self._batches: dict[Batch, None] = {}
+        """All that have no verdict, those of retired producers, too."""
+        self._left: list[Call] = []
+        """What a retired producer had not sent, in the order of the calls."""
+        self._handing_on: asyncio.Task[None] | None = None
+        self._in_flight = 0
         self._freed = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -68,7 +76,7 @@ class SharedProducer(Shared):
         self._on_this_loop()
         try:
             async with asyncio.timeout(self._timeout), self._turn:
-                await self._connected(None)
+                await self._connected()
         except CLIENT_ERRORS as error:
             raise verdict(error, None, handed_over=False) from error
 
@@ -95,88 +103,74 @@ class SharedProducer(Shared):
         if self.is_closed:
             raise BrokerClosed("this broker is closed", message_id=message_id)
         deadline = loop.time() + self._timeout
-        producer = self._producer
-        if producer is None or self._queued or self._has_no_room or not self._is_known(producer, topic):
-            producer = await self._in_turn(topic, message_id, deadline)
-        self._entering += 1
-        try:
-            place = self._place(producer, topic, key, partition)
-            # What `producer.send` does before that, for each message, is done here for each topic.
-            put = producer._message_accumulator.add_message  # noqa: SLF001
-            confirmed: asyncio.Future[Any] = await put(place, key, value, deadline - loop.time(), None, [*headers])
-        except CLIENT_ERRORS as error:
-            self._retire(producer)
-            raise verdict(error, message_id, handed_over=False) from error
-        finally:
-            self._entering -= 1
-            self._freed.set()
-        self._calls[confirmed] = deadline, message_id, producer
-        if self._sweeper is None:
-            self._sweeper = loop.call_at(deadline, self._sweep)
-        try:
-            await confirmed
-        except CLIENT_ERRORS as error:
-            if not refused(error):
-                self._give_up(producer, f"Kafka did not confirm it ({type(error).__name__}); it may have arrived")
-            elif not isinstance(error, NO_RIGHT):
-                self._retire(producer)
-            raise verdict(error, message_id, handed_over=True) from error
-        finally:
-            self._calls.pop(confirmed, None)
-            self._freed.set()
+        place = None if self._queued or self._is_full else self._place(topic, key, partition)
+        if place is None:
+            place = await self._in_turn(topic, key, partition, message_id, deadline)
+        call = Call(place, key, value, headers, message_id, deadline, loop.create_future())
+        self._put(call)
+        self._in_flight += 1
+        await call.confirmed
 
     @property
-    def _has_no_room(self) -> bool:
-        """Who waits to be put into a batch must not be passed."""
-        return self._entering > 0 or len(self._calls) >= self._max_in_flight
+    def _is_full(self) -> bool:
+        return self._in_flight >= self._max_in_flight
 
-    def _is_known(self, producer: Any, topic: str) -> bool:
-        """A broker that has just started, or has not heard of a new topic, can make the client forget where it is."""
-        return topic in self._known and bool(producer.client.cluster.partitions_for_topic(topic))
-
-    def _place(self, producer: Any, topic: str, key: bytes | None, partition: int | None) -> TopicPartition:
+    def _place(self, topic: str, key: bytes | None, partition: int | None) -> TopicPartition | None:
         """
         Choose a partition: the one of *key*. What has no key goes where the one before it went, for a while.
 
-        aiokafka chooses anew for each, so that many callers fill many small batches instead of few large ones.
+        aiokafka chooses anew for each, so that many callers fill many small batches instead of few large ones. None if
+        it has to be asked where *topic* is: a Kafka that has just started can make the client forget it.
         """
-        partitions = producer.client.cluster.partitions_for_topic(topic)
+        if topic not in self._known:
+            return None
+        cluster = self._producer.client.cluster
+        if key is None and partition is None:
+            place, left = self._stays.get(topic, (None, 0))
+            if place is None or not left or not self._batches or cluster.leader_for_partition(place) in _NO_LEADER:
+                usable = cluster.available_partitions_for_topic(topic) or cluster.partitions_for_topic(topic)
+                if not usable:
+                    return None
+                place, left = TopicPartition(topic, random.choice([*usable])), _STAY  # noqa: S311
+            self._stays[topic] = place, left - 1
+            return place
+        partitions = sorted(cluster.partitions_for_topic(topic) or ())
+        if not partitions:
+            return None
         if partition is not None:
-            return TopicPartition(topic, min(partition, max(partitions)))  # others may have created it, with fewer
-        if key is not None:
-            return TopicPartition(topic, _partition_of_key(key, sorted(partitions), []))
-        chosen, left = self._stays.get(topic, (-1, 0))
-        if not left or not self._calls or chosen not in partitions:
-            usable = producer.client.cluster.available_partitions_for_topic(topic) or partitions
-            chosen, left = random.choice([*usable]), _STAY  # noqa: S311
-        self._stays[topic] = chosen, left - 1
-        return TopicPartition(topic, chosen)
+            return TopicPartition(topic, min(partition, partitions[-1]))  # others may have created it, with fewer
+        return TopicPartition(topic, _partition_of_key(key or b"", partitions, []))
 
-    async def _in_turn(self, topic: str, message_id: UUID | None, deadline: float) -> Any:
+    async def _in_turn(
+        self, topic: str, key: bytes | None, partition: int | None, message_id: UUID | None, deadline: float
+    ) -> TopicPartition:
         """Wait for a producer that knows *topic*, and for room."""
         self._queued += 1
         try:
             async with asyncio.timeout_at(deadline), self._turn:
                 while True:
-                    producer = await self._connected(message_id)
-                    if not self._is_known(producer, topic):
+                    producer = await self._connected()
+                    place = self._place(topic, key, partition)
+                    if place is None:
                         await ensure_topics(self._cluster, self._policy, [topic])
                         await producer.partitions_for(topic)
                         self._known.add(topic)
-                    elif self._has_no_room:
+                    elif self._is_full:
                         self._freed.clear()
                         await self._freed.wait()
                     else:
-                        return producer
-        except (*CLIENT_ERRORS, MessageRejected) as error:
+                        return place
+        except CLIENT_ERRORS as error:
             raise verdict(error, message_id, handed_over=False) from error
+        except BrokerError as error:
+            raise verdict(error, message_id, handed_over=False) from error.__cause__
         finally:
             self._queued -= 1
 
-    async def _connected(self, message_id: UUID | None) -> Any:
+    async def _connected(self) -> Any:
         """Called by one at a time."""
         if self.is_closed:
-            raise BrokerClosed("this broker is closed", message_id=message_id)
+            raise BrokerClosed("this broker is closed")
         if self._producer is None:
             await self._beside.done()  # what the one before still has of a key comes first
             producer = AIOKafkaProducer(
@@ -184,44 +178,83 @@ class SharedProducer(Shared):
                 acks="all",
                 enable_idempotence=True,
                 linger_ms=0,
-                max_batch_size=_BATCH,
+                max_batch_size=self._batch_bytes,
             )
             try:
                 await started(producer.start())
+                for topic in {call.place.topic for call in self._left}:
+                    await producer.partitions_for(topic)
             except BaseException:
-                await self._tear_down(producer)
+                await tear_down(producer)
                 raise
             self._producer = producer
+            sender_of(producer).add_done_callback(partial(self._on_end_of_sender, producer))
+            left, self._left = self._left, []
+            for call in left:
+                self._put(call)
         return self._producer
+
+    # -- what was sent, and what becomes of it -----------------------------------------------------------------------
+
+    def _put(self, call: Call) -> None:
+        batch = self._latest.get(call.place)
+        if batch is None or not batch.takes(call):
+            batch = self._latest[call.place] = Batch(self._producer, call, self._settle)
+            self._batches[batch] = None
+            if self._sweeper is None and self._loop is not None:
+                self._sweeper = self._loop.call_at(call.deadline, self._sweep)
+
+    def _settle(self, batch: Batch, error: BaseException | None) -> None:
+        """Tell all who wait for *batch*, unless they have been told."""
+        if batch not in self._batches:
+            return
+        if error is not None and not refused(error) and batch.producer is self._producer:
+            self._give_up(batch.producer, error)
+            return
+        del self._batches[batch]
+        if isinstance(error, TOO_LARGE) and len(batch.calls) > 1:
+            # It is for each of them to hear that. What was sent after it is not sent again before it.
+            self._batch_bytes = min(self._batch_bytes, batch.size // 2)
+            self._left[:0] = batch.calls
+        else:
+            self._tell(batch.calls, error, handed_over=True)
+        if error is not None and not isinstance(error, NO_RIGHT):
+            self._retire(batch.producer)
+
+    def _tell(self, calls: Sequence[Call], error: BaseException | None, *, handed_over: bool) -> None:
+        self._in_flight -= len(calls)
+        self._freed.set()
+        for call in calls:
+            call.end(error, handed_over=handed_over)
 
     def _sweep(self) -> None:
         """Look at the oldest call: one timer for all of them, instead of one each."""
         self._sweeper = None
-        if not self._calls or self._loop is None:
+        if not self._batches or self._loop is None:
             return
-        deadline, _, producer = next(iter(self._calls.values()))
-        if deadline > self._loop.time():
-            self._sweeper = self._loop.call_at(deadline, self._sweep)
-            return
-        self._tell(producer, f"Kafka did not confirm it within {self._timeout:g} s; it may have arrived")
+        oldest = min(self._batches, key=lambda batch: batch.calls[0].deadline)
+        deadline = oldest.calls[0].deadline
+        if deadline <= self._loop.time():
+            why = f"Kafka did not confirm it within {self._timeout:g} s; it may have arrived"
+            self._give_up(oldest.producer, OutcomeUnknown(why))
+            deadline = 0
+        self._sweeper = self._loop.call_at(deadline, self._sweep)
+
+    def _give_up(self, producer: Any, why: BaseException) -> None:
+        """Tell everybody who waits for what *producer* has sent that nobody knows."""
         self._retire(producer)
-        self._sweeper = self._loop.call_later(0, self._sweep)
+        for batch in [batch for batch in self._batches if batch.producer is producer]:
+            del self._batches[batch]
+            self._tell(batch.calls, why, handed_over=True)
 
-    def _give_up(self, producer: Any, why: str) -> None:
-        """Part with *producer*, unless that was done: who waits for one that is retired may still hear of success."""
-        if producer is self._producer:
-            self._tell(producer, why)
-            self._retire(producer)
-
-    def _tell(self, producer: Any, unknown: str) -> None:
-        """Tell everybody who waits for *producer* that nobody knows."""
-        for confirmed, (_, message_id, of) in self._calls.items():
-            if of is producer and not confirmed.done():
-                confirmed.set_exception(OutcomeUnknown(unknown, message_id=message_id))
+    def _on_end_of_sender(self, producer: Any, sender: asyncio.Task[None]) -> None:
+        """Part with a producer whose work has ended by itself: nobody would take a message from it."""
+        if not sender.cancelled() and (error := sender.exception()) is not None and producer is self._producer:
+            self._give_up(producer, error)
 
     def _retire(self, producer: Any) -> None:
         """
-        Make another producer for the next call. This one ends when nobody waits for it any more.
+        Make another producer for what was not sent yet. This one ends when nobody waits for it any more.
 
         aiokafka goes on counting after a message that Kafka has refused, so that Kafka refuses what follows it, too.
         """
@@ -229,38 +262,54 @@ class SharedProducer(Shared):
             self._producer = None
             self._known.clear()
             self._stays.clear()
+            self._latest.clear()
+            for batch in [batch for batch in self._batches if batch.producer is producer and not batch.is_sent]:
+                del self._batches[batch]
+                batch.take_back()
+                self._left += batch.calls
             self._beside.begin(self._end_of(producer), "the end of a producer")
+        if self._left and (self._handing_on is None or self._handing_on.done()):
+            self._handing_on = asyncio.create_task(self._hand_on(), name="diator: handing on what was not sent")
+
+    async def _hand_on(self) -> None:
+        """See that there is a producer for what is left, and that its callers hear of it otherwise."""
+        if not self._left:
+            return  # somebody made one before this began
+        try:
+            async with asyncio.timeout_at(min(call.deadline for call in self._left)), self._turn:
+                await self._connected()
+        except BaseException as error:
+            left, self._left = self._left, []
+            self._tell(left, error, handed_over=False)
+            if not isinstance(error, (*CLIENT_ERRORS, BrokerError)):
+                raise
 
     async def _end_of(self, producer: Any) -> None:
-        while any(of is producer for _, _, of in self._calls.values()):
+        while any(batch.producer is producer for batch in self._batches):
             self._freed.clear()
             await self._freed.wait()
-        await self._tear_down(producer)
-
-    @staticmethod
-    async def _tear_down(producer: Any) -> None:
-        """End *producer* without sending what it holds: its own `stop` waits until that is delivered."""
-        producer._closed = True  # noqa: SLF001  # else it complains that nobody has stopped it
-        await end_tasks([producer._sender.sender_task])  # noqa: SLF001
-        await close_client(producer.client)
+        await tear_down(producer)
 
     async def _close(self) -> None:
         reading = asyncio.create_task(close_all(self.subscriptions))
         async with self._turn:  # behind those who were there before
-            while self._calls or self._entering:
+            while self._batches:
                 self._freed.clear()
                 await self._freed.wait()
             producer, self._producer = self._producer, None
         if self._sweeper is not None:
             self._sweeper.cancel()
+        if self._handing_on is not None:
+            await asyncio.wait([self._handing_on])
         if producer is not None:
-            await self._tear_down(producer)
+            await tear_down(producer)
         await self._beside.done()
         await reading
 
     def _begin_anew(self) -> None:
         if self._producer is not None:
             self._producer._closed = True  # noqa: SLF001
-        self._producer, self._freed = None, asyncio.Event()
-        self._calls, self._entering, self._sweeper = {}, 0, None
-        self._known.clear()
+        self._producer, self._handing_on, self._sweeper = None, None, None
+        self._in_flight, self._freed = 0, asyncio.Event()
+        for gone in (self._known, self._stays, self._latest, self._batches, self._left):
+            gone.clear()

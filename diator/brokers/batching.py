@@ -85,7 +85,8 @@ class Batches(Generic[T]):
                 if verdict is None:
                     call.ended.set_result(None)
                 else:
-                    call.ended.set_exception(_own(verdict, call.message_id))
+                    own = own_verdict(verdict, call.message_id) if isinstance(verdict, BrokerError) else verdict
+                    call.ended.set_exception(own)
 
     def _taken(self) -> list[_Call[T]]:
         batch: list[_Call[T]] = []
@@ -109,8 +110,9 @@ class _Call(Generic[T]):
     ended: asyncio.Future[None]
 
 
-def _own(verdict: Exception, message_id: UUID) -> Exception:
-    if not isinstance(verdict, BrokerError) or type(verdict) not in _VERDICTS:
+def own_verdict(verdict: BrokerError, message_id: UUID | None) -> BrokerError:
+    """Give one message an error of its own, with its id: *verdict* is on several. What concerns one stays as it is."""
+    if message_id is None or verdict.message_id is not None or type(verdict) not in _VERDICTS:
         return verdict
     own = type(verdict)(str(verdict), message_id=message_id)
     own.__cause__ = verdict.__cause__

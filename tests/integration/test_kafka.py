@@ -11,6 +11,7 @@ from uuid import uuid4
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic, RecordsToDelete
+from aiokafka.partitioner import DefaultPartitioner
 
 from diator.brokers import Message
 from diator.brokers.audit import audit
@@ -21,6 +22,7 @@ from diator.exceptions import (
     BrokerClosed,
     BrokerUnavailable,
     MessageRejected,
+    MessagesNotSent,
     OutcomeUnknown,
     WiringError,
 )
@@ -189,8 +191,12 @@ async def test_a_producer_that_broke_is_made_anew(make, private_kafka) -> None:
     assert number_of_each(await stored(private_kafka.url, broker._names.topic(COUNTED))) >= {0, 2}
 
 
+def number_in(record) -> int:
+    return json.loads(record.value)["payload"]["number"]
+
+
 def number_of_each(records) -> set[int]:
-    return {json.loads(record.value)["payload"]["number"] for record in records}
+    return {number_in(record) for record in records}
 
 
 async def test_a_message_whose_confirmation_is_lost_is_stored_once(make, proxy, proxied, name, private_kafka) -> None:
@@ -433,6 +439,106 @@ async def test_what_kafka_refuses_spoils_nothing_that_follows(broker, name, admi
         for number in range(2, 5):
             await broker.send_message(message(number))
         assert await acked(deliveries, 4) == [1, 2, 3, 4]
+
+
+async def test_what_is_too_large_only_together_is_sent_in_smaller_batches(broker, name, admin, kafka_servers) -> None:
+    """And what is too large by itself is all that is refused: none hears of a batch that others were in."""
+    small = {"max.message.bytes": "3000"}
+    await admin.create_topics([NewTopic(name, 2, 1, topic_configs=small)])
+    messages = [message("x" * 4000 if number == 30 else number, key=f"key {number % 4}") for number in range(200)]
+    with pytest.raises(MessagesNotSent) as failed:
+        await broker.send_messages(messages)
+    assert failed.value.message_ids == (messages[30].message_id,)
+    assert isinstance(failed.value.__cause__, MessageRejected)
+    records = await stored(kafka_servers, name)
+    assert {record.partition for record in records} == {0, 1}
+    for key in range(4):
+        numbers = [number_in(record) for record in records if record.key == f"key {key}".encode()]
+        assert numbers == [number for number in range(key, 200, 4) if number != 30]
+
+
+async def test_what_a_refused_message_was_ahead_of_is_sent_all_the_same(broker, name, admin, kafka_servers) -> None:
+    """The client would count on, Kafka refuse what follows, and everybody hear that nobody knows."""
+    small = {"max.message.bytes": "5000"}
+    await admin.create_topics([NewTopic(name, 1, 1, topic_configs=small)])
+    await broker.send_message(message(0, key="k"))
+    refused = asyncio.create_task(broker.send_message(message("x" * 140_000, key="k")))
+    await asyncio.sleep(0)
+    following = [asyncio.create_task(broker.send_message(message(number, key="k"))) for number in range(1, 6)]
+    with pytest.raises(MessageRejected):
+        await refused
+    await asyncio.gather(*following)
+    assert [number_in(record) for record in await stored(kafka_servers, name)] == list(range(6))
+
+
+async def test_what_waits_behind_a_repeat_is_not_sent_before_it(
+    broker, name, admin, kafka_servers, monkeypatch
+) -> None:
+    """One partition refuses a message while another has lost its leader: the producer is parted with, and repeats."""
+    await admin.create_topics([NewTopic(name, 2, 1, topic_configs={"max.message.bytes": "5000"})])
+    await send(broker, 0)
+    producer = broker._producer._producer
+    left_out = []
+
+    async def without_a_leader(node, request, **options):
+        ((_, batches),) = request._topics
+        left_out.extend(batch for batch in batches if batch[0] == 1)
+        batches[:] = [batch for batch in batches if batch[0] == 0]
+        monkeypatch.setattr(producer.client, "send", send_to_kafka)
+        response = await send_to_kafka(node, request, **options)
+        ((_, answers),) = response.topics
+        answers.append((1, 6, *answers[0][2:]))
+        return response
+
+    send_to_kafka = producer.client.send
+    monkeypatch.setattr(producer.client, "send", without_a_leader)
+    keys = {DefaultPartitioner()(b"key %d" % number, [0, 1], []): f"key {number}" for number in range(8)}
+    refused = asyncio.create_task(broker.send_message(message("x" * 9_000, key=keys[0])))
+    following = [asyncio.create_task(broker.send_message(message(1, key=keys[1])))]
+    while not left_out:  # noqa: ASYNC110  # until they are on their way
+        await asyncio.sleep(0)
+    following += [asyncio.create_task(broker.send_message(message(number, key=keys[1]))) for number in range(2, 6)]
+
+    with pytest.raises(MessageRejected):
+        await refused
+    assert not producer._message_accumulator._batches  # else it would send them where it has several brokers
+    await asyncio.gather(*following)
+    records = await stored(kafka_servers, name)
+    assert [number_in(record) for record in records if record.key == keys[1].encode()] == [1, 2, 3, 4, 5]
+
+
+async def test_what_was_not_on_its_way_when_time_ran_out_was_not_sent(make, private_kafka, name) -> None:
+    broker = await make(private_kafka.url, partitions=1)
+    await send(broker, 0)
+    await asyncio.to_thread(private_kafka.pause)
+    first = asyncio.create_task(broker.send_message(message(1)))
+    await asyncio.sleep(0.2)
+    second = asyncio.create_task(broker.send_message(message(2)))
+    verdicts = await asyncio.gather(first, second, return_exceptions=True)
+    await asyncio.to_thread(private_kafka.unpause)
+    assert [type(each) for each in verdicts] == [OutcomeUnknown, BrokerUnavailable]
+    await send(broker, 3)
+    assert 2 not in number_of_each(await stored(private_kafka.url, name))
+
+
+@pytest.mark.parametrize("has_something", [True, False])
+async def test_a_producer_that_ends_by_itself_is_made_anew(broker, name, kafka_servers, has_something, caplog) -> None:
+    await send(broker, 1)
+    producer = broker._producer._producer
+
+    async def fail() -> None:
+        raise RuntimeError
+
+    producer._sender._maybe_wait_for_pid = fail
+    if has_something:
+        await send(broker, 2)
+    else:
+        producer._message_accumulator.waiter().set_result(None)
+        await asyncio.wait([producer._sender.sender_task])
+    await send(broker, 3)
+    numbers = number_of_each(await stored(kafka_servers, name))
+    assert numbers == ({1, 2, 3} if has_something else {1, 3})
+    assert "during iteration" not in caplog.text
 
 
 async def test_a_topic_that_the_client_has_forgotten_is_looked_for_again(broker, name) -> None:

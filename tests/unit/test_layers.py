@@ -32,9 +32,10 @@ CLIENTS = {
     "pamqp": {"brokers/_rabbitmq_channel.py"},
     "aio_pika": set(),
     "aiokafka": {
-        "brokers/_kafka_findings.py",
+        "brokers/_kafka_batch.py",
         "brokers/_kafka_client.py",
         "brokers/_kafka_connection.py",
+        "brokers/_kafka_findings.py",
         "brokers/_kafka_member.py",
         "brokers/_kafka_sending.py",
         "brokers/_kafka_subscription.py",

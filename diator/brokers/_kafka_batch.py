@@ -1,0 +1,107 @@
+"""What goes to a partition of Kafka at once: all that knows how aiokafka's producer works inside."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+from uuid import UUID
+
+import msgspec
+from aiokafka import TopicPartition
+
+from diator.brokers._kafka_client import close_client, end_tasks, verdict
+from diator.exceptions import BrokerError
+
+
+class Call(msgspec.Struct):
+    """A message, and who waits for it."""
+
+    place: TopicPartition
+    key: bytes | None
+    value: bytes
+    headers: Sequence[tuple[str, bytes]]
+    message_id: UUID | None
+    deadline: float
+    confirmed: asyncio.Future[None]
+
+    def end(self, error: BaseException | None, *, handed_over: bool) -> None:
+        """Tell its caller, unless he has gone."""
+        if self.confirmed.done():
+            return
+        if error is None:
+            self.confirmed.set_result(None)
+            return
+        own = verdict(error, self.message_id, handed_over=handed_over)
+        if not isinstance(error, BrokerError):
+            own.__cause__ = error
+        self.confirmed.set_exception(own)
+
+
+class Batch:
+    """
+    What goes into one partition at once, and has one confirmation.
+
+    aiokafka takes it for the future of its first message, and knows of no other. Its own `send` does for each message
+    what is done here once, and lets its caller wait where a batch is full.
+    """
+
+    def __init__(self, producer: Any, first: Call, settle: Callable[[Batch, BaseException | None], None]) -> None:
+        self.producer = producer
+        self.calls = [first]
+        self._settle = settle
+        self._builder = producer.create_batch()
+        self._sent = producer._message_accumulator._append_batch(self._builder, first.place)  # noqa: SLF001
+        self._sent.append(first.key, first.value, None, lambda: self, headers=first.headers)
+
+    @property
+    def size(self) -> int:
+        """How many bytes it has."""
+        return int(self._builder.size())
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether it was on its way at least once."""
+        return bool(self._sent.retry_count)
+
+    def takes(self, call: Call) -> bool:
+        """Let *call* go with it, if it is not on its way and has room."""
+        # Afterwards aiokafka has counted what is in it, and would give the same numbers to what comes next.
+        if self._sent.retry_count:
+            return False
+        if self._builder.append(timestamp=None, key=call.key, value=call.value, headers=call.headers) is None:
+            return False
+        self.calls.append(call)
+        return True
+
+    def take_back(self) -> None:
+        """See that it is never on its way."""
+        if sender_of(self.producer).done():
+            return  # nothing is, and aiokafka is about to tell all
+        batches, place = self.producer._message_accumulator._batches, self.calls[0].place  # noqa: SLF001
+        batches[place].remove(self._sent)
+        if not batches[place]:
+            del batches[place]
+
+    # What aiokafka does with a future:
+
+    def done(self) -> bool:
+        return False
+
+    def set_result(self, _: object) -> None:
+        self._settle(self, None)
+
+    def set_exception(self, error: BaseException) -> None:
+        self._settle(self, error)
+
+
+def sender_of(producer: Any) -> asyncio.Task[None]:
+    """Give the task that does all its work, once it is started."""
+    return producer._sender.sender_task  # type: ignore[no-any-return]  # noqa: SLF001
+
+
+async def tear_down(producer: Any) -> None:
+    """End *producer* without sending what it holds: its own `stop` waits until that is delivered."""
+    producer._closed = True  # noqa: SLF001  # else it complains that nobody has stopped it
+    await end_tasks([producer._sender.sender_task])  # noqa: SLF001  # there may be none yet
+    await close_client(producer.client)
