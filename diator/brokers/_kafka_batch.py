@@ -25,17 +25,12 @@ class Call(msgspec.Struct):
     deadline: float
     confirmed: asyncio.Future[None]
 
-    def end(self, error: BaseException | None, *, handed_over: bool) -> None:
-        """Tell its caller, unless he has gone."""
-        if self.confirmed.done():
-            return
-        if error is None:
-            self.confirmed.set_result(None)
-            return
+    def error(self, error: BaseException, *, handed_over: bool) -> BrokerError:
+        """Give what its caller is told."""
         own = verdict(error, self.message_id, handed_over=handed_over)
         if not isinstance(error, BrokerError):
             own.__cause__ = error
-        self.confirmed.set_exception(own)
+        return own
 
 
 class Batch:

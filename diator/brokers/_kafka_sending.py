@@ -225,7 +225,12 @@ class SharedProducer(Shared):
         self._in_flight -= len(calls)
         self._freed.set()
         for call in calls:
-            call.end(error, handed_over=handed_over)
+            if call.confirmed.done():
+                continue  # its caller has gone
+            if error is None:
+                call.confirmed.set_result(None)
+            else:
+                call.confirmed.set_exception(call.error(error, handed_over=handed_over))
 
     def _sweep(self) -> None:
         """Look at the oldest call: one timer for all of them, instead of one each."""

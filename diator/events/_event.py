@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from datetime import UTC, datetime
 from typing import ClassVar
-from uuid import UUID, uuid4
+from uuid import UUID, SafeUUID
 
 from diator._hints import fields_of, name_of
 from diator.exceptions import NotAnEvent
@@ -26,6 +27,16 @@ class DomainEvent(Event):
     __slots__ = ()
 
 
+def _random_id() -> UUID:
+    """Make what `uuid.uuid4` makes. That spends half of its time on looking at what it has just made itself."""
+    made = UUID.__new__(UUID)
+    # RFC 9562, 5.4: all is random but the version, 4, and the variant, 0b10.
+    number = int.from_bytes(os.urandom(16)) & ~(0xF000 << 64 | 0xC000 << 48) | (0x4000 << 64 | 0x8000 << 48)
+    object.__setattr__(made, "int", number)
+    object.__setattr__(made, "is_safe", SafeUUID.unknown)
+    return made
+
+
 def _now() -> datetime:
     return datetime.now(UTC)
 
@@ -42,7 +53,7 @@ class NotificationEvent(Event):
 
     message_type: ClassVar[str] = "notification_event"
 
-    event_id: UUID = dataclasses.field(default_factory=uuid4)
+    event_id: UUID = dataclasses.field(default_factory=_random_id)
     """Also the id of the message, so that each repeat of it is recognisable."""
     event_timestamp: datetime = dataclasses.field(default_factory=_now)
     """Aware, in UTC."""
@@ -58,7 +69,7 @@ class ECSTEvent(Event):
 
     message_type: ClassVar[str] = "ecst_event"
 
-    event_id: UUID = dataclasses.field(default_factory=uuid4)
+    event_id: UUID = dataclasses.field(default_factory=_random_id)
     event_timestamp: datetime = dataclasses.field(default_factory=_now)
 
 

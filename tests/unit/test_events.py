@@ -1,9 +1,10 @@
 """What event classes say of their messages, and which handlers are for which event."""
 
+import pickle
 from dataclasses import FrozenInstanceError, dataclass, fields
 from datetime import UTC, datetime, timedelta
 from typing import ClassVar
-from uuid import UUID
+from uuid import RFC_4122, UUID, SafeUUID
 
 import pytest
 
@@ -24,6 +25,21 @@ def test_an_event_that_travels_has_an_id_and_a_time_in_utc(base):
     assert first.event_id != second.event_id
     assert before <= first.event_timestamp <= datetime.now(UTC)
     assert first.event_timestamp.utcoffset() == timedelta(0)
+
+
+def test_the_id_of_an_event_is_a_random_uuid_like_any_other():
+    ids = {NotificationEvent().event_id for _ in range(200)}
+
+    assert len(ids) == 200
+    assert {(each.version, each.variant) for each in ids} == {(4, RFC_4122)}
+    for each in ids:
+        assert each == UUID(str(each)) == pickle.loads(pickle.dumps(each))
+        assert hash(each) == hash(UUID(str(each)))
+        assert each.is_safe is SafeUUID.unknown
+    varying = 0
+    for each in ids:
+        varying |= each.int ^ min(ids).int
+    assert f"{varying:032x}" == "ffffffffffff0fff3fffffffffffffff"
 
 
 def test_an_event_that_travels_is_frozen():
