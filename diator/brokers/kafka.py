@@ -12,7 +12,6 @@ import asyncio
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
-from typing import Self
 
 from diator.brokers._kafka_client import (
     CLIENT_ERRORS,
@@ -32,12 +31,12 @@ from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import encode, headers_with_key
 from diator.brokers.message import Message
-from diator.brokers.sending import send_together
+from diator.brokers.shared import ServiceBroker
 from diator.brokers.supervisor import Patience, Supervised
 from diator.exceptions import BrokerClosed, EncodingError, MessageRejected, WiringError
 
 
-class KafkaMessageBroker:
+class KafkaMessageBroker(ServiceBroker[SharedProducer]):
     """
     Sends each message to the Kafka topic `<prefix>.<message_type>.<message_name>`, and reads as a member of a group.
 
@@ -130,7 +129,7 @@ class KafkaMessageBroker:
         self._max_message_bytes = max_message_bytes
         self._read_ahead = read_ahead
         self._patience = patience or Patience(connect=timeout)
-        self._producer = SharedProducer(self._cluster, self._policy, max_in_flight=max_in_flight)
+        super().__init__(SharedProducer(self._cluster, self._policy, max_in_flight=max_in_flight))
 
     @property
     def capabilities(self) -> Capabilities:
@@ -173,11 +172,7 @@ class KafkaMessageBroker:
             raise EncodingError(f"{message.message_name}.headers", str(error)) from error
         except MessageRejected as error:
             raise MessageRejected(str(error), message_id=message.message_id) from None
-        await self._producer.send(topic, body, key=key, headers=headers, message_id=message.message_id)
-
-    async def send_messages(self, messages: Sequence[Message], /) -> None:
-        """See `BatchMessageBroker.send_messages`: in as few requests as they fit in, in their order."""
-        await send_together(self.send_message, messages)
+        await self._service.send(topic, body, key=key, headers=headers, message_id=message.message_id)
 
     @asynccontextmanager
     async def subscribe(
@@ -190,9 +185,9 @@ class KafkaMessageBroker:
         on_gap: OnGap | None = None,
     ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
         """See `ReadableBroker.subscribe`."""
-        if self._producer.is_closed:
+        if self._service.is_closed:
             raise BrokerClosed("this broker is closed")
-        subscription = Subscription(topics, group, reading=self._reading, names=self._names, producer=self._producer)
+        subscription = Subscription(topics, group, reading=self._reading, names=self._names, producer=self._service)
         connections = Connections(subscription, self._cluster, self._policy)
         supervised = subscription.supervised = Supervised(
             connections.connected,
@@ -203,7 +198,7 @@ class KafkaMessageBroker:
             ahead=prefetch + self._read_ahead,
             patience=self._patience,
             on_gap=on_gap,
-            siblings=self._producer.subscriptions,
+            siblings=self._service.subscriptions,
             unsettled=lambda: subscription.unsettled,
             leave=connections.leave,
         )
@@ -212,24 +207,13 @@ class KafkaMessageBroker:
 
     async def audit(self) -> Sequence[Finding]:
         """See `Auditable.audit`: copies, retention and the like, of the cluster and of all topics of this prefix."""
-        if self._producer.is_closed:
+        if self._service.is_closed:
             raise BrokerClosed("this broker is closed")
         try:
             async with asyncio.timeout(self._cluster.timeout):
                 return await look_into(self._cluster, self._policy, self._names.prefix)
         except CLIENT_ERRORS as error:
             raise verdict(error, None, handed_over=False) from error
-
-    async def aclose(self) -> None:
-        """Refuse further messages and wait, at most *timeout*, for the confirmations that are due."""
-        await self._producer.aclose()
-
-    async def __aenter__(self) -> Self:
-        await self._producer.open()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
 
 
 def _encoded(headers: dict[str, str], key: bytes) -> list[tuple[str, bytes]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Self
 
 from diator.brokers._rabbitmq_audit import inspect
 from diator.brokers._rabbitmq_channel import Address, Lost
@@ -24,7 +23,7 @@ from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
 from diator.brokers.message import Message
-from diator.brokers.sending import send_together
+from diator.brokers.shared import ServiceBroker
 from diator.brokers.supervisor import Patience, Source, Supervised
 from diator.exceptions import BrokerClosed, EncodingError, WiringError
 
@@ -32,7 +31,7 @@ _ROUTING = frozenset({"CC", "BCC"})
 """Headers that RabbitMQ routes by."""
 
 
-class RabbitMQMessageBroker:
+class RabbitMQMessageBroker(ServiceBroker[Publisher]):
     """
     Publishes to a topic exchange of RabbitMQ, and reads queues.
 
@@ -79,7 +78,7 @@ class RabbitMQMessageBroker:
         self._queue_type: QueueType = queue_type
         self._read_ahead = read_ahead
         self._patience = patience or Patience(connect=timeout)
-        self._publisher = Publisher(self._address, prefix, timeout=timeout, max_in_flight=max_in_flight)
+        super().__init__(Publisher(self._address, prefix, timeout=timeout, max_in_flight=max_in_flight))
         self._members: set[Member] = set()
 
     @property
@@ -115,11 +114,7 @@ class RabbitMQMessageBroker:
         message_id = str(message.message_id)
         header = header_of(message.message_name, message_id, headers, len(body))
         key = routing_key(message.message_type, message.message_name)
-        await self._publisher.publish(Publication(self._prefix, key, header, body, message_id, self._mandatory))
-
-    async def send_messages(self, messages: Sequence[Message], /) -> None:
-        """See `BatchMessageBroker.send_messages`: in one write, in their order."""
-        await send_together(self.send_message, messages)
+        await self._service.publish(Publication(self._prefix, key, header, body, message_id, self._mandatory))
 
     @asynccontextmanager
     async def subscribe(
@@ -138,7 +133,7 @@ class RabbitMQMessageBroker:
             WiringError: A queue is there with other settings.
             AccessRefused: The user may not declare or read it.
         """
-        member = Member(self._publisher, self._prefix, topics, group, self._queue_type)
+        member = Member(self._service, self._prefix, topics, group, self._queue_type)
         member.supervised = Supervised(
             lambda: self._reading(member, prefetch),
             topics,
@@ -148,7 +143,7 @@ class RabbitMQMessageBroker:
             ahead=prefetch + self._read_ahead,
             patience=self._patience,
             on_gap=on_gap,
-            siblings=self._publisher.subscriptions,
+            siblings=self._service.subscriptions,
             unsettled=lambda: member.holds,
             leave=member.leave,
         )
@@ -161,7 +156,7 @@ class RabbitMQMessageBroker:
 
     @asynccontextmanager
     async def _reading(self, member: Member, prefetch: int) -> AsyncGenerator[Source, None]:
-        if self._publisher.is_closed:
+        if self._service.is_closed:
             raise BrokerClosed("this broker is closed")
         for tries_left in (2, 1, 0):
             reading = Reading(member, min(prefetch + self._read_ahead // len(member.queues), 65_535))
@@ -187,21 +182,10 @@ class RabbitMQMessageBroker:
         `expires` can drop messages (`rabbitmqctl list_policies`), and a handler that takes longer than the server's
         `consumer_timeout` loses its delivery.
         """
-        if self._publisher.is_closed:
+        if self._service.is_closed:
             raise BrokerClosed("this broker is closed")
         findings = await inspect(self._address, self._prefix, self._members, timeout=self._timeout)
-        return [*self._publisher.blocked(), *findings]
-
-    async def aclose(self) -> None:
-        """Refuse further messages and wait, at most *timeout*, for the confirms that are due. Again: does nothing."""
-        await self._publisher.aclose()
-
-    async def __aenter__(self) -> Self:
-        await self._publisher.open()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
+        return [*self._service.blocked(), *findings]
 
 
 def _check_headers(message: Message, headers: Mapping[str, str]) -> None:

@@ -23,14 +23,14 @@ from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities, require
 from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode
 from diator.brokers.message import Message
-from diator.brokers.sending import send_together
+from diator.brokers.shared import ServiceBroker
 from diator.brokers.supervisor import Patience, Source, Supervised
 from diator.exceptions import BrokerClosed, DecodingError, MessageUnroutable, UnsupportedCapability, WiringError
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 
-class RedisMessageBroker:
+class RedisMessageBroker(ServiceBroker[SharedConnection]):
     """
     Sends each message to the channel `<channel_prefix>:<message_type>:<message_name>` of Redis Pub/Sub.
 
@@ -72,7 +72,7 @@ class RedisMessageBroker:
         self._older_senders = older_senders
         self._read_ahead = read_ahead
         self._patience = patience or Patience(connect=timeout)
-        self._connection = SharedConnection(client, timeout=timeout, max_in_flight=max_in_flight)
+        super().__init__(SharedConnection(client, timeout=timeout, max_in_flight=max_in_flight))
 
     @classmethod
     def from_url(
@@ -100,7 +100,7 @@ class RedisMessageBroker:
             read_ahead=read_ahead,
             patience=patience,
         )
-        broker._connection.owns_client = True
+        broker._service.owns_client = True
         return broker
 
     async def send_message(self, message: Message, /) -> None:
@@ -111,14 +111,10 @@ class RedisMessageBroker:
         """Send *message*, with the promises of `send_message`, and give the number of its receivers on Redis's node."""
         body = encode(message, max_bytes=self._max_message_bytes, headers_in_body=True)
         channel = self._channel(Topic(message.message_type, message.message_name))
-        receivers: int = await self._connection.execute(b"PUBLISH", channel, body, message_id=message.message_id)
+        receivers: int = await self._service.execute(b"PUBLISH", channel, body, message_id=message.message_id)
         if self._require_receiver and not receivers:
             raise MessageUnroutable("nobody is subscribed to its channel", message_id=message.message_id)
         return receivers
-
-    async def send_messages(self, messages: Sequence[Message], /) -> None:
-        """See `BatchMessageBroker.send_messages`: in one write, in their order."""
-        await send_together(self.send_message, messages)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -164,7 +160,7 @@ class RedisMessageBroker:
             ahead=prefetch + self._read_ahead,
             patience=self._patience,
             on_gap=on_gap,
-            siblings=self._connection.subscriptions,
+            siblings=self._service.subscriptions,
         )
         async with subscription as deliveries:
             yield deliveries
@@ -174,7 +170,7 @@ class RedisMessageBroker:
         self, channels: Mapping[bytes, Topic], patterns: Collection[bytes]
     ) -> AsyncGenerator[Source, None]:
         """Take a connection of the client's pool, and wait until Redis has confirmed every channel."""
-        if self._connection.is_closed:
+        if self._service.is_closed:
             raise BrokerClosed("this broker is closed")
         connection = await self._client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
         try:
@@ -196,17 +192,6 @@ class RedisMessageBroker:
 
     def _channel_of_any(self, topic: Topic) -> bytes:
         return re.sub(rb"([*?\[\]\\])", rb"\\\1", f"{self._prefix}:{topic.message_type}:".encode()) + b"*"
-
-    async def aclose(self) -> None:
-        """Refuse further messages and wait, at most *timeout*, for the answers that are due. Again: does nothing."""
-        await self._connection.aclose()
-
-    async def __aenter__(self) -> Self:
-        await self._connection.open()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
 
 
 class _Subscription:

@@ -25,7 +25,7 @@ from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities, Durability, require
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
 from diator.brokers.message import Message
-from diator.brokers.sending import send_together
+from diator.brokers.shared import ServiceBroker
 from diator.brokers.supervisor import Patience, Source, Supervised
 from diator.exceptions import BrokerClosed, BrokerError, WiringError
 
@@ -37,7 +37,7 @@ _SCAN_AGAIN = 0.05
 """Likewise, while it takes over, as many at once as can begin."""
 
 
-class RedisStreamMessageBroker:
+class RedisStreamMessageBroker(ServiceBroker[SharedConnection]):
     """
     Appends each message to a Redis stream, and reads streams as a member of a group.
 
@@ -83,7 +83,7 @@ class RedisStreamMessageBroker:
         self._retention = retention
         self._read_ahead = read_ahead
         self._patience = patience or Patience(connect=timeout)
-        self._connection = SharedConnection(client, timeout=timeout, max_in_flight=max_in_flight)
+        super().__init__(SharedConnection(client, timeout=timeout, max_in_flight=max_in_flight))
 
     @classmethod
     def from_url(
@@ -113,7 +113,7 @@ class RedisStreamMessageBroker:
             read_ahead=read_ahead,
             patience=patience,
         )
-        broker._connection.owns_client = True
+        broker._service.owns_client = True
         return broker
 
     @property
@@ -150,11 +150,7 @@ class RedisStreamMessageBroker:
         stream = self._stream(Topic(message.message_type, message.message_name))
         if not self._is_verified:
             await self._verify()
-        await self._connection.execute(b"XADD", stream, b"*", *fields, message_id=message.message_id)
-
-    async def send_messages(self, messages: Sequence[Message], /) -> None:
-        """See `BatchMessageBroker.send_messages`: in one write, in their order."""
-        await send_together(self.send_message, messages)
+        await self._service.execute(b"XADD", stream, b"*", *fields, message_id=message.message_id)
 
     @asynccontextmanager
     async def subscribe(
@@ -172,9 +168,7 @@ class RedisStreamMessageBroker:
             remedy = "name a group, one for each service, or use Redis Pub/Sub"
             require(self, self.capabilities, broadcast, for_="subscribe() without a group", remedy=remedy)
         streams = {self._stream(topic): topic for topic in topics}
-        member = Member(
-            self._connection, streams, str(group), lease=self._lease, prefetch=prefetch, timeout=self._timeout
-        )
+        member = Member(self._service, streams, str(group), lease=self._lease, prefetch=prefetch, timeout=self._timeout)
         supervised = Supervised(
             lambda: self._reading(member),
             topics,
@@ -184,7 +178,7 @@ class RedisStreamMessageBroker:
             ahead=prefetch + self._read_ahead,
             patience=self._patience,
             on_gap=on_gap,
-            siblings=self._connection.subscriptions,
+            siblings=self._service.subscriptions,
             unsettled=lambda: member.holds,
             leave=member.leave,
         )
@@ -195,7 +189,7 @@ class RedisStreamMessageBroker:
     @asynccontextmanager
     async def _reading(self, member: Member) -> AsyncGenerator[Source, None]:
         """Take a connection of the client's pool for blocking reads, and see that the groups are there."""
-        if self._connection.is_closed:
+        if self._service.is_closed:
             raise BrokerClosed("this broker is closed")
         await self._verify()
         await member.create_groups()
@@ -207,12 +201,12 @@ class RedisStreamMessageBroker:
 
     async def audit(self) -> list[Finding]:
         """See `Auditable.audit`. It needs the permission for INFO, and CONFIG GET for the whole of it."""
-        return await findings(self._connection.execute)
+        return await findings(self._service.execute)
 
     async def _verify(self) -> None:
         """Have the server keep what this broker promises of it."""
         if not self._is_verified:
-            kept = Capabilities(durability=await durability_of(self._connection.execute))
+            kept = Capabilities(durability=await durability_of(self._service.execute))
             promised = Capabilities(durability=self._durability)
             remedy = "set appendonly yes on the server, or promise less"
             require(self, kept, promised, for_=f"durability={self._durability!r} on this server", remedy=remedy)
@@ -221,17 +215,10 @@ class RedisStreamMessageBroker:
     def _stream(self, topic: Topic) -> bytes:
         return f"{self._prefix}:{topic.message_type}:{topic.message_name}".encode()
 
-    async def aclose(self) -> None:
-        """Refuse further messages and wait, at most *timeout*, for the answers that are due. Again: does nothing."""
-        await self._connection.aclose()
-
     async def __aenter__(self) -> Self:
-        await self._connection.open()
+        await super().__aenter__()
         await self._verify()
         return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
 
 
 class _Reading:

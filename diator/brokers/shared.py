@@ -1,12 +1,14 @@
-"""What a connection has that many callers use at once, whatever its service: an event loop, a turn, and an end."""
+"""A connection that many callers use at once, whatever its service; and what a broker has of it."""
 
 from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from typing import Any, Generic, Self, TypeVar
 
+from diator.brokers.message import Message
+from diator.brokers.sending import send_together
 from diator.brokers.supervisor import Supervised
 from diator.exceptions import WiringError
 
@@ -76,9 +78,42 @@ class Shared(ABC):
         return loop
 
     @abstractmethod
+    async def open(self) -> None:
+        """Connect now. BrokerUnavailable if that is not possible."""
+
+    @abstractmethod
     def _begin_anew(self) -> None:
         """Forget what belonged to the event loop before."""
 
     @abstractmethod
     async def _close(self) -> None:
         """Do what `aclose` says. Called once."""
+
+
+S = TypeVar("S", bound=Shared)
+
+
+class ServiceBroker(ABC, Generic[S]):
+    """A broker that sends through one `Shared`, and opens and ends with it."""
+
+    def __init__(self, service: S) -> None:
+        self._service = service
+
+    @abstractmethod
+    async def send_message(self, message: Message, /) -> None:
+        """See `MessageBroker.send_message`."""
+
+    async def send_messages(self, messages: Sequence[Message], /) -> None:
+        """See `BatchMessageBroker.send_messages`: in as few exchanges as they fit in, in their order."""
+        await send_together(self.send_message, messages)
+
+    async def aclose(self) -> None:
+        """Refuse further messages and wait, at most *timeout*, for the answers that are due. Again: does nothing."""
+        await self._service.aclose()
+
+    async def __aenter__(self) -> Self:
+        await self._service.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()

@@ -477,7 +477,7 @@ async def test_what_waits_behind_a_repeat_is_not_sent_before_it(
     """One partition refuses a message while another has lost its leader: the producer is parted with, and repeats."""
     await admin.create_topics([NewTopic(name, 2, 1, topic_configs={"max.message.bytes": "5000"})])
     await send(broker, 0)
-    producer = broker._producer._producer
+    producer = broker._service._producer
     left_out = []
 
     async def without_a_leader(node, request, **options):
@@ -524,7 +524,7 @@ async def test_what_was_not_on_its_way_when_time_ran_out_was_not_sent(make, priv
 @pytest.mark.parametrize("has_something", [True, False])
 async def test_a_producer_that_ends_by_itself_is_made_anew(broker, name, kafka_servers, has_something, caplog) -> None:
     await send(broker, 1)
-    producer = broker._producer._producer
+    producer = broker._service._producer
 
     async def fail() -> None:
         raise RuntimeError
@@ -544,7 +544,7 @@ async def test_a_producer_that_ends_by_itself_is_made_anew(broker, name, kafka_s
 async def test_a_topic_that_the_client_has_forgotten_is_looked_for_again(broker, name) -> None:
     """An answer of a broker that has just started may not have it yet."""
     await send(broker, 1)
-    del broker._producer._producer.client.cluster._partitions[name]
+    del broker._service._producer.client.cluster._partitions[name]
     await send(broker, 2)
     async with subscribed(broker) as deliveries:
         assert sorted(await acked(deliveries, 2)) == [1, 2]

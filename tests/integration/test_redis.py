@@ -530,7 +530,7 @@ async def test_what_was_not_written_is_not_sent(proxy: FaultProxy, proxied: Redi
     proxy.withhold(Flow.TO_CLIENT)
     first = asyncio.create_task(send_all(proxied, 0))
     await asyncio.sleep(0.1)
-    link = proxied._connection._link
+    link = proxied._service._link
     assert link is not None
 
     link._connection._writer.transport.abort()

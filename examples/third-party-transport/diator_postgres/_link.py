@@ -32,6 +32,9 @@ class Link(Shared):
         self.connection: Any = None
         self._is_over = False
 
+    async def open(self) -> None:
+        await self.run("SELECT")
+
     async def run(self, statement: str, *arguments: object, until: float | None = None) -> Sequence[Any]:
         loop = self._on_this_loop()
         until = loop.time() + self.timeout if until is None else until

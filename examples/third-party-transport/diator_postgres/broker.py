@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
 from importlib.resources import files
-from typing import Any, Self
+from typing import Any
 from uuid import uuid4
 
 import asyncpg
@@ -21,7 +21,7 @@ from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.batching import Batches
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
-from diator.brokers.sending import send_together
+from diator.brokers.shared import ServiceBroker
 from diator.brokers.supervisor import Patience, Supervised
 from diator.exceptions import WiringError
 from diator_postgres._link import Link
@@ -38,7 +38,7 @@ FROM current_setting('synchronous_commit') AS now
 _ONE_AT_A_TIME = "SELECT pg_advisory_xact_lock(hashtext('diator'))"
 
 
-class PostgresMessageBroker:
+class PostgresMessageBroker(ServiceBroker[Link]):
     """
     Messages in a table of PostgreSQL: at least once to each group, and to each subscription without one.
 
@@ -78,7 +78,7 @@ class PostgresMessageBroker:
         self._schema, self._timeout, self._lease, self._absence = schema, timeout, lease, absence
         self._patience = patience or Patience(connect=timeout, idle=2 * timeout)
         self._max_message_bytes = max_message_bytes
-        self._sender = Link(connect, self._prepare, timeout=timeout)
+        super().__init__(Link(connect, self._prepare, timeout=timeout))
         self._reader = Link(connect, self._prepare_to_read, timeout=timeout)
         self._batches = Batches(self._send, timeout=timeout)
         self._members: set[Member] = set()
@@ -114,11 +114,8 @@ class PostgresMessageBroker:
         row = (_written(message.message_type, message.message_name), body, headers)
         await self._batches.send(row, size=len(body), message_id=message.message_id)
 
-    async def send_messages(self, messages: Sequence[Message], /) -> None:
-        await send_together(self.send_message, messages)
-
     async def _send(self, rows: Sequence[tuple[str, bytes, str]], until: float) -> None:
-        await self._sender.run("SELECT send($1, $2, $3)", *zip(*rows, strict=True), until=until)
+        await self._service.run("SELECT send($1, $2, $3)", *zip(*rows, strict=True), until=until)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -156,15 +153,8 @@ class PostgresMessageBroker:
 
     # -- connections ---------------------------------------------------------------------------------------------
 
-    async def __aenter__(self) -> Self:
-        await self._sender.run("SELECT")
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
     async def aclose(self) -> None:
-        await asyncio.gather(self._sender.aclose(), self._reader.aclose())
+        await asyncio.gather(super().aclose(), self._reader.aclose())
         await self._batches.done()
 
     async def _prepare(self, connection: Any) -> None:

@@ -94,7 +94,7 @@ class KafkaHarness(ServiceHarness):
         async def nothing(*_, **__):
             pass
 
-        clients = [transport._producer._producer.client] if transport._producer._producer else []
+        clients = [transport._service._producer.client] if transport._service._producer else []
         transport._producer._cluster = nowhere
         for subscription in transport._producer.subscriptions:
             connections = subscription._leave.__self__

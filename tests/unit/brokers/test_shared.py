@@ -6,8 +6,9 @@ from contextlib import suppress
 
 import pytest
 
-from diator.brokers.shared import Beside, Shared
-from diator.exceptions import WiringError
+from diator.brokers import Message
+from diator.brokers.shared import Beside, ServiceBroker, Shared
+from diator.exceptions import MessageRejected, MessagesNotSent, WiringError
 
 
 class Connection(Shared):
@@ -18,6 +19,9 @@ class Connection(Shared):
 
     def use(self):
         return self._on_this_loop()
+
+    async def open(self):
+        self.events.append("open")
 
     def _begin_anew(self):
         self.events.append("anew")
@@ -111,3 +115,35 @@ async def test_work_beside_goes_on_when_whoever_waits_is_cancelled():
     await beside.done()
     assert done
     await beside.done()  # there is nothing left
+
+
+class Broker(ServiceBroker[Connection]):
+    async def send_message(self, message, /):
+        self._service.events.append(message)
+
+
+async def test_a_broker_opens_and_ends_with_what_it_sends_through():
+    connection = Connection()
+    connection.may_end.set()
+    async with Broker(connection) as broker:
+        assert isinstance(broker, Broker)
+        assert connection.events == ["open"]
+    assert connection.events == ["open", "closing", "closed"]
+    await broker.aclose()
+    assert connection.is_closed
+
+
+async def test_a_broker_sends_several_messages_at_once_and_tells_which_were_not_sent():
+    connection = Connection()
+    good, bad = (Message.create(message_name=name, payload={}) for name in ("Good", "Bad"))
+    await Broker(connection).send_messages([good, good])
+    assert connection.events == [good, good]
+
+    class Refusing(Broker):
+        async def send_message(self, message, /):
+            if message is bad:
+                raise MessageRejected("it is bad", message_id=message.message_id)
+
+    with pytest.raises(MessagesNotSent) as failed:
+        await Refusing(connection).send_messages([good, bad])
+    assert failed.value.message_ids == (bad.message_id,)
