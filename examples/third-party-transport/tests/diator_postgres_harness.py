@@ -69,7 +69,7 @@ class PostgresHarness(Harness):
         def no_more(*_: object, **__: object) -> None:
             raise ConnectionError("this process is dead")
 
-        for link in (transport._sender, transport._reader):
+        for link in (transport._service, transport._reader):
             link._connect = no_more
             link.break_off()
 

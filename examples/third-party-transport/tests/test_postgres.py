@@ -154,7 +154,7 @@ async def test_what_a_lost_answer_had_claimed_comes_at_once_and_is_no_attempt(da
 async def test_a_commit_waits_for_the_disk_whatever_the_database_says(database: tuple[Any, str]) -> None:
     _, schema = database
     async with new_broker(schema, server_settings={"synchronous_commit": "off"}) as broker:
-        [(found,)] = await broker._sender.run("SELECT current_setting('synchronous_commit')")
+        [(found,)] = await broker._service.run("SELECT current_setting('synchronous_commit')")
     assert found == "on"
 
 
