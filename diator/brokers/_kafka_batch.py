@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
@@ -20,7 +20,7 @@ class Call(msgspec.Struct):
     place: TopicPartition
     key: bytes | None
     value: bytes
-    headers: Sequence[tuple[str, bytes]]
+    headers: list[tuple[str, bytes]] | None
     message_id: UUID | None
     deadline: float
     confirmed: asyncio.Future[None]
@@ -43,6 +43,7 @@ class Batch:
 
     def __init__(self, producer: Any, first: Call, settle: Callable[[Batch, BaseException | None], None]) -> None:
         self.producer = producer
+        self.place = first.place
         self.calls = [first]
         self._settle = settle
         self._builder = producer.create_batch()
@@ -70,13 +71,8 @@ class Batch:
         return True
 
     def take_back(self) -> None:
-        """See that it is never on its way."""
-        if sender_of(self.producer).done():
-            return  # nothing is, and aiokafka is about to tell all
-        batches, place = self.producer._message_accumulator._batches, self.calls[0].place  # noqa: SLF001
-        batches[place].remove(self._sent)
-        if not batches[place]:
-            del batches[place]
+        """See that it is never on its way: aiokafka counts none of an empty one, and sends nothing."""
+        self._sent._builder = self.producer.create_batch()  # noqa: SLF001
 
     # What aiokafka does with a future:
 
@@ -98,5 +94,14 @@ def sender_of(producer: Any) -> asyncio.Task[None]:
 async def tear_down(producer: Any) -> None:
     """End *producer* without sending what it holds: its own `stop` waits until that is delivered."""
     producer._closed = True  # noqa: SLF001  # else it complains that nobody has stopped it
-    await end_tasks([producer._sender.sender_task])  # noqa: SLF001  # there may be none yet
+    sender = producer._sender  # noqa: SLF001
+    # It ends without what it has begun, where that is more than one, and forgets it.
+    sending = [task for task in asyncio.all_tasks() if _is_sending(task.get_coro(), sender)]
+    await end_tasks([sender.sender_task, *sending])
     await close_client(producer.client)
+
+
+def _is_sending(coroutine: Any, sender: Any) -> bool:
+    if getattr(coroutine, "cr_code", None) is not type(sender)._send_produce_req.__code__:  # noqa: SLF001
+        return False
+    return coroutine.cr_frame is not None and coroutine.cr_frame.f_locals.get("self") is sender

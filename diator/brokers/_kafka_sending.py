@@ -21,7 +21,6 @@ from diator.brokers._kafka_client import (
     Cluster,
     Policy,
     ensure_topics,
-    refused,
     started,
     verdict,
 )
@@ -69,6 +68,9 @@ class SharedProducer(Shared):
         self._handing_on: asyncio.Task[None] | None = None
         self._in_flight = 0
         self._freed = asyncio.Event()
+        """Something has ended that somebody may wait for."""
+        self._asked: Any = None
+        """The producer that is just asked where a topic is."""
         self._sweeper: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
@@ -76,6 +78,8 @@ class SharedProducer(Shared):
         self._on_this_loop()
         try:
             async with asyncio.timeout(self._timeout), self._turn:
+                if self.is_closed:
+                    raise BrokerClosed("this broker is closed")
                 await self._connected()
         except CLIENT_ERRORS as error:
             raise verdict(error, None, handed_over=False) from error
@@ -86,7 +90,7 @@ class SharedProducer(Shared):
         value: bytes,
         *,
         key: bytes | None = None,
-        headers: Sequence[tuple[str, bytes]] = (),
+        headers: list[tuple[str, bytes]] | None = None,
         partition: int | None = None,
         message_id: UUID | None = None,
     ) -> None:
@@ -103,7 +107,7 @@ class SharedProducer(Shared):
         if self.is_closed:
             raise BrokerClosed("this broker is closed", message_id=message_id)
         deadline = loop.time() + self._timeout
-        place = None if self._queued or self._is_full else self._place(topic, key, partition)
+        place = None if self._queued or self._left or self._is_full else self._place(topic, key, partition)
         if place is None:
             place = await self._in_turn(topic, key, partition, message_id, deadline)
         call = Call(place, key, value, headers, message_id, deadline, loop.create_future())
@@ -122,7 +126,7 @@ class SharedProducer(Shared):
         aiokafka chooses anew for each, so that many callers fill many small batches instead of few large ones. None if
         it has to be asked where *topic* is: a Kafka that has just started can make the client forget it.
         """
-        if topic not in self._known:
+        if topic not in self._known:  # by this producer: of another one nothing is known
             return None
         cluster = self._producer.client.cluster
         if key is None and partition is None:
@@ -148,18 +152,18 @@ class SharedProducer(Shared):
         self._queued += 1
         try:
             async with asyncio.timeout_at(deadline), self._turn:
-                while True:
-                    producer = await self._connected()
+                while not self.is_closed:
+                    await self._connected()
                     place = self._place(topic, key, partition)
                     if place is None:
                         await ensure_topics(self._cluster, self._policy, [topic])
-                        await producer.partitions_for(topic)
-                        self._known.add(topic)
+                        await self._look_for(topic)
                     elif self._is_full:
                         self._freed.clear()
                         await self._freed.wait()
                     else:
                         return place
+                raise BrokerClosed("this broker is closed")
         except CLIENT_ERRORS as error:
             raise verdict(error, message_id, handed_over=False) from error
         except BrokerError as error:
@@ -167,10 +171,8 @@ class SharedProducer(Shared):
         finally:
             self._queued -= 1
 
-    async def _connected(self) -> Any:
-        """Called by one at a time."""
-        if self.is_closed:
-            raise BrokerClosed("this broker is closed")
+    async def _connected(self) -> None:
+        """See that there is a producer, and that it has what is left. Called by one at a time."""
         if self._producer is None:
             await self._beside.done()  # what the one before still has of a key comes first
             producer = AIOKafkaProducer(
@@ -182,17 +184,32 @@ class SharedProducer(Shared):
             )
             try:
                 await started(producer.start())
-                for topic in {call.place.topic for call in self._left}:
-                    await producer.partitions_for(topic)
             except BaseException:
                 await tear_down(producer)
                 raise
             self._producer = producer
             sender_of(producer).add_done_callback(partial(self._on_end_of_sender, producer))
-            left, self._left = self._left, []
-            for call in left:
+        for topic in {call.place.topic for call in self._left} - self._known:
+            try:
+                await self._look_for(topic)
+            except CLIENT_ERRORS as error:
+                self._tell(self._take_left(topic), error, handed_over=False)
+        if self._producer is not None:
+            for call in self._take_left():
                 self._put(call)
-        return self._producer
+
+    async def _look_for(self, topic: str) -> None:
+        """Have the producer know where *topic* is. It does not end meanwhile: nobody would answer."""
+        producer = self._asked = self._producer
+        if producer is None:
+            return  # it has been retired meanwhile
+        try:
+            await producer.partitions_for(topic)
+        finally:
+            self._asked = None
+            self._freed.set()
+        if producer is self._producer:
+            self._known.add(topic)
 
     # -- what was sent, and what becomes of it -----------------------------------------------------------------------
 
@@ -201,17 +218,35 @@ class SharedProducer(Shared):
         if batch is None or not batch.takes(call):
             batch = self._latest[call.place] = Batch(self._producer, call, self._settle)
             self._batches[batch] = None
-            if self._sweeper is None and self._loop is not None:
-                self._sweeper = self._loop.call_at(call.deadline, self._sweep)
+            self._sweep_at(call.deadline)
+
+    def _take_back(self, place: TopicPartition | None = None) -> list[Call]:
+        """Give the calls whose messages were not on their way yet, of *place* or of all: now they never will be."""
+        calls: list[Call] = []
+        for batch in [each for each in self._batches if not each.is_sent and place in (None, each.place)]:
+            self._forget(batch)
+            batch.take_back()
+            calls += batch.calls
+        return calls
+
+    def _take_left(self, topic: str | None = None) -> list[Call]:
+        taken = [call for call in self._left if topic in (None, call.place.topic)]
+        self._left = [call for call in self._left if topic not in (None, call.place.topic)]
+        return taken
+
+    def _forget(self, batch: Batch) -> None:
+        del self._batches[batch]
+        if self._latest.get(batch.place) is batch:
+            del self._latest[batch.place]
 
     def _settle(self, batch: Batch, error: BaseException | None) -> None:
         """Tell all who wait for *batch*, unless they have been told."""
         if batch not in self._batches:
             return
-        if error is not None and not refused(error) and batch.producer is self._producer:
+        if error is not None and sender_of(batch.producer).done():
             self._give_up(batch.producer, error)
             return
-        del self._batches[batch]
+        self._forget(batch)
         if isinstance(error, TOO_LARGE) and len(batch.calls) > 1:
             # It is for each of them to hear that. What was sent after it is not sent again before it.
             self._batch_bytes = min(self._batch_bytes, batch.size // 2)
@@ -232,29 +267,48 @@ class SharedProducer(Shared):
             else:
                 call.confirmed.set_exception(call.error(error, handed_over=handed_over))
 
+    def _sweep_at(self, deadline: float) -> None:
+        """One timer for all calls, instead of one each: for the one that is due first."""
+        if self._sweeper is not None and self._sweeper.when() > deadline:
+            self._sweeper.cancel()
+            self._sweeper = None
+        if self._sweeper is None and self._loop is not None:
+            self._sweeper = self._loop.call_at(deadline, self._sweep)
+
     def _sweep(self) -> None:
-        """Look at the oldest call: one timer for all of them, instead of one each."""
+        """Tell whoever is overdue."""
         self._sweeper = None
-        if not self._batches or self._loop is None:
-            return
-        oldest = min(self._batches, key=lambda batch: batch.calls[0].deadline)
-        deadline = oldest.calls[0].deadline
-        if deadline <= self._loop.time():
-            why = f"Kafka did not confirm it within {self._timeout:g} s; it may have arrived"
-            self._give_up(oldest.producer, OutcomeUnknown(why))
-            deadline = 0
-        self._sweeper = self._loop.call_at(deadline, self._sweep)
+        now = asyncio.get_running_loop().time()
+        late = TimeoutError(f"it was not sent within {self._timeout:g} s")
+        for batch in [batch for batch in self._batches if batch.calls[0].deadline <= now]:
+            if batch not in self._batches:
+                continue  # it went with one before it
+            if batch.is_sent:
+                why = f"Kafka did not confirm it within {self._timeout:g} s; it may have arrived"
+                self._give_up(batch.producer, OutcomeUnknown(why))
+                continue
+            calls = self._take_back(batch.place)  # in vain its leader is looked for
+            self._tell([call for call in calls if call.deadline <= now], late, handed_over=False)
+            for call in calls:
+                if call.deadline > now:
+                    self._put(call)
+        overdue = [call for call in self._left if call.deadline <= now]
+        self._left = [call for call in self._left if call.deadline > now]
+        self._tell(overdue, late, handed_over=False)
+        deadlines = [call.deadline for call in self._left] + [batch.calls[0].deadline for batch in self._batches]
+        if deadlines:
+            self._sweep_at(min(deadlines))
 
     def _give_up(self, producer: Any, why: BaseException) -> None:
         """Tell everybody who waits for what *producer* has sent that nobody knows."""
         self._retire(producer)
         for batch in [batch for batch in self._batches if batch.producer is producer]:
-            del self._batches[batch]
+            self._forget(batch)
             self._tell(batch.calls, why, handed_over=True)
 
     def _on_end_of_sender(self, producer: Any, sender: asyncio.Task[None]) -> None:
         """Part with a producer whose work has ended by itself: nobody would take a message from it."""
-        if not sender.cancelled() and (error := sender.exception()) is not None and producer is self._producer:
+        if not sender.cancelled() and (error := sender.exception()) is not None:
             self._give_up(producer, error)
 
     def _retire(self, producer: Any) -> None:
@@ -265,47 +319,44 @@ class SharedProducer(Shared):
         """
         if producer is self._producer:
             self._producer = None
-            self._known.clear()
-            self._stays.clear()
-            self._latest.clear()
-            for batch in [batch for batch in self._batches if batch.producer is producer and not batch.is_sent]:
-                del self._batches[batch]
-                batch.take_back()
-                self._left += batch.calls
+            producer._closed = True  # noqa: SLF001  # else it complains, should the event loop end before it
+            self._left += self._take_back()
+            for known in (self._known, self._stays, self._latest):
+                known.clear()
             self._beside.begin(self._end_of(producer), "the end of a producer")
         if self._left and (self._handing_on is None or self._handing_on.done()):
             self._handing_on = asyncio.create_task(self._hand_on(), name="diator: handing on what was not sent")
+        self._freed.set()
 
     async def _hand_on(self) -> None:
-        """See that there is a producer for what is left, and that its callers hear of it otherwise."""
-        if not self._left:
-            return  # somebody made one before this began
-        try:
-            async with asyncio.timeout_at(min(call.deadline for call in self._left)), self._turn:
-                await self._connected()
-        except BaseException as error:
-            left, self._left = self._left, []
-            self._tell(left, error, handed_over=False)
-            if not isinstance(error, (*CLIENT_ERRORS, BrokerError)):
-                raise
+        """See that there is a producer for what is left, or that its callers hear of it."""
+        while self._left:
+            try:
+                async with asyncio.timeout(self._timeout), self._turn:
+                    await self._connected()
+            except TimeoutError:
+                continue  # who is overdue has been told
+            except CLIENT_ERRORS as error:
+                self._tell(self._take_left(), error, handed_over=False)
 
     async def _end_of(self, producer: Any) -> None:
-        while any(batch.producer is producer for batch in self._batches):
+        while self._asked is producer or any(batch.producer is producer for batch in self._batches):
             self._freed.clear()
             await self._freed.wait()
         await tear_down(producer)
 
     async def _close(self) -> None:
         reading = asyncio.create_task(close_all(self.subscriptions))
-        async with self._turn:  # behind those who were there before
-            while self._batches:
-                self._freed.clear()
-                await self._freed.wait()
-            producer, self._producer = self._producer, None
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        async with self._turn:
+            pass  # those who were there before have a batch now, or a verdict
+        while self._batches or self._left:
+            self._freed.clear()
+            await self._freed.wait()
         if self._handing_on is not None:
             await asyncio.wait([self._handing_on])
+        producer, self._producer = self._producer, None
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         if producer is not None:
             await tear_down(producer)
         await self._beside.done()
@@ -314,7 +365,7 @@ class SharedProducer(Shared):
     def _begin_anew(self) -> None:
         if self._producer is not None:
             self._producer._closed = True  # noqa: SLF001
-        self._producer, self._handing_on, self._sweeper = None, None, None
+        self._producer, self._asked, self._handing_on, self._sweeper = None, None, None, None
         self._in_flight, self._freed = 0, asyncio.Event()
         for gone in (self._known, self._stays, self._latest, self._batches, self._left):
             gone.clear()

@@ -290,7 +290,7 @@ class Subscription:
         token: _Token,
         attempt: int,
         topic: str,
-        headers: Sequence[tuple[str, bytes]],
+        headers: list[tuple[str, bytes]],
         partition: int | None = None,
     ) -> None:
         """Write it to *topic*, and then it is done here. If that fails, it comes again, though this member lives on."""

@@ -457,6 +457,53 @@ async def test_what_is_too_large_only_together_is_sent_in_smaller_batches(broker
         assert numbers == [number for number in range(key, 200, 4) if number != 30]
 
 
+async def test_who_waits_for_room_waits_no_longer_for_a_batch_that_is_split(make, kafka_servers, name, admin) -> None:
+    await admin.create_topics([NewTopic(name, 1, 1, topic_configs={"max.message.bytes": "3000"})])
+    broker = await make(kafka_servers, max_in_flight=100)
+    await send(broker, 0, key="k")
+    await send(broker, *range(1, 150), key="k")
+    assert [number_in(record) for record in await stored(kafka_servers, name)] == list(range(150))
+
+
+async def test_closing_waits_for_a_batch_that_is_split(broker, name, admin, kafka_servers) -> None:
+    await admin.create_topics([NewTopic(name, 1, 1, topic_configs={"max.message.bytes": "3000"})])
+    await send(broker, 0, key="k")
+    sending = [asyncio.create_task(broker.send_message(message(number, key="k"))) for number in range(1, 50)]
+    await asyncio.sleep(0)
+    async with within(TIMEOUT):
+        await broker.aclose()
+    await asyncio.gather(*sending)
+    assert [number_in(record) for record in await stored(kafka_servers, name)] == list(range(50))
+
+
+async def test_a_topic_that_is_looked_for_while_a_message_of_another_is_refused(broker, name, admin) -> None:
+    """Nobody would answer a question of a producer that has ended."""
+    other = Topic("notification_event", "Other")
+    await admin.create_topics([NewTopic(name, 1, 1, topic_configs={"max.message.bytes": "3000"})])
+    await send(broker, 0)
+    async with within(TIMEOUT):
+        verdicts = await asyncio.gather(
+            broker.send_message(message("x" * 4000)),
+            *(broker.send_message(message(number, topic)) for number in range(3) for topic in (other, COUNTED)),
+            return_exceptions=True,
+        )
+    assert [type(each) for each in verdicts] == [MessageRejected, *[type(None)] * 6]
+
+
+async def test_what_kafka_says_of_one_topic_is_no_verdict_on_another(broker, name, admin) -> None:
+    """A compacted topic takes nothing without a key, and the client does not know what it says then."""
+    await admin.create_topics([NewTopic(name, 1, 1, topic_configs={"cleanup.policy": "compact"})])
+    others = [Topic("notification_event", f"Other{number}") for number in range(6)]
+    await send(broker, 0, key="k")
+    await asyncio.gather(*(broker.send_message(message(0, other)) for other in others))
+    verdicts = await asyncio.gather(
+        broker.send_message(message(1)),
+        *(broker.send_message(message(1, other)) for other in others),
+        return_exceptions=True,
+    )
+    assert [type(each) for each in verdicts] == [OutcomeUnknown, *[type(None)] * 6]
+
+
 async def test_what_a_refused_message_was_ahead_of_is_sent_all_the_same(broker, name, admin, kafka_servers) -> None:
     """The client would count on, Kafka refuse what follows, and everybody hear that nobody knows."""
     small = {"max.message.bytes": "5000"}
@@ -501,7 +548,8 @@ async def test_what_waits_behind_a_repeat_is_not_sent_before_it(
 
     with pytest.raises(MessageRejected):
         await refused
-    assert not producer._message_accumulator._batches  # else it would send them where it has several brokers
+    left = [each for batches in producer._message_accumulator._batches.values() for each in batches]
+    assert all(each.is_empty() for each in left)  # else it would send them, where it has several brokers
     await asyncio.gather(*following)
     records = await stored(kafka_servers, name)
     assert [number_in(record) for record in records if record.key == keys[1].encode()] == [1, 2, 3, 4, 5]

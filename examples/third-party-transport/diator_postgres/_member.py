@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from diator.brokers.settling import Acknowledgements, provenance
 from diator.brokers.supervisor import Source, Supervised
 from diator.exceptions import BrokerClosed, BrokerError
 from diator_postgres._link import Link
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 Token: TypeAlias = tuple[int, int]
 """The id of a row and the attempt: no two deliveries have the same, so none settles what another one holds."""
@@ -156,9 +159,11 @@ class Member:
     async def _keep_renewing(self) -> None:
         while True:
             await asyncio.sleep(self.lease.total_seconds() / 3)
-            with suppress(BrokerError):
+            try:
                 await self.link.run(_RENEW, self._name, *_columns(self.held), self.lease)
                 await self._join()
+            except Exception as error:  # noqa: BLE001  # whatever it is, there is time for another try
+                logger.warning("a lease could not be renewed: %s", error)
 
     async def _join(self) -> None:
         emptied = self._emptied
