@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import Any
 from uuid import UUID
@@ -24,6 +25,8 @@ class Call(msgspec.Struct):
     message_id: UUID | None
     deadline: float
     confirmed: asyncio.Future[None]
+    is_alone: bool = False
+    """Whether it goes in a batch of its own: with others it was refused, and which one it was Kafka does not say."""
 
     def error(self, error: BaseException, *, handed_over: bool) -> BrokerError:
         """Give what its caller is told."""
@@ -49,6 +52,7 @@ class Batch:
         self._builder = producer.create_batch()
         self._sent = producer._message_accumulator._append_batch(self._builder, first.place)  # noqa: SLF001
         self._sent.append(first.key, first.value, None, lambda: self, headers=first.headers)
+        self._sent._ttl = math.inf  # noqa: SLF001  # aiokafka would give up a partition without a leader before its time
 
     @property
     def size(self) -> int:
@@ -63,7 +67,7 @@ class Batch:
     def takes(self, call: Call) -> bool:
         """Let *call* go with it, if it is not on its way and has room."""
         # Afterwards aiokafka has counted what is in it, and would give the same numbers to what comes next.
-        if self._sent.retry_count:
+        if self._sent.retry_count or call.is_alone or self.calls[0].is_alone:
             return False
         if self._builder.append(timestamp=None, key=call.key, value=call.value, headers=call.headers) is None:
             return False
@@ -71,8 +75,17 @@ class Batch:
         return True
 
     def take_back(self) -> None:
-        """See that it is never on its way: aiokafka counts none of an empty one, and sends nothing."""
+        """See that it is never on its way: of an empty one aiokafka sends nothing. It may just go through its queue."""
         self._sent._builder = self.producer.create_batch()  # noqa: SLF001
+        asyncio.get_running_loop().call_soon(self._leave_queue)
+
+    def _leave_queue(self) -> None:
+        queues = self.producer._message_accumulator._batches  # noqa: SLF001
+        queue = queues.get(self.place, ())
+        if self._sent in queue:
+            queue.remove(self._sent)
+            if not queue:
+                del queues[self.place]
 
     # What aiokafka does with a future:
 

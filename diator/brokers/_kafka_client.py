@@ -27,6 +27,17 @@ except ModuleNotFoundError as _missing:
 
 logger: logging.Logger = logging.getLogger(__name__)
 
+
+class InvalidRecord(errors.BrokerResponseError):  # type: ignore[misc]  # aiokafka comes without types
+    """What aiokafka does not know by itself: a message without a key for a compacted topic, for one."""
+
+    errno = 87
+    message = "INVALID_RECORD"
+    description = "The broker refused a record, such as one without a key for a compacted topic."
+
+
+errors.kafka_errors.setdefault(InvalidRecord.errno, InvalidRecord)
+
 # Beside its own errors the client lets through what the network and a broken connection do to it, and the assertions
 # and lookups of what it has forgotten meanwhile.
 CLIENT_ERRORS = (
@@ -205,6 +216,8 @@ async def ensure_topics(
     """
     See that the *wanted* topics are there; the missing ones are created as the *policy* says.
 
+    What is new, or to be read, has leaders then. A sender does not wait for those of its other partitions.
+
     aiokafka's own `create_topics` raises nothing when Kafka refuses: it has to be looked at. Those of *reading* may be
     read, else it raises what Kafka says.
 
@@ -215,13 +228,14 @@ async def ensure_topics(
     try:
         await started(client.bootstrap())
         missing, leaderless = await _look_for(client, wanted)
+        is_new = bool(missing)
         if missing and not policy.create:
             replicas = policy.replicas(len(client.cluster.brokers()))
             commands = "; ".join(_command(cluster, policy, name, replicas) for name in missing)
             raise MessageRejected(f"a topic is missing, and create_topics is off; create it: {commands}")
         if missing:
             await _create(client, policy, missing, within=cluster.timeout)
-        while missing or leaderless:
+        while missing or (leaderless and (is_new or reading)):
             await asyncio.sleep(0.02)
             missing, leaderless = await _look_for(client, wanted)
         if reading:

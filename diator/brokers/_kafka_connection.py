@@ -33,11 +33,12 @@ class Connection(ABC):
         self.generation = 0
         self.topics: Sequence[str] = ()
         self._paused: set[TopicPartition] = set()
-        self._woken = asyncio.Event()
+        self._coming: asyncio.Future[None] | None = None
+        self._is_woken = False
         self._heard = False
         self._next_look = 0.0
         self._was_connected = True
-        subscription.wake = self._woken.set
+        subscription.wake = self.wake
 
     @abstractmethod
     async def begin(self, topics: Sequence[str]) -> None:
@@ -50,7 +51,7 @@ class Connection(ABC):
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:
         while True:
-            self._woken.clear()
+            self._is_woken = False
             if self._heard:
                 self._heard = False
                 return []
@@ -90,23 +91,24 @@ class Connection(ABC):
 
         The client's own way of waiting takes the messages with it, and asks for the next ones before we have begun.
         """
-        come: asyncio.Future[None] = self.consumer._fetcher._create_fetch_waiter()  # noqa: SLF001
-        come.add_done_callback(self._wake_up)
+        if self._is_woken:
+            return
         due = self.subscription.due_in()
         limit = _LOOK_AGAIN if due is None else max(0.0, min(due, _LOOK_AGAIN))
-        timer = asyncio.get_running_loop().call_later(limit, self._woken.set)
+        timer = asyncio.get_running_loop().call_later(limit, self.wake)
+        coming: asyncio.Future[None] = self.consumer._fetcher._create_fetch_waiter()  # noqa: SLF001
+        self._coming = coming
         try:
-            await self._woken.wait()
+            await coming
         finally:
             timer.cancel()
-            come.cancel()
-        if not come.cancelled():
-            come.result()  # it may be an error
+            self._coming = None
 
-    def _wake_up(self, come: asyncio.Future[None]) -> None:
-        if not come.cancelled():
-            come.exception()  # it is raised by whoever waits, if anybody still does
-            self._woken.set()
+    def wake(self) -> None:
+        """Have `receive` look again, also if it is not waiting yet."""
+        self._is_woken = True
+        if self._coming is not None and not self._coming.done():
+            self._coming.set_result(None)
 
     async def _look_now_and_then(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -178,7 +180,7 @@ class Connection(ABC):
                 if place in self.partitions and ends[place] > await self.consumer.position(place):
                     return
         self._heard = True
-        self._woken.set()
+        self.wake()
 
     async def leave(self, *, within: float) -> None:
         """End it within *within* seconds, whatever state it is in."""

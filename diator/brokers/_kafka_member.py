@@ -180,7 +180,7 @@ class _Member(Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # a
                 offsets = Offsets(committed[place].offset, committed[place].metadata or "")
             self.partitions[place] = self.subscription.partition(place, offsets)
         self._assigned.set()
-        self._woken.set()
+        self.wake()
 
     async def _keep_committing(self) -> None:
         pause = _COMMIT_EVERY

@@ -21,6 +21,7 @@ from diator.brokers._kafka_client import (
     Cluster,
     Policy,
     ensure_topics,
+    refused,
     started,
     verdict,
 )
@@ -173,6 +174,8 @@ class SharedProducer(Shared):
 
     async def _connected(self) -> None:
         """See that there is a producer, and that it has what is left. Called by one at a time."""
+        if self._producer is not None and sender_of(self._producer).done():
+            self._give_up(self._producer, OutcomeUnknown("its sender was cancelled; it may have arrived"))
         if self._producer is None:
             await self._beside.done()  # what the one before still has of a key comes first
             producer = AIOKafkaProducer(
@@ -247,9 +250,12 @@ class SharedProducer(Shared):
             self._give_up(batch.producer, error)
             return
         self._forget(batch)
-        if isinstance(error, TOO_LARGE) and len(batch.calls) > 1:
-            # It is for each of them to hear that. What was sent after it is not sent again before it.
-            self._batch_bytes = min(self._batch_bytes, batch.size // 2)
+        if error is not None and len(batch.calls) > 1 and refused(error) and not isinstance(error, NO_RIGHT):
+            # It is not for all of them to hear that. What was sent after it is not sent again before it.
+            if isinstance(error, TOO_LARGE):
+                self._batch_bytes = min(self._batch_bytes, batch.size // 2)
+            for call in batch.calls:
+                call.is_alone = not isinstance(error, TOO_LARGE)
             self._left[:0] = batch.calls
         else:
             self._tell(batch.calls, error, handed_over=True)
@@ -310,6 +316,8 @@ class SharedProducer(Shared):
         """Part with a producer whose work has ended by itself: nobody would take a message from it."""
         if not sender.cancelled() and (error := sender.exception()) is not None:
             self._give_up(producer, error)
+        elif producer is self._producer:
+            self._known.clear()  # somebody has cancelled it; whoever sends next sees to that
 
     def _retire(self, producer: Any) -> None:
         """
@@ -353,6 +361,7 @@ class SharedProducer(Shared):
             self._freed.clear()
             await self._freed.wait()
         if self._handing_on is not None:
+            self._handing_on.cancel()  # nothing is left to be handed on
             await asyncio.wait([self._handing_on])
         producer, self._producer = self._producer, None
         if self._sweeper is not None:

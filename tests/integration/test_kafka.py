@@ -9,7 +9,7 @@ from time import monotonic
 from uuid import uuid4
 
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition, errors
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic, RecordsToDelete
 from aiokafka.partitioner import DefaultPartitioner
 
@@ -176,6 +176,21 @@ async def test_every_call_ends_when_kafka_freezes(make, private_kafka) -> None:
     assert {type(verdict) for verdict in verdicts} == {OutcomeUnknown}
     assert isinstance(refused, BrokerUnavailable)
     await asyncio.to_thread(private_kafka.unpause)
+
+
+async def test_closing_takes_no_longer_than_the_calls_that_it_waits_for(make, private_kafka) -> None:
+    broker = await make(private_kafka.url, partitions=1)
+    await send(broker, 0)
+    await asyncio.to_thread(private_kafka.pause)
+    sending = [asyncio.create_task(broker.send_message(message(1)))]
+    await asyncio.sleep(0.2)
+    sending.append(asyncio.create_task(broker.send_message(message(2))))  # it is not on its way
+    await asyncio.sleep(0)
+    async with within(TIMEOUT + SLACK):
+        await broker.aclose()
+    verdicts = await asyncio.gather(*sending, return_exceptions=True)
+    await asyncio.to_thread(private_kafka.unpause)
+    assert [type(each) for each in verdicts] == [OutcomeUnknown, BrokerUnavailable]
 
 
 async def test_a_producer_that_broke_is_made_anew(make, private_kafka) -> None:
@@ -490,8 +505,21 @@ async def test_a_topic_that_is_looked_for_while_a_message_of_another_is_refused(
     assert [type(each) for each in verdicts] == [MessageRejected, *[type(None)] * 6]
 
 
-async def test_what_kafka_says_of_one_topic_is_no_verdict_on_another(broker, name, admin) -> None:
-    """A compacted topic takes nothing without a key, and the client does not know what it says then."""
+async def test_a_compacted_topic_refuses_what_has_no_key_and_nothing_else(broker, name, admin, kafka_servers) -> None:
+    """Kafka refuses the whole batch, and says nothing of which one it was."""
+    await admin.create_topics([NewTopic(name, 1, 1, topic_configs={"cleanup.policy": "compact"})])
+    await send(broker, 0, key="k")
+    messages = [message(number, key=None if number == 3 else f"key {number}") for number in range(1, 7)]
+    with pytest.raises(MessagesNotSent) as failed:
+        await broker.send_messages(messages)
+    assert failed.value.message_ids == (messages[2].message_id,)
+    assert isinstance(failed.value.__cause__, MessageRejected)
+    assert [number_in(record) for record in await stored(kafka_servers, name)] == [0, 1, 2, 4, 5, 6]
+
+
+async def test_what_kafka_says_of_one_topic_is_no_verdict_on_another(broker, name, admin, monkeypatch) -> None:
+    """Even if the client does not know what it says."""
+    monkeypatch.delitem(errors.kafka_errors, 87)
     await admin.create_topics([NewTopic(name, 1, 1, topic_configs={"cleanup.policy": "compact"})])
     others = [Topic("notification_event", f"Other{number}") for number in range(6)]
     await send(broker, 0, key="k")
@@ -567,6 +595,17 @@ async def test_what_was_not_on_its_way_when_time_ran_out_was_not_sent(make, priv
     assert [type(each) for each in verdicts] == [OutcomeUnknown, BrokerUnavailable]
     await send(broker, 3)
     assert 2 not in number_of_each(await stored(private_kafka.url, name))
+
+
+async def test_a_producer_whose_work_was_cancelled_is_made_anew(broker, name, kafka_servers) -> None:
+    """The client's work is a task like any other, for a program that cancels all."""
+    await send(broker, 1)
+    sender = broker._service._producer._sender.sender_task
+    sender.cancel()
+    await asyncio.wait([sender])
+    async with within(TIMEOUT):
+        await send(broker, 2)
+    assert number_of_each(await stored(kafka_servers, name)) == {1, 2}
 
 
 @pytest.mark.parametrize("has_something", [True, False])

@@ -62,7 +62,7 @@ class KafkaHarness(ServiceHarness):
         )
 
     async def send_raw(self, transport, topic, body):
-        await transport._producer.send(transport._names.topic(topic), body)
+        await transport._service.send(transport._names.topic(topic), body)
 
     async def dead_letters(self, transport, topic, group):
         from aiokafka import AIOKafkaConsumer
@@ -95,8 +95,8 @@ class KafkaHarness(ServiceHarness):
             pass
 
         clients = [transport._service._producer.client] if transport._service._producer else []
-        transport._producer._cluster = nowhere
-        for subscription in transport._producer.subscriptions:
+        transport._service._cluster = nowhere
+        for subscription in transport._service.subscriptions:
             connections = subscription._leave.__self__
             connections._cluster = nowhere
             connection = connections.latest
@@ -110,17 +110,13 @@ class KafkaHarness(ServiceHarness):
                 if connection._writer:
                     connection._writer.transport.abort()
 
-    def guarded(self, access):
-        service = self.services["expired" if access == "expired" else "server"]
-        authority = "other" if access == "unknown authority" else "ca"
-        host = "localhost" if access == "wrong host" else "127.0.0.1"
-        trusted = ssl.create_default_context(cafile=self.certificates.path / f"{authority}.pem")
+    def entering(self, entrance):
         return self.connecting_to(
-            f"{host}:{service.url.rpartition(':')[2]}",
-            ssl_context=None if access == "plain" else trusted,
+            entrance.address,
+            ssl_context=entrance.ssl_context,
             sasl_mechanism="PLAIN",
-            username=access.replace(" ", "-") if access.startswith("may not") else "granted",
-            password="wrong" if access == "wrong password" else self.password,
+            username=entrance.user,
+            password=entrance.password,
         )
 
     async def delete(self, transport, topic, group):

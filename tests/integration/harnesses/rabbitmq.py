@@ -212,17 +212,10 @@ class RabbitMQHarness(ServiceHarness):
             done = do(await connection.channel())
             return await done if asyncio.iscoroutine(done) else done
 
-    def guarded(self, access):
-        service = self.services["expired" if access == "expired" else "server"]
-        authority = "other" if access == "unknown authority" else "ca"
-        host = "localhost" if access == "wrong host" else "127.0.0.1"
-        user = access.replace(" ", "-") if access.startswith("may not") else "granted"
-        password = "wrong" if access == "wrong password" else self.password
-        address = f"{user}:{password}@{host}:{urlsplit(service.url).port}/"
-        if access == "plain":
-            return self.connecting_to(f"amqp://{address}")
-        trusted = ssl.create_default_context(cafile=self.certificates.path / f"{authority}.pem")
-        return self.connecting_to(f"amqps://{address}", ssl_context=trusted)
+    def entering(self, entrance):
+        scheme = "amqps" if entrance.authority else "amqp"
+        url = f"{scheme}://{entrance.user}:{entrance.password}@{entrance.address}/"
+        return self.connecting_to(url, ssl_context=entrance.ssl_context)
 
 
 def guarded_rabbitmq(certificates, certificate, password):

@@ -86,18 +86,11 @@ class RedisHarness(ServiceHarness):
 
         return Redis.from_url(self.direct)
 
-    def guarded(self, access):
-        service = self.services["expired" if access == "expired" else "server"]
-        port, trusted = urlsplit(service.url).port, self.certificates.path
-        authority = "other" if access == "unknown authority" else "ca"
-        host = "localhost" if access == "wrong host" else "127.0.0.1"
-        user = access.replace(" ", "-") if access.startswith("may not") else "granted"
-        password = "wrong" if access == "wrong password" else self.password
-        address = f"{user}:{password}@{host}:{port}/0"
-        plain = access == "plain"
-        return self.connecting_to(
-            f"redis://{address}" if plain else f"rediss://{address}?ssl_ca_certs={trusted}/{authority}.pem"
-        )
+    def entering(self, entrance):
+        url = f"redis://{entrance.user}:{entrance.password}@{entrance.address}/0"
+        if entrance.authority:
+            url = f"{url.replace('redis', 'rediss', 1)}?ssl_ca_certs={entrance.authority}"
+        return self.connecting_to(url)
 
 
 class RedisStreamHarness(RedisHarness):

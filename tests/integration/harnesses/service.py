@@ -1,6 +1,10 @@
 """What the harnesses of services have in common: containers of their own, one to be broken and two that are guarded."""
 
+import ssl
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from diator.testing.conformance import Harness
 from tests.integration.private_services import Certificates, PrivateServices
@@ -35,6 +39,23 @@ class ServiceHarness(Harness):
         """Say how a service is started that has this certificate, speaks only TLS to others, and has three users."""
         raise NotImplementedError
 
+    def guarded(self, access):
+        service = self.services["expired" if access == "expired" else "server"]
+        port = urlsplit(service.url if "//" in service.url else f"//{service.url}").port
+        host = "localhost" if access == "wrong host" else "127.0.0.1"
+        authority = self.certificates.path / ("other.pem" if access == "unknown authority" else "ca.pem")
+        entrance = Entrance(
+            address=f"{host}:{port}",
+            user=access.replace(" ", "-") if access.startswith("may not") else "granted",
+            password="wrong" if access == "wrong password" else self.password,
+            authority=None if access == "plain" else authority,
+        )
+        return self.entering(entrance)
+
+    def entering(self, entrance):
+        """Make a transport that goes through *entrance*."""
+        raise NotImplementedError
+
     def transport(self):
         return self.connecting_to(self.url)
 
@@ -52,3 +73,18 @@ class ServiceHarness(Harness):
             yield
         finally:
             self.url, self.direct = before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrance:
+    """Where a guarded service is, and what it is shown."""
+
+    address: str
+    user: str
+    password: str
+    authority: Path | None
+    """The certificates to trust; without them it is not by TLS."""
+
+    @property
+    def ssl_context(self):
+        return self.authority and ssl.create_default_context(cafile=self.authority)
