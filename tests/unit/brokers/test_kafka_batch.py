@@ -64,11 +64,13 @@ async def test_what_was_taken_back_is_empty_at_once_and_then_out_of_the_way(prod
 
 
 async def test_what_was_taken_back_may_have_left_meanwhile(producer):
+    problems = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, problem: problems.append(problem))
     batch = Batch(producer, call(), settle=print)
     batch.take_back()
     producer._message_accumulator._pop_batch(PLACE)
     await asyncio.sleep(0)
-    assert queued(producer) == []
+    assert queued(producer) == problems == []
 
 
 async def test_aiokafka_does_not_end_it_before_its_time(producer):
