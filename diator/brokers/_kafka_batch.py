@@ -1,4 +1,4 @@
-"""What goes to a partition of Kafka at once: all that knows how aiokafka's producer works inside."""
+"""What goes to a partition of Kafka at once, and what has to be known of aiokafka's producer for that."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from uuid import UUID
 import msgspec
 from aiokafka import TopicPartition
 
-from diator.brokers._kafka_client import close_client, end_tasks, verdict
-from diator.exceptions import BrokerError
+from diator.brokers._kafka_client import close_client, end_tasks
 
 
 class Call(msgspec.Struct):
@@ -27,13 +26,6 @@ class Call(msgspec.Struct):
     confirmed: asyncio.Future[None]
     is_alone: bool = False
     """Whether it goes in a batch of its own: with others it was refused, and which one it was Kafka does not say."""
-
-    def error(self, error: BaseException, *, handed_over: bool) -> BrokerError:
-        """Give what its caller is told."""
-        own = verdict(error, self.message_id, handed_over=handed_over)
-        if not isinstance(error, BrokerError):
-            own.__cause__ = error
-        return own
 
 
 class Batch:
@@ -50,9 +42,9 @@ class Batch:
         self.calls = [first]
         self._settle = settle
         self._builder = producer.create_batch()
-        self._sent = producer._message_accumulator._append_batch(self._builder, first.place)  # noqa: SLF001
-        self._sent.append(first.key, first.value, None, lambda: self, headers=first.headers)
-        self._sent._ttl = math.inf  # noqa: SLF001  # aiokafka would give up a partition without a leader before its time
+        self._queued = producer._message_accumulator._append_batch(self._builder, first.place)  # noqa: SLF001
+        self._queued.append(first.key, first.value, None, lambda: self, headers=first.headers)
+        self._queued._ttl = math.inf  # noqa: SLF001  # aiokafka would give up a partition without a leader before its time
 
     @property
     def size(self) -> int:
@@ -62,12 +54,12 @@ class Batch:
     @property
     def is_sent(self) -> bool:
         """Whether it was on its way at least once."""
-        return bool(self._sent.retry_count)
+        return bool(self._queued.retry_count)
 
     def takes(self, call: Call) -> bool:
         """Let *call* go with it, if it is not on its way and has room."""
         # Afterwards aiokafka has counted what is in it, and would give the same numbers to what comes next.
-        if self._sent.retry_count or call.is_alone or self.calls[0].is_alone:
+        if self.is_sent or call.is_alone or self.calls[0].is_alone:
             return False
         if self._builder.append(timestamp=None, key=call.key, value=call.value, headers=call.headers) is None:
             return False
@@ -76,14 +68,14 @@ class Batch:
 
     def take_back(self) -> None:
         """See that it is never on its way: of an empty one aiokafka sends nothing. It may just go through its queue."""
-        self._sent._builder = self.producer.create_batch()  # noqa: SLF001
+        self._queued._builder = self.producer.create_batch()  # noqa: SLF001
         asyncio.get_running_loop().call_soon(self._leave_queue)
 
     def _leave_queue(self) -> None:
         queues = self.producer._message_accumulator._batches  # noqa: SLF001
         queue = queues.get(self.place, ())
-        if self._sent in queue:
-            queue.remove(self._sent)
+        if self._queued in queue:
+            queue.remove(self._queued)
             if not queue:
                 del queues[self.place]
 
@@ -106,7 +98,6 @@ def sender_of(producer: Any) -> asyncio.Task[None]:
 
 async def tear_down(producer: Any) -> None:
     """End *producer* without sending what it holds: its own `stop` waits until that is delivered."""
-    producer._closed = True  # noqa: SLF001  # else it complains that nobody has stopped it
     sender = producer._sender  # noqa: SLF001
     # It ends without what it has begun, where that is more than one, and forgets it.
     sending = [task for task in asyncio.all_tasks() if _is_sending(task.get_coro(), sender)]

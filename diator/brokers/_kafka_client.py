@@ -310,9 +310,15 @@ _BROKEN_PRODUCER = (
 
 
 def verdict(error: BaseException, message_id: UUID | None, *, handed_over: bool) -> BrokerError:
-    """Translate an error of the client. *handed_over*: whether the message may have left when it happened."""
+    """Translate an error of the client, its cause. *handed_over*: whether the message may have left by then."""
     if isinstance(error, BrokerError):
         return own_verdict(error, message_id)
+    told = _translated(error, message_id, handed_over=handed_over)
+    told.__cause__ = error
+    return told
+
+
+def _translated(error: BaseException, message_id: UUID | None, *, handed_over: bool) -> BrokerError:
     problem = f"{type(error).__name__}: {error}"
     if isinstance(error, TOO_LARGE):
         remedy = "raise max.message.bytes of its topic, or send less"

@@ -185,6 +185,7 @@ class SharedProducer(Shared):
                 linger_ms=0,
                 max_batch_size=self._batch_bytes,
             )
+            producer._closed = True  # noqa: SLF001  # else it complains that nobody has called `stop`: see `tear_down`
             try:
                 await started(producer.start())
             except BaseException:
@@ -271,7 +272,7 @@ class SharedProducer(Shared):
             if error is None:
                 call.confirmed.set_result(None)
             else:
-                call.confirmed.set_exception(call.error(error, handed_over=handed_over))
+                call.confirmed.set_exception(verdict(error, call.message_id, handed_over=handed_over))
 
     def _sweep_at(self, deadline: float) -> None:
         """One timer for all calls, instead of one each: for the one that is due first."""
@@ -327,7 +328,6 @@ class SharedProducer(Shared):
         """
         if producer is self._producer:
             self._producer = None
-            producer._closed = True  # noqa: SLF001  # else it complains, should the event loop end before it
             self._left += self._take_back()
             for known in (self._known, self._stays, self._latest):
                 known.clear()
@@ -372,8 +372,6 @@ class SharedProducer(Shared):
         await reading
 
     def _begin_anew(self) -> None:
-        if self._producer is not None:
-            self._producer._closed = True  # noqa: SLF001
         self._producer, self._asked, self._handing_on, self._sweeper = None, None, None, None
         self._in_flight, self._freed = 0, asyncio.Event()
         for gone in (self._known, self._stays, self._latest, self._batches, self._left):

@@ -135,6 +135,13 @@ async def nothing_comes(deliveries, *, within=0.4) -> None:
         await take(deliveries, 1, within=within)
 
 
+async def on_its_way(broker) -> None:
+    """Wait until all that was sent is: what is sent from then on is in another batch."""
+    await asyncio.sleep(0)
+    while not all(batch.is_sent for batch in broker._service._batches):  # noqa: ASYNC110  # there is nothing to wait on
+        await asyncio.sleep(0.01)
+
+
 async def stored(servers, name) -> list:
     """Every record of the topic *name*, as plain aiokafka reads it."""
     async with AIOKafkaConsumer(name, bootstrap_servers=servers, auto_offset_reset="earliest") as consumer:
@@ -183,7 +190,7 @@ async def test_closing_takes_no_longer_than_the_calls_that_it_waits_for(make, pr
     await send(broker, 0)
     await asyncio.to_thread(private_kafka.pause)
     sending = [asyncio.create_task(broker.send_message(message(1)))]
-    await asyncio.sleep(0.2)
+    await on_its_way(broker)
     sending.append(asyncio.create_task(broker.send_message(message(2))))  # it is not on its way
     await asyncio.sleep(0)
     async with within(TIMEOUT + SLACK):
@@ -220,7 +227,8 @@ async def test_a_message_whose_confirmation_is_lost_is_stored_once(make, proxy, 
     await send(broker, 0, key="k")
     proxy.withhold(Flow.TO_CLIENT)
     sending = asyncio.create_task(broker.send_message(message(1, key="k")))
-    await asyncio.sleep(0.3)
+    while len(await stored(private_kafka.url, name)) == 1:  # noqa: ASYNC110  # its confirmation is withheld then
+        await asyncio.sleep(0.05)
     proxy.reset()
     await proxy.heal()
 
@@ -588,7 +596,7 @@ async def test_what_was_not_on_its_way_when_time_ran_out_was_not_sent(make, priv
     await send(broker, 0)
     await asyncio.to_thread(private_kafka.pause)
     first = asyncio.create_task(broker.send_message(message(1)))
-    await asyncio.sleep(0.2)
+    await on_its_way(broker)
     second = asyncio.create_task(broker.send_message(message(2)))
     verdicts = await asyncio.gather(first, second, return_exceptions=True)
     await asyncio.to_thread(private_kafka.unpause)
@@ -644,7 +652,7 @@ async def test_closing_waits_for_no_call_that_found_no_room(make, private_kafka)
     await asyncio.to_thread(private_kafka.pause)
     big = [message(number, headers={"big": "x" * 20_000}, key="k") for number in range(30)]
     sending = [asyncio.create_task(broker.send_message(each)) for each in big[:6]]
-    await asyncio.sleep(0.3)  # whoever finds no room is overdue later than who is in the batch
+    await asyncio.sleep(0.3)  # whoever waits behind them is overdue later than they are
     sending += [asyncio.create_task(broker.send_message(each)) for each in big[6:]]
     await asyncio.sleep(0)
     async with asyncio.timeout(1.0 + 2 + SLACK):

@@ -163,7 +163,7 @@ class Member:
                 await self.link.run(_RENEW, self._name, *_columns(self.held), self.lease)
                 await self._join()
             except Exception as error:  # noqa: BLE001  # whatever it is, there is time for another try
-                logger.warning("a lease could not be renewed: %s", error)
+                logger.warning("a lease could not be renewed: %r", error)
 
     async def _join(self) -> None:
         emptied = self._emptied

@@ -1,6 +1,7 @@
 """What the harnesses of services have in common: containers of their own, one to be broken and two that are guarded."""
 
 import ssl
+from abc import abstractmethod
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,9 @@ class ServiceHarness(Harness):
             for certificate in ("server", "expired"):
                 self.services.get(certificate, self.guarded_service(certificate))
 
+    @abstractmethod
     def guarded_service(self, certificate):
         """Say how a service is started that has this certificate, speaks only TLS to others, and has three users."""
-        raise NotImplementedError
 
     def guarded(self, access):
         service = self.services["expired" if access == "expired" else "server"]
@@ -52,9 +53,13 @@ class ServiceHarness(Harness):
         )
         return self.entering(entrance)
 
+    @abstractmethod
+    def connecting_to(self, url):
+        """Make a transport that connects to *url*."""
+
+    @abstractmethod
     def entering(self, entrance):
         """Make a transport that goes through *entrance*."""
-        raise NotImplementedError
 
     def transport(self):
         return self.connecting_to(self.url)
