@@ -30,7 +30,7 @@ class RaisesEvents:
     """What the handler base classes have in common: a list of events that is made when the first one is raised."""
 
     _raised: ClassVar[Events | None] = None  # of each object, but containers take a plain annotation for a dependency
-    _diator_claimed = False
+    _diator_events_taken = False
 
     @property
     def events(self) -> list[Any]:
@@ -140,9 +140,9 @@ def _is_async(call: Callable[..., Any]) -> bool:
 
 # -- calling -----------------------------------------------------------------------------------------------------
 
-Look: TypeAlias = Callable[[Any], Sequence[Any] | None]
-"""Looks what events a handler raised, once it is done. In most cases there are none, so it is as cheap as can be."""
-Claim: TypeAlias = Callable[[Any, Sequence[Any]], list[Any]]
+PendingEvents: TypeAlias = Callable[[Any], Sequence[Any] | None]
+"""Return the events that a handler raised. Most handlers raise none, so the check is as cheap as can be."""
+TakeEvents: TypeAlias = Callable[[Any, Sequence[Any]], list[Any]]
 """
 Takes the events that were found from the handler. With none, after an error: makes sure that those which it raised
 before it failed cannot go out with the next message, should the container give out the same object again.
@@ -164,38 +164,38 @@ class Prepared:
         call: Builds and calls it.
         needs_scope: Whether `call` has to be inside `scopes`.
         build: Builds a handler class without waiting, if the container can; `call` is then also written out where
-            each coroutine counts: build it, await its `handle`, `look` for events and `claim` them.
+            each coroutine counts: build it, await its `handle`, check `pending_events` and `take_events`.
     """
 
-    __slots__ = ("build", "call", "claim", "look", "name", "needs_scope")
+    __slots__ = ("build", "call", "name", "needs_scope", "pending_events", "take_events")
 
     def __init__(self, handler: Handler, container: Resolver) -> None:
         self.name = name_of(handler)
         self.build: Build[Any] | None = None
-        self.look, self.claim = _events_of(handler)
+        self.pending_events, self.take_events = _events_of(handler)
         if isinstance(handler, type):
             if hasattr(handler, "events") and is_shared(container, handler):
                 problem = f"{self.name} is registered as one object for all, and what raises events has to be made anew"
                 raise ResolutionError([self.name], problem)
             self.build, build_later = builder(container, handler)
             self.needs_scope = self.build is None
-            self.call: Call = _calling_class(build_later, self.look, self.claim)
+            self.call: Call = _calling_class(build_later, self.pending_events, self.take_events)
         else:
             needs = _dependencies(handler, container)
             self.needs_scope = any(needs_scope for _, _, needs_scope in needs)
             self.call = _calling_function(handler, [(name, build) for name, build, _ in needs])
 
 
-def _calling_class(build: BuildLater[Any], look: Look, claim: Claim) -> Call:
+def _calling_class(build: BuildLater[Any], pending_events: PendingEvents, take_events: TakeEvents) -> Call:
     async def call(message: Any, shared: Shared, raised: list[Any], /) -> Any:
         handler = await build(shared)
         try:
             response = await handler.handle(message)
         except BaseException:
-            claim(handler, ())
+            take_events(handler, ())
             raise
-        if events := look(handler):
-            raised += claim(handler, events)
+        if events := pending_events(handler):
+            raised += take_events(handler, events)
         return response
 
     return call
@@ -247,26 +247,26 @@ def _dependencies(function: Callable[..., Any], container: Resolver) -> list[tup
     return dependencies
 
 
-def _events_of(handler: Handler) -> tuple[Look, Claim]:
+def _events_of(handler: Handler) -> tuple[PendingEvents, TakeEvents]:
     declared = inspect.getattr_static(handler, "events", None)
     if declared is None:
-        return (lambda handler: getattr(handler, "events", None)), _claim_declared  # perhaps made by its constructor
+        return (lambda handler: getattr(handler, "events", None)), _take_declared  # perhaps made by its constructor
     if declared is RaisesEvents.__dict__["events"]:
-        return attrgetter("_raised"), _claim_raised
-    return attrgetter("events"), _claim_declared
+        return attrgetter("_raised"), _take_raised
+    return attrgetter("events"), _take_declared
 
 
-def _claim_raised(handler: RaisesEvents, events: Sequence[Any]) -> list[Any]:
+def _take_raised(handler: RaisesEvents, events: Sequence[Any]) -> list[Any]:
     # Taken away, so that an object which handles several messages never sends the events of one with the next.
     object.__setattr__(handler, "_raised", None)
     return [*events]
 
 
-def _claim_declared(handler: Any, events: Sequence[Any]) -> list[Any]:
-    if events and getattr(handler, "_diator_claimed", False):
+def _take_declared(handler: Any, events: Sequence[Any]) -> list[Any]:
+    if events and getattr(handler, "_diator_events_taken", False):
         raise SharedHandler(type(handler))
     try:  # noqa: SIM105  # `suppress` costs more than all the rest
-        object.__setattr__(handler, "_diator_claimed", True)
+        object.__setattr__(handler, "_diator_events_taken", True)
     except AttributeError:
         pass  # a class with `__slots__` has no place for the mark
     return [*events]

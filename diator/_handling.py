@@ -20,7 +20,7 @@ from diator.container.base import Resolver, Shared, scopes
 from diator.events import EventEmitter, EventMap
 from diator.events._emitter import Outgoing
 from diator.events._event import message_name_of, travels
-from diator.exceptions import DecodingError, EventHandlersFailed, WiringError
+from diator.exceptions import ConfigurationError, DecodingError, EventHandlersFailed
 from diator.middlewares.base import Middleware, chain
 from diator.retrying import RetryPolicy
 
@@ -61,7 +61,7 @@ class Route:
         shared: Shared = {}
         await self.dispatch(event, shared)
         if outgoing := shared.get(OUTGOING):
-            await self.emitter.send(outgoing)
+            await self.emitter._send(outgoing)
 
 
 def routes(
@@ -73,7 +73,7 @@ def routes(
     Raises:
         EncodingError: A class cannot be read back from JSON.
         ResolutionError: A handler can never be built.
-        WiringError: There is no such event.
+        ConfigurationError: There is no such event.
     """
     found: dict[Topic, Route] = {}
     for event_type in event_map:
@@ -83,7 +83,7 @@ def routes(
             dispatch = chain(middlewares, _unit_of_work(handlers, emitter))
             found[topic] = Route(payload_decoder(event_type), dispatch, emitter)
     if not found:
-        raise WiringError("nothing to consume: the event map has no handler for an event that travels")
+        raise ConfigurationError("nothing to consume: the event map has no handler for an event that travels")
     return found
 
 
@@ -109,7 +109,7 @@ def _unit_of_work(handlers: Sequence[Prepared], emitter: EventEmitter) -> Callab
                 failures.append(error)
         if failures:
             raise failures[0] if alone else EventHandlersFailed("handlers of an event failed", failures)
-        return await emitter.handle(raised, shared) if raised else []
+        return await emitter._handle(raised, shared) if raised else []
 
     # Each starts with nothing shared: a middleware that calls again gets another scope, and other events.
 
@@ -211,7 +211,7 @@ class Handling:
         self, delivery: Delivery, message: Message | DecodingError
     ) -> tuple[str | None, BaseException | None]:
         """Give the reason why it failed, and the error; None and None if it did not."""
-        if delivery.attempt > self._retry.most_attempts + self._retry.crashes:
+        if delivery.attempt > self._retry.max_attempts + self._retry.max_crashes:
             return f"crash-loop: delivered {delivery.attempt - 1} times before, more often than it is given back", None
         if isinstance(message, DecodingError):
             return f"undecodable: {message}", message
@@ -230,7 +230,7 @@ class Handling:
     ) -> tuple[str | None, BaseException | None]:
         task = _running_task()
         failed: BaseException | None = None
-        for run in range(self._retry.immediate + 1):
+        for run in range(self._retry.immediate_retries + 1):
             if run:
                 await asyncio.sleep(self._retry.pause())
                 event = route.read(message.payload_json)  # a handler may have changed the other one
@@ -267,7 +267,7 @@ class Handling:
         if reason is None:
             await delivery.ack()
             return "acked"
-        worth_it = reason.startswith("retries-exhausted") and delivery.attempt < self._retry.most_attempts
+        worth_it = reason.startswith("retries-exhausted") and delivery.attempt < self._retry.max_attempts
         if worth_it and self._can_retry:
             await delivery.retry(after=self._retry.delay(delivery.attempt))
             return "retried"

@@ -19,7 +19,7 @@ from diator.brokers.message import Message
 from diator.container import Container
 from diator.container.base import Resolver
 from diator.events import EventEmitter, EventMap
-from diator.exceptions import BrokerUnavailable, DecodingError, WiringError
+from diator.exceptions import BrokerUnavailable, ConfigurationError, DecodingError, UsageError
 from diator.middlewares.base import Middleware
 from diator.retrying import RetryPolicy
 
@@ -68,7 +68,7 @@ class Consumer:
     Raises:
         UnsupportedCapability: The transport cannot do what these options ask for.
         ResolutionError: A handler can never be built by *container*.
-        WiringError: *event_map* has no handler for an event that travels, or an option makes no sense.
+        ConfigurationError: *event_map* has no handler for an event that travels, or an option makes no sense.
     """
 
     def __init__(
@@ -89,7 +89,9 @@ class Consumer:
         on_gap: Callable[[Gap], None] | None = None,
     ) -> None:
         if concurrency < 1 or handler_timeout <= 0 or drain_timeout < 0:
-            raise WiringError("concurrency is at least 1, handler_timeout above 0, and drain_timeout not below 0")
+            raise ConfigurationError(
+                "concurrency is at least 1, handler_timeout above 0, and drain_timeout not below 0"
+            )
         promised = broker.capabilities
         if requires is not None:
             remedy = "use a transport that does, or ask for less"
@@ -102,7 +104,7 @@ class Consumer:
 
         container = Container() if container is None else container
         emitter = event_emitter or EventEmitter(event_map, container, broker)
-        emitter.wire(container)
+        emitter._wire(container)
         self._routes = routes(event_map, container, tuple(middlewares), emitter)
         self._handling = Handling(
             self._routes,
@@ -134,7 +136,7 @@ class Consumer:
             BrokerUnavailable: The service could not be reached at the start.
         """
         if self._started:
-            raise WiringError("a consumer runs once; make another one")
+            raise UsageError("a consumer runs once; make another one")
         self._started = True
         subscription = self._broker.subscribe(
             self._routes.keys(), group=self._group, prefetch=self._concurrency, on_gap=self._note_gap
@@ -280,10 +282,12 @@ _GIVING_BACK = Capabilities(delayed_retry=True, delivery_count="retries")
 
 def _retry(broker: object, promised: Capabilities, retry: RetryPolicy | None) -> RetryPolicy:
     if retry is None:
-        return RetryPolicy(delayed=0) if promised.lacking(_GIVING_BACK) else RetryPolicy()
-    if retry.delayed:
-        remedy = "set RetryPolicy(delayed=0), and only the immediate ones remain, or use a transport that gives back"
-        require(broker, promised, _GIVING_BACK, for_="RetryPolicy(delayed=…)", remedy=remedy)
+        return RetryPolicy(delayed_retries=0) if promised.lacking(_GIVING_BACK) else RetryPolicy()
+    if retry.delayed_retries:
+        remedy = (
+            "set RetryPolicy(delayed_retries=0), and only the immediate ones remain, or use a transport that gives back"
+        )
+        require(broker, promised, _GIVING_BACK, for_="RetryPolicy(delayed_retries=…)", remedy=remedy)
     return retry
 
 

@@ -43,11 +43,15 @@ class HandlerNotFound(DiatorError, LookupError):
         self.request_type = request_type
 
 
-class WiringError(DiatorError, TypeError):
-    """The parts of a program do not fit together, or an option cannot be kept. Raised when constructing."""
+class ConfigurationError(DiatorError, ValueError):
+    """The parts of a program do not fit together, or an option is out of its range. Raised when constructing."""
 
 
-class UnsupportedCapability(WiringError):
+class UsageError(DiatorError, RuntimeError):
+    """An object's state does not allow the call: a consumer runs twice, a broker has two running event loops."""
+
+
+class UnsupportedCapability(ConfigurationError):
     """A program asks for what a transport does not promise. The text says which option, and what can be done."""
 
     def __init__(self, broker: str, lacks: Sequence[str], *, why: str, remedy: str) -> None:
@@ -176,7 +180,7 @@ class BrokerUnavailable(BrokerError, ConnectionError):
         super().__init__(problem if message_id is None else f"not sent: {problem}", message_id=message_id)
 
 
-class AccessRefused(BrokerError, WiringError):
+class AccessRefused(BrokerError, ConfigurationError):
     """The service does not allow this user what a subscription needs. Trying again does not mend that."""
 
 

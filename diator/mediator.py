@@ -13,7 +13,7 @@ from diator.container import Container
 from diator.container.base import Resolver, Shared
 from diator.events import EventEmitter, EventMap
 from diator.events._emitter import Outgoing, check_parts
-from diator.exceptions import EventsNotSent, MessagesNotSent, WiringError
+from diator.exceptions import ConfigurationError, EventsNotSent, MessagesNotSent
 from diator.middlewares.base import Middleware
 from diator.requests import Request, RequestMap
 
@@ -31,7 +31,7 @@ class Mediator:
 
     Raises:
         ResolutionError: A handler that is bound can never be built by *container*.
-        WiringError: The arguments contradict each other.
+        ConfigurationError: The arguments contradict each other.
     """
 
     @overload
@@ -66,14 +66,16 @@ class Mediator:
         check_parts(event_map=event_map, container=container, message_broker=message_broker)
         parts: list[tuple[object, Any]] = [(request_map, RequestMap), (event_emitter, (EventEmitter, NoneType))]
         if not all(isinstance(part, kind) for part, kind in parts):
-            raise WiringError("a mediator is made of a RequestMap, and perhaps a container and an EventEmitter")
+            raise ConfigurationError("a mediator is made of a RequestMap, and perhaps a container and an EventEmitter")
         middlewares = _checked(middlewares)
         if event_emitter is None:
             event_emitter = EventEmitter(event_map=event_map, message_broker=message_broker)
         elif event_map is not None or message_broker is not None:
-            raise WiringError("event_map and message_broker belong to the EventEmitter that is given; give them to it")
+            raise ConfigurationError(
+                "event_map and message_broker belong to the EventEmitter that is given; give them to it"
+            )
         container = Container() if container is None else container
-        event_emitter.wire(container)
+        event_emitter._wire(container)
         self._emitter = event_emitter
         self._dispatcher = Dispatcher(request_map, container, event_emitter, middlewares)
         for request_type in request_map:
@@ -108,18 +110,18 @@ class Mediator:
             try:
                 response = await handler.handle(request)
             except BaseException:
-                plan.claim(handler, ())  # what it raised before it failed is not to go out with another request
+                plan.take_events(handler, ())  # what it raised before it failed is not to go out with another request
                 raise
-            if not (events := plan.look(handler)):
+            if not (events := plan.pending_events(handler)):
                 return response
-            outgoing = await self._emitter.handle(plan.claim(handler, events), shared)
+            outgoing = await self._emitter._handle(plan.take_events(handler, events), shared)
         if outgoing:
             await self._send_events(outgoing, response)
         return response
 
     async def _send_events(self, outgoing: Outgoing, response: object) -> None:
         try:
-            await self._emitter.send(outgoing)
+            await self._emitter._send(outgoing)
         except MessagesNotSent as error:
             unsent = [(event, message) for event, message in outgoing if message.message_id in error.message_ids]
             raise _not_sent(unsent, response) from error.__cause__
@@ -133,11 +135,13 @@ class Mediator:
 
 def _checked(middlewares: Iterable[Middleware]) -> tuple[Middleware, ...]:
     if not isinstance(middlewares, Iterable):
-        raise WiringError("middlewares is a list of them")
+        raise ConfigurationError("middlewares is a list of them")
     given = tuple(middlewares)
     for middleware in given:
         if isinstance(middleware, type) or not callable(middleware):
-            raise WiringError(f"{middleware!r} is no middleware: give an object that is called with (message, handle)")
+            raise ConfigurationError(
+                f"{middleware!r} is no middleware: give an object that is called with (message, handle)"
+            )
     return given
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from diator.exceptions import WiringError
+from diator.exceptions import ConfigurationError
 
 
 class PermanentError(Exception):
@@ -25,28 +25,30 @@ class RetryPolicy:
     back together.
     """
 
-    immediate: int = 2
+    immediate_retries: int = 2
     immediate_pause: float = 0.1
-    delayed: int = 5
+    delayed_retries: int = 5
     first_delay: float = 5.0
-    factor: float = 3.0
+    backoff_factor: float = 3.0
     max_delay: float = 600.0
-    crashes: int = 3
+    max_crashes: int = 3
     """How many deliveries, beyond these, may end without an outcome, before the message counts as a killer."""
     permanent: tuple[type[Exception], ...] = (PermanentError,)
 
     def __post_init__(self) -> None:
         counts_and_times = (
-            *(self.immediate, self.delayed, self.crashes),
+            *(self.immediate_retries, self.delayed_retries, self.max_crashes),
             *(self.immediate_pause, self.first_delay, self.max_delay),
         )
-        if not all(value >= 0 for value in counts_and_times) or not self.factor >= 1:  # nor is NaN
-            raise WiringError(f"{self} makes no sense: counts and times are not negative, and factor is at least 1")
+        if not all(value >= 0 for value in counts_and_times) or not self.backoff_factor >= 1:  # nor is NaN
+            raise ConfigurationError(
+                f"{self} makes no sense: counts and times are not negative, and backoff_factor is at least 1"
+            )
 
     @property
-    def most_attempts(self) -> int:
+    def max_attempts(self) -> int:
         """The number of deliveries after which a failing message is put aside."""
-        return self.delayed + 1
+        return self.delayed_retries + 1
 
     def is_permanent(self, error: BaseException) -> bool:
         """Tell whether handling again cannot help. Of several errors, one is enough."""
@@ -63,7 +65,7 @@ class RetryPolicy:
         # Not computed beyond the limit: a power of a large number of attempts is no float any more.
         delay = self.first_delay
         for _ in range(attempt - 1):
-            delay *= self.factor
+            delay *= self.backoff_factor
             if delay >= self.max_delay:
                 break
         return _jittered(min(delay, self.max_delay))

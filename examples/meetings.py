@@ -27,7 +27,7 @@ from diator.brokers.memory import MemoryMessageBroker
 from diator.consumer import Consumer
 from diator.container import Container
 from diator.events import DomainEvent, EventHandler, EventMap, NotificationEvent
-from diator.exceptions import BrokerError, EventsNotSent, MissingExtra, WiringError
+from diator.exceptions import BrokerError, ConfigurationError, EventsNotSent, MissingExtra
 from diator.mediator import Mediator
 from diator.middlewares import BaseMiddleware
 from diator.requests import Request, RequestHandler, RequestMap
@@ -165,7 +165,9 @@ def broker_for(address: str) -> Transport:
 
             return KafkaMessageBroker(servers)
         case (unknown, *_):
-            raise WiringError(f"there is no broker for {unknown!r}; use memory, or an address as in the description")
+            raise ConfigurationError(
+                f"there is no broker for {unknown!r}; use memory, or an address as in the description"
+            )
 
 
 async def send(broker: MessageBroker) -> None:
@@ -223,5 +225,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     try:
         asyncio.run(main(arguments.broker, consume=arguments.consume))
-    except (BrokerError, EventsNotSent, MissingExtra, WiringError) as error:
+    except (BrokerError, EventsNotSent, MissingExtra, ConfigurationError) as error:
         sys.exit(f"meetings: {error}")

@@ -13,14 +13,14 @@ from diator.brokers.capabilities import Capabilities
 class Finding:
     """One setting of the service, as it was found."""
 
-    weakens: str
+    capability: str
     """Which promise suffers: the name of a field of `Capabilities`."""
     problem: str
     """What is set how, and what can happen because of it. No secrets."""
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.weakens}: {self.problem}; {self.remedy}"
+        return f"{self.capability}: {self.problem}; {self.remedy}"
 
 
 @runtime_checkable
@@ -53,7 +53,7 @@ async def audit(broker: object, *, requires: Capabilities | None = None) -> list
     """
     found = await broker.audit() if isinstance(broker, Auditable) else ()
     asked = {field.name for field in fields(Capabilities) if requires and _asks(requires, field.name)}
-    return [finding for finding in found if requires is None or finding.weakens in asked]
+    return [finding for finding in found if requires is None or finding.capability in asked]
 
 
 def _asks(requires: Capabilities, name: str) -> bool:

@@ -24,7 +24,7 @@ class Topic(NamedTuple):
 
     Both are any text, as is the name of a group. Two that differ are two destinations: a transport writes them for its
     service so that no two become one, whatever the service makes of separators, wildcards, case or length. What it
-    cannot write it refuses, with `MessageRejected` when sending and `WiringError` when subscribing.
+    cannot write it refuses, with `MessageRejected` when sending and `ConfigurationError` when subscribing.
     """
 
     message_type: str
@@ -174,8 +174,8 @@ class ReadableBroker(MessageBroker, Protocol):
 
         Cancelling a wait for the next delivery loses nothing. The iterator reconnects by itself, with growing, jittered
         pauses, and tells *on_gap* whenever messages may have been missed meanwhile. It ends only when its context does,
-        or with an error that trying again does not mend: BrokerClosed, or the WiringError of a service that is set up
-        otherwise than it was.
+        or with an error that trying again does not fix: BrokerClosed, or a ConfigurationError when the settings of
+        the service have changed.
 
         The context's end waits for nothing but what was settled to reach the service; what was not settled becomes
         available to other members at once where the transport's `redelivery` has `close`, and what was received and
@@ -183,7 +183,7 @@ class ReadableBroker(MessageBroker, Protocol):
         it is.
 
         Raises, on entry:
-            WiringError: *prefetch* is below 1.
+            ConfigurationError: *prefetch* is below 1.
             UnsupportedCapability: The transport has no groups, or cannot do without one.
             AccessRefused: The service does not let this user read there.
             BrokerUnavailable: The service cannot be reached within the broker's `timeout`.

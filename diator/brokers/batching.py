@@ -85,7 +85,7 @@ class Batches(Generic[T]):
                 if verdict is None:
                     call.ended.set_result(None)
                 else:
-                    own = own_verdict(verdict, call.message_id) if isinstance(verdict, BrokerError) else verdict
+                    own = own_error(verdict, call.message_id) if isinstance(verdict, BrokerError) else verdict
                     call.ended.set_exception(own)
 
     def _taken(self) -> list[_Call[T]]:
@@ -110,7 +110,7 @@ class _Call(Generic[T]):
     ended: asyncio.Future[None]
 
 
-def own_verdict(verdict: BrokerError, message_id: UUID | None) -> BrokerError:
+def own_error(verdict: BrokerError, message_id: UUID | None) -> BrokerError:
     """Give one message an error of its own, with its id: *verdict* is on several. What concerns one stays as it is."""
     if message_id is None or verdict.message_id is not None or type(verdict) not in _VERDICTS:
         return verdict

@@ -6,7 +6,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
-from diator.exceptions import UnsupportedCapability, WiringError
+from diator.exceptions import ConfigurationError, UnsupportedCapability
 
 Guarantee: TypeAlias = Literal["at_most_once", "at_least_once"]
 Receipt: TypeAlias = Literal["none", "accepted", "durable"]
@@ -113,10 +113,10 @@ class Capabilities:
     """Whether there is a link that can fail. Told to the conformance suite, not compared."""
 
     def __post_init__(self) -> None:
-        """Raise `WiringError` for a level that there is not."""
+        """Raise `ConfigurationError` for a level that there is not."""
         for name, levels in _LEVELS.items():
             if (level := getattr(self, name)) not in levels:
-                raise WiringError(f"{name} is one of {', '.join(levels)}, and not {level!r:.80}")
+                raise ConfigurationError(f"{name} is one of {', '.join(levels)}, and not {level!r:.80}")
 
     def lacking(self, needed: Capabilities) -> list[str]:
         """Name what *needed* asks for and these capabilities do not promise, as `name (has, needed is needs)`."""

@@ -111,7 +111,7 @@ def decode(body: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES, headers: Mapping[
         raise DecodingError("the body is no message: the payload is no JSON object - at `$.payload`")
     given = {**envelope.headers, **(headers or {})}
     key = given.pop(_KEY, None)
-    return Message.of_fields(
+    return Message._of_fields(
         {
             "message_type": envelope.message_type,
             "message_name": envelope.message_name,

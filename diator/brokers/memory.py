@@ -14,7 +14,7 @@ from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode
 from diator.brokers.message import Message
-from diator.exceptions import BrokerClosed, MessageRejected, WiringError
+from diator.exceptions import BrokerClosed, ConfigurationError, MessageRejected
 
 
 class MemoryMessageBroker:
@@ -31,7 +31,7 @@ class MemoryMessageBroker:
 
     def __init__(self, *, capacity: int = 10_000, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
         if capacity < 1:
-            raise WiringError("capacity is at least 1")
+            raise ConfigurationError("capacity is at least 1")
         self._capacity = capacity
         self._max_message_bytes = max_message_bytes
         self._kept = _Queue()
@@ -94,7 +94,7 @@ class MemoryMessageBroker:
         """See `ReadableBroker.subscribe`."""
         self.check_open()
         if prefetch < 1:
-            raise WiringError("prefetch is at least 1")
+            raise ConfigurationError("prefetch is at least 1")
         queue = _Queue() if group is None else self._groups.setdefault(group, _Queue())
         queue.topics |= set(topics)
         if queue not in self._queues:

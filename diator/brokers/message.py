@@ -70,7 +70,7 @@ class Message:
         )
 
     @classmethod
-    def of_fields(cls, fields: dict[str, object]) -> Self:
+    def _of_fields(cls, fields: dict[str, object]) -> Self:
         """Make a message of all its fields at once, for codecs: the constructor, one by one, costs twice as much."""
         message = cls.__new__(cls)
         object.__setattr__(message, "__dict__", fields)

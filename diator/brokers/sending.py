@@ -82,10 +82,10 @@ async def send_together(send: Callable[[Message], Awaitable[None]], messages: Se
         raise MessagesNotSent([message.message_id for message, _ in failed]) from failed[0][1]
 
 
-def enlists(broker: object) -> bool:
+def transactional(broker: object) -> bool:
     """
     Tell whether *broker* is part of the unit of work, as an outbox is: it stores messages in the open transaction.
 
-    Such a broker says so with an attribute `enlists = True`, and is then called before the middlewares have finished.
+    Such a broker has an attribute `transactional = True`. The emitter calls it before the middlewares have finished.
     """
-    return getattr(broker, "enlists", False) is True
+    return getattr(broker, "transactional", False) is True

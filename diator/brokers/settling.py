@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Generic, TypeVar
 
 from diator.brokers.base import Delivery
-from diator.brokers.shared import Beside
+from diator.brokers.connecting import BackgroundTasks
 from diator.exceptions import BrokerError
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class Acknowledgements(Generic[T]):
         self._tell = tell
         self._noted: list[T] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._beside = Beside()
+        self._background = BackgroundTasks()
 
     def add(self, item: T) -> None:
         """Note *item*, which is told with others."""
@@ -47,7 +47,7 @@ class Acknowledgements(Generic[T]):
     async def flush(self) -> None:
         """Tell what was noted, and wait until all of it was told."""
         self._flush()
-        await self._beside.done()
+        await self._background.wait()
 
     def _flush(self) -> None:
         if self._timer is not None:
@@ -55,7 +55,7 @@ class Acknowledgements(Generic[T]):
             self._timer = None
         if self._noted:
             noted, self._noted = self._noted, []
-            self._beside.begin(self._tell_noted(noted), "acknowledging")
+            self._background.start(self._tell_noted(noted), "acknowledging")
 
     async def _tell_noted(self, noted: Sequence[T]) -> None:
         try:

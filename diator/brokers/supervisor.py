@@ -13,9 +13,9 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Protocol, Self, TypeAlias
 
-from diator.brokers._listing import listed
+from diator._text import listed
 from diator.brokers.base import Delivery, Gap, OnGap, Topic
-from diator.exceptions import BrokerClosed, BrokerUnavailable, DiatorError, WiringError
+from diator.exceptions import BrokerClosed, BrokerUnavailable, ConfigurationError, DiatorError, UsageError
 
 _WAITING = 0.05
 """Whoever waits for longer than this, in seconds, has read everything that was there."""
@@ -55,7 +55,7 @@ class Source(Protocol):
         """
         Ask the service for a sign of life. `receive` returns when it comes.
 
-        It may do nothing where `receive` returns by itself more often than `Patience.idle`.
+        It may do nothing where `receive` returns by itself more often than `ReconnectPolicy.idle_timeout`.
         """
         ...
 
@@ -69,37 +69,37 @@ It raises `BrokerClosed` if the broker is, which ends the subscription. Any othe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
+class ReconnectPolicy:
     """How long is waited for what. All times are in seconds."""
 
-    connect: float = 10.0
+    connect_timeout: float = 10.0
     """For a connection, and for it to be ready."""
-    idle: float = 10.0
+    idle_timeout: float = 10.0
     """For anything to be heard, before a sign of life is asked for."""
-    silence: float = 5.0
+    probe_timeout: float = 5.0
     """For that sign, before the peer counts as dead."""
-    first_pause: float = 0.1
+    first_delay: float = 0.1
     """The longest first pause before connecting again; it doubles with each failure."""
-    longest_pause: float = 30.0
-    healthy: float = 60.0
+    max_delay: float = 30.0
+    reset_after: float = 60.0
     """How long a connection has to live for the pauses to begin anew."""
 
-    def pause(self, failures: int) -> float:
+    def delay(self, failures: int) -> float:
         """Full jitter: everybody who lost the same service must not come back at the same moment."""
-        return random.uniform(0, min(self.longest_pause, self.first_pause * 2 ** min(failures, 32)))  # noqa: S311
+        return random.uniform(0, min(self.max_delay, self.first_delay * 2 ** min(failures, 32)))  # noqa: S311
 
 
 Leave: TypeAlias = Callable[[Collection[Delivery]], Awaitable[None]]
 """Has the service know what was settled, and gives back what was not; it is told what nobody has seen. Bounded."""
 
 
-class Supervised:
+class ResilientSubscription:
     """
     A subscription that is connected again whenever it breaks, with one connection at any time.
 
     Entering it connects, and raises `BrokerUnavailable` if that is not possible, or whatever error of diator *connect*
     raises. From then on it is an iterator of deliveries that ends only with `BrokerClosed`, when the broker is closed,
-    or with a `WiringError` of *connect*: what is set up wrongly does not come right by trying again. Logs name it by
+    or with a `ConfigurationError` of *connect*: connecting again does not fix a wrong setting. Logs name it by
     *topics* and *group*.
 
     *lossy* says that messages are missed while there is no connection: *on_gap* is told so when there is one again. At
@@ -111,7 +111,7 @@ class Supervised:
     with the broker, *leave* is called once, after the last connection, with what was received and never given out.
 
     Raises:
-        WiringError: *prefetch* is below 1.
+        ConfigurationError: *prefetch* is below 1.
     """
 
     def __init__(
@@ -123,20 +123,20 @@ class Supervised:
         lossy: bool,
         prefetch: int,
         ahead: int | None = None,
-        patience: Patience,
+        reconnect: ReconnectPolicy,
         on_gap: OnGap | None,
-        siblings: set[Supervised],
+        siblings: set[ResilientSubscription],
         unsettled: Callable[[], int] | None = None,
         leave: Leave | None = None,
     ) -> None:
         if prefetch < 1:
-            raise WiringError("prefetch is at least 1")
+            raise ConfigurationError("prefetch is at least 1")
         self._connect = connect
         self._name = _named(topics, group)
         self._lossy = lossy
         self._prefetch = prefetch
         self._ahead = prefetch if ahead is None else ahead
-        self._patience = patience
+        self._reconnect = reconnect
         self._on_gap = on_gap
         self._siblings = siblings
         self._unsettled = unsettled
@@ -247,7 +247,7 @@ class Supervised:
             since = loop.time()
             connected = False
             try:
-                async with asyncio.timeout(self._patience.connect) as connecting, self._connect() as source:
+                async with asyncio.timeout(self._reconnect.connect_timeout) as connecting, self._connect() as source:
                     connecting.reschedule(None)
                     since, connected = loop.time(), True
                     self.connected = True
@@ -265,7 +265,7 @@ class Supervised:
                 if not ready.done():
                     ready.set_exception(_unavailable(error))
                     return
-                if isinstance(error, (BrokerClosed, WiringError)):
+                if isinstance(error, (BrokerClosed, ConfigurationError, UsageError)):
                     self._ended = error
                     self._arrived.set()
                     return
@@ -276,9 +276,9 @@ class Supervised:
                 logger.warning("%s has no connection (%s); connecting again", self._name, reason)
                 behind = loop.time() - max(since, self._complete_until()) if connected else 0.0
                 lost = lost or (datetime.now(UTC) - timedelta(seconds=behind), reason)
-            if connected and loop.time() - since > self._patience.healthy:
+            if connected and loop.time() - since > self._reconnect.reset_after:
                 failures = 0
-            await asyncio.sleep(self._patience.pause(failures))
+            await asyncio.sleep(self._reconnect.delay(failures))
             failures += 1
 
     async def _receive_from(self, source: Source) -> None:
@@ -302,17 +302,17 @@ class Supervised:
 
     async def _watch(self, source: Source, alive: asyncio.Timeout) -> None:
         """A connection can be dead without a word: its packets go nowhere, and nothing tells so but silence."""
-        loop, patience = asyncio.get_running_loop(), self._patience
+        loop, policy = asyncio.get_running_loop(), self._reconnect
         while True:
             quiet = loop.time() - self._heard
-            if quiet < patience.idle or not self._room.is_set():  # heard, or not listened to
-                await asyncio.sleep(max(patience.idle - quiet, patience.silence / 10))
+            if quiet < policy.idle_timeout or not self._room.is_set():  # heard, or not listened to
+                await asyncio.sleep(max(policy.idle_timeout - quiet, policy.probe_timeout / 10))
                 continue
             asked = loop.time()
             try:
-                async with asyncio.timeout(patience.silence):
+                async with asyncio.timeout(policy.probe_timeout):
                     await source.probe()
-                await asyncio.sleep(patience.silence - (loop.time() - asked))
+                await asyncio.sleep(policy.probe_timeout - (loop.time() - asked))
             except Exception as error:  # noqa: BLE001  # whatever it is, there was no sign of life
                 logger.debug("asking for a sign of life failed: %r", error)
             if self._heard < asked and self._room.is_set():
@@ -331,7 +331,7 @@ class Supervised:
         return self._heard if waited else self._caught_up
 
 
-async def close_all(subscriptions: Collection[Supervised]) -> None:
+async def close_all(subscriptions: Collection[ResilientSubscription]) -> None:
     """End the subscriptions of a broker, all at once. Each is over when this returns."""
     await asyncio.gather(*(subscription.aclose() for subscription in [*subscriptions]))
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from diator._hints import name_of
 from diator.container.base import Build, Shared
-from diator.exceptions import MissingExtra, ResolutionError, WiringError
+from diator.exceptions import ConfigurationError, MissingExtra, ResolutionError
 
 try:
     import rodi
@@ -28,9 +28,9 @@ class RodiContainer:
 
     @property
     def external_container(self) -> rodi.Container:
-        """The attached container. WiringError if there is none yet."""
+        """The attached container. ConfigurationError if there is none yet."""
         if self._external_container is None:
-            raise WiringError("no rodi container is attached; call attach_external_container first")
+            raise ConfigurationError("no rodi container is attached; call attach_external_container first")
         return self._external_container
 
     def attach_external_container(self, container: rodi.Container) -> None:

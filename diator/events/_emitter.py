@@ -9,19 +9,19 @@ from uuid import UUID
 from diator._handlers import Prepared
 from diator._hints import name_of
 from diator.brokers.message import Message
-from diator.brokers.sending import MessageBroker, enlists
+from diator.brokers.sending import MessageBroker, transactional
 from diator.container import Container
 from diator.container.base import Resolver, Shared, has_scopes, scopes
 from diator.events._event import Event, check_travels_whole, message_key_of, message_name_of, travels
 from diator.events._handler import EventMap
 from diator.exceptions import (
     BrokerNotConfigured,
+    ConfigurationError,
     DiatorError,
     EncodingError,
     EventHandlersFailed,
     MessagesNotSent,
     NotAnEvent,
-    WiringError,
 )
 
 Outgoing: TypeAlias = list[tuple[Any, Message]]
@@ -67,11 +67,11 @@ class EventEmitter:
         if plan.message is not None and self._broker is not None:
             await self._broker.send_message(plan.message(event))
         else:
-            await self.send(await self.handle([event], {}))
+            await self._send(await self._handle([event], {}))
 
     # -- the two halves of `emit`, for the mediator: inside the unit of work, and after it -----------------------
 
-    async def handle(  # noqa: C901, PLR0912  # one loop, written out: every domain event goes through it
+    async def _handle(  # noqa: C901, PLR0912  # one loop, written out: every domain event goes through it
         self, raised: list[Any], shared: Shared, progress: _Progress | None = None
     ) -> Outgoing:
         """
@@ -95,8 +95,8 @@ class EventEmitter:
             if plan.needs_scope and not has_scopes(shared):
                 async with scopes(shared):
                     remaining = itertools.chain((event,), remaining)
-                    return await self.handle(raised, shared, (remaining, outgoing, failures, refused))
-            for build, look, handler in plan.steps:
+                    return await self._handle(raised, shared, (remaining, outgoing, failures, refused))
+            for build, pending_events, handler in plan.steps:
                 try:
                     if build is None:
                         await handler.call(event, shared, raised)
@@ -105,10 +105,10 @@ class EventEmitter:
                         try:
                             await built.handle(event)
                         except BaseException:
-                            handler.claim(built, ())
+                            handler.take_events(built, ())
                             raise
-                        if events := look(built):
-                            raised += handler.claim(built, events)
+                        if events := pending_events(built):
+                            raised += handler.take_events(built, events)
                 except Exception as error:  # noqa: BLE001  # all handlers run, then all errors are raised
                     error.add_note(f"raised by {handler.name}, which handles {name_of(type(event))}")
                     failures.append(error)
@@ -116,21 +116,21 @@ class EventEmitter:
             raise EventHandlersFailed("handlers of domain events failed", [*failures, *refused])
         if refused:
             raise refused[0]
-        if outgoing and enlists(self._broker):
-            await self.send(outgoing)
+        if outgoing and transactional(self._broker):
+            await self._send(outgoing)
             return []
         return outgoing
 
-    async def send(self, outgoing: Outgoing) -> None:
+    async def _send(self, outgoing: Outgoing) -> None:
         """
-        Send what `handle` gave, in its order. It stops at the first message that is not confirmed.
+        Send what `_handle` gave, in its order. It stops at the first message that is not confirmed.
 
         Raises:
             BrokerError: The verdict on the message, if there was one.
             MessagesNotSent: Of several messages, some were not confirmed.
         """
         broker, messages = self._broker, [message for _, message in outgoing]
-        if not messages or broker is None:  # without a broker `handle` has refused what travels
+        if not messages or broker is None:  # without a broker `_handle` has refused what travels
             return
         if len(messages) == 1:
             await broker.send_message(messages[0])
@@ -145,17 +145,17 @@ class EventEmitter:
 
     # -- wiring --------------------------------------------------------------------------------------------------
 
-    def wire(self, container: Resolver) -> None:
+    def _wire(self, container: Resolver) -> None:
         """
         Use *container* unless this emitter has one, and find out how every handler that is bound so far is built.
 
         Raises:
             ResolutionError: A handler can never be built.
-            WiringError: This emitter has no container of its own, and works with that of another mediator already.
+            ConfigurationError: This emitter has no container, and already works with another mediator's.
         """
         if self._container is None:
             if self._adopted not in (None, container):
-                raise WiringError(
+                raise ConfigurationError(
                     "two mediators with different containers share this EventEmitter; give it a container"
                 )
             self._adopted = container
@@ -170,10 +170,10 @@ class EventEmitter:
         if travels(event_type):
             if self._broker is None:
                 raise BrokerNotConfigured(event_type)
-            self._event_map.claim_name(event_type)
+            self._event_map._reserve_name(event_type)
             plan = _Plan((), message=_maker_of_messages(event_type))
         else:
-            handlers = self._event_map.settle(event_type)
+            handlers = self._event_map._freeze(event_type)
             if not handlers and not issubclass(event_type, Event):
                 raise NotAnEvent(f"{name_of(event_type)} was raised, and is neither an Event nor bound to a handler")
             container = next((each for each in (self._container, self._adopted) if each is not None), None)
@@ -186,10 +186,10 @@ class EventEmitter:
 def check_parts(*, event_map: object, container: object, message_broker: object) -> None:
     """Refuse what was mixed up, when a program is wired and not when its work is done. None is what was left out."""
     if not isinstance(event_map, (EventMap, NoneType)):
-        raise WiringError(f"event_map is {_what(event_map)}, and no EventMap")
+        raise ConfigurationError(f"event_map is {_what(event_map)}, and no EventMap")
     for name, part, method in (("container", container, "resolve"), ("message_broker", message_broker, "send_message")):
         if part is not None and (isinstance(part, type) or not callable(getattr(part, method, None))):
-            raise WiringError(f"{name} is {_what(part)}, and no object with `async def {method}`")
+            raise ConfigurationError(f"{name} is {_what(part)}, and no object with `async def {method}`")
 
 
 def _what(part: object) -> str:
@@ -202,7 +202,7 @@ class _Plan:
     __slots__ = ("message", "needs_scope", "steps")
 
     def __init__(self, handlers: Sequence[Prepared], message: Callable[[Any], Message] | None = None) -> None:
-        self.steps = [(handler.build, handler.look, handler) for handler in handlers]
+        self.steps = [(handler.build, handler.pending_events, handler) for handler in handlers]
         self.needs_scope = any(handler.needs_scope for handler in handlers)
         self.message = message
 
@@ -223,7 +223,7 @@ def _maker_of_messages(event_type: Any) -> Callable[[Any], Message]:
             problem = "event_id is a UUID, and event_timestamp has a time zone: nobody could tell what is meant else"
             raise EncodingError(name_of(event_type), problem)
         key = None if key_field is None else getattr(event, key_field)
-        return Message.of_fields(
+        return Message._of_fields(
             {
                 "message_type": message_type,
                 "message_name": message_name,

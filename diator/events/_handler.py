@@ -62,7 +62,7 @@ class EventMap:
         handlers = self._handlers.get(event_type, [])
         if handler in handlers:
             raise BindingError(f"{name_of(handler)} is bound to {name_of(event_type)} already")
-        self.claim_name(event_type)
+        self._reserve_name(event_type)
         self._handlers[event_type] = [*handlers, handler]
 
     def handler(self, handler: AnyHandler) -> AnyHandler:
@@ -79,12 +79,12 @@ class EventMap:
         """Give the handlers of *event_type*, in the order in which they were bound; none is no error."""
         return tuple(self._handlers.get(event_type, ()))
 
-    def settle(self, event_type: type) -> Sequence[Handler]:
+    def _freeze(self, event_type: type) -> Sequence[Handler]:
         """Give the handlers of *event_type* for good: one that was bound later would be left out in silence."""
         self._settled.add(event_type)
         return self.get(event_type)
 
-    def claim_name(self, event_type: type) -> None:
+    def _reserve_name(self, event_type: type) -> None:
         """
         Keep the wire name of *event_type* for it alone, if it travels. Services differ in whether case counts.
 

@@ -17,14 +17,14 @@ from diator.brokers import Message
 from diator.brokers.audit import audit
 from diator.brokers.base import Topic
 from diator.brokers.kafka import KafkaMessageBroker
-from diator.brokers.supervisor import Patience
+from diator.brokers.supervisor import ReconnectPolicy
 from diator.exceptions import (
     BrokerClosed,
     BrokerUnavailable,
+    ConfigurationError,
     MessageRejected,
     MessagesNotSent,
     OutcomeUnknown,
-    WiringError,
 )
 from diator.testing.fault_proxy import FaultProxy, Flow
 
@@ -54,8 +54,14 @@ async def make(prefix):
     async with AsyncExitStack() as stack:
 
         async def make(servers, **options) -> KafkaMessageBroker:
-            patience = Patience(connect=6.0, idle=1.0, silence=1.0, longest_pause=0.2)
-            options = {"timeout": TIMEOUT, "session": 6.0, "heartbeat": 0.1, "patience": patience, **options}
+            reconnect = ReconnectPolicy(connect_timeout=6.0, idle_timeout=1.0, probe_timeout=1.0, max_delay=0.2)
+            options = {
+                "timeout": TIMEOUT,
+                "session_timeout": 6.0,
+                "heartbeat_interval": 0.1,
+                "reconnect": reconnect,
+                **options,
+            }
             return await stack.enter_async_context(KafkaMessageBroker(servers, prefix, **options))
 
         yield make
@@ -261,8 +267,8 @@ async def test_what_is_committed_is_the_lowest_that_is_not_finished(broker, kafk
 async def test_where_there_is_no_room_beside_a_commit_it_is_committed_all_the_same(
     make, kafka_servers, monkeypatch, caplog
 ) -> None:
-    monkeypatch.setattr("diator.brokers._kafka_offsets.BESIDE_A_COMMIT", 100_000)  # more than Kafka takes
-    broker, group = await make(kafka_servers, window=2000), f"group-{uuid4().hex}"
+    monkeypatch.setattr("diator.brokers.kafka._offsets.BESIDE_A_COMMIT", 100_000)  # more than Kafka takes
+    broker, group = await make(kafka_servers, max_unacked_per_partition=2000), f"group-{uuid4().hex}"
     await send(broker, *range(2000), key="k")
     async with subscribed(broker, group=group, prefetch=2000) as deliveries:
         taken = await take(deliveries, 2000)
@@ -331,7 +337,7 @@ async def acked_until_cancelled(deliveries) -> None:
 
 async def test_members_that_come_and_go_lose_nothing(make, kafka_servers) -> None:
     """Eight changes of members while messages come: whatever was fetched, and given to nobody, comes again."""
-    group, broker = f"group-{uuid4().hex}", await make(kafka_servers, drain=1.0)
+    group, broker = f"group-{uuid4().hex}", await make(kafka_servers, drain_timeout=1.0)
     handled: Counter[int] = Counter()
 
     async def handle(deliveries) -> None:
@@ -366,7 +372,7 @@ async def test_members_that_come_and_go_lose_nothing(make, kafka_servers) -> Non
 
 async def test_what_is_settled_after_its_partition_went_says_nothing(make, kafka_servers) -> None:
     """It is another's by then, who may be at a later or an earlier place."""
-    group, broker = f"group-{uuid4().hex}", await make(kafka_servers, drain=0.3)
+    group, broker = f"group-{uuid4().hex}", await make(kafka_servers, drain_timeout=0.3)
     await asyncio.gather(*(send(broker, number, key=str(number)) for number in range(40)))
     async with subscribed(broker, group=group, prefetch=40) as one:
         held = await take(one, 40)
@@ -388,7 +394,7 @@ async def test_what_is_settled_after_its_partition_went_says_nothing(make, kafka
 async def test_no_more_than_a_window_is_read_ahead_of_the_oldest_unfinished(make, kafka_servers) -> None:
     """And a change of members, which makes aiokafka forget what was paused, does not change that."""
     group = f"group-{uuid4().hex}"
-    broker = await make(kafka_servers, window=20, read_ahead=10, partitions=1, drain=0.2)
+    broker = await make(kafka_servers, max_unacked_per_partition=20, extra_prefetch=10, partitions=1, drain_timeout=0.2)
     await send(broker, *range(200))
     async with subscribed(broker, group=group, prefetch=10) as deliveries:
         (oldest,) = await take(deliveries, 1)
@@ -732,7 +738,7 @@ async def test_a_missing_topic_is_refused_with_the_command_that_creates_it(make,
     async with within(TIMEOUT):
         with pytest.raises(MessageRejected, match=rf"--create --topic {re.escape(name)} --partitions 7") as refused:
             await broker.send_message(sent := message(0))
-        with pytest.raises(WiringError, match=rf"--topic {re.escape(name)}.billing-retry"):
+        with pytest.raises(ConfigurationError, match=rf"--topic {re.escape(name)}.billing-retry"):
             await subscribed(broker).__aenter__()
 
     assert refused.value.message_id == sent.message_id
@@ -760,7 +766,7 @@ async def test_what_kafka_refuses_to_create_is_told(make, kafka_servers, name) -
 
     with pytest.raises(MessageRejected, match=r"cannot be created \(InvalidReplicationFactorError"):
         await broker.send_message(message(0))
-    with pytest.raises(WiringError, match="cannot be created"):
+    with pytest.raises(ConfigurationError, match="cannot be created"):
         await subscribed(broker).__aenter__()
 
 
@@ -788,7 +794,7 @@ async def test_topics_are_created_as_was_said(make, kafka_servers, name, admin) 
 
 @pytest.mark.parametrize("group", ["billing", None])
 async def test_partitions_that_are_added_are_read(make, kafka_servers, name, admin, group) -> None:
-    broker = await make(kafka_servers, partitions=1, metadata_age=0.5)
+    broker = await make(kafka_servers, partitions=1, metadata_max_age=0.5)
     async with subscribed(broker, group=group) as deliveries:
         await send(broker, 0)
         assert await acked(deliveries, 1) == [0]
@@ -825,7 +831,7 @@ async def test_what_retention_took_from_a_group_is_told(broker, name, admin) -> 
 
 
 async def test_what_was_deleted_from_under_a_reader_without_a_group_is_told(make, kafka_servers, name, admin) -> None:
-    gaps, broker = [], await make(kafka_servers, read_ahead=0)
+    gaps, broker = [], await make(kafka_servers, extra_prefetch=0)
     await send(broker, 0, key="k")
     async with subscribed(broker, group=None, prefetch=1, on_gap=gaps.append) as deliveries:
         await send(broker, *range(1, 60), key="k")
@@ -1006,7 +1012,7 @@ async def test_in_place_attempts_of_what_waits_behind_another_are_kept(make, kaf
 
 async def test_in_place_another_key_is_not_held_up_by_many_messages_of_one(make, kafka_servers, name, admin) -> None:
     await admin.create_topics([NewTopic(name, 1, 1)])
-    broker = await make(kafka_servers, retry_in_place=True, read_ahead=0)
+    broker = await make(kafka_servers, retry_in_place=True, extra_prefetch=0)
     await send(broker, *range(300), key="held")
     await send(broker, 300, key="other")
     async with subscribed(broker, prefetch=64) as deliveries:
@@ -1017,7 +1023,7 @@ async def test_in_place_another_key_is_not_held_up_by_many_messages_of_one(make,
 
 async def test_what_was_held_back_is_read_as_soon_as_there_is_room(make, kafka_servers, name, admin) -> None:
     await admin.create_topics([NewTopic(name, 1, 1)])
-    broker = await make(kafka_servers, window=10, read_ahead=0)
+    broker = await make(kafka_servers, max_unacked_per_partition=10, extra_prefetch=0)
     await send(broker, *range(100), key="k")
     async with subscribed(broker, prefetch=20) as deliveries:
         taken = await take(deliveries, 20)
@@ -1079,7 +1085,7 @@ async def test_the_audit_finds_what_weakens_a_promise(broker, name, admin) -> No
 
     both, one, letters = f"{name}, {name}.g-dlq: ", f"{name}: ", f"{name}.g-dlq: "
     weakened = Counter(
-        (where, each.weakens) for each in found for where in (both, one, letters) if each.problem.startswith(where)
+        (where, each.capability) for each in found for where in (both, one, letters) if each.problem.startswith(where)
     )
     assert weakened == {
         (both, "durability"): 1,
@@ -1090,7 +1096,7 @@ async def test_the_audit_finds_what_weakens_a_promise(broker, name, admin) -> No
         (one, "max_message_bytes"): 1,
         (letters, "dead_letter"): 1,
     }
-    remedies = {each.weakens: each.remedy for each in found}
+    remedies = {each.capability: each.remedy for each in found}
     set_to = "kafka-configs.sh --alter --topic"
     assert remedies["dead_letter"] == f"{set_to} {name}.g-dlq --add-config retention.ms=-1,retention.bytes=-1"
     assert remedies["receipt"] == f"for each: {set_to} … --add-config min.insync.replicas=2"

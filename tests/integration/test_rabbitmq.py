@@ -18,30 +18,30 @@ import aio_pika
 import pytest
 from aiormq.connection import Connection
 
-from diator.brokers import Message, _rabbitmq_member
-from diator.brokers._rabbitmq_channel import Address
+from diator.brokers import Message
 from diator.brokers.audit import audit
 from diator.brokers.base import Topic
-from diator.brokers.rabbitmq import RabbitMQMessageBroker
-from diator.brokers.supervisor import Patience
+from diator.brokers.rabbitmq import RabbitMQMessageBroker, _subscription
+from diator.brokers.rabbitmq._channel import Address
+from diator.brokers.supervisor import ReconnectPolicy
 from diator.consumer import Consumer
 from diator.events import EventMap, NotificationEvent
 from diator.exceptions import (
     BrokerError,
     BrokerUnavailable,
+    ConfigurationError,
     EncodingError,
     MessageRejected,
     MessagesNotSent,
     MessageUnroutable,
     OutcomeUnknown,
-    WiringError,
 )
 from diator.retrying import RetryPolicy
 from diator.testing.fault_proxy import FaultProxy
 
 COUNTED = Topic("notification_event", "Counted")
 OTHER = Topic("notification_event", "Other")
-PATIENCE = Patience(connect=5.0, idle=1.0, silence=2.0, longest_pause=0.5)
+RECONNECT = ReconnectPolicy(connect_timeout=5.0, idle_timeout=1.0, probe_timeout=2.0, max_delay=0.5)
 SLACK = 2.0
 """How much later than promised a busy machine may be."""
 
@@ -87,7 +87,7 @@ async def brokers(prefix) -> AsyncIterator[AsyncExitStack]:
 
 @pytest.fixture
 async def broker(rabbitmq_url, prefix, brokers) -> RabbitMQMessageBroker:
-    return await brokers.enter_async_context(RabbitMQMessageBroker(rabbitmq_url, prefix, patience=PATIENCE))
+    return await brokers.enter_async_context(RabbitMQMessageBroker(rabbitmq_url, prefix, reconnect=RECONNECT))
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ async def proxy(rabbitmq_url) -> AsyncIterator[FaultProxy]:
 @pytest.fixture
 async def behind_proxy(rabbitmq_url, proxy, prefix, brokers) -> RabbitMQMessageBroker:
     url = rabbitmq_url.replace(urlsplit(rabbitmq_url).netloc.rpartition("@")[2], f"{proxy.host}:{proxy.port}")
-    return await brokers.enter_async_context(RabbitMQMessageBroker(url, prefix, timeout=3.0, patience=PATIENCE))
+    return await brokers.enter_async_context(RabbitMQMessageBroker(url, prefix, timeout=3.0, reconnect=RECONNECT))
 
 
 def counted(number=0, *, topic=COUNTED, message_id=None, **options) -> Message:
@@ -231,7 +231,7 @@ async def test_trap_7_a_service_that_is_away_raises_our_errors(behind_proxy, pro
 @pytest.mark.timeout(180)
 async def test_trap_6_an_alarm_is_told_in_time_and_what_was_sent_arrives_after_it(private_rabbitmq, caplog):
     async with (
-        RabbitMQMessageBroker(private_rabbitmq.url, timeout=3.0, patience=PATIENCE) as broker,
+        RabbitMQMessageBroker(private_rabbitmq.url, timeout=3.0, reconnect=RECONNECT) as broker,
         broker.subscribe([COUNTED], group="readers") as deliveries,
     ):
         await broker.send_message(counted(1))
@@ -243,7 +243,7 @@ async def test_trap_6_an_alarm_is_told_in_time_and_what_was_sent_arrives_after_i
 
         assert monotonic() - began < 3.0 + SLACK
         assert await numbers(deliveries, 1) == [1]  # readers are served
-        assert [finding.weakens for finding in await audit(broker)] == ["receipt"]
+        assert [finding.capability for finding in await audit(broker)] == ["receipt"]
         await asyncio.to_thread(private_rabbitmq.run, "rabbitmqctl set_vm_memory_high_watermark 0.6")
         assert await numbers(deliveries, 1) == [2]
         await broker.send_message(counted(3))
@@ -284,7 +284,7 @@ async def test_a_thousand_callers_share_one_connection(behind_proxy, proxy):
 async def test_trap_8_a_queue_with_other_settings_is_a_clear_error(broker, plain, queue):
     await plain.declare_queue(queue, durable=True, arguments={"x-queue-type": "classic"})
 
-    with pytest.raises(WiringError, match=r"inequivalent arg 'x-.*delete what is there"):
+    with pytest.raises(ConfigurationError, match=r"inequivalent arg 'x-.*delete what is there"):
         await collect(broker)
 
 
@@ -297,8 +297,8 @@ async def test_a_queue_that_gets_other_settings_while_it_is_read_ends_the_subscr
 
         waiting = asyncio.create_task(anext(deliveries))
         await replace()
-        with pytest.raises(WiringError, match="delete what is there"):
-            await asyncio.wait_for(waiting, PATIENCE.longest_pause + SLACK)
+        with pytest.raises(ConfigurationError, match="delete what is there"):
+            await asyncio.wait_for(waiting, RECONNECT.max_delay + SLACK)
 
 
 async def test_trap_2_a_queue_that_is_deleted_is_there_again_and_the_gap_is_told(broker, plain, queue):
@@ -418,7 +418,7 @@ async def test_trap_9_what_always_fails_is_handled_so_often_and_then_put_aside(b
         if handled.outcome == "dead_lettered":
             consumer.stop()
 
-    policy = RetryPolicy(immediate=0, delayed=3, first_delay=0.2, factor=1.0)
+    policy = RetryPolicy(immediate_retries=0, delayed_retries=3, first_delay=0.2, backoff_factor=1.0)
     consumer = Consumer(broker, event_map=events, group="readers", retry=policy, on_handled=note)
     await collect(broker)
     message = counted(1, headers={"trace": "t"})
@@ -515,7 +515,7 @@ async def test_a_foreign_message_without_an_id_is_given_back_and_put_aside_whole
 
 
 async def test_what_cannot_be_put_aside_is_given_back(broker, plain, queue, monkeypatch):
-    monkeypatch.setattr(_rabbitmq_member, "_GIVEN_BACK_AFTER", 0.2)
+    monkeypatch.setattr(_subscription, "_GIVEN_BACK_AFTER", 0.2)
     async with broker.subscribe([COUNTED], group="readers") as deliveries:
         await broker.send_message(counted(1))
         delivery = await anext(deliveries)
@@ -546,7 +546,7 @@ async def test_settling_is_bounded_where_nobody_answers(behind_proxy, proxy, out
 @pytest.mark.parametrize("outcome", ["retry", "dead_letter"])
 async def test_what_failed_to_be_settled_on_a_lost_connection_keeps_no_place(behind_proxy, proxy, monkeypatch, outcome):
     """It comes again by the next connection, for which it must not count as given out for ever."""
-    monkeypatch.setattr(_rabbitmq_member, "_GIVEN_BACK_AFTER", 0.2)
+    monkeypatch.setattr(_subscription, "_GIVEN_BACK_AFTER", 0.2)
     await collect(behind_proxy)
     async with behind_proxy.subscribe([COUNTED], group="readers", prefetch=1) as deliveries:
         await behind_proxy.send_message(counted(1))
@@ -568,7 +568,7 @@ async def test_a_subscription_without_a_group_puts_aside(broker, plain, prefix):
 
 
 async def test_beyond_the_delivery_limit_rabbitmq_itself_puts_aside(broker, plain, queue, monkeypatch):
-    monkeypatch.setattr(_rabbitmq_member, "_DELIVERY_LIMIT", 2)
+    monkeypatch.setattr(_subscription, "_DELIVERY_LIMIT", 2)
     await collect(broker)
     await broker.send_message(counted(1))
     attempts = []
@@ -636,8 +636,8 @@ async def test_an_audit_finds_what_is_gone_or_otherwise(broker, plain, queue, pr
         otherwise = await audit(broker)
         await plain.queue_delete(f"{queue}:dead")
         gone = await audit(broker)
-    assert [(each.weakens, "x-queue-type" in each.problem) for each in otherwise] == [("dead_letter", True)]
-    assert [(each.weakens, "is gone" in each.problem) for each in gone] == [("dead_letter", True)]
+    assert [(each.capability, "x-queue-type" in each.problem) for each in otherwise] == [("dead_letter", True)]
+    assert [(each.capability, "is gone" in each.problem) for each in gone] == [("dead_letter", True)]
 
 
 async def test_a_secret_is_in_no_error_log_or_repr(caplog, prefix):
@@ -685,14 +685,14 @@ async def test_cancelled_when_it_has_just_connected_it_leaves_no_connection(rabb
 
 async def test_cancelled_as_it_begins_to_consume_it_ends_at_once(broker, monkeypatch):
     """RabbitMQ does not answer who closes a channel on which it has not yet confirmed a consumer."""
-    ask, consuming = _rabbitmq_member.Reading.ask, asyncio.Event()
+    ask, consuming = _subscription.Connection.ask, asyncio.Event()
 
     async def noticed(reading, frame):
-        if isinstance(frame, _rabbitmq_member.commands.Basic.Consume):
+        if isinstance(frame, _subscription.commands.Basic.Consume):
             consuming.set()
         return await ask(reading, frame)
 
-    monkeypatch.setattr(_rabbitmq_member.Reading, "ask", noticed)
+    monkeypatch.setattr(_subscription.Connection, "ask", noticed)
     async with broker.subscribe([COUNTED], group="readers"):
         pass
     await broker.send_messages([counted(number) for number in range(10)])

@@ -39,13 +39,13 @@ from diator.events import NotificationEvent
 from diator.exceptions import (
     BrokerClosed,
     BrokerUnavailable,
+    ConfigurationError,
     EventsNotSent,
     MessageRejected,
     MessagesNotSent,
     MessageTooLarge,
     MessageUnroutable,
     OutcomeUnknown,
-    WiringError,
 )
 from diator.mediator import Mediator
 from diator.requests import Request, RequestHandler, RequestMap
@@ -1198,12 +1198,12 @@ async def test_sentinel(watched: Watched, prefix: str) -> None:
 
 
 def test_a_synchronous_client() -> None:
-    with pytest.raises(WiringError, match="synchronous"):
+    with pytest.raises(ConfigurationError, match="synchronous"):
         RedisMessageBroker(synchronous_redis.Redis())  # type: ignore[arg-type]  # the mistake
 
 
 def test_no_client_at_all() -> None:
-    with pytest.raises(WiringError, match="from_url"):
+    with pytest.raises(ConfigurationError, match="from_url"):
         RedisMessageBroker("redis://localhost")  # type: ignore[arg-type]  # the mistake
 
 
@@ -1220,7 +1220,7 @@ def test_no_client_at_all() -> None:
 )
 def test_an_address_that_is_none(url: str) -> None:
     """It is refused at once, and what may be a password is not shown."""
-    with pytest.raises(WiringError) as raised:
+    with pytest.raises(ConfigurationError) as raised:
         RedisMessageBroker.from_url(url)
 
     assert "s3cr3t" not in "".join(traceback.format_exception(raised.value))

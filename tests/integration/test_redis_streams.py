@@ -18,14 +18,15 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
 
-from diator.brokers import Message, _redis_member, redis_streams
-from diator.brokers._redis_connection import SharedConnection
-from diator.brokers._redis_member import Member
-from diator.brokers._redis_scripts import FORGET
+from diator.brokers import Message
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.codec import decode, encode
+from diator.brokers.redis import _group, _streams
+from diator.brokers.redis._connection import CommandConnection
+from diator.brokers.redis._group import Subscription
+from diator.brokers.redis._scripts import FORGET
 from diator.brokers.redis_streams import RedisStreamMessageBroker
-from diator.brokers.supervisor import Patience
+from diator.brokers.supervisor import ReconnectPolicy
 from diator.consumer import Consumer
 from diator.events import EventMap, NotificationEvent
 from diator.exceptions import BrokerClosed, BrokerUnavailable, OutcomeUnknown, UnsupportedCapability
@@ -39,7 +40,7 @@ LONG = 60.0
 TIMEOUT = 1.0
 SLACK = 1.0
 """How much later than promised a busy machine may be."""
-ONCE = RetryPolicy(immediate=0, delayed=0)
+ONCE = RetryPolicy(immediate_retries=0, delayed_retries=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class Counted(NotificationEvent):
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Look often for what others left behind, and for what is due."""
-    monkeypatch.setattr(redis_streams, "_SCAN", 0.1)
+    monkeypatch.setattr(_streams, "_SCAN", 0.1)
 
 
 @pytest.fixture
@@ -95,8 +96,8 @@ async def make(prefix) -> AsyncIterator:
     async with AsyncExitStack() as stack:
 
         async def make(address, **options) -> RedisStreamMessageBroker:
-            patience = Patience(connect=TIMEOUT, idle=1.5, silence=0.5, longest_pause=0.2)
-            options = {"lease": LEASE, "timeout": TIMEOUT, "patience": patience, **options}
+            reconnect = ReconnectPolicy(connect_timeout=TIMEOUT, idle_timeout=1.5, probe_timeout=0.5, max_delay=0.2)
+            options = {"lease": LEASE, "timeout": TIMEOUT, "reconnect": reconnect, **options}
             make = RedisStreamMessageBroker.from_url if isinstance(address, str) else RedisStreamMessageBroker
             return await stack.enter_async_context(make(address, prefix, **options))
 
@@ -321,7 +322,7 @@ async def test_members_share_and_groups_do_not(make, redis_url, broker) -> None:
                 await delivery.ack()
 
     ready = asyncio.Semaphore(0)
-    reading = [asyncio.create_task(read(await make(redis_url, read_ahead=0, lease=LONG), name)) for name in got]
+    reading = [asyncio.create_task(read(await make(redis_url, extra_prefetch=0, lease=LONG), name)) for name in got]
     for _ in reading:
         await ready.acquire()
     for number in range(200):
@@ -478,7 +479,7 @@ async def test_what_was_on_its_way_comes_though_fetching_it_fails_once(
     *, make, proxy, proxied_url, admin, stream, monkeypatch
 ) -> None:
     """The next connection breaks too, when the first of two was fetched. It must not count as given out for ever."""
-    execute, claims = SharedConnection.execute, 0
+    execute, claims = CommandConnection.execute, 0
 
     async def fail_once(self, *command, **options):
         nonlocal claims
@@ -488,7 +489,7 @@ async def test_what_was_on_its_way_comes_though_fetching_it_fails_once(
                 raise OutcomeUnknown("the connection to Redis failed")
         return await execute(self, *command, **options)
 
-    monkeypatch.setattr(SharedConnection, "execute", fail_once)
+    monkeypatch.setattr(CommandConnection, "execute", fail_once)
     reader = await make(proxied_url, lease=LONG)
     async with subscribed(reader, prefetch=1) as deliveries:
         await asyncio.sleep(0.1)
@@ -604,7 +605,7 @@ async def test_a_lost_lease_is_not_stolen_back(make, redis_url, admin, stream) -
 @pytest.mark.usefixtures("quick")
 async def test_what_is_behind_many_that_are_held_is_found_too(*, make, redis_url, broker, admin, stream) -> None:
     """Redis looks at ten pending entries for each that is asked for; behind them is more."""
-    reader = await make(redis_url, read_ahead=0)
+    reader = await make(redis_url, extra_prefetch=0)
     await admin.xgroup_create(stream, "billing", "0", mkstream=True)
     await send(broker, *range(31))
     await admin.xreadgroup("billing", "alive", {stream: ">"}, count=30)
@@ -631,7 +632,7 @@ async def test_what_was_taken_over_is_not_forgotten_when_looking_fails(*, make, 
     await send(broker, 1, 2, 3)
     await admin.xgroup_create(stream, "billing", "0")
     await admin.xreadgroup("billing", "dead", {stream: ">"}, count=3)
-    execute, counts = SharedConnection.execute, 0
+    execute, counts = CommandConnection.execute, 0
 
     async def fail_once(self, *command, **options):
         nonlocal counts
@@ -641,7 +642,7 @@ async def test_what_was_taken_over_is_not_forgotten_when_looking_fails(*, make, 
                 raise OutcomeUnknown("the connection to Redis failed")
         return await execute(self, *command, **options)
 
-    monkeypatch.setattr(SharedConnection, "execute", fail_once)
+    monkeypatch.setattr(CommandConnection, "execute", fail_once)
     async with subscribed(broker) as deliveries:
         assert sorted(await acked(deliveries, 3)) == [1, 2, 3]
 
@@ -651,14 +652,14 @@ async def test_what_is_acknowledged_while_it_is_taken_over_is_let_go(
     *, make, redis_url, admin, stream, monkeypatch, caplog
 ) -> None:
     """Its old owner was late, and not dead."""
-    execute = SharedConnection.execute
+    execute = CommandConnection.execute
 
     async def acknowledged_first(self, *command, **options):
         if command[0] == b"XPENDING" and b"1" in command[4:]:
             await admin.xack(stream, "billing", command[3])
         return await execute(self, *command, **options)
 
-    monkeypatch.setattr(SharedConnection, "execute", acknowledged_first)
+    monkeypatch.setattr(CommandConnection, "execute", acknowledged_first)
     broker = await make(redis_url)
     await send(broker, 1)
     await admin.xgroup_create(stream, "billing", "0")
@@ -721,7 +722,7 @@ async def test_what_another_has_taken_is_not_settled(patient, admin, stream, set
 async def test_what_is_settled_again_since_the_reply_was_lost_is_settled_once(
     *, make, redis_url, admin, stream, monkeypatch, outcome
 ) -> None:
-    execute, settled = SharedConnection.execute, 0
+    execute, settled = CommandConnection.execute, 0
 
     async def lose_one(self, *command, **options):
         nonlocal settled
@@ -732,7 +733,7 @@ async def test_what_is_settled_again_since_the_reply_was_lost_is_settled_once(
                 raise OutcomeUnknown("the connection to Redis failed")
         return reply
 
-    monkeypatch.setattr(SharedConnection, "execute", lose_one)
+    monkeypatch.setattr(CommandConnection, "execute", lose_one)
     broker = await make(redis_url, lease=LONG)
     async with subscribed(broker) as deliveries:
         await send(broker, 1)
@@ -790,7 +791,7 @@ async def test_members_that_are_gone_are_forgotten(patient, admin, stream, monke
         await take(deliveries, 1)
     assert [each["pending"] for each in await admin.xinfo_consumers(stream, "billing")] == [1]  # or it would be lost
 
-    monkeypatch.setattr(_redis_member, "_FORGOTTEN_AFTER", 0.5)
+    monkeypatch.setattr(_group, "_FORGOTTEN_AFTER", 0.5)
     async with subscribed(patient) as deliveries:
         assert await acked(deliveries, 1) == [1]
         await asyncio.sleep(0.6)
@@ -850,7 +851,8 @@ async def test_leaving_one_topic_that_is_gone_leaves_the_others_too(patient, adm
         await patient.send_message(message(1, kept))
         await take(deliveries, 1)
         await asyncio.sleep(0.05)
-        (member,) = [each for each in gc.get_objects() if type(each) is Member and prefix.encode() in each.streams[0]]
+        subscriptions = [each for each in gc.get_objects() if type(each) is Subscription]
+        (member,) = [each for each in subscriptions if prefix.encode() in each.streams[0]]
         monkey = member.execute
 
         async def deleted_first(*command, **options):
@@ -942,7 +944,7 @@ async def test_whoever_settles_too_late_changes_nothing(broker, admin, stream, l
 
 async def test_a_retry_without_a_delay_waits_for_nothing(broker, admin, stream, monkeypatch) -> None:
     """Not even for the next look at what is due."""
-    monkeypatch.setattr(redis_streams, "_SCAN", 3.0)
+    monkeypatch.setattr(_streams, "_SCAN", 3.0)
     async with subscribed(broker) as deliveries:
         await send(broker, 1)
         for attempt in range(1, 6):
@@ -1019,7 +1021,9 @@ async def test_trap_5_poison_is_put_aside_once(make, redis_url, broker, admin, s
             raise ValueError("s3cr3t")
 
     options = {
-        "retry": RetryPolicy(immediate=1, immediate_pause=0, delayed=2, first_delay=0.1, factor=1),
+        "retry": RetryPolicy(
+            immediate_retries=1, immediate_pause=0, delayed_retries=2, first_delay=0.1, backoff_factor=1
+        ),
         "on_handled": lambda done: attempts.append(done.attempt) if done.outcome != "acked" else None,
     }
     async with consuming(broker, handle, **options), consuming(await make(redis_url), handle, **options):
@@ -1099,7 +1103,7 @@ async def test_trap_6_what_was_trimmed_before_it_was_handled(
     *, make, proxy, proxied_url, broker, admin, stream, caplog
 ):
     """Somebody else's XTRIM, on a group that lags: said loudly, and life goes on."""
-    gone = await make(proxied_url, read_ahead=0)
+    gone = await make(proxied_url, extra_prefetch=0)
     async with subscribed(gone, prefetch=5) as deliveries:
         await send(broker, *range(20))
         await take(deliveries, 5)
@@ -1178,7 +1182,7 @@ async def test_without_retention_nothing_is_removed(broker, admin, stream) -> No
 @pytest.mark.parametrize(("prefetch", "ahead"), [(1, 0), (5, 10)])
 async def test_read_ahead_is_bounded(*, make, redis_url, admin, stream, prefetch, ahead) -> None:
     """Redis has given out that many, and not one more; so others of the group get their share."""
-    broker = await make(redis_url, lease=LONG, read_ahead=ahead)
+    broker = await make(redis_url, lease=LONG, extra_prefetch=ahead)
     await send(broker, *range(200))
     async with subscribed(broker, prefetch=prefetch) as deliveries:
         for _ in range(10):
@@ -1189,7 +1193,7 @@ async def test_read_ahead_is_bounded(*, make, redis_url, admin, stream, prefetch
 
 
 async def test_read_ahead_is_bounded_over_all_topics(make, redis_url, admin, prefix) -> None:
-    broker = await make(redis_url, lease=LONG, read_ahead=2)
+    broker = await make(redis_url, lease=LONG, extra_prefetch=2)
     topics = [Topic("notification_event", f"topic-{n}") for n in range(5)]
     for topic in topics:
         await broker.send_messages([message(n, topic) for n in range(20)])

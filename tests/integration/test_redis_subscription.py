@@ -18,7 +18,7 @@ from redis.backoff import ConstantBackoff
 from diator.brokers import Message
 from diator.brokers.base import Topic
 from diator.brokers.redis import RedisMessageBroker
-from diator.brokers.supervisor import Patience
+from diator.brokers.supervisor import ReconnectPolicy
 from diator.consumer import Consumer
 from diator.events import EventMap, NotificationEvent
 from diator.exceptions import BrokerClosed, BrokerUnavailable, UnsupportedCapability
@@ -26,8 +26,8 @@ from diator.retrying import RetryPolicy
 from diator.testing.fault_proxy import FaultProxy
 
 COUNTED = Topic("notification_event", "Counted")
-ONCE = RetryPolicy(immediate=0, delayed=0)
-PATIENCE = Patience(connect=1, idle=0.3, silence=0.3, longest_pause=0.3)
+ONCE = RetryPolicy(immediate_retries=0, delayed_retries=0)
+RECONNECT = ReconnectPolicy(connect_timeout=1, idle_timeout=0.3, probe_timeout=0.3, max_delay=0.3)
 SLACK = 1.0
 """How much later than promised a busy machine may be."""
 
@@ -70,7 +70,7 @@ async def make(prefix) -> AsyncIterator:
 
         async def make(address, **options) -> RedisMessageBroker:
             make = RedisMessageBroker.from_url if isinstance(address, str) else RedisMessageBroker
-            broker = make(address, prefix, **{"timeout": 1.0, "patience": PATIENCE, **options})
+            broker = make(address, prefix, **{"timeout": 1.0, "reconnect": RECONNECT, **options})
             return await stack.enter_async_context(broker)
 
         yield make
@@ -198,7 +198,7 @@ async def test_trap_1_a_slow_reader_is_dropped(make, private_redis, prefix) -> N
     gaps, body = [], json.dumps({"payload": {"number": 0}, "filling": "x" * 100_000})
     async with Redis.from_url(private_redis.url) as admin:
         await admin.config_set("client-output-buffer-limit", "pubsub 200000 0 0")
-        broker = await make(private_redis.url, read_ahead=10)
+        broker = await make(private_redis.url, extra_prefetch=10)
         async with broker.subscribe([COUNTED], on_gap=gaps.append) as deliveries:
             for _ in range(300):
                 await admin.publish(f"{prefix}:notification_event:Counted", body)
@@ -222,7 +222,7 @@ async def test_trap_2_a_half_open_connection(make, proxy, proxied_url, broker) -
         await send(broker, 2)
         await asyncio.sleep(0.05)
         await proxy.heal()
-        limit = PATIENCE.idle + PATIENCE.silence + SLACK
+        limit = RECONNECT.idle_timeout + RECONNECT.probe_timeout + SLACK
 
         await flows_again(broker, deliveries, within=limit)
     [gap] = gaps

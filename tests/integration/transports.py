@@ -22,5 +22,7 @@ def broker_for(address: str, prefix: str, **options: Any) -> Any:
         case "kafka":
             from diator.brokers.kafka import KafkaMessageBroker
 
-            return KafkaMessageBroker(rest, prefix, **{"session": 6.0, "heartbeat": 0.3, "drain": 5.0, **options})
+            return KafkaMessageBroker(
+                rest, prefix, **{"session_timeout": 6.0, "heartbeat_interval": 0.3, "drain_timeout": 5.0, **options}
+            )
     raise ValueError(scheme)

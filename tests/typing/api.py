@@ -251,7 +251,7 @@ def on_handled(handled: Handled) -> None:
 async def consume(events: EventMap) -> None:
     """What is sent only cannot be consumed from; levels that do not exist are no levels."""
     broker: ReadableBroker = MemoryMessageBroker()
-    policy = RetryPolicy(immediate=1, delayed=2, permanent=(Refused, LookupError))
+    policy = RetryPolicy(immediate_retries=1, delayed_retries=2, permanent=(Refused, LookupError))
     consumer = Consumer(broker, event_map=events, group="billing", retry=policy, on_gap=on_gap)
     assert_type(consumer.health(), Health)
     assert_type(consumer.health().oldest_in_flight, float)

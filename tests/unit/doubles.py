@@ -96,7 +96,7 @@ class BatchRecorder(Recorder):
 class Outbox(Recorder):
     """A broker that is part of the unit of work."""
 
-    enlists = True
+    transactional = True
 
 
 class Witness:

@@ -25,11 +25,12 @@ from diator.container import Container
 from diator.events import EventEmitter, Events, NotificationEvent
 from diator.exceptions import (
     BrokerUnavailable,
+    ConfigurationError,
     EncodingError,
     EventHandlersFailed,
     ResolutionError,
     UnsupportedCapability,
-    WiringError,
+    UsageError,
 )
 from diator.middlewares import BaseMiddleware
 from diator.retrying import PermanentError, RetryPolicy
@@ -53,12 +54,18 @@ from tests.unit.doubles import (
 
 JOINED = Topic("notification_event", "UserJoined")
 CANARY = "canary-4711"
-ONCE = RetryPolicy(immediate=0, delayed=0)
+ONCE = RetryPolicy(immediate_retries=0, delayed_retries=0)
 
 
-def quick(immediate=0, delayed=0, **options):
+def quick(immediate_retries=0, delayed_retries=0, **options):
     """A policy without any waiting."""
-    return RetryPolicy(immediate=immediate, immediate_pause=0, delayed=delayed, first_delay=0, **options)
+    return RetryPolicy(
+        immediate_retries=immediate_retries,
+        immediate_pause=0,
+        delayed_retries=delayed_retries,
+        first_delay=0,
+        **options,
+    )
 
 
 async def on_joined(event: UserJoined) -> None: ...
@@ -276,7 +283,7 @@ async def test_each_run_gets_an_event_of_its_own():
         seen.append([*event.items])
         raise LookupError
 
-    await consume(Scripted(body_of(Listed(items=[1]))), spoiling, retry=quick(immediate=2))
+    await consume(Scripted(body_of(Listed(items=[1]))), spoiling, retry=quick(immediate_retries=2))
 
     assert seen == [[1, 2]] * 3
 
@@ -322,7 +329,7 @@ async def test_what_succeeds_in_the_end_is_acknowledged():
             raise LookupError
 
     broker = await holding(UserJoined())
-    told = await consume(broker, failing_thrice, retry=quick(immediate=1, delayed=5), count=2)
+    told = await consume(broker, failing_thrice, retry=quick(immediate_retries=1, delayed_retries=5), count=2)
 
     assert (runs, outcomes(told), broker.dead_letters) == (4, ["retried", "acked"], [])
 
@@ -337,7 +344,7 @@ async def test_delays_are_the_policys():
 
     broker = Timed()
     broker.script += [broker.delivery(body_of(UserJoined()), attempt=attempt) for attempt in (1, 2)]
-    await consume(broker, failing, retry=RetryPolicy(immediate=0, first_delay=8, factor=4), count=2)
+    await consume(broker, failing, retry=RetryPolicy(immediate_retries=0, first_delay=8, backoff_factor=4), count=2)
 
     first, second = broker.log
     assert 4 <= first <= 8
@@ -352,7 +359,9 @@ async def test_pauses_before_handling_again_in_place():
         raise LookupError
 
     await consume(
-        Scripted(body_of(UserJoined())), failing, retry=RetryPolicy(immediate=1, immediate_pause=0.04, delayed=0)
+        Scripted(body_of(UserJoined())),
+        failing,
+        retry=RetryPolicy(immediate_retries=1, immediate_pause=0.04, delayed_retries=0),
     )
 
     assert 0.019 <= runs[1] - runs[0] < 0.5
@@ -374,7 +383,7 @@ async def test_a_permanent_error_puts_aside_at_once(error, reason):
         runs += 1
         raise error
 
-    policy = quick(immediate=3, delayed=3, permanent=(PermanentError, LookupError))
+    policy = quick(immediate_retries=3, delayed_retries=3, permanent=(PermanentError, LookupError))
     told = await consume(broker := await holding(UserJoined()), failing, retry=policy)
 
     assert (runs, outcomes(told), told[0].error) == (1, ["dead_lettered"], error)
@@ -423,7 +432,7 @@ async def test_a_cancellation_of_the_handlers_own_is_a_failure(where):
         Scripted(body_of(JOIN), body_of(JOIN)),
         *[on_user, other][: 2 if where == "one of two" else 1],
         middlewares=[cancelling] if where == "middleware" else [],
-        retry=quick(immediate=1),
+        retry=quick(immediate_retries=1),
         count=2,
     )
 
@@ -461,7 +470,7 @@ async def test_a_message_that_ends_the_process_again_and_again_is_put_aside(atte
     for _ in range(attempt - 1):  # a process that died
         await left_in(broker, 1)
 
-    told = await consume(broker, counting, retry=quick(delayed=1, crashes=2))
+    told = await consume(broker, counting, retry=quick(delayed_retries=1, max_crashes=2))
 
     assert (outcomes(told), told[0].attempt) == ([outcome], attempt)
     assert len(runs) == (outcome == "acked")
@@ -619,7 +628,7 @@ async def test_without_redelivery_it_is_retried_in_place_only_and_the_loss_is_to
     broker = Scripted(body_of(JOIN), b"garbage", capabilities=WEAK)
     told = await consume(broker, failing, count=2)
 
-    assert runs == RetryPolicy().immediate + 1
+    assert runs == RetryPolicy().immediate_retries + 1
     assert outcomes(told) == ["given_up", "given_up"]
     assert broker.log == [("ack",), ("ack",)]
     assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
@@ -648,7 +657,7 @@ async def test_where_attempts_are_not_counted_it_does_not_give_back_for_ever(cou
     ("options", "capabilities", "lacks", "remedy"),
     [
         ({"group": "billing"}, WEAK, "distribution", "leave the group out"),
-        ({"retry": RetryPolicy()}, WEAK, "delayed_retry", r"set RetryPolicy\(delayed=0\)"),
+        ({"retry": RetryPolicy()}, WEAK, "delayed_retry", r"set RetryPolicy\(delayed_retries=0\)"),
         ({"requires": Capabilities(durability="crash")}, FULL, "durability", "use a transport that does"),
         ({"requires": Capabilities(ordering="key")}, WEAK, "ordering", "or ask for less"),
     ],
@@ -660,7 +669,7 @@ def test_what_the_transport_cannot_do_is_refused_when_wiring(options, capabiliti
 
 def test_what_the_transport_can_do_is_not():
     consumer_of(Scripted(), on_joined, group="billing", retry=RetryPolicy(), requires=FULL)
-    consumer_of(Scripted(capabilities=WEAK), on_joined, retry=RetryPolicy(delayed=0), requires=WEAK)
+    consumer_of(Scripted(capabilities=WEAK), on_joined, retry=RetryPolicy(delayed_retries=0), requires=WEAK)
 
 
 @pytest.mark.parametrize(("capabilities", "group"), [(FULL, DEFAULT_GROUP), (WEAK, None)])
@@ -674,7 +683,7 @@ async def test_without_a_group_it_has_one_where_there_are_any(capabilities, grou
 
 @pytest.mark.parametrize("option", [{"concurrency": 0}, {"handler_timeout": 0}, {"drain_timeout": -1}])
 def test_options_without_sense_are_refused(option):
-    with pytest.raises(WiringError, match="concurrency is at least 1"):
+    with pytest.raises(ConfigurationError, match="concurrency is at least 1"):
         consumer_of(Scripted(), on_joined, **option)
 
 
@@ -691,7 +700,7 @@ def test_what_can_never_work_is_refused_when_wiring():
 
     async def on_either(event: Either) -> None: ...
 
-    with pytest.raises(WiringError, match="nothing to consume"):
+    with pytest.raises(ConfigurationError, match="nothing to consume"):
         consumer_of(Scripted(), on_noticed)
     with pytest.raises(ResolutionError, match="Api is not registered"):
         consumer_of(Scripted(), needy)
@@ -707,7 +716,7 @@ async def test_what_cannot_be_settled_is_told_and_the_next_one_handled(failing, 
 
     bad = body_of(UserJoined(user_id=int(failing != "ack")))
     broker = Scripted(bad, body_of(MeetingChanged()), failing={failing: BrokerUnavailable("it is away")})
-    told = await consume(broker, on_user, count=2, retry=quick(delayed=1))
+    told = await consume(broker, on_user, count=2, retry=quick(delayed_retries=1))
 
     assert (outcomes(told)[0], len(told)) == ("unsettled", 2)
     assert "could not be settled: BrokerUnavailable('it is away')" in caplog.text
@@ -731,7 +740,7 @@ async def test_what_could_not_be_settled_does_not_stop_the_queue(failing, concur
 
     monkeypatch.setattr(_Member, failing, failing_first)
     broker = await holding(*[UserJoined() for _ in range(3)])
-    consumer, told = consumer_of(broker, on_user, concurrency=concurrency, retry=quick(delayed=1))
+    consumer, told = consumer_of(broker, on_user, concurrency=concurrency, retry=quick(delayed_retries=1))
     async with running(consumer), asyncio.timeout(0.3):
         await until(lambda: outcomes(told).count("acked" if failing == "ack" else "dead_lettered") >= 3 - concurrency)
 
@@ -902,7 +911,7 @@ async def test_what_handlers_raise_goes_by_the_emitter_that_is_given():
 
 async def test_if_sending_fails_the_delivery_is_retried():
     broker = Scripted(body_of(JOIN), failing={"send": BrokerUnavailable("it is away")})
-    [handled] = await consume(broker, raising, retry=quick(immediate=1, delayed=1))
+    [handled] = await consume(broker, raising, retry=quick(immediate_retries=1, delayed_retries=1))
 
     assert (broker.log, handled.reason) == ([("retry",)], "retries-exhausted: BrokerUnavailable")
 
@@ -1116,7 +1125,9 @@ async def test_a_handler_that_hides_the_cancellation_neither_failed_nor_keeps_it
                     raise LookupError from None
 
     broker = await holding(*[UserJoined() for _ in range(4)])
-    consumer, told = consumer_of(broker, hiding, concurrency=concurrency, retry=quick(immediate=2, delayed=2))
+    consumer, told = consumer_of(
+        broker, hiding, concurrency=concurrency, retry=quick(immediate_retries=2, delayed_retries=2)
+    )
     run = asyncio.create_task(consumer.run(signals=False))
     await until(lambda: len(begun) == concurrency)
 
@@ -1264,9 +1275,9 @@ async def test_stopping_ends_a_run_that_still_connects():
 async def test_it_runs_once():
     consumer, _ = consumer_of(MemoryMessageBroker(), on_joined)
     async with running(consumer):
-        with pytest.raises(WiringError, match="runs once"):
+        with pytest.raises(UsageError, match="runs once"):
             await consumer.run(signals=False)
-    with pytest.raises(WiringError, match="runs once"):
+    with pytest.raises(UsageError, match="runs once"):
         await consumer.run(signals=False)
 
 

@@ -42,7 +42,8 @@ def test_there_is_one_root(error):
         ("OutcomeUnknown", TimeoutError),
         ("ResolutionError", LookupError),
         ("SharedHandler", RuntimeError),
-        ("WiringError", TypeError),
+        ("ConfigurationError", ValueError),
+        ("UsageError", RuntimeError),
     ],
 )
 def test_has_a_builtin_parent(error, builtin):

@@ -19,33 +19,32 @@ LAYERS = [
     "events",
     "_handlers",
     "brokers container",
-    "_deadlines _hints retrying",
+    "_deadlines _extras _hints _text retrying",
     "response exceptions",
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names.split()}
 ROOT = Path(diator.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
-#: Each client library, and the one file that imports it. A transport's helper may share its library.
+#: A transport's folder or face, which nothing in the library imports but the faces below.
+TRANSPORTS = {"brokers/kafka", "brokers/rabbitmq", "brokers/redis", "brokers/redis_streams.py", "brokers/memory.py"}
+#: Each client library, and the folder of the one service, or the file, that imports it.
 CLIENTS = {
-    "redis": {"brokers/redis.py", "brokers/redis_streams.py", "brokers/_redis_client.py"},
-    "aiormq": {"brokers/_rabbitmq_channel.py"},
-    "pamqp": {"brokers/_rabbitmq_channel.py"},
-    "aio_pika": set(),
-    "aiokafka": {
-        "brokers/_kafka_batch.py",
-        "brokers/_kafka_client.py",
-        "brokers/_kafka_connection.py",
-        "brokers/_kafka_findings.py",
-        "brokers/_kafka_member.py",
-        "brokers/_kafka_sending.py",
-        "brokers/_kafka_subscription.py",
-    },
-    "rodi": {"container/rodi.py"},
-    "dishka": {"container/dishka.py"},
-    "pydantic": set(),
-    "attr": set(),
-    "attrs": set(),
+    "aiokafka": "brokers/kafka/",
+    "aio_pika": "brokers/rabbitmq/",
+    "aiormq": "brokers/rabbitmq/",
+    "pamqp": "brokers/rabbitmq/",
+    "yarl": "brokers/rabbitmq/",
+    "redis": "brokers/redis/",
+    "rodi": "container/rodi.py",
+    "dishka": "container/dishka.py",
+    "pydantic": None,
+    "attr": None,
+    "attrs": None,
 }
+#: A public module that shows what stands in another folder, and that folder.
+FACES = {"brokers/redis_streams.py": "brokers/redis"}
+#: Private modules that the two halves of the core share.
+SHARED_MACHINERY = {"diator.events._emitter", "diator.events._event"}
 #: A program's older place for a name; it stands above everything.
 MOVED = {"events/message_brokers/redis.py"}
 
@@ -81,9 +80,37 @@ def test_nothing_is_imported_for_types_only(path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_a_client_library_is_imported_where_it_belongs(path):
+def test_only_the_folder_of_a_service_imports_its_client_library(path):
     for module in imports_of(path):
-        assert name_of(path) in CLIENTS.get(module.split(".")[0], {name_of(path)})
+        client = module.split(".")[0]
+        if client in CLIENTS:
+            folder = CLIENTS[client] or "nowhere"
+            assert name_of(path).startswith(folder), f"{name_of(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.joinpath("brokers").rglob("*.py")), ids=name_of)
+def test_a_transport_imports_nothing_of_another_transport(path):
+    """What two transports need moves up, into `diator/brokers/`; what is of no transport imports none."""
+    own = next((each for each in TRANSPORTS if name_of(path).startswith(each)), None)
+    for module in imports_of(path):
+        used = module.removeprefix("diator.").replace(".", "/")
+        for transport in TRANSPORTS:
+            if f"{used}/".startswith(f"{transport.removesuffix('.py')}/"):
+                allowed = {own, FACES.get(name_of(path))}
+                assert transport in allowed, f"{name_of(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_private_module_is_imported_only_inside_its_folder(path):
+    """`diator/a/_b.py` belongs to `diator/a/`; a face, and code below the same folder, may look inside."""
+    for module in imports_of(path):
+        parts = module.split(".")
+        private = next((index for index, part in enumerate(parts) if part.startswith("_")), None)
+        if parts[0] != "diator" or private in (None, 1):
+            continue
+        folder = "/".join(parts[1:private])
+        allowed = name_of(path).startswith(f"{folder}/") or FACES.get(name_of(path)) == folder
+        assert allowed or module in SHARED_MACHINERY, f"{name_of(path)} imports {module}"
 
 
 @pytest.mark.parametrize(

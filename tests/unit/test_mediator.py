@@ -12,6 +12,7 @@ from diator.events import Event, EventEmitter, EventHandler, Events
 from diator.exceptions import (
     BrokerNotConfigured,
     BrokerUnavailable,
+    ConfigurationError,
     EncodingError,
     EventHandlersFailed,
     EventsNotSent,
@@ -19,7 +20,6 @@ from diator.exceptions import (
     NotAnEvent,
     ResolutionError,
     SharedHandler,
-    WiringError,
 )
 from diator.mediator import Mediator
 from diator.requests import RequestHandler
@@ -192,7 +192,7 @@ def test_a_parameter_without_a_hint_is_refused_when_wiring():
 
 @pytest.mark.parametrize("option", [{"event_map": events_of()}, {"message_broker": Recorder()}])
 def test_an_emitter_has_its_map_and_its_broker_itself(option):
-    with pytest.raises(WiringError, match="belong to the EventEmitter"):
+    with pytest.raises(ConfigurationError, match="belong to the EventEmitter"):
         Mediator(requests_of(), event_emitter=EventEmitter(), **option)
 
 
@@ -200,7 +200,7 @@ def test_mediators_of_two_containers_cannot_lend_them_to_one_emitter():
     emitter = EventEmitter()
     Mediator(requests_of(), Container(), emitter)
 
-    with pytest.raises(WiringError, match="share this EventEmitter"):
+    with pytest.raises(ConfigurationError, match="share this EventEmitter"):
         Mediator(requests_of(), Container(), emitter)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diator.exceptions import EventHandlersFailed, WiringError
+from diator.exceptions import ConfigurationError, EventHandlersFailed
 from diator.retrying import PermanentError, RetryPolicy
 
 
@@ -38,8 +38,8 @@ def test_pauses_in_place_are_random_by_half_too():
         ({"first_delay": 0.0}, 0),
         ({"max_delay": 0.0}, 0),
         ({"first_delay": 900.0}, 600),
-        ({"factor": 1.0}, 5),
-        ({"factor": 1e308}, 600),
+        ({"backoff_factor": 1.0}, 5),
+        ({"backoff_factor": 1e308}, 600),
         ({"max_delay": float("inf")}, 5 * 3.0**99),
     ],
 )
@@ -48,14 +48,14 @@ def test_delays_of_other_policies(options, longest):
 
 
 def test_the_number_of_deliveries():
-    assert (RetryPolicy().most_attempts, RetryPolicy(delayed=0).most_attempts) == (6, 1)
+    assert (RetryPolicy().max_attempts, RetryPolicy(delayed_retries=0).max_attempts) == (6, 1)
 
 
-@pytest.mark.parametrize("count", ["immediate", "delayed", "crashes"])
+@pytest.mark.parametrize("count", ["immediate_retries", "delayed_retries", "max_crashes"])
 def test_counts_are_not_negative(count):
     RetryPolicy(**{count: 0})
 
-    with pytest.raises(WiringError, match="counts and times are not negative"):
+    with pytest.raises(ConfigurationError, match="counts and times are not negative"):
         RetryPolicy(**{count: -1})
 
 
@@ -63,19 +63,19 @@ def test_counts_are_not_negative(count):
 def test_times_are_not_negative(time):
     RetryPolicy(**{time: 0.0})
 
-    with pytest.raises(WiringError, match="counts and times are not negative"):
+    with pytest.raises(ConfigurationError, match="counts and times are not negative"):
         RetryPolicy(**{time: -0.001})
 
 
-@pytest.mark.parametrize("option", ["immediate_pause", "first_delay", "max_delay", "factor"])
+@pytest.mark.parametrize("option", ["immediate_pause", "first_delay", "max_delay", "backoff_factor"])
 def test_what_is_no_number_is_no_time(option):
-    with pytest.raises(WiringError):
+    with pytest.raises(ConfigurationError):
         RetryPolicy(**{option: float("nan")})
 
 
 def test_delays_do_not_shrink():
-    with pytest.raises(WiringError, match="factor is at least 1"):
-        RetryPolicy(factor=0.99)
+    with pytest.raises(ConfigurationError, match="backoff_factor is at least 1"):
+        RetryPolicy(backoff_factor=0.99)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class Happened(NotificationEvent):
 
 Handle: TypeAlias = Callable[[Happened], Awaitable[Any]]
 
-ONCE = RetryPolicy(immediate=0, delayed=0)
+ONCE = RetryPolicy(immediate_retries=0, delayed_retries=0)
 """What fails is put aside at once."""
 
 

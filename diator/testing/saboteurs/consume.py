@@ -62,7 +62,7 @@ class RetriesOnceMore(Consumer):
 
     def __init__(self, broker: ReadableBroker, *, retry: RetryPolicy | None = None, **options: Any) -> None:
         more = RetryPolicy(immediate_pause=0.01) if retry is None else retry
-        more = replace(more, immediate=more.immediate + 1, permanent=())
+        more = replace(more, immediate_retries=more.immediate_retries + 1, permanent=())
         super().__init__(broker, retry=more, **options)
 
 
@@ -129,7 +129,7 @@ class TakesAnyRetry(Consumer):
     """Accepts a policy, and leaves out what the transport cannot."""
 
     def __init__(self, broker: ReadableBroker, *, retry: RetryPolicy | None = None, **options: Any) -> None:
-        super().__init__(broker, retry=retry and replace(retry, delayed=0), **options)
+        super().__init__(broker, retry=retry and replace(retry, delayed_retries=0), **options)
 
 
 for _consumer, _ids in {

@@ -74,7 +74,7 @@ class CallsFromAnotherThread(Saboteur):
 class SaysThatItEnlists(Saboteur):
     """Takes itself for an outbox."""
 
-    enlists = True
+    transactional = True
 
 
 @caught_by("UNR-01", "UNR-02")

@@ -8,7 +8,7 @@ from typing import Any
 
 import asyncpg
 
-from diator.brokers.shared import Shared
+from diator.brokers.connecting import ClientConnection
 from diator.brokers.supervisor import close_all
 from diator.exceptions import BrokerClosed, BrokerUnavailable, MessageRejected, OutcomeUnknown
 
@@ -16,7 +16,7 @@ _REFUSALS = asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncp
 """What PostgreSQL says about the values themselves: wrong, forbidden by a constraint, too long."""
 
 
-class Link(Shared):
+class Link(ClientConnection):
     """
     One connection, made when it is first used and again after it was lost. Statements run one after the other.
 
@@ -45,7 +45,7 @@ class Link(Shared):
     async def _run(self, statement: str, arguments: Sequence[object], until: float) -> Sequence[Any]:
         written = answered = False
         try:
-            async with asyncio.timeout_at(until), self._turn:
+            async with asyncio.timeout_at(until), self._lock:
                 if self._is_over:
                     raise BrokerClosed("this broker is closed")
                 try:
@@ -82,6 +82,6 @@ class Link(Shared):
 
     async def _close(self) -> None:
         await close_all(self.subscriptions)  # with the help of this
-        async with self._turn:
+        async with self._lock:
             self._is_over = True
             self.break_off()

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.settling import Acknowledgements, provenance
-from diator.brokers.supervisor import Source, Supervised
+from diator.brokers.supervisor import ResilientSubscription, Source
 from diator.exceptions import BrokerClosed, BrokerError
 from diator_postgres._link import Link
 
@@ -71,7 +71,7 @@ class Member:
     topics: Mapping[str, Topic]
     lease: timedelta
     kept: timedelta | None
-    supervised: Supervised = field(init=False)
+    supervised: ResilientSubscription = field(init=False)
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     held: set[Token] = field(default_factory=set)
 

@@ -21,9 +21,9 @@ from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.batching import Batches
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
-from diator.brokers.shared import ServiceBroker
-from diator.brokers.supervisor import Patience, Supervised
-from diator.exceptions import WiringError
+from diator.brokers.connecting import ServiceBroker
+from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription
+from diator.exceptions import ConfigurationError
 from diator_postgres._link import Link
 from diator_postgres._member import Member
 
@@ -63,12 +63,12 @@ class PostgresMessageBroker(ServiceBroker[Link]):
         timeout: float = 10.0,
         lease: float = 60.0,
         absence: float = 300.0,
-        patience: Patience | None = None,
+        reconnect: ReconnectPolicy | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         **options: Any,
     ) -> None:
         if not re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", schema):
-            raise WiringError(f"{schema!r} is no name for a schema: use a to z, digits and _")
+            raise ConfigurationError(f"{schema!r} is no name for a schema: use a to z, digits and _")
         settings = {
             **options.pop("server_settings", {}),
             "search_path": f'"{schema}"',
@@ -76,7 +76,7 @@ class PostgresMessageBroker(ServiceBroker[Link]):
         }
         connect = partial(asyncpg.connect, dsn, server_settings=settings, **options)
         self._schema, self._timeout, self._lease, self._absence = schema, timeout, lease, absence
-        self._patience = patience or Patience(connect=timeout, idle=2 * timeout)
+        self._reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout, idle_timeout=2 * timeout)
         self._max_message_bytes = max_message_bytes
         super().__init__(Link(connect, self._prepare, timeout=timeout))
         self._reader = Link(connect, self._prepare_to_read, timeout=timeout)
@@ -131,14 +131,14 @@ class PostgresMessageBroker(ServiceBroker[Link]):
             lease=timedelta(seconds=self._lease),
             kept=timedelta(seconds=self._absence) if group is None else None,
         )
-        member.supervised = Supervised(
+        member.supervised = ResilientSubscription(
             member.connected,
             topics,
             group,
             lossy=False,  # what is sent meanwhile waits in the table. That it waited in vain is told by the member
             prefetch=prefetch,
             ahead=min(prefetch, 32),  # the other members want some, too
-            patience=self._patience,
+            reconnect=self._reconnect,
             on_gap=on_gap,
             siblings=self._reader.subscriptions,
             unsettled=lambda: len(member.held),

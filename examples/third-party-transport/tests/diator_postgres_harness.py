@@ -17,13 +17,13 @@ from diator_postgres import PostgresMessageBroker
 from diator_postgres.broker import _written
 
 from diator.brokers.base import Topic
-from diator.brokers.supervisor import Patience
+from diator.brokers.supervisor import ReconnectPolicy
 from diator.testing.conformance import DeadLettered, EnvironmentMissing, Harness, Limits
 from diator.testing.fault_proxy import FaultProxy
 
 SCHEMA = "diator_postgres_conformance"
 
-PATIENCE = Patience(connect=2.0, idle=4.0, longest_pause=1.0)
+RECONNECT = ReconnectPolicy(connect_timeout=2.0, idle_timeout=4.0, max_delay=1.0)
 
 
 class PostgresHarness(Harness):
@@ -50,7 +50,7 @@ class PostgresHarness(Harness):
         name = f"conformance-{uuid4().hex}"
         settings = {"host": host, "port": port, "server_settings": {"application_name": name}}
         transport: Any = PostgresMessageBroker(
-            self._dsn, schema=SCHEMA, timeout=2.0, lease=2.0, absence=30.0, patience=PATIENCE, **settings
+            self._dsn, schema=SCHEMA, timeout=2.0, lease=2.0, absence=30.0, reconnect=RECONNECT, **settings
         )
         transport.name = name
         return transport

@@ -15,7 +15,7 @@ from diator_postgres import PostgresMessageBroker
 
 from diator.brokers import Message
 from diator.brokers.base import Gap, Topic
-from diator.exceptions import WiringError
+from diator.exceptions import ConfigurationError
 
 pytestmark = pytest.mark.skipif("DIATOR_TEST_POSTGRES_URL" not in os.environ, reason="no PostgreSQL")
 
@@ -159,5 +159,5 @@ async def test_a_commit_waits_for_the_disk_whatever_the_database_says(database: 
 
 
 def test_a_schema_is_no_way_into_the_database() -> None:
-    with pytest.raises(WiringError, match="no name for a schema"):
+    with pytest.raises(ConfigurationError, match="no name for a schema"):
         new_broker('x"; DROP TABLE messages')

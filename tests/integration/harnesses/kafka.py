@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 
-from diator.brokers.supervisor import Patience
+from diator.brokers.supervisor import ReconnectPolicy
 from diator.testing.conformance import DeadLettered, EnvironmentMissing, Limits
 from diator.testing.fault_proxy import FaultProxy
 from tests.integration.harnesses.service import ServiceHarness
@@ -48,16 +48,16 @@ class KafkaHarness(ServiceHarness):
     def connecting_to(self, servers, **options):
         from diator.brokers.kafka import KafkaMessageBroker
 
-        patience = Patience(connect=10.0, idle=1.5, silence=1.5, longest_pause=1.0)
+        reconnect = ReconnectPolicy(connect_timeout=10.0, idle_timeout=1.5, probe_timeout=1.5, max_delay=1.0)
         return KafkaMessageBroker(
             servers,
             "conformance",
             timeout=3.0,
-            session=6.0,
-            heartbeat=0.1,
-            drain=10.0,
+            session_timeout=6.0,
+            heartbeat_interval=0.1,
+            drain_timeout=10.0,
             retry_in_place=self.in_place,
-            patience=patience,
+            reconnect=reconnect,
             **options,
         )
 
@@ -89,7 +89,7 @@ class KafkaHarness(ServiceHarness):
                 yield proxy
 
     async def crash(self, transport):
-        nowhere = replace(transport._cluster, servers=("127.0.0.1:1",))
+        nowhere = replace(transport._cluster, bootstrap_servers=("127.0.0.1:1",))
 
         async def nothing(*_, **__):
             pass

@@ -16,7 +16,7 @@ from urllib.parse import quote, urlsplit
 from urllib.request import Request, urlopen
 from uuid import uuid4
 
-from diator.brokers.supervisor import Patience
+from diator.brokers.supervisor import ReconnectPolicy
 from diator.testing.conformance import DeadLettered, EnvironmentMissing, Limits
 from diator.testing.fault_proxy import FaultProxy
 from tests.integration.harnesses.service import ServiceHarness
@@ -114,13 +114,13 @@ class RabbitMQHarness(ServiceHarness):
 
         name = f"{'&' if '?' in url else '?'}name=conformance-{uuid4().hex}"
         # Killed and started again, it answers before its queues are there.
-        patience = Patience(connect=15.0, idle=1.0, silence=1.0, longest_pause=1.0)
-        broker = Watched(url + name, self.prefix, timeout=5.0, patience=patience, **options)
+        reconnect = ReconnectPolicy(connect_timeout=15.0, idle_timeout=1.0, probe_timeout=1.0, max_delay=1.0)
+        broker = Watched(url + name, self.prefix, timeout=5.0, reconnect=reconnect, **options)
         broker.name = name.partition("=")[2]
         return broker
 
     async def send_raw(self, transport, topic, body):
-        from diator.brokers._rabbitmq_names import routing_key
+        from diator.brokers.rabbitmq._names import routing_key
 
         key = routing_key(*topic)
         await self._amqp(lambda channel: channel.basic_publish(body, exchange=self.prefix, routing_key=key))
@@ -128,7 +128,7 @@ class RabbitMQHarness(ServiceHarness):
     async def dead_letters(self, transport, topic, group):
         from pamqp.commands import Basic
 
-        from diator.brokers._rabbitmq_names import queue_name
+        from diator.brokers.rabbitmq._names import queue_name
 
         found = []
 
@@ -193,7 +193,7 @@ class RabbitMQHarness(ServiceHarness):
         return json.loads(said) if said else None
 
     async def delete(self, transport, topic, group):
-        from diator.brokers._rabbitmq_names import queue_name
+        from diator.brokers.rabbitmq._names import queue_name
 
         async def delete(channel):
             if group is None:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-from diator.brokers.supervisor import Patience
+from diator.brokers.supervisor import ReconnectPolicy
 from diator.testing.conformance import DeadLettered, EnvironmentMissing, Limits
 from diator.testing.fault_proxy import FaultProxy
 from tests.integration.harnesses.service import ServiceHarness
@@ -51,7 +51,10 @@ class RedisHarness(ServiceHarness):
         return RedisMessageBroker.from_url(named(url), **self.options())
 
     def options(self):
-        return {"timeout": 2.0, "patience": Patience(connect=2.0, idle=1.0, silence=1.0, longest_pause=1.0)}
+        return {
+            "timeout": 2.0,
+            "reconnect": ReconnectPolicy(connect_timeout=2.0, idle_timeout=1.0, probe_timeout=1.0, max_delay=1.0),
+        }
 
     async def send_raw(self, transport, topic, body):
         await transport._client.publish(transport._channel(topic), body)

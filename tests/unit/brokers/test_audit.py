@@ -6,8 +6,8 @@ from diator.brokers.audit import Finding, audit
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.memory import MemoryMessageBroker
 
-STORED = Finding(weakens="durability", problem="nothing is stored", remedy="set appendonly yes")
-KEPT = Finding(weakens="guarantee", problem="unread messages may be evicted", remedy="set noeviction")
+STORED = Finding(capability="durability", problem="nothing is stored", remedy="set appendonly yes")
+KEPT = Finding(capability="guarantee", problem="unread messages may be evicted", remedy="set noeviction")
 
 
 class Audited:

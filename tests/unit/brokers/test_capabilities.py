@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from diator.brokers.capabilities import Capabilities, require
-from diator.exceptions import UnsupportedCapability, WiringError
+from diator.exceptions import ConfigurationError, UnsupportedCapability
 
 LEVELS = {
     "guarantee": ["at_most_once", "at_least_once"],
@@ -96,7 +96,7 @@ def test_requiring_says_who_lacks_what_for_which_option_and_what_can_be_done():
         "which X(y) needs; go"
     )
     assert caught.value.lacks == ("dead_letter (False, needed is True)", "replay (none, needed is position)")
-    assert isinstance(caught.value, WiringError)
+    assert isinstance(caught.value, ConfigurationError)
 
 
 def test_requiring_what_is_promised_says_nothing():
@@ -104,5 +104,7 @@ def test_requiring_what_is_promised_says_nothing():
 
 
 def test_a_level_that_there_is_not_is_refused():
-    with pytest.raises(WiringError, match="guarantee is one of at_most_once, at_least_once, and not 'exactly_once'"):
+    with pytest.raises(
+        ConfigurationError, match="guarantee is one of at_most_once, at_least_once, and not 'exactly_once'"
+    ):
         Capabilities(guarantee="exactly_once")

@@ -8,7 +8,7 @@ pytest.importorskip("aiokafka")
 
 from aiokafka import AIOKafkaProducer, TopicPartition
 
-from diator.brokers._kafka_batch import Batch, Call
+from diator.brokers.kafka._batch import Batch, Call
 
 PLACE = TopicPartition("topic", 0)
 

@@ -4,12 +4,12 @@ import pytest
 
 pytest.importorskip("aiokafka")
 
-from diator.brokers._kafka_findings import _of_a_broker
+from diator.brokers.kafka._audit import _of_a_broker
 
 
 def weakened(**settings) -> list[str]:
     named = {name.replace("_", "."): value for name, value in settings.items()}
-    return [each.weakens for each in _of_a_broker({"1": named})]
+    return [each.capability for each in _of_a_broker({"1": named})]
 
 
 def test_a_broker_as_kafka_comes_weakens_nothing_but_by_creating_topics():

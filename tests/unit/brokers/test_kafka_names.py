@@ -6,11 +6,13 @@ import pytest
 
 pytest.importorskip("aiokafka")
 
-from diator.brokers._kafka_client import DEAD, RETRY, Cluster, Names, Policy
-from diator.brokers._kafka_member import _settings
 from diator.brokers.base import Topic
 from diator.brokers.kafka import KafkaMessageBroker
-from diator.exceptions import MessageRejected, WiringError
+from diator.brokers.kafka._client import Cluster
+from diator.brokers.kafka._group import _settings
+from diator.brokers.kafka._names import DEAD, RETRY, Names
+from diator.brokers.kafka._topics import TopicPolicy
+from diator.exceptions import ConfigurationError, MessageRejected
 
 SECRET = "swordfish"
 
@@ -59,19 +61,19 @@ def test_a_name_that_is_too_long_is_refused(name):
 @pytest.mark.parametrize(
     "options",
     [
-        {"servers": "localhost"},
-        {"servers": ""},
-        {"servers": f"kafka://user:{SECRET}@host:9092"},
-        {"servers": "a:1,,b:2"},
+        {"bootstrap_servers": "localhost"},
+        {"bootstrap_servers": ""},
+        {"bootstrap_servers": f"kafka://user:{SECRET}@host:9092"},
+        {"bootstrap_servers": "a:1,,b:2"},
         {"prefix": "a b"},
         {"prefix": ""},
         {"timeout": 0},
-        {"session": 3.0, "heartbeat": 2.0},
+        {"session_timeout": 3.0, "heartbeat_interval": 2.0},
         {"partitions": 0},
         {"replication_factor": 0},
-        {"window": 0},
-        {"read_ahead": -1},
-        {"drain": -1.0},
+        {"max_unacked_per_partition": 0},
+        {"extra_prefetch": -1},
+        {"drain_timeout": -1.0},
         {"ssl_context": True},
         {"sasl_mechanism": "GSSAPI", "username": "u", "password": SECRET},
         {"sasl_mechanism": "PLAIN"},
@@ -81,8 +83,8 @@ def test_a_name_that_is_too_long_is_refused(name):
     ids=str,
 )
 def test_a_bad_option_is_refused_at_once(options):
-    with pytest.raises(WiringError) as refused:
-        KafkaMessageBroker(**{"servers": "localhost:9092", **options})
+    with pytest.raises(ConfigurationError) as refused:
+        KafkaMessageBroker(**{"bootstrap_servers": "localhost:9092", **options})
 
     assert SECRET not in str(refused.value)
 
@@ -97,7 +99,7 @@ def test_security_is_what_was_said():
     login = {"sasl_mechanism": "SCRAM-SHA-256", "username": "u", "password": SECRET}
 
     protocols = [
-        Cluster(servers=("a:1",), timeout=1.0, **options).settings()["security_protocol"]
+        Cluster(bootstrap_servers=("a:1",), timeout=1.0, **options).settings()["security_protocol"]
         for options in ({}, {"ssl_context": context}, login, {"ssl_context": context, **login})
     ]
 
@@ -105,34 +107,34 @@ def test_security_is_what_was_said():
 
 
 def test_a_password_is_in_no_representation():
-    cluster = Cluster(servers=("a:1",), timeout=1.0, sasl_mechanism="PLAIN", username="u", password=SECRET)
+    cluster = Cluster(bootstrap_servers=("a:1",), timeout=1.0, sasl_mechanism="PLAIN", username="u", password=SECRET)
 
     assert SECRET not in repr(cluster)
 
 
 @pytest.mark.parametrize(("brokers", "copies"), [(1, 1), (2, 2), (3, 3), (9, 3)])
 def test_topics_get_three_copies_where_there_are_three_brokers(brokers, copies):
-    policy = Policy(create=True, partitions=4, replication_factor=None, max_message_bytes=1000)
+    policy = TopicPolicy(create=True, partitions=4, replication_factor=None, max_message_bytes=1000)
 
     assert policy.replicas(brokers) == copies
     assert policy.configs("p.t.N", copies) == ({"min.insync.replicas": "2"} if copies == 3 else {})
 
 
 def test_dead_letters_are_kept():
-    policy = Policy(create=True, partitions=4, replication_factor=1, max_message_bytes=1000)
+    policy = TopicPolicy(create=True, partitions=4, replication_factor=1, max_message_bytes=1000)
 
     assert policy.configs(f"p.t.N.g{DEAD}", 1) == {"retention.ms": "-1"}
 
 
 def test_a_topic_takes_what_the_broker_promises():
-    policy = Policy(create=True, partitions=4, replication_factor=1, max_message_bytes=5_000_000)
+    policy = TopicPolicy(create=True, partitions=4, replication_factor=1, max_message_bytes=5_000_000)
 
     assert int(policy.configs("p.t.N", 1)["max.message.bytes"]) > 5_000_000
 
 
 def test_members_wait_for_each_other_longer_than_a_drain_and_a_join_is_not_broken_off():
-    reading = KafkaMessageBroker("a:1", drain=120.0)._reading
-    settings = _settings(Cluster(servers=("a:1",), timeout=1.0), reading, "group")
+    reading = KafkaMessageBroker("a:1", drain_timeout=120.0)._reading
+    settings = _settings(Cluster(bootstrap_servers=("a:1",), timeout=1.0), reading, "group")
 
     assert settings["rebalance_timeout_ms"] > 120_000
     assert settings["request_timeout_ms"] > settings["rebalance_timeout_ms"]

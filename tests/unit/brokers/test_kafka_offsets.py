@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diator.brokers._kafka_offsets import DELAYS, Offsets, rung
+from diator.brokers.kafka._offsets import DELAYS, Offsets, delay_bucket
 
 
 def taken(*offsets, position=0):
@@ -178,4 +178,4 @@ def test_nothing_is_lost_and_nothing_finished_comes_again(steps):
 
 @pytest.mark.parametrize(("after", "where"), [(0.0, 0), (1.0, 0), (1.01, 1), (15.0, 2), (256.0, 4), (9e9, len(DELAYS))])
 def test_a_retry_waits_among_delays_like_its_own(after, where):
-    assert rung(after) == where
+    assert delay_bucket(after) == where

@@ -6,7 +6,7 @@ import pytest
 
 from diator.brokers import Message
 from diator.brokers.memory import MemoryMessageBroker
-from diator.exceptions import BrokerClosed, MessageRejected, MessageTooLarge, WiringError
+from diator.exceptions import BrokerClosed, ConfigurationError, MessageRejected, MessageTooLarge
 
 
 def message(number=0, **options):
@@ -67,7 +67,7 @@ async def test_one_message_more_than_it_holds_is_rejected_and_none_dropped():
 @pytest.mark.parametrize("capacity", [0, -1])
 async def test_it_is_always_bounded(capacity):
     """A capacity that holds nothing is refused, when making the broker or when sending."""
-    with pytest.raises((WiringError, MessageRejected)):
+    with pytest.raises((ConfigurationError, MessageRejected)):
         await MemoryMessageBroker(capacity=capacity).send_message(message())
 
 

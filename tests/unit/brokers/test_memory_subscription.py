@@ -12,9 +12,9 @@ from diator.brokers.memory import DeadLetter, MemoryMessageBroker
 from diator.exceptions import (
     AlreadySettled,
     BrokerClosed,
+    ConfigurationError,
     MessageRejected,
     UnsupportedCapability,
-    WiringError,
 )
 from tests.unit.doubles import Scripted
 
@@ -165,7 +165,7 @@ async def test_a_prefetch_that_gives_out_nothing_is_refused(prefetch):
     broker = MemoryMessageBroker()
     await send(broker, 1)
 
-    with pytest.raises(WiringError):
+    with pytest.raises(ConfigurationError):
         async with broker.subscribe({COUNTED}, prefetch=prefetch):
             pass
 

@@ -11,11 +11,11 @@ pytest.importorskip("aiormq")
 from pamqp import commands
 from pamqp.frame import unmarshal
 
-from diator.brokers._rabbitmq_frames import ContentHeader, Publication, again, header_of
-from diator.brokers._rabbitmq_names import queue_name, routing_key, rung
 from diator.brokers.base import Topic
 from diator.brokers.rabbitmq import RabbitMQMessageBroker
-from diator.exceptions import EncodingError, WiringError
+from diator.brokers.rabbitmq._frames import ContentHeader, Publication, again, header_of
+from diator.brokers.rabbitmq._names import delay_bucket, queue_name, routing_key
+from diator.exceptions import ConfigurationError, EncodingError
 
 URL = "amqp://guest:swordfish@localhost/"
 
@@ -33,7 +33,7 @@ URL = "amqp://guest:swordfish@localhost/"
     ],
 )
 def test_a_bad_address_is_refused_and_not_quoted(url):
-    with pytest.raises(WiringError, match="no address like amqp://") as refused:
+    with pytest.raises(ConfigurationError, match="no address like amqp://") as refused:
         RabbitMQMessageBroker(url)
 
     assert "swordfish" not in str(refused.value)
@@ -43,7 +43,7 @@ def test_a_bad_address_is_refused_and_not_quoted(url):
 @pytest.mark.parametrize(
     "options",
     [
-        {"read_ahead": -1},
+        {"extra_prefetch": -1},
         {"max_in_flight": 0},
         {"timeout": 0},
         {"queue_type": "stream"},
@@ -55,7 +55,7 @@ def test_a_bad_address_is_refused_and_not_quoted(url):
     ids=str,
 )
 def test_an_option_that_makes_no_sense_is_refused(options):
-    with pytest.raises(WiringError):
+    with pytest.raises(ConfigurationError):
         RabbitMQMessageBroker(URL, **options)
 
 
@@ -125,9 +125,9 @@ def test_a_header_that_amqp_cannot_have_is_refused(headers):
 
 def test_delays_are_rounded_up_by_a_third_at_most():
     for milliseconds in range(1, 100_000, 7):
-        bound = rung(milliseconds / 1000)
+        bound = delay_bucket(milliseconds / 1000)
         assert milliseconds <= bound <= max(milliseconds * 1.34, milliseconds + 1)
-    assert len({rung(seconds / 10) for seconds in range(10, 36_000)}) < 50
+    assert len({delay_bucket(seconds / 10) for seconds in range(10, 36_000)}) < 50
 
 
 def test_what_is_no_text_in_a_header_is_written_again_as_it_came():

@@ -10,11 +10,11 @@ from itertools import pairwise, takewhile
 import pytest
 
 from diator.brokers.base import Delivery, Topic
-from diator.brokers.supervisor import MessagesMissed, Patience, Supervised, close_all
-from diator.exceptions import BrokerClosed, BrokerUnavailable, MessageRejected, WiringError
+from diator.brokers.supervisor import MessagesMissed, ReconnectPolicy, ResilientSubscription, close_all
+from diator.exceptions import BrokerClosed, BrokerUnavailable, ConfigurationError, MessageRejected
 
-PATIENT = Patience(connect=5, idle=5, silence=5, first_pause=0, longest_pause=0)
-WATCHFUL = replace(PATIENT, idle=0.05, silence=0.05)
+PATIENT = ReconnectPolicy(connect_timeout=5, idle_timeout=5, probe_timeout=5, first_delay=0, max_delay=0)
+WATCHFUL = replace(PATIENT, idle_timeout=0.05, probe_timeout=0.05)
 PROMPTLY = 0.25
 """Seconds in which a busy machine does what has nothing to wait for."""
 
@@ -106,9 +106,9 @@ class Service:
         return await self.next_link()
 
     def supervised(self, **options):
-        defaults = {"lossy": True, "prefetch": 10, "patience": PATIENT, "on_gap": None, "siblings": self.siblings}
+        defaults = {"lossy": True, "prefetch": 10, "reconnect": PATIENT, "on_gap": None, "siblings": self.siblings}
         topics = options.pop("topics", [Topic("notification_event", "Counted")])
-        return Supervised(self.connect, topics, options.pop("group", None), **defaults | options)
+        return ResilientSubscription(self.connect, topics, options.pop("group", None), **defaults | options)
 
 
 async def forever():
@@ -136,7 +136,9 @@ async def test_a_first_connection_that_fails():
     assert (len(service.attempts), service.live) == (1, 0)
 
 
-@pytest.mark.parametrize("error", [BrokerClosed("closed"), MessageRejected("no permission"), WiringError("no quorum")])
+@pytest.mark.parametrize(
+    "error", [BrokerClosed("closed"), MessageRejected("no permission"), ConfigurationError("no quorum")]
+)
 async def test_an_error_of_ours_stays_what_it_is(error):
     with pytest.raises(type(error)) as raised:
         async with Service(error).supervised():
@@ -150,7 +152,7 @@ async def test_a_first_connection_that_never_comes():
 
     async with asyncio.timeout(0.1 + PROMPTLY):
         with pytest.raises(BrokerUnavailable):
-            async with service.supervised(patience=replace(PATIENT, connect=0.1)):
+            async with service.supervised(reconnect=replace(PATIENT, connect_timeout=0.1)):
                 pass
 
     assert service.live == 0
@@ -159,7 +161,7 @@ async def test_a_first_connection_that_never_comes():
 async def test_patience_with_a_connection_is_none_with_messages():
     """Once it is there, the time for connecting is over and done with."""
     service = Service()
-    async with service.supervised(patience=replace(PATIENT, connect=0.05)) as deliveries:
+    async with service.supervised(reconnect=replace(PATIENT, connect_timeout=0.05)) as deliveries:
         await asyncio.sleep(0.15)
         service.links[0].tell(1)
 
@@ -239,7 +241,7 @@ async def test_a_connection_whose_closing_fails():
 
 async def test_connecting_again_that_never_comes_is_given_up_and_tried_again():
     service = Service(None, forever, forever)
-    async with service.supervised(patience=replace(PATIENT, connect=0.05)) as deliveries:
+    async with service.supervised(reconnect=replace(PATIENT, connect_timeout=0.05)) as deliveries:
         (await service.flap()).tell(1)
 
         assert await take(deliveries, 1) == [1]
@@ -250,7 +252,7 @@ async def test_pauses_grow_up_to_a_limit(monkeypatch):
     """The longest of each, for the test; in life they are anywhere below."""
     monkeypatch.setattr(random, "uniform", lambda _, longest: longest)
     service = Service(None, *[OSError()] * 5)
-    async with service.supervised(patience=replace(PATIENT, first_pause=0.02, longest_pause=0.1)):
+    async with service.supervised(reconnect=replace(PATIENT, first_delay=0.02, max_delay=0.1)):
         await service.flap()
 
     pauses = [later - earlier for earlier, later in pairwise(service.attempts)][1:]
@@ -272,7 +274,7 @@ async def test_pauses_grow_with_connections_that_do_not_last(monkeypatch):
 async def test_pauses_begin_anew_after_a_healthy_time(monkeypatch):
     asked = noted_pauses(monkeypatch)
     service = Service(None, OSError(), OSError())
-    async with service.supervised(patience=replace(PATIENT, healthy=0.1)):
+    async with service.supervised(reconnect=replace(PATIENT, reset_after=0.1)):
         await service.flap()
         await asyncio.sleep(0.15)
         await service.flap()
@@ -290,7 +292,7 @@ async def test_a_service_that_was_away_for_long_is_not_a_healthy_connection(monk
         raise OSError
 
     service = Service(None, fail_slowly, fail_slowly)
-    async with service.supervised(patience=replace(PATIENT, healthy=0.05)):
+    async with service.supervised(reconnect=replace(PATIENT, reset_after=0.05)):
         await service.flap()
 
     assert asked == [0, 1, 2]
@@ -299,15 +301,15 @@ async def test_a_service_that_was_away_for_long_is_not_a_healthy_connection(monk
 def noted_pauses(monkeypatch):
     """Pause for no time, and note for the how-manieth failure in a row."""
     asked = []
-    monkeypatch.setattr(Patience, "pause", lambda self, failures: asked.append(failures) or 0)
+    monkeypatch.setattr(ReconnectPolicy, "delay", lambda self, failures: asked.append(failures) or 0)
     return asked
 
 
 def test_pauses_are_anywhere_below_their_limit():
     """Full jitter: who lost the same service does not come back at the same moment."""
-    patience = Patience(first_pause=0.1, longest_pause=30)
+    reconnect = ReconnectPolicy(first_delay=0.1, max_delay=30)
     for failures, longest in [(0, 0.1), (3, 0.8), (8, 25.6), (9, 30), (10_000, 30)]:
-        pauses = [patience.pause(failures) for _ in range(1_000)]
+        pauses = [reconnect.delay(failures) for _ in range(1_000)]
         assert 0 <= min(pauses) < longest * 0.1
         assert longest * 0.9 < max(pauses) <= longest
 
@@ -422,7 +424,7 @@ async def test_the_gap_of_a_dead_peer_begins_when_it_was_last_heard():
     """What it sent since then is lost, although nobody knew."""
     gaps = []
     service = Service()
-    async with service.supervised(patience=WATCHFUL, on_gap=gaps.append) as deliveries:
+    async with service.supervised(reconnect=WATCHFUL, on_gap=gaps.append) as deliveries:
         service.links[0].on_probe = forever
         service.links[0].tell(1)
         await take(deliveries, 1)
@@ -430,7 +432,7 @@ async def test_the_gap_of_a_dead_peer_begins_when_it_was_last_heard():
         await service.next_link()
         await asyncio.sleep(0)
 
-    assert (gaps[0].since - heard).total_seconds() < WATCHFUL.idle
+    assert (gaps[0].since - heard).total_seconds() < WATCHFUL.idle_timeout
 
 
 # -- silence ---------------------------------------------------------------------------------------------------------
@@ -447,7 +449,7 @@ async def ask_in_vain():
 @pytest.mark.parametrize(("on_probe", "after"), [(ask_in_vain, 0.1), (forever, 0.1), (fail_to_ask, 0.05)])
 async def test_a_silent_peer_is_asked_and_then_given_up(on_probe, after):
     service = Service()
-    async with service.supervised(patience=WATCHFUL) as deliveries:
+    async with service.supervised(reconnect=WATCHFUL) as deliveries:
         [dead] = service.links
         dead.on_probe = on_probe
         started = asyncio.get_running_loop().time()
@@ -461,7 +463,7 @@ async def test_a_silent_peer_is_asked_and_then_given_up(on_probe, after):
 
 async def test_a_quiet_peer_that_answers_is_alive():
     service = Service()
-    async with service.supervised(patience=WATCHFUL):
+    async with service.supervised(reconnect=WATCHFUL):
         await asyncio.sleep(0.5)
 
     [link] = service.links
@@ -470,7 +472,7 @@ async def test_a_quiet_peer_that_answers_is_alive():
 
 async def test_a_busy_peer_is_not_asked():
     service = Service()
-    async with service.supervised(patience=replace(WATCHFUL, idle=0.15), ahead=100) as deliveries:
+    async with service.supervised(reconnect=replace(WATCHFUL, idle_timeout=0.15), ahead=100) as deliveries:
         for number in range(20):
             await asyncio.sleep(0.02)
             service.links[0].tell(number)
@@ -482,7 +484,7 @@ async def test_a_busy_peer_is_not_asked():
 async def test_a_slow_consumer_is_not_taken_for_a_silent_peer():
     """Nobody listens while there is no room; then the connection is as good as before."""
     service = Service()
-    async with service.supervised(patience=WATCHFUL, ahead=2) as deliveries:
+    async with service.supervised(reconnect=WATCHFUL, ahead=2) as deliveries:
         [link] = service.links
         link.tell(*range(6))
         for number in range(6):
@@ -494,7 +496,7 @@ async def test_a_slow_consumer_is_not_taken_for_a_silent_peer():
 
 async def test_a_peer_that_died_behind_a_slow_consumer_is_noticed_afterwards():
     service = Service()
-    async with service.supervised(patience=WATCHFUL, ahead=2) as deliveries:
+    async with service.supervised(reconnect=WATCHFUL, ahead=2) as deliveries:
         service.links[0].on_probe = forever
         service.links[0].tell(1, 2)
         await asyncio.sleep(0.2)
@@ -526,7 +528,7 @@ async def test_no_more_is_read_ahead_than_was_allowed(ahead):
 async def test_it_receives_again_when_half_is_gone():
     """Many at a time, and not each by itself. Until then nobody listens, and no peer is taken for a silent one."""
     service = Service()
-    async with service.supervised(patience=WATCHFUL, ahead=10) as deliveries:
+    async with service.supervised(reconnect=WATCHFUL, ahead=10) as deliveries:
         [link] = service.links
         link.on_probe = forever
         link.tell(*range(30))
@@ -604,10 +606,10 @@ async def test_the_end_is_prompt(monkeypatch, busy, raised):
     """Whatever it is doing; what ended it goes on as it was. That no task is left is a fixture's to see."""
     monkeypatch.setattr(random, "uniform", lambda _, longest: longest)
     service = Service()
-    patience = Patience(connect=60, idle=0.02, silence=60, first_pause=60, longest_pause=60)
+    reconnect = ReconnectPolicy(connect_timeout=60, idle_timeout=0.02, probe_timeout=60, first_delay=60, max_delay=60)
     error = None
     try:
-        async with service.supervised(patience=patience):
+        async with service.supervised(reconnect=reconnect):
             await busy(service)
             await asyncio.sleep(0.1)
             ending = asyncio.get_running_loop().time()
@@ -634,7 +636,7 @@ async def test_entering_can_be_cancelled():
     assert service.live == 0
 
 
-@pytest.mark.parametrize("error", [BrokerClosed("this broker is closed"), WiringError("a classic queue")])
+@pytest.mark.parametrize("error", [BrokerClosed("this broker is closed"), ConfigurationError("a classic queue")])
 async def test_what_does_not_come_right_by_itself_ends_the_iterator(error):
     """After what was received; for those who wait, and for those who come later."""
     service = Service(None, OSError(), error)
@@ -787,5 +789,5 @@ async def test_no_more_than_prefetch_are_given_out_and_not_settled():
 
 
 def test_prefetch_is_at_least_one():
-    with pytest.raises(WiringError, match="prefetch"):
+    with pytest.raises(ConfigurationError, match="prefetch"):
         Service().supervised(prefetch=0)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diator.exceptions import ResolutionError, WiringError
+from diator.exceptions import ConfigurationError, ResolutionError
 from diator.mediator import Mediator
 from tests.unit.doubles import Api, Join, requests_of
 
@@ -35,7 +35,7 @@ def test_gives_the_container_that_was_attached():
 
 
 def test_one_has_to_be_attached():
-    with pytest.raises(WiringError, match="call attach_external_container first"):
+    with pytest.raises(ConfigurationError, match="call attach_external_container first"):
         Mediator(requests_of(JoinHandler), RodiContainer())
 
 

@@ -35,7 +35,7 @@ from diator.testing.faults import (
 from tests.unit.doubles import MeetingChanged, UserJoined
 
 TOPIC = Topic("notification_event", "UserJoined")
-ONCE = RetryPolicy(immediate=0, delayed=0)
+ONCE = RetryPolicy(immediate_retries=0, delayed_retries=0)
 
 
 def message(number=0, **options):
@@ -322,7 +322,7 @@ async def test_after_a_crash_it_is_put_aside_again():
 
 async def test_a_message_that_crashes_every_consumer_is_put_aside():
     broker = FaultyMessageBroker()
-    handled = Handled(broker, retry=RetryPolicy(immediate=0, delayed=0, crashes=2))
+    handled = Handled(broker, retry=RetryPolicy(immediate_retries=0, delayed_retries=0, max_crashes=2))
     broker.on_delivery(crashed, when=lambda delivery: delivery.attempt < 4, cycle=True)
     await joined(broker, 1)
 
@@ -334,7 +334,7 @@ async def test_a_message_that_crashes_every_consumer_is_put_aside():
 
 async def test_a_retry_does_not_wait():
     broker = FaultyMessageBroker()
-    handled = Handled(broker, fails=[1], retry=RetryPolicy(immediate=0, delayed=3, first_delay=600))
+    handled = Handled(broker, fails=[1], retry=RetryPolicy(immediate_retries=0, delayed_retries=3, first_delay=600))
     await joined(broker, 1)
     began = monotonic()
 

@@ -82,7 +82,7 @@ async def failure_is_retried(ctx: Context) -> None:
         if seen == [1]:
             raise LookupError("the first time")
 
-    retry = RetryPolicy(immediate=0, delayed=1, first_delay=0.02)
+    retry = RetryPolicy(immediate_retries=0, delayed_retries=1, first_delay=0.02)
     async with ctx.consuming(broker, handle, retry=retry) as handlings:
         await ctx.send_all(broker, [handlings.message(1)])
         await handlings.become(2)

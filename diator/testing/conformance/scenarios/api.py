@@ -193,9 +193,9 @@ async def consistent(ctx: Context) -> None:
 @scenario("API-11", "a broker that is not an outbox does not say that it is one")
 async def not_enlisted(ctx: Context) -> None:
     """Catches a transport that would be called before the middlewares have committed."""
-    from diator.brokers.sending import enlists  # noqa: PLC0415
+    from diator.brokers.sending import transactional  # noqa: PLC0415
 
-    ctx.check(not enlists(await ctx.broker()), "it says that it enlists")
+    ctx.check(not transactional(await ctx.broker()), "it says that it transactional")
     ctx.check(inspect.iscoroutinefunction(type(await ctx.broker()).aclose), "aclose is no coroutine function")
 
 

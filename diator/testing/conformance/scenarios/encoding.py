@@ -8,7 +8,7 @@ from uuid import uuid4
 
 from diator.brokers.base import Topic
 from diator.brokers.message import Message
-from diator.exceptions import BrokerError, EncodingError, WiringError
+from diator.exceptions import BrokerError, ConfigurationError, EncodingError
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._scenario import scenario
 
@@ -97,7 +97,7 @@ async def names(ctx: Context) -> None:
             try:
                 topic = Topic(message.message_type, message.message_name)
                 readers.append((await stack.enter_async_context(ctx.reading(broker, topic)), message))
-            except (BrokerError, EncodingError, WiringError):
+            except (BrokerError, EncodingError, ConfigurationError):
                 continue  # refusing the name is as good
         await ctx.send_all(broker, [message for _, message in readers])
         for reader, message in readers:

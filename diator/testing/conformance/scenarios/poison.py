@@ -173,7 +173,7 @@ async def exhausted(ctx: Context) -> None:
             runs += 1
             raise LookupError("always")
 
-    retry = RetryPolicy(immediate=1, immediate_pause=0.0, delayed=2, first_delay=0.01)
+    retry = RetryPolicy(immediate_retries=1, immediate_pause=0.0, delayed_retries=2, first_delay=0.01)
     async with ctx.consuming(broker, handle, retry=retry) as handlings:
         failing = handlings.message(0)
         await ctx.send_all(broker, [failing, handlings.message(1)])
@@ -234,7 +234,7 @@ async def blocks_nobody(ctx: Context) -> None:
         if event.number == 0:
             raise LookupError("always")
 
-    retry = RetryPolicy(immediate=0, delayed=1, first_delay=60)
+    retry = RetryPolicy(immediate_retries=0, delayed_retries=1, first_delay=60)
     async with ctx.consuming(broker, handle, retry=retry) as handlings:
         await ctx.send_all(broker, [handlings.message(number) for number in range(5)])
         await handlings.become(5)
@@ -253,7 +253,7 @@ async def fresh_each_time(ctx: Context) -> None:
         if len(seen) < 4:  # noqa: PLR2004
             raise LookupError("again")
 
-    retry = RetryPolicy(immediate=1, immediate_pause=0.0, delayed=1, first_delay=0.01)
+    retry = RetryPolicy(immediate_retries=1, immediate_pause=0.0, delayed_retries=1, first_delay=0.01)
     async with ctx.consuming(broker, handle, retry=retry) as handlings:
         await ctx.send_all(broker, [handlings.message(tags=["a"])])
         await handlings.become(2)
@@ -316,9 +316,9 @@ async def refused_retry(ctx: Context) -> None:
     broker = await ctx.broker()
     promised = ctx.capabilities.delayed_retry
     try:
-        ctx.wired(broker, _handle, retry=RetryPolicy(delayed=1))
+        ctx.wired(broker, _handle, retry=RetryPolicy(delayed_retries=1))
     except UnsupportedCapability as refused:
         ctx.check(not promised and "delayed" in str(refused), f"it is refused: {refused}")
     else:
         ctx.check(promised, "it is accepted, and not promised")
-    ctx.check(ctx.wired(broker, _handle, retry=RetryPolicy(delayed=0)), "without it, it is refused")
+    ctx.check(ctx.wired(broker, _handle, retry=RetryPolicy(delayed_retries=0)), "without it, it is refused")

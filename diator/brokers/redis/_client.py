@@ -5,28 +5,24 @@ from __future__ import annotations
 import asyncio
 from uuid import UUID
 
+import redis
+import redis.asyncio
+from redis import exceptions as redis_errors
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
 from diator.exceptions import (
     AccessRefused,
     BrokerError,
     BrokerUnavailable,
+    ConfigurationError,
     MessageRejected,
-    MissingExtra,
     OutcomeUnknown,
-    WiringError,
 )
 
-try:
-    import redis
-    import redis.asyncio
-    from redis import exceptions as redis_errors
-    from redis.asyncio.connection import AbstractConnection
-    from redis.asyncio.retry import Retry
-    from redis.backoff import NoBackoff
-except ModuleNotFoundError as _missing:
-    raise MissingExtra("diator.brokers.redis", "redis") from _missing
-
 Client = redis.asyncio.Redis
-Connection = AbstractConnection
+RedisConnection = AbstractConnection
 
 NOT_EXECUTED = (
     redis_errors.BusyLoadingError,
@@ -44,7 +40,7 @@ _NOT_NOW = ("BUSY ", "NOREPLICAS ", "MISCONF ")
 CLIENT_ERRORS = (redis_errors.RedisError, OSError, asyncio.TimeoutError, AttributeError, TypeError, RuntimeError)
 
 
-def verdict(error: BaseException, message_id: UUID | None, *, written: bool) -> BrokerError:
+def send_error(error: BaseException, message_id: UUID | None, *, written: bool) -> BrokerError:
     """Translate an error of the client. *written*: whether the command may have left when it happened."""
     if isinstance(error, BrokerError):
         return error
@@ -79,7 +75,7 @@ def client_from_url(url: str, *, timeout: float) -> Client:
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # connects to nothing, and refuses options that do not exist
     except (ValueError, TypeError):
         # Not what it says: that quotes the address, and there is a password in it.
-        raise WiringError(
+        raise ConfigurationError(
             "this is no address of a Redis; it has the form redis://user:password@host:port/db, with special "
             "characters of a password percent-encoded, and options of redis-py behind a question mark"
         ) from None
@@ -89,12 +85,14 @@ def client_from_url(url: str, *, timeout: float) -> Client:
 def check_client(client: object) -> None:
     """Refuse what is no asynchronous client, when a broker is made rather than when it is first used."""
     if isinstance(client, (redis.Redis, redis.RedisCluster)):
-        raise WiringError("this Redis client is synchronous; give a redis.asyncio.Redis")
+        raise ConfigurationError("this Redis client is synchronous; give a redis.asyncio.Redis")
     if isinstance(client, type) or not callable(getattr(client, "execute_command", None)):
-        raise WiringError(f"{client!r:.80} is no Redis client; give a redis.asyncio.Redis object, or use from_url")
+        raise ConfigurationError(
+            f"{client!r:.80} is no Redis client; give a redis.asyncio.Redis object, or use from_url"
+        )
 
 
-async def give_back(client: Client, connection: Connection) -> None:
+async def give_back(client: Client, connection: RedisConnection) -> None:
     """
     Close *connection* at once, and return it to the pool of *client*. Nothing of value may be on its way.
 

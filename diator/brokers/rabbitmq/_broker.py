@@ -1,10 +1,4 @@
-"""
-RabbitMQ. Needs the extra `rabbitmq`.
-
-One durable topic exchange, named by the prefix, to which messages go by `<message_type>.<message_name>`. A group has a
-queue for each topic, `<prefix>:<message_type>:<message_name>:<group>`, and beside it `…:dead` for what was put aside,
-and `…:retry:<ms>` while something waits there to be handled again.
-"""
+"""The broker of RabbitMQ: what a program constructs."""
 
 from __future__ import annotations
 
@@ -12,20 +6,20 @@ import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 
-from diator.brokers._rabbitmq_audit import inspect
-from diator.brokers._rabbitmq_channel import Address, Lost
-from diator.brokers._rabbitmq_frames import Publication, header_of
-from diator.brokers._rabbitmq_member import OF_THE_SERVICE, Member, QueueType, Reading
-from diator.brokers._rabbitmq_names import UNUSUAL, routing_key
-from diator.brokers._rabbitmq_publisher import Publisher
 from diator.brokers.audit import Finding
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
+from diator.brokers.connecting import ServiceBroker
 from diator.brokers.message import Message
-from diator.brokers.shared import ServiceBroker
-from diator.brokers.supervisor import Patience, Source, Supervised
-from diator.exceptions import BrokerClosed, EncodingError, WiringError
+from diator.brokers.rabbitmq._audit import inspect
+from diator.brokers.rabbitmq._channel import Address, Lost
+from diator.brokers.rabbitmq._frames import Publication, header_of
+from diator.brokers.rabbitmq._names import UNUSUAL, routing_key
+from diator.brokers.rabbitmq._publisher import Publisher
+from diator.brokers.rabbitmq._subscription import OF_THE_SERVICE, Connection, QueueType, Subscription
+from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, Source
+from diator.exceptions import BrokerClosed, ConfigurationError, EncodingError
 
 _ROUTING = frozenset({"CC", "BCC"})
 """Headers that RabbitMQ routes by."""
@@ -44,8 +38,9 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
     *url* is `amqp://user:password@host:port/vhost`, or `amqps://…` for TLS, with *ssl_context* if yours is not the
     system's. *queue_type* `classic` is for services without quorum queues; they do not count deliveries, so that a
     message which kills its consumers is not found out. *timeout* is in seconds, for each send and for connecting; at
-    most *max_in_flight* messages wait for their confirms. *read_ahead* is the number of messages that are held beyond
-    those that are being handled; where a message may kill its process, 0 keeps its neighbours out of it.
+    most *max_in_flight* messages wait for their confirms. *extra_prefetch* is the number of messages that are
+    prefetched beyond those that are being handled; where a poison message may kill the process, 0
+    protects its neighbours.
     """
 
     def __init__(
@@ -59,15 +54,15 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         max_in_flight: int = 1024,
         mandatory: bool = True,
         queue_type: QueueType = "quorum",
-        read_ahead: int = 100,
-        patience: Patience | None = None,
+        extra_prefetch: int = 100,
+        reconnect: ReconnectPolicy | None = None,
     ) -> None:
-        if read_ahead < 0 or max_in_flight < 1 or timeout <= 0:
-            raise WiringError("read_ahead is at least 0, max_in_flight at least 1, and timeout above 0")
+        if extra_prefetch < 0 or max_in_flight < 1 or timeout <= 0:
+            raise ConfigurationError("extra_prefetch is at least 0, max_in_flight at least 1, and timeout above 0")
         if queue_type not in {"quorum", "classic"}:
-            raise WiringError(f"queue_type is quorum or classic, not {queue_type!r:.80}")
+            raise ConfigurationError(f"queue_type is quorum or classic, not {queue_type!r:.80}")
         if not prefix or prefix.startswith("amq.") or UNUSUAL.search(prefix):
-            raise WiringError(
+            raise ConfigurationError(
                 "the prefix names an exchange: letters, digits and _./@,+- and not 'amq.' at its beginning"
             )
         self._address = Address(url, ssl_context)
@@ -76,10 +71,10 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         self._max_message_bytes = max_message_bytes
         self._mandatory = mandatory
         self._queue_type: QueueType = queue_type
-        self._read_ahead = read_ahead
-        self._patience = patience or Patience(connect=timeout)
+        self._extra_prefetch = extra_prefetch
+        self._reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
         super().__init__(Publisher(self._address, prefix, timeout=timeout, max_in_flight=max_in_flight))
-        self._members: set[Member] = set()
+        self._subscriptions: set[Subscription] = set()
 
     @property
     def capabilities(self) -> Capabilities:
@@ -130,36 +125,36 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         See `ReadableBroker.subscribe`. Each subscription has a connection of its own.
 
         Raises:
-            WiringError: A queue is there with other settings.
+            ConfigurationError: A queue is there with other settings.
             AccessRefused: The user may not declare or read it.
         """
-        member = Member(self._service, self._prefix, topics, group, self._queue_type)
-        member.supervised = Supervised(
-            lambda: self._reading(member, prefetch),
+        subscription = Subscription(self._service, self._prefix, topics, group, self._queue_type)
+        subscription.supervised = ResilientSubscription(
+            lambda: self._reading(subscription, prefetch),
             topics,
             group,
             lossy=False,
             prefetch=prefetch,
-            ahead=prefetch + self._read_ahead,
-            patience=self._patience,
+            ahead=prefetch + self._extra_prefetch,
+            reconnect=self._reconnect,
             on_gap=on_gap,
             siblings=self._service.subscriptions,
-            unsettled=lambda: member.holds,
-            leave=member.leave,
+            unsettled=lambda: subscription.holds,
+            leave=subscription.leave,
         )
-        self._members.add(member)
+        self._subscriptions.add(subscription)
         try:
-            async with member.supervised as deliveries:
+            async with subscription.supervised as deliveries:
                 yield deliveries
         finally:
-            self._members.discard(member)
+            self._subscriptions.discard(subscription)
 
     @asynccontextmanager
-    async def _reading(self, member: Member, prefetch: int) -> AsyncGenerator[Source, None]:
+    async def _reading(self, subscription: Subscription, prefetch: int) -> AsyncGenerator[Source, None]:
         if self._service.is_closed:
             raise BrokerClosed("this broker is closed")
         for tries_left in (2, 1, 0):
-            reading = Reading(member, min(prefetch + self._read_ahead // len(member.queues), 65_535))
+            reading = Connection(subscription, min(prefetch + self._extra_prefetch // len(subscription.queues), 65_535))
             try:
                 await reading.open(*await self._address.dial("consuming"))
                 try:
@@ -172,7 +167,7 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
                 yield reading
                 return
             finally:
-                member.part_with(reading)
+                subscription.release(reading)
 
     async def audit(self) -> Sequence[Finding]:
         """
@@ -184,7 +179,7 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         """
         if self._service.is_closed:
             raise BrokerClosed("this broker is closed")
-        findings = await inspect(self._address, self._prefix, self._members, timeout=self._timeout)
+        findings = await inspect(self._address, self._prefix, self._subscriptions, timeout=self._timeout)
         return [*self._service.blocked(), *findings]
 
 

@@ -9,15 +9,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from diator.brokers._redis_client import CLIENT_ERRORS, NOT_EXECUTED, Client, Connection, give_back, verdict
-from diator.brokers.shared import Shared
+from diator.brokers.connecting import ClientConnection
+from diator.brokers.redis._client import CLIENT_ERRORS, NOT_EXECUTED, Client, RedisConnection, give_back, send_error
 from diator.brokers.supervisor import close_all
 from diator.exceptions import BrokerClosed
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 
-class SharedConnection(Shared):
+class CommandConnection(ClientConnection):
     """
     One connection of a client's pool, which concurrent callers use at once.
 
@@ -40,7 +40,7 @@ class SharedConnection(Shared):
         self._shareable = self._plain and connections > 1  # the last one is the program's
         self._alone_at_once = max(1, min(connections, max_in_flight))
         self._alone = asyncio.Semaphore(self._alone_at_once)
-        self._link: _Link | None = None
+        self._link: _Connection | None = None
         self.owns_client = False
         """Whether closing this closes the client too."""
         self._closed = False
@@ -51,12 +51,12 @@ class SharedConnection(Shared):
         self._on_this_loop()
         try:
             async with asyncio.timeout(self._timeout):
-                async with self._turn:
+                async with self._lock:
                     link = await self._connected(None)
                 if link is None:
                     await self._client.ping()
         except CLIENT_ERRORS as error:
-            raise verdict(error, None, written=False) from error
+            raise send_error(error, None, written=False) from error
 
     async def execute(self, *command: bytes, message_id: UUID | None = None) -> Any:
         """
@@ -78,17 +78,17 @@ class SharedConnection(Shared):
             else:
                 reply = await self._call_in_turn(command, message_id, deadline)
         except CLIENT_ERRORS as error:
-            raise verdict(error, message_id, written=False) from error
+            raise send_error(error, message_id, written=False) from error
         return await (self._execute_alone(command, message_id, deadline) if reply is None else reply)
 
     async def _close(self) -> None:
         await close_all(self.subscriptions)  # with the help of this
         self._closed = True
-        async with self._turn:  # behind those who were there before
+        async with self._lock:  # behind those who were there before
             link, self._link = self._link, None
         if link is not None:
             await link.finish()
-        await self._beside.done()
+        await self._background.wait()
         if self.owns_client:
             await self._client.aclose()
 
@@ -101,19 +101,19 @@ class SharedConnection(Shared):
         """Wait for a connection with room, and call; None if calls have to go alone."""
         self._queued += 1
         try:
-            async with asyncio.timeout_at(deadline), self._turn:
+            async with asyncio.timeout_at(deadline), self._lock:
                 while (link := await self._connected(message_id)) and not link.has_room:
                     await link.room()
                 return None if link is None else link.call(_pack(command), message_id, deadline)
         finally:
             self._queued -= 1
 
-    async def _connected(self, message_id: UUID | None) -> _Link | None:
+    async def _connected(self, message_id: UUID | None) -> _Connection | None:
         """Called by one at a time."""
         if not self._closed and self._link is None and self._shareable:
             connection = await self._client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
             if _can_be_shared(connection) and not self._closed:
-                self._link = _Link(connection, self._timeout, self._max_in_flight, self._retire, self._give_back)
+                self._link = _Connection(connection, self._timeout, self._max_in_flight, self._retire, self._give_back)
             else:
                 self._shareable = self._closed
                 await self._client.connection_pool.release(connection)
@@ -121,13 +121,13 @@ class SharedConnection(Shared):
             raise BrokerClosed("this broker is closed", message_id=message_id)
         return self._link
 
-    def _retire(self, link: _Link) -> None:
+    def _retire(self, link: _Connection) -> None:
         """Use another connection from now on, and give this one back when its replies are in."""
         if self._link is link:
             self._link = None
-            self._beside.begin(link.finish(), "the last replies of a connection to Redis")
+            self._background.start(link.finish(), "the last replies of a connection to Redis")
 
-    async def _give_back(self, link: _Link, connection: Connection) -> None:
+    async def _give_back(self, link: _Connection, connection: RedisConnection) -> None:
         if self._link is link:
             self._link = None
         await give_back(self._client, connection)
@@ -146,21 +146,21 @@ class SharedConnection(Shared):
                 finally:
                     await self._client.connection_pool.release(connection)
         except CLIENT_ERRORS as error:
-            raise verdict(error, message_id, written=written) from error
+            raise send_error(error, message_id, written=written) from error
 
 
-class _Link:
+class _Connection:
     """A connection while it lives: what waits to be written, and who waits for which reply."""
 
     _MAX_BYTES_IN_FLIGHT = 4 * 1024 * 1024
 
     def __init__(
         self,
-        connection: Connection,
+        connection: RedisConnection,
         timeout: float,
         max_in_flight: int,
-        retire: Callable[[_Link], None],
-        give_back: Callable[[_Link, Connection], Awaitable[None]],
+        retire: Callable[[_Connection], None],
+        give_back: Callable[[_Connection, RedisConnection], Awaitable[None]],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._connection = connection
@@ -262,7 +262,7 @@ class _Link:
         self._bytes_in_flight -= size
         if not future.done():  # its caller may have been cancelled
             if isinstance(reply, Exception):
-                future.set_exception(verdict(reply, message_id, written=True))
+                future.set_exception(send_error(reply, message_id, written=True))
             else:
                 future.set_result(reply)
         self._room.set()
@@ -276,7 +276,7 @@ class _Link:
         written = len(self._waiting) - len(self._unwritten)
         for position, (future, _, _, message_id) in enumerate(self._waiting):
             if not future.done():
-                future.set_exception(verdict(error, message_id, written=position < written))
+                future.set_exception(send_error(error, message_id, written=position < written))
             if isinstance(error, NOT_EXECUTED):  # this was the answer to the oldest call; the others have none
                 error = ConnectionError(f"the connection was given up after {type(error).__name__}")
         self._waiting.clear()
@@ -295,10 +295,10 @@ def _pack(command: Sequence[bytes]) -> bytes:
 
 
 def _can_be_shared(connection: object) -> bool:
-    """Tell whether *connection* is made of what `_Link` uses of it. Parts of it are private to redis-py."""
+    """Tell whether *connection* is made of what `_Connection` uses of it. Parts of it are private to redis-py."""
     return (
-        isinstance(connection, Connection)
-        and type(connection).send_packed_command is Connection.send_packed_command
+        isinstance(connection, RedisConnection)
+        and type(connection).send_packed_command is RedisConnection.send_packed_command
         and isinstance(getattr(connection, "_writer", None), asyncio.StreamWriter)
         and callable(getattr(getattr(connection, "_parser", None), "read_response", None))
     )

@@ -13,19 +13,11 @@ from uuid import UUID
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.partitioner import DefaultPartitioner
 
-from diator.brokers._kafka_batch import Batch, Call, sender_of, tear_down
-from diator.brokers._kafka_client import (
-    CLIENT_ERRORS,
-    NO_RIGHT,
-    TOO_LARGE,
-    Cluster,
-    Policy,
-    ensure_topics,
-    refused,
-    started,
-    verdict,
-)
-from diator.brokers.shared import Shared
+from diator.brokers.connecting import ClientConnection
+from diator.brokers.kafka._batch import Batch, Call, sender_of, tear_down
+from diator.brokers.kafka._client import Cluster, started
+from diator.brokers.kafka._errors import CLIENT_ERRORS, NO_RIGHT, TOO_LARGE, refused, send_error
+from diator.brokers.kafka._topics import TopicPolicy, ensure_topics
 from diator.brokers.supervisor import close_all
 from diator.exceptions import BrokerClosed, BrokerError, OutcomeUnknown
 
@@ -41,7 +33,7 @@ _NO_LEADER = (None, -1)
 _partition_of_key: Callable[[bytes, Sequence[int], Sequence[int]], int] = DefaultPartitioner()
 
 
-class SharedProducer(Shared):
+class Producer(ClientConnection):
     """
     The sending half of the transport.
 
@@ -51,7 +43,7 @@ class SharedProducer(Shared):
     unknown*, and the producer is torn down. What it had not sent goes to the next one, before all that comes later.
     """
 
-    def __init__(self, cluster: Cluster, policy: Policy, *, max_in_flight: int) -> None:
+    def __init__(self, cluster: Cluster, policy: TopicPolicy, *, max_in_flight: int) -> None:
         super().__init__()
         self._cluster = cluster
         self._policy = policy
@@ -78,12 +70,12 @@ class SharedProducer(Shared):
         """Connect now. BrokerUnavailable if that is not possible."""
         self._on_this_loop()
         try:
-            async with asyncio.timeout(self._timeout), self._turn:
+            async with asyncio.timeout(self._timeout), self._lock:
                 if self.is_closed:
                     raise BrokerClosed("this broker is closed")
                 await self._connected()
         except CLIENT_ERRORS as error:
-            raise verdict(error, None, handed_over=False) from error
+            raise send_error(error, None, handed_over=False) from error
 
     async def send(
         self,
@@ -152,7 +144,7 @@ class SharedProducer(Shared):
         """Wait for a producer that knows *topic*, and for room."""
         self._queued += 1
         try:
-            async with asyncio.timeout_at(deadline), self._turn:
+            async with asyncio.timeout_at(deadline), self._lock:
                 while not self.is_closed:
                     await self._connected()
                     place = self._place(topic, key, partition)
@@ -166,9 +158,9 @@ class SharedProducer(Shared):
                         return place
                 raise BrokerClosed("this broker is closed")
         except CLIENT_ERRORS as error:
-            raise verdict(error, message_id, handed_over=False) from error
+            raise send_error(error, message_id, handed_over=False) from error
         except BrokerError as error:
-            raise verdict(error, message_id, handed_over=False) from error.__cause__
+            raise send_error(error, message_id, handed_over=False) from error.__cause__
         finally:
             self._queued -= 1
 
@@ -177,7 +169,7 @@ class SharedProducer(Shared):
         if self._producer is not None and sender_of(self._producer).done():
             self._give_up(self._producer, OutcomeUnknown("its sender was cancelled; it may have arrived"))
         if self._producer is None:
-            await self._beside.done()  # what the one before still has of a key comes first
+            await self._background.wait()  # what the one before still has of a key comes first
             producer = AIOKafkaProducer(
                 **self._cluster.settings(),
                 acks="all",
@@ -272,7 +264,7 @@ class SharedProducer(Shared):
             if error is None:
                 call.confirmed.set_result(None)
             else:
-                call.confirmed.set_exception(verdict(error, call.message_id, handed_over=handed_over))
+                call.confirmed.set_exception(send_error(error, call.message_id, handed_over=handed_over))
 
     def _sweep_at(self, deadline: float) -> None:
         """One timer for all calls, instead of one each: for the one that is due first."""
@@ -331,7 +323,7 @@ class SharedProducer(Shared):
             self._left += self._take_back()
             for known in (self._known, self._stays, self._latest):
                 known.clear()
-            self._beside.begin(self._end_of(producer), "the end of a producer")
+            self._background.start(self._end_of(producer), "the end of a producer")
         if self._left and (self._handing_on is None or self._handing_on.done()):
             self._handing_on = asyncio.create_task(self._hand_on(), name="diator: handing on what was not sent")
         self._freed.set()
@@ -340,7 +332,7 @@ class SharedProducer(Shared):
         """See that there is a producer for what is left, or that its callers hear of it."""
         while self._left:
             try:
-                async with asyncio.timeout(self._timeout), self._turn:
+                async with asyncio.timeout(self._timeout), self._lock:
                     await self._connected()
             except TimeoutError:
                 continue  # who is overdue has been told
@@ -355,7 +347,7 @@ class SharedProducer(Shared):
 
     async def _close(self) -> None:
         reading = asyncio.create_task(close_all(self.subscriptions))
-        async with self._turn:
+        async with self._lock:
             pass  # those who were there before have a batch now, or a verdict
         while self._batches or self._left:
             self._freed.clear()
@@ -368,7 +360,7 @@ class SharedProducer(Shared):
             self._sweeper.cancel()
         if producer is not None:
             await tear_down(producer)
-        await self._beside.done()
+        await self._background.wait()
         await reading
 
     def _begin_anew(self) -> None:

@@ -14,23 +14,16 @@ from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssigno
 from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
-from diator.brokers._kafka_client import (
-    CLIENT_ERRORS,
-    HEADERS_BYTES,
-    NO_RIGHT,
-    Cluster,
-    Policy,
-    end_tasks,
-    ensure_topics,
-    started,
-)
-from diator.brokers._kafka_connection import Alone, Connection
-from diator.brokers._kafka_offsets import Offsets
-from diator.brokers._kafka_subscription import Reading, Subscription
 from diator.brokers.base import Delivery
-from diator.brokers.shared import Beside
+from diator.brokers.connecting import BackgroundTasks
+from diator.brokers.kafka._client import Cluster, end_tasks, started
+from diator.brokers.kafka._connection import Connection, ReaderConnection
+from diator.brokers.kafka._errors import CLIENT_ERRORS, NO_RIGHT
+from diator.brokers.kafka._offsets import Offsets
+from diator.brokers.kafka._subscription import ReadOptions, Subscription
+from diator.brokers.kafka._topics import HEADERS_BYTES, TopicPolicy, ensure_topics
 from diator.brokers.supervisor import Source
-from diator.exceptions import AccessRefused, BrokerUnavailable, MessageRejected, WiringError
+from diator.exceptions import AccessRefused, BrokerUnavailable, ConfigurationError, MessageRejected
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -46,11 +39,11 @@ _NO_ROOM = (
 class Connections:
     """Those of one subscription, one after the other."""
 
-    def __init__(self, subscription: Subscription, cluster: Cluster, policy: Policy) -> None:
+    def __init__(self, subscription: Subscription, cluster: Cluster, policy: TopicPolicy) -> None:
         self._subscription = subscription
         self._cluster = cluster
         self._policy = policy
-        self._beside = Beside()
+        self._background = BackgroundTasks()
         self.latest: Connection
 
     @asynccontextmanager
@@ -63,11 +56,13 @@ class Connections:
         try:
             await ensure_topics(self._cluster, self._policy, wanted, reading=subscription.names)
         except MessageRejected as error:
-            raise WiringError(str(error)) from error
+            raise ConfigurationError(str(error)) from error
         except NO_RIGHT as error:
             raise _access_refused(error) from error
         consumer = AIOKafkaConsumer(**_settings(self._cluster, subscription.reading, subscription.group_id))
-        connection = self.latest = (Alone if subscription.group is None else _Member)(subscription, consumer)
+        connection = self.latest = (ReaderConnection if subscription.group is None else GroupConnection)(
+            subscription, consumer
+        )
         try:
             await started(consumer.start())
             await connection.begin(subscription.names)
@@ -75,12 +70,12 @@ class Connections:
         except NO_RIGHT as error:
             raise _access_refused(error) from error
         finally:
-            self._beside.begin(connection.leave(within=min(self._cluster.timeout, 5.0)), "leaving Kafka")
-            await self._beside.done()
+            self._background.start(connection.leave(within=min(self._cluster.timeout, 5.0)), "leaving Kafka")
+            await self._background.wait()
 
     async def leave(self, not_given_out: Collection[Delivery]) -> None:
         """Wait for what was settled to reach Kafka. That has its own bound. What nobody has seen was not committed."""
-        await self._beside.done()
+        await self._background.wait()
 
 
 def _access_refused(error: Exception) -> AccessRefused:
@@ -89,9 +84,9 @@ def _access_refused(error: Exception) -> AccessRefused:
     return AccessRefused(f"Kafka refuses a subscription ({problem}); {remedy} (kafka-acls.sh)")
 
 
-def _settings(cluster: Cluster, reading: Reading, group_id: str | None) -> dict[str, Any]:
+def _settings(cluster: Cluster, reading: ReadOptions, group_id: str | None) -> dict[str, Any]:
     """Give what a consumer of aiokafka is made with."""
-    rebalance = reading.drain + 10.0
+    rebalance = reading.drain_timeout + 10.0
     # A join is answered when the slowest member has rejoined; a shorter timeout would break it off each time.
     settings = cluster.settings(request_timeout=max(40.0, rebalance + 10.0))
     settings |= {
@@ -101,13 +96,13 @@ def _settings(cluster: Cluster, reading: Reading, group_id: str | None) -> dict[
         "isolation_level": "read_committed",
         "fetch_max_wait_ms": 200,
         "max_partition_fetch_bytes": reading.max_message_bytes + 16 * HEADERS_BYTES,
-        "metadata_max_age_ms": round(reading.metadata_age * 1000),
+        "metadata_max_age_ms": round(reading.metadata_max_age * 1000),
     }
     if group_id is not None:
         settings |= {
             "group_id": group_id,
-            "session_timeout_ms": round(reading.session * 1000),
-            "heartbeat_interval_ms": round(reading.heartbeat * 1000),
+            "session_timeout_ms": round(reading.session_timeout * 1000),
+            "heartbeat_interval_ms": round(reading.heartbeat_interval * 1000),
             "rebalance_timeout_ms": round(rebalance * 1000),
             # Heartbeats say that this member lives; that its handlers do is for the consumer to see.
             "max_poll_interval_ms": 2**31 - 1,
@@ -117,7 +112,7 @@ def _settings(cluster: Cluster, reading: Reading, group_id: str | None) -> dict[
     return settings
 
 
-class _Member(Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka comes without types
+class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka comes without types
     """A member of a group, whose partitions come and go with those of the others."""
 
     def __init__(self, subscription: Subscription, consumer: Any) -> None:
@@ -156,7 +151,7 @@ class _Member(Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # a
             partition.ending = True
         self.subscription.withdraw(mine)
         with suppress(TimeoutError):
-            async with asyncio.timeout(self.subscription.reading.drain):
+            async with asyncio.timeout(self.subscription.reading.drain_timeout):
                 while any(partition.out for partition in mine):
                     self.subscription.freed.clear()
                     await self.subscription.freed.wait()

@@ -11,7 +11,9 @@ from itertools import groupby
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 from uuid import uuid4
 
-from diator.brokers._rabbitmq_channel import (
+from diator.brokers.base import Delivery, Topic
+from diator.brokers.connecting import BackgroundTasks
+from diator.brokers.rabbitmq._channel import (
     CLIENT_ERRORS,
     LOCKED,
     NOT_ALLOWED,
@@ -23,14 +25,12 @@ from diator.brokers._rabbitmq_channel import (
     commands,
     explained,
 )
-from diator.brokers._rabbitmq_frames import Publication, again
-from diator.brokers._rabbitmq_names import queue_name, routing_key, rung
-from diator.brokers._rabbitmq_publisher import Publisher, topic_exchange
-from diator.brokers.base import Delivery, Topic
+from diator.brokers.rabbitmq._frames import Publication, again
+from diator.brokers.rabbitmq._names import delay_bucket, queue_name, routing_key
+from diator.brokers.rabbitmq._publisher import Publisher, topic_exchange
 from diator.brokers.settling import Acknowledgements, provenance
-from diator.brokers.shared import Beside
-from diator.brokers.supervisor import MessagesMissed, Supervised
-from diator.exceptions import AccessRefused, BrokerError, BrokerUnavailable, WiringError
+from diator.brokers.supervisor import MessagesMissed, ResilientSubscription
+from diator.exceptions import AccessRefused, BrokerError, BrokerUnavailable, ConfigurationError
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class _Token(NamedTuple):
     header: ContentHeader
 
 
-class Member:
+class Subscription:
     """One member of a group, or a subscription without one: its queues. It outlives its connections."""
 
     def __init__(
@@ -75,11 +75,11 @@ class Member:
         self.queue_type: QueueType = "classic" if group is None else queue_type
         self.holds = 0
         """How many deliveries its subscription has received that are not settled, given out or not."""
-        self.supervised: Supervised | None = None
+        self.supervised: ResilientSubscription | None = None
         self.declared = False
         self.waiting: dict[str, float] = {}
         """Queues for retries, and when each was declared."""
-        self._beside = Beside()
+        self._background = BackgroundTasks()
 
     def dead(self, queue: str) -> str:
         """Name where what is put aside goes: without a group, all of a topic to one place."""
@@ -106,24 +106,24 @@ class Member:
             **(safely if self.queue_type == "quorum" else {}),
         }
 
-    def part_with(self, reading: Reading) -> None:
+    def release(self, reading: Connection) -> None:
         """Have what was acknowledged told, and what nobody has seen given back, and close the connection."""
         unseen = self.supervised.take_back() if self.supervised else []
         self.holds -= len(unseen)
         tags = {cast("_Token", delivery.token).tag for delivery in unseen}
-        self._beside.begin(reading.end(tags), "ending a subscription")
+        self._background.start(reading.end(tags), "ending a subscription")
 
     async def leave(self, not_given_out: Collection[Delivery]) -> None:
         """Wait until the service knows. What nobody has seen was given back with the connection that it came by."""
-        await self._beside.done()
+        await self._background.wait()
 
 
-class Reading(Channel):
+class Connection(Channel):
     """One connection that receives, and how its deliveries are settled."""
 
-    def __init__(self, member: Member, prefetch: int) -> None:
+    def __init__(self, subscription: Subscription, prefetch: int) -> None:
         super().__init__()
-        self._member = member
+        self._subscription = subscription
         self._prefetch = prefetch
         self._arrived: deque[Delivery] = deque()
         self._something = asyncio.Event()
@@ -138,34 +138,36 @@ class Reading(Channel):
         Declare what is to be there, and consume.
 
         Raises:
-            WiringError: It is there with other settings, or may not be declared or read.
+            ConfigurationError: It is there with other settings, or may not be declared or read.
             MessagesMissed: It was there before, and is not any more.
         """
-        member = self._member
+        subscription = self._subscription
         try:
-            there = [not member.declared or await self.is_there(passively(queue)) for queue in member.queues]
-            await self.ask(topic_exchange(member.prefix))
+            there = [
+                not subscription.declared or await self.is_there(passively(queue)) for queue in subscription.queues
+            ]
+            await self.ask(topic_exchange(subscription.prefix))
             await self.ask(commands.Basic.Qos(prefetch_count=self._prefetch))
-            for queue, topic in member.queues.items():
-                for declaration in member.declarations(queue):
+            for queue, topic in subscription.queues.items():
+                for declaration in subscription.declarations(queue):
                     await self.ask(declaration)
                 await self.ask(
-                    commands.Queue.Bind(queue=queue, exchange=member.prefix, routing_key=routing_key(*topic))
+                    commands.Queue.Bind(queue=queue, exchange=subscription.prefix, routing_key=routing_key(*topic))
                 )
-            member.declared = True
+            subscription.declared = True
             if not all(there):
                 raise MessagesMissed("RabbitMQ had lost a queue of this subscription; it is declared anew")
             self._begun = True  # before: cancelled meanwhile, this consumes, and has messages that nobody has seen
-            for queue in member.queues:
+            for queue in subscription.queues:
                 await self.ask(commands.Basic.Consume(queue=queue, consumer_tag=queue))
         except Refused as error:
             if error.code == NOT_ALLOWED:
                 raise AccessRefused(
                     f"RabbitMQ refuses a subscription ({error}); let its user configure, write and read what begins "
-                    f"with {member.prefix!r}, and write to the default exchange"
+                    f"with {subscription.prefix!r}, and write to the default exchange"
                 ) from error
             if error.code in {LOCKED, OTHERWISE}:
-                raise WiringError(
+                raise ConfigurationError(
                     f"RabbitMQ refuses a subscription ({error}); delete what is there with other settings once it is "
                     "empty, or use another group or prefix, or the queue_type that it has"
                 ) from error
@@ -177,14 +179,14 @@ class Reading(Channel):
         if self.error is not None:
             raise self.error
         given = [self._arrived.popleft() for _ in range(min(most, len(self._arrived)))]
-        self._member.holds += len(given)
+        self._subscription.holds += len(given)
         if not self._arrived:
             self._something.clear()
         return given
 
     async def probe(self) -> None:
         """See whether the exchange is there: RabbitMQ does not tell those whose queues have lost it."""
-        exchange = self._member.prefix
+        exchange = self._subscription.prefix
         if await self.is_there(commands.Exchange.Declare(exchange=exchange, passive=True)):
             self._something.set()
         else:
@@ -204,7 +206,7 @@ class Reading(Channel):
         queue, tag = method.consumer_tag or "", method.delivery_tag or 0
         headers = header.properties.headers or {}
         delivery = Delivery(
-            topic=self._member.queues[queue],
+            topic=self._subscription.queues[queue],
             body=body,
             headers={name: _text(value) for name, value in headers.items() if not name.startswith(OF_THE_SERVICE)},
             attempt=1 + _count(headers.get(ATTEMPT)) + _count(headers.get("x-delivery-count")),
@@ -218,8 +220,10 @@ class Reading(Channel):
     def lost(self, error: Exception) -> None:
         """Have none of it begun: all that is not settled comes again, some of it elsewhere already."""
         self._something.set()
-        if self._member.supervised is not None:
-            self._member.holds -= len(self._member.supervised.take_back(lambda delivery: delivery.settler is self))
+        if self._subscription.supervised is not None:
+            self._subscription.holds -= len(
+                self._subscription.supervised.take_back(lambda delivery: delivery.settler is self)
+            )
 
     # -- settling ------------------------------------------------------------------------------------------------
 
@@ -231,7 +235,7 @@ class Reading(Channel):
         """Published to the group's queue again, by way of one that keeps it for so long, and then acknowledged."""
         token = cast("_Token", delivery.token)
         with self._giving_back_on_failure(delivery):
-            async with asyncio.timeout(self._member.publisher.timeout):
+            async with asyncio.timeout(self._subscription.publisher.timeout):
                 queue = token.queue
                 if after > 0:
                     queue = await self._waiting_room(queue, after)
@@ -241,30 +245,30 @@ class Reading(Channel):
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         token = cast("_Token", delivery.token)
-        why = provenance(delivery, reason[:_LONGEST_REASON], source=token.queue, group=self._member.group or "")
+        why = provenance(delivery, reason[:_LONGEST_REASON], source=token.queue, group=self._subscription.group or "")
         headers = _of_program(token.header) | why
         with self._giving_back_on_failure(delivery):
-            async with asyncio.timeout(self._member.publisher.timeout):
-                dead = self._member.dead(token.queue)
-                if self._member.group is None and self.error is None:
-                    await self.ask_beside(self._member.declaration_of_dead(token.queue))
+            async with asyncio.timeout(self._subscription.publisher.timeout):
+                dead = self._subscription.dead(token.queue)
+                if self._subscription.group is None and self.error is None:
+                    await self.ask_beside(self._subscription.declaration_of_dead(token.queue))
                 await self._hand_on(again(token.header, headers, delivery.body, dead))
         self._settled(token)
 
     async def _hand_on(self, publication: Publication) -> None:
         if self.error is not None:
             raise BrokerUnavailable("the connection that it came by is gone; it comes again")
-        await self._member.publisher.publish(publication)
+        await self._subscription.publisher.publish(publication)
 
     async def _waiting_room(self, queue: str, after: float) -> str:
         """Declare where messages for *queue* wait. Unused, it goes; it must not while something waits in it."""
-        milliseconds = rung(after)
+        milliseconds = delay_bucket(after)
         name = f"{queue}:retry:{milliseconds}"
-        declared = self._member.waiting.get(name)
+        declared = self._subscription.waiting.get(name)
         if declared is None or self._loop.time() - declared > _UNUSED / 2:
             expires = {"x-message-ttl": milliseconds, "x-expires": milliseconds + int(_UNUSED * 1000)}
-            await self.ask_beside(_durable(name, {**self._member.passing_on(queue), **expires}))
-            self._member.waiting[name] = self._loop.time()
+            await self.ask_beside(_durable(name, {**self._subscription.passing_on(queue), **expires}))
+            self._subscription.waiting[name] = self._loop.time()
         return name
 
     @contextmanager
@@ -273,7 +277,7 @@ class Reading(Channel):
         try:
             yield
         except (BrokerError, *CLIENT_ERRORS) as error:
-            self._member.waiting.clear()
+            self._subscription.waiting.clear()
             self._loop.call_later(_GIVEN_BACK_AFTER, self._give_back, delivery)
             if isinstance(error, BrokerError):
                 raise
@@ -294,9 +298,9 @@ class Reading(Channel):
 
     def _forget(self, tag: int) -> None:
         del self._open[tag]
-        self._member.holds -= 1
-        if self._member.supervised is not None:
-            self._member.supervised.look_again()
+        self._subscription.holds -= 1
+        if self._subscription.supervised is not None:
+            self._subscription.supervised.look_again()
 
     async def _tell(self, _: Sequence[int]) -> None:
         """
@@ -317,15 +321,15 @@ class Reading(Channel):
 
     async def end(self, unseen: Collection[int]) -> None:
         """Stop, have what was acknowledged told, give back what nobody has seen, and close."""
-        member = self._member
+        subscription = self._subscription
         try:
             if self.error is None and self._begun:
                 async with asyncio.timeout(_PATIENCE):
-                    for queue in member.queues:
+                    for queue in subscription.queues:
                         await self.ask(commands.Basic.Cancel(queue))
                     self._settle_all({*unseen, *(cast("_Token", delivery.token).tag for delivery in self._arrived)})
-                    if member.group is None and member.supervised and member.supervised.is_ending:
-                        for queue in member.queues:
+                    if subscription.group is None and subscription.supervised and subscription.supervised.is_ending:
+                        for queue in subscription.queues:
                             await self.ask(commands.Queue.Delete(queue=queue))
         except CLIENT_ERRORS as error:
             logger.debug("ending a subscription: %s", explained(error))

@@ -13,20 +13,17 @@ import ssl
 from collections import deque
 from typing import Any, TypeAlias
 
-from diator.exceptions import MissingExtra, WiringError
+from aiormq.connection import Connection, TCPTransportFactory, TLSTransportFactory, TransportFactory
+from aiormq.exceptions import AMQPError
+from pamqp import commands
+from pamqp.base import Frame
+from pamqp.body import ContentBody
+from pamqp.exceptions import PAMQPException
+from pamqp.frame import marshal
+from pamqp.header import ContentHeader
+from yarl import URL
 
-try:
-    from aiormq.connection import Connection, TCPTransportFactory, TLSTransportFactory, TransportFactory
-    from aiormq.exceptions import AMQPError
-    from pamqp import commands
-    from pamqp.base import Frame
-    from pamqp.body import ContentBody
-    from pamqp.exceptions import PAMQPException
-    from pamqp.frame import marshal
-    from pamqp.header import ContentHeader
-    from yarl import URL
-except ModuleNotFoundError as _missing:
-    raise MissingExtra("diator.brokers.rabbitmq", "rabbitmq") from _missing
+from diator.exceptions import ConfigurationError
 
 __all__ = ["ContentHeader", "Frame", "commands", "marshal"]
 
@@ -67,9 +64,11 @@ class Address:
         except (TypeError, ValueError):
             known = False
         if not known:
-            raise WiringError("that is no address like amqp://user:password@host:5672/vhost, or amqps://…") from None
+            raise ConfigurationError(
+                "that is no address like amqp://user:password@host:5672/vhost, or amqps://…"
+            ) from None
         if ssl_context is not None and self._url.scheme != "amqps":
-            raise WiringError("an ssl_context needs an address that begins with amqps://")
+            raise ConfigurationError("an ssl_context needs an address that begins with amqps://")
         self._ssl_context = ssl_context
 
     async def dial(self, purpose: str) -> tuple[Connection, asyncio.StreamWriter]:
@@ -117,7 +116,7 @@ class Channel:
         self._asked: deque[asyncio.Future[Frame]] = deque()
         self._content: tuple[Content, ContentHeader, bytearray] | None = None
         self._method: Content | None = None
-        self._beside = 0
+        self._background = 0
 
     async def open(self, connection: Connection, writer: asyncio.StreamWriter) -> None:
         """Begin to speak, and to listen."""
@@ -144,8 +143,8 @@ class Channel:
 
     async def ask_beside(self, frame: Frame) -> None:
         """Ask on another channel, what RabbitMQ may answer by closing it."""
-        self._beside = self._beside % _MOST_CHANNELS + 1
-        beside = Channel(self.number + self._beside)
+        self._background = self._background % _MOST_CHANNELS + 1
+        beside = Channel(self.number + self._background)
         if self._writer is not None:
             try:
                 await beside.open(self.connection, self._writer)

@@ -9,28 +9,28 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, 
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
-from diator.brokers._redis_client import (
-    CLIENT_ERRORS,
-    Client,
-    Connection,
-    check_client,
-    client_from_url,
-    give_back,
-    verdict,
-)
-from diator.brokers._redis_connection import SharedConnection
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities, require
 from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode
+from diator.brokers.connecting import ServiceBroker
 from diator.brokers.message import Message
-from diator.brokers.shared import ServiceBroker
-from diator.brokers.supervisor import Patience, Source, Supervised
-from diator.exceptions import BrokerClosed, DecodingError, MessageUnroutable, UnsupportedCapability, WiringError
+from diator.brokers.redis._client import (
+    CLIENT_ERRORS,
+    Client,
+    RedisConnection,
+    check_client,
+    client_from_url,
+    give_back,
+    send_error,
+)
+from diator.brokers.redis._connection import CommandConnection
+from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, Source
+from diator.exceptions import BrokerClosed, ConfigurationError, DecodingError, MessageUnroutable, UnsupportedCapability
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 
-class RedisMessageBroker(ServiceBroker[SharedConnection]):
+class RedisMessageBroker(ServiceBroker[CommandConnection]):
     """
     Sends each message to the channel `<channel_prefix>:<message_type>:<message_name>` of Redis Pub/Sub.
 
@@ -44,8 +44,8 @@ class RedisMessageBroker(ServiceBroker[SharedConnection]):
     messages that wait for Redis's answer; further ones wait for room. With *require_receiver* a message that nobody
     received raises `MessageUnroutable`; Redis counts those on the node that it was sent to.
 
-    A subscription takes a connection of its own from the pool, holds at most *read_ahead* messages that were not asked
-    for yet, and has *patience* with the service. With *older_senders* it also hears diator 0.1, whose channels end in
+    A subscription takes a connection of its own from the pool, prefetches at most *extra_prefetch* messages, and
+    reconnects as *reconnect* says. With *older_senders* it also hears diator 0.1, whose channels end in
     the id of the message instead of its name: every message of that kind is then looked into, for its name.
     """
 
@@ -59,20 +59,20 @@ class RedisMessageBroker(ServiceBroker[SharedConnection]):
         max_in_flight: int = 1024,
         require_receiver: bool = False,
         older_senders: bool = False,
-        read_ahead: int = 1_000,
-        patience: Patience | None = None,
+        extra_prefetch: int = 1_000,
+        reconnect: ReconnectPolicy | None = None,
     ) -> None:
         check_client(client)
-        if read_ahead < 1 or max_in_flight < 1 or timeout <= 0:
-            raise WiringError("read_ahead and max_in_flight are at least 1, and timeout is above 0")
+        if extra_prefetch < 1 or max_in_flight < 1 or timeout <= 0:
+            raise ConfigurationError("extra_prefetch and max_in_flight are at least 1, and timeout is above 0")
         self._client = client
         self._prefix = channel_prefix
         self._max_message_bytes = max_message_bytes
         self._require_receiver = require_receiver
         self._older_senders = older_senders
-        self._read_ahead = read_ahead
-        self._patience = patience or Patience(connect=timeout)
-        super().__init__(SharedConnection(client, timeout=timeout, max_in_flight=max_in_flight))
+        self._extra_prefetch = extra_prefetch
+        self._reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
+        super().__init__(CommandConnection(client, timeout=timeout, max_in_flight=max_in_flight))
 
     @classmethod
     def from_url(
@@ -85,8 +85,8 @@ class RedisMessageBroker(ServiceBroker[SharedConnection]):
         max_in_flight: int = 1024,
         require_receiver: bool = False,
         older_senders: bool = False,
-        read_ahead: int = 1_000,
-        patience: Patience | None = None,
+        extra_prefetch: int = 1_000,
+        reconnect: ReconnectPolicy | None = None,
     ) -> Self:
         """Make a broker with a client of its own for `redis://…`, `rediss://…` or `unix://…`; `aclose` closes it."""
         broker = cls(
@@ -97,8 +97,8 @@ class RedisMessageBroker(ServiceBroker[SharedConnection]):
             max_in_flight=max_in_flight,
             require_receiver=require_receiver,
             older_senders=older_senders,
-            read_ahead=read_ahead,
-            patience=patience,
+            extra_prefetch=extra_prefetch,
+            reconnect=reconnect,
         )
         broker._service.owns_client = True
         return broker
@@ -152,13 +152,13 @@ class RedisMessageBroker(ServiceBroker[SharedConnection]):
             require(self, self.capabilities, competing, for_=f"subscribe(group={group!r})", remedy=remedy)
         channels = {self._channel(topic): topic for topic in topics}
         patterns = {self._channel_of_any(topic) for topic in topics} if self._older_senders else ()
-        subscription = Supervised(
+        subscription = ResilientSubscription(
             lambda: self._subscribed(channels, patterns),
             topics,
             lossy=True,
             prefetch=prefetch,
-            ahead=prefetch + self._read_ahead,
-            patience=self._patience,
+            ahead=prefetch + self._extra_prefetch,
+            reconnect=self._reconnect,
             on_gap=on_gap,
             siblings=self._service.subscriptions,
         )
@@ -174,7 +174,7 @@ class RedisMessageBroker(ServiceBroker[SharedConnection]):
             raise BrokerClosed("this broker is closed")
         connection = await self._client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
         try:
-            source = _Subscription(connection, channels, patterns)
+            source = _Connection(connection, channels, patterns)
             try:
                 if patterns:
                     await connection.send_command("PSUBSCRIBE", *patterns, check_health=False)
@@ -182,7 +182,7 @@ class RedisMessageBroker(ServiceBroker[SharedConnection]):
                 while not source.is_ready:
                     await source.receive(0)
             except CLIENT_ERRORS as error:
-                raise verdict(error, None, written=False) from error
+                raise send_error(error, None, written=False) from error
             yield source
         finally:
             await give_back(self._client, connection)
@@ -194,14 +194,16 @@ class RedisMessageBroker(ServiceBroker[SharedConnection]):
         return re.sub(rb"([*?\[\]\\])", rb"\\\1", f"{self._prefix}:{topic.message_type}:".encode()) + b"*"
 
 
-class _Subscription:
+class _Connection:
     """
     One connection that is subscribed. It also is the settler of its deliveries: Pub/Sub has nothing to settle.
 
     Not redis-py's `PubSub`: that connects and subscribes again by itself, and nobody learns what was missed.
     """
 
-    def __init__(self, connection: Connection, channels: Mapping[bytes, Topic], patterns: Collection[bytes]) -> None:
+    def __init__(
+        self, connection: RedisConnection, channels: Mapping[bytes, Topic], patterns: Collection[bytes]
+    ) -> None:
         self._connection = connection
         self._topics = channels
         self._wanted = {*channels, *patterns}

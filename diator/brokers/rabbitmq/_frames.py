@@ -9,7 +9,7 @@ from time import time
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from diator.brokers._rabbitmq_channel import Channel, ContentHeader, commands, marshal
+from diator.brokers.rabbitmq._channel import Channel, ContentHeader, commands, marshal
 from diator.exceptions import EncodingError
 
 _FRAME = struct.Struct(">BHI")

@@ -16,9 +16,9 @@ from uuid import uuid4
 
 import msgspec
 
-from diator.brokers._redis_connection import SharedConnection
-from diator.brokers._redis_scripts import ACK, FORGET, MOVE_DUE, PUT_ASIDE, RETRY
 from diator.brokers.base import Delivery, Topic
+from diator.brokers.redis._connection import CommandConnection
+from diator.brokers.redis._scripts import ACK, DEAD_LETTER, FORGET, MOVE_DUE, RETRY
 from diator.brokers.settling import Acknowledgements, provenance
 from diator.brokers.supervisor import MessagesMissed
 from diator.exceptions import BrokerError, MessageRejected
@@ -57,12 +57,12 @@ class Entry:
     """As in `_Held`."""
 
 
-class Member:
+class Subscription:
     """One member of a group: what it holds, and how that is settled. It outlives its connections."""
 
     def __init__(
         self,
-        connection: SharedConnection,
+        connection: CommandConnection,
         topics: Mapping[bytes, Topic],
         group: str,
         *,
@@ -177,7 +177,9 @@ class Member:
         dead = self.key(stream, b"dead")
         with self._noting_failure(entry):
             if len(fields) <= _MOST_OF_LUA:
-                was_ours = await self._eval(PUT_ASIDE, [entry.stream, dead], [self.group, self.name, entry.id, *fields])
+                was_ours = await self._eval(
+                    DEAD_LETTER, [entry.stream, dead], [self.group, self.name, entry.id, *fields]
+                )
             elif was_ours := bool(await self._still_ours(entry.stream, [entry.id])):
                 await self.execute(b"XADD", dead, b"*", *fields)
                 await self.execute(b"XACK", entry.stream, self.group, entry.id)

@@ -49,9 +49,9 @@ def _quoted(text: str, characters: str) -> str:
 _STEPS = (10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)
 
 
-def rung(seconds: float) -> int:
+def delay_bucket(seconds: float) -> int:
     """Round up, by a third at most, to milliseconds that many retries have in common: each takes a queue."""
     milliseconds = math.ceil(seconds * 1000)
     magnitude = int(10 ** (len(str(milliseconds)) - 1))
-    rungs = (-(-step * magnitude // 10) for step in _STEPS)
-    return next(rung for rung in rungs if rung >= milliseconds)
+    buckets = (-(-step * magnitude // 10) for step in _STEPS)
+    return next(delay_bucket for delay_bucket in buckets if delay_bucket >= milliseconds)

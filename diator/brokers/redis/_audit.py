@@ -26,21 +26,21 @@ async def findings(execute: Execute) -> list[Finding]:
     found: list[Finding] = []
     if server.get("aof_enabled") != "1":
         problem = "appendonly is no: a crash, or a restart, loses confirmed messages since the last snapshot"
-        found.append(Finding(weakens="durability", problem=problem, remedy="set appendonly yes"))
+        found.append(Finding(capability="durability", problem=problem, remedy="set appendonly yes"))
     elif (fsync := await _setting(execute, b"appendfsync")) == "no":
         problem = "appendfsync is no: a power cut loses what the system has not written yet, some 30 s"
-        found.append(Finding(weakens="durability", problem=problem, remedy="set appendfsync everysec, or always"))
+        found.append(Finding(capability="durability", problem=problem, remedy="set appendfsync everysec, or always"))
     elif fsync is None:
         problem = "CONFIG GET is not permitted, so it is not known how often the log is written to disk"
-        found.append(Finding(weakens="durability", problem=problem, remedy="permit +config|get, or look there"))
+        found.append(Finding(capability="durability", problem=problem, remedy="permit +config|get, or look there"))
     policy = server.get("maxmemory_policy", "noeviction")
     if server.get("maxmemory", "0") != "0" and policy.startswith("allkeys"):
         problem = f"maxmemory-policy is {policy}: a full server evicts whole streams, unread messages and all"
-        found.append(Finding(weakens="guarantee", problem=problem, remedy="set maxmemory-policy noeviction"))
+        found.append(Finding(capability="guarantee", problem=problem, remedy="set maxmemory-policy noeviction"))
     followed = server.get("role") == "master" and server.get("connected_slaves", "0") != "0"
     if followed and await _setting(execute, b"min-replicas-to-write") in ("0", None):
         problem = "there are replicas, and none has to have a message: a failover may lose confirmed ones"
-        found.append(Finding(weakens="durability", problem=problem, remedy="set min-replicas-to-write 1, or more"))
+        found.append(Finding(capability="durability", problem=problem, remedy="set min-replicas-to-write 1, or more"))
     return found
 
 

@@ -14,13 +14,13 @@ from typing import Any, TypeAlias
 
 from aiokafka import ConsumerRecord, TopicPartition
 
-from diator.brokers._kafka_client import DEAD, RETRY, Names
-from diator.brokers._kafka_offsets import Offsets, rung
-from diator.brokers._kafka_sending import SharedProducer
 from diator.brokers.base import Delivery, Topic
+from diator.brokers.kafka._names import DEAD, RETRY, Names
+from diator.brokers.kafka._offsets import Offsets, delay_bucket
+from diator.brokers.kafka._producer import Producer
 from diator.brokers.settling import provenance
-from diator.brokers.supervisor import Supervised
-from diator.exceptions import MessageRejected, WiringError
+from diator.brokers.supervisor import ResilientSubscription
+from diator.exceptions import ConfigurationError, MessageRejected
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -33,15 +33,15 @@ _RETRY_HEADERS = ("diator-retry-attempt", "diator-retry-due", "diator-retry-orig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class ReadOptions:
     """How a subscription reads: the options of its broker. Times in seconds."""
 
-    session: float
-    heartbeat: float
-    drain: float
-    window: int
+    session_timeout: float
+    heartbeat_interval: float
+    drain_timeout: float
+    max_unacked_per_partition: int
     in_place: bool
-    metadata_age: float
+    metadata_max_age: float
     max_message_bytes: int
     first_part: float
     """For how long a new member waits for its first part of the topics, before it is there without one."""
@@ -49,7 +49,7 @@ class Reading:
     @property
     def most_patience(self) -> float:
         """How long a rebalance can take: the dead are noticed, and the slowest of the living lets go."""
-        return self.session + self.drain + 30.0
+        return self.session_timeout + self.drain_timeout + 30.0
 
 
 class Partition:
@@ -112,9 +112,9 @@ class Subscription:
         topics: Collection[Topic],
         group: str | None,
         *,
-        reading: Reading,
+        reading: ReadOptions,
         names: Names,
-        producer: SharedProducer,
+        producer: Producer,
     ) -> None:
         self.group = group
         self.group_id = None if group is None else names.group(group)
@@ -127,12 +127,12 @@ class Subscription:
             self._dead = {name: names.beside(name, group, DEAD) for name in self._topics}
             self._retries = {names.beside(name, group, RETRY): name for name in self._topics} if with_retries else {}
         except MessageRejected as error:
-            raise WiringError(str(error)) from error
+            raise ConfigurationError(str(error)) from error
         self.names: Sequence[str] = [*self._topics, *self._retries]
         """The topics that are read."""
         self.dead: Collection[str] = self._dead.values()
         """Those that are written to when a message is put aside."""
-        self.supervised: Supervised
+        self.supervised: ResilientSubscription
         self.unsettled = 0
         self.alone: dict[TopicPartition, Partition] = {}
         """Without a group: what is read, and how far it is, whatever becomes of the connection."""
@@ -271,7 +271,7 @@ class Subscription:
         topic = (
             partition.place.topic if partition.retries else self._names.beside(partition.place.topic, self.group, RETRY)
         )
-        await self._move(token, delivery.attempt, topic, headers, partition=rung(after))
+        await self._move(token, delivery.attempt, topic, headers, partition=delay_bucket(after))
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         token = _token(delivery)
@@ -298,7 +298,7 @@ class Subscription:
         try:
             await self._producer.send(topic, record.value or b"", key=record.key, headers=headers, partition=partition)
         except BaseException:
-            asyncio.get_running_loop().call_later(self.reading.session, self._come_again, token, attempt)
+            asyncio.get_running_loop().call_later(self.reading.session_timeout, self._come_again, token, attempt)
             raise
         if not token.is_over:
             self._finished(token)
@@ -345,7 +345,7 @@ class Subscription:
 
     def is_too_far(self, partition: Partition) -> bool:
         """Whether nothing more of *partition* is to be read for now."""
-        return partition.offsets.spread >= self.reading.window or partition.waiting >= _MOST_WAITING
+        return partition.offsets.spread >= self.reading.max_unacked_per_partition or partition.waiting >= _MOST_WAITING
 
 
 def _token(delivery: Delivery) -> _Token:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from diator.brokers._rabbitmq_channel import (
+from diator.brokers.audit import Finding
+from diator.brokers.rabbitmq._channel import (
     CLIENT_ERRORS,
     NOT_ALLOWED,
     Address,
@@ -15,15 +16,16 @@ from diator.brokers._rabbitmq_channel import (
     commands,
     explained,
 )
-from diator.brokers._rabbitmq_member import Member, passively
-from diator.brokers._rabbitmq_publisher import topic_exchange
-from diator.brokers.audit import Finding
+from diator.brokers.rabbitmq._publisher import topic_exchange
+from diator.brokers.rabbitmq._subscription import Subscription, passively
 from diator.exceptions import BrokerUnavailable
 
 
-async def inspect(address: Address, prefix: str, members: Iterable[Member], *, timeout: float) -> list[Finding]:
+async def inspect(
+    address: Address, prefix: str, subscriptions: Iterable[Subscription], *, timeout: float
+) -> list[Finding]:
     """
-    Compare what is declared with what *members* need.
+    Compare what is declared with what *subscriptions* need.
 
     Raises:
         BrokerUnavailable: RabbitMQ cannot be reached within *timeout* seconds.
@@ -36,17 +38,17 @@ async def inspect(address: Address, prefix: str, members: Iterable[Member], *, t
                 channel,
                 commands.Exchange.Declare(exchange=prefix, passive=True),
                 topic_exchange(prefix),
-                weakens="guarantee",
+                capability="guarantee",
                 missing=None,  # the first message declares it
             )
-            for member in members:
-                for queue in member.queues:
-                    for declaration in member.declarations(queue):
+            for subscription in subscriptions:
+                for queue in subscription.queues:
+                    for declaration in subscription.declarations(queue):
                         findings += await _compared(
                             channel,
                             passively(declaration.queue),
                             declaration,
-                            weakens="guarantee" if declaration.queue == queue else "dead_letter",
+                            capability="guarantee" if declaration.queue == queue else "dead_letter",
                             missing=f"the queue {declaration.queue!r} is gone, and what should go there is dropped",
                         )
             return findings
@@ -57,17 +59,17 @@ async def inspect(address: Address, prefix: str, members: Iterable[Member], *, t
 
 
 async def _compared(
-    channel: Channel, passive: Frame, declaration: Frame, *, weakens: str, missing: str | None
+    channel: Channel, passive: Frame, declaration: Frame, *, capability: str, missing: str | None
 ) -> list[Finding]:
     """Declare again what is there, which changes nothing: RabbitMQ says what differs."""
     try:
         if await channel.is_there(passive):
             await channel.ask_beside(declaration)
         elif missing is not None:
-            return [Finding(weakens=weakens, problem=missing, remedy="subscribe again, which declares it")]
+            return [Finding(capability=capability, problem=missing, remedy="subscribe again, which declares it")]
     except Refused as error:
         remedy = "delete it once it is empty, and subscribe again, which declares it"
         if error.code == NOT_ALLOWED:
             remedy = "let this user configure what begins with the prefix"
-        return [Finding(weakens=weakens, problem=str(error), remedy=remedy)]
+        return [Finding(capability=capability, problem=str(error), remedy=remedy)]
     return []

@@ -9,29 +9,29 @@ from typing import Any, Generic, Self, TypeVar
 
 from diator.brokers.message import Message
 from diator.brokers.sending import send_together
-from diator.brokers.supervisor import Supervised
-from diator.exceptions import WiringError
+from diator.brokers.supervisor import ResilientSubscription
+from diator.exceptions import UsageError
 
 
-class Beside:
+class BackgroundTasks:
     """Work that goes on beside everything else, such as the end of a connection. Only an end waits for it."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def start(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Do *work*, in a task of this *name*."""
         task = asyncio.create_task(work, name=f"diator: {name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def done(self) -> None:
+    async def wait(self) -> None:
         """Wait for all of it. It goes on if whoever waits is cancelled."""
         if self._tasks:
             await asyncio.wait(self._tasks)
 
 
-class Shared(ABC):
+class ClientConnection(ABC):
     """
     A connection that many callers of one event loop use at once. Each transport makes its own of this.
 
@@ -40,13 +40,13 @@ class Shared(ABC):
     """
 
     def __init__(self) -> None:
-        self.subscriptions: set[Supervised] = set()
+        self.subscriptions: set[ResilientSubscription] = set()
         """What reads with the same broker, and ends with it."""
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._queued = 0
         """How many wait for their turn."""
-        self._beside = Beside()
+        self._background = BackgroundTasks()
         self._closing: asyncio.Task[None] | None = None
 
     @property
@@ -71,8 +71,8 @@ class Shared(ABC):
         if loop is not self._loop:
             if self._loop is not None:
                 if self._loop.is_running():
-                    raise WiringError("a broker belongs to one event loop at a time; make another one for each thread")
-                self._turn, self._queued, self._beside = asyncio.Lock(), 0, Beside()
+                    raise UsageError("a broker belongs to one event loop at a time; make another one for each thread")
+                self._lock, self._queued, self._background = asyncio.Lock(), 0, BackgroundTasks()
                 self._begin_anew()
             self._loop = loop
         return loop
@@ -90,11 +90,11 @@ class Shared(ABC):
         """Do what `aclose` says. Called once."""
 
 
-S = TypeVar("S", bound=Shared)
+S = TypeVar("S", bound=ClientConnection)
 
 
 class ServiceBroker(ABC, Generic[S]):
-    """A broker that sends through one `Shared`, and opens and ends with it."""
+    """A broker that sends through one `ClientConnection`, and opens and ends with it."""
 
     def __init__(self, service: S) -> None:
         self._service = service

@@ -1,10 +1,4 @@
-"""
-Kafka. Needs the extra `kafka`.
-
-One topic for each kind and name of messages, `<prefix>.<message_type>.<message_name>`, which all groups share. Beside
-it each group has topics of its own: `….<group>-retry` is what is handled again later, `….<group>-dlq` what was put
-aside.
-"""
+"""The broker of Kafka: what a program constructs."""
 
 from __future__ import annotations
 
@@ -13,30 +7,25 @@ import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 
-from diator.brokers._kafka_client import (
-    CLIENT_ERRORS,
-    MAX_HEADERS_BYTES,
-    MAX_KAFKA_BYTES,
-    Cluster,
-    Names,
-    Policy,
-    verdict,
-)
-from diator.brokers._kafka_findings import look_into
-from diator.brokers._kafka_member import Connections
-from diator.brokers._kafka_sending import SharedProducer
-from diator.brokers._kafka_subscription import Reading, Subscription
 from diator.brokers.audit import Finding
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import encode, headers_with_key
+from diator.brokers.connecting import ServiceBroker
+from diator.brokers.kafka._audit import inspect
+from diator.brokers.kafka._client import Cluster
+from diator.brokers.kafka._errors import CLIENT_ERRORS, send_error
+from diator.brokers.kafka._group import Connections
+from diator.brokers.kafka._names import Names
+from diator.brokers.kafka._producer import Producer
+from diator.brokers.kafka._subscription import ReadOptions, Subscription
+from diator.brokers.kafka._topics import MAX_HEADERS_BYTES, MAX_KAFKA_BYTES, TopicPolicy
 from diator.brokers.message import Message
-from diator.brokers.shared import ServiceBroker
-from diator.brokers.supervisor import Patience, Supervised
-from diator.exceptions import BrokerClosed, EncodingError, MessageRejected, WiringError
+from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription
+from diator.exceptions import BrokerClosed, ConfigurationError, EncodingError, MessageRejected
 
 
-class KafkaMessageBroker(ServiceBroker[SharedProducer]):
+class KafkaMessageBroker(ServiceBroker[Producer]):
     """
     Sends each message to the Kafka topic `<prefix>.<message_type>.<message_name>`, and reads as a member of a group.
 
@@ -54,7 +43,7 @@ class KafkaMessageBroker(ServiceBroker[SharedProducer]):
     it waits in its place, and what has the same key waits behind it.
 
     Args:
-        servers: `host:port`, or several of them with commas between.
+        bootstrap_servers: `host:port`, or several of them with commas between.
         prefix: What the names of all topics begin with.
         timeout: Seconds within which every call ends.
         max_message_bytes: How large an encoded message may be. The default leaves room for headers in what Kafka takes.
@@ -65,15 +54,15 @@ class KafkaMessageBroker(ServiceBroker[SharedProducer]):
         partitions: How many a topic gets that is created: as many members of a group can share it.
         replication_factor: How many copies; None is as many as there are brokers, at most three. With three, two of
             them have to have a message before it is confirmed (`min.insync.replicas`).
-        heartbeat: How often, in seconds, a member says that it lives, and hears that others have come or gone.
-        read_ahead: How many messages are received before they are asked for.
-        metadata_age: After how many seconds new topics and partitions are looked for.
+        heartbeat_interval: How often, in seconds, a member says that it lives, and hears that others have come or gone.
+        extra_prefetch: How many messages are received before they are asked for.
+        metadata_max_age: After how many seconds new topics and partitions are looked for.
         patience: How long a subscription waits for what.
     """
 
     def __init__(
         self,
-        servers: str,
+        bootstrap_servers: str,
         prefix: str = "diator",
         *,
         timeout: float = 10.0,
@@ -86,23 +75,34 @@ class KafkaMessageBroker(ServiceBroker[SharedProducer]):
         create_topics: bool = True,
         partitions: int = 4,
         replication_factor: int | None = None,
-        session: float = 30.0,
-        heartbeat: float = 3.0,
-        drain: float = 20.0,
-        window: int = 1_000,
-        read_ahead: int = 500,
+        session_timeout: float = 30.0,
+        heartbeat_interval: float = 3.0,
+        drain_timeout: float = 20.0,
+        max_unacked_per_partition: int = 1_000,
+        extra_prefetch: int = 500,
         retry_in_place: bool = False,
-        metadata_age: float = 60.0,
-        patience: Patience | None = None,
+        metadata_max_age: float = 60.0,
+        reconnect: ReconnectPolicy | None = None,
     ) -> None:
-        if min(timeout, heartbeat, metadata_age) <= 0 or drain < 0 or session < 2 * heartbeat:
-            raise WiringError("timeout, heartbeat and metadata_age are above 0, and session is at least two heartbeats")
-        if min(max_message_bytes, max_in_flight, partitions, window) < 1 or read_ahead < 0:
-            raise WiringError("max_message_bytes, max_in_flight, partitions and window are at least 1")
+        if (
+            min(timeout, heartbeat_interval, metadata_max_age) <= 0
+            or drain_timeout < 0
+            or session_timeout < 2 * heartbeat_interval
+        ):
+            raise ConfigurationError(
+                "timeout, heartbeat and metadata_max_age are above 0, and session is at least two heartbeats"
+            )
+        if min(max_message_bytes, max_in_flight, partitions, max_unacked_per_partition) < 1 or extra_prefetch < 0:
+            raise ConfigurationError(
+                "max_message_bytes, max_in_flight, partitions and max_unacked_per_partition must be at least 1, and "
+                "extra_prefetch at least 0"
+            )
         if replication_factor is not None and replication_factor < 1:
-            raise WiringError("replication_factor is at least 1; None is as many as there are brokers, at most 3")
+            raise ConfigurationError(
+                "replication_factor must be at least 1; None means one replica for each broker, at most 3"
+            )
         self._cluster = Cluster(
-            servers=tuple(each.strip() for each in str(servers).split(",")),
+            bootstrap_servers=tuple(each.strip() for each in str(bootstrap_servers).split(",")),
             timeout=timeout,
             ssl_context=ssl_context,
             sasl_mechanism=sasl_mechanism,
@@ -110,26 +110,26 @@ class KafkaMessageBroker(ServiceBroker[SharedProducer]):
             password=password,
         )
         self._names = Names(prefix)
-        self._policy = Policy(
+        self._policy = TopicPolicy(
             create=create_topics,
             partitions=partitions,
             replication_factor=replication_factor,
             max_message_bytes=max_message_bytes,
         )
-        self._reading = Reading(
-            session=session,
-            heartbeat=heartbeat,
-            drain=drain,
-            window=window,
+        self._reading = ReadOptions(
+            session_timeout=session_timeout,
+            heartbeat_interval=heartbeat_interval,
+            drain_timeout=drain_timeout,
+            max_unacked_per_partition=max_unacked_per_partition,
             in_place=retry_in_place,
-            metadata_age=metadata_age,
+            metadata_max_age=metadata_max_age,
             max_message_bytes=max_message_bytes,
-            first_part=(patience or Patience(connect=timeout)).connect / 3,
+            first_part=(reconnect or ReconnectPolicy(connect_timeout=timeout)).connect_timeout / 3,
         )
         self._max_message_bytes = max_message_bytes
-        self._read_ahead = read_ahead
-        self._patience = patience or Patience(connect=timeout)
-        super().__init__(SharedProducer(self._cluster, self._policy, max_in_flight=max_in_flight))
+        self._extra_prefetch = extra_prefetch
+        self._reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
+        super().__init__(Producer(self._cluster, self._policy, max_in_flight=max_in_flight))
 
     @property
     def capabilities(self) -> Capabilities:
@@ -139,7 +139,9 @@ class KafkaMessageBroker(ServiceBroker[SharedProducer]):
             receipt="durable",
             settlement="cumulative",
             redelivery=frozenset({"retry", "close", "crash"}),
-            redelivery_bound=self._reading.session + self._reading.heartbeat + self._reading.drain,
+            redelivery_bound=self._reading.session_timeout
+            + self._reading.heartbeat_interval
+            + self._reading.drain_timeout,
             delayed_retry=True,
             dead_letter=True,
             delivery_count="retries",
@@ -189,14 +191,14 @@ class KafkaMessageBroker(ServiceBroker[SharedProducer]):
             raise BrokerClosed("this broker is closed")
         subscription = Subscription(topics, group, reading=self._reading, names=self._names, producer=self._service)
         connections = Connections(subscription, self._cluster, self._policy)
-        supervised = subscription.supervised = Supervised(
+        supervised = subscription.supervised = ResilientSubscription(
             connections.connected,
             topics,
             group,
             lossy=False,
             prefetch=prefetch,
-            ahead=prefetch + self._read_ahead,
-            patience=self._patience,
+            ahead=prefetch + self._extra_prefetch,
+            reconnect=self._reconnect,
             on_gap=on_gap,
             siblings=self._service.subscriptions,
             unsettled=lambda: subscription.unsettled,
@@ -211,9 +213,9 @@ class KafkaMessageBroker(ServiceBroker[SharedProducer]):
             raise BrokerClosed("this broker is closed")
         try:
             async with asyncio.timeout(self._cluster.timeout):
-                return await look_into(self._cluster, self._policy, self._names.prefix)
+                return await inspect(self._cluster, self._policy, self._names.prefix)
         except CLIENT_ERRORS as error:
-            raise verdict(error, None, handed_over=False) from error
+            raise send_error(error, None, handed_over=False) from error
 
 
 def _encoded(headers: dict[str, str], key: bytes) -> list[tuple[str, bytes]]:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
-from diator.brokers._rabbitmq_channel import (
+from diator.brokers.audit import Finding
+from diator.brokers.connecting import ClientConnection
+from diator.brokers.rabbitmq._channel import (
     CLIENT_ERRORS,
     NOT_FOUND,
     Address,
@@ -21,9 +23,7 @@ from diator.brokers._rabbitmq_channel import (
     explained,
     is_blocked,
 )
-from diator.brokers._rabbitmq_frames import Publication
-from diator.brokers.audit import Finding
-from diator.brokers.shared import Shared
+from diator.brokers.rabbitmq._frames import Publication
 from diator.brokers.supervisor import close_all
 from diator.exceptions import (
     BrokerClosed,
@@ -47,7 +47,7 @@ def topic_exchange(name: str) -> commands.Exchange.Declare:
     return commands.Exchange.Declare(exchange=name, exchange_type="topic", durable=True)
 
 
-class Publisher(Shared):
+class Publisher(ClientConnection):
     """
     Publishes with confirms, on a connection of its own: an alarm of RabbitMQ holds back everything on it.
 
@@ -63,13 +63,13 @@ class Publisher(Shared):
         self._exchange = exchange
         self.timeout = timeout
         self._max_in_flight = max_in_flight
-        self._link: _Link | None = None
+        self._link: _Connection | None = None
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
         self._on_this_loop()
         try:
-            async with asyncio.timeout(self.timeout), self._turn:
+            async with asyncio.timeout(self.timeout), self._lock:
                 await self._connected()
         except TimeoutError as error:
             raise BrokerUnavailable(f"no connection to RabbitMQ within {self.timeout:g} s") from error
@@ -98,17 +98,17 @@ class Publisher(Shared):
         if self._link is None or not is_blocked(self._link.connection):
             return ()
         return (
-            Finding(weakens="receipt", problem=_BLOCKED, remedy="make room: rabbitmq-diagnostics alarms says where"),
+            Finding(capability="receipt", problem=_BLOCKED, remedy="make room: rabbitmq-diagnostics alarms says where"),
         )
 
     async def _close(self) -> None:
         reading = asyncio.create_task(close_all(self.subscriptions))
-        async with self._turn:  # behind those who were there before
+        async with self._lock:  # behind those who were there before
             link, self._link = self._link, None
         if link is not None:
             await link.finish()
             await link.hang_up()
-        await self._beside.done()
+        await self._background.wait()
         await reading
 
     def _begin_anew(self) -> None:
@@ -122,7 +122,7 @@ class Publisher(Shared):
         try:
             async with asyncio.timeout_at(deadline):
                 while True:
-                    async with self._turn:
+                    async with self._lock:
                         while not (link := await self._connected(concerned)).has_room:
                             await link.room()
                         if message_id not in link.ids:
@@ -136,10 +136,10 @@ class Publisher(Shared):
         finally:
             self._queued -= 1
 
-    async def _connected(self, message_id: UUID | None = None) -> _Link:
+    async def _connected(self, message_id: UUID | None = None) -> _Connection:
         """Called by one at a time."""
         if self._link is None and not self.is_closed:
-            link = _Link(self._max_in_flight, self._gone)
+            link = _Connection(self._max_in_flight, self._gone)
             try:
                 await link.open(*await self._address.dial("publishing"))
                 await link.ask(commands.Confirm.Select())
@@ -162,13 +162,13 @@ class Publisher(Shared):
             raise BrokerClosed("this broker is closed", message_id=message_id)
         return self._link
 
-    def _gone(self, link: _Link) -> None:
+    def _gone(self, link: _Connection) -> None:
         if self._link is link:
             self._link = None
             self._farewell(link)
 
     def _farewell(self, link: Channel) -> None:
-        self._beside.begin(link.hang_up(), "closing a connection to RabbitMQ")
+        self._background.start(link.hang_up(), "closing a connection to RabbitMQ")
 
 
 class _Call:
@@ -194,10 +194,10 @@ class _Call:
             self.confirmed.set_exception(error)
 
 
-class _Link(Channel):
+class _Connection(Channel):
     """A connection while it lives: who waits for which confirm."""
 
-    def __init__(self, max_in_flight: int, gone: Callable[[_Link], None]) -> None:
+    def __init__(self, max_in_flight: int, gone: Callable[[_Connection], None]) -> None:
         super().__init__()
         self._max_in_flight = max_in_flight
         self._gone = gone
@@ -310,14 +310,14 @@ class _Link(Channel):
             self._sweeper.cancel()
         alone = len(self._waiting) == 1
         for call in self._waiting.values():
-            call.fail(_verdict(error, call.message_id, alone=alone))
+            call.fail(_send_error(error, call.message_id, alone=alone))
         self._waiting.clear()
         self.ids.clear()
         self._answered.set()
         self._gone(self)
 
 
-def _verdict(error: Exception, message_id: UUID | None, *, alone: bool) -> BrokerError:
+def _send_error(error: Exception, message_id: UUID | None, *, alone: bool) -> BrokerError:
     if isinstance(error, Refused) and alone:
         if error.code == NOT_FOUND:
             return BrokerUnavailable(f"{error}; it is declared anew with the next message", message_id=message_id)

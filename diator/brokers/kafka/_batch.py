@@ -11,7 +11,7 @@ from uuid import UUID
 import msgspec
 from aiokafka import TopicPartition
 
-from diator.brokers._kafka_client import close_client, end_tasks
+from diator.brokers.kafka._client import close_client, end_tasks
 
 
 class Call(msgspec.Struct):

@@ -130,6 +130,6 @@ something that is due later.
 """
 
 
-def rung(after: float) -> int:
+def delay_bucket(after: float) -> int:
     """In which partition of a retry topic a message waits that is due in *after* seconds."""
     return bisect_left(DELAYS, after)

@@ -12,10 +12,12 @@ from aiokafka.client import AIOKafkaClient
 from aiokafka.protocol.admin import DescribeConfigsRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
-from diator.brokers._kafka_client import DEAD, HEADERS_BYTES, Cluster, Policy, close_client, started
-from diator.brokers._kafka_offsets import BESIDE_A_COMMIT
-from diator.brokers._listing import listed
+from diator._text import listed
 from diator.brokers.audit import Finding
+from diator.brokers.kafka._client import Cluster, close_client, started
+from diator.brokers.kafka._names import DEAD
+from diator.brokers.kafka._offsets import BESIDE_A_COMMIT
+from diator.brokers.kafka._topics import HEADERS_BYTES, TopicPolicy
 
 _DAY_MS = 24 * 60 * 60 * 1000
 _WEEK_MINUTES = 7 * 24 * 60
@@ -24,7 +26,7 @@ _TOPIC = "…"
 """In a remedy, until it is known for how many topics it is."""
 
 
-async def look_into(cluster: Cluster, policy: Policy, prefix: str) -> list[Finding]:
+async def inspect(cluster: Cluster, policy: TopicPolicy, prefix: str) -> list[Finding]:
     """Look at the brokers, and at all topics that are there of *prefix*."""
     client = AIOKafkaClient(**cluster.settings())
     try:
@@ -66,10 +68,10 @@ async def _described(
     }
 
 
-def _of_the_cluster(brokers: int, policy: Policy) -> Iterator[Finding]:
+def _of_the_cluster(brokers: int, policy: TopicPolicy) -> Iterator[Finding]:
     if policy.create and policy.replicas(brokers) < _COPIES:
         yield Finding(
-            weakens="durability",
+            capability="durability",
             problem=f"topics are created with {policy.replicas(brokers)} copies, for the cluster has {brokers} brokers",
             remedy="have three brokers at least, and replication_factor=3",
         )
@@ -82,32 +84,32 @@ def _of_a_broker(described: Mapping[str, Mapping[str, str] | str]) -> Iterator[F
             continue
         if int(settings.get("offsets.retention.minutes", _WEEK_MINUTES)) < _WEEK_MINUTES:
             yield Finding(
-                weakens="subscription",
+                capability="subscription",
                 problem=f"offsets.retention.minutes is {settings['offsets.retention.minutes']}: by then a group "
                 "without members has forgotten what it handled, and gets it all again",
                 remedy=f"set it to {_WEEK_MINUTES} (a week) at least, and longer than any group is ever away",
             )
         if int(settings.get("offset.metadata.max.bytes", BESIDE_A_COMMIT)) < BESIDE_A_COMMIT:
             yield Finding(
-                weakens="delivery_count",
+                capability="delivery_count",
                 problem=f"offset.metadata.max.bytes is {settings['offset.metadata.max.bytes']}: where there is no room "
                 "beside a commit, what was finished above it is repeated, and attempts are counted anew",
                 remedy=f"set it to {BESIDE_A_COMMIT} at least, which is its default",
             )
         if settings.get("auto.create.topics.enable") == "true":
             yield Finding(
-                weakens="durability",
+                capability="durability",
                 problem="auto.create.topics.enable is true: a topic that was deleted comes back by itself, with one "
                 "copy of each message unless default.replication.factor says otherwise",
                 remedy="set it to false",
             )
 
 
-def _of_a_topic(name: str, copies: int, settings: Mapping[str, str] | str, policy: Policy) -> Iterator[Finding]:
+def _of_a_topic(name: str, copies: int, settings: Mapping[str, str] | str, policy: TopicPolicy) -> Iterator[Finding]:
     """Without the name of the topic: many have the same."""
     if copies < _COPIES:
         yield Finding(
-            weakens="durability",
+            capability="durability",
             problem=f"copies of each message: {copies}, so that what is lost with a broker's disk is lost",
             remedy=f"reassign the partitions of {_TOPIC} to three brokers (kafka-reassign-partitions.sh)",
         )
@@ -117,26 +119,26 @@ def _of_a_topic(name: str, copies: int, settings: Mapping[str, str] | str, polic
     set_to = f"kafka-configs.sh --alter --topic {_TOPIC} --add-config"
     if int(settings.get("min.insync.replicas", 1)) < 2:  # noqa: PLR2004  # a second copy is what is meant by safe
         yield Finding(
-            weakens="receipt",
+            capability="receipt",
             problem="min.insync.replicas is below 2: a message is confirmed while there is one copy of it",
             remedy=f"{set_to} min.insync.replicas=2",
         )
     if settings.get("unclean.leader.election.enable") == "true":
         yield Finding(
-            weakens="durability",
+            capability="durability",
             problem="unclean.leader.election.enable is true: a copy that lacks what was confirmed may take over",
             remedy=f"{set_to} unclean.leader.election.enable=false",
         )
     if "compact" in settings.get("cleanup.policy", ""):
         yield Finding(
-            weakens="guarantee",
+            capability="guarantee",
             problem="cleanup.policy is compact: of the messages of one key all but the last are removed, read or not",
             remedy=f"{set_to} cleanup.policy=delete",
         )
     yield from _of_its_retention(name, settings, set_to)
     if (most := int(settings.get("max.message.bytes", 0))) < policy.max_message_bytes:
         yield Finding(
-            weakens="max_message_bytes",
+            capability="max_message_bytes",
             problem=f"max.message.bytes is {most:,}, and this broker's max_message_bytes {policy.max_message_bytes:,}",
             remedy=f"{set_to} max.message.bytes={policy.max_message_bytes + HEADERS_BYTES}",
         )
@@ -147,20 +149,20 @@ def _of_its_retention(name: str, settings: Mapping[str, str], set_to: str) -> It
     if name.endswith(DEAD):
         if kept_ms >= 0 or kept_bytes >= 0:
             yield Finding(
-                weakens="dead_letter",
+                capability="dead_letter",
                 problem="retention removes what was put aside, whether or not anybody has looked at it",
                 remedy=f"{set_to} retention.ms=-1,retention.bytes=-1",
             )
         return
     if 0 <= kept_ms < _DAY_MS:
         yield Finding(
-            weakens="subscription",
+            capability="subscription",
             problem=f"messages are kept for {kept_ms / 1000:g} s: a group that is away for longer misses some",
             remedy=f"{set_to} retention.ms={7 * _DAY_MS}",
         )
     if kept_bytes >= 0:
         yield Finding(
-            weakens="subscription",
+            capability="subscription",
             problem=f"{kept_bytes:,} bytes of a partition are kept: a burst removes what was not read yet",
             remedy=f"{set_to} retention.bytes=-1",
         )
@@ -174,7 +176,7 @@ def _with_its_topics(finding: Finding, names: Sequence[str]) -> Finding:
 
 def _hidden(what: str, why: str, right: str) -> Finding:
     return Finding(
-        weakens="durability",
+        capability="durability",
         problem=f"the settings of {what} may not be looked at ({why}), so nobody knows what they weaken",
         remedy=f"allow {right}",
     )

@@ -53,7 +53,7 @@ return #due
 """
 )
 # Put an entry aside. KEYS: stream, dead. ARGV: group, member, id, then the fields.
-PUT_ASIDE = (
+DEAD_LETTER = (
     _IF_OURS
     + b"""
 redis.call('XADD', KEYS[2], '*', unpack(ARGV, 4))

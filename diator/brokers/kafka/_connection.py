@@ -10,10 +10,11 @@ from typing import Any
 
 from aiokafka import TopicPartition, errors
 
-from diator.brokers._kafka_client import CLIENT_ERRORS, close_client, end_tasks
-from diator.brokers._kafka_offsets import Offsets
-from diator.brokers._kafka_subscription import Partition, Record, Subscription
 from diator.brokers.base import Delivery
+from diator.brokers.kafka._client import close_client, end_tasks
+from diator.brokers.kafka._errors import CLIENT_ERRORS
+from diator.brokers.kafka._offsets import Offsets
+from diator.brokers.kafka._subscription import Partition, Record, Subscription
 from diator.exceptions import BrokerUnavailable
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ class Connection(ABC):
         """Tell Kafka what it has to know."""
 
 
-class Alone(Connection):
+class ReaderConnection(Connection):
     """A reader without a group: every partition, from its end. Nothing is committed; it knows where it is."""
 
     async def begin(self, topics: Sequence[str]) -> None:

@@ -7,11 +7,11 @@ from contextlib import suppress
 import pytest
 
 from diator.brokers import Message
-from diator.brokers.shared import Beside, ServiceBroker, Shared
-from diator.exceptions import MessageRejected, MessagesNotSent, WiringError
+from diator.brokers.connecting import BackgroundTasks, ClientConnection, ServiceBroker
+from diator.exceptions import MessageRejected, MessagesNotSent, UsageError
 
 
-class Connection(Shared):
+class Connection(ClientConnection):
     def __init__(self):
         super().__init__()
         self.events = []
@@ -82,7 +82,7 @@ async def test_two_event_loops_at_once_are_refused():
 
     def elsewhere():
         async def use():
-            with pytest.raises(WiringError) as caught:
+            with pytest.raises(UsageError) as caught:
                 connection.use()
             errors.append(caught.value)
 
@@ -97,14 +97,14 @@ async def test_two_event_loops_at_once_are_refused():
 
 
 async def test_work_beside_goes_on_when_whoever_waits_is_cancelled():
-    beside, may_end, done = Beside(), asyncio.Event(), []
+    background, may_end, done = BackgroundTasks(), asyncio.Event(), []
 
     async def work():
         await may_end.wait()
         done.append(True)
 
-    beside.begin(work(), "working")
-    waiting = asyncio.create_task(beside.done())
+    background.start(work(), "working")
+    waiting = asyncio.create_task(background.wait())
     await asyncio.sleep(0)
     waiting.cancel()
     with suppress(asyncio.CancelledError):
@@ -112,9 +112,9 @@ async def test_work_beside_goes_on_when_whoever_waits_is_cancelled():
     assert not done
 
     may_end.set()
-    await beside.done()
+    await background.wait()
     assert done
-    await beside.done()  # there is nothing left
+    await background.wait()  # there is nothing left
 
 
 class Broker(ServiceBroker[Connection]):

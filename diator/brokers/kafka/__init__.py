@@ -1,0 +1,15 @@
+"""
+Kafka. Needs the extra `kafka`.
+
+One topic for each kind and name of messages, `<prefix>.<message_type>.<message_name>`, which all groups share. Each
+group adds topics of its own: `….<group>-retry` for messages that wait for a delayed retry, `….<group>-dlq` for
+dead-lettered messages.
+"""
+
+from diator._extras import require_extra as _require_extra
+
+_require_extra("diator.brokers.kafka", "kafka", "aiokafka")
+
+from diator.brokers.kafka._broker import KafkaMessageBroker  # noqa: E402  # first the check above
+
+__all__ = ["KafkaMessageBroker"]

@@ -1,0 +1,81 @@
+"""Errors of the client, and of Kafka, as diator's."""
+
+from __future__ import annotations
+
+import asyncio
+from uuid import UUID
+
+from aiokafka import errors
+
+from diator.brokers.batching import own_error
+from diator.exceptions import BrokerError, BrokerUnavailable, MessageRejected, OutcomeUnknown
+
+
+class InvalidRecord(errors.BrokerResponseError):  # type: ignore[misc]  # aiokafka comes without types
+    """What aiokafka does not know by itself: a message without a key for a compacted topic, for one."""
+
+    errno = 87
+    message = "INVALID_RECORD"
+    description = "The broker refused a record, such as one without a key for a compacted topic."
+
+
+errors.kafka_errors.setdefault(InvalidRecord.errno, InvalidRecord)
+
+# Beside its own errors the client lets through what the network and a broken connection do to it, and the assertions
+# and lookups of what it has forgotten meanwhile.
+CLIENT_ERRORS = (
+    errors.KafkaError,
+    errors.ConsumerStoppedError,
+    OSError,
+    asyncio.TimeoutError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    ValueError,
+)
+NO_RIGHT = (
+    errors.TopicAuthorizationFailedError,
+    errors.GroupAuthorizationFailedError,
+    errors.ClusterAuthorizationFailedError,
+)
+TOO_LARGE = (errors.MessageSizeTooLargeError, errors.RecordListTooLargeError)
+
+_BROKEN_PRODUCER = (
+    errors.ProducerFenced,
+    errors.OutOfOrderSequenceNumber,
+    errors.InvalidProducerEpoch,
+    errors.UnknownProducerId,
+    errors.UnknownError,
+)
+
+
+def send_error(error: BaseException, message_id: UUID | None, *, handed_over: bool) -> BrokerError:
+    """Translate an error of the client, its cause. *handed_over*: whether the message may have left by then."""
+    if isinstance(error, BrokerError):
+        return own_error(error, message_id)
+    told = _translated(error, message_id, handed_over=handed_over)
+    told.__cause__ = error
+    return told
+
+
+def _translated(error: BaseException, message_id: UUID | None, *, handed_over: bool) -> BrokerError:
+    problem = f"{type(error).__name__}: {error}"
+    if isinstance(error, TOO_LARGE):
+        remedy = "raise max.message.bytes of its topic, or send less"
+        return MessageRejected(f"Kafka refused it as too large ({problem}); {remedy}", message_id=message_id)
+    if refused(error):
+        return MessageRejected(f"Kafka refused it ({problem})", message_id=message_id)
+    if not handed_over:
+        return BrokerUnavailable(f"Kafka is not available ({problem})", message_id=message_id)
+    return OutcomeUnknown(f"Kafka did not confirm it ({problem}); it may have arrived", message_id=message_id)
+
+
+def refused(error: BaseException) -> bool:
+    """Whether Kafka has answered, and would answer the same again."""
+    if isinstance(error, NO_RIGHT):
+        return True
+    return (
+        isinstance(error, errors.BrokerResponseError)
+        and not error.retriable
+        and not isinstance(error, _BROKEN_PRODUCER)
+    )

@@ -1,0 +1,152 @@
+"""Kafka topics: which ones there have to be, and how a missing topic is created."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from aiokafka import errors
+from aiokafka.client import AIOKafkaClient
+from aiokafka.protocol.admin import CreateTopicsRequest
+from aiokafka.protocol.fetch import FetchRequest
+from aiokafka.protocol.metadata import MetadataRequest
+
+from diator.brokers.kafka._client import Cluster, close_client, started
+from diator.brokers.kafka._names import DEAD, RETRY
+from diator.brokers.kafka._offsets import DELAYS
+from diator.exceptions import MessageRejected
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopicPolicy:
+    """How topics are created, if they are."""
+
+    create: bool
+    partitions: int
+    replication_factor: int | None
+    max_message_bytes: int
+
+    def partitions_of(self, topic: str) -> int:
+        """How many partitions *topic* gets: a retry topic has one for each range of delays."""
+        if topic.endswith(RETRY):
+            return len(DELAYS) + 1
+        return 1 if topic.endswith(DEAD) else self.partitions
+
+    def replicas(self, brokers: int) -> int:
+        """As many as there are brokers, three at most, unless it was said."""
+        return self.replication_factor or max(1, min(3, brokers))
+
+    def configs(self, topic: str, replicas: int) -> dict[str, str]:
+        """
+        Give the settings of *topic*: what is confirmed survives the loss of a broker, where there are three.
+
+        What was put aside stays until somebody removes it.
+        """
+        configs = {"min.insync.replicas": "2"} if replicas > 2 else {}  # noqa: PLR2004
+        if self.max_message_bytes > MAX_KAFKA_BYTES:
+            configs["max.message.bytes"] = str(self.max_message_bytes + HEADERS_BYTES)
+        if topic.endswith(DEAD):
+            configs["retention.ms"] = "-1"
+        return configs
+
+
+HEADERS_BYTES = 64 * 1024
+"""What is left for the headers and the key of a message, beside its body."""
+MAX_HEADERS_BYTES = HEADERS_BYTES - 4 * 1024
+"""How much of that a program may fill; a dead letter has more to say."""
+MAX_KAFKA_BYTES = 1024 * 1024 - HEADERS_BYTES
+"""How large a body fits into what Kafka takes unless it is told otherwise."""
+_ALREADY_THERE = 36
+_UNKNOWN_TOPIC = 3
+_BEYOND = 2**63 - 1
+"""An offset that no message has."""
+
+
+async def ensure_topics(
+    cluster: Cluster, policy: TopicPolicy, wanted: Collection[str], *, reading: Collection[str] = ()
+) -> None:
+    """
+    See that the *wanted* topics are there; the missing ones are created as the *policy* says.
+
+    What is new, or to be read, has leaders then. A sender does not wait for those of its other partitions.
+
+    aiokafka's own `create_topics` raises nothing when Kafka refuses: it has to be looked at. Those of *reading* may be
+    read, else it raises what Kafka says.
+
+    Raises:
+        MessageRejected: One is missing, and is not to be or cannot be created; it says why, or with which command.
+    """
+    client = AIOKafkaClient(**cluster.settings())
+    try:
+        await started(client.bootstrap())
+        missing, leaderless = await _look_for(client, wanted)
+        is_new = bool(missing)
+        if missing and not policy.create:
+            replicas = policy.replicas(len(client.cluster.brokers()))
+            commands = "; ".join(_command(cluster, policy, name, replicas) for name in missing)
+            raise MessageRejected(f"a topic is missing, and create_topics is off; create it: {commands}")
+        if missing:
+            await _create(client, policy, missing, within=cluster.timeout)
+        while missing or (leaderless and (is_new or reading)):
+            await asyncio.sleep(0.02)
+            missing, leaderless = await _look_for(client, wanted)
+        if reading:
+            await _try_to_read(client, reading)
+    finally:
+        await close_client(client)
+
+
+async def _look_for(client: Any, topics: Collection[str]) -> tuple[list[str], list[str]]:
+    """Those of *topics* that are missing, and those that have a partition without a leader. It creates none."""
+    # aiokafka's own question would: a broker with `auto.create.topics.enable` takes it for a wish.
+    request = MetadataRequest([*topics], allow_auto_topic_creation=False)
+    response = await client.send(client.get_random_node(), request)
+    missing: list[str] = []
+    leaderless: list[str] = []
+    for error_code, name, _, partitions in response.topics:
+        error = errors.for_code(error_code)
+        if error_code == _UNKNOWN_TOPIC:
+            missing.append(name)
+        elif error_code and not error.retriable:
+            raise error(name)
+        elif error_code or any(partition[0] for partition in partitions):
+            leaderless.append(name)
+    return missing, leaderless
+
+
+async def _try_to_read(client: Any, topics: Collection[str]) -> None:
+    """Read where nothing is: Kafka looks at rights first, and only a reader is told that it has none."""
+    request = FetchRequest(0, 0, 1, 0, [(topic, [(0, _BEYOND, 1)]) for topic in topics])
+    response = await client.send(client.get_random_node(), request)
+    for name, partitions in response.topics:
+        for _, error_code, *_ in partitions:
+            error = errors.for_code(error_code)
+            if error is errors.TopicAuthorizationFailedError:
+                raise error(name)
+
+
+async def _create(client: Any, policy: TopicPolicy, missing: Collection[str], *, within: float) -> None:
+    replicas = policy.replicas(len(client.cluster.brokers()))
+    requests: list[Any] = [
+        (name, policy.partitions_of(name), replicas, [], [*policy.configs(name, replicas).items()]) for name in missing
+    ]
+    controller = client.cluster.controller
+    node = client.get_random_node() if controller is None else controller.nodeId
+    request = CreateTopicsRequest(requests, timeout=round(within * 1000), validate_only=False)
+    response = await client.send(node, request)
+    for name, error_code, message in response.topic_errors:
+        if error_code not in (0, _ALREADY_THERE):
+            error = errors.for_code(error_code)
+            if error.retriable:
+                raise error(message)
+            raise MessageRejected(f"the topic {name} cannot be created ({error.__name__}: {message})")
+
+
+def _command(cluster: Cluster, policy: TopicPolicy, name: str, replicas: int) -> str:
+    configs = "".join(f" --config {key}={value}" for key, value in policy.configs(name, replicas).items())
+    return (
+        f"kafka-topics.sh --bootstrap-server {cluster.bootstrap_servers[0]} --create --topic {name} "
+        f"--partitions {policy.partitions_of(name)} --replication-factor {replicas}{configs}"
+    )

@@ -1,0 +1,15 @@
+"""
+RabbitMQ. Needs the extra `rabbitmq`.
+
+One durable topic exchange, named by the prefix, to which messages go by `<message_type>.<message_name>`. A group has a
+queue for each topic, `<prefix>:<message_type>:<message_name>:<group>`, and beside it `…:dead` for dead-lettered
+messages, and `…:retry:<ms>` while messages wait there for a delayed retry.
+"""
+
+from diator._extras import require_extra as _require_extra
+
+_require_extra("diator.brokers.rabbitmq", "rabbitmq", "aiormq")
+
+from diator.brokers.rabbitmq._broker import RabbitMQMessageBroker  # noqa: E402  # first the check above
+
+__all__ = ["RabbitMQMessageBroker"]
