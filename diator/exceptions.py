@@ -1,15 +1,15 @@
 """
-Every error of diator. One root, `DiatorError`; a built-in as second parent where one fits.
+Every error of diator. They share one root, `DiatorError`, and have a built-in second parent where one fits.
 
-An error of sending is a verdict on one message, and says whether the message may have arrived:
+A *send error* concerns one message and says whether the message may have arrived:
 
-=====================  ==========================================================================
-`BrokerUnavailable`    not sent: no connection; sending again is safe
-`BrokerClosed`         not sent: the broker was closed by its program
-`MessageRejected`      not sent: the service, or a limit, refuses this message; it will do so again
-`MessageUnroutable`    nobody received it, where the program asked to be told
-`OutcomeUnknown`       perhaps arrived; a repeat carries the same `message_id`
-=====================  ==========================================================================
+=====================  ===========================================================================================
+`BrokerUnavailable`    not sent: the broker has no connection; sending the message again is safe
+`BrokerClosed`         not sent: the program closed the broker
+`MessageRejected`      not sent: the service, or a limit, refuses this message and will refuse it again
+`MessageUnroutable`    no queue received the message, and the broker was asked to report that
+`OutcomeUnknown`       the message may have arrived; if it is sent again, the duplicate has the same `message_id`
+=====================  ===========================================================================================
 """
 
 from __future__ import annotations
@@ -20,39 +20,50 @@ from uuid import UUID
 
 
 class DiatorError(Exception):
-    """The root of all errors that diator raises by itself. A handler's own error is never wrapped in one."""
+    """The root of all errors that diator itself raises. diator never wraps an error of a handler in one."""
 
 
-# -- wiring ------------------------------------------------------------------------------------------------------
+# -- configuration and use ---------------------------------------------------------------------------------------
 
 
 class BindingError(DiatorError, TypeError):
-    """A handler cannot be bound to this type, or a name is taken. Raised when binding."""
+    """The handler cannot be bound to this type, or its wire name is taken. Raised when a handler is bound."""
 
 
 class HandlerNotFound(DiatorError, LookupError):
-    """No handler is bound to the type of a request."""
+    """
+    The request map has no handler for the type of a request.
+
+    Attributes:
+        request_type: The type of the request.
+    """
 
     def __init__(self, request_type: type) -> None:
         if request_type is type:
-            super().__init__("a class was sent; send an object of it")
+            super().__init__("send() received a class; send an instance of the class")
         else:
             super().__init__(
-                f"no handler is bound to {request_type.__qualname__}; use RequestMap.bind({request_type.__name__}, …)"
+                f"no handler is bound to {request_type.__qualname__}; "
+                f"bind one with RequestMap.bind({request_type.__name__}, …)"
             )
         self.request_type = request_type
 
 
 class ConfigurationError(DiatorError, ValueError):
-    """The parts of a program do not fit together, or an option is out of its range. Raised when constructing."""
+    """The parts of a program do not fit together, or an option is out of range. Raised when an object is made."""
 
 
 class UsageError(DiatorError, RuntimeError):
-    """An object's state does not allow the call: a consumer runs twice, a broker has two running event loops."""
+    """The state of the object forbids this call: a second `Consumer.run`, or one broker in two event loops."""
 
 
 class UnsupportedCapability(ConfigurationError):
-    """A program asks for what a transport does not promise. The text says which option, and what can be done."""
+    """
+    The program asks for a capability that the transport does not promise. The text names the option and a remedy.
+
+    Attributes:
+        lacks: The missing capabilities, each as `name (has, needed is needs)`.
+    """
 
     def __init__(self, broker: str, lacks: Sequence[str], *, why: str, remedy: str) -> None:
         super().__init__(f"{broker} does not promise {'; '.join(lacks)}, which {why} needs; {remedy}")
@@ -60,7 +71,12 @@ class UnsupportedCapability(ConfigurationError):
 
 
 class ResolutionError(DiatorError, LookupError):
-    """A container cannot build a type. The text shows the path that led to it."""
+    """
+    A container cannot build a type. The text shows the path of dependencies that leads to the type.
+
+    Attributes:
+        path: The names of the types on that path. The handler comes first.
+    """
 
     def __init__(self, path: Sequence[str], problem: str) -> None:
         super().__init__("\n".join([problem, *(f"{'  ' * depth}└ {step}" for depth, step in enumerate(path, 1))]))
@@ -68,7 +84,12 @@ class ResolutionError(DiatorError, LookupError):
 
 
 class MissingExtra(DiatorError, ImportError):
-    """A part of diator was imported whose client library is not installed."""
+    """
+    The program imported a module of diator whose client library is not installed.
+
+    Attributes:
+        extra: The extra to install, as in `pip install 'diator[redis]'`.
+    """
 
     def __init__(self, module: str, extra: str) -> None:
         super().__init__(f"{module} needs an extra that is not installed: pip install 'diator[{extra}]'")
@@ -79,36 +100,46 @@ class MissingExtra(DiatorError, ImportError):
 
 
 class NotAnEvent(DiatorError, TypeError):
-    """Something was emitted that is no event, or an event class that cannot travel as it is declared."""
+    """A handler raised an object that cannot be an event, or an integration event whose class is incomplete."""
 
 
 class BrokerNotConfigured(DiatorError, RuntimeError):
-    """An event that travels was raised, and there is no broker to send it with. Raised inside the unit of work."""
+    """
+    A handler raised an integration event, and the emitter has no broker. Raised inside the unit of work.
+
+    Attributes:
+        event_type: The type of the event.
+    """
 
     def __init__(self, event_type: type) -> None:
         super().__init__(
-            f"{event_type.__qualname__} travels through a message broker, and none is configured; "
-            "give EventEmitter or Mediator a message_broker"
+            f"{event_type.__qualname__} is an integration event, and no message broker is configured; "
+            "pass message_broker to the Mediator or the EventEmitter"
         )
         self.event_type = event_type
 
 
 class SharedHandler(DiatorError, RuntimeError):
-    """A container gave out the same handler object twice, and it remembers the events of an earlier message."""
+    """
+    A container returned one handler object for two messages, and the object still holds the events of the first.
+
+    Attributes:
+        handler_type: The class of the handler.
+    """
 
     def __init__(self, handler_type: type) -> None:
         super().__init__(
-            f"the container gave out one {handler_type.__qualname__} for two messages, and it still holds the events "
-            "of the first; register handlers that raise events so that each message gets a new one (transient)"
+            f"the container returned one {handler_type.__qualname__} for two messages, and the object still holds "
+            "the events of the first; register handlers that raise events as transient (a new object per message)"
         )
         self.handler_type = handler_type
 
 
 class EventHandlersFailed(ExceptionGroup[Exception], DiatorError):
     """
-    Handlers of domain events failed. All of them ran; each error carries a note that names its handler.
+    Event handlers failed. All handlers ran; each error has a note with the name of its handler.
 
-    No integration event of this send was sent.
+    diator sent no integration event of this unit of work.
     """
 
     def derive(self, excs: Sequence[Exception]) -> Self:  # type: ignore[override]  # narrower: only Exceptions get in
@@ -118,20 +149,23 @@ class EventHandlersFailed(ExceptionGroup[Exception], DiatorError):
 
 class EventsNotSent(DiatorError):
     """
-    The request was handled, its unit of work is finished, and not all of its events were sent.
+    The request was handled and its unit of work is finished, but the broker did not confirm all of its events.
 
-    `__cause__` is the verdict on the first of `events`; those after it were not confirmed either, or not tried.
+    `__cause__` is the send error of the first of `events`. The later ones were not confirmed or not tried.
 
     Attributes:
-        response: What the handler answered. It is not lost because a broker was away.
-        events: The events that were not confirmed, in the order in which they were raised.
+        response: The handler's response. It survives although the broker was unavailable.
+        events: The unconfirmed events, in the order in which they were raised.
     """
 
     def __init__(self, response: object, events: Sequence[object], message_ids: Sequence[UUID]) -> None:
         names = ", ".join(
             f"{type(event).__name__} {message_id}" for event, message_id in zip(events, message_ids, strict=True)
         )
-        super().__init__(f"the request was handled, but of its events these were not sent: {names}")
+        super().__init__(
+            f"the request was handled, but the broker did not confirm {names}; "
+            "do not send the request again: its response and these events are attributes of this error"
+        )
         self.response = response
         self.events: tuple[object, ...] = tuple(events)
 
@@ -141,7 +175,7 @@ class EventsNotSent(DiatorError):
 
 class EncodingError(DiatorError, ValueError):
     """
-    A value cannot be written as JSON without losing something.
+    A value cannot be written as JSON without loss.
 
     Attributes:
         path: Where the value is, such as `UserJoined.tags[2].weight`.
@@ -154,18 +188,18 @@ class EncodingError(DiatorError, ValueError):
 
 class DecodingError(DiatorError, ValueError):
     """
-    Bytes are no message of ours, or a payload does not fit the event's type.
+    The body of a message cannot be decoded, or its payload does not fit the type of the event.
 
-    The text names the place, never the content: a payload may hold what no log should.
+    The text names the place and never the content: the content may be unfit for logs.
     """
 
 
 class BrokerError(DiatorError):
     """
-    A broker could not do what was asked.
+    A broker could not do what the program asked for. The root of all errors of brokers.
 
     Attributes:
-        message_id: The message it concerns, where it concerns one.
+        message_id: The id of the message that the error concerns; None if it concerns no single message.
     """
 
     def __init__(self, problem: str, *, message_id: UUID | None = None) -> None:
@@ -181,24 +215,30 @@ class BrokerUnavailable(BrokerError, ConnectionError):
 
 
 class AccessRefused(BrokerError, ConfigurationError):
-    """The service does not allow this user what a subscription needs. Trying again does not mend that."""
+    """The service denies this user a permission that the subscription needs. Retrying does not help."""
 
 
 class BrokerClosed(BrokerError):
-    """The broker was closed by its program. The message was not sent."""
+    """The program closed the broker. The message was not sent."""
 
 
 class MessageRejected(BrokerError):
-    """The message was refused, and will be again: by the service, or by a limit of the broker. It was not sent."""
+    """The service, or a limit of the broker, refused the message and will refuse it again. It was not sent."""
 
 
 class MessageTooLarge(MessageRejected, ValueError):
-    """The encoded message has more bytes than the broker takes."""
+    """
+    The encoded message has more bytes than the broker accepts.
+
+    Attributes:
+        size: The size of the encoded message, in bytes.
+        limit: The largest size that the broker accepts, in bytes.
+    """
 
     def __init__(self, size: int, limit: int, *, message_id: UUID | None = None) -> None:
         super().__init__(
-            f"{size:,} bytes, and this broker takes {limit:,}; send a reference to the data, "
-            "or raise max_message_bytes where the service allows it",
+            f"the encoded message has {size:,} bytes, and this broker accepts {limit:,}; send a reference to the data, "
+            "or raise max_message_bytes if the service allows that",
             message_id=message_id,
         )
         self.size = size
@@ -206,25 +246,29 @@ class MessageTooLarge(MessageRejected, ValueError):
 
 
 class AlreadySettled(BrokerError, RuntimeError):
-    """A delivery was settled in one way and then in another. The first one holds."""
+    """A delivery was settled in one way and then in another. The first one counts."""
 
 
 class MessageUnroutable(BrokerError):
-    """The service has the message and nobody to give it to, and the program asked to be told."""
+    """The service accepted the message, but no queue received it, and the broker was asked to report that."""
 
 
 class MessagesNotSent(BrokerError):
     """
-    Of several messages, some were not confirmed. `__cause__` is the verdict on the first of them.
+    The broker did not confirm all of several messages. `__cause__` is the send error of the first of them.
 
     Attributes:
-        message_ids: Those that were not confirmed, in their order.
+        message_ids: The ids of the unconfirmed messages, in the order in which they were sent.
     """
 
     def __init__(self, message_ids: Sequence[UUID]) -> None:
-        super().__init__(f"not confirmed: {', '.join(map(str, message_ids))}")
+        super().__init__(f"the broker did not confirm messages {', '.join(map(str, message_ids))}")
         self.message_ids: tuple[UUID, ...] = tuple(message_ids)
 
 
 class OutcomeUnknown(BrokerError, TimeoutError):
-    """The message may have arrived or not: the answer is missing. A repeat carries the same `message_id`."""
+    """
+    The message may have arrived: the answer of the service is missing.
+
+    If the program sends the message again, the duplicate has the same `message_id`.
+    """

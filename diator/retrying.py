@@ -1,4 +1,4 @@
-"""How often a failing message is handled again, and when."""
+"""How often a consumer retries a failing message, and how long it waits before each retry."""
 
 from __future__ import annotations
 
@@ -9,20 +9,41 @@ from diator.exceptions import ConfigurationError
 
 
 class PermanentError(Exception):
-    """Raise this, or derive from it, where handling again cannot help: the message is put aside at once."""
+    """
+    Tells the consumer not to retry: it dead-letters the message at once.
+
+    Raise it, or an error that derives from it, when another attempt cannot succeed.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
     """
-    First *immediate* times in place, then *delayed* times by giving it back to the service; then it is put aside.
+    How often a failing message is retried, with which backoff, and when the consumer dead-letters it.
 
-    So, unless consumers die of it, a message is handled at most `(immediate + 1) * (delayed + 1)` times, however many
-    consumers there are: the count of deliveries is the service's. Where a transport cannot give back, only the
-    immediate ones remain.
+    In each delivery the consumer calls the handlers again up to *immediate_retries* times, without requeueing the
+    message. Then it requeues the message with a delay, up to *delayed_retries* times. Then it dead-letters the message.
+    So the handlers run at most `(immediate_retries + 1) * (delayed_retries + 1)` times, unless a consumer crashes. The
+    service counts the deliveries, so this holds for any number of consumers. On a transport without delayed retries
+    only the immediate ones are made.
 
-    All times are in seconds. Half of each pause is random, so that messages which failed together do not come
-    back together.
+    The delay grows exponentially: `first_delay * backoff_factor ** n`, at most `max_delay`. Half of every pause and
+    delay is random (jitter), so that messages which failed together are not retried together. Times are in seconds.
+
+    Attributes:
+        immediate_retries: How often the handlers are called again within one delivery.
+        immediate_pause: The longest pause before each of these calls.
+        delayed_retries: How often the message is requeued.
+        first_delay: The longest delay of the first requeue.
+        backoff_factor: How much longer each delay is than the one before; at least 1.
+        max_delay: The limit of the delay.
+        max_crashes: How many deliveries, beyond `max_attempts`, may end unsettled, such as by a crash of the consumer.
+            At the next delivery the message counts as a poison message: no handler is called, and the consumer
+            dead-letters it.
+        permanent: Errors that are not retried. The consumer dead-letters the message at once.
+
+    Raises:
+        ConfigurationError: A count or a time is negative, or *backoff_factor* is below 1.
     """
 
     immediate_retries: int = 2
@@ -32,7 +53,6 @@ class RetryPolicy:
     backoff_factor: float = 3.0
     max_delay: float = 600.0
     max_crashes: int = 3
-    """How many deliveries, beyond these, may end without an outcome, before the message counts as a killer."""
     permanent: tuple[type[Exception], ...] = (PermanentError,)
 
     def __post_init__(self) -> None:
@@ -42,27 +62,27 @@ class RetryPolicy:
         )
         if not all(value >= 0 for value in counts_and_times) or not self.backoff_factor >= 1:  # nor is NaN
             raise ConfigurationError(
-                f"{self} makes no sense: counts and times are not negative, and backoff_factor is at least 1"
+                f"{self} is invalid: counts and times must not be negative, and backoff_factor must be at least 1"
             )
 
     @property
     def max_attempts(self) -> int:
-        """The number of deliveries after which a failing message is put aside."""
+        """The number of deliveries after which the consumer dead-letters a failing message."""
         return self.delayed_retries + 1
 
     def is_permanent(self, error: BaseException) -> bool:
-        """Tell whether handling again cannot help. Of several errors, one is enough."""
+        """Return whether *error* rules out a retry. In an exception group, one permanent error is enough."""
         if isinstance(error, BaseExceptionGroup):
             return any(self.is_permanent(each) for each in error.exceptions)
         return isinstance(error, self.permanent)
 
     def pause(self) -> float:
-        """Seconds before handling again in place."""
+        """Return a random pause before the next immediate retry, in seconds."""
         return _jittered(self.immediate_pause)
 
     def delay(self, attempt: int) -> float:
-        """Seconds before the delivery after *attempt*, which is 1 for the first."""
-        # Not computed beyond the limit: a power of a large number of attempts is no float any more.
+        """Return a random delay before the next delivery, in seconds. *attempt* counts the deliveries so far, from 1."""
+        # The loop stops at the limit: with many attempts, a power would overflow a float.
         delay = self.first_delay
         for _ in range(attempt - 1):
             delay *= self.backoff_factor
@@ -72,4 +92,4 @@ class RetryPolicy:
 
 
 def _jittered(seconds: float) -> float:
-    return seconds / 2 + random.uniform(0, seconds / 2)  # noqa: S311  # nobody's secret
+    return seconds / 2 + random.uniform(0, seconds / 2)  # noqa: S311  # jitter needs no secure randomness

@@ -129,7 +129,7 @@ async def test_a_key_has_to_be_a_field():
 
 
 async def test_an_event_without_a_broker_is_never_silent():
-    with pytest.raises(BrokerNotConfigured, match="UserJoined travels through a message broker, and none is"):
+    with pytest.raises(BrokerNotConfigured, match="UserJoined is an integration event, and no message broker is configured"):
         await EventEmitter().emit(UserJoined())
 
 

@@ -1,4 +1,4 @@
-"""One root, a built-in as second parent where one fits, and facts that stay."""
+"""All errors share one root, have a built-in second parent where one fits, and carry facts as attributes."""
 
 import inspect
 from uuid import uuid4
@@ -50,13 +50,19 @@ def test_has_a_builtin_parent(error, builtin):
     assert issubclass(getattr(exceptions, error), builtin)
 
 
-@pytest.mark.parametrize(
-    "verdict", ["BrokerUnavailable", "BrokerClosed", "MessageRejected", "MessageUnroutable", "OutcomeUnknown"]
-)
-def test_a_verdict_names_its_message(verdict):
+def test_wrong_use_is_not_a_wrong_value():
+    """A `UsageError` depends on the state of an object, so `except ConfigurationError` must not catch it."""
+    assert not issubclass(exceptions.UsageError, (exceptions.ConfigurationError, ValueError, BrokerError))
+
+
+SEND_ERRORS = ["BrokerUnavailable", "BrokerClosed", "MessageRejected", "MessageUnroutable", "OutcomeUnknown"]
+
+
+@pytest.mark.parametrize("name", SEND_ERRORS)
+def test_a_send_error_names_its_message(name):
     message_id = uuid4()
 
-    error = getattr(exceptions, verdict)("it broke", message_id=message_id)
+    error = getattr(exceptions, name)("it broke", message_id=message_id)
 
     assert isinstance(error, BrokerError)
     assert error.message_id == message_id
@@ -64,11 +70,17 @@ def test_a_verdict_names_its_message(verdict):
     assert str(error).endswith("it broke")
 
 
-def test_a_verdict_may_concern_no_message():
+def test_the_table_of_send_errors_is_complete():
+    table = inspect.getdoc(exceptions).partition("=\n")[2]
+
+    assert [line.partition("`")[2].partition("`")[0] for line in table.splitlines()[:-1]] == SEND_ERRORS
+
+
+def test_a_broker_error_may_concern_no_message():
     assert (str(BrokerError("it broke")), BrokerError("it broke").message_id) == ("it broke", None)
 
 
-def test_the_path_is_printed_as_a_tree():
+def test_a_resolution_error_prints_its_path_as_a_tree():
     error = ResolutionError(["Handler", "Service"], "Service is not registered")
 
     assert str(error) == "Service is not registered\n  └ Handler\n    └ Service"
@@ -85,7 +97,7 @@ def test_a_missing_extra_says_how_to_get_it():
 def test_too_large_keeps_both_sizes():
     error = MessageTooLarge(2_000_000, 1_000_000, message_id=None)
 
-    assert "2,000,000 bytes, and this broker takes 1,000,000" in str(error)
+    assert "2,000,000 bytes, and this broker accepts 1,000,000" in str(error)
     assert (error.size, error.limit) == (2_000_000, 1_000_000)
 
 
@@ -94,11 +106,11 @@ def test_events_not_sent_names_each_event():
 
     error = EventsNotSent("answer", events, [event.event_id for event in events])
 
-    assert str(error).endswith(f"UserJoined {events[0].event_id}, MeetingChanged {events[1].event_id}")
+    assert f"UserJoined {events[0].event_id}, MeetingChanged {events[1].event_id};" in str(error)
     assert (error.response, error.events) == ("answer", tuple(events))
 
 
-def test_a_part_of_failed_handlers_is_of_the_same_kind():
+def test_a_split_group_keeps_its_type():
     error = EventHandlersFailed("failed", [KeyError(1), OSError(2)])
 
     matching, rest = error.split(KeyError)

@@ -1,4 +1,4 @@
-"""How often a failing message is handled again, and when."""
+"""How often a failing message is retried, and after which delay."""
 
 import pytest
 
@@ -10,7 +10,7 @@ class Hopeless(PermanentError): ...
 
 
 def bounds(draw, draws=2_000):
-    """The least and the most of what *draw* gives, seen often enough to be near its limits."""
+    """Return the smallest and the largest of many values of *draw*, which are close to its limits."""
     seen = [draw() for _ in range(draws)]
     return min(seen), max(seen)
 
@@ -25,7 +25,7 @@ def test_delays_grow_to_a_limit_and_half_of_each_is_random(attempt, longest):
     assert longest * 0.98 < most <= longest
 
 
-def test_pauses_in_place_are_random_by_half_too():
+def test_half_of_an_immediate_pause_is_random_too():
     least, most = bounds(RetryPolicy(immediate_pause=0.2).pause)
 
     assert 0.1 <= least < 0.104
@@ -47,7 +47,7 @@ def test_delays_of_other_policies(options, longest):
     assert longest / 2 <= RetryPolicy(**options).delay(100) <= longest
 
 
-def test_the_number_of_deliveries():
+def test_max_attempts_counts_the_first_delivery():
     assert (RetryPolicy().max_attempts, RetryPolicy(delayed_retries=0).max_attempts) == (6, 1)
 
 
@@ -55,7 +55,7 @@ def test_the_number_of_deliveries():
 def test_counts_are_not_negative(count):
     RetryPolicy(**{count: 0})
 
-    with pytest.raises(ConfigurationError, match="counts and times are not negative"):
+    with pytest.raises(ConfigurationError, match="counts and times must not be negative"):
         RetryPolicy(**{count: -1})
 
 
@@ -63,18 +63,18 @@ def test_counts_are_not_negative(count):
 def test_times_are_not_negative(time):
     RetryPolicy(**{time: 0.0})
 
-    with pytest.raises(ConfigurationError, match="counts and times are not negative"):
+    with pytest.raises(ConfigurationError, match="counts and times must not be negative"):
         RetryPolicy(**{time: -0.001})
 
 
 @pytest.mark.parametrize("option", ["immediate_pause", "first_delay", "max_delay", "backoff_factor"])
-def test_what_is_no_number_is_no_time(option):
+def test_nan_is_refused(option):
     with pytest.raises(ConfigurationError):
         RetryPolicy(**{option: float("nan")})
 
 
-def test_delays_do_not_shrink():
-    with pytest.raises(ConfigurationError, match="backoff_factor is at least 1"):
+def test_a_factor_below_one_is_refused():
+    with pytest.raises(ConfigurationError, match="backoff_factor must be at least 1"):
         RetryPolicy(backoff_factor=0.99)
 
 
@@ -90,11 +90,11 @@ def test_delays_do_not_shrink():
         (BaseExceptionGroup("", [KeyboardInterrupt()]), False),
     ],
 )
-def test_of_several_errors_one_that_is_permanent_is_enough(error, permanent):
+def test_one_permanent_error_in_a_group_is_enough(error, permanent):
     assert RetryPolicy().is_permanent(error) is permanent
 
 
-def test_a_program_says_itself_what_is_permanent():
+def test_a_program_names_its_own_permanent_errors():
     policy = RetryPolicy(permanent=(LookupError, PermanentError))
 
     assert policy.is_permanent(KeyError())
