@@ -109,7 +109,7 @@ class Consumer:
         self._handling = Handling(
             self._routes,
             _retry(broker, promised, retry),
-            can_retry=not promised.lacking(_GIVING_BACK),
+            can_retry=not promised.missing(_GIVING_BACK),
             can_dead_letter=promised.dead_letter,
             max_message_bytes=promised.max_message_bytes,
             timeout=handler_timeout,
@@ -282,7 +282,7 @@ _GIVING_BACK = Capabilities(delayed_retry=True, delivery_count="retries")
 
 def _retry(broker: object, promised: Capabilities, retry: RetryPolicy | None) -> RetryPolicy:
     if retry is None:
-        return RetryPolicy(delayed_retries=0) if promised.lacking(_GIVING_BACK) else RetryPolicy()
+        return RetryPolicy(delayed_retries=0) if promised.missing(_GIVING_BACK) else RetryPolicy()
     if retry.delayed_retries:
         remedy = (
             "set RetryPolicy(delayed_retries=0), and only the immediate ones remain, or use a transport that gives back"

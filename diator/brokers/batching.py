@@ -16,13 +16,13 @@ T = TypeVar("T")
 _VERDICTS = {BrokerClosed, BrokerUnavailable, MessageRejected, OutcomeUnknown}
 
 
-class Batches(Generic[T]):
+class BatchSender(Generic[T]):
     """
     Puts what callers send at the same time into one exchange: a round trip for each would be all that a sender does.
 
     *exchange* is called with what waits, in the order of the calls, and with the time of the event loop's clock at
     which it has to end: that is *timeout* seconds after the first of these calls. One runs at a time; what is sent
-    meanwhile goes with the next one. In one are at most *most* items, and not another one after *most_bytes*.
+    meanwhile goes with the next one. In one are at most *max_items* items, and not another one after *max_bytes*.
 
     It raises the verdict on all of its items, and each caller gets one of his own: with his `message_id`, and with the
     same cause. It is the one to refuse what comes after the end of its broker.
@@ -33,11 +33,11 @@ class Batches(Generic[T]):
         exchange: Callable[[Sequence[T], float], Awaitable[object]],
         *,
         timeout: float,
-        most: int = 500,
-        most_bytes: int = 4 * 1024 * 1024,
+        max_items: int = 500,
+        max_bytes: int = 4 * 1024 * 1024,
     ) -> None:
         self._exchange, self._timeout = exchange, timeout
-        self._most, self._most_bytes = most, most_bytes
+        self._max_items, self._max_bytes = max_items, max_bytes
         self._waiting: deque[_Call[T]] = deque()
         self._exchanging: asyncio.Task[None] | None = None
 
@@ -59,7 +59,7 @@ class Batches(Generic[T]):
             self._exchanging = asyncio.create_task(self._exchange_all(), name="diator: sending")
         await call.ended
 
-    async def done(self) -> None:
+    async def wait(self) -> None:
         """Wait until everybody who waits by now has a verdict. That goes on if whoever waits for it is cancelled."""
         if self._exchanging is not None and self._exchanging.get_loop() is asyncio.get_running_loop():
             await asyncio.wait([self._exchanging])
@@ -90,8 +90,8 @@ class Batches(Generic[T]):
 
     def _taken(self) -> list[_Call[T]]:
         batch: list[_Call[T]] = []
-        room = self._most_bytes
-        while self._waiting and len(batch) < self._most and room > 0:
+        room = self._max_bytes
+        while self._waiting and len(batch) < self._max_items and room > 0:
             call = self._waiting.popleft()
             if not call.ended.done():  # else its caller was cancelled
                 batch.append(call)

@@ -118,7 +118,7 @@ class Capabilities:
             if (level := getattr(self, name)) not in levels:
                 raise ConfigurationError(f"{name} is one of {', '.join(levels)}, and not {level!r:.80}")
 
-    def lacking(self, needed: Capabilities) -> list[str]:
+    def missing(self, needed: Capabilities) -> list[str]:
         """Name what *needed* asks for and these capabilities do not promise, as `name (has, needed is needs)`."""
         return [
             f"{field.name} ({_said(getattr(self, field.name))}, needed is {_said(getattr(needed, field.name))})"
@@ -150,7 +150,7 @@ def require(broker: object, promised: Capabilities, needed: Capabilities, *, for
 
     The error says what is lacking, which call needs it (*for_*), and what can be done instead (*remedy*).
     """
-    if lacks := promised.lacking(needed):
+    if lacks := promised.missing(needed):
         raise UnsupportedCapability(type(broker).__name__, lacks, why=for_, remedy=remedy)
 
 

@@ -60,12 +60,12 @@ class ClientConnection(ABC):
 
         That goes on if a caller is cancelled; calling it again waits for it.
         """
-        self._on_this_loop()
+        self._bind_to_running_loop()
         if self._closing is None:
             self._closing = asyncio.create_task(self._close(), name="diator: closing")
         await asyncio.shield(self._closing)
 
-    def _on_this_loop(self) -> asyncio.AbstractEventLoop:
+    def _bind_to_running_loop(self) -> asyncio.AbstractEventLoop:
         """Begin anew on another event loop. What belonged to one that is over died with it."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
@@ -73,7 +73,7 @@ class ClientConnection(ABC):
                 if self._loop.is_running():
                     raise UsageError("a broker belongs to one event loop at a time; make another one for each thread")
                 self._lock, self._queued, self._background = asyncio.Lock(), 0, BackgroundTasks()
-                self._begin_anew()
+                self._reset()
             self._loop = loop
         return loop
 
@@ -82,7 +82,7 @@ class ClientConnection(ABC):
         """Connect now. BrokerUnavailable if that is not possible."""
 
     @abstractmethod
-    def _begin_anew(self) -> None:
+    def _reset(self) -> None:
         """Forget what belonged to the event loop before."""
 
     @abstractmethod

@@ -101,7 +101,7 @@ class MemoryMessageBroker:
             self._queues.append(queue)
         for entry in self._kept.take_all(queue.topics):
             queue.put(entry)
-        member = _Member(self, queue, topics, prefetch)
+        member = _Subscription(self, queue, topics, prefetch)
         try:
             yield member
         finally:
@@ -170,7 +170,7 @@ class _Queue:
         self.waiting.append(entry)
         self._changed.set()
 
-    def put_back(self, entries: Collection[_Entry]) -> None:
+    def requeue(self, entries: Collection[_Entry]) -> None:
         """Return what was given out, before everything that came later."""
         for entry in entries:
             entry.attempt += 1
@@ -204,7 +204,7 @@ class _Queue:
         self._changed.set()
 
 
-class _Member:
+class _Subscription:
     """One subscription: takes what it wants from its queue, and settles what it took."""
 
     def __init__(self, broker: MemoryMessageBroker, queue: _Queue, topics: Collection[Topic], prefetch: int) -> None:
@@ -234,9 +234,9 @@ class _Member:
     async def retry(self, delivery: Delivery, after: float, /) -> None:
         if entry := self._settled(delivery):
             if after > 0:
-                asyncio.get_running_loop().call_later(after, self.queue.put_back, [entry])
+                asyncio.get_running_loop().call_later(after, self.queue.requeue, [entry])
             else:
-                self.queue.put_back([entry])
+                self.queue.requeue([entry])
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         if entry := self._settled(delivery):
@@ -246,7 +246,7 @@ class _Member:
     def leave(self) -> None:
         """What this member has not settled goes to others, in its order."""
         self._left = True
-        self.queue.put_back(self.unsettled.values())
+        self.queue.requeue(self.unsettled.values())
         self.unsettled.clear()
 
     def _settled(self, delivery: Delivery) -> _Entry | None:

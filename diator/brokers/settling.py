@@ -64,7 +64,7 @@ class Acknowledgements(Generic[T]):
             logger.warning("%d acknowledgements did not reach the service; they come again: %s", len(noted), error)
 
 
-def provenance(delivery: Delivery, reason: str, *, source: str, group: str, **place: str) -> dict[str, str]:
+def dead_letter_headers(delivery: Delivery, reason: str, *, source: str, group: str, **place: str) -> dict[str, str]:
     """
     Give the headers of a dead letter: why *delivery* was put aside, and where it came from.
 

@@ -19,7 +19,7 @@ from diator.brokers import Message
 from diator.brokers.base import Gap, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES
-from diator.brokers.memory import MemoryMessageBroker, _Member
+from diator.brokers.memory import MemoryMessageBroker, _Subscription
 from diator.consumer import DEFAULT_GROUP, Consumer
 from diator.container import Container
 from diator.events import EventEmitter, Events, NotificationEvent
@@ -727,7 +727,7 @@ async def test_what_cannot_be_settled_is_told_and_the_next_one_handled(failing, 
 @pytest.mark.parametrize("failing", ["ack", "retry", "dead_letter"])
 async def test_what_could_not_be_settled_does_not_stop_the_queue(failing, concurrency, monkeypatch):
     """It holds its place among those that are given out, until somebody settles it or gives it back."""
-    settle, failures = getattr(_Member, failing), [BrokerUnavailable("it is away")] * concurrency
+    settle, failures = getattr(_Subscription, failing), [BrokerUnavailable("it is away")] * concurrency
 
     async def failing_first(self, delivery, *details):
         if failures:
@@ -738,7 +738,7 @@ async def test_what_could_not_be_settled_does_not_stop_the_queue(failing, concur
         if failing != "ack":
             raise LookupError if failing == "retry" else PermanentError
 
-    monkeypatch.setattr(_Member, failing, failing_first)
+    monkeypatch.setattr(_Subscription, failing, failing_first)
     broker = await holding(*[UserJoined() for _ in range(3)])
     consumer, told = consumer_of(broker, on_user, concurrency=concurrency, retry=quick(delayed_retries=1))
     async with running(consumer), asyncio.timeout(0.3):

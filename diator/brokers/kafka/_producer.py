@@ -68,7 +68,7 @@ class Producer(ClientConnection):
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
-        self._on_this_loop()
+        self._bind_to_running_loop()
         try:
             async with asyncio.timeout(self._timeout), self._lock:
                 if self.is_closed:
@@ -96,7 +96,7 @@ class Producer(ClientConnection):
             OutcomeUnknown: It was handed over, and not confirmed in time.
             BrokerClosed: `aclose` was called before.
         """
-        loop = self._on_this_loop()
+        loop = self._bind_to_running_loop()
         if self.is_closed:
             raise BrokerClosed("this broker is closed", message_id=message_id)
         deadline = loop.time() + self._timeout
@@ -363,7 +363,7 @@ class Producer(ClientConnection):
         await self._background.wait()
         await reading
 
-    def _begin_anew(self) -> None:
+    def _reset(self) -> None:
         self._producer, self._asked, self._handing_on, self._sweeper = None, None, None, None
         self._in_flight, self._freed = 0, asyncio.Event()
         for gone in (self._known, self._stays, self._latest, self._batches, self._left):

@@ -18,7 +18,7 @@ from diator.brokers.base import Delivery, Topic
 from diator.brokers.kafka._names import DEAD, RETRY, Names
 from diator.brokers.kafka._offsets import Offsets, delay_bucket
 from diator.brokers.kafka._producer import Producer
-from diator.brokers.settling import provenance
+from diator.brokers.settling import dead_letter_headers
 from diator.brokers.supervisor import ResilientSubscription
 from diator.exceptions import ConfigurationError, MessageRejected
 
@@ -280,7 +280,9 @@ class Subscription:
             return
         source = self._retries.get(partition.place.topic, partition.place.topic)
         partition_, _, offset = self._origin(partition, record).partition(":")
-        about = provenance(delivery, reason, source=source, group=self.group or "", partition=partition_, offset=offset)
+        about = dead_letter_headers(
+            delivery, reason, source=source, group=self.group or "", partition=partition_, offset=offset
+        )
         headers = [*self._own_headers(partition, record)]
         headers += [(name, value.encode(errors="replace")) for name, value in about.items()]
         await self._move(token, delivery.attempt, self._dead[source], headers)

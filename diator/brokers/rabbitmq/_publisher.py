@@ -67,7 +67,7 @@ class Publisher(ClientConnection):
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
-        self._on_this_loop()
+        self._bind_to_running_loop()
         try:
             async with asyncio.timeout(self.timeout), self._lock:
                 await self._connected()
@@ -85,7 +85,7 @@ class Publisher(ClientConnection):
             OutcomeUnknown: It was sent, and not confirmed.
             BrokerClosed: `aclose` was called before.
         """
-        deadline = self._on_this_loop().time() + self.timeout
+        deadline = self._bind_to_running_loop().time() + self.timeout
         link = self._link
         if link is not None and not self._queued and link.has_room and publication.message_id not in link.ids:
             confirmed = link.publish(publication, deadline)
@@ -111,7 +111,7 @@ class Publisher(ClientConnection):
         await self._background.wait()
         await reading
 
-    def _begin_anew(self) -> None:
+    def _reset(self) -> None:
         self._link = None
 
     async def _publish_in_turn(self, publication: Publication, deadline: float) -> asyncio.Future[None]:

@@ -28,7 +28,7 @@ from diator.brokers.rabbitmq._channel import (
 from diator.brokers.rabbitmq._frames import Publication, again
 from diator.brokers.rabbitmq._names import delay_bucket, queue_name, routing_key
 from diator.brokers.rabbitmq._publisher import Publisher, topic_exchange
-from diator.brokers.settling import Acknowledgements, provenance
+from diator.brokers.settling import Acknowledgements, dead_letter_headers
 from diator.brokers.supervisor import MessagesMissed, ResilientSubscription
 from diator.exceptions import AccessRefused, BrokerError, BrokerUnavailable, ConfigurationError
 
@@ -245,7 +245,9 @@ class Connection(Channel):
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         token = cast("_Token", delivery.token)
-        why = provenance(delivery, reason[:_LONGEST_REASON], source=token.queue, group=self._subscription.group or "")
+        why = dead_letter_headers(
+            delivery, reason[:_LONGEST_REASON], source=token.queue, group=self._subscription.group or ""
+        )
         headers = _of_program(token.header) | why
         with self._giving_back_on_failure(delivery):
             async with asyncio.timeout(self._subscription.publisher.timeout):

@@ -48,7 +48,7 @@ class CommandConnection(ClientConnection):
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
-        self._on_this_loop()
+        self._bind_to_running_loop()
         try:
             async with asyncio.timeout(self._timeout):
                 async with self._lock:
@@ -68,7 +68,7 @@ class CommandConnection(ClientConnection):
             OutcomeUnknown: It was sent, and there is no reply.
             BrokerClosed: `aclose` was called before.
         """
-        loop = self._on_this_loop()
+        loop = self._bind_to_running_loop()
         deadline = loop.time() + self._timeout
         link = self._link
         reply: asyncio.Future[Any] | None
@@ -92,7 +92,7 @@ class CommandConnection(ClientConnection):
         if self.owns_client:
             await self._client.aclose()
 
-    def _begin_anew(self) -> None:
+    def _reset(self) -> None:
         self._link, self._alone = None, asyncio.Semaphore(self._alone_at_once)
 
     async def _call_in_turn(

@@ -19,7 +19,7 @@ import msgspec
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.redis._connection import CommandConnection
 from diator.brokers.redis._scripts import ACK, DEAD_LETTER, FORGET, MOVE_DUE, RETRY
-from diator.brokers.settling import Acknowledgements, provenance
+from diator.brokers.settling import Acknowledgements, dead_letter_headers
 from diator.brokers.supervisor import MessagesMissed
 from diator.exceptions import BrokerError, MessageRejected
 
@@ -169,7 +169,7 @@ class Subscription:
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         entry = self._let_go(delivery)  # should that fail, it is nobody's once the lease is over, and comes again
         stream = self._first.get(entry.stream, entry.stream)
-        why = provenance(
+        why = dead_letter_headers(
             delivery, reason, source=stream.decode(), group=self.group.decode(), entry_id=entry.origin.decode()
         )
         fields = [part for pair in entry.fields for part in pair]

@@ -13,7 +13,7 @@ from diator.testing.conformance._context import Context
 
 async def verify_refusal(context: Context, needed: Capabilities) -> None:
     """Ask for what *needed* has and the transport does not promise; raise `Nonconformance` if that is accepted."""
-    lacks = {each.split()[0] for each in context.capabilities.lacking(needed)}
+    lacks = {each.split()[0] for each in context.capabilities.missing(needed)}
     for name in sorted(lacks & REFUSALS.keys()):
         await REFUSALS[name](context, needed)
 

@@ -125,7 +125,7 @@ def _run(scenario: Scenario, harness: Harness, seed: int) -> Result:
         resources.push_async_callback(broker.aclose)
         capabilities = broker.capabilities
         context = Context(harness, capabilities, seed=seed, resources=resources)
-        if lacks := capabilities.lacking(scenario.needs):
+        if lacks := capabilities.missing(scenario.needs):
             await verify_refusal(context, scenario.needs)
             outcome.append(("UNSUPPORTED", f"not promised: {'; '.join(lacks)}"))
         else:

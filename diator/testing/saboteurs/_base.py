@@ -30,7 +30,7 @@ class Queue(Protocol):
     topics: set[Topic]
     waiting: deque[Any]
 
-    def put_back(self, entries: Collection[Any]) -> None: ...
+    def requeue(self, entries: Collection[Any]) -> None: ...
 
 
 class Member(Protocol):
@@ -128,7 +128,7 @@ class Saboteur(MemoryMessageBroker):
 
     def closed(self, member: Member) -> None:
         """Do what becomes of a subscription whose broker is closed."""
-        member.queue.put_back(member.unsettled.values())
+        member.queue.requeue(member.unsettled.values())
         member.unsettled.clear()
 
     async def read(self, member: Member) -> Delivery:

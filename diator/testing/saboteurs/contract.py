@@ -103,7 +103,7 @@ class RobsSlowMembers(Saboteur):
     def _rob(delivery: Delivery) -> None:
         member = member_of(delivery.settler)
         if entry := member.unsettled.pop(delivery, None):
-            member.queue.put_back([entry])
+            member.queue.requeue([entry])
 
 
 @caught_by("PUB-06")

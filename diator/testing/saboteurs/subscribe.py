@@ -96,7 +96,7 @@ class LeavesAGhost(Saboteur):
         try:
             await asyncio.sleep(0.005)
         except asyncio.CancelledError:
-            asyncio.get_running_loop().call_later(30, member.queue.put_back, [*member.queue.waiting])
+            asyncio.get_running_loop().call_later(30, member.queue.requeue, [*member.queue.waiting])
             member.queue.waiting.clear()
             raise
 
@@ -235,7 +235,7 @@ class HandsOverLate(Saboteur):
     """Leaves what was not settled to the bound for crashes."""
 
     def leaving(self, member: Member) -> None:
-        asyncio.get_running_loop().call_later(30, member.queue.put_back, [*member.unsettled.values()])
+        asyncio.get_running_loop().call_later(30, member.queue.requeue, [*member.unsettled.values()])
         member.unsettled.clear()
 
 

@@ -36,7 +36,7 @@ class Link(ClientConnection):
         await self.run("SELECT")
 
     async def run(self, statement: str, *arguments: object, until: float | None = None) -> Sequence[Any]:
-        loop = self._on_this_loop()
+        loop = self._bind_to_running_loop()
         until = loop.time() + self.timeout if until is None else until
         running = loop.create_task(self._run(statement, arguments, until), name="diator: asking PostgreSQL")
         running.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps nobody waits any more
@@ -77,7 +77,7 @@ class Link(ClientConnection):
             self.connection.terminate()
             self.connection = None
 
-    def _begin_anew(self) -> None:
+    def _reset(self) -> None:
         self.connection = None
 
     async def _close(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, cast
 from uuid import uuid4
 
 from diator.brokers.base import Delivery, Topic
-from diator.brokers.settling import Acknowledgements, provenance
+from diator.brokers.settling import Acknowledgements, dead_letter_headers
 from diator.brokers.supervisor import ResilientSubscription, Source
 from diator.exceptions import BrokerClosed, BrokerError
 from diator_postgres._link import Link
@@ -139,7 +139,7 @@ class Member:
         await self._tell([self._let_go(delivery)], _LATER, timedelta(seconds=after))
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
-        said = provenance(delivery, reason, source=delivery.topic.message_name, group=self.group)
+        said = dead_letter_headers(delivery, reason, source=delivery.topic.message_name, group=self.group)
         await self._tell([self._let_go(delivery)], _ASIDE, json.dumps({**delivery.headers, **said}))
 
     def _let_go(self, delivery: Delivery) -> Token:

@@ -18,7 +18,7 @@ import asyncpg
 
 from diator.brokers import Message
 from diator.brokers.base import Delivery, OnGap, Topic
-from diator.brokers.batching import Batches
+from diator.brokers.batching import BatchSender
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
 from diator.brokers.connecting import ServiceBroker
@@ -80,7 +80,7 @@ class PostgresMessageBroker(ServiceBroker[Link]):
         self._max_message_bytes = max_message_bytes
         super().__init__(Link(connect, self._prepare, timeout=timeout))
         self._reader = Link(connect, self._prepare_to_read, timeout=timeout)
-        self._batches = Batches(self._send, timeout=timeout)
+        self._batches = BatchSender(self._send, timeout=timeout)
         self._members: set[Member] = set()
 
     @property
@@ -155,7 +155,7 @@ class PostgresMessageBroker(ServiceBroker[Link]):
 
     async def aclose(self) -> None:
         await asyncio.gather(super().aclose(), self._reader.aclose())
-        await self._batches.done()
+        await self._batches.wait()
 
     async def _prepare(self, connection: Any) -> None:
         if await connection.fetchval(_PREPARE):

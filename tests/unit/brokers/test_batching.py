@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import pytest
 
-from diator.brokers.batching import Batches
+from diator.brokers.batching import BatchSender
 from diator.exceptions import BrokerClosed, BrokerUnavailable, MessageRejected, MessageTooLarge, OutcomeUnknown
 
 
@@ -32,7 +32,7 @@ async def service():
 
 
 def batches_of(service, **limits):
-    return Batches[str](service.exchange, **{"timeout": 10.0, **limits})
+    return BatchSender[str](service.exchange, **{"timeout": 10.0, **limits})
 
 
 async def begun(batches, items, *, size=1):
@@ -64,7 +64,7 @@ async def test_whoever_comes_later_begins_an_exchange_again(service):
 
 
 async def test_an_exchange_has_so_many_items(service):
-    batches = batches_of(service, most=2)
+    batches = batches_of(service, max_items=2)
     service.may_answer.set()
 
     await asyncio.gather(*await begun(batches, "abcde"))
@@ -73,7 +73,7 @@ async def test_an_exchange_has_so_many_items(service):
 
 
 async def test_an_exchange_has_so_many_bytes_and_whatever_is_larger_goes_alone(service):
-    batches = batches_of(service, most_bytes=10)
+    batches = batches_of(service, max_bytes=10)
     service.may_answer.set()
 
     await asyncio.gather(*await begun(batches, "abc", size=5))
@@ -154,11 +154,11 @@ async def test_whoever_is_cancelled_during_its_exchange_ends_it_for_nobody_else(
 
 
 async def test_done_is_when_everybody_has_a_verdict_whoever_waits_for_it(service):
-    batches = batches_of(service, most=1)
-    await batches.done()  # there is nothing yet
+    batches = batches_of(service, max_items=1)
+    await batches.wait()  # there is nothing yet
     sends = await begun(batches, "ab")
 
-    impatient, waiting = asyncio.create_task(batches.done()), asyncio.create_task(batches.done())
+    impatient, waiting = asyncio.create_task(batches.wait()), asyncio.create_task(batches.wait())
     await asyncio.sleep(0)
     impatient.cancel()
     with suppress(asyncio.CancelledError):
@@ -192,7 +192,7 @@ def test_on_another_event_loop_it_begins_anew():
     service.may_answer.set()
 
     async def go_on():
-        await batches.done()
+        await batches.wait()
         await asyncio.wait_for(batches.send("b", size=1, message_id=uuid4()), 1)
 
     asyncio.run(go_on())

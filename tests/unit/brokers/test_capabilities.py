@@ -31,7 +31,7 @@ TOLD = {"redelivery_bound": 1.5, "network": True}
 
 
 def lacking(name, has, needs):
-    return Capabilities(**{name: has}).lacking(Capabilities(**{name: needs}))
+    return Capabilities(**{name: has}).missing(Capabilities(**{name: needs}))
 
 
 def test_no_field_is_forgotten_here():
@@ -49,7 +49,7 @@ def test_a_level_covers_itself_and_the_weaker_ones(name):
 @pytest.mark.parametrize("name", LEVELS)
 def test_what_is_not_said_is_the_weakest(name):
     assert getattr(Capabilities(), name) == LEVELS[name][0]
-    assert Capabilities().lacking(Capabilities()) == []
+    assert Capabilities().missing(Capabilities()) == []
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -66,7 +66,7 @@ def test_a_set_covers_its_subsets(name):
 
 @pytest.mark.parametrize(("name", "needed"), TOLD.items())
 def test_what_is_only_told_is_not_compared(name, needed):
-    assert Capabilities().lacking(Capabilities(**{name: needed})) == []
+    assert Capabilities().missing(Capabilities(**{name: needed})) == []
 
 
 def test_all_that_is_lacking_is_named_with_what_there_is():
@@ -79,7 +79,7 @@ def test_all_that_is_lacking_is_named_with_what_there_is():
         multi_process=True,
     )
 
-    assert promised.lacking(needed) == [
+    assert promised.missing(needed) == [
         "ordering (key, needed is destination)",
         "distribution ({competing}, needed is {broadcast, competing})",
         "max_message_bytes (0, needed is 9)",

@@ -18,12 +18,12 @@ class Connection(ClientConnection):
         self.may_end = asyncio.Event()
 
     def use(self):
-        return self._on_this_loop()
+        return self._bind_to_running_loop()
 
     async def open(self):
         self.events.append("open")
 
-    def _begin_anew(self):
+    def _reset(self):
         self.events.append("anew")
 
     async def _close(self):

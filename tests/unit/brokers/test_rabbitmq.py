@@ -68,7 +68,7 @@ def test_what_is_promised_follows_the_options():
     default = RabbitMQMessageBroker(URL).capabilities
     weaker = RabbitMQMessageBroker(URL, queue_type="classic", mandatory=False).capabilities
 
-    assert weaker.lacking(default) == [
+    assert weaker.missing(default) == [
         "delivery_count (retries, needed is exact)",
         "unroutable (dropped, needed is reported)",
     ]

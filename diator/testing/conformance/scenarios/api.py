@@ -59,7 +59,7 @@ async def own_errors(ctx: Context) -> None:
 async def refused_when_wired(ctx: Context) -> None:
     """Catches a requirement that is accepted and not kept."""
     broker = await ctx.broker()
-    lacks = ctx.capabilities.lacking(_STRONGEST)
+    lacks = ctx.capabilities.missing(_STRONGEST)
     ctx.check(lacks, "it promises everything, even a message of a TiB")
     for lack in lacks:
         name = lack.split()[0]
