@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
-from typing import Protocol, Self, TypeAlias
+from typing import Protocol, Self
 
 from diator._text import listed
 from diator.brokers.base import Delivery, Gap, OnGap, Topic
@@ -60,14 +61,6 @@ class Source(Protocol):
         ...
 
 
-Connect = Callable[[], AbstractAsyncContextManager[Source]]
-"""
-Makes one connection: entered, it is ready, so that what is confirmed from now on is received; left, it is gone.
-
-It raises `BrokerClosed` if the broker is, which ends the subscription. Any other error is a failure to connect.
-"""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ReconnectPolicy:
     """How long is waited for what. All times are in seconds."""
@@ -89,34 +82,44 @@ class ReconnectPolicy:
         return random.uniform(0, min(self.max_delay, self.first_delay * 2 ** min(failures, 32)))  # noqa: S311
 
 
-Leave: TypeAlias = Callable[[Collection[Delivery]], Awaitable[None]]
-"""Has the service know what was settled, and gives back what was not; it is told what nobody has seen. Bounded."""
-
-
-class ResilientSubscription:
+class ResilientSubscription(ABC):
     """
-    A subscription that is connected again whenever it breaks, with one connection at any time.
+    A subscription that connects again whenever its connection breaks. It has at most one connection at any time.
 
-    Entering it connects, and raises `BrokerUnavailable` if that is not possible, or whatever error of diator *connect*
-    raises. From then on it is an iterator of deliveries that ends only with `BrokerClosed`, when the broker is closed,
-    or with a `ConfigurationError` of *connect*: connecting again does not fix a wrong setting. Logs name it by
-    *topics* and *group*.
+    Each transport derives its subscription from this class: it writes `connect`, and, where the service must learn how
+    deliveries were settled, `leave`. Whatever outlives one connection is an attribute of that subclass.
 
-    *lossy* says that messages are missed while there is no connection: *on_gap* is told so when there is one again. At
-    most *ahead* deliveries (by default *prefetch*) are received before they are asked for, and outlive the connection.
-    *unsettled* tells how many deliveries are not settled, given out or not: none is given out while
-    *prefetch* of those that were are not. Who settles one calls `look_again`.
+    Entering the subscription connects. It raises `BrokerUnavailable` if that fails, or whatever error of diator
+    `connect` raises. Then the subscription is an iterator of deliveries. It ends with `BrokerClosed` when its broker is
+    closed, or with a `ConfigurationError` or `UsageError` of `connect`, which connecting again does not fix.
 
-    While it lives it is one of *siblings*, those of a broker, which `close_all` ends. When it ends, by its context or
-    with the broker, *leave* is called once, after the last connection, with what was received and never given out.
+    When it ends, by its context or with its broker, `leave` is called once, after the last connection.
+
+    Args:
+        topics: What it reads. Logs name the subscription by *topics* and *group*.
+        group: Its group; None is a subscription without one.
+        lossy: Whether messages are missed while there is no connection. If so, *on_gap* is called after reconnecting.
+        prefetch: How many deliveries may be unsettled in the program's hands. None is handed out beyond that.
+        ahead: How many deliveries are received before the program asks for them, by default *prefetch*. They outlive
+            the connection.
+        reconnect: How long to wait for what.
+        on_gap: Called when messages may have been missed.
+        siblings: The subscriptions of the same broker, which `close_all` ends. This one is in it while it lives.
+
+    Attributes:
+        connected: Whether there is a connection now.
+        unsettled: How many deliveries the transport has made that are not settled, whether or not the program has them
+            yet. The transport counts them, and calls `look_again` when it has lowered the count. It stays 0 where
+            nothing is settled.
 
     Raises:
         ConfigurationError: *prefetch* is below 1.
     """
 
+    unsettled: int = 0
+
     def __init__(
         self,
-        connect: Connect,
         topics: Collection[Topic],
         group: str | None = None,
         *,
@@ -126,12 +129,9 @@ class ResilientSubscription:
         reconnect: ReconnectPolicy,
         on_gap: OnGap | None,
         siblings: set[ResilientSubscription],
-        unsettled: Callable[[], int] | None = None,
-        leave: Leave | None = None,
     ) -> None:
         if prefetch < 1:
             raise ConfigurationError("prefetch is at least 1")
-        self._connect = connect
         self._name = _named(topics, group)
         self._lossy = lossy
         self._prefetch = prefetch
@@ -139,18 +139,38 @@ class ResilientSubscription:
         self._reconnect = reconnect
         self._on_gap = on_gap
         self._siblings = siblings
-        self._unsettled = unsettled
-        self._leave = leave
         self._received: deque[Delivery] = deque()
         self._arrived = asyncio.Event()
         self._room = asyncio.Event()
         self._heard = 0.0
         self._caught_up = 0.0
-        self.connected: bool = False
-        """Whether there is a connection now."""
+        self.connected = False
         self._ended: DiatorError | None = None
         self._pump: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
+
+    # -- what a transport writes ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def connect(self) -> AbstractAsyncContextManager[Source]:
+        """
+        Make one connection. Entered, it receives what is confirmed from now on; left, it is gone.
+
+        Raises, on entry:
+            BrokerClosed: The broker is closed. This ends the subscription.
+            ConfigurationError: The service is set up in a way that connecting again does not fix. This ends it, too.
+            Exception: Connecting failed; the subscription tries again.
+        """
+
+    async def leave(self, not_given_out: Collection[Delivery]) -> None:  # noqa: B027  # many have nothing to do
+        """
+        Wait until the service knows what was settled, and return to it what was not, within a bound of time.
+
+        *not_given_out* is what was received and never handed out: it counts as no attempt. Called once, at the end,
+        also if no connection was ever made. By default there is nothing to do.
+        """
+
+    # -- the program's side --------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
         ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -192,7 +212,9 @@ class ResilientSubscription:
 
     @property
     def _is_full(self) -> bool:
-        return self._unsettled is not None and self._unsettled() - len(self._received) >= self._prefetch
+        return self.unsettled - len(self._received) >= self._prefetch
+
+    # -- what the transport calls --------------------------------------------------------------------------------
 
     def take_back(self, which: Callable[[Delivery], bool] = lambda _: True) -> list[Delivery]:
         """Take *which* of what was received and never asked for, all of it by default: it is given out no more."""
@@ -207,11 +229,11 @@ class ResilientSubscription:
         return taken
 
     def look_again(self) -> None:
-        """Something was settled: perhaps the next one can be given out."""
+        """Note that a delivery was settled: perhaps the next one can be handed out."""
         self._arrived.set()
 
-    def tell_gap(self, since: datetime, reason: str) -> None:
-        """Tell the program that messages may have been missed from *since* until now."""
+    def report_gap(self, since: datetime, reason: str) -> None:
+        """Report to the program that messages may have been missed from *since* until now."""
         if self._on_gap is not None:
             try:
                 self._on_gap(Gap(since=since, until=datetime.now(UTC), reason=reason))
@@ -234,8 +256,7 @@ class ResilientSubscription:
         self._siblings.discard(self)
         if self._pump is not None:
             await _end_of(self._pump)
-        if self._leave is not None:
-            await self._leave(self._received)
+        await self.leave(self._received)
 
     async def _keep_receiving(self, ready: asyncio.Future[None]) -> None:
         loop, pump = asyncio.get_running_loop(), asyncio.current_task()
@@ -247,7 +268,7 @@ class ResilientSubscription:
             since = loop.time()
             connected = False
             try:
-                async with asyncio.timeout(self._reconnect.connect_timeout) as connecting, self._connect() as source:
+                async with asyncio.timeout(self._reconnect.connect_timeout) as connecting, self.connect() as source:
                     connecting.reschedule(None)
                     since, connected = loop.time(), True
                     self.connected = True
@@ -256,7 +277,7 @@ class ResilientSubscription:
                     if lost is not None:
                         logger.info("%s is connected again", self._name)
                     if lost is not None and missed:
-                        self.tell_gap(*lost)
+                        self.report_gap(*lost)
                     lost, missed = None, self._lossy
                     await self._receive_from(source)
             except (Exception, asyncio.CancelledError) as error:  # whatever a client library raises, it is gone
@@ -358,3 +379,50 @@ def _unavailable(error: BaseException) -> DiatorError:
     unavailable = BrokerUnavailable(f"{type(error).__name__}: {error}")
     unavailable.__cause__ = error
     return unavailable
+
+
+class CallbackSubscription(ResilientSubscription):
+    """The older form, made of functions. It goes when no transport uses it any more."""
+
+    def __init__(
+        self,
+        connect: Callable[[], AbstractAsyncContextManager[Source]],
+        topics: Collection[Topic],
+        group: str | None = None,
+        *,
+        lossy: bool,
+        prefetch: int,
+        ahead: int | None = None,
+        reconnect: ReconnectPolicy,
+        on_gap: OnGap | None,
+        siblings: set[ResilientSubscription],
+        unsettled: Callable[[], int] = lambda: 0,
+        leave: Callable[[Collection[Delivery]], Awaitable[None]] | None = None,
+    ) -> None:
+        super().__init__(
+            topics,
+            group,
+            lossy=lossy,
+            prefetch=prefetch,
+            ahead=ahead,
+            reconnect=reconnect,
+            on_gap=on_gap,
+            siblings=siblings,
+        )
+        self._connect = connect
+        self._unsettled = unsettled
+        self._leave = leave
+
+    @property
+    def unsettled(self) -> int:  # type: ignore[override]
+        """See `ResilientSubscription`."""
+        return self._unsettled()
+
+    def connect(self) -> AbstractAsyncContextManager[Source]:
+        """See `ResilientSubscription.connect`."""
+        return self._connect()
+
+    async def leave(self, not_given_out: Collection[Delivery]) -> None:
+        """See `ResilientSubscription.leave`."""
+        if self._leave is not None:
+            await self._leave(not_given_out)

@@ -21,7 +21,7 @@ from diator.brokers.kafka._producer import Producer
 from diator.brokers.kafka._subscription import ReadOptions, Subscription
 from diator.brokers.kafka._topics import MAX_HEADERS_BYTES, MAX_KAFKA_BYTES, TopicPolicy
 from diator.brokers.message import Message
-from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription
+from diator.brokers.supervisor import CallbackSubscription, ReconnectPolicy
 from diator.exceptions import BrokerClosed, ConfigurationError, EncodingError, MessageRejected
 
 
@@ -191,7 +191,7 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
             raise BrokerClosed("this broker is closed")
         subscription = Subscription(topics, group, reading=self._reading, names=self._names, producer=self._service)
         connections = Connections(subscription, self._cluster, self._policy)
-        supervised = subscription.supervised = ResilientSubscription(
+        supervised = subscription.supervised = CallbackSubscription(
             connections.connected,
             topics,
             group,

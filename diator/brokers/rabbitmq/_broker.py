@@ -18,7 +18,7 @@ from diator.brokers.rabbitmq._frames import Publication, header_of
 from diator.brokers.rabbitmq._names import UNUSUAL, routing_key
 from diator.brokers.rabbitmq._publisher import Publisher
 from diator.brokers.rabbitmq._subscription import OF_THE_SERVICE, Connection, QueueType, Subscription
-from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, Source
+from diator.brokers.supervisor import CallbackSubscription, ReconnectPolicy, Source
 from diator.exceptions import BrokerClosed, ConfigurationError, EncodingError
 
 _ROUTING = frozenset({"CC", "BCC"})
@@ -129,7 +129,7 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
             AccessRefused: The user may not declare or read it.
         """
         subscription = Subscription(self._service, self._prefix, topics, group, self._queue_type)
-        subscription.supervised = ResilientSubscription(
+        subscription.supervised = CallbackSubscription(
             lambda: self._reading(subscription, prefetch),
             topics,
             group,

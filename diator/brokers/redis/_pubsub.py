@@ -24,7 +24,7 @@ from diator.brokers.redis._client import (
     send_error,
 )
 from diator.brokers.redis._connection import CommandConnection
-from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, Source
+from diator.brokers.supervisor import CallbackSubscription, ReconnectPolicy, Source
 from diator.exceptions import BrokerClosed, ConfigurationError, DecodingError, MessageUnroutable, UnsupportedCapability
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
             require(self, self.capabilities, competing, for_=f"subscribe(group={group!r})", remedy=remedy)
         channels = {self._channel(topic): topic for topic in topics}
         patterns = {self._channel_of_any(topic) for topic in topics} if self._older_senders else ()
-        subscription = ResilientSubscription(
+        subscription = CallbackSubscription(
             lambda: self._subscribed(channels, patterns),
             topics,
             lossy=True,

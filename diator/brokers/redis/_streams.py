@@ -20,7 +20,7 @@ from diator.brokers.redis._audit import findings
 from diator.brokers.redis._client import Client, RedisConnection, check_client, client_from_url, give_back
 from diator.brokers.redis._connection import CommandConnection
 from diator.brokers.redis._group import BODY, Subscription, ms
-from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, Source
+from diator.brokers.supervisor import CallbackSubscription, ReconnectPolicy, Source
 from diator.exceptions import BrokerClosed, BrokerError, ConfigurationError
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
         subscription = Subscription(
             self._service, streams, str(group), lease=self._lease, prefetch=prefetch, timeout=self._timeout
         )
-        supervised = ResilientSubscription(
+        supervised = CallbackSubscription(
             lambda: self._connected(subscription),
             topics,
             group,

@@ -73,7 +73,7 @@ class Service:
         self.siblings = set()
 
     @asynccontextmanager
-    async def connect(self):
+    async def connection(self):
         self.attempts.append(asyncio.get_running_loop().time())
         self.live += 1
         self.most_live = max(self.live, self.most_live)
@@ -108,7 +108,23 @@ class Service:
     def supervised(self, **options):
         defaults = {"lossy": True, "prefetch": 10, "reconnect": PATIENT, "on_gap": None, "siblings": self.siblings}
         topics = options.pop("topics", [Topic("notification_event", "Counted")])
-        return ResilientSubscription(self.connect, topics, options.pop("group", None), **defaults | options)
+        return Subscription(self, topics, options.pop("group", None), **defaults | options)
+
+
+class Subscription(ResilientSubscription):
+    """What a transport would write: how it connects to the service, and what it does when it leaves."""
+
+    def __init__(self, service, *arguments, leave=None, **options):
+        super().__init__(*arguments, **options)
+        self.service = service
+        self.on_leave = leave
+
+    def connect(self):
+        return self.service.connection()
+
+    async def leave(self, not_given_out):
+        if self.on_leave is not None:
+            await self.on_leave(not_given_out)
 
 
 async def forever():
@@ -772,18 +788,17 @@ async def test_what_asks_after_the_end_is_told_that_there_is_no_more():
 
 
 async def test_no_more_than_prefetch_are_given_out_and_not_settled():
-    unsettled = 0
     service = Service()
-    async with service.supervised(prefetch=2, ahead=4, unsettled=lambda: unsettled) as deliveries:
+    async with service.supervised(prefetch=2, ahead=4) as deliveries:
         service.links[0].tell(1, 2, 3, 4)
         await asyncio.sleep(0.01)
-        unsettled = 4
+        deliveries.unsettled = 4
         assert await take(deliveries, 2) == [1, 2]
         waiting = asyncio.create_task(take(deliveries, 1))
         await asyncio.sleep(0.01)
         assert not waiting.done()
 
-        unsettled -= 1
+        deliveries.unsettled -= 1
         deliveries.look_again()
         assert await waiting == [3]
 
