@@ -1,20 +1,105 @@
-"""Client libraries: whether the library of an extra is installed, and whether it is the library that diator knows."""
+"""The client libraries that the extras install."""
 
 from __future__ import annotations
 
+import dis
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
+from types import CodeType, FunctionType
 
-from diator.exceptions import MissingExtra
+from diator.exceptions import IncompatibleClient, MissingExtra
 
 
 def require_extra(module: str, extra: str, library: str) -> None:
     """
-    Import *library*, which *module* needs.
+    Import *library*, which *module* needs and *extra* installs.
 
     Raises:
-        MissingExtra: It is not installed.
+        MissingExtra: The library is not installed.
     """
     try:
         import_module(library)
     except ModuleNotFoundError as missing:
         raise MissingExtra(module, extra) from missing
+
+
+def require_internals(distribution: str, internals: Mapping[str, Sequence[str]]) -> None:
+    """
+    Check that a client library still has the private and undocumented names that diator uses.
+
+    *internals* maps each module to its names: a class, a function, or `Class.attribute`. A transport calls this when it
+    is imported. Without the check, a renamed attribute would be an AttributeError in the middle of a send, which looks
+    like one of the errors that clients raise for a broken connection.
+
+    Raises:
+        IncompatibleClient: *distribution* lacks one of *internals*.
+    """
+    for module, names in internals.items():
+        for name in names:
+            if not _exists(module, *name.split(".")):
+                installed, wanted = _installed(distribution), supported(distribution)
+                raise IncompatibleClient(distribution, installed, f"{module}.{name}", wanted)
+
+
+def supported(distribution: str) -> str:
+    """Return the requirement by which diator's own metadata asks for *distribution*, such as `rodi<3,>=2.1`."""
+    from importlib.metadata import PackageNotFoundError, requires  # noqa: PLC0415  # 10 ms, needed for an error only
+
+    try:
+        requirements = requires("diator") or []
+    except PackageNotFoundError:  # a checkout that is on the path and not installed
+        requirements = []
+    for requirement in requirements:
+        wanted = requirement.partition(";")[0].strip()
+        found = re.match(r"[\w.-]+", wanted)
+        if found and found[0].lower() == distribution.lower():
+            return wanted
+    return distribution
+
+
+def _installed(distribution: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415  # as above
+
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "of an unknown version"
+
+
+def _exists(module: str, name: str, attribute: str | None = None) -> bool:
+    try:
+        found: object = getattr(import_module(module), name)
+    except (ModuleNotFoundError, AttributeError):
+        return False
+    return attribute is None or (isinstance(found, type) and _has(found, attribute))
+
+
+def _has(owner: type, name: str) -> bool:
+    """
+    Tell whether objects of *owner* have the attribute *name*.
+
+    A method, property, slot or class attribute stands in the table of the class or of a base; an abstract method is a
+    promise only, and does not count. An attribute of an object stands in no table. To build an object and look at it
+    would take a running event loop, and arguments that differ between versions; an annotation can outlive its
+    attribute. So this looks for the assignment itself, in the code of the methods of the class and its bases.
+    """
+    for base in owner.__mro__:
+        if name in vars(base) and not getattr(vars(base)[name], "__isabstractmethod__", False):
+            return True
+    return any(_assigns(code, name) for code in _methods(owner))
+
+
+def _methods(owner: type) -> Iterator[CodeType]:
+    for base in owner.__mro__:
+        for member in vars(base).values():
+            function = inspect.unwrap(member) if isinstance(member, FunctionType) else member  # a decorated __init__
+            if isinstance(function, FunctionType):
+                yield function.__code__
+
+
+def _assigns(code: CodeType, name: str) -> bool:
+    if name not in code.co_names:  # which has loaded names too, and spares reading most of the code
+        return False
+    return any(step.opname == "STORE_ATTR" and step.argval == name for step in dis.get_instructions(code))

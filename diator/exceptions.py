@@ -96,6 +96,26 @@ class MissingExtra(DiatorError, ImportError):
         self.extra = extra
 
 
+class IncompatibleClient(DiatorError, ImportError):
+    """
+    An installed client library lacks an internal attribute that diator uses. Raised when the transport is imported.
+
+    Attributes:
+        distribution: The name of the client library, as pip knows it.
+        version: Its installed version.
+        attribute: What it lacks, with module and class.
+    """
+
+    def __init__(self, distribution: str, version: str, attribute: str, supported: str) -> None:
+        super().__init__(
+            f"{distribution} {version} has no {attribute}, which diator uses; install a version of it that this diator "
+            f"was tested with, by pip install '{supported}', or a newer diator"
+        )
+        self.distribution = distribution
+        self.version = version
+        self.attribute = attribute
+
+
 # -- events ------------------------------------------------------------------------------------------------------
 
 

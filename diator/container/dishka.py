@@ -19,20 +19,20 @@ T = TypeVar("T")
 
 class DishkaContainer:
     """
-    Resolves handlers from a dishka container, in one request scope a send.
+    Resolves handlers from a dishka container, in one request scope for each send.
 
-    The handlers have to be provided there. *container* stays its owner's and is never closed here.
+    The handlers must be provided there. *container* stays its owner's; diator never closes it.
     """
 
     def __init__(self, container: AsyncContainer) -> None:
         self._container = container
 
     async def resolve(self, type_: type[T], /) -> T:
-        """Give a *type_* from the container's own scope, with dishka's errors."""
+        """Return a *type_* from the container's own scope, with dishka's errors."""
         return await self._container.get(type_)
 
     def scope(self, shared: Shared, /) -> AbstractAsyncContextManager[Resolver]:  # dishka keeps its own
-        """See `ScopingResolver.scope`: dishka's request scope, closed with the error that ended it, if one did."""
+        """See `ScopingResolver.scope`. dishka's request scope is closed with the error that ended it, if one did."""
         return self._request_scope()
 
     @asynccontextmanager

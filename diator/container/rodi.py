@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from diator._extras import require_internals
 from diator._hints import name_of
 from diator.container.base import Build, Shared
 from diator.exceptions import ConfigurationError, MissingExtra, ResolutionError
@@ -15,12 +16,29 @@ except ModuleNotFoundError as _missing:
 
 T = TypeVar("T")
 
+# rodi's documentation has no way to ask how a type is registered, or to resolve in a scope that is kept.
+INTERNALS = {
+    "rodi": (
+        "Container.__iter__",
+        "Container.provider",
+        "DecoratorResolver.life_style",
+        "DynamicResolver.life_style",
+        "FactoryResolver.life_style",
+        "InstanceResolver",
+        "ServiceLifeStyle.SINGLETON",
+        "Services.__contains__",
+        "Services.create_scope",
+        "Services.get",
+    )
+}
+require_internals("rodi", INTERNALS)
+
 
 class RodiContainer:
     """
-    Resolves handlers from a rodi container, in one rodi scope a send.
+    Resolves handlers from a rodi container, in one rodi scope for each send.
 
-    The handlers have to be registered there. What is registered after the first send of a type is not seen by it.
+    The handlers must be registered there. A registration after the first send of its type has no effect.
     """
 
     def __init__(self) -> None:
@@ -38,14 +56,15 @@ class RodiContainer:
         self._external_container = container
 
     async def resolve(self, type_: type[T], /) -> T:
-        """Give a *type_*, in a rodi scope of its own. ResolutionError if it is not registered or cannot be built."""
+        """Return a *type_*, in a rodi scope of its own. ResolutionError if it is not registered or cannot be built."""
         return self.factory(type_)({})
 
     def is_shared(self, type_: type) -> bool:
         """Tell whether everybody gets one and the same *type_*, which handlers must not be."""
-        registered = self.external_container._map.get(type_)  # noqa: SLF001  # rodi has no public way to ask
-        lifestyle = getattr(registered, "life_style", None)
-        return isinstance(registered, rodi.InstanceResolver) or lifestyle is rodi.ServiceLifeStyle.SINGLETON
+        resolver = next((found for registered, found in self.external_container if registered is type_), None)
+        if isinstance(resolver, (rodi.DynamicResolver, rodi.FactoryResolver, rodi.DecoratorResolver)):
+            return resolver.life_style is rodi.ServiceLifeStyle.SINGLETON
+        return isinstance(resolver, rodi.InstanceResolver)
 
     def factory(self, type_: type[T], /) -> Build[T]:
         """See `CompilingResolver.factory`: rodi never waits, and has nothing to close."""

@@ -11,6 +11,7 @@ from diator.exceptions import (
     DiatorError,
     EventHandlersFailed,
     EventsNotSent,
+    IncompatibleClient,
     MessageTooLarge,
     MissingExtra,
     ResolutionError,
@@ -35,6 +36,7 @@ def test_there_is_one_root(error):
         ("EncodingError", ValueError),
         ("EventHandlersFailed", ExceptionGroup),
         ("HandlerNotFound", LookupError),
+        ("IncompatibleClient", ImportError),
         ("MessageTooLarge", exceptions.MessageRejected),
         ("MessageTooLarge", ValueError),
         ("MissingExtra", ImportError),
@@ -92,6 +94,14 @@ def test_a_missing_extra_says_how_to_get_it():
 
     assert str(error) == "diator.brokers.redis needs an extra that is not installed: pip install 'diator[redis]'"
     assert error.extra == "redis"
+
+
+def test_an_incompatible_client_names_what_it_lacks_and_the_remedy():
+    error = IncompatibleClient("rodi", "4.0", "rodi.Container.provider", "rodi<3,>=2.1")
+
+    assert str(error).startswith("rodi 4.0 has no rodi.Container.provider, which diator uses; install ")
+    assert "pip install 'rodi<3,>=2.1'" in str(error)
+    assert (error.distribution, error.version, error.attribute) == ("rodi", "4.0", "rodi.Container.provider")
 
 
 def test_too_large_keeps_both_sizes():
