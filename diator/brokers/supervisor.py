@@ -100,16 +100,16 @@ class ResilientSubscription(ABC):
         group: Its group; None is a subscription without one.
         lossy: Whether messages are missed while there is no connection. If so, *on_gap* is called after reconnecting.
         prefetch: How many deliveries may be unsettled in the program's hands. None is handed out beyond that.
-        ahead: How many deliveries are received before the program asks for them, by default *prefetch*. They outlive
+        buffer_size: How many deliveries are received before the program asks for them, by default *prefetch*. They outlive
             the connection.
         reconnect: How long to wait for what.
         on_gap: Called when messages may have been missed.
-        siblings: The subscriptions of the same broker, which `close_all` ends. This one is in it while it lives.
+        registry: The subscriptions of the same broker, which `close_all` ends. This one is in it while it lives.
 
     Attributes:
         connected: Whether there is a connection now.
         unsettled: How many deliveries the transport has made that are not settled, whether or not the program has them
-            yet. The transport counts them, and calls `look_again` when it has lowered the count. It stays 0 where
+            yet. The transport counts them, and calls `notify_settled` when it has lowered the count. It stays 0 where
             nothing is settled.
 
     Raises:
@@ -125,20 +125,20 @@ class ResilientSubscription(ABC):
         *,
         lossy: bool,
         prefetch: int,
-        ahead: int | None = None,
+        buffer_size: int | None = None,
         reconnect: ReconnectPolicy,
         on_gap: OnGap | None,
-        siblings: set[ResilientSubscription],
+        registry: set[ResilientSubscription],
     ) -> None:
         if prefetch < 1:
             raise ConfigurationError("prefetch is at least 1")
         self._name = _named(topics, group)
         self._lossy = lossy
         self._prefetch = prefetch
-        self._ahead = prefetch if ahead is None else ahead
+        self._buffer_size = prefetch if buffer_size is None else buffer_size
         self._reconnect = reconnect
         self._on_gap = on_gap
-        self._siblings = siblings
+        self._registry = registry
         self._received: deque[Delivery] = deque()
         self._arrived = asyncio.Event()
         self._room = asyncio.Event()
@@ -175,7 +175,7 @@ class ResilientSubscription(ABC):
     async def __aenter__(self) -> Self:
         ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pump = asyncio.create_task(self._keep_receiving(ready), name="diator: receiving")
-        self._siblings.add(self)
+        self._registry.add(self)
         try:
             await ready
         except BaseException:
@@ -201,7 +201,7 @@ class ResilientSubscription(ABC):
             self._arrived.clear()
             await self._arrived.wait()
         delivery = received.popleft()
-        if len(received) == self._ahead // 2:  # not before: receiving a few costs as much as receiving many
+        if len(received) == self._buffer_size // 2:  # not before: receiving a few costs as much as receiving many
             self._room.set()
         return delivery
 
@@ -216,7 +216,7 @@ class ResilientSubscription(ABC):
 
     # -- what the transport calls --------------------------------------------------------------------------------
 
-    def take_back(self, which: Callable[[Delivery], bool] = lambda _: True) -> list[Delivery]:
+    def remove_prefetched(self, which: Callable[[Delivery], bool] = lambda _: True) -> list[Delivery]:
         """Take *which* of what was received and never asked for, all of it by default: it is given out no more."""
         taken: list[Delivery] = []
         kept: list[Delivery] = []
@@ -228,7 +228,7 @@ class ResilientSubscription(ABC):
         self._arrived.set()
         return taken
 
-    def look_again(self) -> None:
+    def notify_settled(self) -> None:
         """Note that a delivery was settled: perhaps the next one can be handed out."""
         self._arrived.set()
 
@@ -253,7 +253,7 @@ class ResilientSubscription(ABC):
         await asyncio.shield(self._ending)
 
     async def _end_once(self) -> None:
-        self._siblings.discard(self)
+        self._registry.discard(self)
         if self._pump is not None:
             await _end_of(self._pump)
         await self.leave(self._received)
@@ -310,7 +310,7 @@ class ResilientSubscription(ABC):
             watching = asyncio.create_task(self._watch(source, alive), name="diator: watching for silence")
             try:
                 while True:
-                    while (room := self._ahead - len(self._received)) <= 0:
+                    while (room := self._buffer_size - len(self._received)) <= 0:
                         self._room.clear()
                         await self._room.wait()
                         self._heard = asyncio.get_running_loop().time()  # nobody listened meanwhile
@@ -392,10 +392,10 @@ class CallbackSubscription(ResilientSubscription):
         *,
         lossy: bool,
         prefetch: int,
-        ahead: int | None = None,
+        buffer_size: int | None = None,
         reconnect: ReconnectPolicy,
         on_gap: OnGap | None,
-        siblings: set[ResilientSubscription],
+        registry: set[ResilientSubscription],
         unsettled: Callable[[], int] = lambda: 0,
         leave: Callable[[Collection[Delivery]], Awaitable[None]] | None = None,
     ) -> None:
@@ -404,10 +404,10 @@ class CallbackSubscription(ResilientSubscription):
             group,
             lossy=lossy,
             prefetch=prefetch,
-            ahead=ahead,
+            buffer_size=buffer_size,
             reconnect=reconnect,
             on_gap=on_gap,
-            siblings=siblings,
+            registry=registry,
         )
         self._connect = connect
         self._unsettled = unsettled

@@ -197,10 +197,10 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
             group,
             lossy=False,
             prefetch=prefetch,
-            ahead=prefetch + self._extra_prefetch,
+            buffer_size=prefetch + self._extra_prefetch,
             reconnect=self._reconnect,
             on_gap=on_gap,
-            siblings=self._service.subscriptions,
+            registry=self._service.subscriptions,
             unsettled=lambda: subscription.unsettled,
             leave=connections.leave,
         )

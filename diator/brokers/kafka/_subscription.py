@@ -159,11 +159,11 @@ class Subscription:
             partition.out = 0
         self._delayed = [each for each in self._delayed if not each[2].lost]
         heapq.heapify(self._delayed)
-        self.supervised.take_back(lambda delivery: _token(delivery).partition.lost)
+        self.supervised.remove_prefetched(lambda delivery: _token(delivery).partition.lost)
 
     def withdraw(self, partitions: Collection[Partition]) -> None:
         """Take back what of *partitions* was received and not given out."""
-        for delivery in self.supervised.take_back(lambda delivery: _token(delivery).partition in partitions):
+        for delivery in self.supervised.remove_prefetched(lambda delivery: _token(delivery).partition in partitions):
             _token(delivery).partition.out -= 1
             self.unsettled -= 1
 
@@ -343,7 +343,7 @@ class Subscription:
             self.freed.set()
         if self.is_held_back:
             self.wake()
-        self.supervised.look_again()
+        self.supervised.notify_settled()
 
     def is_too_far(self, partition: Partition) -> bool:
         """Whether nothing more of *partition* is to be read for now."""

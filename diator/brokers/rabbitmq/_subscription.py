@@ -108,7 +108,7 @@ class Subscription:
 
     def release(self, reading: Connection) -> None:
         """Have what was acknowledged told, and what nobody has seen given back, and close the connection."""
-        unseen = self.supervised.take_back() if self.supervised else []
+        unseen = self.supervised.remove_prefetched() if self.supervised else []
         self.holds -= len(unseen)
         tags = {cast("_Token", delivery.token).tag for delivery in unseen}
         self._background.start(reading.end(tags), "ending a subscription")
@@ -222,7 +222,7 @@ class Connection(Channel):
         self._something.set()
         if self._subscription.supervised is not None:
             self._subscription.holds -= len(
-                self._subscription.supervised.take_back(lambda delivery: delivery.settler is self)
+                self._subscription.supervised.remove_prefetched(lambda delivery: delivery.settler is self)
             )
 
     # -- settling ------------------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ class Connection(Channel):
         del self._open[tag]
         self._subscription.holds -= 1
         if self._subscription.supervised is not None:
-            self._subscription.supervised.look_again()
+            self._subscription.supervised.notify_settled()
 
     async def _tell(self, _: Sequence[int]) -> None:
         """

@@ -157,10 +157,10 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
             topics,
             lossy=True,
             prefetch=prefetch,
-            ahead=prefetch + self._extra_prefetch,
+            buffer_size=prefetch + self._extra_prefetch,
             reconnect=self._reconnect,
             on_gap=on_gap,
-            siblings=self._service.subscriptions,
+            registry=self._service.subscriptions,
         )
         async with subscription as deliveries:
             yield deliveries

@@ -173,14 +173,14 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
             group,
             lossy=False,
             prefetch=prefetch,
-            ahead=prefetch + self._extra_prefetch,
+            buffer_size=prefetch + self._extra_prefetch,
             reconnect=self._reconnect,
             on_gap=on_gap,
-            siblings=self._service.subscriptions,
+            registry=self._service.subscriptions,
             unsettled=lambda: subscription.holds,
             leave=subscription.leave,
         )
-        subscription.on_settled = supervised.look_again
+        subscription.on_settled = supervised.notify_settled
         async with supervised as deliveries:
             yield deliveries
 

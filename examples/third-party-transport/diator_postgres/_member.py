@@ -146,7 +146,7 @@ class Member:
         """From now on it is renewed no more, so that it comes again if this fails."""
         token = cast(Token, delivery.token)
         self.held.discard(token)
-        self.supervised.look_again()
+        self.supervised.notify_settled()
         return token
 
     async def _tell(self, tokens: Sequence[Token], statement: str = _DONE, *values: object) -> None:

@@ -137,10 +137,10 @@ class PostgresMessageBroker(ServiceBroker[Link]):
             group,
             lossy=False,  # what is sent meanwhile waits in the table. That it waited in vain is told by the member
             prefetch=prefetch,
-            ahead=min(prefetch, 32),  # the other members want some, too
+            buffer_size=min(prefetch, 32),  # the other members want some, too
             reconnect=self._reconnect,
             on_gap=on_gap,
-            siblings=self._reader.subscriptions,
+            registry=self._reader.subscriptions,
             unsettled=lambda: len(member.held),
             leave=member.leave,
         )

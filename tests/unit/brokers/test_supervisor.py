@@ -106,7 +106,7 @@ class Service:
         return await self.next_link()
 
     def supervised(self, **options):
-        defaults = {"lossy": True, "prefetch": 10, "reconnect": PATIENT, "on_gap": None, "siblings": self.siblings}
+        defaults = {"lossy": True, "prefetch": 10, "reconnect": PATIENT, "on_gap": None, "registry": self.siblings}
         topics = options.pop("topics", [Topic("notification_event", "Counted")])
         return Subscription(self, topics, options.pop("group", None), **defaults | options)
 
@@ -383,7 +383,7 @@ async def test_what_is_taken_back_is_given_to_nobody():
     async with service.supervised(lossy=False) as deliveries:
         service.links[0].tell(1, 2, 3)
         assert await take(deliveries, 1) == [1]
-        taken = deliveries.take_back()
+        taken = deliveries.remove_prefetched()
         service.links[0].tell(4)
 
         assert [int(each.body) for each in taken] == [2, 3]
@@ -488,7 +488,7 @@ async def test_a_quiet_peer_that_answers_is_alive():
 
 async def test_a_busy_peer_is_not_asked():
     service = Service()
-    async with service.supervised(reconnect=replace(WATCHFUL, idle_timeout=0.15), ahead=100) as deliveries:
+    async with service.supervised(reconnect=replace(WATCHFUL, idle_timeout=0.15), buffer_size=100) as deliveries:
         for number in range(20):
             await asyncio.sleep(0.02)
             service.links[0].tell(number)
@@ -500,7 +500,7 @@ async def test_a_busy_peer_is_not_asked():
 async def test_a_slow_consumer_is_not_taken_for_a_silent_peer():
     """Nobody listens while there is no room; then the connection is as good as before."""
     service = Service()
-    async with service.supervised(reconnect=WATCHFUL, ahead=2) as deliveries:
+    async with service.supervised(reconnect=WATCHFUL, buffer_size=2) as deliveries:
         [link] = service.links
         link.tell(*range(6))
         for number in range(6):
@@ -512,7 +512,7 @@ async def test_a_slow_consumer_is_not_taken_for_a_silent_peer():
 
 async def test_a_peer_that_died_behind_a_slow_consumer_is_noticed_afterwards():
     service = Service()
-    async with service.supervised(reconnect=WATCHFUL, ahead=2) as deliveries:
+    async with service.supervised(reconnect=WATCHFUL, buffer_size=2) as deliveries:
         service.links[0].on_probe = forever
         service.links[0].tell(1, 2)
         await asyncio.sleep(0.2)
@@ -529,7 +529,7 @@ async def test_a_peer_that_died_behind_a_slow_consumer_is_noticed_afterwards():
 @pytest.mark.parametrize("ahead", [1, 3, 10])
 async def test_no_more_is_read_ahead_than_was_allowed(ahead):
     service = Service()
-    async with service.supervised(prefetch=ahead) as deliveries:
+    async with service.supervised(prefetch=buffer_size) as deliveries:
         [link] = service.links
         link.tell(*range(100))
         for taken in range(0, 50, 5):
@@ -544,7 +544,7 @@ async def test_no_more_is_read_ahead_than_was_allowed(ahead):
 async def test_it_receives_again_when_half_is_gone():
     """Many at a time, and not each by itself. Until then nobody listens, and no peer is taken for a silent one."""
     service = Service()
-    async with service.supervised(reconnect=WATCHFUL, ahead=10) as deliveries:
+    async with service.supervised(reconnect=WATCHFUL, buffer_size=10) as deliveries:
         [link] = service.links
         link.on_probe = forever
         link.tell(*range(30))
@@ -789,7 +789,7 @@ async def test_what_asks_after_the_end_is_told_that_there_is_no_more():
 
 async def test_no_more_than_prefetch_are_given_out_and_not_settled():
     service = Service()
-    async with service.supervised(prefetch=2, ahead=4) as deliveries:
+    async with service.supervised(prefetch=2, buffer_size=4) as deliveries:
         service.links[0].tell(1, 2, 3, 4)
         await asyncio.sleep(0.01)
         deliveries.unsettled = 4
@@ -799,7 +799,7 @@ async def test_no_more_than_prefetch_are_given_out_and_not_settled():
         assert not waiting.done()
 
         deliveries.unsettled -= 1
-        deliveries.look_again()
+        deliveries.notify_settled()
         assert await waiting == [3]
 
 
