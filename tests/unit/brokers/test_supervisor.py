@@ -70,7 +70,7 @@ class Service:
         self.connected = asyncio.Event()
         self.on_close = None
         self.prepare = lambda link: None
-        self.siblings = set()
+        self.registry = set()
 
     @asynccontextmanager
     async def connection(self):
@@ -106,7 +106,7 @@ class Service:
         return await self.next_link()
 
     def supervised(self, **options):
-        defaults = {"lossy": True, "prefetch": 10, "reconnect": PATIENT, "on_gap": None, "registry": self.siblings}
+        defaults = {"lossy": True, "prefetch": 10, "reconnect": PATIENT, "on_gap": None, "registry": self.registry}
         topics = options.pop("topics", [Topic("notification_event", "Counted")])
         return Subscription(self, topics, options.pop("group", None), **defaults | options)
 
@@ -526,19 +526,19 @@ async def test_a_peer_that_died_behind_a_slow_consumer_is_noticed_afterwards():
 # -- what is held ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ahead", [1, 3, 10])
-async def test_no_more_is_read_ahead_than_was_allowed(ahead):
+@pytest.mark.parametrize("prefetch", [1, 3, 10])
+async def test_no_more_is_prefetched_than_was_allowed(prefetch):
     service = Service()
-    async with service.supervised(prefetch=buffer_size) as deliveries:
+    async with service.supervised(prefetch=prefetch) as deliveries:
         [link] = service.links
         link.tell(*range(100))
         for taken in range(0, 50, 5):
             await asyncio.sleep(0.01)
-            assert len(link.arriving) == 100 - taken - ahead
+            assert len(link.arriving) == 100 - taken - prefetch
             assert await take(deliveries, 5) == [*range(taken, taken + 5)]
         assert await take(deliveries, 50) == [*range(50, 100)]
 
-    assert 0 < min(link.asked_for) <= max(link.asked_for) <= ahead
+    assert 0 < min(link.asked_for) <= max(link.asked_for) <= prefetch
 
 
 async def test_it_receives_again_when_half_is_gone():
@@ -559,7 +559,7 @@ async def test_it_receives_again_when_half_is_gone():
     assert service.links == [link]
 
 
-async def test_read_ahead_is_bounded_over_all_connections():
+async def test_prefetching_is_bounded_over_all_connections():
     service = Service()
     service.prepare = lambda link: link.tell(*range(2), ConnectionError())
     async with service.supervised(prefetch=5) as deliveries:
@@ -714,10 +714,10 @@ async def test_the_transport_leaves_after_the_last_connection():
     async with service.supervised(leave=leave) as deliveries:
         service.links[0].tell(1, 2, 3)
         await take(deliveries, 1)
-        assert service.siblings == {deliveries}
+        assert service.registry == {deliveries}
 
     assert leave.calls == [(0, [2, 3])]
-    assert service.siblings == set()
+    assert service.registry == set()
 
 
 async def test_a_transport_that_never_was_connected_leaves_too():
@@ -727,20 +727,20 @@ async def test_a_transport_that_never_was_connected_leaves_too():
         await service.supervised(leave=leave).__aenter__()
 
     assert leave.calls == [(0, [])]
-    assert service.siblings == set()
+    assert service.registry == set()
 
 
 async def test_a_broker_ends_its_subscriptions():
     """Those who wait hear it, and those who come later; what was received is given to nobody, and it leaves once."""
     service, other = Service(), Service()
     leave = Leaving(service)
-    other.siblings = service.siblings
+    other.registry = service.registry
     async with service.supervised(leave=leave) as deliveries, other.supervised() as others:
         waiting = asyncio.create_task(take(others, 1))
         service.links[0].tell(1, 2)
         await take(deliveries, 1)
 
-        await close_all(service.siblings)
+        await close_all(service.registry)
 
         assert service.live == other.live == 0
         assert leave.calls == [(0, [2])]
