@@ -76,7 +76,7 @@ class FaultProxy:
         """Break every connection as soon as *count* more bytes have gone in the direction of *flow*, once."""
         self._cuts[flow] = count
 
-    def forget(self) -> None:
+    def black_hole_existing(self) -> None:
         """Lose for good what goes through the connections that there are, as a NAT does that has forgotten them."""
         for link in self._links.values():
             link.forgotten = True

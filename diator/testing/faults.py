@@ -1,7 +1,7 @@
 """
 A broker inside the process that fails as it is told to: for tests of what a program makes of it.
 
-What can happen to a message is a value: `lost`, `repeated`, `unavailable`, … A test says which message meets which of
+What can happen to a message is a value: `lost`, `duplicated`, `unavailable`, … A test says which message meets which of
 them, in advance and exactly, so that it runs the same way every time. Each says what a real transport would do alike.
 """
 
@@ -35,16 +35,16 @@ __all__ = [
     "FaultyMessageBroker",
     "SendFault",
     "crashed",
+    "duplicated",
     "held",
     "lost",
-    "overtaken",
+    "no_fault",
     "rejected",
-    "repeated",
+    "reordered",
     "unavailable",
     "unknown_and_lost",
     "unknown_but_sent",
     "unroutable",
-    "well",
 ]
 
 
@@ -64,11 +64,11 @@ class DeliveryFault(_Fault):
     """What becomes of a delivery to a consumer. For `FaultyMessageBroker.on_delivery`."""
 
 
-class _Well(SendFault, DeliveryFault):
+class _NoFault(SendFault, DeliveryFault):
     pass
 
 
-well: _Well = _Well("well")
+no_fault: _NoFault = _NoFault("no_fault")
 """Nothing: for the messages between those that something happens to."""
 
 unavailable: SendFault = SendFault("unavailable")
@@ -89,10 +89,10 @@ unknown_and_lost: SendFault = SendFault("unknown_and_lost")
 lost: SendFault = SendFault("lost")
 """Confirmed, and gone: nobody was subscribed (Redis Pub/Sub), or the service died and had not stored it."""
 
-repeated: SendFault = SendFault("repeated")
+duplicated: SendFault = SendFault("duplicated")
 """Confirmed, and there twice, with one id: somebody sent it again after an unknown outcome, as an outbox does."""
 
-overtaken: SendFault = SendFault("overtaken")
+reordered: SendFault = SendFault("reordered")
 """Confirmed, and there after the next one: two senders, two partitions, or one that was given back."""
 
 held: SendFault = SendFault("held")
@@ -139,9 +139,9 @@ class FaultyMessageBroker(MemoryMessageBroker):
     then nothing happens any more. Of several scripts, the first that has something for a message decides.
 
         broker.on_send(unavailable)  # the first message that is sent, whichever it is
-        broker.on_send(well, lost, of=UserJoined)  # the second UserJoined
-        broker.on_send(repeated, cycle=True)  # each one
-        broker.on_send(lost, well, well, seed=7)  # about every third, and always the same ones
+        broker.on_send(no_fault, lost, of=UserJoined)  # the second UserJoined
+        broker.on_send(duplicated, cycle=True)  # each one
+        broker.on_send(lost, no_fault, no_fault, seed=7)  # about every third, and always the same ones
         broker.on_delivery(crashed)  # the first delivery
 
     A retry that asks for a delay comes at once: a test does not wait.
@@ -158,7 +158,7 @@ class FaultyMessageBroker(MemoryMessageBroker):
         self.deliveries: list[Delivery] = []
         self._send_scripts: list[_Script[SendFault, Message]] = []
         self._delivery_scripts: list[_Script[DeliveryFault, Delivery]] = []
-        self._overtaken: list[Message] = []
+        self._reordered: list[Message] = []
         self._held: list[Message] = []
         self._subscriptions: list[_Reading] = []
         self._progress = asyncio.Event()
@@ -223,18 +223,18 @@ class FaultyMessageBroker(MemoryMessageBroker):
             raise _NOT_SENT[fault](f"{fault}, as scripted", message_id=message.message_id)
         if fault is held:
             self._held.append(message)
-        elif fault is overtaken:
-            self._overtaken.append(message)
+        elif fault is reordered:
+            self._reordered.append(message)
         elif fault is not lost:
-            for _ in range(2 if fault is repeated else 1):
+            for _ in range(2 if fault is duplicated else 1):
                 await super().send_message(message)
-            await self._let_overtaken_follow()
+            await self._send_reordered()
         if fault is unknown_but_sent:
             raise OutcomeUnknown(f"{fault}, as scripted", message_id=message.message_id)
         await self.sent.send_message(message)
 
-    async def _let_overtaken_follow(self) -> None:
-        follow, self._overtaken = self._overtaken, []
+    async def _send_reordered(self) -> None:
+        follow, self._reordered = self._reordered, []
         for message in follow:
             await super().send_message(message)
 
@@ -320,8 +320,8 @@ class FaultyMessageBroker(MemoryMessageBroker):
             if len(self._subscriptions) < subscribed or self._waiting or self._out:
                 self._progress.clear()
                 await self._progress.wait()
-            elif self._overtaken:
-                await self._let_overtaken_follow()  # nothing comes that could go before them
+            elif self._reordered:
+                await self._send_reordered()  # nothing comes that could go before them
             else:
                 return
 
@@ -360,7 +360,7 @@ def _script(
         chance = random.Random(seed)  # noqa: S311  # repeatable is what it has to be
         steps = (chance.choice(faults) for _ in itertools.count())
     told = f"{call}({', '.join(map(repr, faults))}{f', of={of.__name__}' if of else ''})"
-    return _Script(told, wants, steps, [each for each in faults if each is not well], by_chance=seed is not None)
+    return _Script(told, wants, steps, [each for each in faults if each is not no_fault], by_chance=seed is not None)
 
 
 def _step(scripts: Sequence[_Script[F, M]], met: M) -> F | None:

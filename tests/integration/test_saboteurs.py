@@ -27,7 +27,7 @@ def harness_of(saboteur, limits):
         def transport(self):
             """Brokers of one scenario share a service."""
             made = saboteur()
-            return made.beside(self.services.setdefault(asyncio.get_running_loop(), made))
+            return made.share_service(self.services.setdefault(asyncio.get_running_loop(), made))
 
         def full(self, room):
             return saboteur(capacity=room)
@@ -45,7 +45,7 @@ def harness_of(saboteur, limits):
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_is_caught(saboteur, id_):
     """Each transport with a defect fails the scenarios that it names."""
-    hurried = Limits(scale=0.04, settle=0.03, redelivery=0.3, lag=0.3)
+    hurried = Limits(scale=0.04, quiet=0.03, redelivery=0.3, lag=0.3)
 
     result = run_scenario(SCENARIOS[id_], harness_of(saboteur, hurried), seed=1)
 
@@ -77,7 +77,7 @@ class Inert:
 
     def withhold(self, *_): ...
 
-    black_hole = refuse = reject = forget = cut = reset = delay = cut_after = withhold
+    black_hole = refuse = reject = black_hole_existing = cut = reset = delay = cut_after = withhold
 
     async def heal(self): ...
 
@@ -98,7 +98,7 @@ class Calm(MemoryHarness):
 
     faults = frozenset({"proxy", "crash", "processes", "outages", "operator", "topology", "alarm", "security"})
     facilities = MemoryHarness.facilities | faults
-    limits = Limits(scale=0.04, settle=0.03, lag=0.3, timeout=0.5, liveness=0.5, recovery=0.5, pause=0.05)
+    limits = Limits(scale=0.04, quiet=0.03, lag=0.3, timeout=0.5, liveness=0.5, recovery=0.5, max_delay=0.05)
     deviations: ClassVar = {}
     services: ClassVar = {}
     password = "nobody-asks-for-it"
@@ -106,7 +106,7 @@ class Calm(MemoryHarness):
 
     def transport(self):
         made = self.broker()
-        return made.beside(self.services.setdefault(asyncio.get_running_loop(), made))
+        return made.share_service(self.services.setdefault(asyncio.get_running_loop(), made))
 
     @asynccontextmanager
     async def inert(self):
@@ -184,7 +184,7 @@ def restarted(broker, *, forgets):
             made = broker()
             made.outage = self.outage
             self.outage.brokers.append(made)
-            return made.beside(self.services.setdefault(asyncio.get_running_loop(), made))
+            return made.share_service(self.services.setdefault(asyncio.get_running_loop(), made))
 
     return Restarted()
 

@@ -20,7 +20,7 @@ a transport is known to fail is a `Deviation`, which is data, has a reason, and 
 
 from diator.brokers.base import Transport
 from diator.testing.conformance import scenarios
-from diator.testing.conformance._context import Context, Handlings
+from diator.testing.conformance._context import ConsumerRun, Context
 from diator.testing.conformance._harness import (
     Access,
     DeadLettered,
@@ -31,7 +31,7 @@ from diator.testing.conformance._harness import (
     Outages,
     Proxy,
 )
-from diator.testing.conformance._ledger import Ledger, Nonconformance, Received, Verdict
+from diator.testing.conformance._ledger import Comparison, Ledger, Nonconformance, Received
 from diator.testing.conformance._pytest import TransportConformance
 from diator.testing.conformance._reader import Reader
 from diator.testing.conformance._report import SUITE_VERSION, Report
@@ -40,11 +40,12 @@ from diator.testing.conformance._scenario import SCENARIOS, Scenario, select
 
 __all__ = [  # noqa: RUF022  # plainly sorted
     "Access",
+    "Comparison",
+    "ConsumerRun",
     "Context",
     "DeadLettered",
     "Deviation",
     "EnvironmentMissing",
-    "Handlings",
     "Harness",
     "Ledger",
     "Limits",
@@ -61,7 +62,6 @@ __all__ = [  # noqa: RUF022  # plainly sorted
     "Transport",
     "TransportConformance",
     "UnknownScenario",
-    "Verdict",
     "run_scenario",
     "run_suite",
     "scenarios",

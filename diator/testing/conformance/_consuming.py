@@ -31,7 +31,7 @@ ONCE = RetryPolicy(immediate_retries=0, delayed_retries=0)
 """What fails is put aside at once."""
 
 
-class Handlings:
+class ConsumerRun:
     """
     A consumer at work, and what became of its deliveries.
 
@@ -76,7 +76,7 @@ class Handlings:
             subscribed.cancel()
 
     @property
-    def tells_of_its_connection(self) -> bool:
+    def reports_connection(self) -> bool:
         """Whether the transport says if the subscription has one."""
         return hasattr(self._announcing.deliveries, "connected")
 
@@ -86,7 +86,7 @@ class Handlings:
             message_name=self.topic.message_name, payload={"number": number, "tags": [], **payload}, key=key
         )
 
-    async def become(self, count: int) -> list[Handled]:
+    async def until_handled(self, count: int) -> list[Handled]:
         """Wait until *count* deliveries were handled."""
         while len(self.handled) < count:
             self._progress.clear()

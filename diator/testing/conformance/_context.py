@@ -13,12 +13,12 @@ from diator.brokers.base import Gap, Topic, Transport
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
 from diator.exceptions import BrokerError, BrokerUnavailable, MessageUnroutable, OutcomeUnknown
-from diator.testing.conformance._consuming import Handle, Handlings
+from diator.testing.conformance._consuming import ConsumerRun, Handle
 from diator.testing.conformance._harness import Harness, Limits, Outages, Proxy
 from diator.testing.conformance._ledger import Ledger, Nonconformance, NotApplicable, Received, fate_of
 from diator.testing.conformance._reader import Reader, Work, cancelled, share
 
-__all__ = ["Context", "Handlings"]
+__all__ = ["ConsumerRun", "Context"]
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
@@ -81,7 +81,7 @@ class Context:
         self._resources.push_async_callback(broker.aclose)
         return broker
 
-    async def entered(self, reading: AbstractAsyncContextManager[Reader]) -> Reader:
+    async def enter(self, reading: AbstractAsyncContextManager[Reader]) -> Reader:
         """Enter *reading* until the end of the scenario."""
         return await self._resources.enter_async_context(reading)
 
@@ -137,7 +137,7 @@ class Context:
         """Have *readers* read while *sending* runs, and until nothing is left. See `share`."""
         return await share(readers, sending, limits=self.limits, work=work)
 
-    async def until_done(self, reader: Reader, count: int) -> None:
+    async def until_acknowledged(self, reader: Reader, count: int) -> None:
         """Read until *count* messages are acknowledged: what comes again may come later than what is new."""
         await reader.until_fence()
         received = [each for each in self.ledger.received if each.subscription == reader.name]
@@ -153,7 +153,7 @@ class Context:
         """Have a service that may be broken, until the end of the scenario. To be done before a broker is made."""
         return await self._resources.enter_async_context(self.harness.private())
 
-    async def persist(self, broker: Transport, message: Message) -> None:
+    async def send_until_confirmed(self, broker: Transport, message: Message) -> None:
         """Send *message* until it is confirmed, or nobody is there to receive it. Each try is in the ledger."""
         while True:
             try:
@@ -164,23 +164,23 @@ class Context:
                 await asyncio.sleep(0.05)
 
     @asynccontextmanager
-    async def consuming(self, broker: Transport, handle: Handle, **options: Any) -> AsyncGenerator[Handlings, None]:
+    async def consuming(self, broker: Transport, handle: Handle, **options: Any) -> AsyncGenerator[ConsumerRun, None]:
         """Run a `Consumer` of *broker* that has *handle* called for each event; it is stopped at the end."""
-        handlings = self.wired(broker, handle, **options)
-        running = asyncio.create_task(handlings.run())
+        run = self.consumer_run(broker, handle, **options)
+        running = asyncio.create_task(run.run())
         try:
-            await handlings.ready(running)
-            yield handlings
+            await run.ready(running)
+            yield run
         finally:
-            handlings.consumer.stop()
-            handlings.consumer.stop()
+            run.consumer.stop()
+            run.consumer.stop()
             await asyncio.wait({running})
             if not running.cancelled():
                 running.result()
 
-    def wired(self, broker: Transport, handle: Handle, **options: Any) -> Handlings:
+    def consumer_run(self, broker: Transport, handle: Handle, **options: Any) -> ConsumerRun:
         """Make a `Consumer` of *broker* that has *handle* called for each event. It does not run."""
-        return Handlings(broker, self.name("-event"), handle, consumer=self.harness.consumer, **options)
+        return ConsumerRun(broker, self.name("-event"), handle, consumer=self.harness.consumer, **options)
 
     # -- judging -------------------------------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ class Context:
             raise Nonconformance(f"{what} raises {other!r}, and should raise {error.__name__}") from other
         raise Nonconformance(f"{what} raises nothing, and should raise {error.__name__}")
 
-    async def or_broker_error(self, doing: Awaitable[object], what: str) -> None:
+    async def allow_broker_error(self, doing: Awaitable[object], what: str) -> None:
         """Let *doing* succeed, or raise an error of the contract; `Nonconformance` if it raises another one."""
         try:
             await doing

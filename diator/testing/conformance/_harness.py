@@ -33,7 +33,7 @@ class Limits:
 
     scale: float = float(os.environ.get("DIATOR_CONFORMANCE_SCALE", "1"))
     """What every deadline is multiplied by."""
-    settle: float = 0.1
+    quiet: float = 0.1
     """For how long nothing has to come before nothing is coming; only used after a fence, or while held back."""
     redelivery: float = 5.0
     """Within what a delivery comes again that was not settled when its subscription ended."""
@@ -43,7 +43,7 @@ class Limits:
     """Within what it notices that a silent peer is gone."""
     recovery: float = 10.0
     """Within what it receives again once the service is back."""
-    pause: float = 30.0
+    max_delay: float = 30.0
     """The longest pause between two tries to connect again."""
     lag: float = 1.0
     """How late a delivery may be on a machine that is busy, where a scenario is about somebody being held up."""
@@ -96,7 +96,7 @@ class Proxy(Protocol):
     def cut_after(self, count: int, flow: Flow) -> None:
         """Break every connection as soon as *count* more bytes have gone in the direction of *flow*, once."""
 
-    def forget(self) -> None:
+    def black_hole_existing(self) -> None:
         """Lose everything of the connections that there are, for good. Those to come are as good as ever."""
 
     def refuse(self) -> None:

@@ -74,13 +74,13 @@ class Received:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Comparison:
     """What the deliveries to one subscription were, held against what was sent to it. In the order of sending."""
 
     subscription: str
     lost: Sequence[UUID] = ()
     """Confirmed, never delivered, and in no gap that was told."""
-    repeated: Sequence[UUID] = ()
+    duplicated: Sequence[UUID] = ()
     """Delivered again, and nothing that would explain it."""
     explained: Sequence[UUID] = ()
     """Delivered again because it was given back, not settled, or perhaps sent twice."""
@@ -89,11 +89,11 @@ class Verdict:
     reordered: Sequence[UUID] = ()
     """First delivered after one that was sent later."""
 
-    def demand(self, *, in_order: bool = False, may_lose: bool = False, may_repeat: bool = False) -> None:
+    def verify(self, *, in_order: bool = False, may_lose: bool = False, may_duplicate: bool = False) -> None:
         """Raise `Nonconformance` unless each message came, once or with an explanation, and nothing else did."""
         faults = {
             "lost": () if may_lose else self.lost,
-            "repeated without a reason": () if may_repeat else self.repeated,
+            "duplicated without a reason": () if may_duplicate else self.duplicated,
             "unexpected": self.unexpected,
             "out of order": self.reordered if in_order else (),
         }
@@ -114,7 +114,7 @@ class Ledger:
         self.sent.append(sent)
         return sent
 
-    def judge(self, subscription: str, expected: Iterable[Message], *, gaps: Sequence[Gap] = ()) -> Verdict:
+    def compare(self, subscription: str, expected: Iterable[Message], *, gaps: Sequence[Gap] = ()) -> Comparison:
         """
         Compare what came to *subscription* with the messages that it was entitled to, which are *expected*.
 
@@ -136,10 +136,10 @@ class Ledger:
                 came[received.id].append(received)
         wanted = {*ids}
         places = {each: place for place, each in enumerate(ids)}
-        return Verdict(
+        return Comparison(
             subscription=subscription,
             lost=[each for each in ids if each in sure and each not in came],
-            repeated=[each for each in ids if _unexplained(came.get(each, ()), fates[each])],
+            duplicated=[each for each in ids if _unexplained(came.get(each, ()), fates[each])],
             explained=[each for each in ids if _explained(came.get(each, ()), fates[each])],
             unexpected=[each for each in came if each is None or each not in wanted or {*fates[each]} == {"failed"}],
             reordered=_late([places[each] for each in came if each is not None and each in places], ids),

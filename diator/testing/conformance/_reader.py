@@ -107,10 +107,10 @@ class Reader:
         await self.until_fence(settle=settle)
         return [received for received in self._ledger.received[begun:] if received.subscription == self.name]
 
-    async def is_held_back(self) -> None:
+    async def expect_nothing(self) -> None:
         """Raise `Nonconformance` if a delivery comes although it must not. Something has to be waiting."""
         waiting = asyncio.ensure_future(anext(self.deliveries))
-        done, _ = await asyncio.wait({waiting}, timeout=self._limits.settle)
+        done, _ = await asyncio.wait({waiting}, timeout=self._limits.quiet)
         await cancelled(waiting)
         if done:
             raise Nonconformance(f"{self.name!r} received {waiting.result()} where nothing may come")
@@ -119,7 +119,7 @@ class Reader:
         taken: list[Received] = []
         while True:
             waiting = asyncio.create_task(self.take(1, settle=settle))
-            await asyncio.wait({waiting}, timeout=self._limits.settle)
+            await asyncio.wait({waiting}, timeout=self._limits.quiet)
             if not waiting.done():
                 await cancelled(waiting)
                 return taken
@@ -137,7 +137,7 @@ async def share(
     Have *readers*, which may be members of one group, read while *sending* runs, and until nothing is left.
 
     Each delivery is worked on by *work*, then acknowledged. It is over when a fence has come to one of the readers of
-    each name, nobody is at work, and nothing has come for `limits.settle` seconds.
+    each name, nobody is at work, and nothing has come for `limits.quiet` seconds.
     """
     taken: dict[Reader, list[Received]] = {reader: [] for reader in readers}
     fences: set[tuple[str, object]] = set()
@@ -164,8 +164,8 @@ async def share(
             (name, await send_fence(of_name.broker, of_name.topics[0]))
             for name, of_name in {reader.name: reader for reader in readers}.items()
         }
-        while at_work or not sent <= fences or monotonic() - last < limits.settle:  # noqa: ASYNC110  # time is a condition too
-            await asyncio.sleep(limits.settle / 10)
+        while at_work or not sent <= fences or monotonic() - last < limits.quiet:  # noqa: ASYNC110  # time is a condition too
+            await asyncio.sleep(limits.quiet / 10)
 
     reading = [asyncio.create_task(read(reader)) for reader in readers]
     try:

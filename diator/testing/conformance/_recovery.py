@@ -17,7 +17,7 @@ from diator.testing.conformance._reader import Reader, cancelled
 # -- the fault was felt ------------------------------------------------------------------------------------------
 
 
-async def connected_again(ctx: Context, proxy: Proxy, before: int, seconds: float) -> None:
+async def reconnected(ctx: Context, proxy: Proxy, before: int, seconds: float) -> None:
     """Wait for the proof that a link broke: a connection that was not there before."""
     began = monotonic()
     while proxy.accepted <= before:
@@ -25,7 +25,7 @@ async def connected_again(ctx: Context, proxy: Proxy, before: int, seconds: floa
         await asyncio.sleep(0.02)
 
 
-async def is_gone(ctx: Context) -> None:
+async def service_is_down(ctx: Context) -> None:
     """Have the proof that a service is out: somebody who comes now is not served, and is told so in time."""
     newcomer = ctx.harness.transport()
     try:
@@ -71,7 +71,7 @@ async def receives_again(ctx: Context, reader: Reader, *, by: float | None = Non
             ctx.check(monotonic() - began < by, f"it does not receive again within {by:g} s")
             probe = ctx.message(topic, -1)
             probes.add(probe.message_id)
-            await ctx.persist(reader.broker, probe)
+            await ctx.send_until_confirmed(reader.broker, probe)
             await asyncio.wait({waiting}, timeout=0.1)
         waiting.result()
     finally:
@@ -109,7 +109,7 @@ async def read_while(
         await cancelled(task)
 
 
-async def bears(
+async def survives_faults(
     ctx: Context, fault: Callable[[], Awaitable[None]], *, survives: bool = True, count: int = 300
 ) -> Reader:
     """
@@ -126,14 +126,14 @@ async def bears(
         for number, message in enumerate(messages):
             if number in (count // 3, 2 * count // 3):
                 await fault()
-            await ctx.persist(broker, message)
+            await ctx.send_until_confirmed(broker, message)
 
     async with ctx.reading(broker, topic) as reader:
         await read_while(reader, send(), until=lambda came: len(came) >= len(messages) or not (kept and survives))
         await receives_again(ctx, reader)
     everything = _without_repeats(ctx, topic)
-    verdict = ctx.ledger.judge(reader.name, everything, gaps=reader.gaps)
-    verdict.demand(may_lose=kept and not survives, may_repeat=kept)
+    comparison = ctx.ledger.compare(reader.name, everything, gaps=reader.gaps)
+    comparison.verify(may_lose=kept and not survives, may_duplicate=kept)
     return reader
 
 

@@ -33,7 +33,7 @@ class Queue(Protocol):
     def requeue(self, entries: Collection[Any]) -> None: ...
 
 
-class Member(Protocol):
+class Subscription(Protocol):
     """One subscription, as the broker inside has it. This and `Queue` are all that a saboteur may know of it."""
 
     queue: Queue
@@ -49,7 +49,7 @@ class Saboteur(MemoryMessageBroker):
     """
     The broker inside the process, with places where a subclass puts its defect. This one has none.
 
-    Several of them can be `beside` each other on one service, as those are that talk to one over a network.
+    Several of them can be `share_service` each other on one service, as those are that talk to one over a network.
     """
 
     caught_by: ClassVar[tuple[str, ...]] = ()
@@ -59,9 +59,9 @@ class Saboteur(MemoryMessageBroker):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._members: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._open_subscriptions: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def beside(self, other: Saboteur) -> Self:
+    def share_service(self, other: Saboteur) -> Self:
         """Use the queues of *other*."""
         self._kept, self._groups = other._kept, other._groups
         self._queues, self._dead_letters = other._queues, other._dead_letters
@@ -70,14 +70,14 @@ class Saboteur(MemoryMessageBroker):
     def crash(self) -> None:
         """Die as with the process: the service gives to others what was not settled, and hears nothing more."""
         self._closed = True
-        for member in self._members:
-            self.died(member)
+        for subscription in self._open_subscriptions:
+            self.on_crash(subscription)
 
     async def aclose(self) -> None:
         """See `MessageBroker.aclose`: others have at once what was not settled, as over a network."""
         await super().aclose()
-        for member in self._members:
-            self.closed(member)
+        for subscription in self._open_subscriptions:
+            self.on_close(subscription)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -95,49 +95,49 @@ class Saboteur(MemoryMessageBroker):
         on_gap: OnGap | None = None,
     ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
         """See `ReadableBroker.subscribe`."""
-        topics, group, prefetch = self.instead(topics, group, prefetch)
+        topics, group, prefetch = self.adjust_subscription(topics, group, prefetch)
         async with super().subscribe(topics, group=group, prefetch=prefetch, on_gap=on_gap) as deliveries:
-            member = cast("Member", deliveries)
-            member.topics = member.queue.topics  # whatever a defect puts into its queue, it takes
-            self._members.add(member)
-            await self.joined(member, topics)
-            yield _Reading(member, self.read)
-            self.leaving(member)
-        self.left(member, topics, group)
+            subscription = cast("Subscription", deliveries)
+            subscription.topics = subscription.queue.topics  # whatever a defect puts into its queue, it takes
+            self._open_subscriptions.add(subscription)
+            await self.on_subscribed(subscription, topics)
+            yield _Reading(subscription, self.read)
+            self.before_unsubscribe(subscription)
+        self.after_unsubscribe(subscription, topics, group)
 
     # -- places for defects --------------------------------------------------------------------------------------
 
-    def instead(
+    def adjust_subscription(
         self, topics: Collection[Topic], group: str | None, prefetch: int
     ) -> tuple[Collection[Topic], str | None, int]:
         """Say what is subscribed to, where that was asked for."""
         return topics, group, prefetch
 
-    async def joined(self, member: Member, topics: Collection[Topic]) -> None:
+    async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
         """Do something before a subscription is said to be ready."""
 
-    def leaving(self, member: Member) -> None:
+    def before_unsubscribe(self, subscription: Subscription) -> None:
         """Do something before a subscription ends."""
 
-    def left(self, member: Member, topics: Collection[Topic], group: str | None) -> None:
+    def after_unsubscribe(self, subscription: Subscription, topics: Collection[Topic], group: str | None) -> None:
         """Do something after it."""
 
-    def died(self, member: Member) -> None:
+    def on_crash(self, subscription: Subscription) -> None:
         """Do what the service does for a subscription whose process is gone."""
-        member.leave()
+        subscription.leave()
 
-    def closed(self, member: Member) -> None:
+    def on_close(self, subscription: Subscription) -> None:
         """Do what becomes of a subscription whose broker is closed."""
-        member.queue.requeue(member.unsettled.values())
-        member.unsettled.clear()
+        subscription.queue.requeue(subscription.unsettled.values())
+        subscription.unsettled.clear()
 
-    async def read(self, member: Member) -> Delivery:
+    async def read(self, subscription: Subscription) -> Delivery:
         """Wait for the next delivery."""
-        delivery = await anext(member)
+        delivery = await anext(subscription)
         delivery.settler = Settling(self, delivery)
-        return await self.given(delivery)
+        return await self.deliver(delivery)
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         """Say what is given out for *delivery*."""
         return delivery
 
@@ -157,15 +157,15 @@ class Saboteur(MemoryMessageBroker):
 class _Reading:
     """An iterator that reads as its broker does."""
 
-    def __init__(self, member: Member, read: Callable[[Member], Any]) -> None:
-        self._member = member
+    def __init__(self, subscription: Subscription, read: Callable[[Subscription], Any]) -> None:
+        self._subscription = subscription
         self._read = read
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Delivery:
-        delivery: Delivery = await self._read(self._member)
+        delivery: Delivery = await self._read(self._subscription)
         return delivery
 
 
@@ -198,10 +198,10 @@ def caught_by(*ids: str) -> Callable[[S], S]:
     return register
 
 
-def member_of(settler: Settler) -> Member:
+def subscription_of(settler: Settler) -> Subscription:
     """Give the subscription that a delivery with this settler came by."""
     inner = settler.inner if isinstance(settler, Settling) else settler
-    return cast("Member", inner)
+    return cast("Subscription", inner)
 
 
 def topic_of(message: Message) -> Topic:

@@ -73,7 +73,7 @@ class SplitsHeaders(_Rewrites):
 class TakesHeadersForFields(Saboteur):
     """Reads the name of a message from a header."""
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         envelope = fields_of(delivery.body)
         if isinstance(envelope.get("headers"), dict) and (name := envelope["headers"].get("message_name")):
             delivery.body = json.dumps({**envelope, "message_name": name}).encode()
@@ -125,7 +125,7 @@ class SpeaksC(_Rewrites):
 class HasItsOwnEnvelope(Saboteur):
     """Writes the parts of a message in another order."""
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         if envelope := fields_of(delivery.body):
             delivery.body = json.dumps({"payload": None, **envelope}, separators=(",", ":")).encode()
         return delivery
@@ -135,7 +135,7 @@ class HasItsOwnEnvelope(Saboteur):
 class Truncates(Saboteur):
     """Cuts what does not fit into its buffer."""
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         delivery.body = delivery.body[:65_536]
         return delivery
 
@@ -162,7 +162,7 @@ class AllowsMoreThanPromised(Saboteur):
 class StandsStillForLargeOnes(Saboteur):
     """Lets a large message, or many, hold up everything else."""
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         if len(delivery.body) > 100_000 or sum(map(len, self._queues)) > 15:  # noqa: PLR2004
             await asyncio.sleep(1)
         return delivery

@@ -12,7 +12,7 @@ from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
 from diator.exceptions import DiatorError
-from diator.testing.saboteurs._base import Member, Saboteur, caught_by, member_of
+from diator.testing.saboteurs._base import Saboteur, Subscription, caught_by, subscription_of
 
 
 @caught_by("API-02", "GRP-14")
@@ -95,15 +95,15 @@ class RobsSlowMembers(Saboteur):
         redelivery = frozenset({*super().capabilities.redelivery, "deadline"})
         return replace(super().capabilities, redelivery=redelivery, redelivery_bound=0.1)
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         asyncio.get_running_loop().call_later(0.1, self._rob, delivery)
         return delivery
 
     @staticmethod
     def _rob(delivery: Delivery) -> None:
-        member = member_of(delivery.settler)
-        if entry := member.unsettled.pop(delivery, None):
-            member.queue.requeue([entry])
+        subscription = subscription_of(delivery.settler)
+        if entry := subscription.unsettled.pop(delivery, None):
+            subscription.queue.requeue([entry])
 
 
 @caught_by("PUB-06")
@@ -124,8 +124,8 @@ class HasOneConnection(Saboteur):
         super().__init__(**options)
         self._own: list[object] = []
 
-    async def joined(self, member: Member, topics: Collection[Topic]) -> None:
-        self._own.append(member.queue)
+    async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
+        self._own.append(subscription.queue)
         for queue in self._queues:
             if queue not in self._own:
                 queue.topics.clear()

@@ -1,4 +1,4 @@
-"""What a member leaves behind that died, and members that know nothing of each other, gone wrong."""
+"""What a subscription leaves behind that died, and members that know nothing of each other, gone wrong."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 from diator.brokers.message import Message
 from diator.exceptions import BrokerClosed
-from diator.testing.saboteurs._base import Member, Saboteur, caught_by
+from diator.testing.saboteurs._base import Saboteur, Subscription, caught_by
 
 
 @caught_by("ACK-02", "GRP-07")
 class ForgetsTheDead(Saboteur):
-    """Loses what a member held that died."""
+    """Loses what a subscription held that died."""
 
-    def died(self, member: Member) -> None:
-        member.unsettled.clear()
-        member.leave()
+    def on_crash(self, subscription: Subscription) -> None:
+        subscription.unsettled.clear()
+        subscription.leave()
 
 
 @caught_by("GRP-15")
 class KeepsGroupsToItself(Saboteur):
     """Has groups that end at its own members, each of which gets everything."""
 
-    def instead(self, topics: Any, group: str | None, prefetch: int) -> Any:
+    def adjust_subscription(self, topics: Any, group: str | None, prefetch: int) -> Any:
         return topics, group and f"{group} of {id(self)}", prefetch
 
 

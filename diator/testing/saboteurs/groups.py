@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from diator.brokers.base import Delivery, Settler, Topic
 from diator.brokers.message import Message
-from diator.testing.saboteurs._base import Member, Saboteur, caught_by
+from diator.testing.saboteurs._base import Saboteur, Subscription, caught_by
 
 
 class _Misroutes(Saboteur):
@@ -66,9 +66,9 @@ class Mixes(_Misroutes):
 
 @caught_by("GRP-02", "GRP-03", "GRP-04")
 class BroadcastsToGroups(Saboteur):
-    """Gives every message to each member of a group."""
+    """Gives every message to each subscription of a group."""
 
-    def instead(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
+    def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         return topics, None, prefetch
 
 
@@ -76,7 +76,7 @@ class BroadcastsToGroups(Saboteur):
 class SharesWithoutAGroup(Saboteur):
     """Has those who named no group share."""
 
-    def instead(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
+    def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         return topics, group or f"nobody's {sorted(topics)}", prefetch
 
 
@@ -84,7 +84,7 @@ class SharesWithoutAGroup(Saboteur):
 class FoldsGroups(Saboteur):
     """Takes groups for the same if they differ in case."""
 
-    def instead(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
+    def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         return topics, group and group.lower(), prefetch
 
 
@@ -92,7 +92,7 @@ class FoldsGroups(Saboteur):
 class HasOneGroup(Saboteur):
     """Knows that there is a group, and not which."""
 
-    def instead(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
+    def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         return topics, group and f"the group {sorted(topics)}", prefetch
 
 
@@ -100,7 +100,7 @@ class HasOneGroup(Saboteur):
 class ListensToOneTopic(Saboteur):
     """Subscribes to the first topic."""
 
-    def instead(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
+    def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         return [*topics][:1], group, prefetch
 
 
@@ -108,7 +108,7 @@ class ListensToOneTopic(Saboteur):
 class LabelsWithOneTopic(Saboteur):
     """Says the same topic for every delivery."""
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         delivery.topic = min(
             topic for queue in self._queues if delivery.topic in queue.topics for topic in queue.topics
         )
@@ -119,7 +119,7 @@ class LabelsWithOneTopic(Saboteur):
 class IgnoresPrefetch(Saboteur):
     """Gives out whatever there is."""
 
-    def instead(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
+    def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         return topics, group, prefetch + 1_000
 
 
@@ -127,7 +127,7 @@ class IgnoresPrefetch(Saboteur):
 class CountsFromZero(Saboteur):
     """Gives out one too many."""
 
-    def instead(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
+    def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         return topics, group, prefetch + 1
 
 
@@ -135,7 +135,7 @@ class CountsFromZero(Saboteur):
 class GivesOneAtATime(Saboteur):
     """Never gives out a second delivery before the first is settled."""
 
-    def instead(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
+    def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         return topics, group, 1
 
 
@@ -148,10 +148,10 @@ class _HasOneWindow(Saboteur):
 
     window: ClassVar[int] = 2
 
-    async def read(self, member: Member) -> Delivery:
+    async def read(self, subscription: Subscription) -> Delivery:
         await self._room.acquire()
         try:
-            return await super().read(member)
+            return await super().read(subscription)
         except BaseException:
             self._room.release()
             raise
@@ -183,18 +183,18 @@ class GetsStuckWhenFull(_HasOneWindow):
 
 @caught_by("GRP-04")
 class Starves(Saboteur):
-    """Gives everything to the member that came first."""
+    """Gives everything to the subscription that came first."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._firsts: dict[int, object] = {}
 
-    async def read(self, member: Member) -> Delivery:
-        if self._firsts.setdefault(id(member.queue), member) is not member:
+    async def read(self, subscription: Subscription) -> Delivery:
+        if self._firsts.setdefault(id(subscription.queue), subscription) is not subscription:
             await asyncio.Event().wait()
-        return await super().read(member)
+        return await super().read(subscription)
 
 
 @caught_by("GRP-10")
 class ForgetsSpareMembers(Starves):
-    """Keeps a member asleep although the one that worked has left."""
+    """Keeps a subscription asleep although the one that worked has left."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from diator.brokers.base import Delivery, Settler
 from diator.brokers.message import Message
 from diator.exceptions import BrokerError, BrokerUnavailable
-from diator.testing.saboteurs._base import FOREVER, Member, Saboteur, caught_by
+from diator.testing.saboteurs._base import FOREVER, Saboteur, Subscription, caught_by
 
 
 @caught_by("PUB-10", "LIF-01", "LIF-02", "LIF-03", "LIF-04", "LIF-07", "API-01", "SUB-16")
@@ -100,8 +100,8 @@ class SharesItsState(Saboteur):
 class CannotBeWoken(Saboteur):
     """Finishes its blocking read before it ends."""
 
-    async def read(self, member: Member) -> Delivery:
-        reading = asyncio.ensure_future(super().read(member))
+    async def read(self, subscription: Subscription) -> Delivery:
+        reading = asyncio.ensure_future(super().read(subscription))
         try:
             return await asyncio.shield(reading)
         except asyncio.CancelledError:
@@ -114,7 +114,7 @@ class CannotBeWoken(Saboteur):
 class FailsToEndWhenClosed(Saboteur):
     """Cannot end a subscription whose connection is gone."""
 
-    def leaving(self, member: Member) -> None:
+    def before_unsubscribe(self, subscription: Subscription) -> None:
         if self._closed:
             raise BrokerUnavailable("cannot unsubscribe")
 
@@ -123,7 +123,7 @@ class FailsToEndWhenClosed(Saboteur):
 class ClosesBeneath(Saboteur):
     """Leaves what its subscriptions hold to them when it is closed."""
 
-    def closed(self, member: Member) -> None:
+    def on_close(self, subscription: Subscription) -> None:
         """Do nothing."""
 
 
@@ -140,7 +140,7 @@ class HoldsALock(Saboteur):
             await asyncio.sleep(0.005)
         await super().send_message(message)
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         self._out.append(delivery)
         return delivery
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from diator.brokers.base import Delivery, Settler, Topic
 from diator.brokers.message import Message
 from diator.exceptions import BrokerUnavailable
-from diator.testing.saboteurs._base import FOREVER, Member, Saboteur, caught_by
+from diator.testing.saboteurs._base import FOREVER, Saboteur, Subscription, caught_by
 
 logger: logging.Logger = logging.getLogger("diator.testing.saboteurs")
 
@@ -23,7 +23,7 @@ logger: logging.Logger = logging.getLogger("diator.testing.saboteurs")
 class LeaksATask(Saboteur):
     """Leaves a task behind for each subscription."""
 
-    async def joined(self, member: Member, topics: Collection[Topic]) -> None:
+    async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
         self._task = asyncio.create_task(asyncio.sleep(FOREVER))
 
 
@@ -63,7 +63,7 @@ class KeepsDeliveries(Saboteur):
         super().__init__(**options)
         self._history: list[Delivery] = []
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         self._history.append(delivery)
         return delivery
 
@@ -93,7 +93,7 @@ class LeaksATaskForWhatIsHeld(Saboteur):
         super().__init__(**options)
         self._renewals: dict[Delivery, asyncio.Task[None]] = {}
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         self._renewals[delivery] = asyncio.create_task(asyncio.sleep(FOREVER))
         return delivery
 
@@ -106,8 +106,8 @@ class LeaksATaskForWhatIsHeld(Saboteur):
 class AsksAllTheTime(Saboteur):
     """Waits by asking again and again."""
 
-    async def read(self, member: Member) -> Delivery:
-        reading = asyncio.ensure_future(super().read(member))
+    async def read(self, subscription: Subscription) -> Delivery:
+        reading = asyncio.ensure_future(super().read(subscription))
         try:
             while not reading.done():  # noqa: ASYNC110
                 await asyncio.sleep(0)
@@ -151,7 +151,7 @@ class LogsPayloads(Saboteur):
 class Unpickles(Saboteur):
     """Looks whether a body is a pickle."""
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         with suppress(Exception):
             pickle.loads(delivery.body)  # noqa: S301
         return delivery

@@ -97,7 +97,7 @@ class EncodesLate(Saboteur):
         await super().send_message(message)
         self._messages[message.message_id] = message
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         with suppress(ValueError):
             message = self._messages[decode(delivery.body).message_id]
             delivery.body = encode(message, headers_in_body=True)

@@ -11,14 +11,14 @@ from uuid import uuid4
 from diator.brokers.base import Delivery, Settler
 from diator.brokers.codec import decode
 from diator.exceptions import BrokerError
-from diator.testing.saboteurs._base import Saboteur, again, caught_by, member_of
+from diator.testing.saboteurs._base import Saboteur, again, caught_by, subscription_of
 
 
 @caught_by("ACK-05", "ACK-14", "ACK-18", "ACK-24")
 class AcksOnArrival(Saboteur):
     """Acknowledges what it gives out."""
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         await delivery.settler.ack(delivery)
         return delivery
 
@@ -40,7 +40,7 @@ class AcksAllBefore(Saboteur):
     """Takes an acknowledgement for one of everything before it too."""
 
     async def ack(self, settle: Settler, delivery: Delivery) -> None:
-        for each in [*member_of(settle).unsettled]:
+        for each in [*subscription_of(settle).unsettled]:
             await super().ack(settle, each)
             if each is delivery:
                 break
@@ -91,7 +91,7 @@ class WaitsWithTheDelay(Saboteur):
         self._until = time.monotonic() + after
         await settle.retry(delivery, after)
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         await asyncio.sleep(max(0.0, self._until - time.monotonic()))
         return delivery
 
@@ -110,18 +110,18 @@ class CountsWhatWasGivenBack(Saboteur):
 
     async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
         await super().retry(settle, delivery, after)
-        member_of(settle).unsettled[again(delivery)] = None
+        subscription_of(settle).unsettled[again(delivery)] = None
 
     async def dead_letter(self, settle: Settler, delivery: Delivery, reason: str) -> None:
         await super().dead_letter(settle, delivery, reason)
-        member_of(settle).unsettled[again(delivery)] = None
+        subscription_of(settle).unsettled[again(delivery)] = None
 
 
 @caught_by("ACK-10", "ACK-24", "PSN-04")
 class CountsNoAttempts(Saboteur):
     """Says that each attempt is the first."""
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         delivery.attempt = 1
         return delivery
 
@@ -130,7 +130,7 @@ class CountsNoAttempts(Saboteur):
 class CountsAttemptsFromZero(Saboteur):
     """Says 0 for the first attempt."""
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         delivery.attempt -= 1
         return delivery
 
@@ -167,7 +167,7 @@ class SpoilsDeadLetters(Saboteur):
 class RefusesToAckTwice(Saboteur):
     """Has a delivery that cannot be acknowledged twice."""
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         return _Touchy(**{name: getattr(delivery, name) for name in ("topic", "body", "headers", "attempt", "settler")})
 
 

@@ -11,7 +11,7 @@ from diator.brokers.base import Delivery, Topic
 from diator.brokers.codec import decode
 from diator.brokers.message import Message
 from diator.exceptions import BrokerUnavailable
-from diator.testing.saboteurs._base import Member, Saboteur, caught_by, fields_of, member_of, topic_of
+from diator.testing.saboteurs._base import Saboteur, Subscription, caught_by, fields_of, subscription_of, topic_of
 
 # -- joining -----------------------------------------------------------------------------------------------------
 
@@ -20,30 +20,30 @@ from diator.testing.saboteurs._base import Member, Saboteur, caught_by, fields_o
 class IsReadyLater(Saboteur):
     """Subscribes when it is first read from."""
 
-    def instead(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
+    def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         self._later = [] if group else [*topics]
         return (topics if group else []), group, prefetch
 
-    async def read(self, member: Member) -> Delivery:
-        member.queue.topics |= set(self._later)
-        return await super().read(member)
+    async def read(self, subscription: Subscription) -> Delivery:
+        subscription.queue.topics |= set(self._later)
+        return await super().read(subscription)
 
 
 @caught_by("GRP-05")
 class StumblesOverJoining(Saboteur):
-    """Loses what waits when a member joins."""
+    """Loses what waits when a subscription joins."""
 
-    async def joined(self, member: Member, topics: Collection[Topic]) -> None:
-        member.queue.waiting.clear()
+    async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
+        subscription.queue.waiting.clear()
 
 
 @caught_by("SUB-04", "SUB-17", "SUB-05")
 class KeepsOneSubscription(Saboteur):
     """Has one subscription a topic: the last."""
 
-    async def joined(self, member: Member, topics: Collection[Topic]) -> None:
+    async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
         for queue in self._queues:
-            if queue is not member.queue:
+            if queue is not subscription.queue:
                 queue.topics -= set(topics)
 
 
@@ -51,7 +51,7 @@ class KeepsOneSubscription(Saboteur):
 class SubscribesWhenClosed(Saboteur):
     """Opens again to subscribe."""
 
-    def instead(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
+    def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         self._closed = False
         return topics, group, prefetch
 
@@ -68,8 +68,8 @@ class ShowsThePast(Saboteur):
         await super().send_message(message)
         self._past.append(message)
 
-    async def joined(self, member: Member, topics: Collection[Topic]) -> None:
-        others = {queue: {*queue.topics} for queue in self._queues if queue is not member.queue}
+    async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
+        others = {queue: {*queue.topics} for queue in self._queues if queue is not subscription.queue}
         for queue in others:
             queue.topics.clear()
         for message in self._past[-3:]:
@@ -83,21 +83,21 @@ class ShowsThePast(Saboteur):
 class EntersUncancellably(Saboteur):
     """Goes on subscribing when that is cancelled."""
 
-    async def joined(self, member: Member, topics: Collection[Topic]) -> None:
+    async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
         with suppress(asyncio.CancelledError):
             await asyncio.sleep(0.005)
 
 
 @caught_by("SUB-10")
 class LeavesAGhost(Saboteur):
-    """Keeps what waits for a member that was cancelled when it had joined, as long as one that lives may keep it."""
+    """Keeps the messages of a subscription that was cancelled while it joined its group."""
 
-    async def joined(self, member: Member, topics: Collection[Topic]) -> None:
+    async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
         try:
             await asyncio.sleep(0.005)
         except asyncio.CancelledError:
-            asyncio.get_running_loop().call_later(30, member.queue.requeue, [*member.queue.waiting])
-            member.queue.waiting.clear()
+            asyncio.get_running_loop().call_later(30, subscription.queue.requeue, [*subscription.queue.waiting])
+            subscription.queue.waiting.clear()
             raise
 
 
@@ -128,9 +128,9 @@ class HasFewSubscriptions(Saboteur):
 class EndsWhenIdle(Saboteur):
     """Ends when nothing came for a moment."""
 
-    async def read(self, member: Member) -> Delivery:
+    async def read(self, subscription: Subscription) -> Delivery:
         try:
-            return await asyncio.wait_for(super().read(member), 0.005)
+            return await asyncio.wait_for(super().read(subscription), 0.005)
         except TimeoutError:
             raise StopAsyncIteration from None
 
@@ -139,8 +139,8 @@ class EndsWhenIdle(Saboteur):
 class LosesWithAWait(Saboteur):
     """Takes a delivery along when waiting for it is cancelled."""
 
-    async def given(self, delivery: Delivery) -> Delivery:
-        del member_of(delivery.settler).unsettled[delivery]
+    async def deliver(self, delivery: Delivery) -> Delivery:
+        del subscription_of(delivery.settler).unsettled[delivery]
         await asyncio.sleep(0)
         return delivery
 
@@ -149,10 +149,10 @@ class LosesWithAWait(Saboteur):
 class GoesOnReading(Saboteur):
     """Reads from its latest subscription even when it is over."""
 
-    async def joined(self, member: Member, topics: Collection[Topic]) -> None:
-        self._latest = member
+    async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
+        self._latest = subscription
 
-    async def read(self, member: Member) -> Delivery:
+    async def read(self, subscription: Subscription) -> Delivery:
         return await super().read(self._latest)
 
 
@@ -164,7 +164,7 @@ class GivesAllTheSame(Saboteur):
         super().__init__(**options)
         self._given: dict[bytes, Delivery] = {}
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         return self._given.setdefault(delivery.body, delivery)
 
 
@@ -172,7 +172,7 @@ class GivesAllTheSame(Saboteur):
 class DiesOfGarbage(Saboteur):
     """Cannot give out what it cannot read."""
 
-    async def given(self, delivery: Delivery) -> Delivery:
+    async def deliver(self, delivery: Delivery) -> Delivery:
         decode(delivery.body)
         return delivery
 
@@ -181,9 +181,9 @@ class DiesOfGarbage(Saboteur):
 class SkipsGarbage(Saboteur):
     """Acknowledges what it cannot read, and tells nobody."""
 
-    async def read(self, member: Member) -> Delivery:
+    async def read(self, subscription: Subscription) -> Delivery:
         while True:
-            delivery = await super().read(member)
+            delivery = await super().read(subscription)
             try:
                 decode(delivery.body)
             except ValueError:
@@ -196,9 +196,9 @@ class SkipsGarbage(Saboteur):
 class SkipsStrangers(Saboteur):
     """Acknowledges what is of another name than its topic, and tells nobody."""
 
-    async def read(self, member: Member) -> Delivery:
+    async def read(self, subscription: Subscription) -> Delivery:
         while True:
-            delivery = await super().read(member)
+            delivery = await super().read(subscription)
             if fields_of(delivery.body).get("message_name", delivery.topic.message_name) == delivery.topic.message_name:
                 return delivery
             await delivery.ack()
@@ -209,9 +209,9 @@ class SkipsStrangers(Saboteur):
 
 @caught_by("PUB-02", "GRP-08", "ACK-05", "GRP-09")
 class ForgetsGroups(Saboteur):
-    """Ends a group with its last member."""
+    """Ends a group with its last subscription."""
 
-    def left(self, member: Member, topics: Collection[Topic], group: str | None) -> None:
+    def after_unsubscribe(self, subscription: Subscription, topics: Collection[Topic], group: str | None) -> None:
         if group is not None and (queue := self._groups.pop(group, None)):
             self._queues.remove(queue)
 
@@ -220,13 +220,13 @@ class ForgetsGroups(Saboteur):
 class ForgetsWhatIsHeld(Saboteur):
     """Loses at the end of a subscription what was not settled, and what it had read ahead."""
 
-    def leaving(self, member: Member) -> None:
-        member.unsettled.clear()
+    def before_unsubscribe(self, subscription: Subscription) -> None:
+        subscription.unsettled.clear()
 
-    async def read(self, member: Member) -> Delivery:
-        delivery = await super().read(member)
-        if len(self._queues) == 1 and len(member.queue.waiting) > 20:  # noqa: PLR2004
-            await anext(member)
+    async def read(self, subscription: Subscription) -> Delivery:
+        delivery = await super().read(subscription)
+        if len(self._queues) == 1 and len(subscription.queue.waiting) > 20:  # noqa: PLR2004
+            await anext(subscription)
         return delivery
 
 
@@ -234,24 +234,24 @@ class ForgetsWhatIsHeld(Saboteur):
 class HandsOverLate(Saboteur):
     """Leaves what was not settled to the bound for crashes."""
 
-    def leaving(self, member: Member) -> None:
-        asyncio.get_running_loop().call_later(30, member.queue.requeue, [*member.unsettled.values()])
-        member.unsettled.clear()
+    def before_unsubscribe(self, subscription: Subscription) -> None:
+        asyncio.get_running_loop().call_later(30, subscription.queue.requeue, [*subscription.unsettled.values()])
+        subscription.unsettled.clear()
 
 
 @caught_by("GRP-06", "LIF-11")
 class TakesAlong(Saboteur):
-    """Takes what is waiting along when a member leaves."""
+    """Takes what is waiting along when a subscription leaves."""
 
-    def leaving(self, member: Member) -> None:
-        member.queue.waiting.clear()
+    def before_unsubscribe(self, subscription: Subscription) -> None:
+        subscription.queue.waiting.clear()
 
 
 @caught_by("SUB-17")
 class UnsubscribesAll(Saboteur):
     """Ends all subscriptions to a topic with one."""
 
-    def left(self, member: Member, topics: Collection[Topic], group: str | None) -> None:
+    def after_unsubscribe(self, subscription: Subscription, topics: Collection[Topic], group: str | None) -> None:
         for queue in self._queues:
             queue.topics -= set(topics)
 

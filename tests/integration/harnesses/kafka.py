@@ -21,7 +21,7 @@ class KafkaHarness(ServiceHarness):
     facilities = frozenset({"proxy", "raw", "dead_letters", "crash", "processes", "outages", "topology", "security"})
     # Joining a group, and creating a topic, take a tenth of a second each; the lowest session that Kafka allows is 6 s.
     limits = Limits(
-        scale=4.0, settle=0.3, redelivery=5.0, timeout=3.0, liveness=10.0, recovery=20.0, lag=2.0, pause=1.0
+        scale=4.0, quiet=0.3, redelivery=5.0, timeout=3.0, liveness=10.0, recovery=20.0, lag=2.0, max_delay=1.0
     )
     password = "swordfish-of-the-kafka-harness"
     in_place = False

@@ -14,7 +14,7 @@ class MemoryHarness(Harness):
 
     name = "memory"
     facilities = frozenset({"raw", "dead_letters", "full"})
-    limits = Limits(settle=0.05, redelivery=1.0)
+    limits = Limits(quiet=0.05, redelivery=1.0)
 
     def transport(self):
         return MemoryMessageBroker()

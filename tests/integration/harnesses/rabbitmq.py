@@ -30,7 +30,7 @@ class RabbitMQHarness(ServiceHarness):
     facilities = frozenset(
         {"proxy", "raw", "dead_letters", "crash", "processes", "outages", "operator", "topology", "alarm", "security"}
     )
-    limits = Limits(scale=2.0, settle=0.2, redelivery=3.0, timeout=5.0, liveness=6.0, recovery=8.0, pause=1.0)
+    limits = Limits(scale=2.0, quiet=0.2, redelivery=3.0, timeout=5.0, liveness=6.0, recovery=8.0, max_delay=1.0)
     password = "swordfish-of-the-rabbitmq-harness"
 
     def __init__(self):

@@ -19,7 +19,7 @@ class RedisHarness(ServiceHarness):
 
     name = backend = "redis"
     facilities = frozenset({"proxy", "raw", "crash", "processes", "outages", "operator", "security"})
-    limits = Limits(scale=2.0, redelivery=3.0, timeout=2.0, liveness=6.0, recovery=5.0, pause=1.0)
+    limits = Limits(scale=2.0, redelivery=3.0, timeout=2.0, liveness=6.0, recovery=5.0, max_delay=1.0)
     password = "swordfish-of-the-redis-harness"
 
     def start(self):

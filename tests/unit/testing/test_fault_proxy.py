@@ -81,7 +81,7 @@ async def test_it_forgets_the_connections_that_there_are_and_no_others():
     async with echo() as proxy, connected(proxy) as (old_reader, old_writer), connected(proxy) as (_, idle):
         old_writer.write(b"x")
         await old_reader.readexactly(1)
-        proxy.forget()
+        proxy.black_hole_existing()
         await proxy.heal()
         old_writer.write(b"x")
         idle.close()

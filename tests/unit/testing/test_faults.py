@@ -21,16 +21,16 @@ from diator.retrying import RetryPolicy
 from diator.testing import FaultyMessageBroker
 from diator.testing.faults import (
     crashed,
+    duplicated,
     held,
     lost,
-    overtaken,
+    no_fault,
     rejected,
-    repeated,
+    reordered,
     unavailable,
     unknown_and_lost,
     unknown_but_sent,
     unroutable,
-    well,
 )
 from tests.unit.doubles import MeetingChanged, UserJoined
 
@@ -108,7 +108,7 @@ async def test_a_verdict_is_raised_and_the_message_is_there_or_not(fault, verdic
 
 
 @pytest.mark.parametrize(
-    ("fault", "there"), [(lost, [1]), (repeated, [0, 0, 1]), (overtaken, [1, 0]), (held, [1])], ids=repr
+    ("fault", "there"), [(lost, [1]), (duplicated, [0, 0, 1]), (reordered, [1, 0]), (held, [1])], ids=repr
 )
 async def test_a_message_that_is_confirmed_and_yet_goes_astray(fault, there):
     broker = FaultyMessageBroker()
@@ -132,7 +132,7 @@ async def test_what_is_held_comes_when_it_is_released():
 
 async def test_a_repeat_has_the_same_id():
     broker = FaultyMessageBroker()
-    broker.on_send(repeated)
+    broker.on_send(duplicated)
     await send(broker, 0)
 
     assert (await broker.receive()).message_id == (await broker.receive()).message_id
@@ -156,9 +156,9 @@ async def test_a_closed_broker_refuses_whatever_is_scripted():
     ("faults", "options", "there"),
     [
         ([], {}, None),
-        ([well, lost], {}, [0, 2, 3, 4, 5]),
+        ([no_fault, lost], {}, [0, 2, 3, 4, 5]),
         ([lost, lost], {}, [2, 3, 4, 5]),
-        ([well, lost], {"cycle": True}, [0, 2, 4]),
+        ([no_fault, lost], {"cycle": True}, [0, 2, 4]),
         ([lost], {"when": lambda each: each.payload["number"] > 3}, [0, 1, 2, 3, 5]),
         ([lost], {"of": UserJoined}, [1, 2, 3, 4, 5]),
         ([lost], {"of": MeetingChanged}, [0, 1, 2, 3, 4, 5]),
@@ -177,7 +177,7 @@ async def test_which_messages_meet_a_fault(faults, options, there):
 async def test_one_seed_means_one_outcome():
     async def outcome(seed):
         broker = FaultyMessageBroker()
-        broker.on_send(lost, well, seed=seed)
+        broker.on_send(lost, no_fault, seed=seed)
         await send(broker, *range(50))
         return tuple(await arrived(broker))
 
@@ -191,7 +191,7 @@ async def test_one_seed_means_one_outcome():
 async def test_the_first_script_that_has_something_for_a_message_decides():
     broker = FaultyMessageBroker()
     broker.on_send(lost)
-    broker.on_send(repeated, repeated)
+    broker.on_send(duplicated, duplicated)
 
     await send(broker, 0, 1, 2, 3)
 
@@ -207,26 +207,26 @@ def test_a_script_that_makes_no_sense_is_refused(faults, options):
 @pytest.mark.parametrize("call", ["on_send", "on_delivery"])
 def test_an_event_that_never_travels_cannot_be_meant(call):
     with pytest.raises(TypeError, match="DomainEvent is no event that travels"):
-        getattr(FaultyMessageBroker(), call)(well, of=DomainEvent)
+        getattr(FaultyMessageBroker(), call)(no_fault, of=DomainEvent)
 
 
 async def test_what_was_scripted_has_to_happen():
     broker = FaultyMessageBroker()
-    broker.on_send(lost, well, repeated, of=UserJoined)
+    broker.on_send(lost, no_fault, duplicated, of=UserJoined)
     broker.on_delivery(crashed)
     await send(broker, 0)
 
     with pytest.raises(AssertionError) as caught:
         broker.verify()
 
-    told = "repeated of on_send(lost, well, repeated, of=UserJoined); crashed of on_delivery(crashed)"
+    told = "duplicated of on_send(lost, no_fault, duplicated, of=UserJoined); crashed of on_delivery(crashed)"
     assert str(caught.value) == f"what was scripted has not happened: {told}"
 
 
 @pytest.mark.parametrize("options", [{}, {"cycle": True}, {"seed": 1}])
 async def test_what_was_scripted_and_has_happened_is_no_error(options):
     broker = FaultyMessageBroker()
-    broker.on_send(lost, repeated, **options)
+    broker.on_send(lost, duplicated, **options)
     with pytest.raises(AssertionError):
         broker.verify()
 
@@ -289,7 +289,7 @@ async def test_two_groups_are_drained_together():
 async def test_what_is_overtaken_by_nothing_comes_at_last():
     broker = FaultyMessageBroker()
     handled = Handled(broker)
-    broker.on_send(well, overtaken)
+    broker.on_send(no_fault, reordered)
     await joined(broker, 1, 2)
 
     await broker.drain(handled.consumer)
@@ -329,7 +329,7 @@ async def test_a_message_that_crashes_every_consumer_is_put_aside():
     await broker.drain(handled.consumer)
 
     assert handled.numbers == [1, 1, 1]
-    assert broker.dead_letters[0].reason.startswith("crash-loop")
+    assert broker.dead_letters[0].reason.startswith("poison-message")
 
 
 async def test_a_retry_does_not_wait():

@@ -17,7 +17,7 @@ def sent(ledger, fate, message=None):
 
 
 def lost(ledger, attempt, *gaps):
-    return [*ledger.judge("reader", [attempt.message], gaps=gaps).lost]
+    return [*ledger.compare("reader", [attempt.message], gaps=gaps).lost]
 
 
 def test_what_was_confirmed_outside_of_every_gap_is_lost():

@@ -361,13 +361,13 @@ async def test_the_ledger_finds_what_is_lost_repeated_unexpected_and_late():
     stranger = Message.create(message_name="n", payload={})
     await delivered(ledger, messages[1], messages[0], messages[2], messages[2], stranger)
 
-    verdict = ledger.judge("s", messages)
+    comparison = ledger.compare("s", messages)
 
     ids = [message.message_id for message in messages]
-    assert (verdict.lost, verdict.repeated) == (ids[3:], [ids[2]])
-    assert (verdict.unexpected, verdict.reordered, verdict.explained) == ([stranger.message_id], [ids[0]], [])
-    with pytest.raises(Nonconformance, match=r"2 lost .* 1 repeated .* 1 unexpected .* 1 out of order"):
-        verdict.demand(in_order=True)
+    assert (comparison.lost, comparison.duplicated) == (ids[3:], [ids[2]])
+    assert (comparison.unexpected, comparison.reordered, comparison.explained) == ([stranger.message_id], [ids[0]], [])
+    with pytest.raises(Nonconformance, match=r"2 lost .* 1 duplicated .* 1 unexpected .* 1 out of order"):
+        comparison.verify(in_order=True)
 
 
 async def test_a_repeat_that_was_asked_for_is_explained():
@@ -377,10 +377,10 @@ async def test_a_repeat_that_was_asked_for_is_explained():
     await delivered(ledger, message, message)
     ledger.received[0].abandoned = True
 
-    verdict = ledger.judge("s", [message])
+    comparison = ledger.compare("s", [message])
 
-    assert (verdict.explained, verdict.repeated) == ([message.message_id], [])
-    verdict.demand()
+    assert (comparison.explained, comparison.duplicated) == ([message.message_id], [])
+    comparison.verify()
 
 
 async def test_what_failed_and_came_is_unexpected():
@@ -389,12 +389,12 @@ async def test_what_failed_and_came_is_unexpected():
     ledger.attempt(message).fate = "failed"
     await delivered(ledger, message)
 
-    assert ledger.judge("s", [message]).unexpected == [message.message_id]
+    assert ledger.compare("s", [message]).unexpected == [message.message_id]
 
 
 def test_a_verdict_on_nothing_is_refused():
     with pytest.raises(ValueError, match="proves nothing"):
-        Ledger().judge("s", [])
+        Ledger().compare("s", [])
 
 
 # -- pytest ------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ async def acked_is_done(ctx: Context) -> None:
     async with ctx.reading(broker, topic, group=group) as reader:
         messages += await ctx.send(broker, topic, start=20)
         await reader.until_fence()
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("ACK-02", "what a crashed member held comes to another", needs=_CRASH, facilities=["crash"], timeout=60)
@@ -50,7 +50,7 @@ async def crash_gives_back(ctx: Context) -> None:
             await other.until_fence()
     for received in held:
         received.abandoned = True
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("ACK-03", "what is given back comes again as it was", needs=_RETRY)
@@ -68,7 +68,7 @@ async def retry_comes_again(ctx: Context) -> None:
         await reader.until_fence()
     ctx.same(again.message, messages[1], "the message that came again")
     ctx.check(again.delivery is not first[1].delivery, "it is the same delivery, which is settled already")
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("ACK-04", "a handler that fails has its message handled again", needs=_LATER)
@@ -83,10 +83,10 @@ async def failure_is_retried(ctx: Context) -> None:
             raise LookupError("the first time")
 
     retry = RetryPolicy(immediate_retries=0, delayed_retries=1, first_delay=0.02)
-    async with ctx.consuming(broker, handle, retry=retry) as handlings:
-        await ctx.send_all(broker, [handlings.message(1)])
-        await handlings.become(2)
-        ctx.same(handlings.outcomes(), ["retried", "acked"], "the outcomes")
+    async with ctx.consuming(broker, handle, retry=retry) as run:
+        await ctx.send_all(broker, [run.message(1)])
+        await run.until_handled(2)
+        ctx.same(run.outcomes(), ["retried", "acked"], "the outcomes")
     ctx.same(seen, [1, 1], "what was handled")
 
 
@@ -100,13 +100,13 @@ async def acked_after_the_work(ctx: Context) -> None:
         at_work.set()
         await asyncio.Event().wait()
 
-    async with ctx.consuming(broker, handle, group=group) as handlings:
-        messages = [handlings.message()]
+    async with ctx.consuming(broker, handle, group=group) as run:
+        messages = [run.message()]
         await ctx.send_all(broker, messages)
         await at_work.wait()
-    async with ctx.reading(broker, handlings.topic, group=group) as reader:
+    async with ctx.reading(broker, run.topic, group=group) as reader:
         await ctx.within(ctx.limits.redelivery, reader.take(1), "coming again")
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("ACK-06", "a delivery is settled once, and in one way", needs=_SETTLED)
@@ -125,7 +125,7 @@ async def settled_once(ctx: Context) -> None:
     async with ctx.reading(broker, topic, group=group) as reader:
         messages += await ctx.send(broker, topic, start=2)
         await reader.until_fence()
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("ACK-08", "of 1 to 5, with 3 and 5 held, exactly those come again", needs=_CLOSE)
@@ -162,7 +162,7 @@ async def put_aside(ctx: Context) -> None:
     ctx.same(
         [(letter.body, letter.reason) for letter in letters], [(first.delivery.body, "it is no good")], "what is aside"
     )
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("ACK-10", "the attempt is counted as promised", needs=_RETRY)
@@ -182,7 +182,7 @@ async def attempts(ctx: Context) -> None:
     if ctx.capabilities.delivery_count == "exact" and counted[-1] == 6:  # noqa: PLR2004
         wanted[-1] = 6  # the first subscription may have fetched it, and nobody has settled that
     ctx.same(counted, wanted, "the attempts")
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("ACK-11", "a retry with a delay does not come before it", needs=_LATER)
@@ -205,7 +205,7 @@ async def delayed(ctx: Context) -> None:
     ctx.same(after, [each.message_id for each in held_up], "what was held up by it")
     ctx.check(again.at - given_back >= 0.29, f"it came again after {again.at - given_back:.3f} s instead of 0.3 s")  # noqa: PLR2004
     ctx.check(again.at - given_back < 0.3 + ctx.limits.redelivery, "it came again far too late")
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("ACK-12", "work that takes longer than the deadline is not given to another", needs=Capabilities(
@@ -225,7 +225,7 @@ async def slow_work(ctx: Context) -> None:
             await cancelled(waiting)
         await held.ack()
     ctx.check(not robbed, "what was being worked on was given to another member")
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("ACK-14", "what a member held at its end comes to the next at once", needs=_CLOSE)
@@ -238,7 +238,7 @@ async def hands_over(ctx: Context) -> None:
     async with ctx.reading(broker, topic, group=group) as reader:
         await ctx.within(min(2 * ctx.limits.lag, ctx.limits.redelivery), reader.take(3), "handing over")
         await reader.until_fence()
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("ACK-15", "given back 30 times, it is still there", needs=_RETRY, timeout=60)
@@ -251,7 +251,7 @@ async def never_gone(ctx: Context) -> None:
             await (await reader.next()).delivery.retry()
         await reader.take(1)
         await reader.until_fence()
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario(
@@ -279,7 +279,7 @@ async def random_retries(ctx: Context) -> None:
         while len(done) < len(messages):
             done |= {each.id for each in await reader.take(1)}
         await reader.until_fence()
-    ctx.ledger.judge(group, messages).demand(may_repeat=ctx.capabilities.settlement == "cumulative")
+    ctx.ledger.compare(group, messages).verify(may_duplicate=ctx.capabilities.settlement == "cumulative")
 
 
 @scenario("ACK-18", "a handler that is cancelled has acknowledged nothing", needs=_CLOSE)
@@ -293,14 +293,14 @@ async def cancelled_is_unsettled(ctx: Context) -> None:
             at_work.set()
             await asyncio.sleep(60)
 
-    async with ctx.consuming(broker, handle, group=group, concurrency=4) as handlings:
-        done, cut = handlings.message(0), handlings.message(1)
+    async with ctx.consuming(broker, handle, group=group, concurrency=4) as run:
+        done, cut = run.message(0), run.message(1)
         await ctx.send_all(broker, [done])
-        await handlings.become(1)
+        await run.until_handled(1)
         await ctx.send_all(broker, [cut])
         await at_work.wait()
-    ctx.same(handlings.outcomes(), ["acked", "unsettled"], "the outcomes")
-    async with ctx.reading(broker, handlings.topic, group=group) as reader:
+    ctx.same(run.outcomes(), ["acked", "unsettled"], "the outcomes")
+    async with ctx.reading(broker, run.topic, group=group) as reader:
         again = await ctx.within(ctx.limits.redelivery, reader.take(1), "coming again")
         again += await reader.until_fence()
     ctx.same([each.id for each in again], [cut.message_id], "what came again")
@@ -317,7 +317,7 @@ async def retried_once(ctx: Context) -> None:
         await delivery.retry()
         await ctx.raises(AlreadySettled, delivery.ack(), "ack after retry")
         again = await reader.take(1)
-        await reader.is_held_back()
+        await reader.expect_nothing()
         again += await reader.until_fence()
     ctx.same([each.id for each in again], [messages[0].message_id], "what came again")
 
@@ -346,7 +346,7 @@ async def acked_together(ctx: Context) -> None:
         await asyncio.gather(*(each.delivery.ack() for each in held))
     async with ctx.reading(broker, topic, group=group) as reader:
         await reader.until_fence()
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("ACK-22", "to acknowledge does no harm, whatever is promised")
@@ -361,7 +361,7 @@ async def ack_is_harmless(ctx: Context) -> None:
             ctx.same(received.delivery.outcome, "ack", "its outcome")
             await ctx.raises(AlreadySettled, received.delivery.dead_letter("late"), "dead_letter after ack")
         await reader.until_fence()
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()
 
 
 @scenario("ACK-23", "one group's acknowledgement is not another's", needs=_ACK)
@@ -373,7 +373,7 @@ async def groups_settle_alone(ctx: Context) -> None:
         await first.until_fence()
     async with ctx.reading(broker, topic, group=groups[1]) as second:
         await second.until_fence()
-    ctx.ledger.judge(groups[1], messages).demand()
+    ctx.ledger.compare(groups[1], messages).verify()
 
 
 @scenario("ACK-24", "what comes again after a close counts as an attempt", needs=Capabilities(
@@ -404,4 +404,4 @@ async def closed_beneath(ctx: Context) -> None:
             soon = min(2 * ctx.limits.lag, ctx.limits.redelivery)
             await ctx.within(soon, successor.take(2), "handing over")
             await successor.until_fence()
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()

@@ -65,14 +65,14 @@ async def refused_when_wired(ctx: Context) -> None:
         name = lack.split()[0]
         needed = replace(Capabilities(), **{name: getattr(_STRONGEST, name)})
         try:
-            ctx.wired(broker, _handle, requires=needed)
+            ctx.consumer_run(broker, _handle, requires=needed)
         except UnsupportedCapability as refused:
             ctx.check(name in str(refused), f"the refusal of {name} does not say so: {refused}")
         else:
             ctx.check(holds=False, otherwise=f"a consumer that requires {name} is accepted")
         if name in REFUSALS:
             await REFUSALS[name](ctx, needed)
-    ctx.wired(broker, _handle, requires=ctx.capabilities)
+    ctx.consumer_run(broker, _handle, requires=ctx.capabilities)
 
 
 @scenario("API-03", "the capabilities are the same all the time, and of every broker")
@@ -122,7 +122,7 @@ async def cancellable(ctx: Context) -> None:
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
         try:
-            async with asyncio.timeout(ctx.limits.settle):
+            async with asyncio.timeout(ctx.limits.quiet):
                 await reader.next()
         except TimeoutError:
             pass
@@ -136,7 +136,7 @@ async def cancellable(ctx: Context) -> None:
         task.cancel()
         await asyncio.wait({task}, timeout=ctx.limits.lag)
         ctx.check(task.cancelled(), "a cancellation was swallowed")
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()
 
 
 async def _forever(doing: Any) -> None:
@@ -158,7 +158,7 @@ async def debug_mode(ctx: Context) -> None:
         await broker.aclose()
     finally:
         loop.set_debug(False)
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()
 
 
 @scenario("API-10", "the promises fit together")
@@ -230,4 +230,4 @@ async def random_program(ctx: Context) -> None:
         while len(done) < len(messages):
             done |= {each.id for each in await reader.take(1)}
         await reader.until_fence()
-    ctx.ledger.judge(group, messages).demand(may_repeat=ctx.capabilities.settlement == "cumulative")
+    ctx.ledger.compare(group, messages).verify(may_duplicate=ctx.capabilities.settlement == "cumulative")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from diator.brokers.capabilities import Capabilities
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._harness import Outages
-from diator.testing.conformance._recovery import is_gone
+from diator.testing.conformance._recovery import service_is_down
 from diator.testing.conformance._scenario import scenario
 
 _RESTART = Capabilities(
@@ -21,7 +21,7 @@ _CRASH = Capabilities(
 
 async def _restart(ctx: Context, service: Outages) -> None:
     await service.stop()
-    await is_gone(ctx)
+    await service_is_down(ctx)
     await service.start()
 
 
@@ -43,7 +43,7 @@ async def survives_restart(ctx: Context) -> None:
     await _restart(ctx, service)
     async with ctx.reading(await ctx.broker(), topic, group=group) as reader:
         await reader.until_fence()
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario(
@@ -61,11 +61,11 @@ async def survives_death(ctx: Context) -> None:
     await _collects(ctx, topic, group)
     messages = await ctx.send(broker, topic, 200)
     await service.kill()
-    await is_gone(ctx)
+    await service_is_down(ctx)
     await service.start()
     async with ctx.reading(await ctx.broker(), topic, group=group) as reader:
         await reader.until_fence()
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario(
@@ -84,10 +84,10 @@ async def groups_survive(ctx: Context) -> None:
     await _restart(ctx, service)
     messages = [ctx.message(topic, number) for number in range(20)]
     for message in messages:
-        await ctx.persist(broker, message)
+        await ctx.send_until_confirmed(broker, message)
     async with ctx.reading(await ctx.broker(), topic, group=group) as reader:
         await reader.until_fence()
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario(
@@ -108,7 +108,7 @@ async def acknowledged_is_done(ctx: Context) -> None:
     await _restart(ctx, service)
     async with ctx.reading(await ctx.broker(), topic, group=group) as reader:
         await reader.until_fence()
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario(
@@ -130,8 +130,8 @@ async def unsettled_comes_again(ctx: Context) -> None:
     ctx.check(all(each.abandoned for each in held), "something was settled, and nobody did that")
     async with ctx.reading(await ctx.broker(), topic, group=group) as reader:
         bound = (ctx.capabilities.redelivery_bound or 0) + ctx.limits.redelivery + ctx.limits.recovery
-        await ctx.within(bound, ctx.until_done(reader, 10), "coming again")
-    ctx.ledger.judge(group, messages).demand()
+        await ctx.within(bound, ctx.until_acknowledged(reader, 10), "coming again")
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("DUR-06", "who promises no durability confirms none", level="F", facilities=["outages"], timeout=120)
@@ -144,7 +144,9 @@ async def promises_nothing(ctx: Context) -> None:
     for _ in range(5):
         await ctx.use(broker, topic)
     await _restart(ctx, service)
-    await ctx.within(ctx.limits.recovery, ctx.persist(broker, ctx.message(topic, 5)), "sending after the restart")
+    await ctx.within(
+        ctx.limits.recovery, ctx.send_until_confirmed(broker, ctx.message(topic, 5)), "sending after the restart"
+    )
     async with ctx.reading(broker, topic) as reader:
         messages = await ctx.send(broker, topic, 5, start=6)
         came = [each.id for each in await reader.until_fence()]

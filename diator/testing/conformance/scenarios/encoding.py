@@ -24,7 +24,7 @@ async def _arrives(ctx: Context, topic: Topic, payloads: list[bytes]) -> None:
     ]
     async with ctx.reading(broker, topic) as reader:
         received = await reader.during(ctx.send_all(broker, messages))
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()
     arrived = {each.id: each.message.payload_json for each in received if each.message}
     for message in messages:
         ctx.same(arrived[message.message_id], message.payload_json, "a payload")
@@ -102,7 +102,7 @@ async def names(ctx: Context) -> None:
         await ctx.send_all(broker, [message for _, message in readers])
         for reader, message in readers:
             await reader.until_fence()
-            ctx.ledger.judge(reader.name, [message]).demand()
+            ctx.ledger.compare(reader.name, [message]).verify()
             accepted += 1
     ctx.check(accepted > 0, "every name was refused, even the plain one")
 

@@ -24,7 +24,7 @@ async def nobody_listens(ctx: Context) -> None:
     refused = ctx.raises(BrokerUnavailable, ctx.send(broker, topic), "sending to nobody")
     await ctx.within(ctx.limits.timeout + ctx.limits.lag, refused, "failing")
     await proxy.heal()
-    await ctx.within(ctx.limits.recovery, ctx.persist(broker, ctx.message(topic)), "sending again")
+    await ctx.within(ctx.limits.recovery, ctx.send_until_confirmed(broker, ctx.message(topic)), "sending again")
 
 
 @scenario("PUB-04", "cut off before the answer, the outcome is unknown", level="F", facilities=["proxy"], timeout=60)
@@ -35,12 +35,12 @@ async def cut_before_the_answer(ctx: Context) -> None:
     await ctx.use(broker, topic)
     proxy.withhold()
     sending = ctx.start(ctx.raises(OutcomeUnknown, ctx.send(broker, topic), "sending without an answer"))
-    await asyncio.sleep(ctx.limits.settle)
+    await asyncio.sleep(ctx.limits.quiet)
     ctx.check(not sending.done(), "it was not waiting for its answer")
     proxy.reset()
     await ctx.within(ctx.limits.timeout + ctx.limits.lag, asyncio.wait_for(sending, None), "ending")
     await proxy.heal()
-    await ctx.within(ctx.limits.recovery, ctx.persist(broker, ctx.message(topic)), "sending again")
+    await ctx.within(ctx.limits.recovery, ctx.send_until_confirmed(broker, ctx.message(topic)), "sending again")
 
 
 @scenario("PUB-11", "into a black hole, sending ends in time", level="F", facilities=["proxy"], timeout=60)
@@ -66,11 +66,11 @@ async def close_without_service(ctx: Context) -> None:
             await reader.until_fence()
             proxy.refuse()
             proxy.reset()
-            await asyncio.sleep(ctx.limits.settle)
+            await asyncio.sleep(ctx.limits.quiet)
             ctx.same(proxy.connections, 0, "how many connections are left")
         await broker.aclose()
 
-    await ctx.within(ctx.limits.settle + 3 * ctx.limits.lag, end(), "ending and closing")
+    await ctx.within(ctx.limits.quiet + 3 * ctx.limits.lag, end(), "ending and closing")
 
 
 @scenario("LIF-17", "subscribing with nobody there fails in time", level="F", facilities=["proxy"], timeout=60)
@@ -85,7 +85,7 @@ async def subscribe_to_nobody(ctx: Context) -> None:
     async with ctx.reading(broker, topic) as reader:
         messages = await ctx.send(broker, topic)
         await reader.until_fence()
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()
 
 
 @scenario("LEK-07", "20 connections that failed leave nothing", level="F", facilities=["proxy"], timeout=120)
@@ -97,6 +97,6 @@ async def failed_connects(ctx: Context) -> None:
         broker = ctx.harness.transport()
         await ctx.raises(BrokerError, broker.send_message(ctx.message(ctx.topic())), "sending to nobody")
         await broker.aclose()
-    await asyncio.sleep(ctx.limits.settle)
+    await asyncio.sleep(ctx.limits.quiet)
     left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     ctx.check(len(left) < 5, f"tasks are left: {left}")  # noqa: PLR2004

@@ -29,9 +29,9 @@ async def concurrency(ctx: Context) -> None:
         await asyncio.sleep(0.02)
         at_work -= 1
 
-    async with ctx.consuming(broker, handle, concurrency=5) as handlings:
-        await asyncio.gather(*(ctx.send_all(broker, [handlings.message(number)]) for number in range(25)))
-        await handlings.become(25)
+    async with ctx.consuming(broker, handle, concurrency=5) as run:
+        await asyncio.gather(*(ctx.send_all(broker, [run.message(number)]) for number in range(25)))
+        await run.until_handled(25)
     ctx.same(most, 5, "the most handlers at once")
 
 
@@ -42,15 +42,15 @@ async def prefetch(ctx: Context) -> None:
     async with ctx.reading(broker, topic, group=ctx.name(), prefetch=3) as reader:
         messages = await ctx.send(broker, topic, 10)
         held = await reader.take(3, settle="nothing")
-        await reader.is_held_back()
+        await reader.expect_nothing()
         for received in held:
             await received.delivery.ack()
         held = await reader.take(3, settle="nothing")
-        await reader.is_held_back()
+        await reader.expect_nothing()
         for received in held:
             await received.delivery.ack()
         await reader.until_fence()
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()
 
 
 @scenario("FLW-04", "half held for a while and then released: everything arrives", needs=_BOUNDED)
@@ -69,7 +69,7 @@ async def half_held(ctx: Context) -> None:
         for received in held:
             await received.delivery.ack()
         await reader.until_fence()
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()
 
 
 @scenario("FLW-05", "a full service refuses, and drops nothing that it confirmed", level="X", facilities=["full"])
@@ -86,7 +86,7 @@ async def never_drops(ctx: Context) -> None:
         ctx.same(refused, 20, "how many were refused")
         await reader.take(10)
         await reader.until_fence()
-    ctx.ledger.judge(group, [sent.message for sent in ctx.ledger.sent]).demand()
+    ctx.ledger.compare(group, [sent.message for sent in ctx.ledger.sent]).verify()
 
 
 @scenario("FLW-07", "the event loop goes on during 2,000 messages", level="S", timeout=30)
@@ -137,22 +137,22 @@ async def blocked_loop(ctx: Context) -> None:
             time.sleep(pause)  # noqa: ASYNC251  # which is what it is about
             blocked.set()
 
-    async with ctx.consuming(broker, handle, concurrency=2) as handlings:
-        messages = [handlings.message(number) for number in range(20)]
+    async with ctx.consuming(broker, handle, concurrency=2) as run:
+        messages = [run.message(number) for number in range(20)]
         await ctx.send_all(broker, messages)
         sent.set()
-        await ctx.within(ctx.limits.liveness + ctx.limits.recovery, handlings.become(20), "handling what was sent")
-        messages.append(handlings.message(20))
+        await ctx.within(ctx.limits.liveness + ctx.limits.recovery, run.until_handled(20), "handling what was sent")
+        messages.append(run.message(20))
         await ctx.send_all(broker, messages[20:])
-        await ctx.within(ctx.limits.recovery, handlings.become(21), "handling what was sent afterwards")
-        await asyncio.sleep(ctx.limits.settle)
-        ctx.same(handlings.outcomes(), ["acked"] * 21, "the outcomes")
-        ctx.same(handlings.outcomes_of(messages), ["acked"] * 21, "the outcomes, by message")
-        ctx.same(handlings.consumer.health().gaps, 0, "how many gaps were told")
+        await ctx.within(ctx.limits.recovery, run.until_handled(21), "handling what was sent afterwards")
+        await asyncio.sleep(ctx.limits.quiet)
+        ctx.same(run.outcomes(), ["acked"] * 21, "the outcomes")
+        ctx.same(run.outcomes_of(messages), ["acked"] * 21, "the outcomes, by message")
+        ctx.same(run.consumer.health().gaps, 0, "how many gaps were told")
         ctx.same([proxy.accepted], connections, "how many connections there were")
     ctx.check(any(proxy.passed.values()), "nothing passed the proxy, so nothing was proved")
-    if handlings.group is not None:
-        async with ctx.reading(broker, handlings.topic, group=handlings.group) as reader:
+    if run.group is not None:
+        async with ctx.reading(broker, run.topic, group=run.group) as reader:
             ctx.same(await reader.until_fence(), [], "what comes again")
 
 
@@ -197,9 +197,9 @@ async def one_by_one(ctx: Context) -> None:
         await asyncio.sleep(0.005)
         events.append(f"end {event.number}")
 
-    async with ctx.consuming(broker, handle) as handlings:
-        await ctx.send_all(broker, [handlings.message(number) for number in range(6)])
-        await handlings.become(6)
+    async with ctx.consuming(broker, handle) as run:
+        await ctx.send_all(broker, [run.message(number) for number in range(6)])
+        await run.until_handled(6)
     pairs = list(zip(events[::2], events[1::2], strict=True))
     ctx.check(all(begin.split()[1] == end.split()[1] for begin, end in pairs), f"handlers overlap: {events}")
 
@@ -214,7 +214,7 @@ async def retry_makes_room(ctx: Context) -> None:
             await (await reader.next()).delivery.retry()
         await reader.take(2)
         await reader.until_fence()
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()
 
 
 @scenario("FLW-15", "what is put aside makes room", needs=Capabilities(
@@ -227,7 +227,7 @@ async def aside_makes_room(ctx: Context) -> None:
         for _ in range(5):
             await (await reader.next()).delivery.dead_letter("no good")
         await reader.until_fence()
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()
 
 
 @scenario("FLW-16", "each subscription has a prefetch of its own", needs=_BOUNDED)
@@ -242,4 +242,4 @@ async def prefetch_each(ctx: Context) -> None:
         await full.take(2, settle="nothing")
         messages = await ctx.send(broker, two, 6)
         await free.until_fence()
-    ctx.ledger.judge(free.name, messages).demand()
+    ctx.ledger.compare(free.name, messages).verify()

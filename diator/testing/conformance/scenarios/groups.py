@@ -29,7 +29,7 @@ async def broadcast(ctx: Context) -> None:
     ):
         await ctx.share(one, two, three, sending=ctx.send_all(broker, messages))
     for reader in (one, two, three):
-        ctx.ledger.judge(reader.name, messages).demand()
+        ctx.ledger.compare(reader.name, messages).verify()
 
 
 @scenario("GRP-02", "three members of a group get each message once between them", needs=_COMPETING)
@@ -43,7 +43,7 @@ async def competing(ctx: Context) -> None:
         ctx.reading(broker, topic, group=group) as three,
     ):
         await ctx.share(one, two, three, sending=ctx.send_all(broker, messages))
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("GRP-03", "two groups of two members: each group gets everything once", needs=_COMPETING)
@@ -59,7 +59,7 @@ async def groups_beside_each_other(ctx: Context) -> None:
     ):
         await ctx.share(a, b, c, d, sending=ctx.send_all(broker, messages))
     for group in groups:
-        ctx.ledger.judge(group, messages).demand()
+        ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("GRP-04", "with slow work and prefetch 1, every member works", needs=_COMPETING)
@@ -79,7 +79,7 @@ async def nobody_starves(ctx: Context) -> None:
     ):
         taken = await ctx.share(one, two, three, sending=ctx.send_all(broker, messages), work=work)
     ctx.check(all(taken.values()), f"the members got {[len(own) for own in taken.values()]}")
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("GRP-05", "a member that joins under load disturbs nothing", needs=_COMPETING)
@@ -100,7 +100,7 @@ async def joins(ctx: Context) -> None:
         await halfway.wait()
         async with ctx.reading(broker, topic, group=group) as two:
             await ctx.share(one, two, sending=asyncio.wait_for(sending, None))
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("GRP-06", "a member that leaves lets the others finish, without repeats", needs=_COMPETING)
@@ -113,8 +113,8 @@ async def leaves(ctx: Context) -> None:
             await leaving.take(5)
         messages += await ctx.send(broker, topic, 20, start=60)
         bound = 5 * ctx.limits.lag + ctx.limits.redelivery
-        await ctx.within(bound, ctx.until_done(staying, len(messages)), "finishing what a leaving member left")
-    ctx.ledger.judge(group, messages).demand()
+        await ctx.within(bound, ctx.until_acknowledged(staying, len(messages)), "finishing what a leaving member left")
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario(
@@ -136,10 +136,10 @@ async def crashes(ctx: Context) -> None:
             await ctx.harness.crash(dying)
             messages += await ctx.send(broker, topic, 20, start=20)
             bound = (ctx.capabilities.redelivery_bound or 0) + ctx.limits.redelivery
-            await ctx.within(bound, ctx.until_done(staying, len(messages)), "taking over from a crashed member")
+            await ctx.within(bound, ctx.until_acknowledged(staying, len(messages)), "taking over from a crashed member")
     for received in held:
         received.abandoned = True
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("GRP-08", "a group without members collects, and gives it to the next", needs=_DURABLE)
@@ -152,7 +152,7 @@ async def collects(ctx: Context) -> None:
     messages += await ctx.send(broker, topic, 30, start=5)
     async with ctx.reading(broker, topic, group=group) as reader:
         await reader.until_fence()
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("GRP-09", "groups are apart, however alike their names are", needs=_COMPETING)
@@ -169,7 +169,7 @@ async def names_of_groups(ctx: Context) -> None:
     for name in names:
         async with ctx.reading(broker, topic, group=name) as reader:
             await ctx.within(2 * ctx.limits.lag, reader.take(5), f"reading as {name!r}")
-        ctx.ledger.judge(name, messages).demand()
+        ctx.ledger.compare(name, messages).verify()
 
 
 @scenario("GRP-10", "members that have nothing to do take over when another leaves", needs=_COMPETING)
@@ -178,14 +178,14 @@ async def spare_members(ctx: Context) -> None:
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with AsyncExitStack() as first:
         leaving = await first.enter_async_context(ctx.reading(broker, topic, group=group))
-        one = await ctx.entered(ctx.reading(broker, topic, group=group))
-        two = await ctx.entered(ctx.reading(broker, topic, group=group))
+        one = await ctx.enter(ctx.reading(broker, topic, group=group))
+        two = await ctx.enter(ctx.reading(broker, topic, group=group))
         messages = [ctx.message(topic, number) for number in range(9)]
         await ctx.share(leaving, one, two, sending=ctx.send_all(broker, messages))
         await first.aclose()
         more = [ctx.message(topic, number) for number in range(9, 18)]
         await ctx.share(one, two, sending=ctx.send_all(broker, more))
-    ctx.ledger.judge(group, [*messages, *more]).demand()
+    ctx.ledger.compare(group, [*messages, *more]).verify()
 
 
 @scenario("GRP-11", "a subscription that is not read does not delay the others", needs=_BROADCAST)
@@ -196,7 +196,7 @@ async def not_delayed(ctx: Context) -> None:
     async with ctx.reading(broker, topic, prefetch=1), ctx.reading(broker, topic) as reader:
         reading = reader.during(ctx.send_all(broker, messages))
         await ctx.within(5 * ctx.limits.lag, reading, "reading beside one that does not")
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()
 
 
 @scenario("GRP-14", "a distribution that is not promised is refused when subscribing")
@@ -209,7 +209,7 @@ async def refused(ctx: Context) -> None:
             messages = await ctx.send(broker, topic, 3)
             await alone.until_fence()
             await ctx.share(member, sending=asyncio.sleep(0))
-        ctx.ledger.judge(alone.name, messages).demand()
+        ctx.ledger.compare(alone.name, messages).verify()
         received = {each.id for each in ctx.ledger.received if each.subscription == member.name}
         ctx.check(
             received >= {message.message_id for message in messages}, "a group missed what another subscription got"
@@ -230,7 +230,7 @@ async def across_brokers(ctx: Context) -> None:
         ctx.reading(brokers[1], topic, group=group) as two,
     ):
         await ctx.share(one, two, sending=ctx.send_all(brokers[0], messages))
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("GRP-16", "one group name on two topics is one group", needs=_DURABLE)
@@ -243,4 +243,4 @@ async def one_group_two_topics(ctx: Context) -> None:
     async with ctx.reading(broker, one, two, group=group) as reader:
         await reader.take(10)
         await reader.until_fence()
-    ctx.ledger.judge(group, messages).demand()
+    ctx.ledger.compare(group, messages).verify()

@@ -19,7 +19,7 @@ async def _arrive(ctx: Context, *all_headers: Mapping[str, str]) -> None:
     async with ctx.reading(broker, topic) as reader:
         await ctx.send_all(broker, messages)
         received = await reader.until_fence()
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()
     arrived = {each.id: each.message.headers for each in received if each.message}
     for message in messages:
         ctx.same(arrived[message.message_id], message.headers, "the headers")

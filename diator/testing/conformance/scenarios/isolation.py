@@ -18,8 +18,8 @@ async def two_topics(ctx: Context) -> None:
         ones, twos = await ctx.send(broker, one, 10), await ctx.send(broker, two, 10)
         await first.until_fence()
         await second.until_fence()
-    ctx.ledger.judge(first.name, ones).demand()
-    ctx.ledger.judge(second.name, twos).demand()
+    ctx.ledger.compare(first.name, ones).verify()
+    ctx.ledger.compare(second.name, twos).verify()
 
 
 @scenario("ISO-02", "names that begin alike, or differ in case, are two names")
@@ -32,7 +32,7 @@ async def alike(ctx: Context) -> None:
         for name in names:
             await ctx.use(broker, Topic("notification_event", name))
         await reader.until_fence()
-    ctx.ledger.judge(reader.name, [ctx.ledger.sent[0].message]).demand()
+    ctx.ledger.compare(reader.name, [ctx.ledger.sent[0].message]).verify()
 
 
 @scenario("ISO-04", "a subscription that fails does not disturb another")
@@ -54,7 +54,7 @@ async def fails_alone(ctx: Context) -> None:
         ctx.check(isinstance(failing.exception(), LookupError), f"it ended with {failing.exception()!r}")
         messages += await ctx.send(broker, two, 5, start=5)
         await reader.until_fence()
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()
 
 
 @scenario("ISO-08", "two consumers of one broker each handle their own events")
@@ -72,8 +72,8 @@ async def two_consumers(ctx: Context) -> None:
     async with ctx.consuming(broker, one) as first, ctx.consuming(broker, two) as second:
         for number in range(5):
             await ctx.send_all(broker, [first.message(number), second.message(10 + number)])
-        await first.become(5)
-        await second.become(5)
+        await first.until_handled(5)
+        await second.until_handled(5)
     numbers = {name: sorted(each) for name, each in handled.items()}
     ctx.same(numbers, {"one": [0, 1, 2, 3, 4], "two": [10, 11, 12, 13, 14]}, "what was handled")
     ctx.same(first.outcomes() + second.outcomes(), ["acked"] * 10, "the outcomes")
@@ -87,4 +87,4 @@ async def two_brokers(ctx: Context) -> None:
     async with ctx.reading(two, topic) as reader, ctx.reading(one, ctx.topic()):
         messages = await ctx.send(sender, topic, 5)
         await reader.until_fence()
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()

@@ -29,8 +29,8 @@ async def closed_is_gone(ctx: Context) -> None:
         messages = await ctx.send(broker, topic, 3)
         await reader.until_fence()
     await broker.aclose()
-    await asyncio.sleep(ctx.limits.settle)
-    ctx.ledger.judge(reader.name, messages).demand()
+    await asyncio.sleep(ctx.limits.quiet)
+    ctx.ledger.compare(reader.name, messages).verify()
     ctx.same((_tasks(), len(open_files())), (tasks, files), "the tasks and open files after closing")
 
 
@@ -63,8 +63,8 @@ async def again_and_again(ctx: Context) -> None:
             async with ctx.reading(broker, topic) as reader:
                 messages = await ctx.send(broker, topic)
                 await reader.take(1)
-            ctx.ledger.judge(reader.name, messages).demand()
-    await asyncio.sleep(ctx.limits.settle)
+            ctx.ledger.compare(reader.name, messages).verify()
+    await asyncio.sleep(ctx.limits.quiet)
     ctx.same((_tasks(), len(open_files())), (tasks, files), "the tasks and open files after 30 brokers")
 
 
@@ -80,7 +80,7 @@ async def came_and_went(ctx: Context) -> None:
         async with ctx.reading(broker, topic) as reader:
             left.append(weakref.ref(reader.deliveries))
             del reader
-    await asyncio.sleep(ctx.limits.settle)
+    await asyncio.sleep(ctx.limits.quiet)
     gc.collect()
     more = _tasks() - tasks, len(open_files()) - files  # fewer, where the first one had not quite ended
     ctx.check(max(more) <= 0, f"{more[0]} tasks and {more[1]} open files are left of 100 subscriptions")
@@ -89,7 +89,7 @@ async def came_and_went(ctx: Context) -> None:
     async with ctx.reading(broker, topic) as reader:
         messages = await ctx.send(broker, topic)
         await reader.until_fence()
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()
 
 
 @scenario("LEK-06", "memory does not grow with the number of messages", level="S", timeout=60)
@@ -129,7 +129,7 @@ async def settled_is_gone(ctx: Context) -> None:
             delivery = await anext(reader.deliveries)
             await delivery.ack()
             del delivery
-        await asyncio.sleep(ctx.limits.settle)
+        await asyncio.sleep(ctx.limits.quiet)
         gc.collect()
         left = sum(type(each) is Delivery and each.topic == topic for each in gc.get_objects())
     ctx.check(left < 5, f"of 30 settled deliveries, {left} are still held")  # noqa: PLR2004
@@ -144,10 +144,10 @@ async def books_are_empty(ctx: Context) -> None:
         if event.number % 2:
             raise LookupError("every second one")
 
-    async with ctx.consuming(broker, handle, concurrency=3) as handlings:
-        await ctx.send_all(broker, [handlings.message(number, key=f"k{number % 3}") for number in range(12)])
-        await handlings.become(12)
-        health = handlings.consumer.health()
+    async with ctx.consuming(broker, handle, concurrency=3) as run:
+        await ctx.send_all(broker, [run.message(number, key=f"k{number % 3}") for number in range(12)])
+        await run.until_handled(12)
+        health = run.consumer.health()
         ctx.same((health.in_flight, health.oldest_in_flight, health.gaps), (0, 0.0, 0), "what is in flight, and gaps")
         ctx.check(health.since_last_progress < ctx.limits.lag, "it says that nothing was done for long")
 
@@ -164,5 +164,5 @@ async def unsettled_leave_nothing(ctx: Context) -> None:
             await ctx.send_all(broker, messages)
             await reader.take(1, settle="nothing")
     await broker.aclose()
-    await asyncio.sleep(ctx.limits.settle)
+    await asyncio.sleep(ctx.limits.quiet)
     ctx.check(_tasks() <= tasks, f"{_tasks() - tasks} tasks are left")

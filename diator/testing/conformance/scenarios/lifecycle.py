@@ -23,7 +23,7 @@ async def a_new_one_works(ctx: Context) -> None:
         async with ctx.reading(broker, topic) as reader:
             messages = await ctx.send(broker, topic)
             await reader.until_fence()
-        ctx.ledger.judge(reader.name, messages).demand()
+        ctx.ledger.compare(reader.name, messages).verify()
         await broker.aclose()
         await ctx.raises(BrokerClosed, broker.send_message(ctx.message(topic)), "sending when closed")
 
@@ -72,16 +72,16 @@ async def finishes(ctx: Context) -> None:
     async def handle(event: Happened) -> None:
         begun.append(event.number)
         if len(begun) == 2:  # noqa: PLR2004
-            handlings.consumer.stop()
+            run.consumer.stop()
         await asyncio.sleep(0.05)
         ended.append(event.number)
 
-    async with ctx.consuming(broker, handle, concurrency=2) as handlings:
-        await ctx.send_all(broker, [handlings.message(number) for number in range(10)])
-        await ctx.within(0.05 + ctx.limits.lag, handlings.become(2), "finishing")
+    async with ctx.consuming(broker, handle, concurrency=2) as run:
+        await ctx.send_all(broker, [run.message(number) for number in range(10)])
+        await ctx.within(0.05 + ctx.limits.lag, run.until_handled(2), "finishing")
     ctx.same(len(begun), 2, "how many were begun")
     ctx.same(sorted(ended), sorted(begun), "what was ended of what was begun")
-    ctx.same(handlings.outcomes(), ["acked", "acked"], "the outcomes")
+    ctx.same(run.outcomes(), ["acked", "acked"], "the outcomes")
 
 
 @scenario("LIF-06", "work that does not end is cut off after drain_timeout, and not acknowledged")
@@ -98,12 +98,12 @@ async def cut_off(ctx: Context) -> None:
             cut.set()
             raise
 
-    async with ctx.consuming(broker, handle, drain_timeout=0.05) as handlings:
-        await ctx.send_all(broker, [handlings.message()])
+    async with ctx.consuming(broker, handle, drain_timeout=0.05) as run:
+        await ctx.send_all(broker, [run.message()])
         await at_work.wait()
-        handlings.consumer.stop()
+        run.consumer.stop()
         await ctx.within(0.05 + ctx.limits.lag, cut.wait(), "cutting off")
-    ctx.same(handlings.outcomes(), ["unsettled"], "the outcomes")
+    ctx.same(run.outcomes(), ["unsettled"], "the outcomes")
 
 
 @scenario("LIF-07", "a close that is cancelled can be finished")
@@ -133,7 +133,7 @@ async def ends_idle(ctx: Context) -> None:
 
     waiting = asyncio.create_task(wait())
     await waits.wait()
-    await asyncio.sleep(ctx.limits.settle)
+    await asyncio.sleep(ctx.limits.quiet)
     await ctx.within(ctx.limits.lag, cancelled(waiting), "ending an idle subscription")
     ctx.check(waiting.cancelled(), "its end is another one than the cancellation")
     await ctx.within(ctx.limits.lag, broker.aclose(), "closing after it")
@@ -155,7 +155,7 @@ async def close_amid_sends(ctx: Context) -> None:
         strange = [error for error in errors if not isinstance(error, BrokerError)]
         ctx.same(strange, [], "errors that are no verdict")
         await reader.until_fence()
-    ctx.ledger.judge(group, [sent.message for sent in ctx.ledger.sent]).demand()
+    ctx.ledger.compare(group, [sent.message for sent in ctx.ledger.sent]).verify()
 
 
 @scenario("LIF-11", "a subscription that ends and begins again goes on, and its sibling never stops", needs=_DURABLE)
@@ -170,10 +170,10 @@ async def ends_and_begins(ctx: Context) -> None:
                 await reader.take(3)
                 await reader.take(1, settle="nothing")
         async with ctx.reading(broker, topic, group=group) as reader:
-            await ctx.until_done(reader, len(messages))
+            await ctx.until_acknowledged(reader, len(messages))
         await sibling.until_fence()
-    ctx.ledger.judge(group, messages).demand()
-    ctx.ledger.judge(sibling.name, messages).demand()
+    ctx.ledger.compare(group, messages).verify()
+    ctx.ledger.compare(sibling.name, messages).verify()
 
 
 @scenario("LIF-12", "what is sent while a subscription ends is left for the next", needs=_DURABLE)
@@ -186,8 +186,8 @@ async def sent_while_ending(ctx: Context) -> None:
         await reader.take(5)
     await sending
     async with ctx.reading(broker, topic, group=group) as reader:
-        await ctx.until_done(reader, len(messages))
-    ctx.ledger.judge(group, messages).demand()
+        await ctx.until_acknowledged(reader, len(messages))
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario("LIF-13", "a handler may send and subscribe with the broker that it is called by")
@@ -201,13 +201,13 @@ async def from_within(ctx: Context) -> None:
             async with ctx.reading(broker, elsewhere) as reader:
                 await ctx.send(broker, elsewhere)
                 await reader.take(1)
-            await ctx.send_all(broker, [handlings.message(1)])
+            await ctx.send_all(broker, [run.message(1)])
         done.append(event.number)
 
-    async with ctx.consuming(broker, handle) as handlings:
-        await ctx.send_all(broker, [handlings.message(0)])
-        await handlings.become(2)
-    ctx.same((sorted(done), handlings.outcomes()), ([0, 1], ["acked", "acked"]), "what was handled")
+    async with ctx.consuming(broker, handle) as run:
+        await ctx.send_all(broker, [run.message(0)])
+        await run.until_handled(2)
+    ctx.same((sorted(done), run.outcomes()), ([0, 1], ["acked", "acked"]), "what was handled")
 
 
 @scenario("LIF-18", "two brokers in one process are two")
@@ -219,7 +219,7 @@ async def share_nothing(ctx: Context) -> None:
         await one.aclose()
         messages = await ctx.send(two, topic, 3)
         await reader.until_fence()
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()
 
 
 @scenario("LIF-19", "a subscription ends cleanly after its broker was closed")
@@ -247,12 +247,12 @@ async def hurry(ctx: Context) -> None:
         await asyncio.Event().wait()
 
     began = monotonic()
-    async with ctx.consuming(broker, handle, drain_timeout=60) as handlings:
-        await ctx.send_all(broker, [handlings.message()])
+    async with ctx.consuming(broker, handle, drain_timeout=60) as run:
+        await ctx.send_all(broker, [run.message()])
         await at_work.wait()
         began = monotonic()
     ctx.check(monotonic() - began < ctx.limits.lag, f"it took {monotonic() - began:.2f} s to stop at once")
-    ctx.same(handlings.outcomes(), ["unsettled"], "the outcomes")
+    ctx.same(run.outcomes(), ["unsettled"], "the outcomes")
 
 
 @scenario("LIF-21", "a consumer that waits for a message stops at once")
@@ -262,12 +262,12 @@ async def stops_idle(ctx: Context) -> None:
 
     async def handle(event: Happened) -> None: ...
 
-    async with ctx.consuming(broker, handle) as handlings:
-        await ctx.send_all(broker, [handlings.message()])
-        await handlings.become(1)
-        await asyncio.sleep(ctx.limits.settle)
-        ctx.check(handlings.consumer.health().receiving, "it says that it does not receive")
+    async with ctx.consuming(broker, handle) as run:
+        await ctx.send_all(broker, [run.message()])
+        await run.until_handled(1)
+        await asyncio.sleep(ctx.limits.quiet)
+        ctx.check(run.consumer.health().receiving, "it says that it does not receive")
         began = monotonic()
-        handlings.consumer.stop()
+        run.consumer.stop()
     ctx.check(monotonic() - began < ctx.limits.lag, f"it took {monotonic() - began:.2f} s to stop")
-    ctx.check(not handlings.consumer.health().receiving, "it says that it still receives")
+    ctx.check(not run.consumer.health().receiving, "it says that it still receives")

@@ -17,7 +17,7 @@ from diator.exceptions import OutcomeUnknown
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._harness import Proxy
 from diator.testing.conformance._ledger import NotApplicable
-from diator.testing.conformance._recovery import bears, connected_again, read_while, receives_again
+from diator.testing.conformance._recovery import read_while, receives_again, reconnected, survives_faults
 from diator.testing.conformance._scenario import scenario
 from diator.testing.fault_proxy import Flow
 
@@ -32,7 +32,7 @@ async def reset_while_idle(ctx: Context) -> None:
         await reader.until_fence()
         before = proxy.accepted
         proxy.reset()
-        await connected_again(ctx, proxy, before, ctx.limits.recovery)
+        await reconnected(ctx, proxy, before, ctx.limits.recovery)
         await receives_again(ctx, reader)
 
 
@@ -46,7 +46,7 @@ async def reset_under_load(ctx: Context) -> None:
         before.append(proxy.accepted)
         proxy.reset()
 
-    await bears(ctx, reset)
+    await survives_faults(ctx, reset)
     ctx.check(before[0] < before[1] < proxy.accepted, "the resets were not felt")
 
 
@@ -76,7 +76,7 @@ async def _half_open(ctx: Context, *flows: Flow) -> None:
         await reader.until_fence()
         before = proxy.accepted
         proxy.black_hole(*flows)
-        await connected_again(ctx, proxy, before, ctx.limits.liveness)
+        await reconnected(ctx, proxy, before, ctx.limits.liveness)
         ctx.check(any(proxy.lost[flow] for flow in flows), "nothing was lost, so nothing was proved")
         await proxy.heal()
         proxy.reset()
@@ -100,7 +100,7 @@ async def short_silence(ctx: Context) -> None:
         messages += await sending
         await reader.until_fence()
         ctx.same(proxy.accepted, before, "how many connections there were")
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()
 
 
 @scenario("FLT-07", "an outage is neither stormed nor logged to death", level="F", facilities=["proxy"], timeout=300)
@@ -116,10 +116,10 @@ async def long_outage(ctx: Context) -> None:
             proxy.reset()
             before, began = proxy.accepted, monotonic()
             tries: list[float] = []
-            while monotonic() - began < 6 * ctx.limits.pause:
+            while monotonic() - began < 6 * ctx.limits.max_delay:
                 if proxy.accepted > before + len(tries):
                     tries += [monotonic()] * (proxy.accepted - before - len(tries))
-                if monotonic() - began > 3 * ctx.limits.pause:
+                if monotonic() - began > 3 * ctx.limits.max_delay:
                     memory.begin()
                 await asyncio.sleep(0.005)
             grown = memory.grown()
@@ -127,12 +127,12 @@ async def long_outage(ctx: Context) -> None:
         ctx.check(len(tries) <= 50, f"it tried {len(tries)} times in six of its longest pauses")  # noqa: PLR2004
         pauses = [later - earlier for earlier, later in pairwise(tries)]
         late = pauses[len(pauses) // 2 :]
-        ctx.check(max(late) - min(late) > ctx.limits.pause / 20, f"its pauses are all alike: {late}")
-        ctx.check(max(pauses) <= ctx.limits.pause + ctx.limits.lag, f"it paused for {max(pauses):.1f} s")
+        ctx.check(max(late) - min(late) > ctx.limits.max_delay / 20, f"its pauses are all alike: {late}")
+        ctx.check(max(pauses) <= ctx.limits.max_delay + ctx.limits.lag, f"it paused for {max(pauses):.1f} s")
         ctx.check(len(logged) <= 2 * len(tries) + 3, f"{len(logged)} warnings about {len(tries)} tries")
         ctx.check(grown < 256 * 1024, f"{grown:,} bytes more in the second half of the outage")
         await proxy.heal()
-        await receives_again(ctx, reader, by=ctx.limits.pause + ctx.limits.recovery)
+        await receives_again(ctx, reader, by=ctx.limits.max_delay + ctx.limits.recovery)
 
 
 class _Logged(logging.Handler):
@@ -189,7 +189,7 @@ async def flapping(ctx: Context) -> None:
         for _ in range(10):
             proxy.reset()
             await asyncio.sleep(0.1)
-        await connected_again(ctx, proxy, before, ctx.limits.recovery)
+        await reconnected(ctx, proxy, before, ctx.limits.recovery)
         await receives_again(ctx, reader)
         ctx.check(proxy.connections <= connections, f"{proxy.connections} connections, and {connections} before")
 
@@ -209,8 +209,8 @@ async def forgotten(ctx: Context) -> None:
         await ctx.send(broker, topic)
         await reader.until_fence()
         before = proxy.accepted
-        proxy.forget()
-        await connected_again(ctx, proxy, before, ctx.limits.liveness)
+        proxy.black_hole_existing()
+        await reconnected(ctx, proxy, before, ctx.limits.liveness)
         await receives_again(ctx, reader, by=ctx.limits.liveness + ctx.limits.recovery)
 
 
@@ -233,7 +233,7 @@ async def latency(ctx: Context) -> None:
         messages += await ctx.send(broker, topic, start=34)
         await reader.until_fence()
         ctx.same(proxy.accepted, before, "how many connections there were")
-    ctx.ledger.judge(reader.name, messages + more).demand()
+    ctx.ledger.compare(reader.name, messages + more).verify()
 
 
 @scenario(
@@ -256,7 +256,7 @@ async def one_link(ctx: Context) -> None:
         outgoing.reset()
         again = [ctx.message(topic, number) for number in range(1, 21)]
         for message in again:
-            await ctx.persist(sender, message)
+            await ctx.send_until_confirmed(sender, message)
         await reader.until_fence()
         ctx.check(outgoing.accepted > before, "the sender's link was not cut, so nothing was proved")
         ctx.same(incoming.accepted, calm, "how many connections the reader had")
@@ -264,12 +264,12 @@ async def one_link(ctx: Context) -> None:
         calm, before = outgoing.accepted, incoming.accepted
         incoming.reset()
         messages += await ctx.send(sender, topic, 20, start=21)
-        await connected_again(ctx, incoming, before, ctx.limits.recovery)
+        await reconnected(ctx, incoming, before, ctx.limits.recovery)
         ctx.same(outgoing.accepted, calm, "how many connections the sender had")
         await receives_again(ctx, reader)
     kept = ctx.capabilities.guarantee == "at_least_once"
     sent = [each.message for each in ctx.ledger.sent]
-    ctx.ledger.judge(reader.name, sent, gaps=reader.gaps).demand(may_repeat=kept)
+    ctx.ledger.compare(reader.name, sent, gaps=reader.gaps).verify(may_duplicate=kept)
 
 
 @scenario(
@@ -299,7 +299,7 @@ async def cut_within(ctx: Context) -> None:
 
 async def _send_until_cut(ctx: Context, broker: Transport, message: Message, proxy: Proxy, before: int) -> None:
     while proxy.accepted <= before:
-        await ctx.persist(broker, message)
+        await ctx.send_until_confirmed(broker, message)
         await asyncio.sleep(0.02)
 
 
@@ -329,9 +329,9 @@ async def confirmation_lost(ctx: Context) -> None:
         ctx.check(proxy.lost[Flow.TO_CLIENT], "no answer was lost, so nothing was proved")
         await proxy.heal()
         proxy.reset()
-        await ctx.within(ctx.limits.recovery, ctx.persist(sender, message), "sending again")
+        await ctx.within(ctx.limits.recovery, ctx.send_until_confirmed(sender, message), "sending again")
         await reader.until_fence()
-    ctx.ledger.judge(reader.name, [*messages, message]).demand()
+    ctx.ledger.compare(reader.name, [*messages, message]).verify()
 
 
 @scenario(
@@ -351,15 +351,15 @@ async def settled_after_a_reset(ctx: Context) -> None:
         held = await reader.take(5, settle="nothing")
         before = proxy.accepted
         proxy.reset()
-        await connected_again(ctx, proxy, before, ctx.limits.recovery)
+        await reconnected(ctx, proxy, before, ctx.limits.recovery)
         for received in held:
-            await ctx.or_broker_error(received.delivery.ack(), "ack() after its connection was lost")
+            await ctx.allow_broker_error(received.delivery.ack(), "ack() after its connection was lost")
         await receives_again(ctx, reader)
     async with ctx.reading(broker, topic, group=group) as reader:
         await asyncio.sleep(ctx.capabilities.redelivery_bound or 0)
         await reader.until_fence()
     sent = [each.message for each in ctx.ledger.sent]
-    ctx.ledger.judge(group, sent).demand(may_repeat=True)
+    ctx.ledger.compare(group, sent).verify(may_duplicate=True)
 
 
 @scenario(
@@ -381,12 +381,12 @@ async def not_settled(ctx: Context) -> None:
         retried, aside = await reader.take(2, settle="nothing")
         proxy.refuse()
         proxy.reset()
-        await asyncio.sleep(ctx.limits.settle)
+        await asyncio.sleep(ctx.limits.quiet)
         ctx.same(proxy.connections, 0, "how many connections are left")
         within = ctx.limits.timeout + ctx.limits.lag
-        await ctx.within(within, ctx.or_broker_error(retried.delivery.retry(after=0.05), "retry()"), "retry()")
+        await ctx.within(within, ctx.allow_broker_error(retried.delivery.retry(after=0.05), "retry()"), "retry()")
         await ctx.within(
-            within, ctx.or_broker_error(aside.delivery.dead_letter("late"), "dead_letter()"), "dead_letter()"
+            within, ctx.allow_broker_error(aside.delivery.dead_letter("late"), "dead_letter()"), "dead_letter()"
         )
         ctx.check(aside.delivery.outcome is None, "dead_letter() returned, and nothing can have been put aside")
         await proxy.heal()
@@ -413,12 +413,12 @@ async def order_across_resets(ctx: Context) -> None:
         before.append(proxy.accepted)
         proxy.reset()
 
-    reader = await bears(ctx, reset, count=90)
+    reader = await survives_faults(ctx, reset, count=90)
     ctx.check(before[0] < before[1] < proxy.accepted, "the resets were not felt")
     topic = reader.topics[0]
     sent = [each.message for each in ctx.ledger.sent if each.message.message_name == topic.message_name]
     kept = ctx.capabilities.guarantee == "at_least_once"
-    ctx.ledger.judge(reader.name, sent, gaps=reader.gaps).demand(in_order=True, may_repeat=kept)
+    ctx.ledger.compare(reader.name, sent, gaps=reader.gaps).verify(in_order=True, may_duplicate=kept)
 
 
 @scenario("LEK-04", "a dozen new connections leave one", level="F", facilities=["proxy"], timeout=120)
@@ -433,8 +433,8 @@ async def many_reconnects(ctx: Context) -> None:
         for _ in range(12):
             before = proxy.accepted
             proxy.reset()
-            await connected_again(ctx, proxy, before, ctx.limits.pause + ctx.limits.recovery)
-        await receives_again(ctx, reader, by=ctx.limits.pause + ctx.limits.recovery)
+            await reconnected(ctx, proxy, before, ctx.limits.max_delay + ctx.limits.recovery)
+        await receives_again(ctx, reader, by=ctx.limits.max_delay + ctx.limits.recovery)
         ctx.check(proxy.connections <= connections, f"{proxy.connections} connections, and {connections} before")
         now = len(asyncio.all_tasks())
         ctx.check(now <= tasks + 4, f"{now} tasks, and {tasks} before")

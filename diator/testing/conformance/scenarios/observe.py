@@ -11,7 +11,7 @@ from time import monotonic
 from diator.consumer import Consumer
 from diator.testing.conformance._consuming import Happened
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._recovery import connected_again
+from diator.testing.conformance._recovery import reconnected
 from diator.testing.conformance._scenario import scenario
 
 
@@ -63,11 +63,11 @@ async def secrets(ctx: Context) -> None:
 
     shown: list[str] = []
     with _listening() as records:
-        async with ctx.consuming(broker, handle) as handlings, ctx.reading(broker, handlings.topic) as reader:
-            messages = [handlings.message(number, tags=[canary]) for number in range(2)]
-            messages += [handlings.message("bad", tags=canary), handlings.message(0, tags=[canary, 7])]  # type: ignore[arg-type]
+        async with ctx.consuming(broker, handle) as run, ctx.reading(broker, run.topic) as reader:
+            messages = [run.message(number, tags=[canary]) for number in range(2)]
+            messages += [run.message("bad", tags=canary), run.message(0, tags=[canary, 7])]  # type: ignore[arg-type]
             await ctx.send_all(broker, messages)
-            handled = await handlings.become(4)
+            handled = await run.until_handled(4)
             shown += [repr(each) for each in handled]
             for received in await reader.take(4):
                 shown += [repr(received.delivery), str(received.delivery), repr(received.message)]
@@ -86,32 +86,36 @@ async def health_of_the_link(ctx: Context) -> None:
 
     async def handle(event: Happened) -> None: ...
 
-    async with ctx.consuming(broker, handle) as handlings:
-        consumer = handlings.consumer
-        await ctx.persist(broker, handlings.message())
-        await handlings.become(1)
+    async with ctx.consuming(broker, handle) as run:
+        consumer = run.consumer
+        await ctx.send_until_confirmed(broker, run.message())
+        await run.until_handled(1)
         await _says(ctx, consumer, connected=True, by=monotonic())
 
         before, began = proxy.accepted, monotonic()
         proxy.black_hole()
-        await connected_again(ctx, proxy, before, ctx.limits.liveness)
-        ctx.applies(handlings.tells_of_its_connection, "the transport does not tell whether it is connected")
+        await reconnected(ctx, proxy, before, ctx.limits.liveness)
+        ctx.applies(run.reports_connection, "the transport does not tell whether it is connected")
         await _says(ctx, consumer, connected=False, by=began + ctx.limits.liveness)
         await proxy.heal()
         proxy.reset()
         await _says(ctx, consumer, connected=True, by=monotonic() + ctx.limits.recovery)
-        await ctx.persist(broker, handlings.message())
-        await ctx.within(ctx.limits.recovery, handlings.become(2), "handling what was sent when it was said to be back")
+        await ctx.send_until_confirmed(broker, run.message())
+        await ctx.within(
+            ctx.limits.recovery, run.until_handled(2), "handling a message sent after the link was back"
+        )
 
         proxy.refuse()
         proxy.reset()
         await _says(ctx, consumer, connected=False, by=monotonic() + ctx.limits.liveness)
-        await asyncio.sleep(ctx.limits.pause)
+        await asyncio.sleep(ctx.limits.max_delay)
         await _says(ctx, consumer, connected=False, by=monotonic())
         await proxy.heal()
-        await _says(ctx, consumer, connected=True, by=monotonic() + ctx.limits.pause + ctx.limits.recovery)
-        await ctx.persist(broker, handlings.message())
-        await ctx.within(ctx.limits.recovery, handlings.become(3), "handling what was sent when it was said to be back")
+        await _says(ctx, consumer, connected=True, by=monotonic() + ctx.limits.max_delay + ctx.limits.recovery)
+        await ctx.send_until_confirmed(broker, run.message())
+        await ctx.within(
+            ctx.limits.recovery, run.until_handled(3), "handling a message sent after the link was back"
+        )
 
 
 async def _says(ctx: Context, consumer: Consumer, *, connected: bool, by: float) -> None:

@@ -21,7 +21,7 @@ async def in_order(ctx: Context) -> None:
     async with ctx.reading(broker, topic) as reader:
         messages = [ctx.message(topic, number) for number in range(500)]
         await reader.during(ctx.send_all(broker, messages))
-    ctx.ledger.judge(reader.name, messages).demand(in_order=True)
+    ctx.ledger.compare(reader.name, messages).verify(in_order=True)
 
 
 @scenario("ORD-02", "each of 16 keys keeps its order", needs=_KEY)
@@ -31,10 +31,10 @@ async def in_order_of_keys(ctx: Context) -> None:
     messages = [ctx.message(topic, number, key=f"key-{number % 16}") for number in range(320)]
     async with ctx.reading(broker, topic) as reader:
         await reader.during(ctx.send_all(broker, messages))
-    ctx.ledger.judge(reader.name, messages).demand(in_order=ctx.capabilities.ordering == "destination")
+    ctx.ledger.compare(reader.name, messages).verify(in_order=ctx.capabilities.ordering == "destination")
     for key in range(16):
-        verdict = ctx.ledger.judge(reader.name, messages[key::16])
-        ctx.same(verdict.reordered, [], f"what of key-{key} came out of order")
+        comparison = ctx.ledger.compare(reader.name, messages[key::16])
+        ctx.same(comparison.reordered, [], f"what of key-{key} came out of order")
 
 
 @scenario("ORD-03", "8 handlers at once: those of one key one after the other, in order", needs=_KEY)
@@ -57,10 +57,10 @@ async def lanes(ctx: Context) -> None:
         await asyncio.sleep(ctx.random.random() / 500)
         at_work.discard(lane)
 
-    async with ctx.consuming(broker, handle, concurrency=8) as handlings:
-        messages = [handlings.message(number, key=f"lane-{number % 4}") for number in range(120)]
+    async with ctx.consuming(broker, handle, concurrency=8) as run:
+        messages = [run.message(number, key=f"lane-{number % 4}") for number in range(120)]
         await ctx.send_all(broker, messages)
-        await handlings.become(120)
+        await run.until_handled(120)
     ctx.same(overlaps, [], "what was handled while another of its key was")
     ctx.same(
         {lane: numbers == sorted(numbers) for lane, numbers in started.items()}, dict.fromkeys(range(4), True), "order"
@@ -79,10 +79,10 @@ async def senders_keep_theirs(ctx: Context) -> None:
 
     async with ctx.reading(broker, topic) as reader:
         await reader.during(send())
-    ctx.ledger.judge(reader.name, [message for own in messages for message in own]).demand()
+    ctx.ledger.compare(reader.name, [message for own in messages for message in own]).verify()
     for sender in range(3):
-        verdict = ctx.ledger.judge(reader.name, messages[sender])
-        ctx.same(verdict.reordered, [], f"what of sender {sender} came out of order")
+        comparison = ctx.ledger.compare(reader.name, messages[sender])
+        ctx.same(comparison.reordered, [], f"what of sender {sender} came out of order")
 
 
 @scenario("ORD-09", "what one task sends without waiting between comes in order", needs=_DESTINATION)
@@ -97,7 +97,7 @@ async def tasks_keep_order(ctx: Context) -> None:
 
     async with ctx.reading(broker, topic) as reader:
         await reader.during(send())
-    ctx.ledger.judge(reader.name, messages).demand(in_order=True)
+    ctx.ledger.compare(reader.name, messages).verify(in_order=True)
 
 
 @scenario("ORD-10", "a message that is given back does not disorder the others", needs=Capabilities(
@@ -122,4 +122,4 @@ async def order_survives_retry(ctx: Context) -> None:
                 await received.delivery.ack()
                 settled += 1
         await reader.until_fence()
-    ctx.ledger.judge(reader.name, messages).demand(in_order=True)
+    ctx.ledger.compare(reader.name, messages).verify(in_order=True)

@@ -10,7 +10,7 @@ from diator.brokers.message import Message
 from diator.exceptions import BrokerUnavailable, OutcomeUnknown
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._ledger import Nonconformance
-from diator.testing.conformance._recovery import bears, connected_again, is_gone, receives_again
+from diator.testing.conformance._recovery import receives_again, reconnected, service_is_down, survives_faults
 from diator.testing.conformance._scenario import scenario
 
 _GROUPS = Capabilities(distribution=frozenset({"competing"}), subscription="durable", settlement="cumulative")
@@ -23,10 +23,10 @@ async def restarts(ctx: Context) -> None:
 
     async def restart() -> None:
         await service.stop()
-        await is_gone(ctx)
+        await service_is_down(ctx)
         await service.start()
 
-    reader = await bears(ctx, restart, survives=ctx.capabilities.durability != "none")
+    reader = await survives_faults(ctx, restart, survives=ctx.capabilities.durability != "none")
     _demand_gap(ctx, reader.gaps)
 
 
@@ -37,10 +37,10 @@ async def killed(ctx: Context) -> None:
 
     async def kill() -> None:
         await service.kill()
-        await is_gone(ctx)
+        await service_is_down(ctx)
         await service.start()
 
-    reader = await bears(ctx, kill, survives=ctx.capabilities.durability == "crash")
+    reader = await survives_faults(ctx, kill, survives=ctx.capabilities.durability == "crash")
     _demand_gap(ctx, reader.gaps)
 
 
@@ -62,8 +62,8 @@ async def disconnected(ctx: Context) -> None:
         for _ in range(3):
             before = proxy.accepted
             await ctx.harness.disconnect(broker)
-            await connected_again(ctx, proxy, before, ctx.limits.pause + ctx.limits.recovery)
-        await receives_again(ctx, reader, by=ctx.limits.pause + ctx.limits.recovery)
+            await reconnected(ctx, proxy, before, ctx.limits.max_delay + ctx.limits.recovery)
+        await receives_again(ctx, reader, by=ctx.limits.max_delay + ctx.limits.recovery)
 
 
 @scenario(
@@ -133,11 +133,11 @@ async def frozen(ctx: Context) -> None:
 
     async def freeze() -> None:
         await service.pause()
-        await is_gone(ctx)
+        await service_is_down(ctx)
         await asyncio.sleep(ctx.limits.liveness / 2)
         await service.resume()
 
-    await bears(ctx, freeze, count=60)
+    await survives_faults(ctx, freeze, count=60)
 
 
 @scenario(
@@ -161,10 +161,10 @@ async def full(ctx: Context) -> None:
             for received in held:
                 await received.delivery.ack()
             await ctx.within(ctx.limits.recovery, reader.take(5), "reading from a service that is full")
-        await ctx.within(ctx.limits.recovery, ctx.persist(broker, late), "sending after the alarm")
+        await ctx.within(ctx.limits.recovery, ctx.send_until_confirmed(broker, late), "sending after the alarm")
         await reader.until_fence()
         await receives_again(ctx, reader)
-    ctx.ledger.judge(reader.name, [each.message for each in ctx.ledger.sent]).demand()
+    ctx.ledger.compare(reader.name, [each.message for each in ctx.ledger.sent]).verify()
     ctx.check(messages, "nothing was sent")
 
 

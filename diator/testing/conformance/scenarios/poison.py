@@ -13,7 +13,7 @@ from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import encode
 from diator.brokers.message import Message
 from diator.retrying import PermanentError, RetryPolicy
-from diator.testing.conformance._consuming import Handlings, Happened
+from diator.testing.conformance._consuming import ConsumerRun, Happened
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._scenario import scenario
 
@@ -29,12 +29,12 @@ def _bad(ctx: Context) -> str:
     return "dead_lettered" if ctx.capabilities.dead_letter else "given_up"
 
 
-async def _raw(ctx: Context, broker: Transport, handlings: Handlings, *bodies: bytes) -> list[Handled]:
+async def _raw(ctx: Context, broker: Transport, run: ConsumerRun, *bodies: bytes) -> list[Handled]:
     """Have *bodies* consumed, each followed by a good message; give what became of the former."""
     for body in bodies:
-        await ctx.harness.send_raw(broker, handlings.topic, body)
-        await ctx.send_all(broker, [handlings.message()])
-    handled = await handlings.become(2 * len(bodies))
+        await ctx.harness.send_raw(broker, run.topic, body)
+        await ctx.send_all(broker, [run.message()])
+    handled = await run.until_handled(2 * len(bodies))
     good = [each.outcome for each in handled if each.outcome == "acked"]
     ctx.same(len(good), len(bodies), "how many good messages were handled beside the bad ones")
     return [each for each in handled if each.outcome != "acked"]
@@ -55,8 +55,8 @@ async def garbage(ctx: Context) -> None:
         b"\x80\x04]q\x00.",
         b"x" * 70_000,
     )
-    async with ctx.consuming(broker, _handle) as handlings:
-        bad = await _raw(ctx, broker, handlings, *bodies)
+    async with ctx.consuming(broker, _handle) as run:
+        bad = await _raw(ctx, broker, run, *bodies)
     ctx.same([each.outcome for each in bad], [_bad(ctx)] * len(bodies), "the outcomes")
     ctx.check(
         all((each.reason or "").startswith("undecodable") for each in bad), f"the reasons: {[e.reason for e in bad]}"
@@ -95,9 +95,9 @@ async def runs_nothing(ctx: Context) -> None:
     ctx.same(len(_ran), len(pickles), "how many of the pickles run something")
     _ran.clear()
     broker = await ctx.broker()
-    async with ctx.consuming(broker, _handle) as handlings:
+    async with ctx.consuming(broker, _handle) as run:
         bodies = [*pickles, *(text.encode() for text in texts)]
-        bad = await _raw(ctx, broker, handlings, *bodies)
+        bad = await _raw(ctx, broker, run, *bodies)
     ctx.same(_ran, [], "what was run")
     ctx.same([each.outcome for each in bad], [_bad(ctx)] * len(bodies), "the outcomes")
     ctx.check(
@@ -111,12 +111,12 @@ async def runs_nothing(ctx: Context) -> None:
 async def larger_than_promised(ctx: Context) -> None:
     """Catches a limit that binds only those who send by this library."""
     broker, limit = await ctx.broker(), ctx.capabilities.max_message_bytes
-    async with ctx.consuming(broker, _handle) as handlings:
-        body = encode(handlings.message(), max_bytes=limit)
+    async with ctx.consuming(broker, _handle) as run:
+        body = encode(run.message(), max_bytes=limit)
         largest = body + b" " * (limit - len(body))
-        bad = await _raw(ctx, broker, handlings, largest + b" ")
-        await ctx.harness.send_raw(broker, handlings.topic, largest)
-        handled = await handlings.become(3)
+        bad = await _raw(ctx, broker, run, largest + b" ")
+        await ctx.harness.send_raw(broker, run.topic, largest)
+        handled = await run.until_handled(3)
     ctx.same([each.outcome for each in bad], [_bad(ctx)], "the outcome of one byte more")
     ctx.same(handled[-1].outcome, "acked", "the outcome of the largest")
 
@@ -125,18 +125,18 @@ async def larger_than_promised(ctx: Context) -> None:
 async def envelopes(ctx: Context) -> None:
     """Catches a missing field that becomes a default, and a reader that refuses what it does not know yet."""
     broker = await ctx.broker()
-    async with ctx.consuming(broker, _handle) as handlings:
-        good = {"message_type": "notification_event", "message_name": handlings.topic.message_name,
+    async with ctx.consuming(broker, _handle) as run:
+        good = {"message_type": "notification_event", "message_name": run.topic.message_name,
                 "message_id": str(uuid4()), "payload": {"number": 1, "tags": []}}  # fmt: skip
         wrong = {"message_type": 7, "message_name": None, "message_id": "no-uuid", "payload": "text", "headers": [1]}
         bodies = [json.dumps({**good, name: value}).encode() for name, value in wrong.items()]
         bodies += [json.dumps({key: good[key] for key in good if key != name}).encode() for name in good]
         bodies += [json.dumps({**good, "payload": {"number": "1", "tags": []}}).encode()]
         bodies += [json.dumps({**good, "payload": {"number": 1}}).encode()]
-        bad = await _raw(ctx, broker, handlings, *bodies)
+        bad = await _raw(ctx, broker, run, *bodies)
         newer = {**good, "version": 9, "payload": {"number": 1, "tags": [], "mood": "new"}}
-        await ctx.harness.send_raw(broker, handlings.topic, json.dumps(newer).encode())
-        handled = await handlings.become(2 * len(bodies) + 1)
+        await ctx.harness.send_raw(broker, run.topic, json.dumps(newer).encode())
+        handled = await run.until_handled(2 * len(bodies) + 1)
     ctx.same([each.outcome for each in bad], [_bad(ctx)] * len(bodies), "the outcomes of what is wrong")
     ctx.same(handled[-1].outcome, "acked", "the outcome of what is newer")
 
@@ -145,14 +145,14 @@ async def envelopes(ctx: Context) -> None:
 async def unknown_type(ctx: Context) -> None:
     """Catches a crash, or a silent acknowledgement, when another service is newer."""
     broker = await ctx.broker()
-    async with ctx.consuming(broker, _handle) as handlings:
+    async with ctx.consuming(broker, _handle) as run:
         other = {
             "message_type": "notification_event",
             "message_name": "Elsewhere",
             "message_id": str(uuid4()),
             "payload": {},
         }
-        bad = await _raw(ctx, broker, handlings, json.dumps(other).encode())
+        bad = await _raw(ctx, broker, run, json.dumps(other).encode())
     ctx.same([each.outcome for each in bad], [_bad(ctx)], "the outcome")
     ctx.check("Elsewhere" in (bad[0].reason or ""), f"the reason: {bad[0].reason}")
 
@@ -174,15 +174,15 @@ async def exhausted(ctx: Context) -> None:
             raise LookupError("always")
 
     retry = RetryPolicy(immediate_retries=1, immediate_pause=0.0, delayed_retries=2, first_delay=0.01)
-    async with ctx.consuming(broker, handle, retry=retry) as handlings:
-        failing = handlings.message(0)
-        await ctx.send_all(broker, [failing, handlings.message(1)])
-        handled = await handlings.become(4)
+    async with ctx.consuming(broker, handle, retry=retry) as run:
+        failing = run.message(0)
+        await ctx.send_all(broker, [failing, run.message(1)])
+        handled = await run.until_handled(4)
     ctx.same(runs, 6, "how often it was handled")
     outcomes = [each.outcome for each in handled if each.message_id == failing.message_id]
     ctx.same(outcomes, ["retried", "retried", "dead_lettered"], "its outcomes")
-    ctx.same(handlings.outcomes().count("acked"), 1, "how many were acknowledged")
-    letters = await ctx.harness.dead_letters(broker, handlings.topic, handlings.group)
+    ctx.same(run.outcomes().count("acked"), 1, "how many were acknowledged")
+    letters = await ctx.harness.dead_letters(broker, run.topic, run.group)
     ctx.same([letter.reason for letter in letters], ["retries-exhausted: LookupError"], "what is aside")
     ctx.check(str(failing.message_id).encode() in letters[0].body, "the dead letter is not the message")
 
@@ -218,11 +218,11 @@ async def hangs(ctx: Context) -> None:
         if event.number == 1:
             raise asyncio.CancelledError
 
-    async with ctx.consuming(broker, handle, handler_timeout=0.05) as handlings:
-        messages = [handlings.message(number) for number in range(3)]
+    async with ctx.consuming(broker, handle, handler_timeout=0.05) as run:
+        messages = [run.message(number) for number in range(3)]
         await ctx.send_all(broker, messages)
-        await handlings.become(3)
-    ctx.same(handlings.outcomes_of(messages), [_bad(ctx), _bad(ctx), "acked"], "the outcomes")
+        await run.until_handled(3)
+    ctx.same(run.outcomes_of(messages), [_bad(ctx), _bad(ctx), "acked"], "the outcomes")
 
 
 @scenario("PSN-09", "a message that fails does not block the other topics of its consumer", needs=_LATER)
@@ -235,10 +235,10 @@ async def blocks_nobody(ctx: Context) -> None:
             raise LookupError("always")
 
     retry = RetryPolicy(immediate_retries=0, delayed_retries=1, first_delay=60)
-    async with ctx.consuming(broker, handle, retry=retry) as handlings:
-        await ctx.send_all(broker, [handlings.message(number) for number in range(5)])
-        await handlings.become(5)
-    ctx.same(sorted(handlings.outcomes()), [*["acked"] * 4, "retried"], "the outcomes")
+    async with ctx.consuming(broker, handle, retry=retry) as run:
+        await ctx.send_all(broker, [run.message(number) for number in range(5)])
+        await run.until_handled(5)
+    ctx.same(sorted(run.outcomes()), [*["acked"] * 4, "retried"], "the outcomes")
 
 
 @scenario("PSN-10", "a handler that changed the event before it failed changed nothing", needs=_LATER)
@@ -254,9 +254,9 @@ async def fresh_each_time(ctx: Context) -> None:
             raise LookupError("again")
 
     retry = RetryPolicy(immediate_retries=1, immediate_pause=0.0, delayed_retries=1, first_delay=0.01)
-    async with ctx.consuming(broker, handle, retry=retry) as handlings:
-        await ctx.send_all(broker, [handlings.message(tags=["a"])])
-        await handlings.become(2)
+    async with ctx.consuming(broker, handle, retry=retry) as run:
+        await ctx.send_all(broker, [run.message(tags=["a"])])
+        await run.until_handled(2)
     ctx.same(seen, [["a"]] * 4, "what the handler saw")
 
 
@@ -265,27 +265,27 @@ async def nested(ctx: Context) -> None:
     """Catches a decoder that ends the process, or the loop."""
     ctx.applies(ctx.capabilities.max_message_bytes >= 250_000, "such a message is too large")  # noqa: PLR2004
     broker, depth = await ctx.broker(), 100_000
-    async with ctx.consuming(broker, _handle) as handlings:
+    async with ctx.consuming(broker, _handle) as run:
         deep = Message(
             message_type="notification_event",
-            message_name=handlings.topic.message_name,
+            message_name=run.topic.message_name,
             message_id=uuid4(),
             payload_json=b'{"number": 1, "tags": ' + b"[" * depth + b"]" * depth + b"}",
         )
-        await ctx.send_all(broker, [deep, handlings.message()])
-        await handlings.become(2)
-    ctx.same(sorted(handlings.outcomes()), sorted([_bad(ctx), "acked"]), "the outcomes")
+        await ctx.send_all(broker, [deep, run.message()])
+        await run.until_handled(2)
+    ctx.same(sorted(run.outcomes()), sorted([_bad(ctx), "acked"]), "the outcomes")
 
 
 @scenario("PSN-13", "a payload that does not fit its event is put aside at once")
 async def misfit(ctx: Context) -> None:
     """Catches a message that is handled again and again although nobody can ever read it."""
     broker = await ctx.broker()
-    async with ctx.consuming(broker, _handle) as handlings:
-        messages = [handlings.message(number="one"), handlings.message(1)]  # type: ignore[arg-type]
+    async with ctx.consuming(broker, _handle) as run:
+        messages = [run.message(number="one"), run.message(1)]  # type: ignore[arg-type]
         await ctx.send_all(broker, messages)
-        handled = await handlings.become(2)
-    ctx.same(handlings.outcomes_of(messages), [_bad(ctx), "acked"], "the outcomes")
+        handled = await run.until_handled(2)
+    ctx.same(run.outcomes_of(messages), [_bad(ctx), "acked"], "the outcomes")
     reasons = [each.reason for each in handled if each.reason]
     ctx.check("$.number" in reasons[0], f"the reason does not name the field: {reasons}")
 
@@ -301,11 +301,11 @@ async def permanent(ctx: Context) -> None:
             runs += 1
             raise PermanentError("it will never work")
 
-    async with ctx.consuming(broker, handle, retry=None) as handlings:
-        messages = [handlings.message(number) for number in range(2)]
+    async with ctx.consuming(broker, handle, retry=None) as run:
+        messages = [run.message(number) for number in range(2)]
         await ctx.send_all(broker, messages)
-        await handlings.become(2)
-    ctx.same((runs, handlings.outcomes_of(messages)), (1, [_bad(ctx), "acked"]), "the runs and outcomes")
+        await run.until_handled(2)
+    ctx.same((runs, run.outcomes_of(messages)), (1, [_bad(ctx), "acked"]), "the runs and outcomes")
 
 
 @scenario("PSN-15", "a consumer wired for a retry that is not promised is refused")
@@ -316,9 +316,9 @@ async def refused_retry(ctx: Context) -> None:
     broker = await ctx.broker()
     promised = ctx.capabilities.delayed_retry
     try:
-        ctx.wired(broker, _handle, retry=RetryPolicy(delayed_retries=1))
+        ctx.consumer_run(broker, _handle, retry=RetryPolicy(delayed_retries=1))
     except UnsupportedCapability as refused:
         ctx.check(not promised and "delayed" in str(refused), f"it is refused: {refused}")
     else:
         ctx.check(promised, "it is accepted, and not promised")
-    ctx.check(ctx.wired(broker, _handle, retry=RetryPolicy(delayed_retries=0)), "without it, it is refused")
+    ctx.check(ctx.consumer_run(broker, _handle, retry=RetryPolicy(delayed_retries=0)), "without it, it is refused")

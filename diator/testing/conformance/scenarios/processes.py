@@ -9,8 +9,8 @@ from collections import Counter
 from diator.brokers.base import Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
+from diator.testing.conformance._consumer_process import ConsumerProcess, consumer_process
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._member import Member, member
 from diator.testing.conformance._scenario import scenario
 
 _GROUP = Capabilities(
@@ -34,19 +34,19 @@ async def two_processes(ctx: Context) -> None:
     """Catches a group that is one only within a process, and members that take each other for themselves."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with (
-        member(ctx.harness, topic.message_name, group, seconds=0.02) as one,
-        member(ctx.harness, topic.message_name, group, seconds=0.02) as two,
+        consumer_process(ctx.harness, topic.message_name, group, seconds=0.02) as one,
+        consumer_process(ctx.harness, topic.message_name, group, seconds=0.02) as two,
     ):
         await one.ready()
         await two.ready()
         handled = 0
-        while handled < 400 and not (one.ended and two.ended):  # noqa: PLR2004  # reading ahead, one may have all
+        while handled < 400 and not (one.finished and two.finished):  # noqa: PLR2004  # reading ahead, one may have all
             await ctx.send_all(broker, _events(ctx, topic, range(handled, handled + 40)))
             handled += 40
             await _all_handled(handled, one, two)
-        await asyncio.sleep(ctx.limits.settle)
-        ctx.check(one.ended and two.ended, f"of {handled} events, one process had {len(one.ended)}")
-        ctx.same(Counter(one.begun + two.begun), Counter(range(handled)), "how often each was handled")
+        await asyncio.sleep(ctx.limits.quiet)
+        ctx.check(one.finished and two.finished, f"of {handled} events, one process had {len(one.finished)}")
+        ctx.same(Counter(one.started + two.started), Counter(range(handled)), "how often each was handled")
 
 
 @scenario(
@@ -60,18 +60,18 @@ async def two_processes(ctx: Context) -> None:
 async def asked_to_end(ctx: Context) -> None:
     """Catches an end that cuts off what is being handled, or takes along what is not."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
-    async with member(ctx.harness, topic.message_name, group, seconds=0.1) as first:
+    async with consumer_process(ctx.harness, topic.message_name, group, seconds=0.1) as first:
         await first.ready()
         await ctx.send_all(broker, _events(ctx, topic, range(40)))
-        await first.until(lambda it: len(it.begun) >= 6)  # noqa: PLR2004
+        await first.until(lambda it: len(it.started) >= 6)  # noqa: PLR2004
         code = await ctx.within(0.1 + 5 * ctx.limits.lag, first.end(signal.SIGTERM), "ending after SIGTERM")
         ctx.same(code, 0, "the exit code after SIGTERM")
-        ctx.same(sorted(first.ended), sorted(first.begun), "what was finished of what was begun")
-        ctx.check(len(first.ended) < 40, "everything was done already, so nothing was proved")  # noqa: PLR2004
-    async with member(ctx.harness, topic.message_name, group, seconds=0.01) as second:
+        ctx.same(sorted(first.finished), sorted(first.started), "what was finished of what was begun")
+        ctx.check(len(first.finished) < 40, "everything was done already, so nothing was proved")  # noqa: PLR2004
+    async with consumer_process(ctx.harness, topic.message_name, group, seconds=0.01) as second:
         await _all_handled(40, first, second)
-        await asyncio.sleep(ctx.limits.settle)
-        ctx.same(Counter(first.begun + second.begun), Counter(range(40)), "how often each was handled")
+        await asyncio.sleep(ctx.limits.quiet)
+        ctx.same(Counter(first.started + second.started), Counter(range(40)), "how often each was handled")
 
 
 @scenario(
@@ -85,17 +85,17 @@ async def asked_to_end(ctx: Context) -> None:
 async def replaced(ctx: Context) -> None:
     """Catches a position that is kept by the process, or told to the service only at its end."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
-    async with member(ctx.harness, topic.message_name, group, seconds=0.0) as first:
+    async with consumer_process(ctx.harness, topic.message_name, group, seconds=0.0) as first:
         await first.ready()
         await ctx.send_all(broker, _events(ctx, topic, range(10)))
-        await first.until(lambda it: len(it.ended) == 10)  # noqa: PLR2004
+        await first.until(lambda it: len(it.finished) == 10)  # noqa: PLR2004
         await asyncio.sleep(ctx.limits.lag)  # an acknowledgement may be told together with others
         ctx.same(await first.end(signal.SIGKILL), -signal.SIGKILL, "the exit code of a process that was killed")
     await ctx.send_all(broker, _events(ctx, topic, range(10, 20)))
-    async with member(ctx.harness, topic.message_name, group, seconds=0.0) as second:
+    async with consumer_process(ctx.harness, topic.message_name, group, seconds=0.0) as second:
         await _all_handled(20, first, second)
-        await asyncio.sleep(ctx.limits.settle)
-        ctx.same(sorted(second.begun), [*range(10, 20)], "what the new process handled")
+        await asyncio.sleep(ctx.limits.quiet)
+        ctx.same(sorted(second.started), [*range(10, 20)], "what the new process handled")
 
 
 @scenario(
@@ -109,19 +109,19 @@ async def replaced(ctx: Context) -> None:
 async def killed_at_work(ctx: Context) -> None:
     """Catches work that dies with its process, and a group that waits for the dead."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
-    async with member(ctx.harness, topic.message_name, group, seconds=3600.0) as first:
+    async with consumer_process(ctx.harness, topic.message_name, group, seconds=3600.0) as first:
         await first.ready()
         await ctx.send_all(broker, _events(ctx, topic, range(20)))
-        await first.until(lambda it: len(it.begun) == 4)  # noqa: PLR2004  # as many as it handles at once
+        await first.until(lambda it: len(it.started) == 4)  # noqa: PLR2004  # as many as it handles at once
         ctx.same(await first.end(signal.SIGKILL), -signal.SIGKILL, "the exit code of a process that was killed")
-    async with member(ctx.harness, topic.message_name, group, seconds=0.0) as second:
+    async with consumer_process(ctx.harness, topic.message_name, group, seconds=0.0) as second:
         await second.ready()
         bound = (ctx.capabilities.redelivery_bound or 0) + ctx.limits.redelivery + ctx.limits.recovery
         await ctx.within(bound, _all_handled(20, second), "taking over from a process that was killed")
-        ctx.same(Counter(second.begun), Counter(range(20)), "how often each was handled by the other")
+        ctx.same(Counter(second.started), Counter(range(20)), "how often each was handled by the other")
 
 
-async def _all_handled(count: int, *members: Member) -> None:
+async def _all_handled(count: int, *processes: ConsumerProcess) -> None:
     """Wait until the handlers of *count* events have ended, in whichever of *members*."""
-    while len({number for each in members for number in each.ended}) < count:  # noqa: ASYNC110  # several may say so
+    while len({number for each in processes for number in each.finished}) < count:  # noqa: ASYNC110  # several may say so
         await asyncio.sleep(0.02)

@@ -48,7 +48,7 @@ async def encrypted(ctx: Context) -> None:
     async with ctx.reading(broker, topic) as reader:
         messages = await ctx.send(broker, topic, 20)
         await reader.until_fence()
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()
     ctx.check(await _is_kept_out(ctx, "plain"), "the service knows no plain access, so nothing was proved")
 
 
@@ -85,7 +85,7 @@ async def authorised(ctx: Context) -> None:
             await ctx.within(within, refused, "being refused")
             messages = await ctx.send(granted, topic, 5)
             await reader.take(5)
-        ctx.ledger.judge(reader.name, messages).demand()
+        ctx.ledger.compare(reader.name, messages).verify()
     if deaf is not None:
         subscribing = ctx.reading(deaf, topic).__aenter__()
         shut_out = ctx.raises(AccessRefused, subscribing, "subscribing without permission")

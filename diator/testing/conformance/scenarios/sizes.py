@@ -36,7 +36,7 @@ async def sizes(ctx: Context) -> None:
     ctx.check(len(messages) > 1, "not even 1,001 bytes are allowed")
     async with ctx.reading(broker, topic) as reader:
         received = await reader.during(ctx.send_all(broker, messages))
-    ctx.ledger.judge(reader.name, messages).demand()
+    ctx.ledger.compare(reader.name, messages).verify()
     arrived = {each.id: each.message for each in received}
     spoilt = [len(message.payload_json) for message in messages if arrived[message.message_id] != message]
     ctx.same(spoilt, [], "the sizes of what did not arrive as it was")
@@ -50,7 +50,7 @@ async def largest(ctx: Context) -> None:
     async with ctx.reading(broker, topic) as reader:
         await ctx.send_all(broker, [message])
         received = await reader.until_fence()
-    ctx.ledger.judge(reader.name, [message]).demand()
+    ctx.ledger.compare(reader.name, [message]).verify()
     ctx.check(received[0].message == message, "it did not arrive as it was")
 
 
@@ -64,7 +64,7 @@ async def too_large(ctx: Context) -> None:
         ctx.same((refused.size, refused.limit, refused.message_id), (limit + 1, limit, message.message_id), "the error")
         good = await ctx.send(broker, topic)
         await reader.until_fence()
-    ctx.ledger.judge(reader.name, [message, *good]).demand()
+    ctx.ledger.compare(reader.name, [message, *good]).verify()
 
 
 @scenario("SIZ-04", "100 headers, and one of 4 KiB, arrive")
@@ -91,4 +91,4 @@ async def small_beside_large(ctx: Context) -> None:
             await ctx.within(2 * ctx.limits.lag, reader.take(1), "a small message beside large ones")
         await sending
         await reading
-    ctx.ledger.judge(much.name, large).demand()
+    ctx.ledger.compare(much.name, large).verify()

@@ -18,30 +18,30 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from diator.testing.conformance._consuming import Handlings, Happened
+from diator.testing.conformance._consuming import ConsumerRun, Happened
 from diator.testing.conformance._harness import Harness
 from diator.testing.conformance._ledger import Nonconformance, NotApplicable
 
 # -- the scenario's half -----------------------------------------------------------------------------------------
 
 
-class Member:
+class ConsumerProcess:
     """
     A process that consumes.
 
     Attributes:
-        begun, ended: The numbers of the events whose handlers began, and ended, in their order.
+        started, finished: The numbers of the events whose handlers began, and ended, in their order.
     """
 
     def __init__(self, process: Process) -> None:
-        self.begun: list[int] = []
-        self.ended: list[int] = []
+        self.started: list[int] = []
+        self.finished: list[int] = []
         self._process = process
         self._ready = False
         self._said = asyncio.Event()
         self._listening = asyncio.create_task(self._listen())
 
-    async def until(self, holds: Callable[[Member], bool]) -> None:
+    async def until(self, holds: Callable[[ConsumerProcess], bool]) -> None:
         """Wait until *holds*. `Nonconformance` if the process ends before."""
         while not holds(self):
             if self._listening.done():
@@ -67,13 +67,15 @@ class Member:
             if what == "ready":
                 self._ready = True
             elif what in {"begin", "end"}:
-                (self.begun if what == "begin" else self.ended).append(int(number[0]))
+                (self.started if what == "begin" else self.finished).append(int(number[0]))
             self._said.set()
         self._said.set()
 
 
 @asynccontextmanager
-async def member(harness: Harness, name: str, group: str, *, seconds: float) -> AsyncGenerator[Member, None]:
+async def consumer_process(
+    harness: Harness, name: str, group: str, *, seconds: float
+) -> AsyncGenerator[ConsumerProcess, None]:
     """Run a consumer of the event *name* in a process of its own; each handler takes *seconds*."""
     kind = type(harness)
     if "<locals>" in kind.__qualname__:
@@ -82,7 +84,7 @@ async def member(harness: Harness, name: str, group: str, *, seconds: float) -> 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     program = (sys.executable, "-c", f"from {__name__} import main; main()", json.dumps(told))
     process = await asyncio.create_subprocess_exec(*program, stdout=PIPE, env=environment)
-    running = Member(process)
+    running = ConsumerProcess(process)
     try:
         yield running
     finally:
@@ -100,9 +102,9 @@ async def _consume(harness: Harness, told: Mapping[str, Any]) -> None:
 
     broker = harness.transport()
     try:
-        handlings = Handlings(broker, told["name"], handle, group=told["group"], concurrency=4)
-        running = asyncio.create_task(handlings.consumer.run())
-        await handlings.ready(running)
+        run = ConsumerRun(broker, told["name"], handle, group=told["group"], concurrency=4)
+        running = asyncio.create_task(run.consumer.run())
+        await run.ready(running)
         _write("ready")
         await running
     finally:
