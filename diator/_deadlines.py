@@ -1,4 +1,4 @@
-"""A deadline for each of many things, with one timer for all of them."""
+"""Deadlines for many tasks, with one timer for all."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 class Deadlines:
     """
-    Gives everything the same number of *seconds*, and cancels what takes longer.
+    Cancels every block of code that takes longer than *seconds*.
 
-    Since all have the same time, they are due in the order in which they began, and one timer looks at the oldest.
-    `asyncio.timeout` sets and cancels a timer for each, which is a tenth of a consumer's time.
+    All blocks have the same limit, so they expire in the order in which they began, and one timer for the oldest is
+    enough. `asyncio.timeout` would set and cancel a timer for each block, which is a tenth of a consumer's time.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -21,55 +21,55 @@ class Deadlines:
         self._running: dict[Deadline, None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def of(self, task: asyncio.Task[Any]) -> Deadline:
-        """Give the deadline of what *task*, which runs now, does in the context. It ends there with `TimeoutError`."""
+    def limit(self, task: asyncio.Task[Any]) -> Deadline:
+        """Return a context for code of *task*, the running task. Code that takes too long ends with `TimeoutError`."""
         return Deadline(self, task)
 
     def close(self) -> None:
-        """Cancel nothing any more."""
+        """Stop the timer. Nothing is cancelled any more."""
         if self._timer is not None:
             self._timer.cancel()
 
     def _begin(self, deadline: Deadline) -> None:
         self._running[deadline] = None
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self.seconds, self._look)
+            self._timer = asyncio.get_running_loop().call_later(self.seconds, self._check)
 
     def _end(self, deadline: Deadline) -> None:
         del self._running[deadline]
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         self._timer = None
         now = monotonic()
         for deadline in self._running:
             if deadline.is_over:
-                continue  # it was cancelled before, and still runs
+                continue  # cancelled before, and still running
             if (left := deadline.began + self.seconds - now) > 0:
-                self._timer = asyncio.get_running_loop().call_later(left, self._look)
+                self._timer = asyncio.get_running_loop().call_later(left, self._check)
                 return
             deadline.is_over = True
             deadline.task.cancel()
 
 
 class Deadline:
-    """That of one thing, which is done in its context."""
+    """The deadline of one block of code, as a context manager."""
 
-    __slots__ = ("_all", "_cancellations", "began", "is_over", "task")
+    __slots__ = ("_cancellations", "_deadlines", "began", "is_over", "task")
 
-    def __init__(self, all_of_them: Deadlines, task: asyncio.Task[Any]) -> None:
-        self._all = all_of_them
+    def __init__(self, deadlines: Deadlines, task: asyncio.Task[Any]) -> None:
+        self._deadlines = deadlines
         self._cancellations = task.cancelling()
         self.task = task
         self.began = monotonic()
         self.is_over = False
 
     def __enter__(self) -> None:
-        self._all._begin(self)  # noqa: SLF001  # the other half of it
+        self._deadlines._begin(self)  # noqa: SLF001  # the other half of this class
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._all._end(self)  # noqa: SLF001  # as above
-        # Cancelled by someone else as well, it stays cancelled.
+        self._deadlines._end(self)  # noqa: SLF001  # as above
+        # If other code cancelled the task as well, the task stays cancelled.
         if self.is_over and self.task.uncancel() <= self._cancellations and kind is asyncio.CancelledError:
             raise TimeoutError from error

@@ -1,4 +1,4 @@
-"""From a request to its handler, through the middlewares: found out once per type of request."""
+"""Dispatch each request through the middlewares to its handler: one plan per type of request, computed once."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from typing import Any, TypeAlias
 
 from diator._handlers import Prepared
 from diator.container.base import Resolver, Shared, scopes
-from diator.events._emitter import EventEmitter
+from diator.events._emitter import OUTGOING, EventEmitter
 from diator.middlewares.base import Middleware, chain
 from diator.requests import RequestMap
 
+#: Handles a request, and leaves the messages to send afterwards under `OUTGOING`.
 Dispatch: TypeAlias = Callable[[Any, Shared], Awaitable[Any]]
-"""Has a request handled, and leaves under `OUTGOING` what is to be sent once it is."""
-
-OUTGOING = object()
-"""Where the events that travel wait in what a send shares, until the middlewares have finished."""
 
 
 class Plan:
@@ -40,7 +37,7 @@ class Plan:
 
 
 class Dispatcher(dict[type, Plan]):
-    """How each type of request is handled: looked up by the type, found out when it is first needed."""
+    """The plans by type of request. A missing plan is computed when it is looked up."""
 
     def __init__(
         self,
@@ -61,7 +58,7 @@ class Dispatcher(dict[type, Plan]):
         return plan
 
 
-# The unit of work: build the handler, call it, have its domain events handled. It starts with nothing shared, so that
+# The unit of work: build the handler, call it, and handle its domain events. It clears the shared state first, so that
 # a middleware which calls it again does not send the events of the first, failed attempt.
 
 

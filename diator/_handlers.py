@@ -1,4 +1,4 @@
-"""What a handler may be, which message it is for, and how it is called. The same for requests and events."""
+"""What a handler may be, which message it handles, and how to call it: the same for requests and events."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from diator._hints import Parameter, UnresolvedName, fits, name_of, parameters_o
 from diator.container.base import Build, BuildLater, Resolver, Shared, builder, is_registered, is_shared
 from diator.exceptions import BindingError, ResolutionError, SharedHandler
 
+#: A class with `async def handle(self, message)`, or an `async def` function whose first parameter is the message.
 Handler: TypeAlias = type[Any] | Callable[..., Awaitable[Any]]
-"""A class with `async def handle(self, message)`, or a plain `async def` whose first parameter is the message."""
 
 
 class Events(list[Any]):
     """
-    The events that a handler raises, in the order in which they are to go out.
+    The list of events that a handler raises. They are handled or sent in this order.
 
-    A handler that is a function asks for it with a parameter: `async def join(command: Join, events: Events)`.
+    A handler that is a function receives the list as a parameter: `async def join(command: Join, events: Events)`.
     """
 
     __slots__ = ()
 
 
 class RaisesEvents:
-    """What the handler base classes have in common: a list of events that is made when the first one is raised."""
+    """The common part of the handler base classes: a list of events, made when it is first used."""
 
-    _raised: ClassVar[Events | None] = None  # of each object, but containers take a plain annotation for a dependency
+    _raised: ClassVar[Events | None] = None  # set per object; without ClassVar, containers would inject it
     _diator_events_taken = False
 
     @property
     def events(self) -> list[Any]:
-        """What was raised so far: `self.events.append(event)`. A handler may define a property of its own instead."""
+        """The events raised so far; add one with `self.events.append(event)`. A handler may define its own property."""
         if self._raised is None:
             object.__setattr__(self, "_raised", Events())  # a handler may be a frozen dataclass
         return cast("Events", self._raised)
@@ -45,10 +45,10 @@ class RaisesEvents:
 
 def message_type_of(handler: Handler) -> type:
     """
-    Read from the annotation of *handler* which message it is for.
+    Return the type of message that *handler* is annotated with.
 
     Raises:
-        BindingError: There is no such annotation, or it is no class.
+        BindingError: The annotation is missing or is not a class.
     """
     try:
         parameter = _message_parameter(handler)
@@ -56,24 +56,24 @@ def message_type_of(handler: Handler) -> type:
         raise BindingError(str(error)) from error
     if not isinstance(parameter.hint, type) or parameter.hint is Any:
         raise BindingError(
-            f"{name_of(handler)} does not say which message it handles: annotate {parameter.name!r} with one class"
+            f"the message of {name_of(handler)} has no usable type: annotate {parameter.name!r} with one class"
         )
     return parameter.hint
 
 
 def check_handler(message_type: type, handler: Handler) -> None:
     """
-    Refuse what can never handle a *message_type*.
+    Check that *handler* can handle a *message_type*.
 
     Raises:
-        BindingError: *handler* is abstract, is not asynchronous, or is annotated for another type.
+        BindingError: *handler* is abstract, is not asynchronous, or is annotated with another type.
     """
     if not isinstance(message_type, type):
-        raise BindingError(f"{message_type!r} is no class that a handler can be bound to")
+        raise BindingError(f"{message_type!r} is not a class; bind handlers to the class of a request or an event")
     try:
         parameter = _message_parameter(handler)
     except UnresolvedName:
-        return  # what it is annotated for cannot be told; that it is for *message_type* was said
+        return  # the annotation cannot be evaluated, but the program named *message_type* in `bind`
     if not fits(message_type, parameter.hint):
         raise BindingError(
             f"{name_of(handler)} handles {name_of(parameter.hint)} and cannot be bound to {name_of(message_type)}"
@@ -85,33 +85,36 @@ def _message_parameter(handler: Handler) -> Parameter:
         return _parameter_of_class(handler)
     given: Any = handler
     if not callable(given) or hasattr(given, "handle"):
-        raise BindingError(
-            f"{handler!r} is neither a handler class nor a function; bind the class, not an object of it"
-        )
+        raise BindingError(f"{handler!r} is neither a handler class nor a function; bind the class, not an instance")
     if not _is_async(handler):
-        raise BindingError(f"{name_of(handler)} is not asynchronous; write it as `async def`")
+        raise BindingError(f"{name_of(handler)} is not asynchronous; define it with `async def`")
     return _first(handler, _parameters(handler))
 
 
 def _parameter_of_class(handler: type) -> Parameter:
     handle = getattr(handler, "handle", None)
     if handle is None:
-        raise BindingError(f"{name_of(handler)} is no handler: it has no method `handle` (@handler stands above one)")
+        raise BindingError(
+            f"{name_of(handler)} has no method `handle`; bind a class with `async def handle(self, message)`"
+        )
     if inspect.isabstract(handler):
         missing = ", ".join(sorted(getattr(handler, "__abstractmethods__", ())))
-        raise BindingError(f"{name_of(handler)} is abstract: it does not define {missing}")
+        raise BindingError(f"{name_of(handler)} is abstract; define {missing}")
     if not _is_async(handle):
-        raise BindingError(f"{name_of(handle)} is not asynchronous; write it as `async def`")
+        raise BindingError(f"{name_of(handle)} is not asynchronous; define it with `async def`")
     bound = isinstance(inspect.getattr_static(handler, "handle"), (staticmethod, classmethod))
     parameters = _parameters(handle)[0 if bound else 1 :]
     parameter = _first(handle, parameters)
     if too_much := [other.name for other in parameters[1:] if not other.has_default]:
-        raise BindingError(f"{name_of(handle)} is called with the message alone, and also needs {', '.join(too_much)}")
+        raise BindingError(
+            f"{name_of(handle)} is called with the message alone, but also needs {', '.join(too_much)}; let the "
+            "constructor take dependencies"
+        )
     return parameter if isinstance(parameter.hint, type) else replace(parameter, hint=_named_by_base(handler))
 
 
 def _named_by_base(handler: type) -> type | None:
-    """Find `Join` in `class JoinHandler(RequestHandler[Join, None])`, for a `handle` without an annotation."""
+    """Return `Join` for `class JoinHandler(RequestHandler[Join, None])` whose `handle` has no annotation."""
     for base in (base for class_ in handler.__mro__ for base in getattr(class_, "__orig_bases__", ())):
         arguments = get_args(base)
         if arguments and hasattr(get_origin(base), "handle") and isinstance(arguments[0], type):
@@ -130,7 +133,7 @@ def _parameters(call: Callable[..., Any]) -> list[Parameter]:
 
 def _first(call: Callable[..., Any], parameters: Sequence[Parameter]) -> Parameter:
     if not parameters or not parameters[0].by_position:
-        raise BindingError(f"{name_of(call)} takes no message")
+        raise BindingError(f"{name_of(call)} takes no message; its first parameter must be the message")
     return parameters[0]
 
 
@@ -140,31 +143,30 @@ def _is_async(call: Callable[..., Any]) -> bool:
 
 # -- calling -----------------------------------------------------------------------------------------------------
 
+#: Returns the events that a handler raised. Most handlers raise none, so this is the cheaper half.
 PendingEvents: TypeAlias = Callable[[Any], Sequence[Any] | None]
-"""Return the events that a handler raised. Most handlers raise none, so the check is as cheap as can be."""
+#: Takes the events found by `PendingEvents` from a handler. Called with none after an error, it discards the events:
+#: they must not be sent with the next message if the container returns the same object again.
 TakeEvents: TypeAlias = Callable[[Any, Sequence[Any]], list[Any]]
-"""
-Takes the events that were found from the handler. With none, after an error: makes sure that those which it raised
-before it failed cannot go out with the next message, should the container give out the same object again.
-"""
 
 
 class Call(Protocol):
-    """A handler made ready: called with a message, what its send shares, and the list that its events go to."""
+    """Builds and calls a handler, with a message, the state of the send, and the list to add its events to."""
 
     async def __call__(self, message: Any, shared: Shared, raised: list[Any], /) -> Any: ...
 
 
 class Prepared:
     """
-    How one handler is built and called, found out once.
+    How to build and call one handler. Computed once.
 
     Attributes:
-        name: For notes and logs.
-        call: Builds and calls it.
-        needs_scope: Whether `call` has to be inside `scopes`.
-        build: Builds a handler class without waiting, if the container can; `call` is then also written out where
-            each coroutine counts: build it, await its `handle`, check `pending_events` and `take_events`.
+        name: The name of the handler, for notes and logs.
+        call: Builds and calls the handler.
+        needs_scope: Whether `call` must run inside `scopes`.
+        build: Builds the handler without waiting; None for a function, or if the container has to wait.
+        pending_events: Returns the events that the handler raised.
+        take_events: Takes these events from the handler.
     """
 
     __slots__ = ("build", "call", "name", "needs_scope", "pending_events", "take_events")
@@ -175,7 +177,7 @@ class Prepared:
         self.pending_events, self.take_events = _events_of(handler)
         if isinstance(handler, type):
             if hasattr(handler, "events") and is_shared(container, handler):
-                problem = f"{self.name} is registered as one object for all, and what raises events has to be made anew"
+                problem = f"{self.name} raises events, so it must be transient; it is registered as a singleton"
                 raise ResolutionError([self.name], problem)
             self.build, build_later = builder(container, handler)
             self.needs_scope = self.build is None
@@ -220,7 +222,7 @@ def _calling_function(function: Callable[..., Awaitable[Any]], needs: Sequence[t
 
 
 def _dependencies(function: Callable[..., Any], container: Resolver) -> list[tuple[str, Any, bool]]:
-    """List what *function* takes beside the message: its name, how it is built (None: the events), if in a scope."""
+    """Return the dependencies of *function*: the name, how to build it (None: the events), and if it needs a scope."""
     dependencies: list[tuple[str, Any, bool]] = []
     try:
         parameters = _parameters(function)[1:]
@@ -228,16 +230,18 @@ def _dependencies(function: Callable[..., Any], container: Resolver) -> list[tup
         raise ResolutionError([name_of(function)], str(error)) from error
     for parameter in parameters:
         if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
-            raise ResolutionError([name_of(function)], f"parameter {parameter.name!r} can only be given by position")
+            raise ResolutionError(
+                [name_of(function)], f"parameter {parameter.name!r} is positional-only; remove the `/`"
+            )
         if parameter.hint is Events:
             dependencies.append((parameter.name, None, False))
-        elif parameter.has_default and not is_registered(container, parameter.hint, unless_told=False):
+        elif parameter.has_default and not is_registered(container, parameter.hint, default=False):
             continue
         elif parameter.hint is None:
-            hint = "; for the events it is `events: Events`" if parameter.name == "events" else ""
+            hint = "; annotate it as `events: Events`" if parameter.name == "events" else ""
             problem = f"parameter {parameter.name!r} of {name_of(function)} has no type hint{hint}"
             raise ResolutionError([name_of(function)], problem)
-        elif not is_registered(container, parameter.hint, unless_told=True):
+        elif not is_registered(container, parameter.hint, default=True):
             needed = name_of(parameter.hint)
             problem = f"{needed} is not registered; call register({needed}, …) or register_instance"
             raise ResolutionError([name_of(function), needed], problem)
@@ -250,14 +254,14 @@ def _dependencies(function: Callable[..., Any], container: Resolver) -> list[tup
 def _events_of(handler: Handler) -> tuple[PendingEvents, TakeEvents]:
     declared = inspect.getattr_static(handler, "events", None)
     if declared is None:
-        return (lambda handler: getattr(handler, "events", None)), _take_declared  # perhaps made by its constructor
+        return (lambda handler: getattr(handler, "events", None)), _take_declared  # its constructor may set one
     if declared is RaisesEvents.__dict__["events"]:
         return attrgetter("_raised"), _take_raised
     return attrgetter("events"), _take_declared
 
 
 def _take_raised(handler: RaisesEvents, events: Sequence[Any]) -> list[Any]:
-    # Taken away, so that an object which handles several messages never sends the events of one with the next.
+    # Reset, so that an object that handles several messages never sends the events of one with the next.
     object.__setattr__(handler, "_raised", None)
     return [*events]
 
@@ -265,8 +269,8 @@ def _take_raised(handler: RaisesEvents, events: Sequence[Any]) -> list[Any]:
 def _take_declared(handler: Any, events: Sequence[Any]) -> list[Any]:
     if events and getattr(handler, "_diator_events_taken", False):
         raise SharedHandler(type(handler))
-    try:  # noqa: SIM105  # `suppress` costs more than all the rest
+    try:  # noqa: SIM105  # `suppress` costs more than the rest of the function
         object.__setattr__(handler, "_diator_events_taken", True)
     except AttributeError:
-        pass  # a class with `__slots__` has no place for the mark
+        pass  # a class with `__slots__` cannot hold the mark
     return [*events]

@@ -1,4 +1,4 @@
-"""What is done with one delivery: read it, run its handlers, settle it."""
+"""Handle one delivery: decode the message, call its handlers, settle the delivery."""
 
 from __future__ import annotations
 
@@ -18,46 +18,64 @@ from diator.brokers.codec import decode, payload_decoder
 from diator.brokers.message import Message
 from diator.container.base import Resolver, Shared, scopes
 from diator.events import EventEmitter, EventMap
-from diator.events._emitter import Outgoing
-from diator.events._event import message_name_of, travels
+from diator.events._emitter import OUTGOING, Outgoing
+from diator.events._event import is_integration_event, message_name_of
 from diator.exceptions import ConfigurationError, DecodingError, EventHandlersFailed
 from diator.middlewares.base import Middleware, chain
 from diator.retrying import RetryPolicy
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-OUTGOING = object()
-"""Where the events that travel wait in what a delivery shares, until the middlewares have finished."""
-
 Outcome: TypeAlias = Literal["acked", "retried", "dead_lettered", "given_up", "unsettled"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Handled:
-    """What became of one delivery. It holds no part of the message but its id."""
+    """
+    The outcome of one delivery. It contains nothing of the message except its id, so it may be logged.
+
+    Attributes:
+        topic: The topic that the delivery came from.
+        message_id: The id of the message; None if the body could not be decoded.
+        attempt: 1 for the first delivery to this consumer group, 2 for the second; always 1 on a transport that does
+            not count deliveries.
+        outcome: `acked`: every handler succeeded. `retried`: the message was requeued, with a delay. `dead_lettered`:
+            the message is in the dead-letter queue. `given_up`: the message could not be handled and is lost, because
+            the transport has no dead-letter queue. `unsettled`: the handling was cancelled, or the service could not
+            be told the outcome; the transport redelivers the message if it can.
+        reason: Why the message was not acknowledged; None if it was. It begins with a fixed word and a colon:
+            `retries-exhausted`, `permanent`, `undecodable`, `unknown-type` or `poison-message`; or it is `cancelled`,
+            `ended by …` or `not settled: …`.
+        error: The error of the last attempt; None if there was none.
+        seconds: How long the handling took, with its immediate retries.
+    """
 
     topic: Topic
     message_id: UUID | None
-    """None if the body was no message."""
     attempt: int
     outcome: Outcome
-    """`given_up`: it could not be handled, and the transport has no way to put it aside. It is lost."""
     reason: str | None
-    """Why it was not acknowledged."""
     error: BaseException | None
     seconds: float
 
 
 @dataclass(frozen=True)
 class Route:
-    """What the messages of one topic become; what handles them, through the middlewares; what then sends."""
+    """
+    How the messages of one topic are decoded and handled.
+
+    Attributes:
+        read: Decodes the payload.
+        dispatch: Calls the handlers through the middlewares.
+        emitter: Sends the integration events that the handlers raised.
+    """
 
     read: Callable[[bytes], Any]
     dispatch: Callable[[Any, Shared], Awaitable[Any]]
     emitter: EventEmitter
 
     async def handle(self, event: Any) -> None:
-        """Handle *event*, and send what its handlers raised, when the middlewares have finished."""
+        """Handle *event*. When the middlewares have finished, send the integration events that its handlers raised."""
         shared: Shared = {}
         await self.dispatch(event, shared)
         if outgoing := shared.get(OUTGOING):
@@ -68,40 +86,47 @@ def routes(
     event_map: EventMap, container: Resolver, middlewares: Sequence[Middleware], emitter: EventEmitter
 ) -> dict[Topic, Route]:
     """
-    Find out, for each event of *event_map* that travels, how it is read and handled.
+    Return the route of each integration event in *event_map*.
 
     Raises:
-        EncodingError: A class cannot be read back from JSON.
-        ResolutionError: A handler can never be built.
-        ConfigurationError: There is no such event.
+        EncodingError: An event cannot be decoded from JSON by the annotations of its class.
+        ResolutionError: *container* can never build a handler.
+        ConfigurationError: No integration event has a handler.
     """
     found: dict[Topic, Route] = {}
     for event_type in event_map:
-        if travels(event_type):
-            topic = Topic(getattr(event_type, "message_type"), message_name_of(event_type))  # noqa: B009  # it has one: it travels
+        if is_integration_event(event_type):
+            topic = Topic(getattr(event_type, "message_type"), message_name_of(event_type))  # noqa: B009  # not an attribute of `type`
             handlers = [Prepared(handler, container) for handler in event_map.get(event_type)]
             dispatch = chain(middlewares, _unit_of_work(handlers, emitter))
             found[topic] = Route(payload_decoder(event_type), dispatch, emitter)
     if not found:
-        raise ConfigurationError("nothing to consume: the event map has no handler for an event that travels")
+        raise ConfigurationError(
+            "nothing to consume: the event map has no handler for an integration event; bind one before the consumer "
+            "is made"
+        )
     return found
 
 
 def _unit_of_work(handlers: Sequence[Prepared], emitter: EventEmitter) -> Callable[[Any, Shared], Awaitable[None]]:
-    """Every handler runs, then those of the domain events they raised. What travels is left under `OUTGOING`."""
+    """
+    Return a function that calls every handler of an event, and then those of the domain events which they raise.
+
+    It leaves the integration events in *shared*, under `OUTGOING`.
+    """
 
     async def run(event: Any, shared: Shared) -> Outgoing:
         raised: list[Any] = []
         failures: list[Exception] = []
-        alone = len(handlers) == 1  # then its cancellation is judged where the task is known
-        wanted = 0 if alone else _running_task().cancelling()
+        alone = len(handlers) == 1  # then `_run_handlers` judges a cancellation: the check here would cost time
+        before = 0 if alone else _current_task().cancelling()
         for handler in handlers:
             try:
                 await handler.call(event, shared, raised)
             except asyncio.CancelledError as error:
-                if alone or _running_task().cancelling() > wanted:
+                if alone or _current_task().cancelling() > before:
                     raise
-                cancelled = RuntimeError(f"{handler.name} was cancelled by something in it")
+                cancelled = RuntimeError(f"{handler.name} was cancelled by its own code")
                 cancelled.__cause__ = error
                 failures.append(cancelled)
             except Exception as error:  # noqa: BLE001  # all handlers run, then all errors are raised
@@ -111,7 +136,7 @@ def _unit_of_work(handlers: Sequence[Prepared], emitter: EventEmitter) -> Callab
             raise failures[0] if alone else EventHandlersFailed("handlers of an event failed", failures)
         return await emitter._handle(raised, shared) if raised else []
 
-    # Each starts with nothing shared: a middleware that calls again gets another scope, and other events.
+    # Each call clears *shared*: a middleware that calls it again gets a new scope, and none of the earlier events.
 
     async def handle(event: Any, shared: Shared) -> None:
         shared.clear()
@@ -121,24 +146,30 @@ def _unit_of_work(handlers: Sequence[Prepared], emitter: EventEmitter) -> Callab
         shared.clear()
         async with scopes(shared):
             outgoing = await run(event, shared)
-        shared[OUTGOING] = outgoing  # not before the scope is closed: that may fail, as a commit can
+        shared[OUTGOING] = outgoing  # only after the scope was closed: that may fail, as a commit can
 
     return handle_in_scope if any(handler.needs_scope for handler in handlers) else handle
 
 
+#: How long to wait after each failure to settle, in seconds. After the last failure the delivery stays unsettled.
 _SETTLE_PAUSES = (0.05, 0.1, 0.0)
-"""Seconds to wait after each failure to settle; after the last one the delivery is left to come again."""
 
 
-def _running_task() -> asyncio.Task[Any]:
-    """Give it for its `cancelling()`: a `CancelledError` alone can be of a handler's own making."""
+def _current_task() -> asyncio.Task[Any]:
+    """Return the running task. Its `cancelling()` shows whether a `CancelledError` came from outside of a handler."""
     task = asyncio.current_task()
     assert task is not None, "a coroutine of diator runs in a task"  # noqa: S101  # asyncio has no other way
     return task
 
 
 class Handling:
-    """Handles deliveries: decides what becomes of each, and tells the service and the program."""
+    """
+    Handles deliveries: calls the handlers, settles each delivery, and reports its outcome to the program.
+
+    Attributes:
+        in_flight: The deliveries that are being handled, and when each began, by `time.monotonic`.
+        last_progress: When the last delivery was finished, by `time.monotonic`.
+    """
 
     def __init__(
         self,
@@ -159,17 +190,16 @@ class Handling:
         self._deadlines = Deadlines(timeout)
         self._on_handled = on_handled
         self.in_flight: dict[Delivery, float] = {}
-        """What is being handled, and since when, on the clock of `time.monotonic`."""
         self.last_progress = monotonic()
         self._is_ending = False
 
     def end(self) -> None:
-        """From now on handling is cancelled from outside. Any cancellation before is of a handler's own making."""
+        """Expect the consumer to cancel its tasks. A cancellation before this call came from a handler itself."""
         self._is_ending = True
         self._deadlines.close()
 
     def read(self, delivery: Delivery) -> Message | DecodingError:
-        """Decode the envelope of *delivery*. What is wrong with it is a result here: it decides what becomes of it."""
+        """Return the decoded message of *delivery*, or the error: `handle` dead-letters a message that has one."""
         try:
             return decode(delivery.body, max_bytes=self._max_message_bytes, headers=delivery.headers)
         except DecodingError as error:
@@ -177,9 +207,9 @@ class Handling:
 
     async def handle(self, delivery: Delivery, message: Message | DecodingError) -> None:
         """
-        Handle *delivery*, and settle it.
+        Handle *delivery* and settle it.
 
-        Raises nothing but what ends the task: a cancellation from outside leaves it unsettled.
+        It raises no error of a handler. Cancelling the task leaves the delivery unsettled.
         """
         started = self.in_flight[delivery] = monotonic()
         outcome: Outcome = "unsettled"
@@ -205,19 +235,20 @@ class Handling:
                     error=error,
                     seconds=self.last_progress - started,
                 )
-                self._tell(handled)
+                self._report(handled)
 
     async def _run(
         self, delivery: Delivery, message: Message | DecodingError
     ) -> tuple[str | None, BaseException | None]:
-        """Give the reason why it failed, and the error; None and None if it did not."""
+        """Return the reason for a failure and the error; None and None after success."""
         if delivery.attempt > self._retry.max_attempts + self._retry.max_crashes:
-            return f"crash-loop: delivered {delivery.attempt - 1} times before, more often than it is given back", None
+            ended = f"{delivery.attempt - 1} deliveries ended without success, more than the retry policy allows"
+            return f"poison-message: {ended}", None
         if isinstance(message, DecodingError):
             return f"undecodable: {message}", message
         route = self._routes.get((message.message_type, message.message_name))
         if route is None:
-            # The sender's text, so neither whole nor as it is: it ends in logs.
+            # The text comes from the sender and ends in logs: it is shortened and escaped.
             return f"unknown-type: no handler for {message.message_type[:80]!r} {message.message_name[:80]!r}", None
         try:
             event = route.read(message.payload_json)
@@ -228,23 +259,23 @@ class Handling:
     async def _run_handlers(
         self, route: Route, event: Any, message: Message
     ) -> tuple[str | None, BaseException | None]:
-        task = _running_task()
+        task = _current_task()
         failed: BaseException | None = None
         for run in range(self._retry.immediate_retries + 1):
             if run:
                 await asyncio.sleep(self._retry.pause())
-                event = route.read(message.payload_json)  # a handler may have changed the other one
+                event = route.read(message.payload_json)  # a handler may have changed the first event
             failed = None
             try:
-                with self._deadlines.of(task):
+                with self._deadlines.limit(task):
                     await route.handle(event)
-            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # it decides what becomes of the delivery
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # the error decides how to settle
                 failed = error
-            # Cancelled from outside is neither success nor failure, whatever the handler made of it.
+            # A cancellation from outside is neither success nor failure, even if the handler swallowed it.
             if self._is_ending or (isinstance(failed, asyncio.CancelledError) and task.cancelling()):
                 raise asyncio.CancelledError
             while task.cancelling():
-                task.uncancel()  # of the handler's own making, and left behind
+                task.uncancel()  # the handler cancelled its own task and left that behind
             if failed is None:
                 return None, None
             if self._retry.is_permanent(failed):
@@ -252,12 +283,12 @@ class Handling:
         return f"retries-exhausted: {name_of(type(failed))}", failed
 
     async def _settle(self, delivery: Delivery, reason: str | None) -> tuple[Outcome, str | None]:
-        """Settle as *reason* asks for, and give the outcome and why it is that one."""
+        """Settle *delivery* according to *reason*. Return the outcome and its reason."""
         failed = "not settled"
         for pause in _SETTLE_PAUSES:
             try:
                 return await self._settle_once(delivery, reason), reason
-            except Exception as error:  # noqa: BLE001  # whatever it is, the loop goes on
+            except Exception as error:  # noqa: BLE001  # a transport may raise anything
                 logger.warning("a delivery of %s could not be settled: %r", delivery.topic.message_name, error)
                 failed = f"not settled: {name_of(type(error))}"
             await asyncio.sleep(pause)
@@ -267,8 +298,8 @@ class Handling:
         if reason is None:
             await delivery.ack()
             return "acked"
-        worth_it = reason.startswith("retries-exhausted") and delivery.attempt < self._retry.max_attempts
-        if worth_it and self._can_retry:
+        may_retry = reason.startswith("retries-exhausted") and delivery.attempt < self._retry.max_attempts
+        if may_retry and self._can_retry:
             await delivery.retry(after=self._retry.delay(delivery.attempt))
             return "retried"
         if self._can_dead_letter:
@@ -277,12 +308,12 @@ class Handling:
         await delivery.ack()
         return "given_up"
 
-    def _tell(self, handled: Handled) -> None:
+    def _report(self, handled: Handled) -> None:
         if handled.outcome == "retried":
             name, message_id, attempt = handled.topic.message_name, handled.message_id, handled.attempt
-            logger.warning("%s %s failed (%s); attempt %d comes later", name, message_id, handled.reason, attempt + 1)
+            logger.warning("%s %s failed (%s); requeued for attempt %d", name, message_id, handled.reason, attempt + 1)
         if handled.outcome in ("dead_lettered", "given_up"):
-            lost = " and is lost: this transport cannot put it aside" if handled.outcome == "given_up" else ""
+            lost = " and is lost: this transport cannot dead-letter it" if handled.outcome == "given_up" else ""
             name, message_id = handled.topic.message_name, handled.message_id
             logger.error("%s %s was not handled%s (%s)", name, message_id, lost, handled.reason)
         if self._on_handled is not None:

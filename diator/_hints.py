@@ -1,4 +1,4 @@
-"""What callables and classes say about themselves: names, parameters, fields."""
+"""Inspect callables and classes: their names, parameters and fields."""
 
 from __future__ import annotations
 
@@ -12,41 +12,48 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 
 class UnresolvedName(TypeError):
-    """An annotation names something that cannot be found at run time."""
+    """An annotation contains a name that does not exist at run time."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter that can be given by name or position."""
+    """
+    One parameter of a callable.
+
+    Attributes:
+        name: Its name.
+        hint: Its annotation, without `Annotated` and `| None`; None if it has none.
+        has_default: Whether it has a default.
+        kind: Its kind, as in `inspect.Parameter`.
+    """
 
     name: str
     hint: Any
-    """The annotation, without `Annotated` and without `| None`; None if there is none."""
     has_default: bool
     kind: inspect._ParameterKind
 
     @property
     def by_position(self) -> bool:
-        """Whether it can be given by position."""
+        """Whether a call can pass it by position."""
         return self.kind is not inspect.Parameter.KEYWORD_ONLY
 
 
 def name_of(thing: Any) -> str:
-    """Name a type, a function or an annotation as a person would."""
+    """Return the name of a type, a function or an annotation, for a text."""
     return getattr(thing, "__qualname__", None) or str(thing)
 
 
 def parameters_of(call: Callable[..., Any]) -> list[Parameter]:
     """
-    List what *call* takes, without `self`, `*args` and `**kwargs`.
+    Return the parameters of *call*, without `self`, `*args` and `**kwargs`.
 
     Raises:
-        TypeError: It cannot be inspected, or an annotation names something that cannot be found.
+        TypeError: *call* cannot be inspected, or an annotation contains a name that does not exist.
     """
     try:
         signature = inspect.signature(call)
     except ValueError as error:
-        raise TypeError(f"the parameters of {name_of(call)} cannot be inspected") from error
+        raise TypeError(f"the parameters of {name_of(call)} cannot be inspected; wrap it in a function") from error
     hints = hints_of(call)
     return [
         Parameter(
@@ -61,31 +68,31 @@ def parameters_of(call: Callable[..., Any]) -> list[Parameter]:
 
 
 def hints_of(call: Callable[..., Any]) -> dict[str, Any]:
-    """Read the annotations of *call*, or of a class's constructor. TypeError if a name in them cannot be found."""
+    """Return the annotations of *call*, or of the constructor of a class. TypeError if one contains an unknown name."""
     annotated: Any = call
     if isinstance(call, type):
-        annotated = call.__init__  # type: ignore[misc]  # of this very class, whatever a subclass has
+        annotated = call.__init__  # type: ignore[misc]  # a subclass may have another one
     elif not inspect.isroutine(call) and not isinstance(call, functools.partial):
         annotated = type(call).__call__
     try:
         return get_type_hints(annotated.func if isinstance(annotated, functools.partial) else annotated)
     except NameError as error:
         raise UnresolvedName(
-            f"the annotations of {name_of(call)} name {error.name!r}, which its module does not define at run time; "
-            "import or define it at the top of the module, outside of `if TYPE_CHECKING`"
+            f"an annotation of {name_of(call)} contains the name {error.name!r}, which its module does not define at "
+            "run time; import or define the name at the top of the module, outside of `if TYPE_CHECKING`"
         ) from error
 
 
 def fits(given: type, wanted: Any) -> bool:
     """
-    Tell whether what is annotated as *given* may stand where *wanted* is annotated.
+    Return whether a value of type *given* is valid for the annotation *wanted*.
 
-    Only what is certain is refused: a protocol, a typed dictionary or a union is a type checker's business.
+    False only where that is certain: protocols, typed dictionaries and unions are left to the type checker.
     """
     if not isinstance(wanted, type) or Any in (given, wanted):
         return True
     try:
-        # int for float, and both for complex, as https://typing.python.org/en/latest/spec/special-types.html has it.
+        # int for float, and both for complex: https://typing.python.org/en/latest/spec/special-types.html
         return issubclass(given, (wanted, *_PROMOTED.get(wanted, ())))
     except TypeError:
         return True
@@ -95,7 +102,7 @@ _PROMOTED: dict[Any, tuple[type, ...]] = {float: (int,), complex: (int, float)}
 
 
 def fields_of(type_: Any) -> Sequence[str]:
-    """Name the fields of a dataclass, an attrs class, or a model of pydantic or msgspec; nothing of other classes."""
+    """Return the field names of a dataclass, an attrs class, or a pydantic or msgspec model; else an empty list."""
     if dataclasses.is_dataclass(type_):
         return [field.name for field in dataclasses.fields(type_)]
     if attributes := getattr(type_, "__attrs_attrs__", None):

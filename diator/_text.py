@@ -1,13 +1,13 @@
-"""Names in a sentence that somebody is to read."""
+"""Text for messages that people read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-_MOST = 3
+_LIMIT = 3
 
 
 def listed(names: Sequence[str]) -> str:
-    """Give the first of *names*, and how many more there are."""
-    further = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-    return f"{', '.join(names[:_MOST])}{further}"
+    """Return the first *names* as one text, and how many more there are."""
+    further = f" and {len(names) - _LIMIT} more" if len(names) > _LIMIT else ""
+    return f"{', '.join(names[:_LIMIT])}{further}"

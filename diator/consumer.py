@@ -1,4 +1,4 @@
-"""A program's second door: what reaches it."""
+"""Consume integration events from a transport, and call their handlers."""
 
 from __future__ import annotations
 
@@ -27,48 +27,76 @@ __all__ = ["Consumer", "Handled", "Health"]
 
 logger: logging.Logger = logging.getLogger(__name__)
 
+#: The consumer group of a consumer that names none, on a transport with groups.
 DEFAULT_GROUP = "diator"
-"""The group of a consumer that names none, on a transport that has groups."""
 
 T = TypeVar("T")
-_TURN = 32
-_PATIENCE = 5.0
-"""How many seconds handlers have to end once they are cancelled."""
+#: After so many deliveries in a row, the consumer yields to the other tasks of the event loop.
+_YIELD_EVERY = 32
+#: How long `run` waits for cancelled handlers to end, in seconds.
+_CANCEL_TIMEOUT = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """How a consumer gets on. A service that answers a ping proves nothing; progress does. Times in seconds."""
+    """
+    The state of a consumer, for a health check. Judge by progress: a service that answers a ping may still be stuck.
+
+    Attributes:
+        receiving: Whether `Consumer.run` receives deliveries: it has subscribed, and `stop` was not called.
+        connected: Whether the subscription is connected; true on a transport that cannot report this.
+        since_last_progress: Seconds since a delivery was finished, or since the consumer was made.
+        in_flight: How many deliveries are being handled.
+        oldest_in_flight: Seconds for which the oldest of these has been handled; 0 if there are none.
+        gaps: How often messages may have been missed.
+    """
 
     receiving: bool
     connected: bool
-    """Whether the subscription has its connection; true where a transport does not tell."""
     since_last_progress: float
     in_flight: int
     oldest_in_flight: float
     gaps: int
-    """How often messages may have been missed."""
 
 
 class Consumer:
     """
-    Receives the events that travel, and runs the handlers that *event_map* has for them.
+    Receives integration events from a transport, and calls the handlers that *event_map* binds to them.
 
-    Each delivery is settled when all of its handlers are done: acknowledged if they succeeded, else handled again as
-    *retry* says, and then put aside (dead-lettered) with a reason. What cannot be read is put aside at once. A delivery
-    whose handling was cancelled, or died with the process, is not settled, and comes again where the transport can.
+    The consumer settles a delivery after its last handler. It acknowledges the message if every handler succeeded.
+    Otherwise it retries the message as *retry* says, and then dead-letters it with a reason. It dead-letters a message
+    at once if the message cannot be decoded, or if its type has no handler. A delivery stays unsettled if its handling
+    was cancelled or the process died; the transport then redelivers the message if it can. So a handler may be called
+    twice for one message and should be idempotent.
 
-    At most *concurrency* deliveries are handled at once; those of one key in their order, one after the other. The
-    members of one *group* share the messages; name it after the service that consumes, for two services of one group
-    take each other's. *requires* names what else the transport has to promise. Times are in seconds.
+    Use a consumer in one event loop; another thread calls `loop.call_soon_threadsafe(consumer.stop)`.
 
-    Events that handlers raise are handled or sent by *event_emitter*, before the delivery is acknowledged. *on_handled*
-    and *on_gap* are told what happened, for metrics; an error in them is logged.
+    Args:
+        broker: The transport to read from. The consumer does not close it.
+        event_map: The handlers. The consumer subscribes to every integration event that has one.
+        container: Builds the handlers. Default: diator's own `Container`.
+        group: The consumer group. The consumers of one group share the messages, so name it after the service: two
+            services in one group would take messages from each other. Default: `diator`, or no group where the
+            transport has none; then every consumer receives every message.
+        concurrency: How many deliveries are prefetched and handled at once. Messages with the same key are handled one
+            after the other, in the order in which they were delivered.
+        middlewares: Surround the handlers of each event; the first is the outermost.
+        event_emitter: Handles or sends the events that handlers raise, before the delivery is acknowledged. Default:
+            an emitter with *event_map*, *container* and *broker*.
+        retry: How often a failing message is retried. Default: `RetryPolicy()`, with `delayed_retries=0` where the
+            transport has no delayed retries.
+        requires: Further capabilities that the transport has to promise.
+        handler_timeout: How long the handlers of one delivery may take, in seconds, in each attempt. Then they are
+            cancelled, and the attempt fails with `TimeoutError`.
+        drain_timeout: How long `run` waits for deliveries in flight after `stop`, in seconds.
+        on_handled: Called with the outcome of each delivery, for metrics. The consumer logs an error that it raises.
+        on_gap: Called when messages may have been missed. The consumer logs an error that it raises.
 
     Raises:
-        UnsupportedCapability: The transport cannot do what these options ask for.
-        ResolutionError: A handler can never be built by *container*.
-        ConfigurationError: *event_map* has no handler for an event that travels, or an option makes no sense.
+        UnsupportedCapability: The transport does not promise what an option needs.
+        ResolutionError: *container* can never build a handler.
+        EncodingError: An event cannot be decoded from JSON by the annotations of its class.
+        ConfigurationError: *event_map* has no handler for an integration event, or an option is out of range.
     """
 
     def __init__(
@@ -90,7 +118,8 @@ class Consumer:
     ) -> None:
         if concurrency < 1 or handler_timeout <= 0 or drain_timeout < 0:
             raise ConfigurationError(
-                "concurrency is at least 1, handler_timeout above 0, and drain_timeout not below 0"
+                f"concurrency must be at least 1, handler_timeout above 0 and drain_timeout at least 0; they are "
+                f"{concurrency}, {handler_timeout} and {drain_timeout}"
             )
         promised = broker.capabilities
         if requires is not None:
@@ -109,39 +138,44 @@ class Consumer:
         self._handling = Handling(
             self._routes,
             _retry(broker, promised, retry),
-            can_retry=not promised.missing(_GIVING_BACK),
+            can_retry=not promised.missing(_DELAYED_RETRIES),
             can_dead_letter=promised.dead_letter,
             max_message_bytes=promised.max_message_bytes,
             timeout=handler_timeout,
             on_handled=on_handled,
         )
         self._gaps = 0
-        self._lanes = _Lanes(concurrency)
+        self._queue = _KeyedQueue(concurrency)
         self._started = False
         self._receiving = False
         self._deliveries: AsyncIterator[Delivery] | None = None
         self._stopping = asyncio.Event()
-        self._hurry = asyncio.Event()
+        self._stopping_at_once = asyncio.Event()
         self._waiting: asyncio.Task[Any] | None = None
         self._interrupted = False
 
     async def run(self, *, signals: bool = True) -> None:
         """
-        Consume until `stop`. With *signals*, SIGTERM and SIGINT stop, and a second one stops at once.
+        Consume until `stop` is called. A consumer runs once.
 
-        It connects again by itself whenever the service comes back. Cancelled, it leaves what is being handled
-        unsettled. A consumer runs once.
+        With *signals*, SIGTERM and SIGINT call `stop`: the first signal starts a graceful shutdown, a second one ends
+        it at once. `run` reconnects by itself whenever the service is back. If `run` is cancelled, it leaves the
+        deliveries in flight unsettled.
 
         Raises:
-            BrokerUnavailable: The service could not be reached at the start.
+            UsageError: This consumer was run before.
+            BrokerUnavailable: The service cannot be reached at the start.
+            AccessRefused: The service does not allow this user to subscribe.
+            ConfigurationError: The settings of the service do not fit those of the broker.
+            BrokerClosed: The broker was closed.
         """
         if self._started:
-            raise UsageError("a consumer runs once; make another one")
+            raise UsageError("run() was called again, and a consumer runs once; create another Consumer")
         self._started = True
         subscription = self._broker.subscribe(
             self._routes.keys(), group=self._group, prefetch=self._concurrency, on_gap=self._note_gap
         )
-        with _calling_on_signals(self.stop) if signals else contextlib.nullcontext():
+        with _stop_on_signals(self.stop) if signals else contextlib.nullcontext():
             async with contextlib.AsyncExitStack() as stack:
                 deliveries = await self._until_stopped(stack.enter_async_context(subscription))
                 if deliveries is not None:
@@ -153,21 +187,22 @@ class Consumer:
 
     def stop(self) -> None:
         """
-        Receive no more, and let `run` return once what is being handled is done, or *drain_timeout* is over.
+        Start a graceful shutdown: receive nothing more, finish the deliveries in flight, and let `run` return.
 
-        What still runs then is cancelled and left unsettled. Called a second time, that happens at once.
+        After *drain_timeout* seconds, `run` cancels the handlers that still run and leaves their deliveries unsettled.
+        A second call of `stop` does so at once. `stop` itself returns immediately.
         """
         if self._stopping.is_set():
-            self._hurry.set()
+            self._stopping_at_once.set()
         self._stopping.set()
-        self._lanes.close()
+        self._queue.close()
         if self._waiting is not None:
             self._interrupted = True
             self._waiting.cancel()
             self._waiting = None
 
     def health(self) -> Health:
-        """Tell how this consumer gets on."""
+        """Return the state of this consumer. Cheap, and callable at any time."""
         now, in_flight = monotonic(), self._handling.in_flight.values()
         return Health(
             receiving=self._receiving and not self._stopping.is_set(),
@@ -179,7 +214,7 @@ class Consumer:
         )
 
     async def _until_stopped(self, something: Coroutine[Any, Any, T]) -> T | None:
-        """Wait for *something*, unless `stop` is called: then give None, and the wait is cancelled."""
+        """Return the result of *something*. Return None, and cancel *something*, if `stop` is called before."""
         if self._stopping.is_set():
             something.close()
             return None
@@ -188,41 +223,44 @@ class Consumer:
             result = await something
         except asyncio.CancelledError:
             if self._interrupted and task is not None and task.uncancel() == 0:
-                return None  # it was `stop` that cancelled
+                return None  # `stop` cancelled it
             raise
         finally:
             self._waiting = None
-        # Not everything that is cancelled notices. What came all the same is not begun, and goes back to the service.
+        # Code may ignore its cancellation. A delivery that arrives anyway is not handled, but returned to the service.
         return None if self._stopping.is_set() else result
 
-    async def _consume(self, deliveries: AsyncIterator[Delivery]) -> None:  # beginning and end of it all
-        handle, read, lanes = self._handling.handle, self._handling.read, self._lanes
+    async def _consume(self, deliveries: AsyncIterator[Delivery]) -> None:
+        handle, read, queue = self._handling.handle, self._handling.read, self._queue
         if self._concurrency == 1:
-            # The handler is called where deliveries are received: a queue in between would cost a third.
+            # The task that receives deliveries also calls the handlers: a queue between two tasks would cost a third.
             tasks = {asyncio.create_task(self._receive(deliveries, lambda delivery: handle(delivery, read(delivery))))}
         else:
             tasks = {asyncio.create_task(self._work()) for _ in range(self._concurrency)}
-            admit = self._receive(deliveries, lambda delivery: lanes.put(delivery, read(delivery)))
+            admit = self._receive(deliveries, lambda delivery: queue.put(delivery, read(delivery)))
             tasks.add(asyncio.create_task(admit))
         lost: BrokerUnavailable | None = None
-        stopping, hurry = (asyncio.create_task(event.wait()) for event in (self._stopping, self._hurry))
+        stopping = asyncio.create_task(self._stopping.wait())
+        at_once = asyncio.create_task(self._stopping_at_once.wait())
         try:
             done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
             if stopping in done:
                 drained = asyncio.create_task(asyncio.wait(tasks))
-                await asyncio.wait({hurry, drained}, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({at_once, drained}, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)
                 drained.cancel()
         finally:
             if left := len(self._handling.in_flight):
-                logger.warning("stopped before %d deliveries were handled; they are not settled", left)
+                logger.warning("stopped before %d deliveries were handled; they stay unsettled", left)
             if any(task.cancelled() for task in tasks):
-                lost = BrokerUnavailable("the subscription was cancelled, and not by this program")
+                lost = BrokerUnavailable(
+                    "the subscription was cancelled, perhaps by the client library; create another Consumer"
+                )
             self._handling.end()
-            for ending in {stopping, hurry, *tasks}:
+            for ending in {stopping, at_once, *tasks}:
                 ending.cancel()
-            _, deaf = await asyncio.wait({stopping, hurry, *tasks}, timeout=_PATIENCE)
-            if deaf:
-                logger.error("%d handlers run on although they were cancelled", len(deaf))
+            _, running = await asyncio.wait({stopping, at_once, *tasks}, timeout=_CANCEL_TIMEOUT)
+            if running:
+                logger.error("%d handlers ignored their cancellation and are still running", len(running))
         for task in tasks:
             if task.done() and not task.cancelled():
                 task.result()
@@ -235,24 +273,24 @@ class Consumer:
     async def _admit_all(
         self, deliveries: AsyncIterator[Delivery], admit: Callable[[Delivery], Awaitable[None]]
     ) -> None:
-        """`stop` cancels no more than the wait for the next one."""
+        """Pass each delivery to *admit*. `stop` cancels only the wait for the next delivery, never *admit*."""
         task, number = self._waiting, 0
         while not self._stopping.is_set():
             self._waiting = task
             delivery = await anext(deliveries)
             self._waiting = None
-            if self._stopping.is_set():  # not everything that is cancelled notices; what came goes back to the service
+            if self._stopping.is_set():  # the iterator ignored its cancellation, see `_until_stopped`
                 return
             await admit(delivery)
             number += 1
-            if number % _TURN == 0:  # where nothing ever has to wait, the rest of the program is to have its turn
+            if number % _YIELD_EVERY == 0:  # handlers that never wait would starve the other tasks
                 await asyncio.sleep(0)
 
     async def _work(self) -> None:
-        while job := await self._lanes.take():
+        while job := await self._queue.take():
             delivery, message = job
             await self._handling.handle(delivery, message)
-            self._lanes.done(message)
+            self._queue.done(message)
 
     def _note_gap(self, gap: Gap) -> None:
         self._gaps += 1
@@ -264,104 +302,102 @@ class Consumer:
                 logger.exception("on_gap failed")
 
 
-# -- what a transport can do decides what an option means --------------------------------------------------------
+# -- options that depend on the capabilities of the transport ----------------------------------------------------
 
 
 def _group(broker: object, promised: Capabilities, group: str | None) -> str | None:
     if group is None:
         return DEFAULT_GROUP if "competing" in promised.distribution else None
     needed = Capabilities(distribution=frozenset({"competing"}))
-    remedy = "leave the group out, and every consumer gets every message, or use a transport that has groups"
+    remedy = "leave the group out, then every consumer receives every message, or use a transport with consumer groups"
     require(broker, promised, needed, for_=f"Consumer(group={group!r})", remedy=remedy)
     return group
 
 
-_GIVING_BACK = Capabilities(delayed_retry=True, delivery_count="retries")
-"""What a delayed retry needs: without a count of attempts nothing would end giving a message back."""
+#: What a delayed retry needs: without a count of the deliveries, a failing message would be requeued for ever.
+_DELAYED_RETRIES = Capabilities(delayed_retry=True, delivery_count="retries")
 
 
 def _retry(broker: object, promised: Capabilities, retry: RetryPolicy | None) -> RetryPolicy:
     if retry is None:
-        return RetryPolicy(delayed_retries=0) if promised.missing(_GIVING_BACK) else RetryPolicy()
+        return RetryPolicy(delayed_retries=0) if promised.missing(_DELAYED_RETRIES) else RetryPolicy()
     if retry.delayed_retries:
-        remedy = (
-            "set RetryPolicy(delayed_retries=0), and only the immediate ones remain, or use a transport that gives back"
-        )
-        require(broker, promised, _GIVING_BACK, for_="RetryPolicy(delayed_retries=…)", remedy=remedy)
+        remedy = "set RetryPolicy(delayed_retries=0), or use a transport that can requeue a message with a delay"
+        require(broker, promised, _DELAYED_RETRIES, for_="RetryPolicy(delayed_retries=…)", remedy=remedy)
     return retry
 
 
-# -- order -------------------------------------------------------------------------------------------------------
+# -- order by key ------------------------------------------------------------------------------------------------
 
 _Job: TypeAlias = tuple[Delivery, Message | DecodingError]
 
 
-class _Lanes:
-    """At most *limit* deliveries that are to be handled; of those with one key one at a time, in their order."""
+class _KeyedQueue:
+    """A queue of at most *limit* deliveries that hands out those with the same key one at a time, in their order."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._held = 0
-        self._freed = asyncio.Event()
+        self._size = 0
+        self._has_room = asyncio.Event()
         self._ready: deque[_Job] = deque()
-        self._behind: dict[str, deque[_Job]] = {}
-        self._idle: deque[asyncio.Future[None]] = deque()
+        self._blocked: dict[str, deque[_Job]] = {}
+        self._waiters: deque[asyncio.Future[None]] = deque()
         self._closed = False
 
     async def put(self, delivery: Delivery, message: Message | DecodingError) -> None:
-        """Take in one more, and wait until there is room for another: what waits here could be elsewhere."""
-        self._held += 1
+        """Add a delivery, then wait until there is room for another: another consumer could handle it meanwhile."""
+        self._size += 1
         self._put(delivery, message)
-        while self._held >= self._limit and not self._closed:
-            self._freed.clear()
-            await self._freed.wait()
+        while self._size >= self._limit and not self._closed:
+            self._has_room.clear()
+            await self._has_room.wait()
 
     def _put(self, delivery: Delivery, message: Message | DecodingError) -> None:
         key = _key(message)
-        if key is not None and key in self._behind:
-            self._behind[key].append((delivery, message))
+        if key is not None and key in self._blocked:
+            self._blocked[key].append((delivery, message))
             return
         if key is not None:
-            self._behind[key] = deque()
+            self._blocked[key] = deque()
         self._ready.append((delivery, message))
         self._wake()
 
     async def take(self) -> _Job | None:
-        """Wait for the next one; None once it is closed."""
+        """Wait for the next delivery. Return None once the queue is closed."""
         while not self._closed:
             if self._ready:
                 return self._ready.popleft()
-            idle = asyncio.get_running_loop().create_future()
-            self._idle.append(idle)
-            await idle
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
         return None
 
     def done(self, message: Message | DecodingError) -> None:
-        """Let the next one of that key go."""
-        self._held -= 1
-        self._freed.set()
+        """Mark *message* as handled, and hand out the next delivery with its key."""
+        self._size -= 1
+        self._has_room.set()
         key = _key(message)
         if key is None:
             return
-        if behind := self._behind[key]:
-            self._ready.append(behind.popleft())
+        if blocked := self._blocked[key]:
+            self._ready.append(blocked.popleft())
             self._wake()
         else:
-            del self._behind[key]
+            del self._blocked[key]
 
     def close(self) -> None:
-        """Give out nothing more. What was not given out is not settled, and goes back to the service."""
+        """Hand out nothing more. Deliveries that are still queued stay unsettled and return to the service."""
         self._closed = True
-        self._freed.set()
-        while self._idle:
+        self._has_room.set()
+        while self._waiters:
             self._wake()
 
     def _wake(self) -> None:
-        """Wake one of those who wait: all at once would look in vain, all but one."""
-        while self._idle:
-            idle = self._idle.popleft()
-            if not idle.done():
-                idle.set_result(None)
+        """Wake one waiting task. Waking all would be wasted: only one of them gets the delivery."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
                 return
 
 
@@ -373,19 +409,19 @@ def _key(message: Message | DecodingError) -> str | None:
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+#: The `stop` methods of all consumers of a loop: a loop has only one handler for each signal.
 _stops: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
-"""What a signal calls, of all consumers of a loop: it has only one handler for each."""
-_before: dict[asyncio.AbstractEventLoop, dict[signal.Signals, Any]] = {}
-"""What a signal did before there was any. What the program had told the loop itself, it cannot be asked for."""
+#: The signal handlers from before the first consumer. A loop cannot be asked for handlers of its own.
+_previous: dict[asyncio.AbstractEventLoop, dict[signal.Signals, Any]] = {}
 
 
 @contextlib.contextmanager
-def _calling_on_signals(stop: Callable[[], None]) -> Generator[None, None, None]:
-    """Have SIGTERM and SIGINT call *stop*, where that is possible: in the main thread, on a loop that has signals."""
+def _stop_on_signals(stop: Callable[[], None]) -> Generator[None, None, None]:
+    """Call *stop* on SIGTERM and SIGINT where that is possible: in the main thread, on a loop that supports signals."""
     loop = asyncio.get_running_loop()
     stops = _stops.setdefault(loop, [])
     if not stops:
-        _before[loop] = {number: signal.getsignal(number) for number in _SIGNALS}
+        _previous[loop] = {number: signal.getsignal(number) for number in _SIGNALS}
     stops.append(stop)
 
     def stop_all() -> None:
@@ -402,7 +438,7 @@ def _calling_on_signals(stop: Callable[[], None]) -> Generator[None, None, None]
         if not stops:
             del _stops[loop]
             with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-                for number, handler in _before.pop(loop).items():
+                for number, handler in _previous.pop(loop).items():
                     loop.remove_signal_handler(number)
-                    if handler is not None:  # or it was not Python's
+                    if handler is not None:  # None: the handler was not installed from Python
                         signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""A program's first door: what it asks for."""
+"""Send requests to their handlers, and the events of the handlers to other handlers or a message broker."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from types import NoneType
 from typing import Any, TypeVar, overload
 
-from diator._dispatcher import OUTGOING, Dispatcher
+from diator._dispatcher import Dispatcher
 from diator.brokers.sending import MessageBroker
 from diator.container import Container
 from diator.container.base import Resolver, Shared
 from diator.events import EventEmitter, EventMap
-from diator.events._emitter import Outgoing, check_parts
+from diator.events._emitter import OUTGOING, Outgoing, check_parts
 from diator.exceptions import ConfigurationError, EventsNotSent, MessagesNotSent
 from diator.middlewares.base import Middleware
 from diator.requests import Request, RequestMap
@@ -24,14 +24,21 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 class Mediator:
     """
-    Has requests handled, and sends the events that their handlers raise.
+    Sends each request to its handler, and then handles or sends the events that the handler raised.
 
-    *middlewares* surround every handler, the first outermost. The events go through *event_emitter*, or through one
-    that is made of *event_map* and *message_broker*. Safe to use from several tasks of one event loop at once.
+    Several tasks of one event loop may use a mediator at once. It has nothing to close. Bind all handlers before.
+
+    Args:
+        request_map: The handlers of requests.
+        container: Builds the handlers. Default: diator's own `Container`.
+        event_emitter: Handles and sends the events. Default: an emitter with *event_map* and *message_broker*.
+        event_map: The handlers of domain events, if *event_emitter* is not passed.
+        message_broker: Sends the integration events, if *event_emitter* is not passed. The mediator does not close it.
+        middlewares: Surround the handler of each request; the first is the outermost.
 
     Raises:
-        ResolutionError: A handler that is bound can never be built by *container*.
-        ConfigurationError: The arguments contradict each other.
+        ResolutionError: *container* can never build one of the handlers.
+        ConfigurationError: An argument has the wrong type, or arguments contradict each other.
     """
 
     @overload
@@ -53,7 +60,7 @@ class Mediator:
         message_broker: MessageBroker | None = None,
         middlewares: Iterable[Middleware] = (),
     ) -> None: ...
-    def __init__(  # everything that a program is wired of
+    def __init__(
         self,
         request_map: RequestMap,
         container: Resolver | None = None,
@@ -66,14 +73,12 @@ class Mediator:
         check_parts(event_map=event_map, container=container, message_broker=message_broker)
         parts: list[tuple[object, Any]] = [(request_map, RequestMap), (event_emitter, (EventEmitter, NoneType))]
         if not all(isinstance(part, kind) for part, kind in parts):
-            raise ConfigurationError("a mediator is made of a RequestMap, and perhaps a container and an EventEmitter")
+            raise ConfigurationError("request_map must be a RequestMap, and event_emitter an EventEmitter or None")
         middlewares = _checked(middlewares)
         if event_emitter is None:
             event_emitter = EventEmitter(event_map=event_map, message_broker=message_broker)
         elif event_map is not None or message_broker is not None:
-            raise ConfigurationError(
-                "event_map and message_broker belong to the EventEmitter that is given; give them to it"
-            )
+            raise ConfigurationError("pass event_map and message_broker to the EventEmitter, or pass no event_emitter")
         container = Container() if container is None else container
         event_emitter._wire(container)
         self._emitter = event_emitter
@@ -87,18 +92,21 @@ class Mediator:
     async def send(self, request: object, /) -> Any: ...
     async def send(self, request: object, /) -> Any:
         """
-        Have *request* handled, and send the events that its handler raised; give the handler's answer.
+        Return the response of the handler of *request*, after the events that it raised were handled or sent.
 
-        Domain events are handled inside the middlewares; events that travel are sent when these have finished. An
-        error of the handler or a middleware comes out as it is, and nothing is sent.
+        Domain events are handled inside the middlewares, in the order in which they were raised. Integration events
+        are sent in their order when the middlewares have finished. The caller receives an error of the handler or of
+        a middleware unchanged, and then no integration event is sent. The middlewares see every error below except
+        `HandlerNotFound` and `EventsNotSent`, so that a transaction in a middleware is rolled back.
 
         Raises:
             HandlerNotFound: No handler is bound to the type of *request*.
-            EventHandlersFailed: Handlers of domain events failed. All of them ran; nothing was sent.
-            EncodingError, BrokerNotConfigured, NotAnEvent: An event cannot travel. Nothing was sent, and the
-                middlewares have seen the error: a transaction that they hold is rolled back.
-            EventsNotSent: The request is done, and some of its events were not confirmed; the error has them and
-                the answer.
+            EventHandlersFailed: Handlers of domain events failed. All handlers ran; nothing was sent.
+            EncodingError: An integration event cannot be encoded. Nothing was sent.
+            BrokerNotConfigured: An integration event was raised without a message broker. Nothing was sent.
+            NotAnEvent: An object cannot be an event, or its class is incomplete. Nothing was sent.
+            EventsNotSent: The request was handled, but the broker did not confirm all integration events. The error
+                contains these events and the response.
         """
         plan = self._dispatcher[type(request)]
         shared: Shared = {}
@@ -110,7 +118,7 @@ class Mediator:
             try:
                 response = await handler.handle(request)
             except BaseException:
-                plan.take_events(handler, ())  # what it raised before it failed is not to go out with another request
+                plan.take_events(handler, ())  # discard its events, see `TakeEvents`
                 raise
             if not (events := plan.pending_events(handler)):
                 return response
@@ -129,20 +137,20 @@ class Mediator:
             raise _not_sent(outgoing, response) from error
         except BaseException:
             ids = ", ".join(str(message.message_id) for _, message in outgoing)
-            logger.warning("cancelled while sending the events of a request that is done; perhaps not sent: %s", ids)
+            logger.warning("cancelled while sending the events of a handled request; messages may not be sent: %s", ids)
             raise
 
 
 def _checked(middlewares: Iterable[Middleware]) -> tuple[Middleware, ...]:
     if not isinstance(middlewares, Iterable):
-        raise ConfigurationError("middlewares is a list of them")
-    given = tuple(middlewares)
-    for middleware in given:
+        raise ConfigurationError(f"middlewares must be a list of middlewares, not {middlewares!r}")
+    checked = tuple(middlewares)
+    for middleware in checked:
         if isinstance(middleware, type) or not callable(middleware):
             raise ConfigurationError(
-                f"{middleware!r} is no middleware: give an object that is called with (message, handle)"
+                f"{middleware!r} is not a middleware; pass an object that can be called with (message, handle)"
             )
-    return given
+    return checked
 
 
 def _not_sent(outgoing: Outgoing, response: object) -> EventsNotSent:

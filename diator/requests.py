@@ -1,4 +1,4 @@
-"""Requests, what handles them, and which handler is for which."""
+"""Requests, their handlers, and the map from one to the other."""
 
 from __future__ import annotations
 
@@ -14,47 +14,48 @@ from diator.exceptions import BindingError, HandlerNotFound
 if sys.version_info >= (3, 13):
     from typing import TypeVar
 else:
-    from typing_extensions import TypeVar  # for the default: a bare Request is a Request[Any]
+    from typing_extensions import TypeVar  # its `default` makes a bare Request a Request[Any]
 
 Res_co = TypeVar("Res_co", covariant=True, default=Any)
 Req_contra = TypeVar("Req_contra", contravariant=True)
-Answer_co = TypeVar("Answer_co", covariant=True)
+Response_co = TypeVar("Response_co", covariant=True)
 RequestType = TypeVar("RequestType")
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
 
 
 class Request(Generic[Res_co]):
     """
-    A command or a query, and the type of its answer: `class ReadMeeting(Request[MeetingLink])`.
+    A command or a query, with the type of its response: `class ReadMeeting(Request[MeetingLink])`.
 
-    It holds nothing, so a dataclass, an attrs class or a model of pydantic or msgspec may derive from it. A class
-    that does not derive from it can be a request too; only the type of its answer is then not known to checkers.
+    It has no fields, so a dataclass, an attrs class, or a pydantic or msgspec model may derive from it. A class that
+    does not derive from it can be a request too, but then a type checker does not know the type of the response.
     """
 
     __slots__ = ()
 
 
-class RequestHandler(RaisesEvents, ABC, Generic[Req_contra, Answer_co]):
+class RequestHandler(RaisesEvents, ABC, Generic[Req_contra, Response_co]):
     """
-    Handles one type of request. A new object is built for each request, by the container.
+    Handles one type of request. The container builds a new handler for each request.
 
-    The events that it raises go out when it is done, in their order; if it fails, none of them does.
+    Append events to `self.events`. The mediator handles or sends them after `handle` has returned, in the order in
+    which they were appended. If `handle` raises an error, the mediator discards them.
     """
 
     @abstractmethod
-    async def handle(self, request: Req_contra, /) -> Answer_co:
-        """Do what *request* asks and answer it. An error reaches the caller of `Mediator.send` as it is."""
+    async def handle(self, request: Req_contra, /) -> Response_co:
+        """Handle *request* and return the response. The caller of `Mediator.send` receives an error unchanged."""
         raise NotImplementedError
 
 
 class HandlesRequest(Protocol[Req_contra]):
-    """What a handler class has to have. `RequestHandler` is the convenient way to have it."""
+    """The method that every handler class needs. `RequestHandler` is a base class with it."""
 
     async def handle(self, request: Req_contra, /) -> Any: ...
 
 
 class RequestMap:
-    """Which handler is for which type of request: exactly one each."""
+    """Maps each type of request to its one handler. Bind all handlers before the mediator is made."""
 
     def __init__(self) -> None:
         self._handlers: dict[type, Handler] = {}
@@ -65,33 +66,33 @@ class RequestMap:
         handler: type[HandlesRequest[RequestType]] | Callable[Concatenate[RequestType, ...], Awaitable[Any]],
     ) -> None:
         """
-        Have *handler*, a class or an `async def`, handle each *request_type*.
+        Bind *handler*, a class or an `async def`, to *request_type*.
 
-        A subclass of *request_type* is another request and has a handler of its own.
+        The binding does not apply to subclasses of *request_type*: each needs a handler of its own.
 
         Raises:
-            BindingError: *request_type* has a handler, or *handler* is abstract, not asynchronous, or declared for
-                another request or another answer.
+            BindingError: *request_type* already has a handler; or *handler* is abstract, not asynchronous, or
+                annotated with another request or another response.
         """
         if request_type in self._handlers:
             bound = name_of(self._handlers[request_type])
-            raise BindingError(f"{name_of(request_type)} is handled by {bound}; a request has one handler")
+            raise BindingError(f"{name_of(request_type)} is already bound to {bound}; bind one handler to each request")
         check_handler(request_type, handler)
         _check_answer(request_type, handler)
         self._handlers[request_type] = handler
 
     def handler(self, handler: AnyHandler) -> AnyHandler:
         """
-        Bind the decorated class or function to the request that its annotation names.
+        Bind the decorated class or function to the type of request that its annotation names. A decorator.
 
         Raises:
-            BindingError: As `bind`, and if there is no such annotation.
+            BindingError: As `bind`; or the annotation is missing.
         """
         self.bind(message_type_of(handler), handler)
         return handler
 
     def get(self, request_type: type) -> Handler:
-        """Give the handler of *request_type*. HandlerNotFound if there is none."""
+        """Return the handler of *request_type*. HandlerNotFound if it has none."""
         try:
             return self._handlers[request_type]
         except KeyError:
@@ -102,7 +103,7 @@ class RequestMap:
 
 
 def _check_answer(request_type: type, handler: Handler) -> None:
-    """Compare what the request promises with what the handler says it returns, where both are plain classes."""
+    """Compare the response of the request with the return annotation of the handler, where both are plain classes."""
     promised = next(
         (get_args(base)[0] for base in getattr(request_type, "__orig_bases__", ()) if get_origin(base) is Request), None
     )
@@ -112,7 +113,8 @@ def _check_answer(request_type: type, handler: Handler) -> None:
         return
     if isinstance(given, type) and not fits(given, promised):
         raise BindingError(
-            f"{name_of(request_type)} promises {name_of(promised)}, and {name_of(handler)} answers {name_of(given)}"
+            f"{name_of(handler)} returns {name_of(given)}, but the response of {name_of(request_type)} is "
+            f"{name_of(promised)}; change one of the annotations"
         )
 
 

@@ -1,12 +1,12 @@
-"""What a handler answers."""
+"""The optional base class of responses."""
 
 
 class Response:
     """
-    The optional base of what a handler answers.
+    The optional base class of what a request handler returns.
 
-    It holds nothing: a dataclass, an attrs class or a model of pydantic or msgspec may derive from it, and a
-    handler may answer any other type as well.
+    It has no fields, so a dataclass, an attrs class, or a pydantic or msgspec model may derive from it. A handler may
+    also return a value of any other type.
     """
 
     __slots__ = ()

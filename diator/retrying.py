@@ -81,7 +81,7 @@ class RetryPolicy:
         return _jittered(self.immediate_pause)
 
     def delay(self, attempt: int) -> float:
-        """Return a random delay before the next delivery, in seconds. *attempt* counts the deliveries so far, from 1."""
+        """Return a random delay before the next delivery, in seconds. *attempt* is 1 after the first delivery."""
         # The loop stops at the limit: with many attempts, a power would overflow a float.
         delay = self.first_delay
         for _ in range(attempt - 1):

@@ -1,4 +1,4 @@
-"""What builds handlers: diator's own container, and the protocol that any other one has to fulfil."""
+"""Build handlers: diator's own container, and the protocol for other containers."""
 
 from diator.container._builtin import Container, Lifetime
 from diator.container.base import CompilingResolver, Resolver, ScopingResolver, Shared

@@ -26,7 +26,7 @@ Kind: TypeAlias = Literal["plain", "awaited", "resource"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Recipe:
-    """How one type is made."""
+    """How to build one type."""
 
     call: Callable[..., Any]
     needs: dict[str, type]
@@ -37,17 +37,17 @@ class _Recipe:
 
 class Container:
     """
-    Builds handlers and what they depend on, from the type hints of their constructors.
+    Builds handlers and their dependencies, from the type hints of their constructors.
 
-    What handlers depend on is registered; handlers themselves need not be. A dependency that has a default and is not
-    registered keeps its default.
+    Register the dependencies; handlers need no registration. A parameter with a default keeps the default unless its
+    type is registered.
 
-    Lifetimes: *transient*, a new object each time; *scoped*, one object a send, shared by the request handler and
-    the domain event handlers; *singleton*, one object a container, made when first needed. Resources (factories that
-    yield, or return a context manager) are closed where their lifetime ends, the last opened first: at the end of
-    the unit of work, or in `aclose`.
+    There are three lifetimes. *transient*: a new object each time. *scoped*: one object per send, shared by the request
+    handler and the domain event handlers. *singleton*: one object per container, built when it is first needed. A
+    resource is a factory that yields or returns a context manager. The container closes a resource when its lifetime
+    ends, at the end of the unit of work or in `aclose`, and the last opened first.
 
-    Registering is for start-up; resolving is safe from several tasks of one event loop.
+    Register everything before the first send. Several tasks of one event loop may resolve objects at once.
     """
 
     def __init__(self) -> None:
@@ -56,14 +56,14 @@ class Container:
         self._being_made: dict[type, asyncio.Event] = {}
         self._stack = AsyncExitStack()
 
-    # -- registering ---------------------------------------------------------------------------------------------
+    # -- registration --------------------------------------------------------------------------------------------
 
     @overload
     def register(self, type_: type[T], *, lifetime: Lifetime | None = None) -> None: ...
     @overload
     def register(
         self,
-        type_: Callable[..., T],  # a type; said like this, mypy takes protocols and abstract classes too
+        type_: Callable[..., T],  # a type; annotated so that mypy accepts protocols and abstract classes
         factory: Callable[..., T | Awaitable[T] | Iterator[T] | AsyncIterator[T]]
         | Callable[..., AbstractContextManager[T] | AbstractAsyncContextManager[T]],
         *,
@@ -73,61 +73,61 @@ class Container:
         self, type_: Any, factory: Callable[..., Any] | None = None, *, lifetime: Lifetime | None = None
     ) -> None:
         """
-        Say how *type_* is made: by its own constructor, or by *factory*, whose parameters are resolved by their hints.
+        Build *type_* with its own constructor, or with *factory*. Parameters are resolved by their type hints.
 
         A factory may be a function, an `async def`, a generator (sync or async) that yields the object once, or a
-        function whose return annotation is a context manager. The last two are resources, and scoped unless
-        *lifetime* says singleton; anything else is transient unless it says otherwise.
+        function whose return annotation is a context manager. The last two are resources; their default lifetime is
+        *scoped*. All others are *transient* by default.
 
         Raises:
-            ResolutionError: *type_* is registered already, a parameter has no usable hint, or a resource is transient.
+            ResolutionError: *type_* is already registered, a parameter has no type hint, or a resource is transient.
         """
         if self.is_registered(type_):
-            raise ResolutionError([name_of(type_)], f"{name_of(type_)} is registered already")
+            raise ResolutionError([name_of(type_)], f"{name_of(type_)} is already registered")
         recipe = _recipe(type_, factory or type_, lifetime)
         if lifetime == "transient" and recipe.kind == "resource":
             raise ResolutionError(
-                [name_of(type_)], f"{name_of(type_)} is a resource and has to be scoped or a singleton"
+                [name_of(type_)], f"{name_of(type_)} is a resource, so its lifetime must be scoped or singleton"
             )
         self._recipes[type_] = recipe
 
     def register_instance(self, type_: Callable[..., T], instance: T) -> None:
-        """Give *instance* whenever a *type_* is needed. It stays its owner's and is never closed here."""
+        """Use *instance* for every *type_*. The container never closes it. ResolutionError if *type_* is registered."""
         if self.is_registered(type_):
-            raise ResolutionError([name_of(type_)], f"{name_of(type_)} is registered already")
+            raise ResolutionError([name_of(type_)], f"{name_of(type_)} is already registered")
         self._singletons[type_] = instance
 
     def is_registered(self, type_: object) -> bool:
-        """Tell whether *type_* was registered, so that a handler can depend on it."""
+        """Return whether *type_* is registered, so that a handler can depend on it."""
         return type_ in self._recipes or type_ in self._singletons
 
     def is_shared(self, type_: type) -> bool:
-        """Tell whether everybody gets one and the same *type_*, which handlers must not be."""
+        """Return whether *type_* is a singleton. Handlers that raise events must not be."""
         recipe = self._recipes.get(type_)
         return recipe.lifetime == "singleton" if recipe else type_ in self._singletons
 
-    # -- resolving -----------------------------------------------------------------------------------------------
+    # -- resolution ----------------------------------------------------------------------------------------------
 
     async def resolve(self, type_: type[T], /) -> T:
         """
-        Give a *type_* that needs no scope.
+        Return a *type_* that needs no scope.
 
         Raises:
-            ResolutionError: It is not known, it depends on itself, or something below it is scoped.
+            ResolutionError: A dependency is not registered, a type depends on itself, or a dependency is scoped.
         """
         return cast("T", await self._make(type_, None, None, ()))
 
     def factory(self, type_: type[T], /) -> Build[T] | None:
-        """See `CompilingResolver.factory`: a plain function if nothing below *type_* waits, or is closed or shared."""
+        """Return a function that builds a *type_*; None if a dependency is awaited, scoped or a resource."""
         self._check(type_, ())
         return cast("Build[T] | None", self._compile(type_))
 
-    def scope(self, shared: Shared, /) -> AbstractAsyncContextManager[Resolver]:  # own cache suffices
-        """See `ScopingResolver.scope`."""
+    def scope(self, shared: Shared, /) -> AbstractAsyncContextManager[Resolver]:  # keeps its own state
+        """Open the scope of one send, see `ScopingResolver.scope`."""
         return _Scope(self)
 
     async def aclose(self) -> None:
-        """Close the singletons that are resources, the last opened first. Those that were handed in stay open."""
+        """Close all singletons that are resources, the last opened first. Registered instances stay open."""
         stack, self._stack = self._stack, AsyncExitStack()
         for type_ in self._recipes:
             self._singletons.pop(type_, None)
@@ -139,10 +139,10 @@ class Container:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    # -- how -----------------------------------------------------------------------------------------------------
+    # -- implementation ------------------------------------------------------------------------------------------
 
     def _recipe(self, type_: type, path: tuple[type, ...]) -> _Recipe:
-        """Find the recipe of *type_*. What is asked for by itself, a handler, needs no registration."""
+        """Return the recipe of *type_*. A type at the start of the path, such as a handler, needs no registration."""
         if type_ in path:
             raise ResolutionError([*map(name_of, path), name_of(type_)], f"{name_of(type_)} depends on itself")
         if recipe := self._recipes.get(type_):
@@ -162,7 +162,7 @@ class Container:
         }
 
     def _check(self, type_: type, path: tuple[type, ...], *, within: Lifetime = "transient") -> None:
-        """Follow everything below *type_* once, so that what can never be built is refused when a program is wired."""
+        """Check *type_* and all of its dependencies, so that errors appear when the mediator is made."""
         if type_ in self._singletons:
             return
         recipe = self._recipe(type_, path)
@@ -176,7 +176,7 @@ class Container:
 
     def _compile(self, type_: type) -> Build[Any] | None:
         if type_ in self._singletons and type_ not in self._recipes:
-            return _Given(self._singletons[type_])
+            return _Instance(self._singletons[type_])
         recipe = self._recipes.get(type_) or _recipe(type_, type_, "transient")
         if recipe.kind != "plain" or recipe.lifetime == "scoped":
             return None
@@ -209,7 +209,8 @@ class Container:
             return await self._make_singleton(type_, recipe, path)
         if recipe.lifetime == "scoped" and (scope is None or stack is None):
             raise ResolutionError(
-                [*map(name_of, path), name_of(type_)], f"{name_of(type_)} is scoped, and no scope is open"
+                [*map(name_of, path), name_of(type_)],
+                f"{name_of(type_)} is scoped, and no scope is open; resolve it inside of a send",
             )
         made = await self._run(recipe, scope, stack, (*path, type_))
         if recipe.lifetime == "scoped" and scope is not None:
@@ -260,21 +261,21 @@ class _Scope:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._stack.__aexit__(kind, error, trace)  # a resource is told of an error and cannot swallow it
+        await self._stack.__aexit__(kind, error, trace)  # a resource receives an error and cannot swallow it
 
 
 def _recipe(type_: type, factory: Callable[..., Any], lifetime: Lifetime | None) -> _Recipe:
-    """Read from *factory* what it needs and how it has to be called."""
+    """Return how to call *factory*, and which types its parameters need."""
     if factory is type_ and inspect.isabstract(type_):
         missing = ", ".join(sorted(getattr(type_, "__abstractmethods__", ())))
         raise ResolutionError([name_of(type_)], f"{name_of(type_)} is abstract ({missing}); register a factory for it")
     inner = inspect.unwrap(factory)
-    decorated = inner is not factory  # by contextlib, which leaves a function that gives a context manager
+    decorated = inner is not factory  # by contextlib: the function already returns a context manager
     call: Callable[..., Any] = factory
     kind: Kind = "plain"
     try:
         parameters = parameters_of(factory)
-        gives = None if factory is type_ else hints_of(factory).get("return")
+        returned = None if factory is type_ else hints_of(factory).get("return")
     except TypeError as error:
         raise ResolutionError([name_of(type_)], str(error)) from error
     if inspect.isasyncgenfunction(inner):
@@ -283,13 +284,13 @@ def _recipe(type_: type, factory: Callable[..., Any], lifetime: Lifetime | None)
         call, kind = factory if decorated else contextmanager(factory), "resource"
     elif inspect.iscoroutinefunction(factory):
         kind = "awaited"
-    elif get_origin(gives) in (AbstractContextManager, AbstractAsyncContextManager):
+    elif get_origin(returned) in (AbstractContextManager, AbstractAsyncContextManager):
         kind = "resource"
     if by_position := [each.name for each in parameters if each.kind is inspect.Parameter.POSITIONAL_ONLY]:
         call = _by_position(call, by_position)
     for parameter in parameters:
         if parameter.hint is None and not parameter.has_default:
-            problem = f"parameter {parameter.name!r} of {name_of(factory)} has no type hint"
+            problem = f"parameter {parameter.name!r} of {name_of(factory)} has no type hint; add one"
             raise ResolutionError([name_of(type_)], problem)
     return _Recipe(
         call=call,
@@ -300,8 +301,8 @@ def _recipe(type_: type, factory: Callable[..., Any], lifetime: Lifetime | None)
     )
 
 
-class _Given:
-    """Gives an object that was handed in."""
+class _Instance:
+    """Returns a registered instance."""
 
     __slots__ = ("instance",)
 
@@ -313,12 +314,12 @@ class _Given:
 
 
 def _call(call: Callable[..., T], builds: dict[str, Build[Any]]) -> Build[T]:
-    """Make the function that builds with *builds*. One dependency is the common case and skips the dictionary."""
+    """Return a function that builds the arguments and calls *call*. The common case, one argument, needs no dict."""
     match list(builds.items()):
         case []:
             return lambda _: call()
         case [(name, build)] if _is_first(name, call):
-            if isinstance(build, _Given):
+            if isinstance(build, _Instance):
                 instance = build.instance
                 return lambda _: call(instance)
             return lambda shared: call(build(shared))
@@ -332,7 +333,7 @@ def _is_first(name: str, call: Callable[..., Any]) -> bool:
 
 
 def _by_position(call: Callable[..., T], names: Sequence[str]) -> Callable[..., T]:
-    def call_by_position(**given: Any) -> T:
-        return call(*[given.pop(name) for name in names if name in given], **given)
+    def call_by_position(**arguments: Any) -> T:
+        return call(*[arguments.pop(name) for name in names if name in arguments], **arguments)
 
     return call_by_position

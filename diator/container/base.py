@@ -1,4 +1,4 @@
-"""What diator asks of a container, and how the scope of a send is opened and closed."""
+"""The protocol of a container, and the scope of a send."""
 
 from __future__ import annotations
 
@@ -9,46 +9,47 @@ from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 T = TypeVar("T")
 
+#: The state of one send, shared with its domain event handlers. A container keeps its own state under its own key.
 Shared: TypeAlias = dict[object, Any]
-"""What one send shares with its domain event handlers. A container keeps what it needs under a key of its own."""
 
 
 class Resolver(Protocol):
     """
-    Anything that can give an object of a type. This is all that a container must be.
+    A container: an object that builds objects by their type. This one method is required.
 
-    An error that it raises reaches the caller of `Mediator.send` as it is.
+    The caller of `Mediator.send` receives an error of the container unchanged.
     """
 
     async def resolve(self, type_: type[T], /) -> T:
-        """Give an object of *type_*, with everything it depends on."""
+        """Return an object of *type_* with all of its dependencies."""
         ...
 
 
 @runtime_checkable
 class ScopingResolver(Protocol):
-    """A container that can also open a scope for each send: what is resolved in it is shared, and closed at its end."""
+    """A container that also opens a scope for each send. Optional. The handlers of one send share its objects."""
 
     def scope(self, shared: Shared, /) -> AbstractAsyncContextManager[Resolver]:
         """
-        Open a scope. It ends with the unit of work: after the domain event handlers, inside the middlewares.
+        Return a context manager that opens a scope and closes it with the unit of work.
 
-        An error that ends the unit of work is handed to the context manager. One that the context manager raises
-        itself, such as a commit that failed, reaches the middlewares, and no integration event is sent.
+        The unit of work ends after the domain event handlers and inside the middlewares. The context manager receives
+        the error of a unit of work that failed, and cannot swallow it. An error that the context manager raises, such
+        as a failed commit, reaches the middlewares, and no integration event is sent.
         """
         ...
 
 
 @runtime_checkable
 class CompilingResolver(Protocol):
-    """A container that says once, when a program is wired, how a type is built, instead of finding out each time."""
+    """A container that compiles how to build a type, once, when the mediator is made. Optional, for speed."""
 
     def factory(self, type_: type[T], /) -> Callable[[Shared], T] | None:
         """
-        Give a plain function that builds one *type_*, or None if that needs a scope or has to wait.
+        Return a function that builds a *type_*, or None if building one needs a scope or has to wait.
 
         Raises:
-            ResolutionError: *type_* can never be built.
+            ResolutionError: The container can never build *type_*.
         """
         ...
 
@@ -61,9 +62,9 @@ _SCOPES = object()
 
 def builder(container: Resolver, type_: type[T]) -> tuple[Build[T] | None, BuildLater[T]]:
     """
-    Find out how *container* builds *type_*: as a plain function where it can, and as one that may wait.
+    Return two functions that build *type_* with *container*: a plain one, or None, and a coroutine function.
 
-    The second is to be called inside `scopes`, which closes what it opens.
+    Call the second one inside `scopes`, which closes the scopes that it opens.
     """
     build = container.factory(type_) if isinstance(container, CompilingResolver) else None
     if build is not None:
@@ -85,7 +86,7 @@ def _waiting(build: Build[T]) -> BuildLater[T]:
 
 
 def _scoped(container: ScopingResolver, type_: type[T]) -> BuildLater[T]:
-    key = id(container)  # it may be unhashable; this function keeps it alive
+    key = id(container)  # a container may be unhashable; this closure keeps it alive
 
     async def build_in_scope(shared: Shared) -> T:
         resolver: Resolver | None = shared.get(key)
@@ -96,24 +97,24 @@ def _scoped(container: ScopingResolver, type_: type[T]) -> BuildLater[T]:
     return build_in_scope
 
 
-def is_registered(container: Resolver, type_: Any, *, unless_told: bool) -> bool:
-    """Ask *container* whether it can give a *type_*; one that has no `is_registered` cannot tell."""
+def is_registered(container: Resolver, type_: Any, *, default: bool) -> bool:
+    """Return whether *container* can build *type_*; *default* if it has no method `is_registered`."""
     ask: Callable[[Any], bool] | None = getattr(container, "is_registered", None)
-    return unless_told if ask is None else ask(type_)
+    return default if ask is None else ask(type_)
 
 
 def is_shared(container: Resolver, type_: type) -> bool:
-    """Ask *container* whether it gives one *type_* to everybody; one that has no `is_shared` cannot tell."""
+    """Return whether *type_* is a singleton of *container*; False if it has no method `is_shared`."""
     ask: Callable[[type], bool] | None = getattr(container, "is_shared", None)
     return ask is not None and ask(type_)
 
 
 async def enter(stack: AsyncExitStack, context: AbstractAsyncContextManager[T] | AbstractContextManager[T]) -> T:
     """
-    Enter *context*, to be left with *stack*. It is told of an error and cannot swallow it.
+    Enter *context* and leave it with *stack*. The context receives an error and cannot swallow it.
 
-    What was opened before it has to hear of the error too: a transaction must not commit because a resource inside it
-    keeps silent about what failed.
+    The contexts around it must receive the error too: a transaction must not commit because a resource inside of it
+    swallowed the error.
     """
     if isinstance(context, AbstractAsyncContextManager):
         entered = await context.__aenter__()
@@ -131,17 +132,17 @@ async def enter(stack: AsyncExitStack, context: AbstractAsyncContextManager[T] |
 
 
 def has_scopes(shared: Shared) -> bool:
-    """Tell whether `scopes` is open for this send."""
+    """Return whether `scopes` is open for this send."""
     return _SCOPES in shared
 
 
 @asynccontextmanager
 async def scopes(shared: Shared) -> AsyncGenerator[None, None]:
-    """Close at the end what builders opened for this send."""
+    """Close all scopes of this send at the end of the block."""
     stack = shared[_SCOPES] = AsyncExitStack()
     try:
         yield
     except BaseException as error:
         await stack.__aexit__(type(error), error, error.__traceback__)
-        raise  # a scope is told of an error and cannot swallow it: what failed has no answer to go on with
+        raise  # even if a scope swallowed the error: a failed handler has no response to go on with
     await stack.aclose()

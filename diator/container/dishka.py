@@ -1,4 +1,4 @@
-"""Handlers built by a dishka container. Needs the extra `dishka`."""
+"""Build handlers with a dishka container. Needs the extra `dishka`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class DishkaContainer:
         """Return a *type_* from the container's own scope, with dishka's errors."""
         return await self._container.get(type_)
 
-    def scope(self, shared: Shared, /) -> AbstractAsyncContextManager[Resolver]:  # dishka keeps its own
+    def scope(self, shared: Shared, /) -> AbstractAsyncContextManager[Resolver]:  # dishka keeps its own state
         """See `ScopingResolver.scope`. dishka's request scope is closed with the error that ended it, if one did."""
         return self._request_scope()
 

@@ -1,4 +1,4 @@
-"""Handlers built by a `rodi.Container`. Needs the extra `rodi`."""
+"""Build handlers with a `rodi.Container`. Needs the extra `rodi`."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class RodiContainer:
 
     @property
     def external_container(self) -> rodi.Container:
-        """The attached container. ConfigurationError if there is none yet."""
+        """The attached container. ConfigurationError if none is attached."""
         if self._external_container is None:
             raise ConfigurationError("no rodi container is attached; call attach_external_container first")
         return self._external_container
 
     def attach_external_container(self, container: rodi.Container) -> None:
-        """Resolve from *container* from now on."""
+        """Build all objects with *container*."""
         self._external_container = container
 
     async def resolve(self, type_: type[T], /) -> T:
@@ -60,20 +60,20 @@ class RodiContainer:
         return self.factory(type_)({})
 
     def is_shared(self, type_: type) -> bool:
-        """Tell whether everybody gets one and the same *type_*, which handlers must not be."""
+        """Return whether *type_* is a singleton. Handlers that raise events must not be."""
         resolver = next((found for registered, found in self.external_container if registered is type_), None)
         if isinstance(resolver, (rodi.DynamicResolver, rodi.FactoryResolver, rodi.DecoratorResolver)):
             return resolver.life_style is rodi.ServiceLifeStyle.SINGLETON
         return isinstance(resolver, rodi.InstanceResolver)
 
     def factory(self, type_: type[T], /) -> Build[T]:
-        """See `CompilingResolver.factory`: rodi never waits, and has nothing to close."""
+        """Return a function that builds a *type_*, see `CompilingResolver.factory`. rodi closes nothing."""
         try:
             services = self.external_container.provider
         except rodi.DIException as error:
             raise ResolutionError([name_of(type_)], f"rodi cannot build its services: {error}") from error
         if type_ not in services:
-            problem = f"{name_of(type_)} is not registered in the attached rodi container"
+            problem = f"{name_of(type_)} is not registered in the attached rodi container; register it there"
             raise ResolutionError([name_of(type_)], problem)
         get, scope_class = services.get, type(services.create_scope())
 

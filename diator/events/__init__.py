@@ -1,4 +1,4 @@
-"""Events: those handled here, those that travel, their handlers, and what sends each of them on its way."""
+"""Domain events and integration events, their handlers, and the emitter that handles or sends them."""
 
 from diator._handlers import Events
 from diator.events._emitter import EventEmitter

@@ -12,7 +12,7 @@ from diator.brokers.message import Message
 from diator.brokers.sending import MessageBroker, transactional
 from diator.container import Container
 from diator.container.base import Resolver, Shared, has_scopes, scopes
-from diator.events._event import Event, check_travels_whole, message_key_of, message_name_of, travels
+from diator.events._event import Event, check_integration_event, is_integration_event, message_key_of, message_name_of
 from diator.events._handler import EventMap
 from diator.exceptions import (
     BrokerNotConfigured,
@@ -24,18 +24,27 @@ from diator.exceptions import (
     NotAnEvent,
 )
 
+#: Integration events, and their messages.
 Outgoing: TypeAlias = list[tuple[Any, Message]]
-"""Events that travel, and what they became."""
+#: The key under which the state of a send holds its `Outgoing` until the middlewares have finished.
+OUTGOING = object()
 
 _Progress: TypeAlias = tuple[Iterator[Any], Outgoing, list[Exception], list[DiatorError]]
 
 
 class EventEmitter:
     """
-    Sends each event on its way: a domain event to its handlers, here; an event that travels to the message broker.
+    Calls the handlers of domain events, and sends integration events to the message broker.
 
-    Safe to use from several tasks at once. *container* builds the handlers; without one it is that of the mediator
-    which this emitter is given to, else diator's own. The broker stays its owner's and is not closed here.
+    Several tasks of one event loop may use it at once.
+
+    Args:
+        event_map: The handlers. Default: an empty `EventMap`.
+        container: Builds the handlers. Default: the container of the mediator that uses this emitter, or diator's own.
+        message_broker: Sends the integration events. The emitter does not close it.
+
+    Raises:
+        ConfigurationError: An argument has the wrong type.
     """
 
     def __init__(
@@ -47,7 +56,7 @@ class EventEmitter:
         check_parts(event_map=event_map, container=container, message_broker=message_broker)
         self._event_map = EventMap() if event_map is None else event_map
         self._container = container
-        self._adopted: Resolver | None = None
+        self._mediators_container: Resolver | None = None
         self._broker = message_broker
         self._send_messages: Callable[[Sequence[Message]], Awaitable[None]] | None = getattr(
             message_broker, "send_messages", None
@@ -56,12 +65,16 @@ class EventEmitter:
 
     async def emit(self, event: object) -> None:
         """
-        Have *event* handled here, or send it, and then what its handlers raised.
+        Call the handlers of *event* if it is a domain event; otherwise send it.
+
+        The events that the handlers raise are handled in the same way; integration events among them are sent last.
 
         Raises:
-            EventHandlersFailed: Handlers of a domain event failed; all of them ran, and nothing was sent.
-            EncodingError, BrokerNotConfigured, NotAnEvent: It cannot travel; nothing was sent.
-            BrokerError: The verdict on the message, or `MessagesNotSent` if there were several.
+            EventHandlersFailed: Handlers of domain events failed. All handlers ran; nothing was sent.
+            EncodingError: An integration event cannot be encoded. Nothing was sent.
+            BrokerNotConfigured: An integration event was raised, and this emitter has no broker. Nothing was sent.
+            NotAnEvent: An object cannot be an event, or its class is incomplete. Nothing was sent.
+            BrokerError: The send error of the message, or `MessagesNotSent` if there were several messages.
         """
         plan = self._plans.get(type(event)) or self._plan(type(event))
         if plan.message is not None and self._broker is not None:
@@ -69,16 +82,16 @@ class EventEmitter:
         else:
             await self._send(await self._handle([event], {}))
 
-    # -- the two halves of `emit`, for the mediator: inside the unit of work, and after it -----------------------
+    # -- the two halves of `emit`: inside of the unit of work, and after it ---------------------------------------
 
     async def _handle(  # noqa: C901, PLR0912  # one loop, written out: every domain event goes through it
         self, raised: list[Any], shared: Shared, progress: _Progress | None = None
     ) -> Outgoing:
         """
-        Run the handlers of the domain events, in the order raised, and encode the events that travel.
+        Call the handlers of the domain events in *raised*, in their order, and encode the integration events.
 
-        What the handlers raise joins at the end of *raised*. Gives what is left to send after the unit of work:
-        nothing, if the broker is part of the unit of work.
+        The events that these handlers raise are added to the end of *raised*. Returns the messages to send after the
+        unit of work; empty if the broker is transactional, since it has stored them already.
 
         Raises:
             EventHandlersFailed: Handlers failed. All handlers of all events ran.
@@ -89,7 +102,7 @@ class EventEmitter:
                 plan = self._plans.get(type(event)) or self._plan(type(event))
                 if plan.message is not None:
                     outgoing.append((event, plan.message(event)))
-            except DiatorError as error:  # it cannot travel; the handlers of the others run all the same
+            except DiatorError as error:  # the handlers of the other events run anyway
                 refused.append(error)
                 continue
             if plan.needs_scope and not has_scopes(shared):
@@ -123,14 +136,14 @@ class EventEmitter:
 
     async def _send(self, outgoing: Outgoing) -> None:
         """
-        Send what `_handle` gave, in its order. It stops at the first message that is not confirmed.
+        Send the messages that `_handle` returned, in their order. Stop at the first one that is not confirmed.
 
         Raises:
-            BrokerError: The verdict on the message, if there was one.
-            MessagesNotSent: Of several messages, some were not confirmed.
+            BrokerError: The send error of the message, if there was only one message.
+            MessagesNotSent: The broker did not confirm all of several messages.
         """
         broker, messages = self._broker, [message for _, message in outgoing]
-        if not messages or broker is None:  # without a broker `_handle` has refused what travels
+        if not messages or broker is None:  # without a broker, `_handle` has refused every integration event
             return
         if len(messages) == 1:
             await broker.send_message(messages[0])
@@ -143,40 +156,42 @@ class EventEmitter:
                 except Exception as error:
                     raise MessagesNotSent([each.message_id for each in messages[position:]]) from error
 
-    # -- wiring --------------------------------------------------------------------------------------------------
+    # -- preparation ---------------------------------------------------------------------------------------------
 
     def _wire(self, container: Resolver) -> None:
         """
-        Use *container* unless this emitter has one, and find out how every handler that is bound so far is built.
+        Use *container* unless this emitter has its own, and prepare every handler that is bound so far.
 
         Raises:
-            ResolutionError: A handler can never be built.
-            ConfigurationError: This emitter has no container, and already works with another mediator's.
+            ResolutionError: The container can never build a handler.
+            ConfigurationError: This emitter has no container of its own, and already uses another mediator's.
         """
         if self._container is None:
-            if self._adopted not in (None, container):
+            if self._mediators_container not in (None, container):
                 raise ConfigurationError(
-                    "two mediators with different containers share this EventEmitter; give it a container"
+                    "two mediators with different containers share this EventEmitter; pass a container to the emitter"
                 )
-            self._adopted = container
+            self._mediators_container = container
         for event_type in self._event_map:
-            if not travels(
-                event_type
-            ):  # those are for a consumer; to send them a broker is needed, and it may be elsewhere
+            # A consumer calls the handlers of integration events. This emitter may never send one.
+            if not is_integration_event(event_type):
                 self._plan(event_type)
 
     def _plan(self, event_type: type) -> _Plan:
-        """Find out once what to do with events of this type."""
-        if travels(event_type):
+        """Compute what to do with events of this type. Called once for each type."""
+        if is_integration_event(event_type):
             if self._broker is None:
                 raise BrokerNotConfigured(event_type)
             self._event_map._reserve_name(event_type)
-            plan = _Plan((), message=_maker_of_messages(event_type))
+            plan = _Plan((), message=_message_factory(event_type))
         else:
             handlers = self._event_map._freeze(event_type)
             if not handlers and not issubclass(event_type, Event):
-                raise NotAnEvent(f"{name_of(event_type)} was raised, and is neither an Event nor bound to a handler")
-            container = next((each for each in (self._container, self._adopted) if each is not None), None)
+                raise NotAnEvent(
+                    f"an object of {name_of(event_type)} was raised, which is neither an Event nor bound to a handler; "
+                    "derive it from an event class"
+                )
+            container = next((each for each in (self._container, self._mediators_container) if each is not None), None)
             container = Container() if container is None else container
             plan = _Plan([Prepared(handler, container) for handler in handlers])
         self._plans[event_type] = plan
@@ -184,20 +199,22 @@ class EventEmitter:
 
 
 def check_parts(*, event_map: object, container: object, message_broker: object) -> None:
-    """Refuse what was mixed up, when a program is wired and not when its work is done. None is what was left out."""
+    """Check the types of the arguments when an object is made, before any request fails. None: not passed."""
     if not isinstance(event_map, (EventMap, NoneType)):
-        raise ConfigurationError(f"event_map is {_what(event_map)}, and no EventMap")
+        raise ConfigurationError(f"event_map must be an EventMap, and it is {_described(event_map)}")
     for name, part, method in (("container", container, "resolve"), ("message_broker", message_broker, "send_message")):
         if part is not None and (isinstance(part, type) or not callable(getattr(part, method, None))):
-            raise ConfigurationError(f"{name} is {_what(part)}, and no object with `async def {method}`")
+            raise ConfigurationError(
+                f"{name} must be an object with `async def {method}`, and it is {_described(part)}"
+            )
 
 
-def _what(part: object) -> str:
+def _described(part: object) -> str:
     return f"the class {name_of(part)}" if isinstance(part, type) else f"a {name_of(type(part))}"
 
 
 class _Plan:
-    """What to do with events of one type: call these handlers, or make this message."""
+    """What to do with events of one type: call the handlers of *steps*, or send the result of *message*."""
 
     __slots__ = ("message", "needs_scope", "steps")
 
@@ -207,12 +224,12 @@ class _Plan:
         self.message = message
 
 
-def _maker_of_messages(event_type: Any) -> Callable[[Any], Message]:
-    """Make the function that makes messages of such events: at once, so that a later change cannot reach them."""
-    # Not at the top: a program whose events stay here never needs it, and it is half of the time to import diator.
+def _message_factory(event_type: Any) -> Callable[[Any], Message]:
+    """Return a function that encodes an event. A later change to the event then does not change its message."""
+    # Not imported at the top: it is half of the time to import diator, and domain events do not need it.
     from diator.brokers.codec import payload_encoder  # noqa: PLC0415
 
-    check_travels_whole(event_type)
+    check_integration_event(event_type)
     message_type: str = event_type.message_type
     message_name = message_name_of(event_type)
     key_field = message_key_of(event_type)
@@ -220,7 +237,7 @@ def _maker_of_messages(event_type: Any) -> Callable[[Any], Message]:
 
     def message(event: Any) -> Message:
         if event.event_timestamp.tzinfo is None or not isinstance(event.event_id, UUID):
-            problem = "event_id is a UUID, and event_timestamp has a time zone: nobody could tell what is meant else"
+            problem = "event_id must be a UUID, and event_timestamp must have a time zone, otherwise it is ambiguous"
             raise EncodingError(name_of(event_type), problem)
         key = None if key_field is None else getattr(event, key_field)
         return Message._of_fields(

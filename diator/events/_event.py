@@ -13,24 +13,24 @@ from diator.exceptions import NotAnEvent
 
 class Event:
     """
-    Something that happened. An event that derives from this alone is a domain event.
+    The base class of all events. An event that derives from this class alone is a domain event.
 
-    It holds nothing, so a dataclass, an attrs class or a model of pydantic or msgspec may derive from it.
+    It has no fields, so a dataclass, an attrs class, or a pydantic or msgspec model may derive from it.
     """
 
     __slots__ = ()
 
 
 class DomainEvent(Event):
-    """An event that is handled in this process, inside the unit of work of the request that raised it."""
+    """An event that the same process handles, inside the unit of work of the request whose handler raised it."""
 
     __slots__ = ()
 
 
 def _random_id() -> UUID:
-    """Make what `uuid.uuid4` makes. That spends half of its time on looking at what it has just made itself."""
+    """Return a random UUID as `uuid.uuid4` does, in half of the time: `uuid4` validates its own arguments."""
     made = UUID.__new__(UUID)
-    # RFC 9562, 5.4: all is random but the version, 4, and the variant, 0b10.
+    # RFC 9562, 5.4: all bits are random except the version, 4, and the variant, 0b10.
     number = int.from_bytes(os.urandom(16)) & ~(0xF000 << 64 | 0xC000 << 48) | (0x4000 << 64 | 0x8000 << 48)
     object.__setattr__(made, "int", number)
     object.__setattr__(made, "is_safe", SafeUUID.unknown)
@@ -44,27 +44,32 @@ def _now() -> datetime:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NotificationEvent(Event):
     """
-    An event that travels through the message broker and says what happened, by identifiers.
+    An integration event that reports what happened and carries identifiers only. It travels through the broker.
 
-    A dataclass derives from it; other classes derive from `Event` and declare `message_type`, `event_id` and
-    `event_timestamp` themselves. A class may also say `message_name: ClassVar[str]`, its name on the wire (default:
-    the name of the class), and `message_key: ClassVar[str]`, the field whose value orders its messages.
+    Derive dataclasses from it. Derive other classes from `Event`, and declare `message_type`, `event_id` and
+    `event_timestamp` in them.
+
+    Attributes:
+        event_id: The id of the event and of its message. Every duplicate of the message has the same id.
+        event_timestamp: When the event was made, with a time zone (UTC).
+        message_type: The kind of message, a class variable.
+        message_name: The wire name, an optional class variable (`ClassVar[str]`). Default: the name of the class.
+        message_key: The name of a field, an optional class variable (`ClassVar[str]`). Messages with the same value in
+            this field keep their order, on transports that order by key.
     """
 
     message_type: ClassVar[str] = "notification_event"
 
     event_id: UUID = dataclasses.field(default_factory=_random_id)
-    """Also the id of the message, so that each repeat of it is recognisable."""
     event_timestamp: datetime = dataclasses.field(default_factory=_now)
-    """Aware, in UTC."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ECSTEvent(Event):
     """
-    An event that travels through the message broker and carries the new state (event-carried state transfer).
+    An integration event that carries the new state (event-carried state transfer). It travels through the broker.
 
-    In all else it is like `NotificationEvent`.
+    Its attributes are those of `NotificationEvent`.
     """
 
     message_type: ClassVar[str] = "ecst_event"
@@ -73,56 +78,60 @@ class ECSTEvent(Event):
     event_timestamp: datetime = dataclasses.field(default_factory=_now)
 
 
-# -- what a class says of its messages ---------------------------------------------------------------------------
+# -- the settings of an event class --------------------------------------------------------------------------------
 
 
-def travels(event_type: type) -> bool:
+def is_integration_event(event_type: type) -> bool:
     """
-    Whether events of this type go to the message broker: whether the class says a `message_type`.
+    Return whether events of this type go to the message broker: whether the class has a `message_type`.
 
     Raises:
-        NotAnEvent: A field of that name hides what a base says.
+        NotAnEvent: A field of that name hides the class variable of a base class.
     """
     if _setting(event_type, "message_type") is not None:
         return True
     if any(_setting(base, "message_type") for base in event_type.__mro__[1:]):
-        raise NotAnEvent(f"{name_of(event_type)} travels, and hides it with a field message_type; name that otherwise")
+        raise NotAnEvent(f"the field message_type of {name_of(event_type)} hides the class variable; rename the field")
     return False
 
 
 def message_name_of(event_type: type) -> str:
-    """Give the name on the wire. It is not inherited: two classes of one name could not be told apart."""
+    """Return the wire name. A subclass does not inherit it: a reader could not distinguish the two classes."""
     return _setting(event_type, "message_name", inherited=False) or event_type.__name__
 
 
 def message_key_of(event_type: type) -> str | None:
-    """Give the field whose value orders the messages. NotAnEvent if there is no such field."""
+    """Return the name of the field whose value orders the messages. NotAnEvent if the class has no such field."""
     key = _setting(event_type, "message_key")
     if key is not None and key not in fields_of(event_type):
-        raise NotAnEvent(f"{name_of(event_type)}.message_key is {key!r}, and there is no such field")
+        raise NotAnEvent(f"{name_of(event_type)}.message_key is {key!r}, which is not a field of the class")
     return key
 
 
-def check_travels_whole(event_type: type) -> None:
+def check_integration_event(event_type: type) -> None:
     """
-    Refuse a class of which a part would be lost on the way.
+    Check that the message of an event would contain all of the event.
 
     Raises:
-        NotAnEvent: It lacks `event_id` or `event_timestamp`, or has annotated fields that are none.
+        NotAnEvent: The class has no field `event_id` or `event_timestamp`, or has annotations that are not fields.
     """
     fields = fields_of(event_type)
     missing = [name for name in ("event_id", "event_timestamp") if name not in fields]
     if missing:
-        raise NotAnEvent(f"{name_of(event_type)} travels and has no field {' and no field '.join(missing)}")
+        raise NotAnEvent(
+            f"the integration event {name_of(event_type)} needs the field {' and the field '.join(missing)}"
+        )
     if dataclasses.is_dataclass(event_type) and "__attrs_attrs__" in event_type.__dict__:
         raise NotAnEvent(
-            f"{name_of(event_type)} is an attrs class that derives from a dataclass, and its fields would be lost; "
+            f"{name_of(event_type)} is an attrs class that derives from a dataclass, so its message would lose fields; "
             "derive it from Event and declare message_type, event_id and event_timestamp"
         )
     if dataclasses.is_dataclass(event_type) and "__dataclass_fields__" not in event_type.__dict__:
         own = [name for name in inspect.get_annotations(event_type) if name not in fields]
         if own:
-            raise NotAnEvent(f"{name_of(event_type)} declares {', '.join(own)} and is no dataclass; decorate it as one")
+            raise NotAnEvent(
+                f"{name_of(event_type)} declares {', '.join(own)} but is not a dataclass; decorate it with @dataclass"
+            )
 
 
 def _setting(event_type: type, name: str, *, inherited: bool = True) -> str | None:

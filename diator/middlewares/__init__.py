@@ -1,4 +1,4 @@
-"""What surrounds a handler."""
+"""Middlewares: code that surrounds every handler."""
 
 from diator.middlewares.base import BaseMiddleware, Handle, Middleware
 from diator.middlewares.logging import LoggingMiddleware

@@ -1,4 +1,4 @@
-"""The one shape of a middleware, and how several surround a handler."""
+"""The protocol of a middleware, and the chain of several around a handler."""
 
 from __future__ import annotations
 
@@ -7,79 +7,52 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 State = TypeVar("State")
 
+#: Calls the next middleware, or the handler.
 Handle: TypeAlias = Callable[[Any], Awaitable[Any]]
-"""The rest of the way: the next middleware, or the handler."""
 
 
 class Middleware(Protocol):
     """
-    Surrounds handling: `async (message, handle) -> result`. A function or an object with `__call__` will do.
+    Surrounds a handler: a function, or an object with `__call__`, as `async (message, handle) -> response`.
 
-    It may do something before and after `await handle(message)`, hand on another message of the same type, answer by
-    itself, or call `handle` again after an error. The handler is built inside it. Only what the last call of `handle`
-    raised goes out, and only after every middleware has finished.
+    A middleware may act before and after `await handle(message)`, pass on another message of the same type, return a
+    response of its own, or call `handle` again after an error. Each call of `handle` builds a new handler. diator
+    sends only the integration events of the last call, and only after every middleware has finished.
     """
 
     async def __call__(self, message: Any, handle: Handle, /) -> Any: ...
 
 
 class BaseMiddleware:
-    """A middleware of two hooks: one before the handler, one after it if it succeeded. Override either."""
+    """A middleware with two hooks: before the handler, and after a handler that succeeded. Override either one."""
 
     async def __call__(self, message: Any, handle: Handle, /) -> Any:
-        """Call the hooks around *handle*."""
+        """Call `process_request`, then *handle*, then `process_response`."""
         await self.process_request(message)
         response = await handle(message)
         await self.process_response(response)
         return response
 
     async def process_request(self, request: Any) -> None:
-        """Do something before *request* is handled. An error refuses it."""
+        """Act before *request* is handled. If this raises an error, the handler is not called."""
 
     async def process_response(self, response: Any) -> None:
-        """Do something with *response*. An error is the error of the request; its events are then not sent."""
+        """Act on *response*. If this raises an error, the request fails, and its integration events are not sent."""
 
 
 Innermost: TypeAlias = Callable[[Any, State], Awaitable[Any]]
 
 
 def chain(middlewares: Sequence[Middleware], innermost: Innermost[State]) -> Innermost[State]:
-    """Put *middlewares* around *innermost*, the first outermost; what belongs to one call goes through as state."""
-    calls = [getattr(middleware, "__call__", middleware) for middleware in middlewares]  # noqa: B004  # bound: faster
-    while calls:
-        innermost = _link(calls[-3:], innermost)
-        del calls[-3:]
+    """Return *innermost* surrounded by *middlewares*, the first outermost. Each call passes its state through."""
+    for middleware in reversed(middlewares):
+        # A bound `__call__` is faster to call than the object.
+        innermost = _surround(getattr(middleware, "__call__", middleware), innermost)  # noqa: B004
     return innermost
 
 
-def _link(calls: Sequence[Middleware], following: Innermost[State]) -> Innermost[State]:
-    # Up to three at a time, written out: a fold over single ones costs a third more with every middleware.
-    *outer, inner = calls
+def _surround(middleware: Middleware, inner: Innermost[State]) -> Innermost[State]:
+    def call(message: Any, state: State) -> Awaitable[Any]:
+        return middleware(message, lambda message: inner(message, state))
 
-    def call_one(message: Any, state: State) -> Awaitable[Any]:
-        return inner(message, lambda message: following(message, state))
-
-    if not outer:
-        return call_one
-    *outermost, middle = outer
-
-    def call_two(message: Any, state: State) -> Awaitable[Any]:
-        def handle(message: Any) -> Awaitable[Any]:
-            return following(message, state)
-
-        return middle(message, lambda message: inner(message, handle))
-
-    if not outermost:
-        return call_two
-    (first,) = outermost
-
-    def call_three(message: Any, state: State) -> Awaitable[Any]:
-        def handle(message: Any) -> Awaitable[Any]:
-            return following(message, state)
-
-        def handle_inner(message: Any) -> Awaitable[Any]:
-            return inner(message, handle)
-
-        return first(message, lambda message: middle(message, handle_inner))
-
-    return call_three
+    return call

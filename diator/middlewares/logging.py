@@ -1,4 +1,4 @@
-"""Logs each message with its outcome and duration."""
+"""A middleware that logs each message with its outcome and duration."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from diator.middlewares.base import Handle
 
 class LoggingMiddleware:
     """
-    Logs the type of each message, the outcome, and the time it took: debug if handled, warning if it failed.
+    Logs the type of each message, the outcome and the duration: at DEBUG after success, at WARNING after an error.
 
-    Never the content, of the message, the answer or the error: logs are no place for it.
+    It never logs the content of the message, the response or the error, which may be confidential.
     """
 
     def __init__(self, logger: logging.Logger | None = None) -> None:
         self._logger = logger or logging.getLogger(__name__)
 
     async def __call__(self, message: Any, handle: Handle, /) -> Any:
-        """Handle *message* and log how that went. Errors go on as they are."""
+        """Handle *message* and log the outcome. The caller receives errors unchanged."""
         name, start = type(message).__qualname__, perf_counter()
         try:
             response = await handle(message)

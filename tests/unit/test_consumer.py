@@ -474,7 +474,7 @@ async def test_a_message_that_ends_the_process_again_and_again_is_put_aside(atte
 
     assert (outcomes(told), told[0].attempt) == ([outcome], attempt)
     assert len(runs) == (outcome == "acked")
-    assert all(letter.reason.startswith("crash-loop: ") for letter in broker.dead_letters)
+    assert all(letter.reason.startswith("poison-message: ") for letter in broker.dead_letters)
 
 
 # -- what cannot be read ---------------------------------------------------------------------------------------------
@@ -683,7 +683,7 @@ async def test_without_a_group_it_has_one_where_there_are_any(capabilities, grou
 
 @pytest.mark.parametrize("option", [{"concurrency": 0}, {"handler_timeout": 0}, {"drain_timeout": -1}])
 def test_options_without_sense_are_refused(option):
-    with pytest.raises(ConfigurationError, match="concurrency is at least 1"):
+    with pytest.raises(ConfigurationError, match="concurrency must be at least 1"):
         consumer_of(Scripted(), on_joined, **option)
 
 

@@ -14,7 +14,7 @@ def running() -> asyncio.Task[object]:
 
 
 async def within(deadlines: Deadlines, seconds: float) -> None:
-    with deadlines.of(running()):
+    with deadlines.limit(running()):
         await asyncio.sleep(seconds)
 
 
@@ -53,7 +53,7 @@ async def test_what_ignores_it_is_cancelled_once_and_holds_up_nobody():
     deadlines = Deadlines(0.01)
 
     async def deaf() -> str:
-        with deadlines.of(running()):
+        with deadlines.limit(running()):
             try:
                 await asyncio.sleep(10)
             except asyncio.CancelledError:
@@ -72,7 +72,7 @@ async def test_cancelled_by_someone_else_it_stays_cancelled():
     deadlines = Deadlines(0.01)
 
     async def slow() -> None:
-        with deadlines.of(running()):
+        with deadlines.limit(running()):
             try:
                 await asyncio.sleep(10)
             finally:

@@ -124,19 +124,19 @@ async def test_a_key_has_to_be_a_field():
     class Moved(NotificationEvent):
         message_key: ClassVar[str] = "room"
 
-    with pytest.raises(NotAnEvent, match=r"message_key is 'room', and there is no such field"):
+    with pytest.raises(NotAnEvent, match=r"message_key is 'room', which is not a field"):
         await EventEmitter(message_broker=Recorder()).emit(Moved())
 
 
 async def test_an_event_without_a_broker_is_never_silent():
-    with pytest.raises(BrokerNotConfigured, match="UserJoined is an integration event, and no message broker is configured"):
+    with pytest.raises(BrokerNotConfigured, match="UserJoined is an integration event, and no message"):
         await EventEmitter().emit(UserJoined())
 
 
 async def test_what_json_cannot_hold_is_not_sent():
     broker = Recorder()
 
-    with pytest.raises(EncodingError, match=r"Unencodable\.thing: values of object have no form in JSON"):
+    with pytest.raises(EncodingError, match=r"Unencodable\.thing: values of object cannot be written as JSON"):
         await EventEmitter(message_broker=broker).emit(Unencodable())
 
     assert broker.sent == []
@@ -155,7 +155,7 @@ async def test_two_classes_that_were_never_bound_cannot_have_one_name():
     emitter = EventEmitter(message_broker=Recorder())
     await emitter.emit(UserJoined())
 
-    with pytest.raises(BindingError, match="have one name on the wire"):
+    with pytest.raises(BindingError, match="have the same wire name"):
         await emitter.emit(Other())
 
 

@@ -192,7 +192,7 @@ def test_a_parameter_without_a_hint_is_refused_when_wiring():
 
 @pytest.mark.parametrize("option", [{"event_map": events_of()}, {"message_broker": Recorder()}])
 def test_an_emitter_has_its_map_and_its_broker_itself(option):
-    with pytest.raises(ConfigurationError, match="belong to the EventEmitter"):
+    with pytest.raises(ConfigurationError, match="pass event_map and message_broker to the EventEmitter"):
         Mediator(requests_of(), event_emitter=EventEmitter(), **option)
 
 
@@ -596,7 +596,7 @@ def test_a_handler_that_the_container_shares_is_refused_when_wiring(handler, how
     else:
         container.register_instance(handler, handler())
 
-    with pytest.raises(ResolutionError, match="registered as one object for all"):
+    with pytest.raises(ResolutionError, match="must be transient; it is registered as a singleton"):
         mediator_of(handler, container=container)
 
 

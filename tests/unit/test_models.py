@@ -192,7 +192,7 @@ async def test_an_event_travels_whole(event_type):
 def test_what_does_not_fit_is_refused_without_being_quoted(event_type):
     payload = b'{"event_id":"hunter2","event_timestamp":"hunter2","user_id":"hunter2"}'
 
-    with pytest.raises(DecodingError, match=f"the payload is no {event_type.__name__}: ") as caught:
+    with pytest.raises(DecodingError, match=f"the payload does not fit {event_type.__name__}: ") as caught:
         payload_decoder(event_type)(payload)
 
     assert "hunter2" not in str(caught.value)
@@ -271,7 +271,7 @@ async def test_a_model_inside_of_a_dataclass_travels():
     await emitter.emit(Moved(place=Place(room="A")))
 
     assert broker.sent[0].payload["place"] == {"room": "A", "price": None}
-    with pytest.raises(EncodingError, match=r"Moved\.place\.price: JSON has no number for NaN"):
+    with pytest.raises(EncodingError, match=r"Moved\.place\.price: JSON cannot represent NaN"):
         await emitter.emit(Moved(place=Place(room="A", price=float("nan"))))
 
 
@@ -303,9 +303,9 @@ class NoModel(Event):
     ("event", "problem"),
     [
         (AttrsOfDataclass(7), "AttrsOfDataclass is an attrs class that derives from a dataclass"),
-        (Undecorated(), "Undecorated declares user_id and is no dataclass; decorate it as one"),
-        (WithoutId(7), "WithoutId travels and has no field event_id and no field event_timestamp"),
-        (NoModel(7), "NoModel travels and has no field event_id and no field event_timestamp"),
+        (Undecorated(), "Undecorated declares user_id but is not a dataclass; decorate it with @dataclass"),
+        (WithoutId(7), "WithoutId needs the field event_id and the field event_timestamp"),
+        (NoModel(7), "NoModel needs the field event_id and the field event_timestamp"),
     ],
     ids=["attrs of a dataclass", "not decorated", "without an id", "no model"],
 )

@@ -85,7 +85,7 @@ def test_a_request_has_one_handler():
     requests = RequestMap()
     requests.bind(Join, JoinHandler)
 
-    with pytest.raises(BindingError, match="Join is handled by JoinHandler; a request has one handler"):
+    with pytest.raises(BindingError, match="Join is already bound to JoinHandler"):
         requests.bind(Join, join)
 
     assert requests.get(Join) is JoinHandler
@@ -159,17 +159,17 @@ def test_an_annotation_that_names_nothing_is_no_obstacle_where_the_type_is_given
     ("handler", "problem"),
     [
         (ForRead, "ForRead handles Read and cannot be bound to Join"),
-        (RequestHandler, "RequestHandler is abstract: it does not define handle"),
-        (Unfinished, "Unfinished is abstract: it does not define answer"),
-        (WithoutHandle, "WithoutHandle is no handler: it has no method `handle`"),
-        (Synchronous, r"Synchronous\.handle is not asynchronous; write it as `async def`"),
-        (synchronous, "synchronous is not asynchronous; write it as `async def`"),
+        (RequestHandler, "RequestHandler is abstract; define handle"),
+        (Unfinished, "Unfinished is abstract; define answer"),
+        (WithoutHandle, "WithoutHandle has no method `handle`"),
+        (Synchronous, r"Synchronous\.handle is not asynchronous; define it with `async def`"),
+        (synchronous, "synchronous is not asynchronous; define it with `async def`"),
         (TakesNothing, r"TakesNothing\.handle takes no message"),
         (takes_nothing, "takes_nothing takes no message"),
         (takes_it_by_name, "takes_it_by_name takes no message"),
-        (AnswersAnother, "Join promises str, and AnswersAnother answers int"),
-        (answers_nothing, "Join promises str, and answers_nothing answers NoneType"),
-        (JoinHandler(), "bind the class, not an object of it"),
+        (AnswersAnother, "AnswersAnother returns int, but the response of Join is str"),
+        (answers_nothing, "answers_nothing returns NoneType, but the response of Join is str"),
+        (JoinHandler(), "bind the class, not an instance"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -183,7 +183,7 @@ def test_refuses(handler, problem):
 
 
 def test_refuses_to_bind_to_what_is_no_class():
-    with pytest.raises(BindingError, match="is no class that a handler can be bound to"):
+    with pytest.raises(BindingError, match="is not a class; bind handlers to the class"):
         RequestMap().bind(Join(), join)
 
 

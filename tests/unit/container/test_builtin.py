@@ -628,12 +628,12 @@ def test_a_type_is_registered_once(before, again):
 
     register(before)
 
-    with pytest.raises(ResolutionError, match="Api is registered already"):
+    with pytest.raises(ResolutionError, match="Api is already registered"):
         register(again)
 
 
 async def test_a_resource_cannot_be_transient(container):
-    with pytest.raises(ResolutionError, match="Session is a resource and has to be scoped or a singleton"):
+    with pytest.raises(ResolutionError, match="Session is a resource, so its lifetime must be scoped or singleton"):
         container.register(Session, generator, lifetime="transient")
 
 
