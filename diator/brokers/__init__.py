@@ -1,7 +1,8 @@
 """
-What carries events between processes: the contract and the message. Each transport is a module beside them.
+The contract between diator and a message broker, and `Message`, which every broker sends.
 
-`diator.brokers.memory` needs nothing but diator, `diator.brokers.redis` the extra of its name.
+Each transport is a module of this package: `diator.brokers.memory`, `redis`, `redis_streams`, `rabbitmq` and `kafka`.
+The one in memory needs no extra; each other one needs the extra with the name of its service.
 """
 
 from diator.brokers.message import Json, Message

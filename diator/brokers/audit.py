@@ -1,4 +1,8 @@
-"""What in a running service weakens what a transport promises: asked when a program starts, not after the loss."""
+"""
+Checks a running service for settings that weaken what its transport promises.
+
+A program runs the audit when it starts, so that it learns of such a setting before a message is lost.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,17 @@ from diator.brokers.capabilities import Capabilities
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One setting of the service, as it was found."""
+    """
+    A setting of the service that weakens a promise.
+
+    Attributes:
+        capability: The promise that is weakened: the name of a field of `Capabilities`.
+        problem: Which setting has which value, and what can happen because of it. It contains no secrets.
+        remedy: What to change.
+    """
 
     capability: str
-    """Which promise suffers: the name of a field of `Capabilities`."""
     problem: str
-    """What is set how, and what can happen because of it. No secrets."""
     remedy: str
 
     def __str__(self) -> str:
@@ -25,36 +34,36 @@ class Finding:
 
 @runtime_checkable
 class Auditable(Protocol):
-    """A broker whose service can be looked into."""
+    """A broker that can check the settings of its service."""
 
     async def audit(self) -> Sequence[Finding]:
         """
-        Look into the service, changing nothing, and tell what is set otherwise than it should be.
+        Return the settings of the service that weaken a promise. Change nothing in the service.
 
-        What may not be looked at, for want of a permission, is a finding too.
+        A setting that this user is not permitted to read is a finding as well.
 
         Raises:
             BrokerUnavailable: The service cannot be reached within the broker's `timeout`.
-            BrokerClosed: This broker was closed.
+            BrokerClosed: The broker was closed.
         """
         ...
 
 
 async def audit(broker: object, *, requires: Capabilities | None = None) -> list[Finding]:
     """
-    Tell what in the service that *broker* is connected to weakens its promises; nothing, where all is well.
+    Return the settings of *broker*'s service that weaken its promises; an empty list if there are none.
 
-    With *requires*, only what concerns something that it asks for. A broker that is not `Auditable`, as the one in
-    memory, has no service to look into, and no findings.
+    With *requires*, return only the findings about capabilities that *requires* asks for. A broker that is not
+    `Auditable`, such as the one in memory, has no service to check and so no findings.
 
     Raises:
         BrokerUnavailable: The service cannot be reached within the broker's `timeout`.
         BrokerClosed: The broker was closed.
     """
     found = await broker.audit() if isinstance(broker, Auditable) else ()
-    asked = {field.name for field in fields(Capabilities) if requires and _asks(requires, field.name)}
-    return [finding for finding in found if requires is None or finding.capability in asked]
+    needed = {field.name for field in fields(Capabilities) if requires and _is_needed(requires, field.name)}
+    return [finding for finding in found if requires is None or finding.capability in needed]
 
 
-def _asks(requires: Capabilities, name: str) -> bool:
+def _is_needed(requires: Capabilities, name: str) -> bool:
     return bool(getattr(requires, name) != getattr(Capabilities(), name))

@@ -1,8 +1,8 @@
 """
-The second half of the contract of a message broker: what it has to do to be read from. The first is `sending.py`.
+The reading half of a message broker's contract. The sending half is `sending.py`.
 
-This prose is the specification; the conformance suite proves each promise in it, and `diator.brokers.memory` is the
-shortest program that keeps them all. `docs/writing-a-transport.md` goes through it in the order in which one writes.
+This prose is the specification. The conformance suite proves each promise in it, and `diator.brokers.memory` is the
+shortest program that keeps all of them. `docs/writing-a-transport.md` explains the same contract step by step.
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ from diator.exceptions import AlreadySettled
 
 class Topic(NamedTuple):
     """
-    What a subscription listens to: the kind and the name of messages.
+    The destination of a message: its type and its name. A subscription reads one or more topics.
 
-    Both are any text, as is the name of a group. Two that differ are two destinations: a transport writes them for its
-    service so that no two become one, whatever the service makes of separators, wildcards, case or length. What it
-    cannot write it refuses, with `MessageRejected` when sending and `ConfigurationError` when subscribing.
+    Each part may be any text, and so may the name of a group. Two different topics are two destinations: a transport
+    encodes them for its service so that they never collide, whatever the service does with separators, wildcards,
+    upper and lower case, or long names. If a transport cannot encode a topic or a group, sending raises
+    `MessageRejected` and subscribing raises `ConfigurationError`.
+
+    Attributes:
+        message_type: The kind of the message, such as `notification_event`.
+        message_name: The registered name of the message.
     """
 
     message_type: str
@@ -33,84 +38,88 @@ class Topic(NamedTuple):
 
 class Settler(Protocol):
     """
-    The transport's half of a delivery: how each outcome is told to the service.
+    The transport's side of a delivery: it reports each outcome to the service.
 
-    `Delivery` calls one of these, once; again, or another one, only after it failed. Each keeps the promises of the
-    method of `Delivery` by the same name, and raises what that says, within the broker's `timeout`. A failure means
-    that nothing was settled: the message comes again, at the latest by the transport's bound for crashes. So does what
-    is settled too late, when another member has it already or the subscription has ended: that settles nothing, and
-    never what another member holds.
+    `Delivery` calls one of these methods, once. It calls one again, the same or another, only after a call has failed.
+    Each method keeps the promises of the method of `Delivery` with the same name, raises the errors that its docstring
+    lists, and ends within the broker's `timeout`.
+
+    A call that fails settles nothing: the service redelivers the message, after `Capabilities.redelivery_bound` at the
+    latest. Settling too late has no effect either: if another consumer already has the message, or if the
+    subscription has ended, the message is redelivered. A settler never settles a delivery that another consumer holds.
     """
 
     async def ack(self, delivery: Delivery, /) -> None:
-        """See `Delivery.ack`. Where the transport has no acknowledgements, do nothing."""
+        """Acknowledge; see `Delivery.ack`. Do nothing if the transport has no acknowledgements."""
         ...
 
     async def retry(self, delivery: Delivery, after: float, /) -> None:
-        """See `Delivery.retry`. *after* is in seconds, 0 for at once."""
+        """Requeue; see `Delivery.retry`. *after* is in seconds; 0 means at once."""
         ...
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
-        """See `Delivery.dead_letter`. Aside first, and then gone from the group: never the other way round."""
+        """Dead-letter; see `Delivery.dead_letter`. Store the dead letter first; only then remove it from the group."""
         ...
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Delivery:
     """
-    One message as it came from the service, and the three ways to settle it. It is settled once.
+    One message as the service delivered it, and the three ways to settle it. A delivery is settled once.
 
-    Not settled at all is the fourth: a consumer that was cancelled or died has neither succeeded nor failed, and the
-    message comes again as the transport's `redelivery` says. The body is not decoded: it may be anything.
+    A delivery may also stay unsettled: a consumer that was cancelled or that crashed has neither succeeded nor failed.
+    The service then redelivers the message, as `Capabilities.redelivery` says. The body is not decoded yet and may
+    contain anything. Each redelivery is a new object, and each subscription has its own objects.
 
-    A message that comes again is another object of this class, and each subscription has objects of its own.
+    Attributes:
+        topic: The topic that the message came from: one of the subscription's topics, whatever the body contains.
+        body: The body as the service stores it; empty if it has none.
+        headers: The service's own headers, including the key; empty if the transport has none.
+        attempt: 1 for the first delivery of this message to its group; always 1 if the transport does not count.
+        settler: The transport's side, which the three methods call.
+        token: The transport's opaque handle, such as a tag, an offset or an entry id. Nobody else uses or logs it.
+        outcome: How the delivery was settled: `ack`, `retry` or `dead_letter`; None while it is unsettled.
     """
 
     topic: Topic
-    """Where it came from, one of those that were subscribed to, whatever the body says."""
     body: bytes = field(repr=False)
-    """As it is in the service; empty where there is none."""
     headers: Mapping[str, str]
-    """The service's own, the key among them; empty where the transport has none."""
     attempt: int
-    """1 for the first delivery of this message to its group; always 1 where the transport does not count."""
     settler: Settler = field(repr=False)
     token: object = field(default=None, repr=False)
-    """By what the transport knows this delivery: a tag, an offset, an entry. Nobody else looks at it, nor logs it."""
     outcome: str | None = None
-    """How it was settled: `ack`, `retry`, `dead_letter`; None if it was not."""
 
     async def ack(self) -> None:
         """
-        The work is done; it must not come again.
+        Acknowledge the message: its work is done, and it must not be delivered again.
 
-        Returns when the transport has taken note. It may tell the service together with others, within milliseconds,
-        and at the latest when the subscription ends; if that fails, the message comes again. Does nothing where the
-        transport has no acknowledgements.
+        Return when the transport has recorded the acknowledgement. The transport may send it to the service together
+        with others, within milliseconds, and at the latest when the subscription ends. If that fails, the message is
+        redelivered. `ack` does nothing if the transport has no acknowledgements.
 
         Raises:
-            BrokerError: It could not be told, and comes again.
+            BrokerError: The acknowledgement did not reach the service; the message will be redelivered.
         """
         await self._settle("ack", self.settler.ack)
 
     async def retry(self, *, after: float = 0.0) -> None:
         """
-        Have it delivered to the group again, no earlier than *after* seconds from now, as the next attempt.
+        Requeue the message: its group receives it again, at least *after* seconds from now, as the next attempt.
 
         Raises:
-            UnsupportedCapability: The transport cannot, or cannot with a delay.
+            UnsupportedCapability: The transport cannot requeue, or cannot requeue with a delay.
         """
         await self._settle("retry", self.settler.retry, after)
 
     async def dead_letter(self, reason: str) -> None:
         """
-        Put it aside, with *reason*, and deliver it no more.
+        Dead-letter the message with *reason*: the transport keeps it and never delivers it to the group again.
 
-        Returns when it is safely aside; only then is it taken from its group.
+        Return when the dead letter is safely stored. Only then is the message removed from its group.
 
         Raises:
-            UnsupportedCapability: The transport cannot.
-            BrokerError: It could not be put aside, and comes again.
+            UnsupportedCapability: The transport has no dead-letter queue.
+            BrokerError: The message could not be dead-lettered; it will be redelivered.
         """
         await self._settle("dead_letter", self.settler.dead_letter, reason)
 
@@ -118,22 +127,28 @@ class Delivery:
         if self.outcome == outcome:
             return
         if self.outcome is not None:
-            raise AlreadySettled(f"this delivery was settled by {self.outcome}, and cannot be by {outcome}")
+            raise AlreadySettled(
+                f"a delivery of {self.topic.message_name} is already settled by {self.outcome}(); "
+                f"do not settle it again by {outcome}()"
+            )
         self.outcome = outcome
         try:
             await settle(self, *how)
         except BaseException:
-            self.outcome = None  # what failed has settled nothing; another way may do
+            self.outcome = None  # the failed call settled nothing, so the caller may try another way
             raise
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gap:
     """
-    Messages may have been missed: the transport was not listening between these two moments (aware, UTC).
+    A period in which messages may have been missed.
 
-    *since* is when the reader was last known to have everything, which may be before anybody noticed the loss. Too
-    early is safe: whoever catches up from there does a little too much.
+    Attributes:
+        since: The last time at which the reader had certainly received everything (aware, UTC). It may be earlier than
+            the loss itself, never later: a program that catches up from here processes a little too much.
+        until: When the transport was receiving again (aware, UTC).
+        reason: What happened, such as the error that broke the connection.
     """
 
     since: datetime
@@ -146,57 +161,63 @@ OnGap: TypeAlias = Callable[[Gap], None]
 
 class ReadableBroker(MessageBroker, Protocol):
     """
-    A broker that can also be read from.
+    A broker that consumers can also read from.
 
-    It is made without a running event loop, and then used in one.
+    The program can make it without a running event loop; then it uses the broker in one event loop.
     """
 
     @property
     def capabilities(self) -> Capabilities:
-        """What this transport promises. Told without connecting, and the same as long as the broker lives."""
+        """Return what this transport promises: known without a connection, and constant while the broker exists."""
         ...
 
     def subscribe(
         self, topics: Collection[Topic], /, *, group: str | None = None, prefetch: int = 64, on_gap: OnGap | None = None
     ) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
         """
-        Receive the messages of *topics*, of which there is at least one.
+        Subscribe to *topics*, at least one: return a context manager that returns an iterator of deliveries on entry.
 
-        On entry the subscription is ready: a message that is confirmed from now on is delivered. With *group*, each
-        message goes to one of the group's members; without, to every subscription. The members of a group subscribe to
-        the same topics; each group is there for each topic by itself, and settles for itself. At most *prefetch*
-        deliveries are given out and not settled at any time, where the transport can be held back. It may receive some
-        more ahead, and leaves enough for the other members to have work.
+        Groups: *group* names a consumer group: one consumer of the group receives each message. Without a group,
+        every subscription receives each message. All consumers of a group subscribe to the same topics. A group exists
+        for each topic separately, and no group's settlements affect another group.
 
-        A group begins where `replay` says, and collects from then on where the `subscription` is durable; a
-        subscription without a group begins with its entry. Any number of subscriptions live beside each other in one
-        broker, to the same topics or not, and neither holds up nor ends another.
+        Start: On entry the subscription is ready: it delivers every message that is confirmed from now on. A new
+        group starts where `Capabilities.replay` says. From then on it collects messages, if `Capabilities.subscription`
+        is `durable`. A subscription without a group starts at its entry.
 
-        Cancelling a wait for the next delivery loses nothing. The iterator reconnects by itself, with growing, jittered
-        pauses, and tells *on_gap* whenever messages may have been missed meanwhile. It ends only when its context does,
-        or with an error that trying again does not fix: BrokerClosed, or a ConfigurationError when the settings of
-        the service have changed.
+        Prefetch: At most *prefetch* deliveries are handed out and unsettled at any time, if the transport has
+        backpressure. The transport may receive some more in advance, but it leaves enough messages for the other
+        consumers of the group.
 
-        The context's end waits for nothing but what was settled to reach the service; what was not settled becomes
-        available to other members at once where the transport's `redelivery` has `close`, and what was received and
-        never given out was not delivered: it counts as no attempt. An error in the context's block comes out of it as
-        it is.
+        Several subscriptions: One broker can have any number of them, to the same topics or to others. No
+        subscription delays or ends another.
+
+        Waiting: A cancelled wait for the next delivery loses no message.
+
+        Reconnecting: The iterator reconnects by itself, with exponential backoff and jitter. It calls *on_gap*
+        whenever messages may have been missed in the meantime. It ends only when its context ends, or with an error
+        that reconnecting cannot fix: `BrokerClosed`, or a `ConfigurationError` if the service's settings have changed.
+
+        End: The end of the context waits for one thing only: that the settlements reach the service. Deliveries
+        that are unsettled become available to other consumers at once, if `Capabilities.redelivery` contains `close`.
+        A message that was prefetched and never handed out was not delivered, so it is not charged an attempt. An error
+        that is raised inside the context leaves it unchanged.
 
         Raises, on entry:
             ConfigurationError: *prefetch* is below 1.
-            UnsupportedCapability: The transport has no groups, or cannot do without one.
-            AccessRefused: The service does not let this user read there.
+            UnsupportedCapability: The transport has no groups, or requires one.
+            AccessRefused: The service does not allow this user to read there.
             BrokerUnavailable: The service cannot be reached within the broker's `timeout`.
-            BrokerClosed: This broker was closed.
+            BrokerClosed: The broker was closed.
         """
         ...
 
 
 class Transport(ReadableBroker, Protocol):
-    """A broker that can also be opened and closed, as all of diator's can: what a program makes, and what it shares."""
+    """A broker that can also be opened and closed, as each of diator's can. A program creates one and shares it."""
 
     async def aclose(self) -> None:
-        """Refuse further messages, end its subscriptions, and give up what it holds. Calling it again does nothing."""
+        """Refuse new messages, end the subscriptions, and close the connections. A further call does nothing."""
         ...
 
     async def __aenter__(self) -> Self: ...

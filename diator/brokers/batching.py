@@ -1,4 +1,4 @@
-"""Concurrent sends in one exchange with the service, where it answers one exchange after the other."""
+"""Sends concurrent messages in batches, for a service that answers one request at a time."""
 
 from __future__ import annotations
 
@@ -13,87 +13,89 @@ from diator.exceptions import BrokerClosed, BrokerError, BrokerUnavailable, Mess
 
 T = TypeVar("T")
 
-_VERDICTS = {BrokerClosed, BrokerUnavailable, MessageRejected, OutcomeUnknown}
+_SEND_ERRORS = {BrokerClosed, BrokerUnavailable, MessageRejected, OutcomeUnknown}
 
 
 class BatchSender(Generic[T]):
     """
-    Puts what callers send at the same time into one exchange: a round trip for each would be all that a sender does.
+    Combines concurrent sends into batches, because one round trip each would dominate a sender's time.
 
-    *exchange* is called with what waits, in the order of the calls, and with the time of the event loop's clock at
-    which it has to end: that is *timeout* seconds after the first of these calls. One runs at a time; what is sent
-    meanwhile goes with the next one. In one are at most *max_items* items, and not another one after *max_bytes*.
+    *send_batch* is called with the waiting items, in the order of the calls, and with a deadline in the time of the
+    event loop's clock: *timeout* seconds after the first of these calls. It must end by then. One batch is sent at a
+    time; items that are sent meanwhile go with the next one. A batch has at most *max_items* items, and no further item
+    once it has reached *max_bytes* bytes.
 
-    It raises the verdict on all of its items, and each caller gets one of his own: with his `message_id`, and with the
-    same cause. It is the one to refuse what comes after the end of its broker.
+    If *send_batch* raises a send error, it applies to all items of the batch. Each caller receives an error of its own,
+    with its own `message_id` and the same cause. *send_batch* also has to refuse items after its broker was closed.
     """
 
     def __init__(
         self,
-        exchange: Callable[[Sequence[T], float], Awaitable[object]],
+        send_batch: Callable[[Sequence[T], float], Awaitable[object]],
         *,
         timeout: float,
         max_items: int = 500,
         max_bytes: int = 4 * 1024 * 1024,
     ) -> None:
-        self._exchange, self._timeout = exchange, timeout
+        self._send_batch, self._timeout = send_batch, timeout
         self._max_items, self._max_bytes = max_items, max_bytes
         self._waiting: deque[_Call[T]] = deque()
-        self._exchanging: asyncio.Task[None] | None = None
+        self._sending: asyncio.Task[None] | None = None
 
     async def send(self, item: T, *, size: int, message_id: UUID) -> None:
         """
-        Have *item*, of *size* bytes, in an exchange; return when that has ended well.
+        Send *item*, of *size* bytes, with a batch. Return when the service has confirmed that batch.
 
-        If this is cancelled, *item* is left out of an exchange that has not begun; one that has begun goes on.
+        If this call is cancelled before its batch is sent, the batch leaves *item* out. A batch that is already being
+        sent continues.
 
         Raises:
-            BrokerError: The verdict of the exchange.
+            BrokerError: The send error of the batch.
         """
         loop = asyncio.get_running_loop()
         call = _Call(item, size, message_id, loop.time() + self._timeout, loop.create_future())
-        if self._exchanging is not None and self._exchanging.get_loop() is not loop:
-            self._waiting, self._exchanging = deque(), None  # that loop is over, and who waited there
+        if self._sending is not None and self._sending.get_loop() is not loop:
+            self._waiting, self._sending = deque(), None  # that event loop has ended, and its callers with it
         self._waiting.append(call)
-        if self._exchanging is None or self._exchanging.done():
-            self._exchanging = asyncio.create_task(self._exchange_all(), name="diator: sending")
-        await call.ended
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.create_task(self._send_all(), name="diator: sending")
+        await call.confirmed
 
     async def wait(self) -> None:
-        """Wait until everybody who waits by now has a verdict. That goes on if whoever waits for it is cancelled."""
-        if self._exchanging is not None and self._exchanging.get_loop() is asyncio.get_running_loop():
-            await asyncio.wait([self._exchanging])
+        """Wait until all sends that have begun have ended. If this wait is cancelled, the sends continue."""
+        if self._sending is not None and self._sending.get_loop() is asyncio.get_running_loop():
+            await asyncio.wait([self._sending])
 
-    async def _exchange_all(self) -> None:
+    async def _send_all(self) -> None:
         running = asyncio.current_task()
         assert running is not None, "it runs in a task"  # noqa: S101  # asyncio has no other way
-        while batch := self._taken():
-            verdict: Exception | None = None
+        while batch := self._next_batch():
+            failure: Exception | None = None
             try:
-                await self._exchange([call.item for call in batch], batch[0].deadline)
+                await self._send_batch([call.item for call in batch], batch[0].deadline)
             except asyncio.CancelledError:
-                if running.cancelling():  # with its event loop
+                if running.cancelling():  # the event loop is ending
                     for call in [*batch, *self._waiting]:
-                        call.ended.cancel()
+                        call.confirmed.cancel()
                     raise
-                verdict = OutcomeUnknown("the client cancelled the exchange, and nobody had asked for that")
-            except Exception as error:  # noqa: BLE001  # whatever it is, it is the callers' to hear
-                verdict = error
+                failure = OutcomeUnknown("the client library cancelled the request by itself")
+            except Exception as error:  # noqa: BLE001  # every error goes to the callers
+                failure = error
             for call in batch:
-                if call.ended.done():
-                    continue  # its caller was cancelled meanwhile
-                if verdict is None:
-                    call.ended.set_result(None)
+                if call.confirmed.done():
+                    continue  # its caller was cancelled
+                if failure is None:
+                    call.confirmed.set_result(None)
                 else:
-                    own = own_error(verdict, call.message_id) if isinstance(verdict, BrokerError) else verdict
-                    call.ended.set_exception(own)
+                    own = own_error(failure, call.message_id) if isinstance(failure, BrokerError) else failure
+                    call.confirmed.set_exception(own)
 
-    def _taken(self) -> list[_Call[T]]:
+    def _next_batch(self) -> list[_Call[T]]:
         batch: list[_Call[T]] = []
         room = self._max_bytes
         while self._waiting and len(batch) < self._max_items and room > 0:
             call = self._waiting.popleft()
-            if not call.ended.done():  # else its caller was cancelled
+            if not call.confirmed.done():  # otherwise its caller was cancelled
                 batch.append(call)
                 room -= call.size
         return batch
@@ -101,19 +103,23 @@ class BatchSender(Generic[T]):
 
 @dataclass(eq=False, slots=True)
 class _Call(Generic[T]):
-    """One that waits for its verdict."""
+    """A caller that waits for its message to be confirmed."""
 
     item: T
     size: int
     message_id: UUID
     deadline: float
-    ended: asyncio.Future[None]
+    confirmed: asyncio.Future[None]
 
 
-def own_error(verdict: BrokerError, message_id: UUID | None) -> BrokerError:
-    """Give one message an error of its own, with its id: *verdict* is on several. What concerns one stays as it is."""
-    if message_id is None or verdict.message_id is not None or type(verdict) not in _VERDICTS:
-        return verdict
-    own = type(verdict)(str(verdict), message_id=message_id)
-    own.__cause__ = verdict.__cause__
+def own_error(error: BrokerError, message_id: UUID | None) -> BrokerError:
+    """
+    Return a copy of *error*, which several messages share, for the one message with *message_id*.
+
+    Return *error* itself if it already has a `message_id`, or if it is not an error that applies to a whole batch.
+    """
+    if message_id is None or error.message_id is not None or type(error) not in _SEND_ERRORS:
+        return error
+    own = type(error)(str(error), message_id=message_id)
+    own.__cause__ = error.__cause__
     return own

@@ -1,4 +1,4 @@
-"""What a transport can promise, as ordered levels. A program compares them with what it needs when it is wired."""
+"""What a transport promises, as ordered levels, which a program compares with its needs at start-up."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from diator.exceptions import ConfigurationError, UnsupportedCapability
 
+# The levels of each capability, from weak to strong.
 Guarantee: TypeAlias = Literal["at_most_once", "at_least_once"]
 Receipt: TypeAlias = Literal["none", "accepted", "durable"]
 Settlement: TypeAlias = Literal["none", "cumulative", "individual"]
@@ -26,102 +27,101 @@ Distribution: TypeAlias = AbstractSet[Literal["broadcast", "competing"]]
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
     """
-    What a transport promises. Every level is the weakest unless it is said, so that what is not said is not promised.
+    What a transport promises, or what a program needs.
 
-    The same record says what a program needs: what is not said is not asked for. Levels are ordered, from weak to
-    strong, as they are declared above; a stronger one promises the weaker ones too. What a transport does not promise,
-    it refuses where somebody asks for it (`require`), and never does something weaker instead.
+    Each field defaults to its weakest level, so that a transport promises, and a program needs, only what it declares.
+    The levels are ordered from weak to strong; a level includes the promises of all weaker ones. If a program asks for
+    something that its transport does not promise, `require` raises an error. A transport never does something weaker
+    instead.
+
+    Attributes:
+        guarantee: How often a message reaches a subscription, end to end, under the faults that the transport survives.
+            `at_least_once` needs a settlement and a receipt. With `at_most_once`, the transport itself never delivers a
+            message twice.
+        receipt: What a send that has returned proves. `none`: nothing. `accepted`: the service has the message.
+            `durable`: the service has stored it.
+        settlement: What can be acknowledged. `none`: `ack` does nothing. `cumulative`: deliveries that were settled out
+            of order may be redelivered after a restart. `individual`: each delivery on its own.
+        redelivery: What makes an unacknowledged delivery available to its group again. `retry`: a call of
+            `Delivery.retry`, any number of times. `close`: the end of its subscription, at once. `crash`: the death of
+            the process that held it. `deadline`: its holder is alive but has not renewed the lease. A holder that
+            renews the lease keeps the delivery, however long the handler runs.
+        redelivery_bound: The longest time until a redelivery after a crash or a deadline, in seconds. For information;
+            not compared.
+        delayed_retry: Whether `Delivery.retry` can delay the redelivery. The messages behind it do not wait, unless
+            `ordered_retry` is true. A transport without it refuses an *after* above 0.
+        dead_letter: Whether a message can be dead-lettered: kept unchanged, with the reason, where its group does not
+            read.
+        delivery_count: What `Delivery.attempt` counts. `none`: nothing. `retries`: how often the message was requeued.
+            `exact`: also the deliveries that nobody settled. The count belongs to the message and its group, not to one
+            consumer. A message that was never handed out is not counted, with one exception: after a process has died,
+            every message that it had prefetched may count as delivered.
+        ordering: Where first deliveries keep the order of the sends, for one consumer. `key`: among the messages with
+            the same `Message.key`. `destination`: among all messages of one topic. A redelivery may come later.
+        ordered_retry: Whether a requeued message is redelivered before the messages behind it. These are the messages
+            with the same key, and they wait; a message without a key holds back nothing. So the order of first
+            deliveries is also the order in which the work is done.
+        distribution: Who receives a message. `broadcast`: every subscription without a group. `competing`: one consumer
+            of each group.
+        subscription: What happens to messages while a group has no consumer. `ephemeral`: the group misses them.
+            `durable`: they wait for its next consumer.
+        replay: Where a new group starts, or can start. `none`: now. `earliest`: at the oldest stored message.
+            `position`: anywhere. With `none` there is one exception: messages that are `retained` because nobody was
+            subscribed go to the first group that subscribes, or, on a transport without groups, to the first
+            subscription.
+        durability: What confirmed messages survive. `none`: nothing. `restart`: an orderly restart of the service.
+            `crash`: the death of the service's process.
+        unroutable: What happens to a message that no group or subscription is waiting for. `dropped`: it is lost.
+            `retained`: it is kept; see `replay`. `reported`: the send raises `MessageUnroutable`.
+        headers: Where headers are sent. `envelope`: inside the body. `native`: as the service's own headers.
+        backpressure: How a slow consumer limits the flow. `none`: messages that it cannot take are lost, and *prefetch*
+            limits nothing. `prefetch`: the service sends no more than so many unsettled messages. `pull`: the service
+            sends only what the consumer asks for.
+        max_message_bytes: The size limit of an encoded message, in bytes. A message of exactly this size is delivered;
+            one byte more raises `MessageTooLarge`.
+        multi_process: Whether senders and consumers may run in different processes. This needs a `network`, even if
+            that is only a file.
+        network: Whether there is a link that can fail. The conformance suite uses it; not compared.
+
+    Raises:
+        ConfigurationError: A level does not exist.
     """
 
     guarantee: Guarantee = "at_most_once"
-    """
-    How often a message reaches a subscription, end to end, under the faults that the transport survives.
-
-    At least once takes settlement and a receipt; at most once, nothing comes a second time by the transport's doing.
-    """
     receipt: Receipt = "none"
-    """What a send that returned proves: nothing; the service has the message; it has stored it."""
     settlement: Settlement = "none"
-    """
-    What can be acknowledged. None: `ack` does nothing. Cumulative: what was settled out of order may come again after a
-    restart.
-    """
     redelivery: Redelivery = frozenset()
-    """
-    What makes a delivery that was not acknowledged available to its group again.
-
-    `retry`: `Delivery.retry`, as often as it is called. `close`: the end of its subscription, at once. `crash`: the
-    death of the process that held it. `deadline`: its holder lives, and has not renewed its lease; one that renews it
-    keeps the delivery, however long a handler takes.
-    """
     redelivery_bound: float | None = None
-    """Within how many seconds that happens after a crash or a deadline. Told to programs, not compared."""
     delayed_retry: bool = False
-    """
-    Whether `retry` can wait; what comes behind does not wait for it, unless by `ordered_retry`. Without, an *after*
-    above 0 is refused.
-    """
     dead_letter: bool = False
-    """Whether a message can be put aside: kept as it was, with the reason, where its group does not read."""
     delivery_count: Count = "none"
-    """
-    What `Delivery.attempt` counts: nothing; each time it was given back; also deliveries that nobody settled.
-
-    It belongs to the message in its group, not to the member, and what was never given out does not count. Of what a
-    member had received when its process died, nobody can tell what it had given out: all of it may count.
-    """
     ordering: Ordering = "none"
-    """
-    Within what the order of sends is the order of first deliveries, for one consumer. What comes again may come later.
-
-    Destination: all that goes to one topic. Key: what has the same `Message.key`.
-    """
     ordered_retry: bool = False
-    """
-    Whether a message that was given back comes again before what is behind it: of its key, or without one of nothing.
-
-    What is behind it waits meanwhile, so that the order of first deliveries is that of the work.
-    """
     distribution: Distribution = frozenset()
-    """Broadcast: every subscription gets every message. Competing: one member of a group gets it."""
     subscription: Subscription = "ephemeral"
-    """What becomes of messages while no member of a group is there: they are missed, or wait."""
     replay: Replay = "none"
-    """
-    Where a new group begins, or may: now; at the oldest message; anywhere.
-
-    Now, but for what was `retained` because nobody was there: that goes to the first group that comes; where there are
-    no groups, to the first subscription.
-    """
     durability: Durability = "none"
-    """What confirmed messages survive: nothing; an orderly restart of the service; the death of its process."""
     unroutable: Unroutable = "dropped"
-    """What becomes of a message that has nobody to go to: gone; kept, see `replay`; `MessageUnroutable`."""
     headers: Headers = "envelope"
-    """Where headers travel: in the body, or as the service's own."""
     backpressure: Backpressure = "none"
-    """
-    How a slow consumer holds the flow. None: what it cannot take is lost, and *prefetch* bounds nothing.
-
-    Prefetch: the service gives no more than so many at a time. Pull: it gives what is asked for.
-    """
     max_message_bytes: int = 0
-    """How large an encoded message may be, in bytes: exactly that many arrive, one more is `MessageTooLarge`."""
     multi_process: bool = False
-    """Whether senders and readers may be in different processes. That takes a `network`, if only a file."""
     network: bool = False
-    """Whether there is a link that can fail. Told to the conformance suite, not compared."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigurationError` for a level that there is not."""
+        """Check that each level exists."""
         for name, levels in _LEVELS.items():
             if (level := getattr(self, name)) not in levels:
-                raise ConfigurationError(f"{name} is one of {', '.join(levels)}, and not {level!r:.80}")
+                raise ConfigurationError(f"{name} must be one of {', '.join(levels)}; got {level!r:.80}")
 
     def missing(self, needed: Capabilities) -> list[str]:
-        """Name what *needed* asks for and these capabilities do not promise, as `name (has, needed is needs)`."""
+        """
+        Return what *needed* asks for and these capabilities do not promise, each as `name (has, needed is needs)`.
+
+        The list is empty if these capabilities cover *needed*. It has the order of the fields.
+        """
         return [
-            f"{field.name} ({_said(getattr(self, field.name))}, needed is {_said(getattr(needed, field.name))})"
+            f"{field.name} ({_text(getattr(self, field.name))}, needed is {_text(getattr(needed, field.name))})"
             for field in fields(self)
             if field.name not in _NOT_COMPARED
             and not _rank(field.name, getattr(self, field.name)) >= _rank(field.name, getattr(needed, field.name))
@@ -146,9 +146,11 @@ _LEVELS: dict[str, tuple[str, ...]] = {
 
 def require(broker: object, promised: Capabilities, needed: Capabilities, *, for_: str, remedy: str) -> None:
     """
-    Raise `UnsupportedCapability` unless what is *promised* by *broker* covers what is *needed*.
+    Check that what *broker* has *promised* covers what is *needed*.
 
-    The error says what is lacking, which call needs it (*for_*), and what can be done instead (*remedy*).
+    Raises:
+        UnsupportedCapability: Something is missing. The error lists it, and names the call that needs it (*for_*) and
+            what the program can do instead (*remedy*).
     """
     if lacks := promised.missing(needed):
         raise UnsupportedCapability(type(broker).__name__, lacks, why=for_, remedy=remedy)
@@ -158,5 +160,5 @@ def _rank(name: str, level: object) -> Any:
     return _LEVELS[name].index(str(level)) if name in _LEVELS else level
 
 
-def _said(level: object) -> str:
+def _text(level: object) -> str:
     return "{" + ", ".join(sorted(map(str, level))) + "}" if isinstance(level, AbstractSet) else str(level)

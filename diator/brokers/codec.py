@@ -1,8 +1,8 @@
 """
-The only place that knows what messages look like on the wire: event → message → bytes, and back.
+The wire format: event → message → bytes, and back. No other module knows what a message looks like on the wire.
 
-The body is one JSON object with the four keys `message_type`, `message_name`, `message_id` and `payload`, and
-`headers` as a fifth only where the transport has no headers of its own and there is something in them.
+The body is one JSON object with four keys: `message_type`, `message_name`, `message_id` and `payload`. It has a fifth
+key, `headers`, only if the transport has no headers of its own and the message has headers or a key.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from diator.exceptions import DecodingError, EncodingError, MessageTooLarge
 
 E = TypeVar("E")
 
+#: The default size limit of an encoded message, in bytes.
 MAX_MESSAGE_BYTES = 1024 * 1024
-"""How large an encoded message may be, in bytes, unless a broker says otherwise."""
 
 _KEY = "key"
 
@@ -31,14 +31,15 @@ _KEY = "key"
 
 def encode(message: Message, *, max_bytes: int = MAX_MESSAGE_BYTES, headers_in_body: bool = False) -> bytes:
     """
-    Write *message* as the body that travels.
+    Return the body of *message*, as it is sent.
 
-    With *headers_in_body*, its headers and key are in it; without, they are the transport's to send beside it, as
-    `headers_with_key` gives them.
+    With *headers_in_body*, the body contains the headers and the key. Without it, the transport has to send them beside
+    the body; `headers_with_key` returns them.
 
     Raises:
-        MessageTooLarge: It has more than *max_bytes* bytes.
-        EncodingError: Its type, name, or (in the body) its key or a header is no valid Unicode.
+        MessageTooLarge: The body has more than *max_bytes* bytes.
+        EncodingError: The type or the name is not valid Unicode, or (with *headers_in_body*) the key or a header is
+            not.
     """
     envelope: dict[str, object] = {
         "message_type": message.message_type,
@@ -59,16 +60,18 @@ def encode(message: Message, *, max_bytes: int = MAX_MESSAGE_BYTES, headers_in_b
 
 def headers_with_key(message: Message) -> dict[str, str]:
     """
-    Give the headers as they travel: the key of the message is one of them.
+    Return the headers of *message* as they are sent; the key is one of them.
 
-    For transports whose service has headers of its own. What is given can be written in UTF-8; `decode` takes it apart.
+    For transports whose service has headers of its own. Every returned text can be encoded as UTF-8. `decode` separates
+    the key from the headers again.
 
     Raises:
-        EncodingError: The program has a header of that name, or one (or the key) is no valid Unicode.
+        EncodingError: The program has set a header that is named `key`, or a header or the key is not valid Unicode.
     """
     if _KEY in message.headers:
         raise EncodingError(
-            f"{message.message_name}.headers", f"{_KEY!r} is where the key of a message travels; set that"
+            f"{message.message_name}.headers",
+            f"the header {_KEY!r} is reserved for the key of the message; set the key instead",
         )
     headers = {**message.headers} if message.key is None else {**message.headers, _KEY: message.key}
     try:
@@ -92,25 +95,25 @@ _envelope_of = msgspec.json.Decoder(_Envelope).decode
 
 def decode(body: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES, headers: Mapping[str, str] | None = None) -> Message:
     """
-    Read a body as `encode` writes it. Keys that are not known are ignored.
+    Return the message that `encode` wrote as *body*. Ignore keys that this version does not know.
 
-    *headers* are those of the service, where it has any; they stand above those in the body.
+    *headers* are the service's own headers, if it has any; they take precedence over the headers in the body.
 
     Raises:
-        DecodingError: It is too large, no JSON, or not of that shape.
+        DecodingError: The body is too large, is not JSON, or does not have the shape of a message.
     """
     if len(body) > max_bytes:
-        raise DecodingError(f"the body has {len(body):,} bytes, and this broker takes {max_bytes:,}")
+        raise DecodingError(f"the body has {len(body):,} bytes; this broker accepts at most {max_bytes:,}")
     try:
         envelope = _envelope_of(body)
         payload_json = bytes(envelope.payload)
-        payload_json.decode()  # what is raw was not looked at
+        payload_json.decode()  # msgspec does not validate a raw value
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DecodingError(f"the body is no message: {_without_content(error)}") from None
+        raise DecodingError(f"the body is not a message: {_without_content(error)}") from None
     if not payload_json.startswith(b"{"):
-        raise DecodingError("the body is no message: the payload is no JSON object - at `$.payload`")
-    given = {**envelope.headers, **(headers or {})}
-    key = given.pop(_KEY, None)
+        raise DecodingError("the body is not a message: the payload is not a JSON object - at `$.payload`")
+    all_headers = {**envelope.headers, **(headers or {})}
+    key = all_headers.pop(_KEY, None)
     return Message._of_fields(
         {
             "message_type": envelope.message_type,
@@ -118,7 +121,7 @@ def decode(body: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES, headers: Mapping[
             "message_id": envelope.message_id,
             "payload_json": payload_json,
             "key": key,
-            "headers": given,
+            "headers": all_headers,
         }
     )
 
@@ -128,10 +131,10 @@ def decode(body: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES, headers: Mapping[
 
 def payload_encoder(event_type: type[E]) -> Callable[[E], bytes]:
     """
-    Make the function that writes an *event_type* as the payload of a message.
+    Return a function that encodes an *event_type* as the payload of a message.
 
-    It raises `EncodingError`, with the path of the field, for what JSON cannot hold: another type, a number that is
-    not finite, text that is no Unicode, something that contains itself.
+    The function raises `EncodingError`, with the path of the field, for a value that JSON cannot represent: an
+    unsupported type, a number that is not finite, text that is not valid Unicode, or a value that contains itself.
     """
     dump: Callable[[E], bytes] = _dump_model if hasattr(event_type, "model_dump_json") else _dump
 
@@ -139,10 +142,10 @@ def payload_encoder(event_type: type[E]) -> Callable[[E], bytes]:
         try:
             payload_json = dump(event)
         except (TypeError, ValueError, RecursionError) as error:
-            raise _explained(event, error) from error
+            raise _encoding_error(event, error) from error
         if payload_json.find(b"null") >= 0 and (found := next(_not_finite(event, name_of(event_type)), None)):
-            # Both libraries write NaN and infinity as null. Whoever reads that reads something that was never said.
-            raise EncodingError(found, "JSON has no number for NaN or infinity")
+            # Both libraries write NaN and infinity as null. A reader would receive a value that nobody sent.
+            raise EncodingError(found, "JSON cannot represent NaN or infinity")
         return payload_json
 
     return encode_payload
@@ -150,30 +153,31 @@ def payload_encoder(event_type: type[E]) -> Callable[[E], bytes]:
 
 def payload_decoder(event_type: type[E]) -> Callable[[bytes], E]:
     """
-    Make the function that reads the payload of a message as an *event_type*.
+    Return a function that decodes the payload of a message into an *event_type*.
 
-    It ignores fields that the class does not have, and raises `DecodingError` for missing or wrong ones.
+    The function ignores fields that the class does not have. It raises `DecodingError` if a field is missing or has a
+    wrong value.
 
     Raises:
         EncodingError: A field has a type that cannot be read back, such as a union of two dataclasses.
     """
     if hasattr(event_type, "model_validate_json"):
         model: Any = event_type
-        return _refusing(event_type, model.model_validate_json)
+        return _checked(event_type, model.model_validate_json)
     try:
         decoder = msgspec.json.Decoder(event_type)
     except TypeError as error:
         raise EncodingError(name_of(event_type), f"cannot be read back from JSON: {error}") from error
-    return _refusing(event_type, decoder.decode)
+    return _checked(event_type, decoder.decode)
 
 
-def _refusing(event_type: type[E], read: Callable[[bytes], E]) -> Callable[[bytes], E]:
+def _checked(event_type: type[E], read: Callable[[bytes], E]) -> Callable[[bytes], E]:
     def decode_payload(payload_json: bytes) -> E:
         try:
             return read(payload_json)
-        except Exception as error:  # noqa: BLE001  # whatever a class refuses its fields with
-            # Without its cause, which has parts of the payload in its text.
-            raise DecodingError(f"the payload is no {name_of(event_type)}: {_without_content(error)}") from None
+        except Exception as error:  # noqa: BLE001  # a class may reject its fields with any error
+            # Without the cause: its text quotes the payload.
+            raise DecodingError(f"the payload does not fit {name_of(event_type)}: {_without_content(error)}") from None
 
     return decode_payload
 
@@ -181,7 +185,7 @@ def _refusing(event_type: type[E], read: Callable[[bytes], E]) -> Callable[[byte
 def _dump_other(value: Any) -> Any:
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
-    raise TypeError(f"values of {name_of(type(value))} have no form in JSON")
+    raise TypeError(f"values of {name_of(type(value))} cannot be written as JSON")
 
 
 _dump = msgspec.json.Encoder(enc_hook=_dump_other).encode
@@ -192,36 +196,36 @@ def _dump_model(model: Any) -> bytes:
     return encoded.encode()
 
 
+# The error texts of msgspec that begin like this contain nothing of the input.
 _SAFE = ("Expected ", "Object missing ", "JSON is malformed", "Input data was truncated", "Invalid UUID")
-"""How those texts of msgspec begin that have nothing of the input in them."""
 
 
 def _without_content(error: BaseException) -> str:
-    """Say what is wrong and where, and nothing of the input: an error's text ends up in logs."""
-    if hasattr(error, "error_count"):  # pydantic's; a place can be a key, so only the field is said
+    """Describe what is wrong and where, without the input: error texts end up in logs."""
+    if hasattr(error, "error_count"):  # pydantic's; its location can contain keys of the input, so name the field only
         found: Callable[[], list[dict[str, Any]]] = getattr(error, "errors", list)
         return "; ".join(f"{each['type']} - at `$.{each['loc'][0] if each['loc'] else ''}`" for each in found())
     if isinstance(error, UnicodeDecodeError):
-        return f"it is no UTF-8 - at byte {error.start}"
+        return f"it is not valid UTF-8 - at byte {error.start}"
     if not isinstance(error, (msgspec.DecodeError, RecursionError)):
-        return "a value that is not allowed"
+        return "a value is invalid"
     text = str(error)
     end = text.rfind(" - at `$")
     problem, place = (text, "") if end < 0 else (text[:end], text[end:])
-    # What a class says of its values itself, msgspec quotes, and keeps as the cause.
+    # If a class itself rejects a value, msgspec quotes the error text of that class and keeps the error as the cause.
     safe = problem.startswith(_SAFE) and error.__cause__ is None
-    return (problem if safe else "a value that is not allowed") + place
+    return (problem if safe else "a value is invalid") + place
 
 
-# -- where it went wrong: only called once it did ---------------------------------------------------------------
+# -- finding the value that failed: called only after a failure --------------------------------------------------
 
 
-def _explained(event: object, error: Exception) -> EncodingError:
-    """Find the innermost value that cannot be written."""
+def _encoding_error(event: object, error: Exception) -> EncodingError:
+    """Return the error for the innermost value that cannot be encoded."""
     path, value = name_of(type(event)), event
     if isinstance(error, RecursionError):
-        return EncodingError(path, "it is nested too deeply, or contains itself")
-    while found := next(((step, part) for step, part in _parts(value) if not _can_be_written(part)), None):
+        return EncodingError(path, "the value is nested too deeply, or contains itself")
+    while found := next(((step, part) for step, part in _parts(value) if not _is_encodable(part)), None):
         step, value = found
         path += step
     return EncodingError(path, str(error) if value is event else _problem(value))
@@ -231,13 +235,13 @@ def _problem(value: object) -> str:
     try:
         _dump(value)
     except UnicodeEncodeError:
-        return "the text is no valid Unicode (a lone surrogate)"
+        return "the text is not valid Unicode (a lone surrogate)"
     except (TypeError, ValueError) as error:
         return str(error)
-    return "cannot be written"  # pragma: no cover  # it could not be a moment ago
+    return "the value cannot be encoded"  # pragma: no cover  # encoding it failed a moment ago
 
 
-def _can_be_written(value: object) -> bool:
+def _is_encodable(value: object) -> bool:
     try:
         _dump(value)
     except (TypeError, ValueError, RecursionError):
@@ -253,7 +257,7 @@ def _not_finite(value: object, path: str) -> Iterator[str]:
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """Take *value* apart into what it consists of, each with the step that leads there."""
+    """Yield the parts of *value*, each with the step that leads from *value* to it."""
     if isinstance(value, Mapping):
         for key, part in value.items():
             yield f" (key {type(key).__name__})", key

@@ -1,4 +1,4 @@
-"""A connection that many callers use at once, whatever its service; and what a broker has of it."""
+"""A client connection that many callers use at once, and the base of a broker that sends through one."""
 
 from __future__ import annotations
 
@@ -14,51 +14,52 @@ from diator.exceptions import UsageError
 
 
 class BackgroundTasks:
-    """Work that goes on beside everything else, such as the end of a connection. Only an end waits for it."""
+    """Tasks in the background, such as the closing of a connection. Only the end of their owner waits for them."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        """Do *work*, in a task of this *name*."""
+        """Run *work* in a task named `diator: ` and *name*."""
         task = asyncio.create_task(work, name=f"diator: {name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def wait(self) -> None:
-        """Wait for all of it. It goes on if whoever waits is cancelled."""
+        """Wait until all tasks have ended. If this wait is cancelled, the tasks continue."""
         if self._tasks:
             await asyncio.wait(self._tasks)
 
 
 class ClientConnection(ABC):
     """
-    A connection that many callers of one event loop use at once. Each transport makes its own of this.
+    A client connection that many callers of one event loop use at once. A transport derives its own from this class.
 
-    It connects when it is first used. Whoever finds no connection, or no room, waits for its turn; nobody passes
-    those who do.
+    It connects at its first use. Callers that find no connection, or no room in it, wait in a queue: waiting callers
+    keep their order.
+
+    Attributes:
+        subscriptions: The open subscriptions of the same broker. They end with it.
     """
 
     def __init__(self) -> None:
         self.subscriptions: set[ResilientSubscription] = set()
-        """What reads with the same broker, and ends with it."""
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._lock = asyncio.Lock()
-        self._queued = 0
-        """How many wait for their turn."""
+        self._lock = asyncio.Lock()  # the queue of waiting callers
+        self._queued = 0  # the number of waiting callers
         self._background = BackgroundTasks()
         self._closing: asyncio.Task[None] | None = None
 
     @property
     def is_closed(self) -> bool:
-        """Whether it is, or is about to be."""
+        """Return whether the connection is closed or is closing."""
         return self._closing is not None
 
     async def aclose(self) -> None:
         """
-        Refuse further calls, wait for the answers that are due, and part with the connection.
+        Refuse new calls, wait for the outstanding answers, and close the connection.
 
-        That goes on if a caller is cancelled; calling it again waits for it.
+        A second call waits for the same end. If a caller is cancelled, the closing continues.
         """
         self._bind_to_running_loop()
         if self._closing is None:
@@ -66,12 +67,22 @@ class ClientConnection(ABC):
         await asyncio.shield(self._closing)
 
     def _bind_to_running_loop(self) -> asyncio.AbstractEventLoop:
-        """Begin anew on another event loop. What belonged to one that is over died with it."""
+        """
+        Return the running event loop. If it is not the loop of the last call, reset the connection first.
+
+        Everything that belonged to the earlier event loop has ended with it.
+
+        Raises:
+            UsageError: The earlier event loop is still running.
+        """
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             if self._loop is not None:
                 if self._loop.is_running():
-                    raise UsageError("a broker belongs to one event loop at a time; make another one for each thread")
+                    raise UsageError(
+                        "this broker is in use in another event loop that is still running; a broker serves one event "
+                        "loop at a time, so make one for each thread"
+                    )
                 self._lock, self._queued, self._background = asyncio.Lock(), 0, BackgroundTasks()
                 self._reset()
             self._loop = loop
@@ -79,36 +90,41 @@ class ClientConnection(ABC):
 
     @abstractmethod
     async def open(self) -> None:
-        """Connect now. BrokerUnavailable if that is not possible."""
+        """
+        Connect now.
+
+        Raises:
+            BrokerUnavailable: The service cannot be reached.
+        """
 
     @abstractmethod
     def _reset(self) -> None:
-        """Forget what belonged to the event loop before."""
+        """Drop everything that belonged to the earlier event loop."""
 
     @abstractmethod
     async def _close(self) -> None:
-        """Do what `aclose` says. Called once."""
+        """Close as `aclose` describes. Called once."""
 
 
 S = TypeVar("S", bound=ClientConnection)
 
 
 class ServiceBroker(ABC, Generic[S]):
-    """A broker that sends through one `ClientConnection`, and opens and ends with it."""
+    """The base of a broker that sends through one `ClientConnection`, and opens and closes together with it."""
 
     def __init__(self, service: S) -> None:
         self._service = service
 
     @abstractmethod
     async def send_message(self, message: Message, /) -> None:
-        """See `MessageBroker.send_message`."""
+        """Send *message*; see `MessageBroker.send_message`."""
 
     async def send_messages(self, messages: Sequence[Message], /) -> None:
-        """See `BatchMessageBroker.send_messages`: in as few exchanges as they fit in, in their order."""
+        """Send *messages* in their order, in as few writes as possible; see `BatchMessageBroker.send_messages`."""
         await send_together(self.send_message, messages)
 
     async def aclose(self) -> None:
-        """Refuse further messages and wait, at most *timeout*, for the answers that are due. Again: does nothing."""
+        """Refuse new messages and wait, at most *timeout*, for outstanding answers. A further call does nothing."""
         await self._service.aclose()
 
     async def __aenter__(self) -> Self:

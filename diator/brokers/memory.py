@@ -1,4 +1,8 @@
-"""A message broker inside the process, in full: the shortest program that keeps the contract, and its reference."""
+"""
+A message broker inside the process.
+
+It is complete: the shortest program that keeps the whole contract, and the reference for the other transports.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +23,26 @@ from diator.exceptions import BrokerClosed, ConfigurationError, MessageRejected
 
 class MemoryMessageBroker:
     """
-    Queues of encoded messages: for tests, examples and programs that need no service.
+    A broker with queues of encoded messages in memory, for tests, examples and programs that need no service.
 
-    Each group has a queue, which collects from the moment of its first subscription, whether or not a member is there;
-    a subscription without a group has one of its own, which ends with it. A message that no queue wants is kept, for
-    the first subscription to its topic, or for `receive`. At most *capacity* messages wait in each queue, and as many
-    are kept: one more is rejected, never dropped. *max_message_bytes* bounds each of them.
+    Each group has a queue. It collects messages from the group's first subscription on, whether or not the group has a
+    consumer. A subscription without a group has its own queue, which ends with the subscription. A message that no
+    queue takes is kept for the first subscription to its topic, or for `receive`.
 
-    Closing refuses further messages and ends all waiting; what is in the queues is gone with the object.
+    Closing the broker refuses new messages and ends every wait. The messages in the queues are lost with the object.
+
+    Args:
+        capacity: How many messages may wait in each queue, and how many may be kept. One more is rejected, never
+            dropped.
+        max_message_bytes: The size limit of an encoded message, in bytes.
+
+    Raises:
+        ConfigurationError: *capacity* is below 1.
     """
 
     def __init__(self, *, capacity: int = 10_000, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
         if capacity < 1:
-            raise ConfigurationError("capacity is at least 1")
+            raise ConfigurationError("capacity must be at least 1")
         self._capacity = capacity
         self._max_message_bytes = max_message_bytes
         self._kept = _Queue()
@@ -42,7 +53,7 @@ class MemoryMessageBroker:
 
     @property
     def capabilities(self) -> Capabilities:
-        """What this broker promises."""
+        """Return what this broker promises."""
         return Capabilities(
             guarantee="at_least_once",
             receipt="accepted",
@@ -62,11 +73,11 @@ class MemoryMessageBroker:
 
     @property
     def dead_letters(self) -> list[DeadLetter]:
-        """What consumers put aside, the oldest first."""
+        """Return the dead-letter queue, oldest message first."""
         return self._dead_letters
 
     async def send_message(self, message: Message, /) -> None:
-        """See `MessageBroker.send_message`. It never waits, and no handler runs in it."""
+        """Send *message*; see `MessageBroker.send_message`. This call never waits and runs no handler."""
         if self._closed:
             raise BrokerClosed("this broker is closed", message_id=message.message_id)
         body = encode(message, max_bytes=self._max_message_bytes, headers_in_body=True)
@@ -76,7 +87,9 @@ class MemoryMessageBroker:
         queues = [queue for queue in self._queues if topic in queue.topics]
         if any(len(queue) >= self._capacity for queue in queues) or (not queues and len(self._kept) >= self._capacity):
             raise MessageRejected(
-                f"{self._capacity:,} messages wait already, and nobody takes them", message_id=message_id
+                f"a queue of {topic.message_name} is full, {self._capacity:,} messages are waiting; start a consumer "
+                "or raise capacity",
+                message_id=message_id,
             )
         for queue in queues or [self._kept]:
             queue.put(_Entry(topic, body))
@@ -89,45 +102,45 @@ class MemoryMessageBroker:
         *,
         group: str | None = None,
         prefetch: int = 64,
-        on_gap: OnGap | None = None,  # there is no link that could have a gap
+        on_gap: OnGap | None = None,  # never called: there is no connection to lose
     ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
-        """See `ReadableBroker.subscribe`."""
+        """Subscribe to *topics*; see `ReadableBroker.subscribe`."""
         self.check_open()
         if prefetch < 1:
-            raise ConfigurationError("prefetch is at least 1")
+            raise ConfigurationError("prefetch must be at least 1")
         queue = _Queue() if group is None else self._groups.setdefault(group, _Queue())
         queue.topics |= set(topics)
         if queue not in self._queues:
             self._queues.append(queue)
         for entry in self._kept.take_all(queue.topics):
             queue.put(entry)
-        member = _Subscription(self, queue, topics, prefetch)
+        subscription = _Subscription(self, queue, topics, prefetch)
         try:
-            yield member
+            yield subscription
         finally:
-            member.leave()
+            subscription.leave()
             if group is None:
                 self._queues.remove(queue)
 
     async def receive(self) -> Message:
-        """Take the oldest message that no subscription wanted; wait for one if there is none."""
+        """Return the oldest message that no subscription took, and remove it; wait until there is one."""
         while not len(self._kept):
             self.check_open()
-            await self._kept.change()
+            await self._kept.wait_for_change()
         return decode(self._kept.take().body, max_bytes=self._max_message_bytes)
 
     def __len__(self) -> int:
-        """How many messages `receive` would find."""
+        """Return the number of messages that `receive` can return."""
         return len(self._kept)
 
     async def aclose(self) -> None:
-        """Refuse further messages, and end all waiting. Calling it again does nothing."""
+        """Refuse new messages and end every wait. A further call does nothing."""
         self._closed = True
         for queue in [self._kept, *self._queues]:
-            queue.changed()
+            queue.notify()
 
     def check_open(self) -> None:
-        """BrokerClosed if it is."""
+        """Raise `BrokerClosed` if the broker is closed."""
         if self._closed:
             raise BrokerClosed("this broker is closed")
 
@@ -140,7 +153,15 @@ class MemoryMessageBroker:
 
 @dataclass(frozen=True, kw_only=True)
 class DeadLetter:
-    """A message that was put aside, as it was, and why."""
+    """
+    A dead-lettered message, unchanged.
+
+    Attributes:
+        topic: The topic that it was sent to.
+        body: The encoded message.
+        attempts: How often it was delivered.
+        reason: Why it was dead-lettered.
+    """
 
     topic: Topic
     body: bytes
@@ -156,7 +177,7 @@ class _Entry:
 
 
 class _Queue:
-    """What waits for the members of one group, in order."""
+    """The messages that wait for the consumers of one group, in order."""
 
     def __init__(self) -> None:
         self.topics: set[Topic] = set()
@@ -171,7 +192,7 @@ class _Queue:
         self._changed.set()
 
     def requeue(self, entries: Collection[_Entry]) -> None:
-        """Return what was given out, before everything that came later."""
+        """Put back entries that were delivered, in front of everything that was sent later, as the next attempt."""
         for entry in entries:
             entry.attempt += 1
         self.waiting.extendleft(reversed([*entries]))
@@ -180,8 +201,8 @@ class _Queue:
     def take(self) -> _Entry:
         return self.waiting.popleft()
 
-    def take_of(self, topics: Collection[Topic]) -> _Entry | None:
-        """Take the oldest that is of *topics*; None if there is none."""
+    def take_first(self, topics: Collection[Topic]) -> _Entry | None:
+        """Remove and return the oldest entry of *topics*; None if there is none."""
         for place, entry in enumerate(self.waiting):
             if entry.topic in topics:
                 del self.waiting[place]
@@ -189,23 +210,23 @@ class _Queue:
         return None
 
     def take_all(self, topics: Collection[Topic]) -> list[_Entry]:
-        """Take what is of *topics*, in its order."""
+        """Remove and return all entries of *topics*, in order."""
         taken = [entry for entry in self.waiting if entry.topic in topics]
         self.waiting = deque(entry for entry in self.waiting if entry.topic not in topics)
         return taken
 
-    async def change(self) -> None:
-        """Wait until there is reason to look again."""
+    async def wait_for_change(self) -> None:
+        """Wait until an entry is added or room is freed, or until `notify`."""
         self._changed.clear()
         await self._changed.wait()
 
-    def changed(self) -> None:
-        """Have everybody who waits look again."""
+    def notify(self) -> None:
+        """Wake everybody who waits for a change."""
         self._changed.set()
 
 
 class _Subscription:
-    """One subscription: takes what it wants from its queue, and settles what it took."""
+    """A subscription: the iterator of its deliveries, and their settler."""
 
     def __init__(self, broker: MemoryMessageBroker, queue: _Queue, topics: Collection[Topic], prefetch: int) -> None:
         self._broker = broker
@@ -213,43 +234,43 @@ class _Subscription:
         self.topics = {*topics}
         self._prefetch = prefetch
         self.unsettled: dict[Delivery, _Entry] = {}
-        self._left = False
+        self._ended = False
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Delivery:
-        while self._left or len(self.unsettled) >= self._prefetch or not (entry := self.queue.take_of(self.topics)):
-            if self._left:
+        while self._ended or len(self.unsettled) >= self._prefetch or not (entry := self.queue.take_first(self.topics)):
+            if self._ended:
                 raise StopAsyncIteration
             self._broker.check_open()
-            await self.queue.change()
+            await self.queue.wait_for_change()
         delivery = Delivery(topic=entry.topic, body=entry.body, headers={}, attempt=entry.attempt, settler=self)
         self.unsettled[delivery] = entry
         return delivery
 
     async def ack(self, delivery: Delivery, /) -> None:
-        self._settled(delivery)
+        self._release(delivery)
 
     async def retry(self, delivery: Delivery, after: float, /) -> None:
-        if entry := self._settled(delivery):
+        if entry := self._release(delivery):
             if after > 0:
                 asyncio.get_running_loop().call_later(after, self.queue.requeue, [entry])
             else:
                 self.queue.requeue([entry])
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
-        if entry := self._settled(delivery):
+        if entry := self._release(delivery):
             letter = DeadLetter(topic=entry.topic, body=entry.body, attempts=entry.attempt, reason=reason)
             self._broker.dead_letters.append(letter)
 
     def leave(self) -> None:
-        """What this member has not settled goes to others, in its order."""
-        self._left = True
+        """End the subscription. Its unsettled messages go to other consumers, in order."""
+        self._ended = True
         self.queue.requeue(self.unsettled.values())
         self.unsettled.clear()
 
-    def _settled(self, delivery: Delivery) -> _Entry | None:
-        """Give the entry of *delivery*, once; None if it was returned to the queue before, or is no longer ours."""
-        self.queue.changed()
+    def _release(self, delivery: Delivery) -> _Entry | None:
+        """Return the entry of *delivery*, once; None if the subscription has ended and no longer holds it."""
+        self.queue.notify()  # a settled delivery makes room for the next one
         return self.unsettled.pop(delivery, None)

@@ -1,4 +1,4 @@
-"""What travels."""
+"""`Message`: what a program sends through a broker."""
 
 from __future__ import annotations
 
@@ -15,27 +15,30 @@ Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | Non
 @dataclass(frozen=True, kw_only=True)
 class Message:
     """
-    What travels through a broker: what it is about, an id, and a payload that is JSON already.
+    A message that a broker sends: its type and name, an id, and a payload that is already encoded as JSON.
 
-    Its payload was encoded when it was made, so that what cannot be encoded is found out inside the unit of work,
-    and a change to an event afterwards changes nothing on the wire. It is no part of the `repr`: that ends in logs.
+    The payload is encoded when the message is made. So a payload that JSON cannot represent fails inside the unit of
+    work, and a later change to the event does not change the message. The `repr` does not contain the payload, so that
+    no log does.
+
+    Attributes:
+        message_type: `notification_event`, `ecst_event`, or a type that the program defines.
+        message_name: The registered name of what happened.
+        message_id: The id of the message; a duplicate has the same id.
+        payload_json: A JSON object, encoded as UTF-8.
+        key: Messages with the same key keep their order, if the transport keeps any order.
+        headers: Metadata about the message, such as a trace context or a correlation id.
     """
 
     message_type: str
-    """`notification_event`, `ecst_event`, or a kind of your own."""
     message_name: str
-    """What happened, by a registered name."""
     message_id: UUID
-    """The same for every repeat of one message."""
     payload_json: bytes = field(repr=False)
-    """A JSON object, in UTF-8."""
     key: str | None = None
-    """Messages of one key keep their order where the transport keeps any."""
     headers: Mapping[str, str] = field(default_factory=dict)
-    """What is said about the message rather than by it: trace context, correlation."""
 
     @classmethod
-    def create(  # the fields of a message, each by its name
+    def create(
         cls,
         *,
         message_name: str,
@@ -46,12 +49,12 @@ class Message:
         headers: Mapping[str, str] | None = None,
     ) -> Self:
         """
-        Make a message without an event class, from a *payload* of plain JSON values.
+        Return a message without an event class, with a *payload* of plain JSON values and a random id by default.
 
         Raises:
-            EncodingError: *payload* holds something that JSON does not.
+            EncodingError: *payload* contains something that JSON cannot represent.
         """
-        import json  # noqa: PLC0415  # making and reading by hand is rare, and importing diator is to be quick
+        import json  # noqa: PLC0415  # used rarely; without it, importing diator is faster
 
         try:
             payload_json = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
@@ -59,7 +62,9 @@ class Message:
             raise EncodingError(f"{message_name}.payload", str(error)) from error
         parsed: object = json.loads(payload_json)
         if parsed != payload or not isinstance(parsed, dict):
-            raise EncodingError(f"{message_name}.payload", "it is no object of plain JSON values with text as keys")
+            raise EncodingError(
+                f"{message_name}.payload", "the payload must be an object of plain JSON values with text as keys"
+            )
         return cls(
             message_type=message_type,
             message_name=message_name,
@@ -71,14 +76,14 @@ class Message:
 
     @classmethod
     def _of_fields(cls, fields: dict[str, object]) -> Self:
-        """Make a message of all its fields at once, for codecs: the constructor, one by one, costs twice as much."""
+        """Return a message with all *fields*, for codecs. The constructor sets them one by one, at twice the cost."""
         message = cls.__new__(cls)
         object.__setattr__(message, "__dict__", fields)
         return message
 
     @property
     def payload(self) -> dict[str, Json]:
-        """The payload, parsed anew at each access. For reading; events are decoded by `diator.brokers.codec`."""
+        """Return the payload, parsed again at each access. `diator.brokers.codec` decodes payloads into events."""
         import json  # noqa: PLC0415  # as above
 
         parsed: dict[str, Json] = json.loads(self.payload_json)

@@ -1,7 +1,7 @@
 """
-The first half of the contract of a message broker, and all that the mediator depends on. `base.py` is the second half.
+The sending half of a message broker's contract. The mediator depends on this half alone; `base.py` is the reading half.
 
-In a file of its own, because importing the mediator is to be quick.
+It is a module of its own so that importing the mediator stays fast.
 """
 
 from __future__ import annotations
@@ -16,76 +16,87 @@ from diator.exceptions import MessagesNotSent
 
 class MessageBroker(Protocol):
     """
-    Sends messages. This is all that the mediator depends on; a class with this one method will do.
+    Sends messages. The mediator depends on nothing else: any class with this one method will do.
 
-    A broker of diator also keeps these promises:
+    A broker of diator keeps these promises as well:
 
-    - It is made without a running event loop, and connects when it is first used. `async with broker:` connects early,
-      gives the broker itself, and closes it.
-    - It is safe to use from several tasks of one event loop at once. What one task sends keeps its order, also where
-      it starts the sends one after the other and waits for all of them.
-    - It never runs a handler, never waits for a reader, and never changes or keeps a hold of the message.
-    - Every call returns or raises within the broker's `timeout` (seconds), however dead the service is.
-    - It does not retry, nor drop what looks like a repeat. What to do about a verdict is the program's to decide.
-    - A cancelled call raises `CancelledError` at once; the message may have arrived or not, and others are unaffected.
-    - `await aclose()` refuses what comes after it, with `BrokerClosed`; sends that it overtakes end with a verdict of
-      their own, subscriptions with `BrokerClosed`. It waits for answers that are due, and for no service that is gone.
-      Called again, at the same time, or after it was cancelled, it finishes and raises nothing.
-    - What the service or its client library raises comes out as one of diator's errors, with the other as its cause.
-    - Nothing that it logs, raises or shows (`repr`) has a part of a payload or a password in it; when nothing is wrong,
-      it logs nothing above INFO.
+    - The program can make it without a running event loop. It connects at its first use. `async with broker:` connects
+      at once, returns the broker itself, and closes it at the end.
+    - Several tasks of one event loop may use it at the same time. The messages that one task sends keep their order,
+      also when the task starts several sends one after the other and then waits for all of them.
+    - It never runs a handler, never waits for a consumer, and never changes a message or keeps a reference to it.
+    - Every call returns or raises within the broker's `timeout` (in seconds), even if the service does not respond.
+    - It does not retry a send, and it does not drop a message that looks like a duplicate. The program decides what
+      to do after a send error.
+    - A cancelled call raises `CancelledError` at once. Its message may have arrived or not; other calls are unaffected.
+    - After `await aclose()` every new call raises `BrokerClosed`. Each send that was in progress ends with its own send
+      error; each subscription ends with `BrokerClosed`. `aclose` waits for outstanding answers of the service, but not
+      for a service that does not respond. A program may call it again, from several tasks, or after it was cancelled:
+      it completes and raises nothing.
+    - An error of the service or of its client library is raised as one of diator's errors, with the original error as
+      `__cause__`.
+    - No log record, error text or `repr` contains a password or any part of a payload. While nothing is wrong, the
+      broker logs nothing above INFO.
     """
 
     async def send_message(self, message: Message, /) -> None:
         """
-        Hand *message* to the service. Returns when the service has confirmed it, as strongly as it can.
+        Publish *message*. Return when the service has confirmed it, as strongly as `Capabilities.receipt` says.
 
-        Each error of a broker has the `message_id`.
+        Each `BrokerError` has the `message_id`.
 
         Raises:
-            EncodingError: Not sent, it cannot be written. Raised before anything else is done.
-            BrokerUnavailable: Not sent, no connection. Sending it again is safe.
-            BrokerClosed: Not sent, this broker was closed.
-            MessageRejected: Not sent, and will be refused again; `MessageTooLarge` is the common reason.
-            MessageUnroutable: Nobody received it, where the broker was asked to tell.
-            OutcomeUnknown: It may have arrived. A repeat carries the same `message_id`.
+            EncodingError: Not sent: the message cannot be encoded. Raised before anything else happens.
+            BrokerUnavailable: Not sent: the broker has no connection. Sending the message again is safe.
+            BrokerClosed: Not sent: the broker was closed.
+            MessageRejected: Not sent: the message was refused, and will be refused again. The common reason is
+                `MessageTooLarge`.
+            MessageUnroutable: No subscriber or queue received the message, and the broker was asked to report that.
+            OutcomeUnknown: The message may have arrived. If it is sent again, the duplicate has the same `message_id`.
         """
         ...
 
 
 class BatchMessageBroker(Protocol):
-    """A broker that can send several messages in one exchange. Optional: others get them one by one."""
+    """
+    A broker that can also send several messages in one batch.
+
+    This half is optional: to a broker without `send_messages`, diator passes messages one at a time.
+    """
 
     async def send_messages(self, messages: Sequence[Message], /) -> None:
         """
-        Hand *messages* to the service, in their order.
+        Publish *messages* in their order. Return when the service has confirmed all of them.
 
         Raises:
-            MessagesNotSent: Some were not confirmed: those that it names. `__cause__` is the verdict on the first.
-            DiatorError: Any other error says that none of them was sent.
+            MessagesNotSent: Some messages were not confirmed; the error lists them. `__cause__` is the send error of
+                the first one.
+            DiatorError: Any other error means that no message was sent.
         """
         ...
 
 
 async def send_together(send: Callable[[Message], Awaitable[None]], messages: Sequence[Message]) -> None:
     """
-    Keep the promise of `send_messages` with a *send* that puts concurrent callers' messages into one exchange.
+    Send *messages* by concurrent calls of *send*, and report all failures in one error, as `send_messages` must.
 
-    It is called for all of *messages* at once, in their order, and has to keep that.
+    The calls start in the order of *messages*. *send* has to keep that order, and should put the messages of concurrent
+    calls into one write.
 
     Raises:
-        MessagesNotSent: *send* raised for some of them.
+        MessagesNotSent: *send* raised an error for at least one message.
     """
-    verdicts = await asyncio.gather(*map(send, messages), return_exceptions=True)
-    failed = [(message, error) for message, error in zip(messages, verdicts, strict=True) if error is not None]
+    results = await asyncio.gather(*map(send, messages), return_exceptions=True)
+    failed = [(message, error) for message, error in zip(messages, results, strict=True) if error is not None]
     if failed:
         raise MessagesNotSent([message.message_id for message, _ in failed]) from failed[0][1]
 
 
 def transactional(broker: object) -> bool:
     """
-    Tell whether *broker* is part of the unit of work, as an outbox is: it stores messages in the open transaction.
+    Return whether *broker* takes part in the unit of work, as a transactional outbox does.
 
-    Such a broker has an attribute `transactional = True`. The emitter calls it before the middlewares have finished.
+    Such a broker has an attribute `transactional = True` and stores messages in the open transaction. The emitter calls
+    it inside the unit of work, before the middlewares have finished.
     """
     return getattr(broker, "transactional", False) is True

@@ -1,4 +1,4 @@
-"""What transports share of settling: acknowledgements that go out together, and what is said about a dead letter."""
+"""How transports settle deliveries: acknowledgements in batches, and the headers of a dead letter."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from diator.exceptions import BrokerError
 
 T = TypeVar("T")
 
-_MOST = 100
-_DELAY = 0.002
-"""Seconds that the first of them waits for others."""
+# A batch is sent when it has so many items, or when its first item has waited so many seconds.
+_MAX_ITEMS = 100
+_MAX_DELAY = 0.002
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Acknowledgements(Generic[T]):
     """
-    Tells the service what was acknowledged, many at once: a round trip for each would be all that a consumer does.
+    Sends acknowledgements to the service in batches, because one round trip each would dominate a consumer's time.
 
-    *tell* is called with what was added, in that order, as soon as there are 100, and within 2 ms of the first. It runs
-    beside the work, and several of its calls may overlap. A `BrokerError` that it raises is logged, and those
-    messages come again.
+    *send* is called with the added items, in their order: as soon as there are 100, and otherwise 2 ms after the first
+    one. It runs in the background, and several calls may overlap. If it raises a `BrokerError`, the error is logged;
+    the service redelivers those messages.
     """
 
-    def __init__(self, tell: Callable[[Sequence[T]], Awaitable[None]]) -> None:
-        self._tell = tell
-        self._noted: list[T] = []
+    def __init__(self, send: Callable[[Sequence[T]], Awaitable[None]]) -> None:
+        self._send = send
+        self._pending: list[T] = []
         self._timer: asyncio.TimerHandle | None = None
         self._background = BackgroundTasks()
 
     def add(self, item: T) -> None:
-        """Note *item*, which is told with others."""
-        self._noted.append(item)
-        if len(self._noted) >= _MOST:
+        """Add *item* to the next batch, without waiting."""
+        self._pending.append(item)
+        if len(self._pending) >= _MAX_ITEMS:
             self._flush()
         elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(_DELAY, self._flush)
+            self._timer = asyncio.get_running_loop().call_later(_MAX_DELAY, self._flush)
 
     async def flush(self) -> None:
-        """Tell what was noted, and wait until all of it was told."""
+        """Send all added items, and wait until every batch has been sent."""
         self._flush()
         await self._background.wait()
 
@@ -53,25 +53,33 @@ class Acknowledgements(Generic[T]):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._noted:
-            noted, self._noted = self._noted, []
-            self._background.start(self._tell_noted(noted), "acknowledging")
+        if self._pending:
+            batch, self._pending = self._pending, []
+            self._background.start(self._send_batch(batch), "acknowledging")
 
-    async def _tell_noted(self, noted: Sequence[T]) -> None:
+    async def _send_batch(self, batch: Sequence[T]) -> None:
         try:
-            await self._tell(noted)
+            await self._send(batch)
         except BrokerError as error:
-            logger.warning("%d acknowledgements did not reach the service; they come again: %s", len(noted), error)
+            logger.warning(
+                "%d acknowledgements did not reach the service; their messages will be redelivered: %s",
+                len(batch),
+                error,
+            )
 
 
 def dead_letter_headers(delivery: Delivery, reason: str, *, source: str, group: str, **place: str) -> dict[str, str]:
     """
-    Give the headers of a dead letter: why *delivery* was put aside, and where it came from.
+    Return the headers of a dead letter: why *delivery* was dead-lettered, and where it came from.
 
-    *source* is the stream, queue or topic, *place* is where in it, by the service's own words: `entry_id`, `partition`.
-    *group* is empty where the subscription had none.
+    Args:
+        delivery: The delivery.
+        reason: Why it is dead-lettered.
+        source: The stream, queue or topic that it came from.
+        group: Its consumer group; empty if the subscription has none.
+        place: Its place in the source, in the service's own terms, such as `entry_id`, `partition` or `offset`.
     """
-    said = {
+    fields = {
         "version": "1",
         "reason": reason,
         "source": source,
@@ -80,4 +88,4 @@ def dead_letter_headers(delivery: Delivery, reason: str, *, source: str, group: 
         "last-failed-at": datetime.now(UTC).isoformat(),
         **{name.replace("_", "-"): value for name, value in place.items()},
     }
-    return {f"diator-dlq-{name}": value for name, value in said.items()}
+    return {f"diator-dlq-{name}": value for name, value in fields.items()}

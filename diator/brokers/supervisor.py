@@ -1,4 +1,8 @@
-"""Keeps one subscription alive, for every transport with a link that can fail. Written once, so that none forgets."""
+"""
+Keeps a subscription alive: reconnects with backoff, detects a dead connection, and reports gaps.
+
+Every transport with a connection that can fail uses it, so that these rules are written once.
+"""
 
 from __future__ import annotations
 
@@ -18,99 +22,111 @@ from diator._text import listed
 from diator.brokers.base import Delivery, Gap, OnGap, Topic
 from diator.exceptions import BrokerClosed, BrokerUnavailable, ConfigurationError, DiatorError, UsageError
 
-_WAITING = 0.05
-"""Whoever waits for longer than this, in seconds, has read everything that was there."""
+# After so many seconds without data, the reader has caught up: it has received everything that was stored for it.
+_CAUGHT_UP_AFTER = 0.05
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 
 class MessagesMissed(Exception):
     """
-    Raised by a source whose service has lost messages, or may have, and not just the connection to it.
+    Raised by a source if the service has lost messages, or may have, and not only the connection.
 
-    The subscription connects again, and tells the program about the gap even where a lost connection makes none.
+    The subscription reconnects and reports a gap, even if a lost connection alone makes no gap (*lossy* is false).
     """
 
 
 class Source(Protocol):
     """
-    The transport's half: one connection while it lives, ready to receive.
+    One connection of a transport, ready to receive. It is used until it breaks.
 
-    `receive` is called again and again by one task; `probe`, if need be, by another one while `receive` waits.
+    One task calls `receive` again and again. Another task may call `probe` while `receive` waits.
     """
 
-    async def receive(self, most: int, /) -> Sequence[Delivery]:
+    async def receive(self, limit: int, /) -> Sequence[Delivery]:
         """
-        Wait for deliveries, and give at most *most* of them; none, where something else was heard.
+        Wait for deliveries and return at most *limit* of them; an empty list if the service sent anything else.
 
-        Whenever it returns, the service was heard. It is cancelled when the subscription ends, and when the peer counts
-        as dead. What it had taken from the service by then and not given is the transport's to give back, or to give
-        with the next connection.
+        Each return counts as a sign of life of the service. The call is cancelled when the subscription ends, and when
+        the connection counts as dead. If it has already taken messages from the service by then, the transport has to
+        give them back, or to return them from the next connection.
 
         Raises:
-            Exception: The connection is lost, whatever the client library calls that.
+            Exception: The connection is lost. Any error of the client library will do.
         """
         ...
 
     async def probe(self) -> None:
         """
-        Ask the service for a sign of life. `receive` returns when it comes.
+        Ask the service for a sign of life, such as the answer to a ping. `receive` returns when it arrives.
 
-        It may do nothing where `receive` returns by itself more often than `ReconnectPolicy.idle_timeout`.
+        This method may do nothing if `receive` returns by itself more often than `ReconnectPolicy.idle_timeout`.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconnectPolicy:
-    """How long is waited for what. All times are in seconds."""
+    """
+    When a subscription gives up its connection, and how long it waits before it reconnects. All times are in seconds.
+
+    Attributes:
+        connect_timeout: The time limit for connecting, until the connection is ready to receive.
+        idle_timeout: How long the service may send nothing before the subscription probes the connection.
+        probe_timeout: The time limit for the answer to that probe. After it, the connection counts as dead.
+        first_delay: The longest delay before the first attempt to reconnect. It doubles with each failure (exponential
+            backoff).
+        max_delay: The limit of the delay.
+        reset_after: How long a connection has to live until the backoff starts again at `first_delay`.
+    """
 
     connect_timeout: float = 10.0
-    """For a connection, and for it to be ready."""
     idle_timeout: float = 10.0
-    """For anything to be heard, before a sign of life is asked for."""
     probe_timeout: float = 5.0
-    """For that sign, before the peer counts as dead."""
     first_delay: float = 0.1
-    """The longest first pause before connecting again; it doubles with each failure."""
     max_delay: float = 30.0
     reset_after: float = 60.0
-    """How long a connection has to live for the pauses to begin anew."""
 
     def delay(self, failures: int) -> float:
-        """Full jitter: everybody who lost the same service must not come back at the same moment."""
+        """
+        Return a random delay before the next attempt, in seconds, after so many *failures* in a row.
+
+        The whole delay is random (full jitter), so that clients which lost the same service do not return all at once.
+        """
         return random.uniform(0, min(self.max_delay, self.first_delay * 2 ** min(failures, 32)))  # noqa: S311
 
 
 class ResilientSubscription(ABC):
     """
-    A subscription that connects again whenever its connection breaks. It has at most one connection at any time.
+    A subscription that reconnects whenever its connection breaks. It has at most one connection at any time.
 
-    Each transport derives its subscription from this class: it writes `connect`, and, where the service must learn how
-    deliveries were settled, `leave`. Whatever outlives one connection is an attribute of that subclass.
+    Each transport derives its subscription from this class. It writes `connect`, and also `leave` if the service must
+    learn how deliveries were settled. Everything that outlives one connection is an attribute of that subclass.
 
-    Entering the subscription connects. It raises `BrokerUnavailable` if that fails, or whatever error of diator
-    `connect` raises. Then the subscription is an iterator of deliveries. It ends with `BrokerClosed` when its broker is
-    closed, or with a `ConfigurationError` or `UsageError` of `connect`, which connecting again does not fix.
+    Entering the subscription connects. If that fails, entering raises `BrokerUnavailable`, or the error of diator that
+    `connect` raised. From then on the subscription is an iterator of deliveries. Iteration ends with an error in two
+    cases: `BrokerClosed` when the broker is closed, and a `ConfigurationError` or `UsageError` of `connect`, which
+    reconnecting cannot fix.
 
-    When it ends, by its context or with its broker, `leave` is called once, after the last connection.
+    When the subscription ends, with its context or with its broker, it calls `leave` once, after its last connection.
 
     Args:
-        topics: What it reads. Logs name the subscription by *topics* and *group*.
-        group: Its group; None is a subscription without one.
-        lossy: Whether messages are missed while there is no connection. If so, *on_gap* is called after reconnecting.
-        prefetch: How many deliveries may be unsettled in the program's hands. None is handed out beyond that.
-        buffer_size: How many deliveries are received before the program asks for them, by default *prefetch*. They outlive
-            the connection.
-        reconnect: How long to wait for what.
+        topics: The topics that it reads. Logs name the subscription by *topics* and *group*.
+        group: Its consumer group; None for a subscription without a group.
+        lossy: Whether messages are missed while there is no connection. If so, it calls *on_gap* after it reconnected.
+        prefetch: How many deliveries may be handed out and unsettled. At this number it hands out no further one.
+        buffer_size: How many deliveries it receives before the program asks for them; by default *prefetch*. They
+            outlive the connection.
+        reconnect: The time limits and delays.
         on_gap: Called when messages may have been missed.
-        registry: The subscriptions of the same broker, which `close_all` ends. This one is in it while it lives.
+        registry: The open subscriptions of the same broker, which `close_all` ends. It contains this one while it is
+            open.
 
     Attributes:
         connected: Whether there is a connection now.
-        unsettled: How many deliveries the transport has made that are not settled, whether or not the program has them
-            yet. The transport counts them, and calls `notify_settled` when it has lowered the count. It stays 0 where
-            nothing is settled.
+        unsettled: How many deliveries of this subscription are not settled, handed out or not. The transport counts
+            them. After it has lowered the count it calls `notify_settled`. A transport without settlement leaves it at
+            0.
 
     Raises:
         ConfigurationError: *prefetch* is below 1.
@@ -131,8 +147,8 @@ class ResilientSubscription(ABC):
         registry: set[ResilientSubscription],
     ) -> None:
         if prefetch < 1:
-            raise ConfigurationError("prefetch is at least 1")
-        self._name = _named(topics, group)
+            raise ConfigurationError("prefetch must be at least 1")
+        self._name = _log_name(topics, group)
         self._lossy = lossy
         self._prefetch = prefetch
         self._buffer_size = prefetch if buffer_size is None else buffer_size
@@ -140,13 +156,13 @@ class ResilientSubscription(ABC):
         self._on_gap = on_gap
         self._registry = registry
         self._received: deque[Delivery] = deque()
-        self._arrived = asyncio.Event()
-        self._room = asyncio.Event()
-        self._heard = 0.0
-        self._caught_up = 0.0
+        self._changed = asyncio.Event()
+        self._has_room = asyncio.Event()
+        self._last_received_at = 0.0
+        self._caught_up_at = 0.0
         self.connected = False
-        self._ended: DiatorError | None = None
-        self._pump: asyncio.Task[None] | None = None
+        self._end_error: DiatorError | None = None
+        self._receiver: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
 
     # -- what a transport writes ---------------------------------------------------------------------------------
@@ -154,27 +170,28 @@ class ResilientSubscription(ABC):
     @abstractmethod
     def connect(self) -> AbstractAsyncContextManager[Source]:
         """
-        Make one connection. Entered, it receives what is confirmed from now on; left, it is gone.
+        Return a context manager for one connection. On entry it is ready: it receives what is confirmed from now on.
 
         Raises, on entry:
             BrokerClosed: The broker is closed. This ends the subscription.
-            ConfigurationError: The service is set up in a way that connecting again does not fix. This ends it, too.
-            Exception: Connecting failed; the subscription tries again.
+            ConfigurationError: A setting of the service is wrong, and reconnecting does not fix it. This ends the
+                subscription.
+            Exception: Connecting failed. The subscription tries again.
         """
 
-    async def leave(self, not_given_out: Collection[Delivery]) -> None:  # noqa: B027  # many have nothing to do
+    async def leave(self, prefetched: Collection[Delivery], /) -> None:  # noqa: B027  # many have nothing to do
         """
-        Wait until the service knows what was settled, and return to it what was not, within a bound of time.
+        Send the last settlements to the service and return the unsettled messages to it, within a time limit.
 
-        *not_given_out* is what was received and never handed out: it counts as no attempt. Called once, at the end,
-        also if no connection was ever made. By default there is nothing to do.
+        *prefetched* are the deliveries that were never handed out; they are not charged an attempt. Called once, when
+        the subscription ends, even if it never had a connection. By default there is nothing to do.
         """
 
     # -- the program's side --------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
         ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pump = asyncio.create_task(self._keep_receiving(ready), name="diator: receiving")
+        self._receiver = asyncio.create_task(self._keep_receiving(ready), name="diator: receiving")
         self._registry.add(self)
         try:
             await ready
@@ -194,20 +211,20 @@ class ResilientSubscription(ABC):
     async def __anext__(self) -> Delivery:
         received = self._received
         while self._ending is not None or not received or self._is_full:
-            if self._ended is not None:
-                raise self._ended
+            if self._end_error is not None:
+                raise self._end_error
             if self._ending is not None:
                 raise StopAsyncIteration
-            self._arrived.clear()
-            await self._arrived.wait()
+            self._changed.clear()
+            await self._changed.wait()
         delivery = received.popleft()
-        if len(received) == self._buffer_size // 2:  # not before: receiving a few costs as much as receiving many
-            self._room.set()
+        if len(received) == self._buffer_size // 2:  # not earlier: receiving few costs as much as receiving many
+            self._has_room.set()
         return delivery
 
     @property
     def is_ending(self) -> bool:
-        """Whether the next connection to be lost is the last."""
+        """Return whether the subscription is ending, so that it does not reconnect any more."""
         return self._ending is not None
 
     @property
@@ -217,23 +234,27 @@ class ResilientSubscription(ABC):
     # -- what the transport calls --------------------------------------------------------------------------------
 
     def remove_prefetched(self, which: Callable[[Delivery], bool] = lambda _: True) -> list[Delivery]:
-        """Take *which* of what was received and never asked for, all of it by default: it is given out no more."""
+        """
+        Remove and return the deliveries that were received but not yet handed out; they are never handed out then.
+
+        *which* selects some of them; by default all are removed.
+        """
         taken: list[Delivery] = []
         kept: list[Delivery] = []
         for delivery in self._received:
             (taken if which(delivery) else kept).append(delivery)
         self._received.clear()
         self._received.extend(kept)
-        self._room.set()
-        self._arrived.set()
+        self._has_room.set()
+        self._changed.set()
         return taken
 
     def notify_settled(self) -> None:
-        """Note that a delivery was settled: perhaps the next one can be handed out."""
-        self._arrived.set()
+        """Report that a delivery was settled, so that the next one may be handed out."""
+        self._changed.set()
 
     def report_gap(self, since: datetime, reason: str) -> None:
-        """Report to the program that messages may have been missed from *since* until now."""
+        """Report to the program that messages may have been missed between *since* (aware) and now."""
         if self._on_gap is not None:
             try:
                 self._on_gap(Gap(since=since, until=datetime.now(UTC), reason=reason))
@@ -241,26 +262,26 @@ class ResilientSubscription(ABC):
                 logger.exception("on_gap failed")
 
     async def aclose(self) -> None:
-        """End it with its broker: who waits for a delivery, or asks for one, gets `BrokerClosed`."""
-        self._ended = BrokerClosed("this broker is closed")
+        """End the subscription because its broker is closed. Every wait for a delivery raises `BrokerClosed`."""
+        self._end_error = BrokerClosed("this broker is closed")
         await self._end()
 
     async def _end(self) -> None:
-        """Once, and to its end: also if this is cancelled."""
+        """End the subscription, once. The end continues if this wait is cancelled."""
         if self._ending is None:
             self._ending = asyncio.create_task(self._end_once(), name="diator: ending a subscription")
-            self._arrived.set()
+            self._changed.set()
         await asyncio.shield(self._ending)
 
     async def _end_once(self) -> None:
         self._registry.discard(self)
-        if self._pump is not None:
-            await _end_of(self._pump)
+        if self._receiver is not None:
+            await _cancel(self._receiver)
         await self.leave(self._received)
 
     async def _keep_receiving(self, ready: asyncio.Future[None]) -> None:
-        loop, pump = asyncio.get_running_loop(), asyncio.current_task()
-        assert pump is not None, "it runs in a task"  # noqa: S101  # asyncio has no other way
+        loop, receiver = asyncio.get_running_loop(), asyncio.current_task()
+        assert receiver is not None, "it runs in a task"  # noqa: S101  # asyncio has no other way
         failures = 0
         lost: tuple[datetime, str] | None = None
         missed = self._lossy
@@ -275,26 +296,30 @@ class ResilientSubscription(ABC):
                     if not ready.done():
                         ready.set_result(None)
                     if lost is not None:
-                        logger.info("%s is connected again", self._name)
+                        logger.info("%s is reconnected", self._name)
                     if lost is not None and missed:
                         self.report_gap(*lost)
                     lost, missed = None, self._lossy
                     await self._receive_from(source)
-            except (Exception, asyncio.CancelledError) as error:  # whatever a client library raises, it is gone
-                if isinstance(error, asyncio.CancelledError) and pump.cancelling():
-                    raise  # else the library has cancelled something of its own, and nobody this subscription
+            except (Exception, asyncio.CancelledError) as error:  # whatever the client library raises
+                if isinstance(error, asyncio.CancelledError) and receiver.cancelling():
+                    raise  # otherwise the client library cancelled its own work, and nobody cancelled this subscription
                 if not ready.done():
                     ready.set_exception(_unavailable(error))
                     return
                 if isinstance(error, (BrokerClosed, ConfigurationError, UsageError)):
-                    self._ended = error
-                    self._arrived.set()
+                    self._end_error = error
+                    self._changed.set()
                     return
                 self.connected = False
                 missed = missed or isinstance(error, MessagesMissed)
-                silent = isinstance(error, TimeoutError) and not str(error)
-                reason = "the peer was silent" if silent else f"{type(error).__name__}: {error}".removesuffix(": ")
-                logger.warning("%s has no connection (%s); connecting again", self._name, reason)
+                is_silent = isinstance(error, TimeoutError) and not str(error)
+                reason = (
+                    "the service did not respond"
+                    if is_silent
+                    else f"{type(error).__name__}: {error}".removesuffix(": ")
+                )
+                logger.warning("%s has no connection (%s); reconnecting", self._name, reason)
                 behind = loop.time() - max(since, self._complete_until()) if connected else 0.0
                 lost = lost or (datetime.now(UTC) - timedelta(seconds=behind), reason)
             if connected and loop.time() - since > self._reconnect.reset_after:
@@ -303,30 +328,32 @@ class ResilientSubscription(ABC):
             failures += 1
 
     async def _receive_from(self, source: Source) -> None:
-        """Receive until the connection is lost, or its peer is silent for too long."""
-        self._heard_now()
-        self._room.set()
-        async with asyncio.timeout(None) as alive:
-            watching = asyncio.create_task(self._watch(source, alive), name="diator: watching for silence")
+        """Receive until the connection is lost, or until it counts as dead."""
+        self._note_received()
+        self._has_room.set()
+        async with asyncio.timeout(None) as deadline:
+            watching = asyncio.create_task(self._watch(source, deadline), name="diator: watching for silence")
             try:
                 while True:
                     while (room := self._buffer_size - len(self._received)) <= 0:
-                        self._room.clear()
-                        await self._room.wait()
-                        self._heard = asyncio.get_running_loop().time()  # nobody listened meanwhile
+                        self._has_room.clear()
+                        await self._has_room.wait()
+                        self._last_received_at = (
+                            asyncio.get_running_loop().time()
+                        )  # nothing was received meanwhile because the buffer was full
                     if deliveries := await source.receive(room):
                         self._received.extend(deliveries)
-                        self._arrived.set()
-                    self._heard_now()
+                        self._changed.set()
+                    self._note_received()
             finally:
-                await _end_of(watching)
+                await _cancel(watching)
 
-    async def _watch(self, source: Source, alive: asyncio.Timeout) -> None:
-        """A connection can be dead without a word: its packets go nowhere, and nothing tells so but silence."""
+    async def _watch(self, source: Source, deadline: asyncio.Timeout) -> None:
+        """Detect a dead connection. Its packets may disappear without any error, so that only silence shows it."""
         loop, policy = asyncio.get_running_loop(), self._reconnect
         while True:
-            quiet = loop.time() - self._heard
-            if quiet < policy.idle_timeout or not self._room.is_set():  # heard, or not listened to
+            quiet = loop.time() - self._last_received_at
+            if quiet < policy.idle_timeout or not self._has_room.is_set():  # it sent something, or the buffer is full
                 await asyncio.sleep(max(policy.idle_timeout - quiet, policy.probe_timeout / 10))
                 continue
             asked = loop.time()
@@ -334,41 +361,46 @@ class ResilientSubscription(ABC):
                 async with asyncio.timeout(policy.probe_timeout):
                     await source.probe()
                 await asyncio.sleep(policy.probe_timeout - (loop.time() - asked))
-            except Exception as error:  # noqa: BLE001  # whatever it is, there was no sign of life
-                logger.debug("asking for a sign of life failed: %r", error)
-            if self._heard < asked and self._room.is_set():
-                alive.reschedule(loop.time())
+            except Exception as error:  # noqa: BLE001  # any error means that there was no sign of life
+                logger.debug("probing the connection failed: %r", error)
+            if self._last_received_at < asked and self._has_room.is_set():
+                deadline.reschedule(loop.time())
                 return
 
-    def _heard_now(self) -> None:
+    def _note_received(self) -> None:
         now = asyncio.get_running_loop().time()
-        if now - self._heard > _WAITING:
-            self._caught_up = now
-        self._heard = now
+        if now - self._last_received_at > _CAUGHT_UP_AFTER:
+            self._caught_up_at = now
+        self._last_received_at = now
 
     def _complete_until(self) -> float:
-        """Until when nothing can have been missed. What the service had for a reader that lagged is lost with it."""
-        waited = asyncio.get_running_loop().time() - self._heard > _WAITING
-        return self._heard if waited else self._caught_up
+        """
+        Return until when certainly nothing was missed, in the event loop's time.
+
+        Messages that the service had queued for a slow reader are lost together with the connection.
+        """
+        waited = asyncio.get_running_loop().time() - self._last_received_at > _CAUGHT_UP_AFTER
+        return self._last_received_at if waited else self._caught_up_at
 
 
 async def close_all(subscriptions: Collection[ResilientSubscription]) -> None:
-    """End the subscriptions of a broker, all at once. Each is over when this returns."""
+    """End the *subscriptions* of a broker, all at the same time. Return when each of them has ended."""
     await asyncio.gather(*(subscription.aclose() for subscription in [*subscriptions]))
 
 
-async def _end_of(task: asyncio.Task[None]) -> None:
+async def _cancel(task: asyncio.Task[None]) -> None:
     """
-    Cancel *task* until it has ended.
+    Cancel *task*, again and again, until it has ended.
 
-    Once may not be enough: `asyncio.wait_for` of Python 3.11, which redis-py writes with, can forget a cancellation.
+    One cancellation may not be enough: redis-py writes with `asyncio.wait_for`, which can lose a cancellation in Python
+    3.11.
     """
     while not task.done():
         task.cancel()
         await asyncio.wait([task], timeout=0.1)
 
 
-def _named(topics: Collection[Topic], group: str | None) -> str:
+def _log_name(topics: Collection[Topic], group: str | None) -> str:
     of = "" if group is None else f" of {group}"
     return f"the subscription{of} to {listed(sorted({topic.message_name for topic in topics}))}"
 

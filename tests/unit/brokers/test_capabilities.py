@@ -105,6 +105,6 @@ def test_requiring_what_is_promised_says_nothing():
 
 def test_a_level_that_there_is_not_is_refused():
     with pytest.raises(
-        ConfigurationError, match="guarantee is one of at_most_once, at_least_once, and not 'exactly_once'"
+        ConfigurationError, match="guarantee must be one of at_most_once, at_least_once; got 'exactly_once'"
     ):
         Capabilities(guarantee="exactly_once")

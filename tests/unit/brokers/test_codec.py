@@ -193,7 +193,7 @@ def test_one_byte_more_is_not_sent():
 def test_one_byte_more_is_not_read():
     body = encode(sized(101 + 200), max_bytes=1000)
 
-    with pytest.raises(DecodingError, match="the body has 301 bytes, and this broker takes 300"):
+    with pytest.raises(DecodingError, match="the body has 301 bytes; this broker accepts at most 300"):
         decode(body, max_bytes=300)
 
 
@@ -415,7 +415,7 @@ def test_what_does_not_fit_is_refused_without_being_quoted(hint, payload):
     class Holder:
         value: hint
 
-    with pytest.raises(DecodingError, match=r"the payload is no .*Holder: ") as caught:
+    with pytest.raises(DecodingError, match=r"the payload does not fit .*Holder: ") as caught:
         payload_decoder(Holder)(payload)
 
     assert "hunter2" not in str(caught.value)

@@ -92,7 +92,7 @@ async def test_two_event_loops_at_once_are_refused():
     thread.start()
     await asyncio.to_thread(thread.join)
 
-    assert "one event loop at a time" in str(errors[0])
+    assert "another event loop that is still running" in str(errors[0])
     assert connection.events == []
 
 

@@ -57,7 +57,9 @@ async def test_one_message_more_than_it_holds_is_rejected_and_none_dropped():
     await broker.send_message(message(1))
     await broker.send_message(message(2))
 
-    with pytest.raises(MessageRejected, match="2 messages wait already") as caught:
+    with pytest.raises(
+        MessageRejected, match=r"is full, 2 messages are waiting; start a consumer or raise capacity"
+    ) as caught:
         await broker.send_message(third := message(3))
 
     assert caught.value.message_id == third.message_id

@@ -176,7 +176,7 @@ async def test_a_full_queue_rejects_for_all():
         await send(broker, 1, 2)
         assert await numbers(quick, 2) == [1, 2]
 
-        with pytest.raises(MessageRejected, match="2 messages wait already"):
+        with pytest.raises(MessageRejected, match="is full, 2 messages are waiting"):
             await send(broker, 3)
 
         await nothing_comes(quick)
@@ -312,7 +312,7 @@ async def test_it_is_settled_once(first, second):
         if first == second:
             await SETTLE[second](delivery)
         else:
-            with pytest.raises(AlreadySettled, match=f"settled by {first}, and cannot be by {second}"):
+            with pytest.raises(AlreadySettled, match=rf"settled by {first}\(\); .* again by {second}\(\)"):
                 await SETTLE[second](delivery)
 
         assert delivery.outcome == first

@@ -35,6 +35,6 @@ async def test_what_could_not_be_told_is_said_in_the_log_and_no_error_of_the_flu
         (
             "diator.brokers.settling",
             logging.WARNING,
-            "2 acknowledgements did not reach the service; they come again: connection lost",
+            "2 acknowledgements did not reach the service; their messages will be redelivered: connection lost",
         )
     ]

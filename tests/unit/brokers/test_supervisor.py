@@ -214,8 +214,8 @@ async def test_logs_name_the_subscription_that_lost_its_connection(names, group,
         await service.flap(OSError("gone"))
         await asyncio.sleep(0)
 
-    assert f"{named} has no connection (OSError: gone); connecting again" in caplog.messages
-    assert f"{named} is connected again" in caplog.messages
+    assert f"{named} has no connection (OSError: gone); reconnecting" in caplog.messages
+    assert f"{named} is reconnected" in caplog.messages
 
 
 async def test_one_connection_after_any_number_of_flaps():
