@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -24,12 +24,34 @@ SERVICES = pytest.StashKey[Services]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin a run that has looked for nothing yet."""
+    """Begin a run that has looked for nothing yet. The processes of pytest-xdist have one set of services."""
     try:
         required()
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
-    config.stash[SERVICES] = Services()
+    config.stash[SERVICES] = Services(shared=getattr(config, "workerinput", {}).get("services"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Have each process of pytest-xdist use the services of the run."""
+    node.workerinput["services"] = node.config.stash[SERVICES].share()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share the tests out by the services that they need."""
+    from tests.scheduling import ByService  # noqa: PLC0415  # pytest-xdist is there
+
+    return ByService(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Have the processes of pytest-xdist begin with what takes long."""
+    if hasattr(config, "workerinput"):
+        from tests.scheduling import turn_of  # noqa: PLC0415
+
+        items.sort(key=lambda item: turn_of(item.nodeid))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,6 +1,7 @@
 """Other libraries, and older versions of this one, each in an environment of its own: they would not fit into ours."""
 
 import asyncio
+import fcntl
 import subprocess
 import sys
 import venv
@@ -21,11 +22,13 @@ def interpreter(peer: str, cache: Path) -> Path:
     folder = cache / f"{peer}-{sys.implementation.cache_tag}"
     python, installed = folder / "bin" / "python", folder / "installed"
     wanted = "\n".join(PINS[peer])
-    if not installed.exists() or installed.read_text() != wanted:
-        venv.create(folder, clear=True, with_pip=True)
-        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PINS[peer]]
-        subprocess.run(command, check=True)
-        installed.write_text(wanted)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests of several processes may want it at the same time
+        if not installed.exists() or installed.read_text() != wanted:
+            venv.create(folder, clear=True, with_pip=True)
+            command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PINS[peer]]
+            subprocess.run(command, check=True)
+            installed.write_text(wanted)
     return python
 
 

@@ -5,16 +5,22 @@ The services that integration tests talk to: found by address, else started in c
 """
 
 import asyncio
+import fcntl
 import gc
+import json
 import os
+import random
+import shutil
 import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import mkdtemp
 from threading import Lock
 from uuid import uuid4
 
@@ -31,9 +37,14 @@ STARTING, ANSWERING = 90, 10
 _LABEL = "diator-tests"
 #: Removes the containers of that label as soon as the process lets go of the pipe, even if it was killed.
 _REAPER = """
-import sys, docker
+import sys
 sys.stdin.read()
-for container in docker.from_env().containers.list(all=True, filters={"label": sys.argv[1]}):
+import docker
+try:
+    containers = docker.from_env().containers.list(all=True, filters={"label": sys.argv[1]})
+except docker.errors.DockerException:
+    containers = []  # without an engine none was started
+for container in containers:
     container.remove(force=True, v=True)
 """
 
@@ -53,6 +64,7 @@ class Backend:
     port: int | None = None  # inside the container; None: the same as outside
     command: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    frugal: Mapping[str, str] = field(default_factory=dict)  # environment to start fast with, and run slower later
     probe: Callable[[str], Awaitable[object]]
 
 
@@ -136,6 +148,11 @@ BACKENDS = {
                 "KAFKA_SHARE_COORDINATOR_STATE_TOPIC_MIN_ISR": "1",
                 "KAFKA_GROUP_INITIAL_REBALANCE_DELAY_MS": "0",
             },
+            # Half of the processor time until it answers; a test's Kafka lives for minutes.
+            frugal={
+                "KAFKA_JVM_PERFORMANCE_OPTS": "-XX:+UseSerialGC -XX:TieredStopAtLevel=1",
+                "KAFKA_HEAP_OPTS": "-Xms128m -Xmx512m",
+            },
             probe=_probe_kafka,
         ),
         Backend(
@@ -173,7 +190,8 @@ class Service:
         container.ports = {str(backend.port or port): ("127.0.0.1", port)}
         if any("{behind}" in value for value in backend.environment.values()):
             container.ports[str(self.behind)] = ("127.0.0.1", self.behind)
-        container.with_envs(**{name: value.format(**ports) for name, value in backend.environment.items()})
+        environment = {name: value.format(**ports) for name, value in backend.environment.items()}
+        container.with_envs(**environment, **backend.frugal)
         if backend.command:
             container.with_command(backend.command)
         try:
@@ -227,28 +245,45 @@ class Service:
 
 
 class Services:
-    """What one test run has of the services: each looked for once, when it is first asked for."""
+    """
+    The services of one test run: each is looked for once, when a test first asks for it.
 
-    def __init__(self) -> None:
+    A run of several processes has one set of services. The process that controls the run calls `share`, the others
+    make theirs with `Services(shared=…)`: whichever process needs a service first looks for it, and writes into a folder
+    what it found. All containers live until the controlling process calls `close`, or dies.
+    """
+
+    def __init__(self, *, shared: Mapping[str, str] | None = None) -> None:
         self._locks = {name: Lock() for name in BACKENDS}
         self._urls: dict[str, str] = {}
         self._sources: dict[str, str] = {}
         self._missing: dict[str, str] = {}
         self._preparing = Lock()
-        self._label = uuid4().hex
+        self._label = shared["label"] if shared else uuid4().hex
+        self._folder = Path(shared["folder"]) if shared else None
+        self._is_borrowed = shared is not None
         self._engine: bool | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
 
+    def share(self) -> dict[str, str]:
+        """Return what other processes need to use the same services."""
+        if self._folder is None:
+            self._folder = Path(mkdtemp(prefix="diator-services-"))
+            self._reaper = self._reaper or _reaper(self._label)
+        return {"label": self._label, "folder": str(self._folder)}
+
     def url(self, name: str) -> str:
         """
-        The address of a service that answers.
+        Return the address of a service that answers.
 
         Raises:
             MissingService: There is none, and why.
         """
         with self._locks[name]:
             if name not in self._urls and name not in self._missing:
-                self._find(BACKENDS[name])
+                with self._found_by_any_process(name):
+                    if name not in self._urls and name not in self._missing:
+                        self._find(BACKENDS[name])
         if name in self._missing:
             raise MissingService(self._missing[name])
         return self._urls[name]
@@ -276,6 +311,8 @@ class Services:
 
     def summary(self) -> str:
         """One line: which services took part, which are missing and why, which nobody asked for."""
+        for name in BACKENDS:
+            self._read(name)
         took_part = [f"{name} ({source})" for name, source in sorted(self._sources.items())]
         missing = [f"{name} ({reason})" for name, reason in sorted(self._missing.items())]
         unasked = sorted(BACKENDS.keys() - self._urls.keys() - self._missing.keys())
@@ -285,8 +322,39 @@ class Services:
 
     def close(self) -> None:
         """Remove every container that was started here."""
+        for name in BACKENDS:
+            self._read(name)
         if self._reaper:
             self._reaper.communicate()
+        if self._folder and not self._is_borrowed:
+            shutil.rmtree(self._folder)
+            self._folder = None
+
+    @contextmanager
+    def _found_by_any_process(self, name: str) -> Iterator[None]:
+        """Let one process of the run at a time look for a service, and the others know what it found."""
+        if self._folder is None:
+            yield
+            return
+        with (self._folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._read(name)
+            yield
+            found = {"url": self._urls.get(name), "source": self._sources.get(name), "missing": self._missing.get(name)}
+            self._note(name).write_text(json.dumps(found))
+
+    def _read(self, name: str) -> None:
+        """Take over what a process of this run found."""
+        if self._folder is None or not self._note(name).exists():
+            return
+        found = json.loads(self._note(name).read_text())
+        if found["missing"] is not None:
+            self._missing[name] = found["missing"]
+        else:
+            self._urls[name], self._sources[name] = found["url"], found["source"]
+
+    def _note(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
 
     def _find(self, backend: Backend) -> None:
         try:
@@ -307,7 +375,8 @@ class Services:
                 self._engine = _engine_answers()
             if not self._engine:
                 raise MissingService("no container engine answers")
-            self._reaper = self._reaper or _reaper(self._label)
+            if not self._is_borrowed:  # else the run's reaper removes them
+                self._reaper = self._reaper or _reaper(self._label)
 
 
 def required() -> set[str]:
@@ -372,8 +441,15 @@ def wait_for(backend: Backend, url: str, *, within: float) -> None:
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """
+    Return a port at which nobody listens, of those that no system hands out by itself.
+
+    Otherwise any connection of another test could be given the port of a container that is stopped for a moment.
+    """
+    for port in random.sample(range(20_000, 32_768), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise MissingService("no free port between 20000 and 32767")
 
 
 def main(arguments: list[str]) -> int:

@@ -1,0 +1,66 @@
+"""
+How pytest-xdist shares the tests out among processes.
+
+Tests that use one thing, such as a service that they break, run in one process, one after the other. Units that take
+long start first, so that no process is left with one of them at the end.
+"""
+
+import importlib
+from functools import cache
+from typing import Any
+
+from xdist.scheduler import LoadScopeScheduling
+
+from diator.testing.conformance import SCENARIOS
+
+#: What the names of long units begin with, the longest first.
+LONG = (
+    "tests/integration/test_kills.py",
+    "TestKafka breaks",
+    "TestRabbitMQ breaks",
+    "tests/integration/test_interoperation.py",
+    "TestRedisStreams breaks",
+    "TestRedis breaks",
+    "TestKafka",
+    "tests/integration/test_kafka.py",
+    "Test",
+    "tests/integration/test_re",
+    "tests/integration/test_ra",
+    "tests/integration",
+)
+
+
+class ByService(LoadScopeScheduling):
+    """Shares out the units of `unit_of`, in the order of the collected tests."""
+
+    def __init__(self, config: Any, log: Any = None) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = False
+
+    def _split_scope(self, nodeid: str) -> str:
+        return unit_of(nodeid)
+
+
+def unit_of(nodeid: str) -> str:
+    """Return the name of the tests that run in the same process as the one of *nodeid*."""
+    file, _, name = nodeid.partition("::")
+    if "::test_scenario[" in name:
+        return _conformance(file, *name.removesuffix("]").split("::test_scenario["))
+    return nodeid if file.startswith("tests/integration/") else file
+
+
+def turn_of(nodeid: str) -> int:
+    """Return what to sort the collected tests by: how soon the unit of *nodeid* starts."""
+    unit = unit_of(nodeid)
+    return next((turn for turn, beginning in enumerate(LONG) if unit.startswith(beginning)), len(LONG))
+
+
+@cache
+def _conformance(file: str, class_: str, scenario: str) -> str:
+    """Scenarios that break a service, or are let in by a guarded one, start containers: together, each only once."""
+    module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+    breaking = getattr(getattr(module, class_).harness, "breaking", frozenset())
+    facilities = SCENARIOS[scenario].facilities
+    if broken := facilities & breaking:
+        return f"{class_} breaks {' '.join(sorted(broken))}"
+    return f"{class_} {'security' if 'security' in facilities else SCENARIOS[scenario].group}"
