@@ -22,10 +22,9 @@ LONG = (
     "TestRedisStreams breaks",
     "TestRedis breaks",
     "TestKafka",
-    "tests/integration/test_kafka.py",
+    "tests/integration/kafka/",
     "Test",
-    "tests/integration/test_re",
-    "tests/integration/test_ra",
+    "tests/integration/r",
     "tests/integration",
 )
 

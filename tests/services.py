@@ -249,8 +249,8 @@ class Services:
     The services of one test run: each is looked for once, when a test first asks for it.
 
     A run of several processes has one set of services. The process that controls the run calls `share`, the others
-    make theirs with `Services(shared=…)`: whichever process needs a service first looks for it, and writes into a folder
-    what it found. All containers live until the controlling process calls `close`, or dies.
+    make theirs with `Services(shared=…)`: whichever process needs a service first looks for it, and writes what it
+    found into a folder. All containers live until the controlling process calls `close`, or dies.
     """
 
     def __init__(self, *, shared: Mapping[str, str] | None = None) -> None:

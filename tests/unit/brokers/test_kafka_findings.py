@@ -1,4 +1,4 @@
-"""What a broker's own settings weaken. Those of topics are changed at a service, in tests/integration/test_kafka.py."""
+"""What the settings of a broker weaken; a topic's settings are changed in tests/integration/kafka/test_topics.py."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Reading from Redis Pub/Sub, against a real Redis. Traps 5, 7 and 8 are those of sending: see `test_redis.py`."""
+"""Reading from Redis Pub/Sub, against a real Redis."""
 
 import asyncio
 import json

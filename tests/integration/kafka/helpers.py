@@ -1,0 +1,86 @@
+"""What the tests of Kafka share."""
+
+import asyncio
+import json
+from contextlib import asynccontextmanager, suppress
+from time import monotonic
+
+from aiokafka import AIOKafkaConsumer
+
+from diator.brokers import Message
+from diator.brokers.base import Topic
+
+COUNTED = Topic("notification_event", "Counted")
+
+TIMEOUT = 2.0
+
+SLACK = 1.5
+"""How much later than promised a busy machine may be."""
+
+
+def message(number, topic=COUNTED, **fields) -> Message:
+    return Message.create(message_name=topic.message_name, payload={"number": number}, **fields)
+
+
+async def send(broker, *numbers, **fields) -> None:
+    await broker.send_messages([message(number, **fields) for number in numbers])
+
+
+def number_of(delivery) -> int:
+    return json.loads(delivery.body)["payload"]["number"]
+
+
+def subscribed(broker, *topics, group="billing", **options):
+    return broker.subscribe(topics or [COUNTED], group=group, **options)
+
+
+async def take(deliveries, count, *, within=8.0) -> list:
+    async with asyncio.timeout(within):
+        return [await anext(deliveries) for _ in range(count)]
+
+
+async def acked(deliveries, count, *, within=8.0) -> list[int]:
+    taken = []
+    for _ in range(count):
+        (delivery,) = await take(deliveries, 1, within=within)
+        taken.append(number_of(delivery))
+        await delivery.ack()
+    return taken
+
+
+async def all_that_comes(deliveries, *, within=1.0) -> list[int]:
+    """Take and acknowledge until nothing comes any more."""
+    taken: list[int] = []
+    with suppress(TimeoutError):
+        while True:
+            taken += await acked(deliveries, 1, within=within)
+    return taken
+
+
+async def on_its_way(broker) -> None:
+    """Wait until all that was sent is: what is sent from then on is in another batch."""
+    await asyncio.sleep(0)
+    while not all(batch.is_sent for batch in broker._service._batches):  # noqa: ASYNC110  # there is nothing to wait on
+        await asyncio.sleep(0.01)
+
+
+async def stored(servers, name) -> list:
+    """Every record of the topic *name*, as plain aiokafka reads it."""
+    async with AIOKafkaConsumer(name, bootstrap_servers=servers, auto_offset_reset="earliest") as consumer:
+        ends = await consumer.end_offsets(consumer.assignment())
+        return [await consumer.getone() for _ in range(sum(ends.values()))]
+
+
+@asynccontextmanager
+async def within(seconds):
+    began = monotonic()
+    yield
+    assert monotonic() - began < seconds
+
+
+def number_in(record) -> int:
+    return json.loads(record.value)["payload"]["number"]
+
+
+def number_of_each(records) -> set[int]:
+    return {number_in(record) for record in records}

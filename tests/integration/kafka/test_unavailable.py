@@ -1,0 +1,104 @@
+"""Kafka is away, freezes, or knows no such server."""
+
+import asyncio
+import json
+
+import pytest
+
+from diator.brokers.kafka import KafkaMessageBroker
+from diator.exceptions import (
+    BrokerUnavailable,
+    OutcomeUnknown,
+)
+from diator.testing.fault_proxy import Flow
+from tests.integration.kafka.helpers import (
+    COUNTED,
+    SLACK,
+    TIMEOUT,
+    message,
+    number_of_each,
+    on_its_way,
+    send,
+    stored,
+    subscribed,
+    within,
+)
+
+
+async def test_every_call_ends_when_kafka_freezes(make, private_kafka) -> None:
+    broker = await make(private_kafka.url)
+    await send(broker, 0)
+    await asyncio.to_thread(private_kafka.pause)
+
+    async with within(TIMEOUT + SLACK):
+        verdicts = await asyncio.gather(*(broker.send_message(message(n)) for n in range(20)), return_exceptions=True)
+    async with within(TIMEOUT + SLACK):
+        (refused,) = await asyncio.gather(broker.send_message(message(99)), return_exceptions=True)
+    async with within(TIMEOUT + SLACK):
+        await broker.aclose()
+
+    assert {type(verdict) for verdict in verdicts} == {OutcomeUnknown}
+    assert isinstance(refused, BrokerUnavailable)
+    await asyncio.to_thread(private_kafka.unpause)
+
+
+async def test_closing_takes_no_longer_than_the_calls_that_it_waits_for(make, private_kafka) -> None:
+    broker = await make(private_kafka.url, partitions=1)
+    await send(broker, 0)
+    await asyncio.to_thread(private_kafka.pause)
+    sending = [asyncio.create_task(broker.send_message(message(1)))]
+    await on_its_way(broker)
+    sending.append(asyncio.create_task(broker.send_message(message(2))))  # it is not on its way
+    await asyncio.sleep(0)
+    async with within(TIMEOUT + SLACK):
+        await broker.aclose()
+    verdicts = await asyncio.gather(*sending, return_exceptions=True)
+    await asyncio.to_thread(private_kafka.unpause)
+    assert [type(each) for each in verdicts] == [OutcomeUnknown, BrokerUnavailable]
+
+
+async def test_a_producer_that_broke_is_made_anew(make, private_kafka) -> None:
+    broker = await make(private_kafka.url)
+    await send(broker, 0)
+    await asyncio.to_thread(private_kafka.pause)
+    with pytest.raises(OutcomeUnknown):
+        await broker.send_message(message(1))
+    await asyncio.to_thread(private_kafka.unpause)
+
+    await send(broker, 2)
+
+    assert number_of_each(await stored(private_kafka.url, broker._names.topic(COUNTED))) >= {0, 2}
+
+
+async def test_a_message_whose_confirmation_is_lost_is_stored_once(make, proxy, proxied, name, private_kafka) -> None:
+    """The client sends it again by itself. Kafka knows the repeat by its number."""
+    broker = await make(proxied, timeout=5.0)
+    await send(broker, 0, key="k")
+    proxy.withhold(Flow.TO_CLIENT)
+    sending = asyncio.create_task(broker.send_message(message(1, key="k")))
+    while len(await stored(private_kafka.url, name)) == 1:  # noqa: ASYNC110  # its confirmation is withheld then
+        await asyncio.sleep(0.05)
+    proxy.reset()
+    await proxy.heal()
+
+    await sending
+
+    assert [json.loads(each.value)["payload"]["number"] for each in await stored(private_kafka.url, name)] == [0, 1]
+
+
+async def test_an_address_at_which_nobody_listens_is_told_at_once(prefix) -> None:
+    broker = KafkaMessageBroker("127.0.0.1:1", prefix)
+
+    async with within(SLACK):
+        with pytest.raises(BrokerUnavailable):
+            await broker.send_message(message(0))
+    async with within(SLACK):
+        with pytest.raises(BrokerUnavailable):
+            await subscribed(broker).__aenter__()
+    await broker.aclose()
+
+
+async def test_the_second_address_does_for_the_first(make, kafka_servers) -> None:
+    broker = await make(f"127.0.0.1:1,{kafka_servers}")
+
+    await send(broker, 0)

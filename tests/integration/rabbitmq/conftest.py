@@ -1,0 +1,62 @@
+"""Brokers, proxies and plain clients for the tests of RabbitMQ."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import aio_pika
+import pytest
+
+from diator.brokers.rabbitmq import RabbitMQMessageBroker
+from diator.testing.fault_proxy import FaultProxy
+from tests.integration.rabbitmq.helpers import COUNTED, OTHER, RECONNECT
+
+
+@pytest.fixture
+async def plain(rabbitmq_url) -> AsyncIterator[aio_pika.abc.AbstractChannel]:
+    """Plain aio-pika."""
+    async with await aio_pika.connect(rabbitmq_url) as connection:
+        yield await connection.channel()
+
+
+@pytest.fixture
+async def prefix(rabbitmq_url) -> AsyncIterator[str]:
+    prefix = f"test-{uuid4().hex[:12]}"
+    yield prefix
+    async with await aio_pika.connect(rabbitmq_url) as connection:
+        channel = await connection.channel()
+        for topic in (COUNTED, OTHER):
+            for queue in ("readers", "readers:dead"):
+                await channel.queue_delete(f"{prefix}:{':'.join(topic)}:{queue}")
+            await channel.queue_delete(f"{prefix}:{':'.join(topic)}:/:dead")
+        await channel.exchange_delete(prefix)
+
+
+@pytest.fixture
+def queue(prefix) -> str:
+    return f"{prefix}:notification_event:Counted:readers"
+
+
+@pytest.fixture
+async def brokers(prefix) -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+async def broker(rabbitmq_url, prefix, brokers) -> RabbitMQMessageBroker:
+    return await brokers.enter_async_context(RabbitMQMessageBroker(rabbitmq_url, prefix, reconnect=RECONNECT))
+
+
+@pytest.fixture
+async def proxy(rabbitmq_url) -> AsyncIterator[FaultProxy]:
+    parts = urlsplit(rabbitmq_url)
+    async with FaultProxy(parts.hostname, parts.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def behind_proxy(rabbitmq_url, proxy, prefix, brokers) -> RabbitMQMessageBroker:
+    url = rabbitmq_url.replace(urlsplit(rabbitmq_url).netloc.rpartition("@")[2], f"{proxy.host}:{proxy.port}")
+    return await brokers.enter_async_context(RabbitMQMessageBroker(url, prefix, timeout=3.0, reconnect=RECONNECT))

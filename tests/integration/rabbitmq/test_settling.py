@@ -1,0 +1,281 @@
+"""Acknowledging, requeueing and dead-lettering."""
+
+import asyncio
+import json
+from collections import Counter
+from datetime import UTC, datetime
+from itertools import pairwise
+from time import monotonic
+
+import aio_pika
+import pytest
+
+from diator.brokers.rabbitmq import RabbitMQMessageBroker, _subscription
+from diator.consumer import Consumer
+from diator.events import EventMap
+from diator.exceptions import (
+    BrokerUnavailable,
+    MessageUnroutable,
+)
+from diator.retrying import RetryPolicy
+from tests.integration.rabbitmq.helpers import COUNTED, OTHER, SLACK, Counted, become, collect, counted, numbers
+
+
+async def test_trap_1_a_handler_outlives_its_connection_and_the_message_comes_again(behind_proxy, proxy):
+    events, handled, cancelled = EventMap(), [], []
+
+    @events.handler
+    async def handle(event: Counted) -> None:
+        before = proxy.accepted
+        if not handled:
+            proxy.reset()
+            await become(lambda: proxy.accepted, before + 1)
+        handled.append(event.number)
+        if len(handled) == 2:
+            consumer.stop()
+
+    outcomes = []
+    consumer = Consumer(behind_proxy, event_map=events, group="readers", on_handled=outcomes.append)
+    await collect(behind_proxy)
+    await behind_proxy.send_message(counted(1))
+
+    await asyncio.wait_for(consumer.run(signals=False), 15)
+
+    assert (handled, cancelled) == ([1, 1], [])
+    assert [(each.outcome, each.attempt) for each in outcomes] == [("acked", 1), ("acked", 2)]
+
+
+async def test_what_was_fetched_by_a_lost_connection_is_not_begun(behind_proxy, proxy):
+    """As much as is read ahead waits for a slow handler, and nothing is received meanwhile. It comes again anyway."""
+    topics = (COUNTED, OTHER)
+    await collect(behind_proxy, topics)
+    await behind_proxy.send_messages([counted(number, topic=topics[number % 2]) for number in range(200)])
+    async with behind_proxy.subscribe(topics, group="readers", prefetch=1) as deliveries:
+        slow = await anext(deliveries)
+        await become(lambda: len(deliveries._received), 100)
+        await asyncio.sleep(0.1)
+        connections = proxy.accepted
+        proxy.reset()
+        await become(lambda: proxy.accepted, connections + 1)
+        await slow.ack()
+
+        assert sorted(await numbers(deliveries, 200)) == [*range(200)]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(deliveries), 0.3)
+
+
+async def test_trap_9_what_always_fails_is_handled_so_often_and_then_put_aside(broker, plain, queue):
+    events, begun = EventMap(), []
+
+    @events.handler
+    async def handle(event: Counted) -> None:
+        begun.append(monotonic())
+        raise LookupError("as ever")
+
+    outcomes = []
+
+    def note(handled) -> None:
+        outcomes.append(handled)
+        if handled.outcome == "dead_lettered":
+            consumer.stop()
+
+    policy = RetryPolicy(immediate_retries=0, delayed_retries=3, first_delay=0.2, backoff_factor=1.0)
+    consumer = Consumer(broker, event_map=events, group="readers", retry=policy, on_handled=note)
+    await collect(broker)
+    message = counted(1, headers={"trace": "t"})
+    await broker.send_message(message)
+
+    await asyncio.wait_for(consumer.run(signals=False), 15)
+
+    assert [each.attempt for each in outcomes] == [1, 2, 3, 4]
+    assert min(later - earlier for earlier, later in pairwise(begun)) >= 0.1
+    letter = await (await plain.get_queue(f"{queue}:dead")).get()
+    assert letter.headers.pop("diator-dlq-reason").startswith("retries-exhausted")
+    assert letter.headers.pop("diator-dlq-last-failed-at")
+    assert letter.headers == {
+        "trace": "t",
+        "diator-dlq-version": "1",
+        "diator-dlq-source": queue,
+        "diator-dlq-consumer-group": "readers",
+        "diator-dlq-attempts": "4",
+    }
+    assert letter.message_id == str(message.message_id)
+    assert letter.delivery_mode is aio_pika.DeliveryMode.PERSISTENT
+
+
+async def test_trap_10_what_was_fetched_and_not_begun_comes_to_the_next_and_nothing_is_lost(broker):
+    await collect(broker)
+    await broker.send_messages([counted(n) for n in range(100)])
+    async with broker.subscribe([COUNTED], group="readers", prefetch=100) as deliveries:
+        done = await numbers(deliveries, 10)
+        held = [await anext(deliveries) for _ in range(20)]
+        for delivery in held[::2]:
+            done.append(json.loads(delivery.body)["payload"]["number"])
+            await delivery.ack()
+
+    async with broker.subscribe([COUNTED], group="readers", prefetch=100) as deliveries:
+        async with asyncio.timeout(10):
+            done += await numbers(deliveries, 80)
+
+    assert Counter(done) == Counter(range(100))
+
+
+async def test_acknowledgements_out_of_order_keep_the_channel(behind_proxy, proxy):
+    """A lower tag after a higher one that meant all before it closes the channel."""
+    await collect(behind_proxy)
+    await behind_proxy.send_messages([counted(n) for n in range(300)])
+    async with behind_proxy.subscribe([COUNTED], group="readers", prefetch=64) as deliveries:
+        before, held = proxy.accepted, []
+        for number in range(300):
+            held.append(await anext(deliveries))
+            if len(held) == 64 or number == 299:
+                for delivery in held[1::2] + held[::2]:
+                    await delivery.ack()
+                    await asyncio.sleep(0)
+                held.clear()
+        await asyncio.sleep(0.1)
+        assert proxy.accepted == before
+    with pytest.raises(TimeoutError):
+        async with behind_proxy.subscribe([COUNTED], group="readers") as deliveries, asyncio.timeout(0.3):
+            await anext(deliveries)
+
+
+async def test_several_topics_with_a_backlog_are_all_read(broker):
+    """Each has a prefetch of its own, so that more arrives than the subscription has asked for."""
+    await collect(broker, (COUNTED, OTHER))
+    await broker.send_messages([counted(n, topic=topic) for n in range(300) for topic in (COUNTED, OTHER)])
+    async with broker.subscribe([COUNTED, OTHER], group="readers", prefetch=1) as deliveries:
+        async with asyncio.timeout(20):
+            assert Counter(await numbers(deliveries, 600)) == Counter([*range(300)] * 2)
+
+
+async def test_a_foreign_message_without_an_id_is_given_back_and_put_aside_whole(broker, plain, queue, prefix):
+    async with broker.subscribe([COUNTED], group="readers") as deliveries:
+        exchange = await plain.get_exchange(prefix)
+        headers = {
+            "text": "t",
+            "number": 7,
+            "bytes": bytearray(b"\xff"),
+            "list": [1],
+            "when": datetime(2026, 1, 1, tzinfo=UTC),
+        }
+        foreign = aio_pika.Message(b"\x00garbage", headers=headers, correlation_id="c", expiration=60)
+        await exchange.publish(foreign, "notification_event.Counted")
+        first = await anext(deliveries)
+        assert set(first.headers) == set(headers)
+        assert first.headers["number"] == "7"
+
+        await first.retry()
+        second = await anext(deliveries)
+        await second.dead_letter("garbage")
+
+    assert (second.body, second.attempt) == (b"\x00garbage", 2)
+    letter = await (await plain.get_queue(f"{queue}:dead")).get()
+    assert (letter.body, letter.correlation_id, letter.headers["number"]) == (b"\x00garbage", "c", 7)
+    assert letter.expiration is None
+
+
+async def test_what_cannot_be_put_aside_is_given_back(broker, plain, queue, monkeypatch):
+    monkeypatch.setattr(_subscription, "_GIVEN_BACK_AFTER", 0.2)
+    async with broker.subscribe([COUNTED], group="readers") as deliveries:
+        await broker.send_message(counted(1))
+        delivery = await anext(deliveries)
+        await plain.queue_delete(f"{queue}:dead")
+
+        with pytest.raises(MessageUnroutable):
+            await delivery.dead_letter("no good")
+
+        again = await asyncio.wait_for(anext(deliveries), 0.2 + SLACK)
+        await again.ack()
+    assert again.attempt == 2
+
+
+@pytest.mark.parametrize(("outcome", "group"), [("retry", "readers"), ("dead_letter", None)])
+async def test_settling_is_bounded_where_nobody_answers(behind_proxy, proxy, outcome, group):
+    """Also where a queue has to be declared first, on the connection that it came by."""
+    async with behind_proxy.subscribe([COUNTED], group=group) as deliveries:
+        await behind_proxy.send_message(counted(1))
+        delivery = await anext(deliveries)
+        proxy.black_hole()
+        started = monotonic()
+        with pytest.raises(BrokerUnavailable):
+            await (delivery.retry(after=30) if outcome == "retry" else delivery.dead_letter("bad"))
+        assert monotonic() - started < 3.0 + SLACK
+        await proxy.heal()
+
+
+@pytest.mark.parametrize("outcome", ["retry", "dead_letter"])
+async def test_what_failed_to_be_settled_on_a_lost_connection_keeps_no_place(behind_proxy, proxy, monkeypatch, outcome):
+    """It comes again by the next connection, for which it must not count as given out for ever."""
+    monkeypatch.setattr(_subscription, "_GIVEN_BACK_AFTER", 0.2)
+    await collect(behind_proxy)
+    async with behind_proxy.subscribe([COUNTED], group="readers", prefetch=1) as deliveries:
+        await behind_proxy.send_message(counted(1))
+        delivery, connections = await anext(deliveries), proxy.accepted
+        proxy.reset()
+        await become(lambda: proxy.accepted, connections + 1)
+        with pytest.raises(BrokerUnavailable):
+            await (delivery.retry() if outcome == "retry" else delivery.dead_letter("bad"))
+
+        assert await asyncio.wait_for(numbers(deliveries, 1), 5) == [1]
+
+
+async def test_a_subscription_without_a_group_puts_aside(broker, plain, prefix):
+    async with broker.subscribe([COUNTED]) as deliveries:
+        await broker.send_message(counted(1))
+        await (await anext(deliveries)).dead_letter("no good")
+    letter = await (await plain.get_queue(f"{prefix}:notification_event:Counted:/:dead")).get()
+    assert letter.headers["diator-dlq-reason"] == "no good"
+
+
+async def test_beyond_the_delivery_limit_rabbitmq_itself_puts_aside(broker, plain, queue, monkeypatch):
+    monkeypatch.setattr(_subscription, "_DELIVERY_LIMIT", 2)
+    await collect(broker)
+    await broker.send_message(counted(1))
+    attempts = []
+    for _ in range(3):
+        async with broker.subscribe([COUNTED], group="readers") as deliveries:
+            attempts.append((await anext(deliveries)).attempt)
+
+    letters = []
+    await (await plain.get_queue(f"{queue}:dead")).consume(letters.append, no_ack=True)
+    await become(lambda: len(letters), 1)
+    assert attempts == [1, 2, 3]
+    assert letters[0].headers["x-first-death-reason"] == "delivery_limit"
+
+
+async def test_retries_with_alike_delays_share_a_queue_which_goes_when_it_is_unused(broker, plain, queue):
+    async with broker.subscribe([COUNTED], group="readers") as deliveries:
+        await broker.send_messages([counted(n) for n in range(4)])
+        for after in (0.21, 0.22, 0.24, 0.25):
+            await (await anext(deliveries)).retry(after=after)
+        waiting = await plain.get_queue(f"{queue}:retry:250")
+        assert waiting.declaration_result.message_count <= 4
+        assert sorted(await numbers(deliveries, 4)) == [0, 1, 2, 3]
+    with pytest.raises(aio_pika.exceptions.ChannelPreconditionFailed, match="x-expires"):
+        await plain.declare_queue(waiting.name, durable=True, arguments={"x-queue-type": "quorum", **_without(waiting)})
+
+
+def _without(queue):
+    return {
+        "x-message-ttl": 250,
+        "x-dead-letter-exchange": "",
+        "x-dead-letter-routing-key": queue.name.rpartition(":retry")[0],
+        "x-dead-letter-strategy": "at-least-once",
+        "x-overflow": "reject-publish",
+    }
+
+
+async def test_a_classic_queue_counts_retries_only(rabbitmq_url, prefix):
+    async with RabbitMQMessageBroker(rabbitmq_url, prefix, queue_type="classic") as broker:
+        assert broker.capabilities.delivery_count == "retries"
+        await collect(broker)
+        await broker.send_message(counted(1))
+        attempts = []
+        for _ in range(2):
+            async with broker.subscribe([COUNTED], group="readers") as deliveries:
+                attempts.append((await anext(deliveries)).attempt)
+        async with broker.subscribe([COUNTED], group="readers") as deliveries:
+            await (await anext(deliveries)).retry(after=0.05)
+            attempts.append((await anext(deliveries)).attempt)
+    assert attempts == [1, 1, 2]

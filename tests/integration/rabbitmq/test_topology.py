@@ -1,0 +1,178 @@
+"""Exchanges and queues: other settings, deletion, and the audit."""
+
+import asyncio
+import gc
+import logging
+from time import monotonic
+
+import pytest
+from aiormq.connection import Connection
+
+from diator.brokers.audit import audit
+from diator.brokers.rabbitmq import RabbitMQMessageBroker, _subscription
+from diator.brokers.rabbitmq._channel import Address
+from diator.exceptions import (
+    BrokerUnavailable,
+    ConfigurationError,
+    MessageUnroutable,
+)
+from tests.integration.rabbitmq.helpers import COUNTED, RECONNECT, SLACK, become, collect, counted, numbers
+
+
+async def test_trap_8_a_queue_with_other_settings_is_a_clear_error(broker, plain, queue):
+    await plain.declare_queue(queue, durable=True, arguments={"x-queue-type": "classic"})
+
+    with pytest.raises(ConfigurationError, match=r"inequivalent arg 'x-.*delete what is there"):
+        await collect(broker)
+
+
+async def test_a_queue_that_gets_other_settings_while_it_is_read_ends_the_subscription(broker, plain, queue):
+    async with broker.subscribe([COUNTED], group="readers") as deliveries:
+
+        async def replace():
+            await plain.queue_delete(queue)
+            await plain.declare_queue(queue, durable=True, arguments={"x-queue-type": "classic"})
+
+        waiting = asyncio.create_task(anext(deliveries))
+        await replace()
+        with pytest.raises(ConfigurationError, match="delete what is there"):
+            await asyncio.wait_for(waiting, RECONNECT.max_delay + SLACK)
+
+
+async def test_trap_2_a_queue_that_is_deleted_is_there_again_and_the_gap_is_told(broker, plain, queue):
+    gaps = []
+    async with broker.subscribe([COUNTED], group="readers", on_gap=gaps.append) as deliveries:
+        await broker.send_message(counted(1))
+        assert await numbers(deliveries, 1) == [1]
+
+        await plain.queue_delete(queue)
+
+        await become(gaps.__len__, 1)
+        await broker.send_message(counted(2))
+        assert await numbers(deliveries, 1) == [2]
+    assert "queue is gone" in gaps[0].reason
+
+
+async def test_an_exchange_that_is_deleted_is_there_again_and_the_gap_is_told(broker, plain, prefix):
+    """Nobody tells those whose queues were bound to it."""
+    gaps = []
+    async with broker.subscribe([COUNTED], group="readers", on_gap=gaps.append) as deliveries:
+        await plain.exchange_delete(prefix)
+
+        await become(gaps.__len__, 1)
+        await broker.send_message(counted(2))
+        assert await numbers(deliveries, 1) == [2]
+
+
+async def test_a_queue_that_was_lost_while_nobody_was_connected_is_a_gap(behind_proxy, proxy, plain, queue):
+    gaps = []
+    async with behind_proxy.subscribe([COUNTED], group="readers", on_gap=gaps.append) as deliveries:
+        proxy.refuse()
+        proxy.reset()
+        await plain.queue_delete(queue)
+        await proxy.heal()
+
+        await become(gaps.__len__, 1)
+        await behind_proxy.send_message(counted(1))
+        assert await numbers(deliveries, 1) == [1]
+
+
+async def test_a_lost_connection_alone_is_no_gap(behind_proxy, proxy):
+    gaps = []
+    async with behind_proxy.subscribe([COUNTED], on_gap=gaps.append) as deliveries:
+        before = proxy.accepted
+        proxy.reset()
+        await become(lambda: proxy.accepted, before + 1)
+        await behind_proxy.send_message(counted(1))
+        assert await numbers(deliveries, 1) == [1]
+    assert gaps == []
+
+
+async def test_a_subscription_without_a_group_takes_its_queue_along(broker, rabbitmq_url, prefix):
+    async with broker.subscribe([COUNTED]):
+        await broker.send_message(counted())
+    with pytest.raises(MessageUnroutable):
+        await broker.send_message(counted())
+
+
+async def test_an_audit_of_what_diator_declared_finds_nothing(broker):
+    async with broker.subscribe([COUNTED], group="readers"):
+        await broker.send_message(counted())
+        assert await audit(broker) == []
+
+
+async def test_an_audit_finds_what_is_gone_or_otherwise(broker, plain, queue, prefix):
+    async with broker.subscribe([COUNTED], group="readers"):
+        await plain.queue_delete(f"{queue}:dead")
+        await plain.declare_queue(f"{queue}:dead", durable=True, arguments={"x-queue-type": "classic"})
+        otherwise = await audit(broker)
+        await plain.queue_delete(f"{queue}:dead")
+        gone = await audit(broker)
+    assert [(each.capability, "x-queue-type" in each.problem) for each in otherwise] == [("dead_letter", True)]
+    assert [(each.capability, "is gone" in each.problem) for each in gone] == [("dead_letter", True)]
+
+
+async def test_a_secret_is_in_no_error_log_or_repr(caplog, prefix):
+    caplog.set_level(logging.DEBUG)
+    broker = RabbitMQMessageBroker(f"amqp://guest:swordfish-{prefix}@127.0.0.1:1/", prefix, timeout=1.0)
+    texts = [repr(broker), repr(vars(broker))]
+    for doing in (broker.send_message(counted()), broker.subscribe([COUNTED]).__aenter__()):
+        with pytest.raises(BrokerUnavailable) as caught:
+            await doing
+        texts += [repr(caught.value), repr(caught.value.__cause__)]
+    await broker.aclose()
+
+    assert not [text for text in [*texts, caplog.text] if f"swordfish-{prefix}" in text]
+
+
+async def test_nothing_is_left_when_it_is_closed(rabbitmq_url, prefix):
+    tasks = len(asyncio.all_tasks())
+    async with (
+        RabbitMQMessageBroker(rabbitmq_url, prefix) as broker,
+        broker.subscribe([COUNTED], group="readers") as deliveries,
+    ):
+        await broker.send_message(counted(1))
+        await numbers(deliveries, 1)
+    await asyncio.sleep(0.05)
+    gc.collect()
+
+    assert len(asyncio.all_tasks()) == tasks
+
+
+async def test_cancelled_when_it_has_just_connected_it_leaves_no_connection(rabbitmq_url, monkeypatch):
+    """The client connects in a task of its own, which may be done when whoever waits for it is cancelled."""
+    connect, tasks = Connection.connect, asyncio.all_tasks()
+
+    async def connect_in_vain(connection):
+        await connect(connection)
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(Connection, "connect", connect_in_vain)
+    with pytest.raises(asyncio.CancelledError):
+        await Address(rabbitmq_url, None).dial("testing")
+
+    async with asyncio.timeout(5):
+        await asyncio.wait(asyncio.all_tasks() - tasks)
+
+
+async def test_cancelled_as_it_begins_to_consume_it_ends_at_once(broker, monkeypatch):
+    """RabbitMQ does not answer who closes a channel on which it has not yet confirmed a consumer."""
+    ask, consuming = _subscription.Connection.ask, asyncio.Event()
+
+    async def noticed(reading, frame):
+        if isinstance(frame, _subscription.commands.Basic.Consume):
+            consuming.set()
+        return await ask(reading, frame)
+
+    monkeypatch.setattr(_subscription.Connection, "ask", noticed)
+    async with broker.subscribe([COUNTED], group="readers"):
+        pass
+    await broker.send_messages([counted(number) for number in range(10)])
+    for _ in range(10):
+        consuming.clear()
+        entering = asyncio.create_task(broker.subscribe([COUNTED], group="readers").__aenter__())
+        await consuming.wait()
+        began = monotonic()
+        entering.cancel()
+        await asyncio.wait({entering})
+        assert monotonic() - began < 1

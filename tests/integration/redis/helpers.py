@@ -1,0 +1,89 @@
+"""What the tests of sending through Redis Pub/Sub share."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+
+from diator.brokers import Message
+from diator.brokers.redis import RedisMessageBroker
+
+TIMEOUT = 0.5
+"""Of the brokers whose Redis is in trouble, in seconds."""
+
+SLACK = 1.0
+"""How much later than promised a busy machine may be."""
+
+
+@dataclass(frozen=True)
+class Ears:
+    """A plain subscriber to all notification events below one prefix."""
+
+    client: Redis
+    pubsub: PubSub
+    prefix: str
+
+    async def heard(self) -> list[tuple[str, bytes]]:
+        """All that was published since the last call, in its order: channel and body."""
+        mark = f"{self.prefix}:notification_event:{uuid4()}"
+        await self.client.publish(mark, b"")
+        heard: list[tuple[str, bytes]] = []
+        while True:
+            found = await self.pubsub.get_message(ignore_subscribe_messages=True, timeout=5)
+            assert found is not None, "the subscriber hears nothing any more"
+            channel = found["channel"].decode()
+            if channel == mark:
+                return heard
+            heard.append((channel, found["data"]))
+
+    async def numbers(self) -> list[int]:
+        """The numbers in what `heard` gives."""
+        return [json.loads(body)["payload"]["n"] for _, body in await self.heard()]
+
+
+@asynccontextmanager
+async def listening(url: str, prefix: str) -> AsyncIterator[Ears]:
+    async with Redis.from_url(url, protocol=2) as client, client.pubsub() as pubsub:
+        await pubsub.psubscribe(f"{prefix}:notification_event:*")
+        assert await pubsub.get_message(timeout=5)
+        yield Ears(client, pubsub, prefix)
+
+
+def message(n: int = 0, **fields: Any) -> Message:
+    return Message.create(message_name="user_joined", payload={"n": n}, **fields)
+
+
+async def send_all(broker: RedisMessageBroker, *numbers: int) -> Counter[type | None]:
+    """Send these at once; count the verdicts, None being a success. Each says which message it is about."""
+    sent = [message(n) for n in numbers]
+    verdicts = await asyncio.gather(*map(broker.send_message, sent), return_exceptions=True)
+    for verdict, about in zip(verdicts, sent, strict=True):
+        assert verdict is None or verdict.message_id == about.message_id
+    return Counter(verdict and type(verdict) for verdict in verdicts)
+
+
+async def eventually(holds: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(5):
+        while not await holds():  # noqa: ASYNC110  # no event tells what Redis knows
+            await asyncio.sleep(0.01)
+
+
+async def connections(client: Redis, name: str) -> int:
+    """How many connections of this name Redis has."""
+    return sum(each["name"] == name for each in await client.client_list())
+
+
+def promised(timeout: float = TIMEOUT) -> asyncio.Timeout:
+    """What stands in here must be over when it was promised to be."""
+    return asyncio.timeout(timeout + SLACK)
+
+
+async def no_connections(client: Redis, name: str) -> bool:
+    return await connections(client, name) == 0

@@ -1,0 +1,259 @@
+"""A broker on the program's own client, whatever its options."""
+
+import asyncio
+import json
+import traceback
+from collections import Counter
+from typing import Any
+
+import fakeredis
+import pytest
+import redis as synchronous_redis
+from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ConstantBackoff
+
+from diator.brokers.redis import RedisMessageBroker
+from diator.exceptions import (
+    BrokerClosed,
+    BrokerUnavailable,
+    ConfigurationError,
+    OutcomeUnknown,
+)
+from diator.testing.fault_proxy import FaultProxy, Flow
+from tests.integration.redis.helpers import (
+    TIMEOUT,
+    Ears,
+    connections,
+    eventually,
+    message,
+    no_connections,
+    promised,
+    send_all,
+)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="default"),
+        pytest.param({"protocol": 2}, id="RESP2"),
+        pytest.param({"protocol": 3, "legacy_responses": False}, id="RESP3"),
+        pytest.param({"decode_responses": True}, id="decoding"),
+        pytest.param({"decode_responses": True, "protocol": 2}, id="decoding RESP2"),
+        pytest.param({"socket_timeout": None, "socket_connect_timeout": None}, id="patient"),
+        pytest.param({"health_check_interval": 1}, id="health checks"),
+        pytest.param({"retry": Retry(ConstantBackoff(0.01), 3)}, id="retrying"),
+        pytest.param({"single_connection_client": True}, id="single connection"),
+    ],
+)
+async def test_any_client_will_do(redis_url: str, prefix: str, ears: Ears, options: dict[str, Any]) -> None:
+    """The broker uses it beside the program and leaves it usable: before, meanwhile and after."""
+    async with Redis.from_url(redis_url, client_name=prefix, **options) as client:
+        assert await client.ping()
+        async with RedisMessageBroker(client, prefix) as broker:
+            assert await send_all(broker, *range(100)) == {None: 100}
+            assert await broker.publish(message(100)) == 1
+            assert await client.ping()
+            assert await connections(ears.client, prefix) <= 2
+
+        assert await client.ping()
+        assert await client.echo("hello") in (b"hello", "hello")
+
+    assert await ears.numbers() == list(range(101))
+
+
+@pytest.mark.parametrize("pool_type", [ConnectionPool, BlockingConnectionPool])
+async def test_a_small_pool(redis_url: str, prefix: str, ears: Ears, pool_type: type[ConnectionPool]) -> None:
+    """One connection is held while the broker is in use, and given back by `aclose`."""
+    async with Redis.from_pool(pool_type.from_url(redis_url, max_connections=2)) as client:
+        async with RedisMessageBroker(client, prefix) as broker:
+            assert await send_all(broker, *range(100)) == {None: 100}
+            assert await client.ping()
+
+        assert await asyncio.gather(client.ping(), client.ping())
+
+    assert await ears.numbers() == list(range(100))
+
+
+@pytest.mark.parametrize("pool_type", [ConnectionPool, BlockingConnectionPool])
+async def test_a_pool_of_one_connection(
+    redis_url: str, prefix: str, ears: Ears, pool_type: type[ConnectionPool]
+) -> None:
+    """The broker does not keep the only one to itself, and its callers do not take it from each other."""
+    async with Redis.from_pool(pool_type.from_url(redis_url, max_connections=1)) as client:
+        async with RedisMessageBroker(client, prefix) as broker:
+            assert await send_all(broker, *range(100)) == {None: 100}
+            assert await client.ping()
+
+        assert await client.ping()
+
+    assert sorted(await ears.numbers()) == list(range(100))
+
+
+@pytest.mark.parametrize("pool_type", [ConnectionPool, BlockingConnectionPool])
+async def test_a_pool_without_a_free_connection(redis_url: str, prefix: str, pool_type: type[ConnectionPool]) -> None:
+    """Nothing can be sent until the program gives one back."""
+    async with Redis.from_pool(pool_type.from_url(redis_url, max_connections=2)) as client:
+        broker = RedisMessageBroker(client, prefix, timeout=TIMEOUT)
+        async with client.pubsub() as one, client.pubsub() as other:
+            await one.subscribe(prefix)
+            await other.subscribe(prefix)
+            async with promised():
+                assert await send_all(broker, *range(10)) == {BrokerUnavailable: 10}
+
+        assert await send_all(broker, 1) == {None: 1}
+        await broker.aclose()
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+async def test_a_pooled_connection_that_redis_has_closed(
+    redis_url: str, prefix: str, ears: Ears, protocol: int
+) -> None:
+    """With RESP3, redis-py hands it out as if it were alive (its issue 4252)."""
+    async with Redis.from_url(redis_url, protocol=protocol, client_name=prefix) as client:
+        own = await client.client_id()
+        await ears.client.client_kill_filter(_id=str(own))
+        await asyncio.sleep(0.05)
+
+        async with RedisMessageBroker(client, prefix) as broker:
+            assert await send_all(broker, 1) == {None: 1}
+
+    assert await ears.numbers() == [1]
+
+
+async def test_closing_leaves_the_programs_connections_alone(redis_url: str, prefix: str, ears: Ears) -> None:
+    async with Redis.from_url(redis_url) as client, client.pubsub() as pubsub:
+        await pubsub.subscribe(prefix)
+        await pubsub.get_message(timeout=5)
+
+        async with RedisMessageBroker(client, prefix) as broker:
+            await broker.send_message(message())
+
+        assert await ears.client.publish(prefix, b"Are you there?") == 1
+
+
+async def test_the_program_closes_its_client_too_early(redis_url: str, prefix: str, ears: Ears) -> None:
+    """That costs the connection in use, and no more."""
+    client = Redis.from_url(redis_url, client_name=prefix)
+    async with RedisMessageBroker(client, prefix) as broker:
+        await broker.send_message(message(1))
+        await client.aclose()
+        await asyncio.sleep(0.05)
+
+        assert await send_all(broker, 2) == {None: 1}
+
+    await eventually(lambda: no_connections(ears.client, prefix))
+    assert await ears.numbers() == [1, 2]
+
+
+async def test_a_client_that_retries_does_not_send_twice(
+    proxy: FaultProxy, proxied_url: str, prefix: str, ears: Ears
+) -> None:
+    """The answer is withheld for longer than the client's patience, and the broker's."""
+    retry = Retry(ConstantBackoff(0.01), 5)
+    async with (
+        Redis.from_url(proxied_url, socket_timeout=0.1, retry=retry) as client,
+        RedisMessageBroker(client, prefix, timeout=TIMEOUT) as broker,
+    ):
+        proxy.withhold(Flow.TO_CLIENT)
+        async with promised():
+            assert await send_all(broker, 1) == {OutcomeUnknown: 1}
+        await proxy.heal()
+
+    assert await ears.numbers() == [1]
+
+
+async def test_a_client_that_is_patient_for_ever(proxy: FaultProxy, proxied_url: str, prefix: str) -> None:
+    """The broker's timeout holds, whatever the client's are."""
+    retry = Retry(ConstantBackoff(0.01), 1_000_000)
+    async with (
+        Redis.from_url(proxied_url, socket_timeout=None, socket_connect_timeout=None, retry=retry) as client,
+        RedisMessageBroker(client, prefix, timeout=TIMEOUT) as broker,
+    ):
+        proxy.black_hole()
+        async with promised():
+            assert await send_all(broker, *range(10)) == {OutcomeUnknown: 10}
+        async with promised():
+            assert await send_all(broker, *range(10)) == {BrokerUnavailable: 10}
+        proxy.refuse()
+        async with promised():
+            assert await send_all(broker, *range(10)) == {BrokerUnavailable: 10}
+
+
+async def test_a_fake_redis(prefix: str) -> None:
+    """A fakeredis has no connection that can be shared: it is used by its own commands."""
+    async with fakeredis.FakeAsyncRedis() as client, client.pubsub() as pubsub:
+        await pubsub.psubscribe(f"{prefix}:*")
+        await pubsub.get_message(timeout=1)
+
+        async with RedisMessageBroker(client, prefix) as broker:
+            assert await broker.publish(message(0)) == 1
+            await broker.send_messages([message(n) for n in range(1, 10)])
+        assert await send_all(broker, 10) == {BrokerClosed: 1}
+
+        heard = [await pubsub.get_message(timeout=1) for _ in range(10)]
+        assert [json.loads(each["data"])["payload"]["n"] for each in heard] == list(range(10))
+
+
+async def test_a_client_with_commands_of_its_own(proxy: FaultProxy, proxied_url: str, prefix: str, ears: Ears) -> None:
+    """A subclass that does something to every command, tracing for example, is not gone around."""
+    commands: list[object] = []
+
+    class Traced(Redis):
+        async def execute_command(self, *args: Any, **options: Any) -> Any:
+            commands.append(args[0])
+            return await super().execute_command(*args, **options)
+
+    async with Traced.from_url(proxied_url) as client:
+        async with RedisMessageBroker(client, prefix, timeout=TIMEOUT) as broker:
+            assert await send_all(broker, *range(10)) == {None: 10}
+            proxy.withhold(Flow.TO_CLIENT)
+            async with promised():
+                assert await send_all(broker, 10) == {OutcomeUnknown: 1}
+            await proxy.heal()
+            assert await send_all(broker, 11) == {None: 1}
+        assert await send_all(broker, 12) == {BrokerClosed: 1}
+
+    assert Counter(commands)[b"PUBLISH"] == 12
+    assert sorted(await ears.numbers()) == list(range(12))
+
+
+def test_a_synchronous_client() -> None:
+    with pytest.raises(ConfigurationError, match="synchronous"):
+        RedisMessageBroker(synchronous_redis.Redis())  # type: ignore[arg-type]  # the mistake
+
+
+def test_no_client_at_all() -> None:
+    with pytest.raises(ConfigurationError, match="from_url"):
+        RedisMessageBroker("redis://localhost")  # type: ignore[arg-type]  # the mistake
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "amqp://user:s3cr3t@localhost",
+        "localhost:6379",
+        "redis://user:s3cr3t/part@localhost:6379/0",
+        "redis://user:s3cr3t#part@localhost:6379/0",
+        "redis://user:s3cr3t@localhost:port/0",
+        "redis://user:s3cr3t@localhost/0?socket_timeout=soon",
+    ],
+)
+def test_an_address_that_is_none(url: str) -> None:
+    """It is refused at once, and what may be a password is not shown."""
+    with pytest.raises(ConfigurationError) as raised:
+        RedisMessageBroker.from_url(url)
+
+    assert "s3cr3t" not in "".join(traceback.format_exception(raised.value))
+
+
+async def test_a_password_is_never_shown(proxy: FaultProxy, prefix: str) -> None:
+    url = f"redis://user:s3cr3t@{proxy.host}:{proxy.port}/0"
+    proxy.refuse()
+    broker = RedisMessageBroker.from_url(url, prefix, timeout=TIMEOUT)
+
+    with pytest.raises(BrokerUnavailable) as raised:
+        await broker.send_message(message())
+
+    assert "s3cr3t" not in "".join(traceback.format_exception(raised.value)) + repr(broker)

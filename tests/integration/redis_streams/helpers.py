@@ -1,0 +1,113 @@
+"""What the tests of Redis Streams share."""
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from diator.brokers import Message
+from diator.brokers.base import Delivery, Topic
+from diator.consumer import Consumer
+from diator.events import EventMap, NotificationEvent
+
+COUNTED = Topic("notification_event", "Counted")
+
+LEASE = 0.6
+
+LONG = 60.0
+"""A lease that no test waits for."""
+
+TIMEOUT = 1.0
+
+SLACK = 1.0
+"""How much later than promised a busy machine may be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted(NotificationEvent):
+    number: int
+
+
+def message(number, topic=COUNTED, **fields) -> Message:
+    return Message.create(message_name=topic.message_name, payload={"number": number}, **fields)
+
+
+async def send(broker, *numbers) -> None:
+    await broker.send_messages([message(number) for number in numbers])
+
+
+def number_of(delivery) -> int:
+    return json.loads(delivery.body)["payload"]["number"]
+
+
+def subscribed(broker, *topics, group="billing", **options):
+    return broker.subscribe(topics or [COUNTED], group=group, **options)
+
+
+async def take(deliveries, count, *, within=5.0) -> list[Delivery]:
+    async with asyncio.timeout(within):
+        return [await anext(deliveries) for _ in range(count)]
+
+
+async def acked(deliveries, count, *, within=5.0) -> list[int]:
+    """Take and acknowledge *count* of them; what they say."""
+    numbers = []
+    async with asyncio.timeout(within):
+        for _ in range(count):
+            delivery = await anext(deliveries)
+            await delivery.ack()
+            numbers.append(number_of(delivery))
+    return numbers
+
+
+async def nothing_comes(deliveries, *, within=0.5) -> None:
+    with pytest.raises(TimeoutError):
+        await take(deliveries, 1, within=within)
+
+
+@asynccontextmanager
+async def consuming(broker, handle, **options):
+    """A consumer in its own task, whose handlers call *handle* with each event."""
+
+    async def handler(event: Counted) -> None:
+        if (waiting := handle(event)) is not None:
+            await waiting
+
+    event_map = EventMap()
+    event_map.bind(Counted, handler)
+    consumer = Consumer(broker, event_map=event_map, group="billing", **options)
+    running = asyncio.create_task(consumer.run(signals=False))
+    try:
+        yield consumer
+    finally:
+        consumer.stop()
+        await running
+
+
+async def eventually(holds, *, within=5.0) -> None:
+    async with asyncio.timeout(within):
+        while not await holds():  # noqa: ASYNC110  # no event tells what Redis knows
+            await asyncio.sleep(0.01)
+
+
+async def pending(admin, stream, group="billing") -> int:
+    return (await admin.xpending(stream, group))["pending"]
+
+
+async def nothing_left(admin, stream, group="billing") -> None:
+    """Of this group, wait until nothing is pending, unread or delayed."""
+
+    async def holds() -> bool:
+        for each in (stream, f"{stream}:{group}:again"):
+            (about,) = [about for about in await admin.xinfo_groups(each) if about["name"] == group.encode()]
+            if about["pending"] or about["lag"]:
+                return False
+        return not await admin.zcard(f"{stream}:{group}:delayed")
+
+    await eventually(holds)
+
+
+async def dead_letters(admin, stream, group="billing") -> list[dict[bytes, bytes]]:
+    return [fields for _, fields in await admin.xrange(f"{stream}:{group}:dead")]

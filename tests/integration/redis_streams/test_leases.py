@@ -1,0 +1,234 @@
+"""Leases: what a dead consumer held is claimed by another."""
+
+import asyncio
+from collections import Counter
+from contextlib import suppress
+from time import monotonic
+
+import pytest
+
+from diator.brokers.redis._connection import CommandConnection
+from diator.exceptions import BrokerUnavailable, OutcomeUnknown
+from tests.integration.redis_streams.helpers import (
+    LEASE,
+    LONG,
+    SLACK,
+    acked,
+    consuming,
+    dead_letters,
+    nothing_comes,
+    nothing_left,
+    number_of,
+    pending,
+    send,
+    subscribed,
+    take,
+)
+
+
+async def test_trap_3_what_a_dead_member_held_is_finished_by_another(
+    *, make, proxy, proxied_url, broker, admin, stream
+):
+    """Within the lease and two looks. A member that was only cut off does not take it back when it returns."""
+    cut_off = await make(proxied_url)
+    async with subscribed(cut_off) as deliveries, subscribed(broker) as others:
+        await asyncio.sleep(0.1)
+        while not deliveries._received:
+            await send(broker, 1)
+            await asyncio.sleep(0.05)
+            if others._received:
+                await acked(others, 1)
+        [held] = await take(deliveries, 1)
+        proxy.refuse()
+        proxy.cut()
+        died = monotonic()
+
+        [delivery] = await take(others, 1)
+        assert LEASE * 0.6 < monotonic() - died < LEASE + 2 + SLACK
+        assert (delivery.attempt, delivery.body) == (2, held.body)
+        await proxy.heal()
+        await asyncio.sleep(LEASE * 1.5)
+        ((owner),) = await admin.xpending_range(stream, "billing", "-", "+", 10)
+        assert owner["message_id"] == delivery.token.id
+        assert owner["consumer"] == delivery.settler.name
+        await delivery.ack()
+        await nothing_left(admin, stream)
+        await nothing_comes(deliveries)
+
+
+async def test_trap_4_a_long_handler_keeps_its_lease(make, redis_url, broker, admin, stream) -> None:
+    """And so does what waits behind it: three leases long, and each is handled once."""
+    handled = Counter()
+
+    def handle(event):
+        handled[event.number] += 1
+        return asyncio.sleep(LEASE * 3)
+
+    await send(broker, 1, 2)
+    second = await make(redis_url)
+    async with consuming(broker, handle), consuming(second, handle):
+        await nothing_left(admin, stream)
+
+    assert handled == {1: 1, 2: 1}
+
+
+async def test_a_lost_lease_is_not_stolen_back(make, redis_url, admin, stream) -> None:
+    broker = await make(redis_url, lease=1.5)
+    async with subscribed(broker) as deliveries:
+        await send(broker, 1)
+        [delivery] = await take(deliveries, 1)
+        await admin.xclaim(stream, "billing", "another", 0, [delivery.token.id], justid=True)
+        await asyncio.sleep(1.3)
+
+        [owner] = await admin.xpending_range(stream, "billing", "-", "+", 10)
+        assert (owner["consumer"], owner["times_delivered"]) == (b"another", 1)
+        assert owner["time_since_delivered"] > 1200
+        await admin.xack(stream, "billing", delivery.token.id)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_is_behind_many_that_are_held_is_found_too(*, make, redis_url, broker, admin, stream) -> None:
+    """Redis looks at ten pending entries for each that is asked for; behind them is more."""
+    reader = await make(redis_url, extra_prefetch=0)
+    await admin.xgroup_create(stream, "billing", "0", mkstream=True)
+    await send(broker, *range(31))
+    await admin.xreadgroup("billing", "alive", {stream: ">"}, count=30)
+    await admin.xreadgroup("billing", "dead", {stream: ">"}, count=1)
+    alive = [each["message_id"] for each in await admin.xpending_range(stream, "billing", "-", "+", 30)]
+
+    async def keep_alive() -> None:
+        while True:
+            await admin.xclaim(stream, "billing", "alive", 0, alive, justid=True)
+            await asyncio.sleep(LEASE / 4)
+
+    keeping = asyncio.create_task(keep_alive())
+    try:
+        async with subscribed(reader, prefetch=1) as deliveries:
+            assert await acked(deliveries, 1) == [30]
+    finally:
+        keeping.cancel()
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_was_taken_over_is_not_forgotten_when_looking_fails(*, make, redis_url, admin, stream, monkeypatch):
+    """The connection breaks between taking over and hearing how often each was delivered."""
+    broker = await make(redis_url)
+    await send(broker, 1, 2, 3)
+    await admin.xgroup_create(stream, "billing", "0")
+    await admin.xreadgroup("billing", "dead", {stream: ">"}, count=3)
+    execute, counts = CommandConnection.execute, 0
+
+    async def fail_once(self, *command, **options):
+        nonlocal counts
+        if command[0] == b"XPENDING":
+            counts += 1
+            if counts == 2:
+                raise OutcomeUnknown("the connection to Redis failed")
+        return await execute(self, *command, **options)
+
+    monkeypatch.setattr(CommandConnection, "execute", fail_once)
+    async with subscribed(broker) as deliveries:
+        assert sorted(await acked(deliveries, 3)) == [1, 2, 3]
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_is_acknowledged_while_it_is_taken_over_is_let_go(
+    *, make, redis_url, admin, stream, monkeypatch, caplog
+) -> None:
+    """Its old owner was late, and not dead."""
+    execute = CommandConnection.execute
+
+    async def acknowledged_first(self, *command, **options):
+        if command[0] == b"XPENDING" and b"1" in command[4:]:
+            await admin.xack(stream, "billing", command[3])
+        return await execute(self, *command, **options)
+
+    monkeypatch.setattr(CommandConnection, "execute", acknowledged_first)
+    broker = await make(redis_url)
+    await send(broker, 1)
+    await admin.xgroup_create(stream, "billing", "0")
+    await admin.xreadgroup("billing", "late", {stream: ">"}, count=1)
+    async with subscribed(broker) as deliveries:
+        await nothing_comes(deliveries, within=LEASE + SLACK)
+        await nothing_left(admin, stream)
+    assert "connecting again" not in caplog.text
+
+
+@pytest.mark.parametrize("outcome", ["dead_letter", "retry"])
+async def test_what_could_not_be_settled_comes_again(
+    *, make, proxy, proxied_url, broker, admin, stream, outcome
+) -> None:
+    """It failed while the service was away. It is nobody's then, and must not stay this member's for ever."""
+    reader = await make(proxied_url)
+    async with subscribed(reader) as deliveries:
+        await send(broker, 1)
+        [delivery] = await take(deliveries, 1)
+        proxy.refuse()
+        proxy.cut()
+        await asyncio.sleep(0.05)
+        with pytest.raises(BrokerUnavailable):
+            await (delivery.retry() if outcome == "retry" else delivery.dead_letter("bad"))
+        await proxy.heal()
+
+        [again] = await take(deliveries, 1, within=LEASE + 2 + SLACK)
+        assert (number_of(again), again.attempt) == (1, 2)
+        await again.ack()
+        await nothing_left(admin, stream)
+
+
+@pytest.mark.parametrize(
+    "settle",
+    [lambda each: each.ack(), lambda each: each.retry(), lambda each: each.dead_letter("bad")],
+    ids=["ack", "retry", "dead letter"],
+)
+async def test_what_another_has_taken_is_not_settled(patient, admin, stream, settle) -> None:
+    """
+    It is settled too late, and by the other one as well: aside, or given back, it would be there twice.
+
+    Acknowledged, it would be lost with the other one.
+    """
+    async with subscribed(patient) as deliveries:
+        await send(patient, 1, 2)
+        [delivery, own] = await take(deliveries, 2)
+        await admin.xclaim(stream, "billing", "another", 0, [delivery.token.id], justid=True)
+
+        await settle(delivery)
+        await own.ack()
+        await asyncio.sleep(0.1)
+
+        assert await pending(admin, stream) == 1
+        assert not await admin.xlen(f"{stream}:billing:again")
+        assert not await dead_letters(admin, stream)
+        await admin.xack(stream, "billing", delivery.token.id)
+
+
+@pytest.mark.parametrize("outcome", ["dead_letter", "retry"])
+async def test_what_is_settled_again_since_the_reply_was_lost_is_settled_once(
+    *, make, redis_url, admin, stream, monkeypatch, outcome
+) -> None:
+    execute, settled = CommandConnection.execute, 0
+
+    async def lose_one(self, *command, **options):
+        nonlocal settled
+        reply = await execute(self, *command, **options)
+        if command[0] == b"EVAL" and b"XACK" in command[1]:
+            settled += 1
+            if settled == 1:
+                raise OutcomeUnknown("the connection to Redis failed")
+        return reply
+
+    monkeypatch.setattr(CommandConnection, "execute", lose_one)
+    broker = await make(redis_url, lease=LONG)
+    async with subscribed(broker) as deliveries:
+        await send(broker, 1)
+        [delivery] = await take(deliveries, 1)
+        for _ in range(2):
+            with suppress(OutcomeUnknown):
+                await (delivery.retry() if outcome == "retry" else delivery.dead_letter("bad"))
+
+        assert settled == 2
+        if outcome == "retry":
+            assert await acked(deliveries, 1) == [1]
+            await nothing_comes(deliveries)
+        else:
+            assert len(await dead_letters(admin, stream)) == 1

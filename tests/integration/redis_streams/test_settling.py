@@ -1,0 +1,256 @@
+"""Acknowledging, requeueing and dead-lettering."""
+
+import asyncio
+import re
+from collections import Counter
+from time import monotonic
+
+import pytest
+
+from diator.brokers.base import Topic
+from diator.brokers.codec import decode
+from diator.brokers.redis import _streams
+from diator.retrying import RetryPolicy
+from tests.integration.redis_streams.helpers import (
+    COUNTED,
+    LONG,
+    SLACK,
+    acked,
+    consuming,
+    dead_letters,
+    eventually,
+    message,
+    nothing_comes,
+    nothing_left,
+    pending,
+    send,
+    subscribed,
+    take,
+)
+
+ONCE = RetryPolicy(immediate_retries=0, delayed_retries=0)
+
+
+async def test_acknowledgements_travel_together(make, redis_url, admin, stream) -> None:
+    """A thousand in a few commands; within milliseconds; and when the subscription ends, at once."""
+
+    async def told() -> int:
+        return (await admin.info("commandstats")).get("cmdstat_xack", {"calls": 0})["calls"]
+
+    broker = await make(redis_url, lease=LONG)
+    before = await told()
+    async with subscribed(broker) as deliveries:
+        await send(broker, *range(1000))
+        await acked(deliveries, 1000)
+        await asyncio.sleep(0.1)
+        assert await pending(admin, stream) == 0
+        assert await told() - before <= 50
+        await send(broker, 1)
+        await acked(deliveries, 1)
+    assert await pending(admin, stream) == 0
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_retry_comes_when_it_is_due(broker, admin, stream) -> None:
+    """Not before, as the next attempt, with all that it was sent with, to whoever is there then."""
+    await broker.send_message(sent := message(1, key="meeting-7", headers={"a": "b", "c": "d"}))
+    failed = 0.0
+    for attempt in range(1, 6):
+        async with subscribed(broker) as deliveries:
+            [delivery] = await take(deliveries, 1)
+            if attempt > 1:
+                assert 0.3 <= monotonic() - failed < 0.3 + 0.3 + SLACK
+            assert (delivery.attempt, delivery.topic) == (attempt, COUNTED)
+            assert decode(delivery.body, headers=delivery.headers) == sent
+            failed = monotonic()
+            await (delivery.ack() if attempt == 5 else delivery.retry(after=0.3))
+            if attempt % 2:
+                await nothing_comes(deliveries, within=0.2)
+    await nothing_left(admin, stream)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_a_dead_member_held_is_taken_over_as_it_can_begin(broker, admin, stream) -> None:
+    """One of it may be what killed that member. What has not been begun is not to be counted with it."""
+    await send(broker, *range(10))
+    await admin.xgroup_create(stream, "billing", "0")
+    await admin.xreadgroup("billing", "dead", {stream: ">"}, count=10)
+
+    async with subscribed(broker, prefetch=2) as deliveries:
+        [first, second] = await take(deliveries, 2)
+        await asyncio.sleep(0.3)
+        left = await admin.xpending_range(stream, "billing", "-", "+", 10, "dead")
+        assert [each["times_delivered"] for each in left] == [1] * 8
+        assert (first.attempt, second.attempt) == (2, 2)
+        await first.ack()
+        await second.ack()
+        assert await acked(deliveries, 8) == [*range(2, 10)]
+    await nothing_left(admin, stream)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "late", [lambda each: each.retry(), lambda each: each.dead_letter("too late")], ids=["retry", "dead letter"]
+)
+async def test_whoever_settles_too_late_changes_nothing(broker, admin, stream, late) -> None:
+    """Another member took it over, and has handled it: it must not come back, nor be put aside."""
+    async with subscribed(broker) as deliveries:
+        await send(broker, 1)
+        [delivery] = await take(deliveries, 1)
+        await admin.xclaim(stream, "billing", "another", 0, [delivery.token.id])
+        await admin.xack(stream, "billing", delivery.token.id)
+        await late(delivery)
+        await nothing_comes(deliveries, within=0.5)
+    await nothing_left(admin, stream)
+    assert not await admin.exists(f"{stream}:billing:dead")
+
+
+async def test_a_retry_without_a_delay_waits_for_nothing(broker, admin, stream, monkeypatch) -> None:
+    """Not even for the next look at what is due."""
+    monkeypatch.setattr(_streams, "_SCAN", 3.0)
+    async with subscribed(broker) as deliveries:
+        await send(broker, 1)
+        for attempt in range(1, 6):
+            [delivery] = await take(deliveries, 1, within=SLACK)
+            assert delivery.attempt == attempt
+            await (delivery.ack() if attempt == 5 else delivery.retry())
+    await nothing_left(admin, stream)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_crash_after_a_retry_counts_too(broker, admin, stream) -> None:
+    """What was delivered twice, given back, and then lost with its member comes as the fourth."""
+    again = f"{stream}:billing:again"
+    async with subscribed(broker) as deliveries:
+        await send(broker, 1)
+        for _ in range(2):
+            [delivery] = await take(deliveries, 1)
+            await delivery.retry()
+    await admin.xautoclaim(again, "billing", "dead", 0)
+    async with subscribed(broker) as deliveries:
+        [delivery] = await take(deliveries, 1)
+        assert delivery.attempt == 4
+        await delivery.ack()
+
+
+async def test_many_retries_that_are_due_at_once_come_at_once(broker) -> None:
+    """Whatever made so many fail at the same time, they do not come back one hundred a second."""
+    async with subscribed(broker, prefetch=500) as deliveries:
+        await send(broker, *range(500))
+        for delivery in await take(deliveries, 500):
+            await delivery.retry(after=0.1)
+
+        assert sorted(await acked(deliveries, 500, within=1 + 2 * SLACK)) == [*range(500)]
+
+
+@pytest.mark.usefixtures("quick")
+async def test_messages_of_one_content_are_retried_one_by_one(broker) -> None:
+    """Two that are the same to the last byte are two, also while they wait."""
+    twice = message(1)
+    async with subscribed(broker) as deliveries:
+        await broker.send_messages([twice, twice])
+        for delivery in await take(deliveries, 2):
+            await delivery.retry(after=0.1)
+
+        assert [each.attempt for each in await take(deliveries, 2)] == [2, 2]
+
+
+@pytest.mark.usefixtures("quick")
+async def test_topics_of_which_one_is_the_beginning_of_the_other(broker, admin, prefix) -> None:
+    """What is retried or put aside stays where it belongs."""
+    topics = short, long = Topic("notification_event", "user"), Topic("notification_event", "user:joined")
+    async with subscribed(broker, *topics) as deliveries:
+        await broker.send_message(message(1, long))
+        for attempt in (1, 2, 3):
+            [delivery] = await take(deliveries, 1)
+            assert (delivery.topic, delivery.attempt) == (long, attempt)
+            await (delivery.retry() if attempt < 3 else delivery.dead_letter("bad"))
+
+        assert len(await dead_letters(admin, f"{prefix}:{long.message_type}:{long.message_name}")) == 1
+        assert await dead_letters(admin, f"{prefix}:{short.message_type}:{short.message_name}") == []
+
+
+@pytest.mark.usefixtures("quick")
+async def test_trap_5_poison_is_put_aside_once(make, redis_url, broker, admin, stream) -> None:
+    """After exactly so many attempts, by two members: with reason and provenance, and the original acknowledged."""
+    handled, attempts = Counter(), []
+
+    def handle(event):
+        handled[event.number] += 1
+        if event.number == 13:
+            raise ValueError("s3cr3t")
+
+    options = {
+        "retry": RetryPolicy(
+            immediate_retries=1, immediate_pause=0, delayed_retries=2, first_delay=0.1, backoff_factor=1
+        ),
+        "on_handled": lambda done: attempts.append(done.attempt) if done.outcome != "acked" else None,
+    }
+    async with consuming(broker, handle, **options), consuming(await make(redis_url), handle, **options):
+        await broker.send_message(sent := message(13, key="k", headers={"a": "b"}))
+        [(entry, _)] = await admin.xrange(stream)
+        await send(broker, *range(5))
+
+        async def put_aside() -> bool:
+            return bool(await dead_letters(admin, stream))
+
+        await eventually(put_aside)
+        await nothing_left(admin, stream)
+        await asyncio.sleep(0.3)
+
+    assert attempts == [1, 2, 3]
+    assert handled == {13: 6, **dict.fromkeys(range(5), 1)}
+    [letter] = await dead_letters(admin, stream)
+    letter = {name.decode(): value for name, value in letter.items()}
+    assert decode(letter.pop("body"), headers={"key": "k", "a": "b"}) == sent
+    assert re.fullmatch(rb"\d{4}-\d\d-\d\dT.*\+00:00", letter.pop("diator-dlq-last-failed-at"))
+    assert letter == {
+        "key": b"k",
+        "a": b"b",
+        "diator-dlq-version": b"1",
+        "diator-dlq-reason": b"retries-exhausted: ValueError",
+        "diator-dlq-source": stream.encode(),
+        "diator-dlq-entry-id": entry,
+        "diator-dlq-consumer-group": b"billing",
+        "diator-dlq-attempts": b"3",
+    }
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hello": "world"},
+        {"body": ""},
+        {"body": b"\xff\xfe\x00"},
+        {"body": "{}", b"\xff": b"\xff"},
+        {"again": "and again"},
+        {"again": b"\x93\x90\x01\xa1x"},
+        {f"field-{n}": "x" for n in range(5_000)},
+        {"body": "[" * 100_000},
+    ],
+    ids=["no body", "empty", "no text", "no text in a header", "again", "again in MessagePack", "many", "deep"],
+)
+@pytest.mark.usefixtures("quick")
+async def test_a_foreign_entry_is_put_aside(broker, admin, stream, fields, caplog) -> None:
+    """With a reason, as it was; what comes with it and after it is handled."""
+    handled, reasons = [], []
+    foreign = await admin.xadd(stream, fields)
+    await send(broker, 1)
+    async with consuming(
+        broker,
+        lambda event: handled.append(event.number),
+        retry=ONCE,
+        on_handled=lambda done: reasons.append(done.reason) if done.outcome == "dead_lettered" else None,
+    ):
+
+        async def done() -> bool:
+            return bool(await dead_letters(admin, stream)) and handled == [1]
+
+        await eventually(done)
+        await nothing_left(admin, stream)
+
+    assert [reason.partition(":")[0] for reason in reasons] == ["undecodable"]
+    [letter] = await dead_letters(admin, stream)
+    assert letter[b"diator-dlq-entry-id"] == foreign
+    assert len([field for field in letter if not field.startswith(b"diator-")]) == len(fields)
+    assert "world" not in caplog.text

@@ -1,0 +1,94 @@
+"""What the tests of the consumer share."""
+
+import asyncio
+
+import pytest
+
+from diator.brokers.base import Topic
+from diator.consumer import DEFAULT_GROUP, Consumer
+from diator.retrying import RetryPolicy
+from tests.unit.doubles import (
+    UserJoined,
+    events_of,
+    running,
+    until,
+)
+
+JOINED = Topic("notification_event", "UserJoined")
+
+CANARY = "canary-4711"
+
+ONCE = RetryPolicy(immediate_retries=0, delayed_retries=0)
+
+
+def quick(immediate_retries=0, delayed_retries=0, **options):
+    """A policy without any waiting."""
+    return RetryPolicy(
+        immediate_retries=immediate_retries,
+        immediate_pause=0,
+        delayed_retries=delayed_retries,
+        first_delay=0,
+        **options,
+    )
+
+
+async def on_joined(event: UserJoined) -> None: ...
+
+
+def consumer_of(broker, *handlers, **options):
+    """A consumer, and the list of what it tells of each delivery."""
+    told = []
+    consumer = Consumer(broker, event_map=events_of(*handlers), **{"on_handled": told.append, **options})
+    return consumer, told
+
+
+async def consume(broker, *handlers, count=1, **options):
+    """Run a consumer until *count* deliveries were handled; what it told of them."""
+    consumer, told = consumer_of(broker, *handlers, **options)
+    async with running(consumer) as run:
+        await until(lambda: len(told) >= count or run.done())
+    return told
+
+
+def outcomes(told):
+    return [handled.outcome for handled in told]
+
+
+async def left_in(broker, count, group=DEFAULT_GROUP, topic=JOINED):
+    """What *group* has not settled: numbers of attempts."""
+    async with broker.subscribe({topic}, group=group) as deliveries, asyncio.timeout(1):
+        return [(await anext(deliveries)).attempt for _ in range(count)]
+
+
+async def is_drained(broker, group=DEFAULT_GROUP):
+    with pytest.raises(TimeoutError):
+        async with broker.subscribe({JOINED}, group=group) as deliveries, asyncio.timeout(0.01):
+            await anext(deliveries)
+    return True
+
+
+async def cancelling(*_):
+    """Wait for something that somebody cancels: a handler, or a middleware."""
+    something = asyncio.get_running_loop().create_future()
+    something.cancel()
+    await something
+
+
+JOIN = UserJoined()
+
+
+class Slow:
+    """A handler that waits in the middle, and can be let go."""
+
+    def __init__(self):
+        self.gate, self.begun, self.done, self.cancelled = asyncio.Event(), [], [], []
+
+    async def __call__(self, event: UserJoined) -> None:
+        self.begun.append(event.user_id)
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0.005)  # it cleans up
+            self.cancelled.append(event.user_id)
+            raise
+        self.done.append(event.user_id)

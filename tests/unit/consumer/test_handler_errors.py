@@ -1,0 +1,99 @@
+"""What handlers may raise."""
+
+import contextlib
+
+import pytest
+
+from diator.container import Container
+from diator.events import EventEmitter, Events
+from diator.exceptions import (
+    BrokerUnavailable,
+)
+from diator.middlewares import BaseMiddleware
+from tests.unit.consumer.helpers import JOIN, ONCE, consume, quick
+from tests.unit.doubles import (
+    Api,
+    Greeted,
+    MeetingChanged,
+    Noticed,
+    Scripted,
+    UserJoined,
+    body_of,
+    events_of,
+)
+
+
+async def raising(event: UserJoined, events: Events) -> None:
+    events += [Noticed(), MeetingChanged()]
+
+
+async def test_what_handlers_raise_is_handled_and_sent_before_the_acknowledgement():
+    async def on_noticed(event: Noticed, events: Events) -> None:
+        broker.log.append("noticed")
+        events.append(Greeted())
+
+    broker = Scripted(body_of(JOIN))
+    await consume(broker, raising, on_noticed)
+
+    assert broker.log == ["noticed", ("send", "MeetingChanged"), ("ack",)]
+
+
+async def test_what_handlers_raise_goes_by_the_emitter_that_is_given():
+    async def on_noticed(event: Noticed) -> None: ...
+
+    elsewhere, broker = Scripted(), Scripted(body_of(JOIN))
+    await consume(broker, raising, event_emitter=EventEmitter(events_of(on_noticed), message_broker=elsewhere))
+
+    assert (elsewhere.log, broker.log) == ([("send", "MeetingChanged")], [("ack",)])
+
+
+async def test_if_sending_fails_the_delivery_is_retried():
+    broker = Scripted(body_of(JOIN), failing={"send": BrokerUnavailable("it is away")})
+    [handled] = await consume(broker, raising, retry=quick(immediate_retries=1, delayed_retries=1))
+
+    assert (broker.log, handled.reason) == ([("retry",)], "retries-exhausted: BrokerUnavailable")
+
+
+async def test_a_failed_handler_sends_nothing():
+    async def failing(event: UserJoined) -> None:
+        raise LookupError
+
+    broker = Scripted(body_of(JOIN))
+    await consume(broker, raising, failing, retry=ONCE)
+
+    assert [what for what, *_ in broker.log] == ["dead_letter"]
+
+
+async def swallowing(message, handle):
+    with contextlib.suppress(Exception):
+        await handle(message)
+
+
+@pytest.mark.parametrize(("middlewares", "outcome"), [([], "dead_letter"), ([swallowing], "ack")])
+async def test_what_a_commit_that_failed_would_have_announced_is_not_sent(middlewares, outcome):
+    """Else others act on what never happened, once more with every retry."""
+
+    async def make_api():
+        yield Api()
+        raise OSError("the commit failed")
+
+    async def storing(event: UserJoined, api: Api, events: Events) -> None:
+        events.append(MeetingChanged())
+
+    container = Container()
+    container.register(Api, make_api, lifetime="scoped")
+    broker = Scripted(body_of(JOIN))
+    await consume(broker, storing, container=container, middlewares=middlewares, retry=ONCE)
+
+    assert [what for what, *_ in broker.log] == [outcome]
+
+
+async def test_a_middleware_that_fails_after_the_handler_keeps_its_events_back():
+    class Failing(BaseMiddleware):
+        async def process_response(self, response):
+            raise LookupError
+
+    broker = Scripted(body_of(JOIN))
+    await consume(broker, raising, middlewares=[Failing()], retry=ONCE)
+
+    assert [what for what, *_ in broker.log] == ["dead_letter"]

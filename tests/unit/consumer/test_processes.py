@@ -1,0 +1,147 @@
+"""Consumers in processes of their own: signals, exit codes, command lines."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import diator
+from diator.consumer import Consumer
+from tests.unit.consumer.helpers import JOIN, consumer_of, on_joined, outcomes
+from tests.unit.doubles import (
+    Scripted,
+    body_of,
+    events_of,
+    running,
+)
+
+PROGRAM = """
+import asyncio, sys
+from diator.brokers.base import Topic
+from diator.consumer import Consumer
+from tests.unit.doubles import UserJoined, events_of, holding
+
+JOINED = Topic("notification_event", "UserJoined")
+
+async def on_joined(event: UserJoined) -> None:
+    print("begun", flush=True)
+    await asyncio.sleep({seconds})
+    {then}
+    print("done", flush=True)
+
+async def consume(broker):
+    consumers = [Consumer(broker, event_map=events_of(on_joined), group=group) for group in {groups}]
+    await asyncio.gather(*[consumer.run() for consumer in consumers])
+    print("ended", flush=True)
+
+async def attempts(broker):
+    async with broker.subscribe({{JOINED}}, group="diator") as deliveries:
+        print("attempts", [(await anext(deliveries)).attempt for _ in range(2)], flush=True)
+
+broker = asyncio.run(holding(UserJoined(), UserJoined()))
+try:
+    asyncio.run(consume(broker))
+finally:
+    asyncio.run(attempts(broker)) if {look} else None
+"""
+
+
+def program(*signals, seconds=0.3, then="", groups=("diator",), look=False):
+    """Run it, send it *signals* once handlers have begun; what it said, and how it ended."""
+    source = PROGRAM.format(seconds=seconds, then=then, groups=groups, look=look)
+    with subprocess.Popen(
+        [sys.executable, "-c", source],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(diator.__file__).parents[1],
+    ) as process:
+        watchdog = threading.Timer(5, process.kill)
+        watchdog.start()
+        said = [process.stdout.readline()]
+        for number in signals:
+            process.send_signal(number)
+        said += process.stdout
+        errors = process.stderr.read()
+        watchdog.cancel()
+    return [line.strip() for line in said], errors, process.returncode
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_what_runs(number):
+    assert program(number) == (["begun", "done", "ended"], "", 0)
+
+
+def test_a_second_signal_stops_at_once():
+    said, _, code = program(signal.SIGTERM, signal.SIGINT, seconds=60, look=True)
+
+    assert (said, code) == (["begun", "ended", "attempts [2, 1]"], 0)
+
+
+def test_a_signal_stops_all_consumers_of_the_process():
+    said, errors, code = program(signal.SIGTERM, groups=("diator", "other"))
+
+    assert (said[-1], errors, code) == ("ended", "", 0)
+
+
+def test_a_handler_that_exits_ends_the_process_and_its_message_comes_again():
+    said, _, code = program(seconds=0, then="sys.exit(3)", look=True)
+
+    assert (said, code) == (["begun", "attempts [2, 1]"], 3)
+
+
+@pytest.mark.parametrize("in_a_thread", [False, True])
+async def test_it_runs_where_there_are_no_signals_too(in_a_thread, monkeypatch):
+    """On Windows a loop has none; elsewhere only that of the main thread has."""
+
+    def no_signals(*_):
+        raise NotImplementedError
+
+    async def run():
+        if not in_a_thread:
+            loop = asyncio.get_running_loop()
+            monkeypatch.setattr(loop, "add_signal_handler", no_signals)
+            monkeypatch.setattr(loop, "remove_signal_handler", no_signals)
+        told = []
+        consumer = Consumer(Scripted(body_of(JOIN)), event_map=events_of(on_joined), on_handled=told.append)
+        asyncio.get_running_loop().call_later(0.01, consumer.stop)
+        await consumer.run()
+        return outcomes(told)
+
+    assert await (asyncio.to_thread(asyncio.run, run()) if in_a_thread else run()) == ["acked"]
+
+
+async def test_afterwards_a_signal_does_what_it_did_before():
+    """However many consumers there were, and in whatever order they ended."""
+
+    def ours(*_): ...
+
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        consumers = [consumer_of(Scripted(), on_joined)[0] for _ in range(2)]
+        running = [asyncio.create_task(consumer.run()) for consumer in consumers]
+        for consumer, run in zip(consumers, running, strict=True):
+            await asyncio.sleep(0.01)
+            assert signal.getsignal(signal.SIGTERM) is not ours
+            consumer.stop()
+            await run
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+async def test_without_signals_those_of_the_program_stay():
+    called = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, called.set)
+    try:
+        async with running(consumer_of(Scripted(), on_joined)[0]):
+            signal.raise_signal(signal.SIGTERM)
+            async with asyncio.timeout(1):
+                await called.wait()
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)

@@ -1,0 +1,113 @@
+"""What a consumer reports: `on_handled`, `on_gap`, `health()` and the log."""
+
+import asyncio
+from datetime import UTC, datetime
+
+import pytest
+
+from diator.brokers import Message
+from diator.brokers.base import Gap
+from diator.brokers.memory import MemoryMessageBroker
+from diator.exceptions import (
+    BrokerUnavailable,
+)
+from tests.unit.consumer.helpers import JOIN, Slow, consumer_of, on_joined
+from tests.unit.doubles import (
+    Scripted,
+    UserJoined,
+    body_of,
+    holding,
+    running,
+    until,
+)
+
+
+async def test_health_tells_how_it_gets_on():
+    broker = await holding(UserJoined())
+    slow = Slow()
+    consumer, told = consumer_of(broker, slow)
+    idle = consumer.health()
+    assert (idle.receiving, idle.in_flight, idle.oldest_in_flight, idle.gaps) == (False, 0, 0, 0)
+
+    async with running(consumer):
+        await until(lambda: slow.begun)
+        await asyncio.sleep(0.02)
+        busy = consumer.health()
+        slow.gate.set()
+        await until(lambda: told)
+        after = consumer.health()
+
+    assert (busy.receiving, busy.in_flight) == (True, 1)
+    assert 0.02 <= busy.oldest_in_flight <= busy.since_last_progress
+    assert (after.in_flight, after.oldest_in_flight) == (0, 0)
+    assert after.since_last_progress < busy.since_last_progress
+    assert not consumer.health().receiving
+
+
+@pytest.mark.parametrize("end", ["cancelled", "failed"])
+async def test_a_run_that_ended_receives_no_more(end):
+    """However it ended: a probe that goes on saying yes keeps a dead process alive."""
+
+    class Broken(Scripted):
+        async def __anext__(self):
+            if end == "failed":
+                raise BrokerUnavailable("away")
+            return await super().__anext__()
+
+    consumer, _ = consumer_of(Broken(), on_joined)
+    run = asyncio.create_task(consumer.run(signals=False))
+    await asyncio.sleep(0.005)
+    run.cancel()
+    await asyncio.gather(run, return_exceptions=True)
+
+    assert not consumer.health().receiving
+
+
+async def test_errors_in_on_handled_are_logged_and_harmless(caplog):
+    def broken(handled):
+        calls.append(handled)
+        raise LookupError("a metric is missing")
+
+    calls = []
+    consumer, _ = consumer_of(broker := Scripted(body_of(JOIN), body_of(JOIN)), on_joined, on_handled=broken)
+    async with running(consumer):
+        await until(lambda: len(calls) == 2)
+
+    assert broker.log == [("ack",), ("ack",)]
+    assert [record.getMessage() for record in caplog.records] == ["on_handled failed"] * 2
+    assert "a metric is missing" in caplog.text
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+async def test_gaps_are_counted_logged_and_told(breaks, caplog):
+    def on_gap(gap):
+        gaps.append(gap)
+        if breaks:
+            raise LookupError("a metric is missing")
+
+    gaps, gap = [], Gap(since=datetime(2026, 1, 1, tzinfo=UTC), until=datetime.now(UTC), reason="connection lost")
+    consumer, _ = consumer_of(broker := Scripted(), on_joined, on_gap=on_gap)
+    async with running(consumer):
+        await asyncio.sleep(0)
+        broker.on_gap(gap)
+
+    assert (gaps, consumer.health().gaps) == ([gap], 1)
+    assert "messages may have been missed between 2026-01-01" in caplog.text
+    assert ("on_gap failed" in caplog.text) == breaks
+
+
+async def test_a_message_without_an_event_class_is_handled_too():
+    """What another program sends by hand has the same wire format."""
+    got = []
+
+    async def on_user(event: UserJoined) -> None:
+        got.append(event.user_id)
+
+    broker = MemoryMessageBroker()
+    consumer, told = consumer_of(broker, on_user)
+    async with running(consumer):
+        await asyncio.sleep(0)
+        await broker.send_message(Message.create(message_name="UserJoined", payload={"user_id": 9}))
+        await until(lambda: told)
+
+    assert got == [9]

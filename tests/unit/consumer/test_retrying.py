@@ -1,0 +1,207 @@
+"""What a consumer does when a handler fails: retry at once, requeue, dead-letter."""
+
+import asyncio
+
+import pytest
+
+from diator.exceptions import (
+    EventHandlersFailed,
+)
+from diator.retrying import PermanentError, RetryPolicy
+from tests.unit.consumer.helpers import (
+    CANARY,
+    JOIN,
+    cancelling,
+    consume,
+    consumer_of,
+    is_drained,
+    left_in,
+    outcomes,
+    quick,
+)
+from tests.unit.doubles import (
+    Scripted,
+    UserJoined,
+    body_of,
+    holding,
+    until,
+)
+
+
+@pytest.mark.parametrize("consumers", [1, 3])
+@pytest.mark.parametrize(("immediate", "delayed"), [(0, 0), (2, 0), (0, 3), (1, 2), (2, 5)])
+async def test_a_failing_message_is_handled_exactly_so_often_and_then_put_aside_once(immediate, delayed, consumers):
+    runs, told = 0, []
+
+    async def failing(event: UserJoined) -> None:
+        nonlocal runs
+        runs += 1
+        raise LookupError(CANARY)
+
+    broker, retry = await holding(UserJoined()), quick(immediate, delayed)
+    several = [consumer_of(broker, failing, retry=retry, on_handled=told.append)[0] for _ in range(consumers)]
+    tasks = [asyncio.create_task(consumer.run(signals=False)) for consumer in several]
+    await until(lambda: broker.dead_letters)
+    for consumer in several:
+        consumer.stop()
+    await asyncio.gather(*tasks)
+
+    assert runs == (immediate + 1) * (delayed + 1)
+    assert [each.attempt for each in told] == [*range(1, delayed + 2)]
+    assert outcomes(told) == ["retried"] * delayed + ["dead_lettered"]
+    assert {each.reason for each in told} == {"retries-exhausted: LookupError"}
+    assert {type(each.error) for each in told} == {LookupError}
+    [letter] = broker.dead_letters
+    assert (letter.reason, letter.attempts) == ("retries-exhausted: LookupError", delayed + 1)
+    assert await is_drained(broker)
+
+
+async def test_what_succeeds_in_the_end_is_acknowledged():
+    runs = 0
+
+    async def failing_thrice(event: UserJoined) -> None:
+        nonlocal runs
+        runs += 1
+        if runs <= 3:
+            raise LookupError
+
+    broker = await holding(UserJoined())
+    told = await consume(broker, failing_thrice, retry=quick(immediate_retries=1, delayed_retries=5), count=2)
+
+    assert (runs, outcomes(told), broker.dead_letters) == (4, ["retried", "acked"], [])
+
+
+async def test_delays_are_the_policys():
+    class Timed(Scripted):
+        async def retry(self, delivery, after, /):
+            self.log.append(after)
+
+    async def failing(event: UserJoined) -> None:
+        raise LookupError
+
+    broker = Timed()
+    broker.script += [broker.delivery(body_of(UserJoined()), attempt=attempt) for attempt in (1, 2)]
+    await consume(broker, failing, retry=RetryPolicy(immediate_retries=0, first_delay=8, backoff_factor=4), count=2)
+
+    first, second = broker.log
+    assert 4 <= first <= 8
+    assert 16 <= second <= 32
+
+
+async def test_pauses_before_handling_again_in_place():
+    runs = []
+
+    async def failing(event: UserJoined) -> None:
+        runs.append(asyncio.get_running_loop().time())
+        raise LookupError
+
+    await consume(
+        Scripted(body_of(UserJoined())),
+        failing,
+        retry=RetryPolicy(immediate_retries=1, immediate_pause=0.04, delayed_retries=0),
+    )
+
+    assert 0.019 <= runs[1] - runs[0] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermanentError(), "permanent: PermanentError"),
+        (KeyError(), "permanent: KeyError"),
+        (EventHandlersFailed("", [OSError(), PermanentError()]), "permanent: EventHandlersFailed"),
+    ],
+)
+async def test_a_permanent_error_puts_aside_at_once(error, reason):
+    runs = 0
+
+    async def failing(event: UserJoined) -> None:
+        nonlocal runs
+        runs += 1
+        raise error
+
+    policy = quick(immediate_retries=3, delayed_retries=3, permanent=(PermanentError, LookupError))
+    told = await consume(broker := await holding(UserJoined()), failing, retry=policy)
+
+    assert (runs, outcomes(told), told[0].error) == (1, ["dead_lettered"], error)
+    assert [letter.reason for letter in broker.dead_letters] == [reason]
+
+
+async def test_all_handlers_run_although_one_fails_and_the_errors_name_theirs():
+    runs = []
+
+    async def first(event: UserJoined) -> None:
+        runs.append("first")
+        raise LookupError
+
+    async def second(event: UserJoined) -> None:
+        runs.append("second")
+        raise PermanentError
+
+    [handled] = await consume(Scripted(body_of(UserJoined())), first, second)
+
+    assert runs == ["first", "second"]
+    assert handled.reason == "permanent: EventHandlersFailed"
+    one, other = handled.error.exceptions
+    assert "first, which handles UserJoined" in one.__notes__[0]
+    assert "second, which handles UserJoined" in other.__notes__[0]
+
+
+@pytest.mark.parametrize("where", ["handler", "one of two", "middleware"])
+async def test_a_cancellation_of_the_handlers_own_is_a_failure(where):
+    runs = []
+
+    async def on_user(event: UserJoined) -> None:
+        runs.append("one")
+        await cancelling()
+
+    async def other(event: UserJoined) -> None:
+        runs.append("other")
+
+    told = await consume(
+        Scripted(body_of(JOIN), body_of(JOIN)),
+        *[on_user, other][: 2 if where == "one of two" else 1],
+        middlewares=[cancelling] if where == "middleware" else [],
+        retry=quick(immediate_retries=1),
+        count=2,
+    )
+
+    assert outcomes(told) == ["dead_lettered"] * 2
+    assert runs == {"handler": ["one"], "one of two": ["one", "other"], "middleware": []}[where] * 4
+
+
+async def test_a_handler_that_hangs_fails_after_its_time():
+    cancelled = []
+
+    async def hanging(event: UserJoined) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(event)
+            raise
+
+    told = await consume(
+        broker := await holding(UserJoined()), hanging, retry=quick(1, 1), handler_timeout=0.01, count=2
+    )
+
+    assert len(cancelled) == 4
+    assert outcomes(told) == ["retried", "dead_lettered"]
+    assert broker.dead_letters[0].reason == "retries-exhausted: TimeoutError"
+
+
+@pytest.mark.parametrize(("attempt", "outcome"), [(4, "acked"), (5, "dead_lettered")])
+async def test_a_message_that_ends_the_process_again_and_again_is_put_aside(attempt, outcome):
+    runs = []
+
+    async def counting(event: UserJoined) -> None:
+        runs.append(event)
+
+    broker = await holding(UserJoined())
+    for _ in range(attempt - 1):  # a process that died
+        await left_in(broker, 1)
+
+    told = await consume(broker, counting, retry=quick(delayed_retries=1, max_crashes=2))
+
+    assert (outcomes(told), told[0].attempt) == ([outcome], attempt)
+    assert len(runs) == (outcome == "acked")
+    assert all(letter.reason.startswith("poison-message: ") for letter in broker.dead_letters)

@@ -1,0 +1,153 @@
+"""Messages that cannot be decoded, or have no handler."""
+
+import json
+import logging
+from dataclasses import dataclass
+
+import pytest
+
+from diator.brokers.capabilities import Capabilities
+from diator.brokers.codec import MAX_MESSAGE_BYTES
+from diator.events import NotificationEvent
+from tests.unit.consumer.helpers import CANARY, JOIN, consume, on_joined, outcomes
+from tests.unit.doubles import (
+    Moved,
+    Scripted,
+    UserJoined,
+    body_of,
+)
+
+
+class Several(Exception):
+    """As some libraries for validation have it."""
+
+    def __init__(self, text):
+        super().__init__(text)
+        self.errors = [text]
+
+
+REFUSALS = {"lookup": LookupError, "value": ValueError, "several": Several}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked(NotificationEvent):
+    """An event with a mind of its own."""
+
+    name: str
+
+    def __post_init__(self):
+        kind, _, rest = self.name.partition(" ")
+        raise REFUSALS[kind](rest)
+
+
+PAYLOAD = json.loads(body_of(JOIN))["payload"]
+
+DEEP = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
+
+POISON = {
+    "garbage": b"\xff\xfe\x00\x01" + CANARY.encode(),
+    "text": CANARY.encode(),
+    "empty": b"",
+    "spaces": b"  \n",
+    "cut off": body_of(JOIN, payload=PAYLOAD | {"note": CANARY})[:-9],
+    "another charset": body_of(JOIN, payload=PAYLOAD | {"note": f"é {CANARY}"}).decode().encode("latin-1"),
+    "UTF-16": body_of(JOIN, payload=PAYLOAD | {"note": CANARY}).decode().encode("utf-16"),
+    "byte order mark": b"\xef\xbb\xbf" + body_of(JOIN, payload=PAYLOAD | {"note": CANARY}),
+    "deep": b"[" * 100_000,
+    "deep in the payload": body_of(JOIN, payload={}).replace(b"{}", DEEP),
+    "too large": body_of(JOIN, payload=PAYLOAD | {"note": CANARY * (MAX_MESSAGE_BYTES // len(CANARY))}),
+    "a list": b"[]",
+    "null": b"null",
+    "no payload": b'{"message_type": "notification_event", "message_name": "UserJoined"}',
+    "payload of text": body_of(JOIN, payload=CANARY),
+    "payload is a list": body_of(JOIN, payload=[CANARY]),
+    "payload is null": body_of(JOIN, payload=None),
+    "no UUID": body_of(JOIN, message_id=CANARY),
+    "name of another type": body_of(JOIN, message_name=[CANARY]),
+    "a field is missing": body_of(Moved(), message_name="Checked", payload=PAYLOAD),
+    "a field is wrong": body_of(JOIN, payload=PAYLOAD | {"user_id": CANARY}),
+    "a field is null": body_of(JOIN, payload=PAYLOAD | {"user_id": None}),
+    "a number is no number": body_of(JOIN, payload=PAYLOAD | {"user_id": float("nan")}),
+    **{
+        f"its class refuses it: {how}": body_of(JOIN, message_name="Checked", payload=PAYLOAD | {"name": how})
+        for how in (
+            f"lookup {CANARY}",
+            f"value {CANARY}",
+            f"value Expected something else, got {CANARY}",
+            f"value Wrong - at {CANARY}",
+            f"several {CANARY}",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("body", POISON.values(), ids=POISON)
+async def test_what_cannot_be_read_is_put_aside_with_a_reason_and_shown_nowhere(body, concurrency, caplog):
+    runs = []
+
+    async def counting(event: UserJoined) -> None:
+        runs.append(event)
+
+    async def on_checked(event: Checked) -> None:
+        runs.append(event)
+
+    caplog.set_level(logging.DEBUG)
+    broker = Scripted(body, body_of(JOIN))
+    told = await consume(broker, counting, on_checked, count=2, concurrency=concurrency)
+
+    (*poisoned, reason), acked = broker.log
+    assert (poisoned, acked) == (["dead_letter"], ("ack",))
+    assert (told[0].outcome, told[0].reason, runs) == ("dead_lettered", reason, [JOIN])
+    assert reason.startswith("undecodable: ")
+    assert CANARY not in reason + caplog.text
+    [record] = caplog.records
+    assert record.levelno == logging.ERROR
+    assert reason in record.getMessage()
+
+
+async def test_how_large_a_message_may_be_is_the_transports_to_say():
+    body = body_of(JOIN)
+    small, smaller = (Capabilities(max_message_bytes=len(body) - less, dead_letter=True) for less in (0, 1))
+
+    assert outcomes(await consume(Scripted(body, capabilities=small), on_joined)) == ["acked"]
+    assert outcomes(await consume(Scripted(body, capabilities=smaller), on_joined)) == ["dead_lettered"]
+
+
+@pytest.mark.parametrize(
+    "envelope",
+    [
+        {"message_name": "UserLeft"},
+        {"message_name": "userjoined"},
+        {"message_type": "ecst_event"},
+        {"message_name": ""},
+    ],
+)
+async def test_a_type_that_nobody_handles_is_put_aside(envelope, caplog):
+    broker = Scripted(body_of(JOIN, payload=PAYLOAD | {"note": CANARY}, **envelope), body_of(JOIN))
+    told = await consume(broker, on_joined, count=2)
+
+    (_, reason), acked = broker.log
+    assert (reason.partition(":")[0], acked) == ("unknown-type", ("ack",))
+    assert told[0].message_id == JOIN.event_id
+    assert CANARY not in caplog.text + reason
+
+
+@pytest.mark.parametrize("part", ["message_name", "message_type"])
+async def test_a_strange_name_neither_breaks_nor_floods_a_log(part, caplog):
+    """It is the sender's text: a line of its own would forge an entry, and a long one fills it."""
+    strange = "\nERROR all is lost\x1b[2J" + "x" * 3_000
+
+    [handled] = await consume(Scripted(body_of(JOIN, **{part: strange})), on_joined)
+
+    assert handled.outcome == "dead_lettered"
+    [record] = caplog.records
+    for text in (handled.reason, record.getMessage()):
+        assert not {"\n", "\x1b"} & {*text}
+        assert len(text) < 1_000
+
+
+async def test_a_newer_version_with_more_fields_is_read():
+    broker = Scripted(body_of(JOIN, payload=PAYLOAD | {"title": "new", "more": [{}]}, version=2))
+
+    assert outcomes(await consume(broker, on_joined)) == ["acked"]
