@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
 
-from diator._handlers import Prepared
+from diator._handlers import PreparedHandler
 from diator.container.base import Resolver, Shared, scopes
 from diator.events._emitter import OUTGOING, EventEmitter
 from diator.middlewares.base import Middleware, chain
@@ -17,18 +17,19 @@ Dispatch: TypeAlias = Callable[[Any, Shared], Awaitable[Any]]
 
 class Plan:
     """
-    How one type of request is handled.
+    How to handle one type of request.
 
     Attributes:
-        dispatch: Handles it, through the middlewares.
-        build, pending_events, take_events: The handler, if there are no middlewares and it is a class that is built
-            without waiting; else `build` is None. `Mediator.send` contains this common case itself, at
-            two thirds of the cost.
+        dispatch: Handles a request, through the middlewares.
+        build: Builds the handler, for `Mediator.send` in the common case: the handler is a class that is built without
+            waiting, and there are no middlewares. Otherwise None.
+        pending_events: Returns the events that the handler raised.
+        take_events: Takes these events from the handler.
     """
 
     __slots__ = ("build", "dispatch", "pending_events", "take_events")
 
-    def __init__(self, handler: Prepared, emitter: EventEmitter, middlewares: Sequence[Middleware]) -> None:
+    def __init__(self, handler: PreparedHandler, emitter: EventEmitter, middlewares: Sequence[Middleware]) -> None:
         self.build = None if middlewares else handler.build
         self.pending_events = handler.pending_events
         self.take_events = handler.take_events
@@ -53,7 +54,7 @@ class Dispatcher(dict[type, Plan]):
         self._middlewares = middlewares
 
     def __missing__(self, request_type: type) -> Plan:
-        handler = Prepared(self._request_map.get(request_type), self._container)
+        handler = PreparedHandler(self._request_map.get(request_type), self._container)
         plan = self[request_type] = Plan(handler, self._emitter, self._middlewares)
         return plan
 
@@ -62,7 +63,7 @@ class Dispatcher(dict[type, Plan]):
 # a middleware which calls it again does not send the events of the first, failed attempt.
 
 
-def _scoped(handler: Prepared, emitter: EventEmitter) -> Dispatch:
+def _scoped(handler: PreparedHandler, emitter: EventEmitter) -> Dispatch:
     async def handle(request: Any, shared: Shared) -> Any:
         shared.clear()
         async with scopes(shared):
@@ -75,7 +76,7 @@ def _scoped(handler: Prepared, emitter: EventEmitter) -> Dispatch:
     return handle
 
 
-def _plain(handler: Prepared, emitter: EventEmitter) -> Dispatch:
+def _plain(handler: PreparedHandler, emitter: EventEmitter) -> Dispatch:
     build, pending_events, take_events, call = handler.build, handler.pending_events, handler.take_events, handler.call
 
     async def handle(request: Any, shared: Shared) -> Any:
@@ -89,7 +90,7 @@ def _plain(handler: Prepared, emitter: EventEmitter) -> Dispatch:
     if build is None:
         return handle
 
-    async def handle_by_class(request: Any, shared: Shared) -> Any:  # the same, without a coroutine to build and call
+    async def handle_by_class(request: Any, shared: Shared) -> Any:  # without this copy, 3 middlewares cost 14 % more
         shared.clear()
         built = build(shared)
         try:

