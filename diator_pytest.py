@@ -1,8 +1,8 @@
 """
-Gives pytest the fixtures of diator's test kit. Found by its entry point, in every run where diator is installed.
+pytest fixtures of diator's test kit. pytest loads this module by its entry point wherever diator is installed.
 
-Therefore a module of its own, which imports nothing of diator before a test asks for a fixture: it costs the others
-nothing, and coverage of diator itself sees all of it.
+The module imports diator only when a test uses a fixture. So it costs other test runs nothing, and a coverage run of
+diator itself starts before diator is imported.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def diator_broker(request: pytest.FixtureRequest) -> Iterator[FaultyMessageBroker]:
-    """A broker that fails as the test tells it to. What the test has scripted has to have happened at its end."""
-    from diator.testing import FaultyMessageBroker  # noqa: PLC0415  # not before somebody asks
+    """Return a broker with scripted faults. The test fails at its end if a scripted fault did not happen."""
+    from diator.testing import FaultyMessageBroker  # noqa: PLC0415  # only when a test uses the fixture
 
     broker = FaultyMessageBroker()
     failed = request.session.testsfailed
     yield broker
-    if request.session.testsfailed == failed:  # a test that failed need not hear why it did not come so far
+    if request.session.testsfailed == failed:  # a failed test may have stopped before its faults
         broker.verify()
 
 
 @pytest.fixture
 def diator_recorder() -> Recorder:
-    """A broker that keeps what it is sent."""
+    """Return a broker that records the messages it is sent."""
     from diator.testing import Recorder  # noqa: PLC0415  # as above
 
     return Recorder()

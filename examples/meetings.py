@@ -1,15 +1,15 @@
 """
-Somebody joins a meeting: a command, a query, a domain event, and an event that travels through a message broker.
+A user joins a meeting: a command, a query, a domain event, and an integration event through a message broker.
 
     python examples/meetings.py                                               # in memory, needs no service
 
-The same program through a broker; the second process consumes what the first one sends, until Ctrl-C:
+The same program with a broker. The first process consumes, until Ctrl-C, the events that the second one sends:
 
     python examples/meetings.py --broker redis-streams://localhost:6379/0 --consume
     python examples/meetings.py --broker redis-streams://localhost:6379/0
 
-Or redis://… for Pub/Sub, amqp://guest:guest@localhost/ for RabbitMQ, kafka://localhost:9092 for Kafka. RabbitMQ says so
-if nobody has ever subscribed: consume first.
+Use redis://… for Redis Pub/Sub, amqp://guest:guest@localhost/ for RabbitMQ, and kafka://localhost:9092 for Kafka. With
+RabbitMQ, consume first: a message is unroutable as long as no consumer has ever subscribed.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from diator.middlewares import BaseMiddleware
 from diator.requests import Request, RequestHandler, RequestMap
 from diator.response import Response
 
-# -- what can be asked, what is answered, what can happen ---------------------------------------------------------
+# -- requests, responses and events -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +54,21 @@ class ReadMeetingQuery(Request[ReadMeetingQueryResult]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UserJoinedDomainEvent(DomainEvent):  # is handled here
+class UserJoinedDomainEvent(DomainEvent):  # handled in this process
     meeting_id: int
     user_id: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class UserJoinedNotificationEvent(NotificationEvent):  # goes to the message broker
+class UserJoinedNotificationEvent(NotificationEvent):  # sent to the message broker
     user_id: int
 
 
-# -- what is done about it ----------------------------------------------------------------------------------------
+# -- handlers -----------------------------------------------------------------------------------------------------
 
 
 class MeetingAPI:
-    """Stands for whatever a program really does: a database, another service."""
+    """Stands for a real dependency, such as a database or another service."""
 
     async def join(self, meeting_id: int, user_id: int) -> None:
         say(f"user {user_id} joins meeting {meeting_id}", by="MeetingAPI")
@@ -105,23 +105,23 @@ class UserJoinedDomainEventHandler(EventHandler[UserJoinedDomainEvent]):
         await self._meeting_api.notify(event.meeting_id, "New user joined!")
 
 
-@requests.handler  # a handler may be a function, too: what it needs beside the request, the container gives
+@requests.handler  # a handler may be a function; the container passes its other arguments
 async def read_meeting(request: ReadMeetingQuery, meeting_api: MeetingAPI) -> ReadMeetingQueryResult:
     say(f"handles {request}", by="read_meeting")
     return ReadMeetingQueryResult(meeting_id=request.meeting_id, link=await meeting_api.get_link(request.meeting_id))
 
 
-elsewhere = EventMap()  # what another service does about it
+elsewhere = EventMap()  # the handlers of another service
 arrived = asyncio.Event()
 
 
 @elsewhere.handler
 async def count_members(event: UserJoinedNotificationEvent) -> None:
-    say(f"hears of {event}", by="count_members")
+    say(f"handles {event}", by="count_members")
     arrived.set()
 
 
-# -- how it is wired ----------------------------------------------------------------------------------------------
+# -- putting it together ------------------------------------------------------------------------------------------
 
 
 class Narrator(BaseMiddleware):
@@ -133,14 +133,14 @@ class Narrator(BaseMiddleware):
 
 
 class Announcing:
-    """A message broker is anything with this one method; here, one that tells what it hands on."""
+    """A message broker is any object with this one method. This one prints each message that it passes on."""
 
     def __init__(self, broker: MessageBroker) -> None:
         self._broker = broker
 
     async def send_message(self, message: Message) -> None:
         await self._broker.send_message(message)
-        say(f"{type(self._broker).__name__} has", by="message broker")
+        say(f"{type(self._broker).__name__} confirmed", by="message broker")
         print(textwrap.indent(json.dumps(json.loads(encode(message)), indent=2), " " * 32))
 
 
@@ -166,7 +166,7 @@ def broker_for(address: str) -> Transport:
             return KafkaMessageBroker(servers)
         case (unknown, *_):
             raise ConfigurationError(
-                f"there is no broker for {unknown!r}; use memory, or an address as in the description"
+                f"there is no broker for {unknown!r}; use memory or an address as in the help text"
             )
 
 
@@ -191,10 +191,10 @@ async def main(address: str, *, consume: bool) -> None:
         if consume:
             step("Consuming; Ctrl-C ends it")
             await consumer.run()
-        elif isinstance(broker, MemoryMessageBroker):  # nobody else can consume what is in this process
+        elif isinstance(broker, MemoryMessageBroker):  # another process cannot consume from memory
             consuming = asyncio.create_task(consumer.run())
             await send(broker)
-            step("Elsewhere: what the message broker brings")
+            step("The other service: an event from the message broker")
             await arrived.wait()
             consumer.stop()
             await consuming
@@ -202,7 +202,7 @@ async def main(address: str, *, consume: bool) -> None:
             await send(broker)
 
 
-# -- how it is told -----------------------------------------------------------------------------------------------
+# -- output -------------------------------------------------------------------------------------------------------
 
 
 def step(title: str) -> None:
@@ -214,14 +214,14 @@ def say(what: str, *, by: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Somebody joins a meeting.")
+    parser = argparse.ArgumentParser(description="A user joins a meeting.")
     parser.add_argument(
         "--broker",
         default="memory",
         metavar="ADDRESS",
         help="memory, redis://…, redis-streams://…, amqp://… or kafka://…",
     )
-    parser.add_argument("--consume", action="store_true", help="consume what another process sends")
+    parser.add_argument("--consume", action="store_true", help="consume the events that another process sends")
     arguments = parser.parse_args()
     try:
         asyncio.run(main(arguments.broker, consume=arguments.consume))

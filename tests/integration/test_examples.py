@@ -18,33 +18,33 @@ def meetings(address: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_meetings_publishes_to_redis(redis_url):
-    """The same program, one argument changed; a plain subscriber hears its event."""
+    """The same program, one argument changed; a plain subscriber receives its event."""
     with redis.Redis.from_url(redis_url) as client, client.pubsub() as subscriber:
         subscriber.psubscribe("python_diator_channel:notification_event:UserJoinedNotificationEvent")
         assert subscriber.get_message(timeout=5)["type"] == "psubscribe"
 
-        told = meetings(redis_url)
-        heard = subscriber.get_message(timeout=5)
+        run = meetings(redis_url)
+        received = subscriber.get_message(timeout=5)
 
-    assert (told.returncode, told.stderr) == (0, "")
-    assert "RedisMessageBroker has" in told.stdout
-    assert b'"user_id":7' in heard["data"]
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "RedisMessageBroker confirmed" in run.stdout
+    assert b'"user_id":7' in received["data"]
 
 
-def test_meetings_says_that_redis_cannot_be_reached():
-    """An unreachable server is one sentence and a failure, no traceback."""
+def test_meetings_reports_an_unreachable_redis():
+    """An unreachable server is one sentence and a failure, without a traceback."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        told = meetings(f"redis://127.0.0.1:{unused.getsockname()[1]}/0")
+        run = meetings(f"redis://127.0.0.1:{unused.getsockname()[1]}/0")
 
-    assert told.returncode == 1
-    assert told.stderr.startswith("meetings: Redis is not available")
-    assert "Traceback" not in told.stderr
+    assert run.returncode == 1
+    assert run.stderr.startswith("meetings: Redis is not available")
+    assert "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize("scheme", ["redis-streams", "amqp", "kafka"])
 def test_meetings_consumes_what_another_process_sends(redis_url, rabbitmq_url, kafka_servers, scheme):
-    """The same program twice, on every transport that keeps a message for whoever comes."""
+    """The same program twice, on every transport that stores messages for a consumer group."""
     addresses = {"redis-streams": redis_url.replace("redis", scheme, 1), "amqp": rabbitmq_url, "kafka": kafka_servers}
     address = f"{scheme}://{addresses[scheme].rpartition('//')[2]}"
     consumer = subprocess.Popen(
@@ -52,13 +52,13 @@ def test_meetings_consumes_what_another_process_sends(redis_url, rabbitmq_url, k
     )
     try:
         deadline = time.monotonic() + 30
-        while (told := meetings(address)).returncode and time.monotonic() < deadline:
-            assert "were not sent" in told.stderr
-        assert told.returncode == 0
-        heard = next(line for line in consumer.stdout if "count_members" in line)
+        while (run := meetings(address)).returncode and time.monotonic() < deadline:
+            assert "did not confirm" in run.stderr
+        assert run.returncode == 0
+        handled = next(line for line in consumer.stdout if "count_members" in line)
     finally:
         consumer.terminate()
         consumer.communicate(timeout=20)
 
-    assert "hears of UserJoinedNotificationEvent" in heard
+    assert "handles UserJoinedNotificationEvent" in handled
     assert consumer.returncode == 0

@@ -1,4 +1,4 @@
-"""The examples run as a person runs them: as processes."""
+"""The examples run as processes, as a user runs them."""
 
 import json
 import subprocess
@@ -15,11 +15,11 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
 
 
-def test_meetings_tells_the_whole_story_in_memory():
-    """A command goes through middleware, handler, domain event and broker; a query is answered."""
-    told = run("meetings.py")
+def test_meetings_runs_in_memory():
+    """A command passes middleware, handler, domain event and broker; a query returns its response."""
+    meetings = run("meetings.py")
 
-    assert (told.returncode, told.stderr) == (0, "")
+    assert (meetings.returncode, meetings.stderr) == (0, "")
     steps = [
         "middleware                    JoinMeetingCommand comes in",
         "JoinMeetingCommandHandler     handles JoinMeetingCommand(meeting_id=1, user_id=7)",
@@ -27,23 +27,23 @@ def test_meetings_tells_the_whole_story_in_memory():
         "UserJoinedDomainEventHandler  handles UserJoinedDomainEvent(meeting_id=1, user_id=7)",
         "MeetingAPI                    everybody in meeting 1 reads: New user joined!",
         "middleware                    None goes out",
-        "message broker                MemoryMessageBroker has",
+        "message broker                MemoryMessageBroker confirmed",
         '"message_name": "UserJoinedNotificationEvent"',
         "read_meeting                  handles ReadMeetingQuery(meeting_id=1)",
         "answer                        https://meetings.example/1",
-        "count_members                 hears of UserJoinedNotificationEvent",
+        "count_members                 handles UserJoinedNotificationEvent",
     ]
-    positions = [told.stdout.find(step) for step in steps]
-    assert -1 not in positions, told.stdout
+    positions = [meetings.stdout.find(step) for step in steps]
+    assert -1 not in positions, meetings.stdout
     assert positions == sorted(positions)
-    body = json.loads(told.stdout[told.stdout.index("{") : told.stdout.rindex("}") + 1])
+    body = json.loads(meetings.stdout[meetings.stdout.index("{") : meetings.stdout.rindex("}") + 1])
     assert list(body) == ["message_type", "message_name", "message_id", "payload"]
 
 
 @pytest.mark.parametrize("address", ["nats://localhost", "memories"])
-def test_meetings_refuses_a_scheme_that_it_does_not_know(address):
-    told = run("meetings.py", "--broker", address)
+def test_meetings_refuses_an_unknown_scheme(address):
+    meetings = run("meetings.py", "--broker", address)
 
-    assert told.returncode == 1
-    assert told.stderr.startswith("meetings: there is no broker for")
-    assert "Traceback" not in told.stderr
+    assert meetings.returncode == 1
+    assert meetings.stderr.startswith("meetings: there is no broker for")
+    assert "Traceback" not in meetings.stderr
