@@ -1,4 +1,4 @@
-"""The transport on the page about writing one keeps the contract: all of the suite that takes no proxy."""
+"""The transport on the page about writing one passes the suite, except for the scenarios that need a proxy."""
 
 import asyncio
 import re
@@ -18,11 +18,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "writing-a-transport.md"
 
 
 def program_of(path):
-    """The Python blocks of a page as one module."""
+    """Return the Python blocks of a page as one module."""
     module = ModuleType("program_of_the_page")
     sys.modules[module.__name__] = module
     blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
-    exec(compile("\n".join(blocks), path, "exec"), vars(module))  # what a reader does
+    exec(compile("\n".join(blocks), path, "exec"), vars(module))  # as a reader would run them
     return module
 
 
@@ -53,7 +53,7 @@ class Refused(Exception):
 
 
 @pytest.mark.parametrize(
-    ("connect", "error", "verdict"),
+    ("connect", "failure", "send_error"),
     [
         (no_connection, None, BrokerUnavailable),
         (slow_connection, None, BrokerUnavailable),
@@ -62,13 +62,13 @@ class Refused(Exception):
         (connection, TimeoutError(), OutcomeUnknown),
     ],
 )
-async def test_what_happens_between_question_and_answer_decides_the_verdict(connect, error, verdict):
+async def test_a_failure_between_request_and_answer_decides_the_send_error(connect, failure, send_error):
     message_id = uuid4()
 
-    with pytest.raises(verdict) as caught:
+    with pytest.raises(send_error) as caught:
         async with page.confirmed(connect, timeout=0.05, message_id=message_id, refusals=(Refused,)):
-            raise error
+            raise failure
 
-    assert type(caught.value) is verdict
+    assert type(caught.value) is send_error
     assert caught.value.message_id == message_id
     assert "hunter2" not in str(caught.value)
