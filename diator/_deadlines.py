@@ -22,7 +22,7 @@ class Deadlines:
         self._timer: asyncio.TimerHandle | None = None
 
     def limit(self, task: asyncio.Task[Any]) -> Deadline:
-        """Return a context for code of *task*, the running task. Code that takes too long ends with `TimeoutError`."""
+        """Return a context for code of *task*. Code in it that takes too long ends with `TimeoutError`."""
         return Deadline(self, task)
 
     def close(self) -> None:
@@ -33,10 +33,13 @@ class Deadlines:
     def _begin(self, deadline: Deadline) -> None:
         self._running[deadline] = None
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self.seconds, self._check)
+            self._check_after(self.seconds)
 
     def _end(self, deadline: Deadline) -> None:
         del self._running[deadline]
+
+    def _check_after(self, seconds: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._check)
 
     def _check(self) -> None:
         self._timer = None
@@ -45,25 +48,28 @@ class Deadlines:
             if deadline.is_over:
                 continue  # cancelled before, and still running
             if (left := deadline.began + self.seconds - now) > 0:
-                self._timer = asyncio.get_running_loop().call_later(left, self._check)
+                self._check_after(left)
                 return
             deadline.is_over = True
             deadline.task.cancel()
 
 
 class Deadline:
-    """The deadline of one block of code, as a context manager."""
+    """The deadline of a block of code of *task*, as a context manager. It can be entered again when it was left."""
 
     __slots__ = ("_cancellations", "_deadlines", "began", "is_over", "task")
 
     def __init__(self, deadlines: Deadlines, task: asyncio.Task[Any]) -> None:
         self._deadlines = deadlines
-        self._cancellations = task.cancelling()
+        self._cancellations = 0
         self.task = task
-        self.began = monotonic()
+        self.began = 0.0
         self.is_over = False
 
     def __enter__(self) -> None:
+        self._cancellations = self.task.cancelling()
+        self.began = monotonic()
+        self.is_over = False
         self._deadlines._begin(self)  # noqa: SLF001  # the other half of this class
 
     def __exit__(

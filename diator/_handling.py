@@ -292,7 +292,7 @@ class Handling:
     def _decode(
         self, delivery: Delivery, message: Message | DecodingError
     ) -> tuple[Route | None, Any, str | None, BaseException | None]:
-        """Return the route of *message* and its event; or neither, but the reason why nobody handles it, and the error."""
+        """Return the route and the event of *message*; or neither, but why nobody handles it, and the error."""
         if delivery.attempt > self._max_deliveries:
             ended = f"{delivery.attempt - 1} deliveries ended without success, more than the retry policy allows"
             return None, None, f"poison-message: {ended}", None

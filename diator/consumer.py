@@ -231,12 +231,11 @@ class Consumer:
         return None if self._stopping.is_set() else result
 
     async def _consume(self, deliveries: AsyncIterator[Delivery]) -> None:
-        handle, read, queue = self._handling.handle, self._handling.read, self._queue
         if self._concurrency == 1:
-            # The task that receives deliveries also calls the handlers: a queue between two tasks would cost a third.
-            tasks = {asyncio.create_task(self._receive(deliveries, lambda delivery: handle(delivery, read(delivery))))}
+            tasks = {asyncio.create_task(self._receive_and_handle(deliveries))}
         else:
             tasks = {asyncio.create_task(self._work()) for _ in range(self._concurrency)}
+            read, queue = self._handling.read, self._queue
             admit = self._receive(deliveries, lambda delivery: queue.put(delivery, read(delivery)))
             tasks.add(asyncio.create_task(admit))
         lost: BrokerUnavailable | None = None
@@ -267,6 +266,11 @@ class Consumer:
         if lost is not None:
             raise lost
 
+    async def _receive_and_handle(self, deliveries: AsyncIterator[Delivery]) -> None:
+        """Receive and handle in one task, one delivery at a time: a queue between two tasks would cost a third."""
+        handle, read, deadline = self._handling.handle, self._handling.read, self._handling.deadline()
+        await self._receive(deliveries, lambda delivery: handle(delivery, read(delivery), deadline))
+
     async def _receive(self, deliveries: AsyncIterator[Delivery], admit: Callable[[Delivery], Awaitable[None]]) -> None:
         await self._until_stopped(self._admit_all(deliveries, admit))
 
@@ -275,11 +279,12 @@ class Consumer:
     ) -> None:
         """Pass each delivery to *admit*. `stop` cancels only the wait for the next delivery, never *admit*."""
         task, number = self._waiting, 0
-        while not self._stopping.is_set():
+        receive, stopping = deliveries.__anext__, self._stopping
+        while not stopping.is_set():
             self._waiting = task
-            delivery = await anext(deliveries)
+            delivery = await receive()
             self._waiting = None
-            if self._stopping.is_set():  # the iterator ignored its cancellation, see `_until_stopped`
+            if stopping.is_set():  # the iterator ignored its cancellation, see `_until_stopped`
                 return
             await admit(delivery)
             number += 1
@@ -287,9 +292,10 @@ class Consumer:
                 await asyncio.sleep(0)
 
     async def _work(self) -> None:
+        deadline = self._handling.deadline()
         while job := await self._queue.take():
             delivery, message = job
-            await self._handling.handle(delivery, message)
+            await self._handling.handle(delivery, message, deadline)
             self._queue.done(message)
 
     def _note_gap(self, gap: Gap) -> None:

@@ -210,7 +210,9 @@ class ResilientSubscription(ABC):
 
     async def __anext__(self) -> Delivery:
         received = self._received
-        while self._ending is not None or not received or self._is_full:
+        while (
+            self._ending is not None or not received or self.unsettled - len(received) >= self._prefetch  # that is full
+        ):
             if self._end_error is not None:
                 raise self._end_error
             if self._ending is not None:
@@ -226,10 +228,6 @@ class ResilientSubscription(ABC):
     def is_ending(self) -> bool:
         """Return whether the subscription is ending, so that it does not reconnect any more."""
         return self._ending is not None
-
-    @property
-    def _is_full(self) -> bool:
-        return self.unsettled - len(self._received) >= self._prefetch
 
     # -- what the transport calls --------------------------------------------------------------------------------
 
