@@ -348,17 +348,17 @@ class Handling:
         failed = "not settled"
         for pause in _SETTLE_PAUSES:
             try:
-                return await self._settle_once(delivery, reason), reason
+                if reason is None:
+                    await delivery.ack()
+                    return "acked", None
+                return await self._settle_failed(delivery, reason), reason
             except Exception as error:  # noqa: BLE001  # a transport may raise anything
                 logger.warning("a delivery of %s could not be settled: %r", delivery.topic.message_name, error)
                 failed = f"not settled: {name_of(type(error))}"
             await asyncio.sleep(pause)
         return "unsettled", failed if reason is None else f"{failed} ({reason})"
 
-    async def _settle_once(self, delivery: Delivery, reason: str | None) -> Outcome:
-        if reason is None:
-            await delivery.ack()
-            return "acked"
+    async def _settle_failed(self, delivery: Delivery, reason: str) -> Outcome:
         may_retry = reason.startswith("retries-exhausted") and delivery.attempt < self._retry.max_attempts
         if may_retry and self._can_retry:
             await delivery.retry(after=self._retry.delay(delivery.attempt))

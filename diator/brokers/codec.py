@@ -112,15 +112,14 @@ def decode(body: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES, headers: Mapping[
         raise DecodingError(f"the body is not a message: {_without_content(error)}") from None
     if not payload_json.startswith(b"{"):
         raise DecodingError("the body is not a message: the payload is not a JSON object - at `$.payload`")
-    all_headers = {**envelope.headers, **(headers or {})}
-    key = all_headers.pop(_KEY, None)
+    all_headers = {**envelope.headers, **headers} if headers else envelope.headers  # its own: nobody else has them
     return Message._of_fields(
         {
             "message_type": envelope.message_type,
             "message_name": envelope.message_name,
             "message_id": envelope.message_id,
             "payload_json": payload_json,
-            "key": key,
+            "key": all_headers.pop(_KEY, None) if all_headers else None,
             "headers": all_headers,
         }
     )

@@ -9,6 +9,8 @@ from uuid import UUID, uuid4
 
 from diator.exceptions import EncodingError
 
+_new, _set = object.__new__, object.__setattr__
+
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 
@@ -74,11 +76,11 @@ class Message:
             headers=headers or {},
         )
 
-    @classmethod
-    def _of_fields(cls, fields: dict[str, object]) -> Self:
+    @staticmethod
+    def _of_fields(fields: dict[str, object]) -> Message:
         """Return a message with all *fields*, for codecs. The constructor sets them one by one, at twice the cost."""
-        message = cls.__new__(cls)
-        object.__setattr__(message, "__dict__", fields)
+        message = _new(Message)
+        _set(message, "__dict__", fields)
         return message
 
     @property
