@@ -1,12 +1,14 @@
 """
 A CQRS mediator whose events travel through any message broker.
 
-The module paths say where things live; nothing is re-exported here:
+Import names from these modules; this package re-exports none of them:
 
-- `diator.mediator` sends requests, `diator.requests` and `diator.events` define and handle them;
-- `diator.brokers` holds the contract of a message broker and the in-memory one, and one module a transport;
-- `diator.container` and `diator.middlewares` hold what surrounds a handler;
-- `diator.exceptions` holds every error.
+- `diator.mediator` sends requests to their handlers; `diator.consumer` receives events from a message broker.
+- `diator.requests` and `diator.events` have the base classes of messages and handlers, and bind one to the other.
+- `diator.brokers` has the contract of a message broker, the in-memory broker, and one module for each service.
+- `diator.container` builds handlers; `diator.middlewares` surround them; `diator.retrying` retries them.
+- `diator.exceptions` has every error.
+- `diator.testing` tests programs and message brokers.
 """
 
 __version__ = "1.0.0.dev0"

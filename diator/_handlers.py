@@ -83,8 +83,8 @@ def check_handler(message_type: type, handler: Handler) -> None:
 def _message_parameter(handler: Handler) -> Parameter:
     if isinstance(handler, type):
         return _parameter_of_class(handler)
-    given: Any = handler
-    if not callable(given) or hasattr(given, "handle"):
+    function: Any = handler
+    if not callable(function) or hasattr(function, "handle"):
         raise BindingError(f"{handler!r} is neither a handler class nor a function; bind the class, not an instance")
     if not _is_async(handler):
         raise BindingError(f"{name_of(handler)} is not asynchronous; define it with `async def`")
@@ -168,8 +168,8 @@ class PreparedHandler:
         pending_events: Returns the events that the handler raised.
         take_events: Takes these events from the handler.
 
-    Three places do what `call` does for a handler with `build` in their own code: `Mediator.send`, the dispatcher, and
-    the loop of the emitter. Each saves a coroutine; what that is worth is written there. Change all of them together.
+    Four places repeat the code of `call` for a handler with `build`, to save a coroutine: `Mediator.send`, the dispatcher,
+    the loop of the emitter, and `_handling`. A comment at each states what that saves. Change them together.
     """
 
     __slots__ = ("build", "call", "name", "needs_scope", "pending_events", "take_events")
@@ -216,8 +216,8 @@ def _calling_function(function: Callable[..., Awaitable[Any]], needs: Sequence[t
 
     async def call_with_needs(message: Any, shared: Shared, raised: list[Any], /) -> Any:
         events = Events()
-        given = {name: events if build is None else await build(shared) for name, build in needs}
-        response = await function(message, **given)
+        arguments = {name: events if build is None else await build(shared) for name, build in needs}
+        response = await function(message, **arguments)
         raised += events
         return response
 

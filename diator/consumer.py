@@ -65,9 +65,11 @@ class Consumer:
 
     The consumer settles a delivery after its last handler. It acknowledges the message if every handler succeeded.
     Otherwise it retries the message as *retry* says, and then dead-letters it with a reason. It dead-letters a message
-    at once if the message cannot be decoded, or if its type has no handler. A delivery stays unsettled if its handling
-    was cancelled or the process died; the transport then redelivers the message if it can. So a handler may be called
-    twice for one message and should be idempotent.
+    at once if the message cannot be decoded, or if its type has no handler. Where the transport has no dead-letter
+    queue, the message is lost, and the consumer logs an error.
+
+    A delivery stays unsettled if its handling was cancelled or the process died. The transport then redelivers the
+    message if it can. So a handler may be called twice for one message and should be idempotent.
 
     Use a consumer in one event loop; another thread calls `loop.call_soon_threadsafe(consumer.stop)`.
 

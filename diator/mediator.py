@@ -26,7 +26,8 @@ class Mediator:
     """
     Sends each request to its handler, and then handles or sends the events that the handler raised.
 
-    Several tasks of one event loop may use a mediator at once. It has nothing to close. Bind all handlers before.
+    Bind all handlers before the mediator is made. Several tasks of one event loop may use it at once. It has nothing to
+    close.
 
     Args:
         request_map: The handlers of requests.

@@ -41,7 +41,8 @@ class EventEmitter:
 
     Args:
         event_map: The handlers. Default: an empty `EventMap`.
-        container: Builds the handlers. Default: the container of the mediator that uses this emitter, or diator's own.
+        container: Builds the handlers. Default: the container of the mediator or consumer that uses this emitter, or
+            diator's own `Container`.
         message_broker: Sends the integration events. The emitter does not close it.
 
     Raises:
@@ -57,7 +58,7 @@ class EventEmitter:
         check_parts(event_map=event_map, container=container, message_broker=message_broker)
         self._event_map = EventMap() if event_map is None else event_map
         self._container = container
-        self._mediators_container: Resolver | None = None
+        self._default_container: Resolver | None = None
         self._broker = message_broker
         self._send_messages: Callable[[Sequence[Message]], Awaitable[None]] | None = getattr(
             message_broker, "send_messages", None
@@ -165,14 +166,14 @@ class EventEmitter:
 
         Raises:
             ResolutionError: The container can never build a handler.
-            ConfigurationError: This emitter has no container of its own, and already uses another mediator's.
+            ConfigurationError: This emitter has no container of its own, and already uses another one.
         """
         if self._container is None:
-            if self._mediators_container not in (None, container):
+            if self._default_container not in (None, container):
                 raise ConfigurationError(
-                    "two mediators with different containers share this EventEmitter; pass a container to the emitter"
+                    "mediators or consumers with different containers share this EventEmitter; pass a container to it"
                 )
-            self._mediators_container = container
+            self._default_container = container
         for event_type in self._event_map:
             # A consumer calls the handlers of integration events. This emitter may never send one.
             if not is_integration_event(event_type):
@@ -192,7 +193,7 @@ class EventEmitter:
                     f"an object of {name_of(event_type)} was raised, which is neither an Event nor bound to a handler; "
                     "derive it from an event class"
                 )
-            container = next((each for each in (self._container, self._mediators_container) if each is not None), None)
+            container = next((each for each in (self._container, self._default_container) if each is not None), None)
             container = Container() if container is None else container
             plan = _Plan([PreparedHandler(handler, container) for handler in handlers])
         self._plans[event_type] = plan
