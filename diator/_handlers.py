@@ -168,8 +168,8 @@ class PreparedHandler:
         pending_events: Returns the events that the handler raised.
         take_events: Takes these events from the handler.
 
-    Four places repeat the code of `call` for a handler with `build`, to save a coroutine: `Mediator.send`, the dispatcher,
-    the loop of the emitter, and `_handling`. A comment at each states what that saves. Change them together.
+    Four places repeat the code of `call` for a handler with `build`, to save a coroutine: `Mediator.send`, the
+    dispatcher, the loop of the emitter, and `_handling`. A comment at each states what that saves. Change them together.
     """
 
     __slots__ = ("build", "call", "name", "needs_scope", "pending_events", "take_events")
