@@ -169,7 +169,7 @@ class PreparedHandler:
         take_events: Takes these events from the handler.
 
     Four places repeat the code of `call` for a handler with `build`, to save a coroutine: `Mediator.send`, the
-    dispatcher, the loop of the emitter, and `_handling`. A comment at each states what that saves. Change them together.
+    dispatcher, the loop of the emitter, and `_handling`. A comment at each states what that saves. Keep them alike.
     """
 
     __slots__ = ("build", "call", "name", "needs_scope", "pending_events", "take_events")
