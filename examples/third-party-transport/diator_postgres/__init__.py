@@ -1,4 +1,4 @@
-"""Messages of diator in PostgreSQL."""
+"""Sends and receives messages of diator through PostgreSQL."""
 
 from diator_postgres.broker import PostgresMessageBroker
 

@@ -1,4 +1,4 @@
-"""`PostgresMessageBroker`: how a message gets into the table, and who may read it there."""
+"""`PostgresMessageBroker`: sends messages to a table, and makes the subscriptions that read it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from diator.brokers.batching import BatchSender
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
 from diator.brokers.connecting import ServiceBroker
-from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription
+from diator.brokers.supervisor import ReconnectPolicy
 from diator.exceptions import ConfigurationError
-from diator_postgres._link import Link
-from diator_postgres._member import Member
+from diator_postgres._connection import Connection
+from diator_postgres._subscription import Subscription
 
-_LONGEST_NAME = 200
-"""Letters of a topic or group in a table. An index takes no more than 2,700 bytes, a notification 8,000."""
+# The characters of a topic or a group in the table. An index takes at most 2,700 bytes, a notification 8,000.
+_MAX_NAME_LENGTH = 200
 
-# A commit waits for the disk, whatever this database's default is; other settings than off wait for more.
+# A commit waits for the disk, whatever the default of this database is. Other settings than `off` wait for more.
 _PREPARE = """
 SELECT to_regclass('dead_letters') IS NULL, set_config('synchronous_commit', replace(now, 'off', 'on'), false)
 FROM current_setting('synchronous_commit') AS now
@@ -38,21 +38,22 @@ FROM current_setting('synchronous_commit') AS now
 _ONE_AT_A_TIME = "SELECT pg_advisory_xact_lock(hashtext('diator'))"
 
 
-class PostgresMessageBroker(ServiceBroker[Link]):
+class PostgresMessageBroker(ServiceBroker[Connection]):
     """
     Messages in a table of PostgreSQL: at least once to each group, and to each subscription without one.
 
-    What is given to a group is one row of its own, deleted when the group is done with it. Concurrent sends of one
-    broker share a transaction. A send that returned is committed (`synchronous_commit` is never off).
+    Each group has its own row of a message, and deletes it when it has settled the message. Concurrent sends of one
+    broker share a transaction. A send that has returned is committed (`synchronous_commit` is never off).
 
-    Arguments:
-        dsn: Where the database is, as asyncpg takes it.
-        schema: Where the tables are, in letters of a to z, digits and `_`. What is not there is created.
-        timeout: Seconds within which every call ends.
-        lease: Seconds after which a member that gives no sign of life loses what it holds.
-        absence: Seconds for which a subscription without a group is kept while its reader cannot be heard. Should it
-            come back later than that, `on_gap` is told.
-        options: What else `asyncpg.connect` takes: `ssl`, `password`, `host`.
+    Args:
+        dsn: The address of the database, as asyncpg takes it.
+        schema: The schema of the tables: only a to z, digits and `_`. Missing tables are created.
+        timeout: The time limit of every call, in seconds.
+        lease: After so many seconds without a sign of life, a consumer loses the messages that it holds.
+        absence: How long messages wait for the reader of a subscription without a group, in seconds.
+        reconnect: The time limits and delays of the subscriptions.
+        max_message_bytes: The size limit of an encoded message, in bytes.
+        options: Further arguments of `asyncpg.connect`, such as `ssl`, `password` or `host`.
     """
 
     def __init__(
@@ -68,20 +69,19 @@ class PostgresMessageBroker(ServiceBroker[Link]):
         **options: Any,
     ) -> None:
         if not re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", schema):
-            raise ConfigurationError(f"{schema!r} is no name for a schema: use a to z, digits and _")
+            raise ConfigurationError(f"{schema!r} is not a valid schema name; use a to z, digits and _")
         settings = {
             **options.pop("server_settings", {}),
             "search_path": f'"{schema}"',
-            "default_transaction_isolation": "read committed",  # as the functions of the schema need it
+            "default_transaction_isolation": "read committed",  # the functions of the schema need this level
         }
         connect = partial(asyncpg.connect, dsn, server_settings=settings, **options)
         self._schema, self._timeout, self._lease, self._absence = schema, timeout, lease, absence
         self._reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout, idle_timeout=2 * timeout)
         self._max_message_bytes = max_message_bytes
-        super().__init__(Link(connect, self._prepare, timeout=timeout))
-        self._reader = Link(connect, self._prepare_to_read, timeout=timeout)
+        super().__init__(Connection(connect, self._prepare, timeout=timeout))
+        self._reader = Connection(connect, self._prepare_to_read, timeout=timeout)
         self._batches = BatchSender(self._send, timeout=timeout)
-        self._members: set[Member] = set()
 
     @property
     def capabilities(self) -> Capabilities:
@@ -111,7 +111,7 @@ class PostgresMessageBroker(ServiceBroker[Link]):
     async def send_message(self, message: Message, /) -> None:
         body = encode(message, max_bytes=self._max_message_bytes)
         headers = json.dumps(headers_with_key(message))
-        row = (_written(message.message_type, message.message_name), body, headers)
+        row = (_encoded(message.message_type, message.message_name), body, headers)
         await self._batches.send(row, size=len(body), message_id=message.message_id)
 
     async def _send(self, rows: Sequence[tuple[str, bytes, str]], until: float) -> None:
@@ -123,33 +123,21 @@ class PostgresMessageBroker(ServiceBroker[Link]):
     async def subscribe(
         self, topics: Collection[Topic], /, *, group: str | None = None, prefetch: int = 64, on_gap: OnGap | None = None
     ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
-        member = Member(
-            link=self._reader,
-            group=group or "",
-            written=_written("", uuid4().hex) if group is None else _written(group),
-            topics={_written(*topic): topic for topic in topics},
-            lease=timedelta(seconds=self._lease),
-            kept=timedelta(seconds=self._absence) if group is None else None,
-        )
-        member.supervised = ResilientSubscription(
-            member.connected,
-            topics,
+        subscription = Subscription(
+            self._reader,
             group,
-            lossy=False,  # what is sent meanwhile waits in the table. That it waited in vain is told by the member
+            _encoded("", uuid4().hex) if group is None else _encoded(group),
+            {_encoded(*topic): topic for topic in topics},
+            lease=timedelta(seconds=self._lease),
+            expires_after=timedelta(seconds=self._absence) if group is None else None,
+            lossy=False,  # messages that are sent meanwhile wait in the table; an expired group reports its gap itself
             prefetch=prefetch,
-            buffer_size=min(prefetch, 32),  # the other members want some, too
+            buffer_size=min(prefetch, 32),  # leave some messages for the other consumers of the group
             reconnect=self._reconnect,
             on_gap=on_gap,
-            registry=self._reader.subscriptions,
-            unsettled=lambda: len(member.held),
-            leave=member.leave,
         )
-        self._members.add(member)
-        try:
-            async with member.supervised as deliveries:
-                yield deliveries
-        finally:
-            self._members.discard(member)
+        async with subscription as deliveries:
+            yield deliveries
 
     # -- connections ---------------------------------------------------------------------------------------------
 
@@ -163,17 +151,17 @@ class PostgresMessageBroker(ServiceBroker[Link]):
             await connection.execute(f'{_ONE_AT_A_TIME}; CREATE SCHEMA IF NOT EXISTS "{self._schema}"; {schema}')
 
     async def _prepare_to_read(self, connection: Any) -> None:
-        def wake(group: str | None) -> None:
-            for member in self._members:
-                if group in {None, member.written}:
-                    member.woken.set()
+        def notify(group: str | None) -> None:
+            for subscription in self._reader.subscriptions:
+                if isinstance(subscription, Subscription) and group in {None, subscription.group_key}:
+                    subscription.notified.set()
 
         await self._prepare(connection)
-        await connection.add_listener(self._schema, lambda _, __, ___, group: wake(group))
-        connection.add_termination_listener(lambda _: wake(None))  # they notice, and connect again
+        await connection.add_listener(self._schema, lambda _, __, ___, group: notify(group))
+        connection.add_termination_listener(lambda _: notify(None))  # the subscriptions detect the loss and reconnect
 
 
-def _written(*names: str) -> str:
-    """Write *names* so that no two become one, in ASCII."""
+def _encoded(*names: str) -> str:
+    """Return *names* as one text in ASCII. Different names never have the same text."""
     text = json.dumps(names)
-    return text if len(text) <= _LONGEST_NAME else f"{text[:150]}...{hashlib.sha256(text.encode()).hexdigest()[:40]}"
+    return text if len(text) <= _MAX_NAME_LENGTH else f"{text[:150]}...{hashlib.sha256(text.encode()).hexdigest()[:40]}"

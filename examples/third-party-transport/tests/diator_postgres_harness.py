@@ -1,4 +1,4 @@
-"""How the conformance suite gets this transport, and what it can do to PostgreSQL."""
+"""The harness: how the conformance suite gets this transport, and what it can do to PostgreSQL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import asyncpg
 from diator_postgres import PostgresMessageBroker
-from diator_postgres.broker import _written
+from diator_postgres.broker import _encoded
 
 from diator.brokers.base import Topic
 from diator.brokers.supervisor import ReconnectPolicy
@@ -37,7 +37,7 @@ class PostgresHarness(Harness):
         try:
             self._version = asyncio.run(self._ask("SELECT version()"))
         except (OSError, asyncpg.PostgresError) as error:
-            raise EnvironmentMissing("DIATOR_TEST_POSTGRES_URL names no PostgreSQL that answers") from error
+            raise EnvironmentMissing("no PostgreSQL answers at DIATOR_TEST_POSTGRES_URL") from error
 
     def service(self) -> str:
         return " ".join(self._version.split()[:2])
@@ -56,22 +56,22 @@ class PostgresHarness(Harness):
         return transport
 
     async def send_raw(self, transport: Any, topic: Topic, body: bytes) -> None:
-        await self._ask("SELECT send($1, $2, $3)", [_written(*topic)], [body], ["{}"])
+        await self._ask("SELECT send($1, $2, $3)", [_encoded(*topic)], [body], ["{}"])
 
     async def dead_letters(self, transport: Any, topic: Topic, group: str | None) -> list[DeadLettered]:
         query = "SELECT array_agg(encode(body, 'hex') || ' ' || headers ORDER BY id) FROM dead_letters WHERE topic = $1"
-        found = [letter.split(" ", 1) for letter in await self._ask(query, _written(*topic)) or ()]
+        found = [letter.split(" ", 1) for letter in await self._ask(query, _encoded(*topic)) or ()]
         letters = [(bytes.fromhex(body), json.loads(headers)) for body, headers in found]
         mine = [(body, headers) for body, headers in letters if headers["diator-dlq-consumer-group"] == (group or "")]
         return [DeadLettered(body=body, reason=headers["diator-dlq-reason"]) for body, headers in mine]
 
     async def crash(self, transport: Any) -> None:
-        def no_more(*_: object, **__: object) -> None:
+        def refuse(*_: object, **__: object) -> None:
             raise ConnectionError("this process is dead")
 
-        for link in (transport._service, transport._reader):
-            link._connect = no_more
-            link.break_off()
+        for connection in (transport._service, transport._reader):
+            connection._connect = refuse
+            connection.abort()
 
     @asynccontextmanager
     async def proxied(self) -> AsyncIterator[FaultProxy]:
@@ -86,10 +86,10 @@ class PostgresHarness(Harness):
     async def disconnect(self, transport: Any) -> None:
         query = "SELECT count(pg_terminate_backend(pid, 1000)) FROM pg_stat_activity WHERE application_name = $1"
         while not await self._ask(query, transport.name):
-            pass  # one may be just about to be
+            pass  # a connection may be opening just now
 
     async def delete(self, transport: Any, topic: Topic, group: str | None) -> None:
-        names = [group and _written(group), _written(*topic)]
+        names = [group and _encoded(group), _encoded(*topic)]
         await self._ask(
             "WITH gone AS (DELETE FROM groups WHERE coalesce(grp = $1, true) AND topic = $2) "
             "DELETE FROM messages WHERE coalesce(grp = $1, true) AND topic = $2",

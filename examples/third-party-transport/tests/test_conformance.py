@@ -1,4 +1,4 @@
-"""Every promise of the transport, proved by the suite of diator."""
+"""The conformance suite of diator proves every promise of the transport."""
 
 from diator_postgres_harness import PostgresHarness
 

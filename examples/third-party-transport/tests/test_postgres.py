@@ -1,4 +1,4 @@
-"""What the suite does not ask for: what is left in the tables, what is told of a subscription that lapsed."""
+"""What the suite does not test: the rows that remain in the tables, and the gap of an expired subscription."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif("DIATOR_TEST_POSTGRES_URL" not in os.environ, re
 
 @pytest.fixture
 async def database() -> AsyncIterator[tuple[Any, str]]:
-    """A connection that sees a schema of this test alone."""
+    """Return a connection and the schema of this test alone."""
     schema = f"diator_{uuid4().hex}"
     connection = await asyncpg.connect(
         os.environ["DIATOR_TEST_POSTGRES_URL"], server_settings={"search_path": schema}, statement_cache_size=0
@@ -43,7 +43,7 @@ def new_message(number: int) -> Message:
 HAPPENED = Topic("notification_event", "Happened")
 
 
-async def test_nothing_remains_of_what_every_group_has_done(database: tuple[Any, str]) -> None:
+async def test_a_message_that_every_group_has_settled_is_deleted(database: tuple[Any, str]) -> None:
     connection, schema = database
     async with new_broker(schema) as broker:
         for group in ("first", "second"):
@@ -68,7 +68,7 @@ async def test_a_subscription_without_a_group_leaves_nothing_behind(database: tu
         assert tuple(await connection.fetchrow(tables)) == (0, 0)
 
 
-async def test_one_that_lapsed_is_told_since_when(database: tuple[Any, str]) -> None:
+async def test_an_expired_subscription_reports_its_gap(database: tuple[Any, str]) -> None:
     connection, schema = database
     gaps: asyncio.Queue[Gap] = asyncio.Queue()
     async with (
@@ -78,18 +78,18 @@ async def test_one_that_lapsed_is_told_since_when(database: tuple[Any, str]) -> 
         await broker.send_message(new_message(1))
         await (await anext(deliveries)).ack()
         await asyncio.sleep(0.1)
-        # As if it had been asleep for longer than `absence`: another one removes it, and what is sent misses it.
-        gone = datetime.now(UTC)
+        # As if the reader had been away for longer than `absence`: its group expires, and it misses a message.
+        expired_at = datetime.now(UTC)
         await connection.execute("UPDATE groups SET expires = now() - interval '1 s'")
         await broker.send_message(new_message(2))
         gap = await gaps.get()
         await broker.send_message(new_message(3))
         delivery = await anext(deliveries)
     assert b'"number":3' in delivery.body
-    assert gap.since < gone < gap.until
+    assert gap.since < expired_at < gap.until
 
 
-async def test_one_whose_process_died_does_not_collect_for_ever(database: tuple[Any, str]) -> None:
+async def test_a_subscription_whose_process_died_stops_collecting_messages(database: tuple[Any, str]) -> None:
     connection, schema = database
     async with new_broker(schema) as broker:
         async with broker.subscribe([HAPPENED], group="others"):
@@ -102,8 +102,8 @@ async def test_one_whose_process_died_does_not_collect_for_ever(database: tuple[
     assert groups == []
 
 
-async def test_the_rows_of_a_group_are_each_topics_own(database: tuple[Any, str]) -> None:
-    """Services of one name may read different things. Neither is kept awake by what is not its own."""
+async def test_a_group_has_separate_rows_for_each_topic(database: tuple[Any, str]) -> None:
+    """Two services may share a group name and read different topics. The rows of one never wake the other."""
     _, schema = database
     other = Topic("notification_event", "Other")
     async with new_broker(schema) as broker:
@@ -117,8 +117,8 @@ async def test_the_rows_of_a_group_are_each_topics_own(database: tuple[Any, str]
             assert (await anext(deliveries)).attempt == 1
 
 
-async def test_whoever_founds_a_group_waits_for_the_sends_under_way(database: tuple[Any, str]) -> None:
-    """They looked for groups before it was there, and may be confirmed after it."""
+async def test_a_new_group_waits_for_the_sends_in_progress(database: tuple[Any, str]) -> None:
+    """They looked up the groups before the new one existed, and may be confirmed after it."""
     connection, schema = database
     async with new_broker(schema) as broker:
         sending = connection.transaction()
@@ -133,31 +133,31 @@ async def test_whoever_founds_a_group_waits_for_the_sends_under_way(database: tu
     assert waits
 
 
-async def test_what_a_lost_answer_had_claimed_comes_at_once_and_is_no_attempt(database: tuple[Any, str]) -> None:
+async def test_a_claim_whose_answer_was_lost_is_released_at_once_without_an_attempt(database: tuple[Any, str]) -> None:
     connection, schema = database
     async with (
         new_broker(schema, lease=60) as broker,
         broker.subscribe([HAPPENED], group="group") as deliveries,
     ):
-        [member] = broker._members
-        # The service has claimed for it, and dies before it says so.
+        [subscription] = broker._reader.subscriptions
+        # The service claims a message for the subscription, and its connection breaks before it answers.
         await connection.execute(
             "INSERT INTO messages (topic, grp, body, headers, attempt, due, holder) "
             "SELECT topic, grp, '{}', '{}', 1, now() + interval '1 min', $1 FROM groups",
-            member._name,
+            subscription.consumer,
         )
-        await connection.execute("SELECT pg_terminate_backend($1)", broker._reader.connection.get_server_pid())
+        await connection.execute("SELECT pg_terminate_backend($1)", broker._reader.raw.get_server_pid())
         delivery = await asyncio.wait_for(anext(deliveries), 5)
     assert delivery.attempt == 1
 
 
-async def test_a_commit_waits_for_the_disk_whatever_the_database_says(database: tuple[Any, str]) -> None:
+async def test_a_commit_waits_for_the_disk_whatever_the_default_of_the_database(database: tuple[Any, str]) -> None:
     _, schema = database
     async with new_broker(schema, server_settings={"synchronous_commit": "off"}) as broker:
         [(found,)] = await broker._service.run("SELECT current_setting('synchronous_commit')")
     assert found == "on"
 
 
-def test_a_schema_is_no_way_into_the_database() -> None:
-    with pytest.raises(ConfigurationError, match="no name for a schema"):
+def test_a_schema_name_cannot_inject_sql() -> None:
+    with pytest.raises(ConfigurationError, match="is not a valid schema name"):
         new_broker('x"; DROP TABLE messages')

@@ -1,4 +1,4 @@
-"""One connection to PostgreSQL, and what became of a statement on it."""
+"""One connection to PostgreSQL that many callers share, and the send error of a statement that failed on it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from diator.brokers.connecting import ClientConnection
 from diator.brokers.supervisor import close_all
 from diator.exceptions import BrokerClosed, BrokerUnavailable, MessageRejected, OutcomeUnknown
 
+# PostgreSQL rejects the values themselves: they are invalid, too long, or a constraint forbids them.
 _REFUSALS = asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError
-"""What PostgreSQL says about the values themselves: wrong, forbidden by a constraint, too long."""
 
 
-class Link(ClientConnection):
+class Connection(ClientConnection):
     """
-    One connection, made when it is first used and again after it was lost. Statements run one after the other.
+    A connection that opens at its first use, and again after it was lost. Statements run one after the other.
 
-    What was begun is finished, whoever waits for it: a cancelled call leaves no answer behind for the next one. Each
-    call ends within *timeout* seconds, or at the time *until* of the event loop's clock, with a verdict.
+    A statement that has begun runs to its end, even if its caller is cancelled: so no answer is left behind for the
+    next caller. Each call ends within *timeout* seconds, or by the deadline *until* in the event loop's time. If it
+    fails, it raises a send error.
+
+    Attributes:
+        raw: The connection of asyncpg; None before the first use and after a loss.
     """
 
     def __init__(
@@ -29,7 +33,7 @@ class Link(ClientConnection):
     ) -> None:
         super().__init__()
         self._connect, self._prepare, self.timeout = connect, prepare, timeout
-        self.connection: Any = None
+        self.raw: Any = None
         self._is_over = False
 
     async def open(self) -> None:
@@ -39,7 +43,7 @@ class Link(ClientConnection):
         loop = self._bind_to_running_loop()
         until = loop.time() + self.timeout if until is None else until
         running = loop.create_task(self._run(statement, arguments, until), name="diator: asking PostgreSQL")
-        running.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps nobody waits any more
+        running.add_done_callback(lambda done: done.cancelled() or done.exception())  # its caller may be cancelled
         return await asyncio.shield(running)
 
     async def _run(self, statement: str, arguments: Sequence[object], until: float) -> Sequence[Any]:
@@ -49,39 +53,39 @@ class Link(ClientConnection):
                 if self._is_over:
                     raise BrokerClosed("this broker is closed")
                 try:
-                    if self.connection is None or self.connection.is_closed():
-                        self.connection = await self._connect()
-                        await self._prepare(self.connection)
+                    if self.raw is None or self.raw.is_closed():
+                        self.raw = await self._connect()
+                        await self._prepare(self.raw)
                     written = True
-                    rows: Sequence[Any] = await self.connection.fetch(statement, *arguments)
+                    rows: Sequence[Any] = await self.raw.fetch(statement, *arguments)
                     answered = True
                 except asyncpg.PostgresError as error:
-                    # An ERROR was rolled back; before a FATAL it may have committed.
+                    # An ERROR was rolled back. Before a FATAL the statement may have committed.
                     answered = written and error.severity_en == "ERROR"
                     raise
                 finally:
                     if not answered:
-                        self.break_off()
+                        self.abort()
             return rows
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # TimeoutError is an OSError
-            what = type(error).__name__  # its text may quote the message
+            name = type(error).__name__  # its text may quote the message
             if written and not answered:
-                raise OutcomeUnknown(f"no answer: {what}") from error
+                raise OutcomeUnknown(f"PostgreSQL did not answer: {name}") from error
             if written and isinstance(error, _REFUSALS):
-                raise MessageRejected(f"PostgreSQL refuses it: {what}") from error
-            raise BrokerUnavailable(what) from error
+                raise MessageRejected(f"PostgreSQL refused the message: {name}") from error
+            raise BrokerUnavailable(name) from error
 
-    def break_off(self) -> None:
-        """End the connection without a word."""
-        if self.connection is not None:
-            self.connection.terminate()
-            self.connection = None
+    def abort(self) -> None:
+        """Close the connection at once, without a goodbye."""
+        if self.raw is not None:
+            self.raw.terminate()
+            self.raw = None
 
     def _reset(self) -> None:
-        self.connection = None
+        self.raw = None
 
     async def _close(self) -> None:
-        await close_all(self.subscriptions)  # with the help of this
+        await close_all(self.subscriptions)  # first, because they need this connection to end
         async with self._lock:
             self._is_over = True
-            self.break_off()
+            self.abort()
