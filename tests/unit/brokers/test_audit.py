@@ -1,4 +1,4 @@
-"""The audit gives what a broker finds, and of that what a program asked about."""
+"""An audit returns the findings of a broker, limited to the capabilities that a program requires."""
 
 import pytest
 
@@ -24,11 +24,11 @@ class Audited:
         (Capabilities(guarantee="at_least_once", ordering="key"), [KEPT]),
     ],
 )
-async def test_findings_are_those_that_concern_what_was_asked_for(requires, expected):
+async def test_only_findings_about_required_capabilities_are_returned(requires, expected):
     assert await audit(Audited(), requires=requires) == expected
 
 
-async def test_what_has_no_service_has_no_findings():
+async def test_a_broker_without_a_service_has_no_findings():
     assert await audit(MemoryMessageBroker()) == []
 
 

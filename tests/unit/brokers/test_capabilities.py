@@ -1,4 +1,4 @@
-"""What a transport promises against what a program needs: every field, in both directions."""
+"""The promises of a transport are compared with the needs of a program: every field, in both directions."""
 
 from dataclasses import fields
 
@@ -7,6 +7,7 @@ import pytest
 from diator.brokers.capabilities import Capabilities, require
 from diator.exceptions import ConfigurationError, UnsupportedCapability
 
+#: The weakest level first.
 LEVELS = {
     "guarantee": ["at_most_once", "at_least_once"],
     "receipt": ["none", "accepted", "durable"],
@@ -25,29 +26,28 @@ LEVELS = {
     "max_message_bytes": [0, 1_000, 1_000_000],
     "multi_process": [False, True],
 }
-"""Weakest first."""
 SETS = {"redelivery": ["close", "crash", "deadline", "retry"], "distribution": ["broadcast", "competing"]}
-TOLD = {"redelivery_bound": 1.5, "network": True}
+INFORMATION = {"redelivery_bound": 1.5, "network": True}
 
 
-def lacking(name, has, needs):
+def missing(name, has, needs):
     return Capabilities(**{name: has}).missing(Capabilities(**{name: needs}))
 
 
-def test_no_field_is_forgotten_here():
-    assert {field.name for field in fields(Capabilities)} == {*LEVELS, *SETS, *TOLD}
+def test_these_tests_cover_every_field():
+    assert {field.name for field in fields(Capabilities)} == {*LEVELS, *SETS, *INFORMATION}
 
 
 @pytest.mark.parametrize("name", LEVELS)
 def test_a_level_covers_itself_and_the_weaker_ones(name):
     for rank, has in enumerate(LEVELS[name]):
-        assert [lacking(name, has, needs) == [] for needs in LEVELS[name]] == [
+        assert [missing(name, has, needs) == [] for needs in LEVELS[name]] == [
             needed <= rank for needed in range(len(LEVELS[name]))
         ]
 
 
 @pytest.mark.parametrize("name", LEVELS)
-def test_what_is_not_said_is_the_weakest(name):
+def test_the_default_is_the_weakest_level(name):
     assert getattr(Capabilities(), name) == LEVELS[name][0]
     assert Capabilities().missing(Capabilities()) == []
 
@@ -56,20 +56,20 @@ def test_what_is_not_said_is_the_weakest(name):
 def test_a_set_covers_its_subsets(name):
     everything, (one, *others) = frozenset(SETS[name]), SETS[name]
 
-    assert lacking(name, everything, everything) == []
-    assert lacking(name, everything, {one}) == []
-    assert lacking(name, everything, frozenset()) == []
-    assert lacking(name, frozenset(others), {one}) != []
-    assert lacking(name, {one}, everything) != []
-    assert lacking(name, frozenset(), {one}) == [f"{name} ({{}}, needed is {{{one}}})"]
+    assert missing(name, everything, everything) == []
+    assert missing(name, everything, {one}) == []
+    assert missing(name, everything, frozenset()) == []
+    assert missing(name, frozenset(others), {one}) != []
+    assert missing(name, {one}, everything) != []
+    assert missing(name, frozenset(), {one}) == [f"{name} ({{}}, needed is {{{one}}})"]
 
 
-@pytest.mark.parametrize(("name", "needed"), TOLD.items())
-def test_what_is_only_told_is_not_compared(name, needed):
+@pytest.mark.parametrize(("name", "needed"), INFORMATION.items())
+def test_fields_for_information_are_not_compared(name, needed):
     assert Capabilities().missing(Capabilities(**{name: needed})) == []
 
 
-def test_all_that_is_lacking_is_named_with_what_there_is():
+def test_each_missing_capability_is_listed_with_what_is_promised_and_needed():
     promised = Capabilities(ordering="key", dead_letter=True, distribution=frozenset({"competing"}))
     needed = Capabilities(
         ordering="destination",
@@ -87,7 +87,7 @@ def test_all_that_is_lacking_is_named_with_what_there_is():
     ]
 
 
-def test_requiring_says_who_lacks_what_for_which_option_and_what_can_be_done():
+def test_the_error_names_broker_missing_capability_option_and_remedy():
     with pytest.raises(UnsupportedCapability) as caught:
         require("a broker", Capabilities(), Capabilities(dead_letter=True, replay="position"), for_="X(y)", remedy="go")
 
@@ -99,11 +99,11 @@ def test_requiring_says_who_lacks_what_for_which_option_and_what_can_be_done():
     assert isinstance(caught.value, ConfigurationError)
 
 
-def test_requiring_what_is_promised_says_nothing():
+def test_requiring_a_promised_capability_raises_nothing():
     require("a broker", Capabilities(replay="position"), Capabilities(replay="earliest"), for_="X(y)", remedy="go")
 
 
-def test_a_level_that_there_is_not_is_refused():
+def test_an_unknown_level_is_refused():
     with pytest.raises(
         ConfigurationError, match="guarantee must be one of at_most_once, at_least_once; got 'exactly_once'"
     ):

@@ -1,4 +1,4 @@
-"""A connection that many callers use: one event loop at a time, and one end."""
+"""A client connection serves many callers of one event loop at a time, and closes once."""
 
 import asyncio
 import threading
@@ -24,7 +24,7 @@ class Connection(ClientConnection):
         self.events.append("open")
 
     def _reset(self):
-        self.events.append("anew")
+        self.events.append("reset")
 
     async def _close(self):
         self.events.append("closing")
@@ -32,7 +32,7 @@ class Connection(ClientConnection):
         self.events.append("closed")
 
 
-async def test_it_closes_once_whoever_asks_and_whoever_is_cancelled():
+async def test_it_closes_once_even_if_a_caller_is_cancelled():
     connection = Connection()
     assert not connection.is_closed
     first, second = asyncio.create_task(connection.aclose()), asyncio.create_task(connection.aclose())
@@ -49,7 +49,7 @@ async def test_it_closes_once_whoever_asks_and_whoever_is_cancelled():
     assert connection.events == ["closing", "closed"]
 
 
-def test_on_another_event_loop_it_begins_anew():
+def test_a_new_event_loop_resets_the_connection():
     connection = Connection()
 
     async def use():
@@ -58,10 +58,10 @@ def test_on_another_event_loop_it_begins_anew():
     asyncio.run(use())
     assert connection.events == []
     asyncio.run(use())
-    assert connection.events == ["anew"]
+    assert connection.events == ["reset"]
 
 
-def test_on_another_event_loop_it_can_be_closed():
+def test_it_can_be_closed_on_a_new_event_loop():
     connection = Connection()
 
     async def use():
@@ -73,14 +73,14 @@ def test_on_another_event_loop_it_can_be_closed():
 
     asyncio.run(use())
     asyncio.run(close())
-    assert connection.events == ["anew", "closing", "closed"]
+    assert connection.events == ["reset", "closing", "closed"]
 
 
-async def test_two_event_loops_at_once_are_refused():
+async def test_a_second_running_event_loop_is_refused():
     connection, errors = Connection(), []
     connection.use()
 
-    def elsewhere():
+    def in_another_thread():
         async def use():
             with pytest.raises(UsageError) as caught:
                 connection.use()
@@ -88,7 +88,7 @@ async def test_two_event_loops_at_once_are_refused():
 
         asyncio.run(use())
 
-    thread = threading.Thread(target=elsewhere)
+    thread = threading.Thread(target=in_another_thread)
     thread.start()
     await asyncio.to_thread(thread.join)
 
@@ -96,7 +96,7 @@ async def test_two_event_loops_at_once_are_refused():
     assert connection.events == []
 
 
-async def test_work_beside_goes_on_when_whoever_waits_is_cancelled():
+async def test_background_tasks_continue_if_the_wait_for_them_is_cancelled():
     background, may_end, done = BackgroundTasks(), asyncio.Event(), []
 
     async def work():
@@ -114,7 +114,7 @@ async def test_work_beside_goes_on_when_whoever_waits_is_cancelled():
     may_end.set()
     await background.wait()
     assert done
-    await background.wait()  # there is nothing left
+    await background.wait()  # all tasks have ended
 
 
 class Broker(ServiceBroker[Connection]):
@@ -122,7 +122,7 @@ class Broker(ServiceBroker[Connection]):
         self._service.events.append(message)
 
 
-async def test_a_broker_opens_and_ends_with_what_it_sends_through():
+async def test_a_broker_opens_and_closes_its_connection():
     connection = Connection()
     connection.may_end.set()
     async with Broker(connection) as broker:
@@ -133,7 +133,7 @@ async def test_a_broker_opens_and_ends_with_what_it_sends_through():
     assert connection.is_closed
 
 
-async def test_a_broker_sends_several_messages_at_once_and_tells_which_were_not_sent():
+async def test_a_broker_sends_several_messages_and_lists_those_that_were_not_sent():
     connection = Connection()
     good, bad = (Message.create(message_name=name, payload={}) for name in ("Good", "Bad"))
     await Broker(connection).send_messages([good, good])

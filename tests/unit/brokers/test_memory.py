@@ -1,4 +1,4 @@
-"""The broker inside the process: a bounded queue of encoded messages."""
+"""The in-memory broker as a bounded queue of encoded messages."""
 
 import asyncio
 
@@ -13,7 +13,7 @@ def message(number=0, **options):
     return Message.create(message_name="counted", payload={"number": number}, **options)
 
 
-async def test_gives_back_what_was_sent():
+async def test_receive_returns_the_message_that_was_sent():
     broker = MemoryMessageBroker()
     sent = message(key="7", headers={"trace": "x"})
 
@@ -22,7 +22,7 @@ async def test_gives_back_what_was_sent():
     assert await broker.receive() == sent
 
 
-async def test_keeps_the_order():
+async def test_messages_keep_their_order():
     broker = MemoryMessageBroker()
     for number in range(10):
         await broker.send_message(message(number))
@@ -32,7 +32,7 @@ async def test_keeps_the_order():
     assert [each.payload["number"] for each in received] == [*range(10)]
 
 
-async def test_receiving_waits_for_a_message():
+async def test_receive_waits_for_a_message():
     broker = MemoryMessageBroker()
     receiving = asyncio.create_task(broker.receive())
     await asyncio.sleep(0)
@@ -42,7 +42,7 @@ async def test_receiving_waits_for_a_message():
     assert await receiving == sent
 
 
-async def test_tells_how_many_wait():
+async def test_its_length_is_the_number_of_waiting_messages():
     broker = MemoryMessageBroker()
     await broker.send_message(message())
     await broker.send_message(message())
@@ -52,7 +52,7 @@ async def test_tells_how_many_wait():
     assert len(broker) == 1
 
 
-async def test_one_message_more_than_it_holds_is_rejected_and_none_dropped():
+async def test_a_message_beyond_the_capacity_is_rejected_and_none_is_dropped():
     broker = MemoryMessageBroker(capacity=2)
     await broker.send_message(message(1))
     await broker.send_message(message(2))
@@ -67,8 +67,8 @@ async def test_one_message_more_than_it_holds_is_rejected_and_none_dropped():
 
 
 @pytest.mark.parametrize("capacity", [0, -1])
-async def test_it_is_always_bounded(capacity):
-    """A capacity that holds nothing is refused, when making the broker or when sending."""
+async def test_a_capacity_below_one_is_refused(capacity):
+    """Either the constructor or the first send refuses it."""
     with pytest.raises((ConfigurationError, MessageRejected)):
         await MemoryMessageBroker(capacity=capacity).send_message(message())
 
@@ -83,7 +83,7 @@ async def test_a_message_that_is_too_large_is_rejected():
     assert len(broker) == 0
 
 
-async def test_closed_it_takes_no_more_and_gives_what_waits():
+async def test_a_closed_broker_refuses_messages_and_still_returns_the_waiting_ones():
     broker = MemoryMessageBroker()
     await broker.send_message(sent := message())
 
@@ -96,7 +96,7 @@ async def test_closed_it_takes_no_more_and_gives_what_waits():
     assert await broker.receive() == sent
 
 
-async def test_is_closed_at_the_end_of_its_block():
+async def test_the_end_of_its_context_closes_the_broker():
     async with MemoryMessageBroker() as broker:
         await broker.send_message(message())
 

@@ -1,4 +1,4 @@
-"""What travels: a message keeps what it was made of, and shows none of it in logs."""
+"""A message keeps the values that it was made with, and its `repr` shows no payload."""
 
 from dataclasses import FrozenInstanceError
 from uuid import UUID, uuid4
@@ -9,7 +9,7 @@ from diator.brokers import Message
 from diator.exceptions import EncodingError
 
 
-def test_is_made_without_an_event_class():
+def test_a_message_can_be_made_without_an_event_class():
     message = Message.create(message_name="user.joined", payload={"name": "Jürgen", "tags": [1, None, True]})
 
     assert (message.message_type, message.message_name) == ("notification_event", "user.joined")
@@ -18,7 +18,7 @@ def test_is_made_without_an_event_class():
     assert (message.key, message.headers) == (None, {})
 
 
-def test_is_made_of_what_it_is_given():
+def test_every_field_can_be_set():
     message_id = uuid4()
 
     message = Message.create(
@@ -29,7 +29,7 @@ def test_is_made_of_what_it_is_given():
     assert (message.key, message.headers) == ("7", {"trace": "x"})
 
 
-def test_gives_its_payload_anew_each_time():
+def test_payload_returns_a_new_object_at_each_access():
     message = Message.create(message_name="a", payload={"tags": []})
 
     message.payload["tags"].append("changed")
@@ -37,7 +37,7 @@ def test_gives_its_payload_anew_each_time():
     assert message.payload == {"tags": []}
 
 
-def test_a_change_of_what_it_was_made_of_does_not_reach_it():
+def test_a_later_change_of_the_payload_does_not_change_the_message():
     payload = {"tags": []}
     message = Message.create(message_name="a", payload=payload)
 
@@ -46,12 +46,12 @@ def test_a_change_of_what_it_was_made_of_does_not_reach_it():
     assert message.payload == {"tags": []}
 
 
-def test_is_frozen():
+def test_a_message_is_frozen():
     with pytest.raises(FrozenInstanceError):
         Message.create(message_name="a", payload={}).message_name = "b"
 
 
-def test_its_payload_is_no_part_of_its_repr():
+def test_the_repr_does_not_contain_the_payload():
     assert "secret" not in repr(Message.create(message_name="a", payload={"password": "secret"}))
 
 
@@ -64,18 +64,18 @@ cyclic.append(cyclic)
     [object(), {1, 2}, float("nan"), float("inf"), [[float("nan")]], "\ud800", b"bytes", complex(1), cyclic],
     ids=["object", "set", "NaN", "infinity", "NaN in lists", "lone surrogate", "bytes", "complex", "cyclic"],
 )
-def test_refuses_what_json_cannot_hold(value):
+def test_a_value_that_json_cannot_represent_is_refused(value):
     with pytest.raises(EncodingError) as caught:
         Message.create(message_name="user.joined", payload={"field": value})
 
     assert caught.value.path.startswith("user.joined.payload")
 
 
-def test_refuses_keys_of_which_one_would_be_lost():
+def test_keys_that_collide_as_text_are_refused():
     with pytest.raises(EncodingError):
         Message.create(message_name="a", payload={1: "number", "1": "text"})
 
 
-def test_refuses_a_payload_that_is_no_object():
+def test_a_payload_that_is_not_an_object_is_refused():
     with pytest.raises(EncodingError):
         Message.create(message_name="a", payload=["a list"])

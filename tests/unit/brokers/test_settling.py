@@ -1,4 +1,4 @@
-"""Acknowledgements go out together; those that did not arrive are logged, since nobody waits for them."""
+"""Acknowledgements are sent in batches. A failed batch is logged, because nobody waits for it."""
 
 import asyncio
 import logging
@@ -7,26 +7,26 @@ from diator.brokers.settling import Acknowledgements
 from diator.exceptions import BrokerUnavailable
 
 
-async def test_they_are_told_together_within_a_moment_or_when_there_are_many():
-    told = []
+async def test_a_batch_is_sent_after_100_items_or_after_a_short_time():
+    sent = []
 
-    async def tell(items):
-        told.append([*items])
+    async def send(items):
+        sent.append([*items])
 
-    acknowledgements = Acknowledgements(tell)
+    acknowledgements = Acknowledgements(send)
     for number in range(103):
         acknowledgements.add(number)
     await asyncio.sleep(0)
-    assert told == [[*range(100)]]
+    assert sent == [[*range(100)]]
     await asyncio.sleep(0.1)
-    assert told == [[*range(100)], [100, 101, 102]]
+    assert sent == [[*range(100)], [100, 101, 102]]
 
 
-async def test_what_could_not_be_told_is_said_in_the_log_and_no_error_of_the_flush(caplog):
-    async def tell(items):
+async def test_a_failed_batch_is_logged_and_flush_raises_nothing(caplog):
+    async def send(items):
         raise BrokerUnavailable("connection lost")
 
-    acknowledgements = Acknowledgements(tell)
+    acknowledgements = Acknowledgements(send)
     acknowledgements.add("a")
     acknowledgements.add("b")
     await acknowledgements.flush()
