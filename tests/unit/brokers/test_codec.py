@@ -1,4 +1,4 @@
-"""What messages look like on the wire: golden files to the byte, everything round, nothing leaked, nothing lost."""
+"""The wire format: exact bytes in golden files, round trips without loss, and errors that quote no payload."""
 
 import json
 import math
@@ -58,7 +58,7 @@ class MeetingMoved(ECSTEvent):
     meeting_id: int = 7
     title: str = 'Jürgen\'s "stand-up" ☕ \u2028'
     starts: datetime = datetime(2023, 3, 7, 9, 30, tzinfo=timezone(timedelta(hours=1)))
-    naive: datetime = datetime(2023, 3, 7, 9, 30)  # noqa: DTZ001  # without a zone on purpose
+    naive: datetime = datetime(2023, 3, 7, 9, 30)  # noqa: DTZ001  # deliberately without a time zone
     day: date = date(2023, 3, 7)
     clock: time = time(9, 30)
     lasts: timedelta = timedelta(minutes=15)
@@ -87,12 +87,12 @@ HEADERS = Message.create(
 
 
 def golden(name):
-    """The bytes of a body; the files end with a line break, bodies do not."""
+    """Return the bytes of a body. A file ends with a line break; a body does not."""
     return (GOLDEN / f"{name}.json").read_bytes().removesuffix(b"\n")
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
-async def test_an_event_has_these_bytes(event):
+async def test_an_event_is_encoded_as_in_its_golden_file(event):
     broker = Recorder()
     await EventEmitter(message_broker=broker).emit(event)
 
@@ -102,30 +102,30 @@ async def test_an_event_has_these_bytes(event):
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
-def test_these_bytes_are_that_event(event):
+def test_a_golden_file_is_decoded_as_its_event(event):
     message = decode(golden(type(event).__name__))
 
     assert message.message_id == event.event_id
     assert payload_decoder(type(event))(message.payload_json) == event
 
 
-@pytest.mark.parametrize("in_body", [True, False], ids=["in the body", "apart"])
-def test_headers_have_these_bytes(in_body):
+@pytest.mark.parametrize("in_body", [True, False], ids=["in the body", "beside the body"])
+def test_headers_are_encoded_as_in_their_golden_file(in_body):
     body = encode(HEADERS, headers_in_body=in_body)
 
     assert body == golden("headers_in_body" if in_body else "headers_apart")
 
 
-def test_the_keys_are_older():
-    """What listened to the older diator understands the newer one."""
+def test_the_keys_are_those_of_earlier_versions():
+    """A reader of an earlier diator can read the messages of this one."""
     body = json.loads(golden("UserJoinedNotificationEvent"))
 
     assert [*body] == ["message_type", "message_name", "message_id", "payload"]
     assert [*body["payload"]] == ["event_id", "event_timestamp", "user_id"]
 
 
-def test_a_body_of_the_older_diator_is_understood():
-    """Its timestamps have no zone."""
+def test_a_body_of_an_earlier_diator_can_be_decoded():
+    """Its timestamps have no time zone."""
     message = decode(
         b'{"message_type":"notification_event","message_name":"UserJoinedNotificationEvent",'
         b'"message_id":"9f62e977-73f7-462b-92cb-8ea658d3bcb5","payload":'
@@ -150,37 +150,37 @@ def test_a_body_of_the_older_diator_is_understood():
     key=st.none() | st.text(),
     headers=st.dictionaries(st.text().filter(lambda name: name != "key"), st.text()),
 )
-def test_a_message_comes_back_as_it_was(name, payload, message_id, key, headers):
+def test_a_message_survives_a_round_trip(name, payload, message_id, key, headers):
     message = Message.create(message_name=name, payload=payload, message_id=message_id, key=key, headers=headers)
 
     assert decode(encode(message, headers_in_body=True)) == message
 
 
-def test_headers_of_the_service_stand_above_those_in_the_body():
+def test_headers_of_the_service_take_precedence_over_headers_in_the_body():
     message = decode(encode(HEADERS, headers_in_body=True), headers={"trace": "0-2", "key": "8"})
 
     assert (message.headers, message.key) == ({"trace": "0-2"}, "8")
 
 
-def test_keys_that_are_not_known_are_ignored():
+def test_unknown_keys_are_ignored():
     body = json.loads(encode(HEADERS)) | {"version": 2}
 
     assert decode(json.dumps(body).encode()).message_id == EVENT_ID
 
 
 def sized(size):
-    """A message whose body has *size* bytes."""
+    """Return a message whose body has *size* bytes."""
     empty = len(encode(Message.create(message_name="a", payload={"x": ""})))
     return Message.create(message_name="a", payload={"x": "x" * (size - empty)})
 
 
-def test_as_many_bytes_as_allowed_pass_both_ways():
+def test_a_message_of_the_maximum_size_can_be_encoded_and_decoded():
     message = sized(MAX_MESSAGE_BYTES)
 
     assert decode(encode(message)) == message
 
 
-def test_one_byte_more_is_not_sent():
+def test_one_byte_more_is_not_encoded():
     message = sized(MAX_MESSAGE_BYTES + 1)
 
     with pytest.raises(MessageTooLarge) as caught:
@@ -190,7 +190,7 @@ def test_one_byte_more_is_not_sent():
     assert caught.value.message_id == message.message_id
 
 
-def test_one_byte_more_is_not_read():
+def test_one_byte_more_is_not_decoded():
     body = encode(sized(101 + 200), max_bytes=1000)
 
     with pytest.raises(DecodingError, match="the body has 301 bytes; this broker accepts at most 300"):
@@ -198,13 +198,13 @@ def test_one_byte_more_is_not_read():
 
 
 @pytest.mark.parametrize("bad", [{"key": "\ud800"}, {"headers": {"\ud800": "1"}}, {"headers": {"trace": "\ud800"}}])
-def test_what_cannot_be_written_beside_the_body_is_refused_too(bad):
+def test_headers_beside_the_body_that_are_not_valid_unicode_are_refused(bad):
     with pytest.raises(EncodingError, match=r"a\.headers"):
         headers_with_key(Message.create(message_name="a", payload={}, **bad))
 
 
 @pytest.mark.parametrize("part", ["message_name", "message_type", "key", "headers"])
-def test_what_is_no_unicode_in_a_message_is_an_error_of_ours(part):
+def test_text_that_is_not_valid_unicode_raises_an_encoding_error(part):
     bad = {"trace": "\ud800"} if part == "headers" else "\ud800"
 
     with pytest.raises(EncodingError):
@@ -216,7 +216,7 @@ def body_with(**changes):
     return json.dumps({key: value for key, value in body.items() if value is not ...}).encode()
 
 
-NO_MESSAGES = {
+NOT_MESSAGES = {
     "empty": b"",
     "garbage": b"\x80\x04hunter2\x00",
     "text": b"hunter2",
@@ -247,8 +247,8 @@ NO_MESSAGES = {
 }
 
 
-@pytest.mark.parametrize("body", NO_MESSAGES.values(), ids=NO_MESSAGES)
-def test_what_is_no_message_is_refused_without_being_quoted(body):
+@pytest.mark.parametrize("body", NOT_MESSAGES.values(), ids=NOT_MESSAGES)
+def test_a_body_that_is_not_a_message_is_refused_without_being_quoted(body):
     with pytest.raises(DecodingError) as caught:
         decode(body)
 
@@ -256,7 +256,7 @@ def test_what_is_no_message_is_refused_without_being_quoted(body):
 
 
 @given(st.binary())
-def test_no_bytes_raise_anything_else(body):
+def test_any_other_bytes_raise_a_decoding_error(body):
     with pytest.raises(DecodingError):
         decode(body)
 
@@ -299,12 +299,12 @@ FIELDS = {
 
 
 def holding(hint, name="Holder"):
-    """An event class with one field of *hint*."""
+    """Return an event class with one field of type *hint*."""
     return make_dataclass(name, [("value", hint)], bases=(NotificationEvent,), frozen=True, kw_only=True)
 
 
 @pytest.mark.parametrize(("hint", "values"), FIELDS.values(), ids=FIELDS)
-def test_comes_back_as_it_was(hint, values):
+def test_a_value_survives_a_round_trip(hint, values):
     event_type = holding(hint)
     write, read = payload_encoder(event_type), payload_decoder(event_type)
 
@@ -318,8 +318,8 @@ def test_comes_back_as_it_was(hint, values):
     round_trip()
 
 
-def test_the_offset_of_a_zone_is_written_to_the_minute():
-    """RFC 3339 has no seconds there; Amsterdam was 19 minutes and 32 seconds ahead. The documentation says so."""
+def test_a_time_zone_offset_is_written_to_the_minute():
+    """RFC 3339 allows no seconds in an offset. Amsterdam once had 19 minutes and 32 seconds."""
     event_type = holding(datetime)
     event = event_type(value=datetime(1900, 1, 1, tzinfo=timezone(timedelta(minutes=19, seconds=32))))
 
@@ -366,7 +366,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("value", "path"), REFUSED.values(), ids=REFUSED)
-def test_what_json_cannot_hold_is_refused_with_its_path(value, path):
+def test_a_value_that_json_cannot_represent_is_refused_with_its_path(value, path):
     event_type = holding(Any)
 
     with pytest.raises(EncodingError) as caught:
@@ -376,18 +376,18 @@ def test_what_json_cannot_hold_is_refused_with_its_path(value, path):
     assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_a_text_that_says_null_is_no_number():
+def test_a_text_that_contains_null_is_not_taken_for_nan():
     event_type = holding(str)
 
     assert b'"null"' in payload_encoder(event_type)(event_type(value="null"))
 
 
-def test_a_type_that_cannot_be_read_back_is_refused_when_wiring():
+def test_a_type_that_cannot_be_read_back_is_refused_when_the_decoder_is_made():
     with pytest.raises(EncodingError, match="Holder: cannot be read back from JSON"):
         payload_decoder(holding(Place | Node))
 
 
-NO_PAYLOADS = {
+NOT_PAYLOADS = {
     "empty": (int, b""),
     "garbage": (int, b"\x80hunter2"),
     "list": (int, b'["hunter2"]'),
@@ -409,8 +409,8 @@ NO_PAYLOADS = {
 }
 
 
-@pytest.mark.parametrize(("hint", "payload"), NO_PAYLOADS.values(), ids=NO_PAYLOADS)
-def test_what_does_not_fit_is_refused_without_being_quoted(hint, payload):
+@pytest.mark.parametrize(("hint", "payload"), NOT_PAYLOADS.values(), ids=NOT_PAYLOADS)
+def test_a_payload_that_does_not_fit_is_refused_without_being_quoted(hint, payload):
     @dataclass
     class Holder:
         value: hint
@@ -422,7 +422,7 @@ def test_what_does_not_fit_is_refused_without_being_quoted(hint, payload):
     assert "4711" not in str(caught.value)
 
 
-def test_the_place_is_named():
+def test_the_error_names_the_field():
     @dataclass
     class Meeting:
         places: list[Place]
@@ -431,5 +431,5 @@ def test_the_place_is_named():
         payload_decoder(Meeting)(b'{"places":[{"room":"A"},{"room":2}]}')
 
 
-def test_fields_that_are_not_known_are_ignored():
+def test_unknown_fields_are_ignored():
     assert payload_decoder(Place)(b'{"room":"A","seats":1,"windows":2}') == Place("A", 1)

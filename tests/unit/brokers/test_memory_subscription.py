@@ -1,4 +1,4 @@
-"""The in-memory broker is read from: it keeps every promise of `ReadableBroker`, as the reference for all others."""
+"""Subscriptions of the in-memory broker keep every promise of `ReadableBroker`: it is the reference transport."""
 
 import asyncio
 import json
@@ -37,7 +37,7 @@ async def take(deliveries, count):
 
 
 async def numbers(deliveries, count):
-    """Take and acknowledge *count* deliveries; what they say."""
+    """Take and acknowledge *count* deliveries; return their numbers."""
     taken = await take(deliveries, count)
     for delivery in taken:
         await delivery.ack()
@@ -50,11 +50,11 @@ async def nothing_comes(deliveries):
             await anext(deliveries)
 
 
-# -- who gets what ---------------------------------------------------------------------------------------------------
+# -- who receives which messages -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("group", [None, "billing"])
-async def test_on_entry_it_is_ready(group):
+async def test_a_subscription_is_ready_on_entry(group):
     broker = MemoryMessageBroker()
 
     async with broker.subscribe({COUNTED}, group=group) as deliveries:
@@ -65,7 +65,7 @@ async def test_on_entry_it_is_ready(group):
     assert len(broker) == 0
 
 
-async def test_every_group_and_every_subscription_without_one_gets_each_message():
+async def test_every_group_and_every_subscription_without_a_group_receives_each_message():
     broker = MemoryMessageBroker()
     async with AsyncExitStack() as stack:
         everyone = [
@@ -77,7 +77,7 @@ async def test_every_group_and_every_subscription_without_one_gets_each_message(
         assert [await numbers(each, 3) for each in everyone] == [[1, 2, 3]] * 4
 
 
-async def test_the_members_of_a_group_share():
+async def test_the_consumers_of_a_group_share_the_messages():
     broker = MemoryMessageBroker()
     async with (
         broker.subscribe({COUNTED}, group="billing") as one,
@@ -93,20 +93,20 @@ async def test_the_members_of_a_group_share():
         await nothing_comes(one)
 
 
-async def test_a_group_collects_while_nobody_is_there():
+async def test_a_group_collects_messages_while_it_has_no_consumer():
     broker = MemoryMessageBroker()
     async with broker.subscribe({COUNTED}, group="billing"):
         pass
     async with broker.subscribe({COUNTED}):
         await send(broker, 1, 2)
 
-    async with broker.subscribe({COUNTED}, group="billing") as members, broker.subscribe({COUNTED}) as alone:
-        assert await numbers(members, 2) == [1, 2]
+    async with broker.subscribe({COUNTED}, group="billing") as billing, broker.subscribe({COUNTED}) as alone:
+        assert await numbers(billing, 2) == [1, 2]
         await nothing_comes(alone)
     assert len(broker) == 0
 
 
-async def test_the_topics_of_a_group_grow_and_stay():
+async def test_topics_are_added_to_a_group_and_stay():
     broker = MemoryMessageBroker()
     async with broker.subscribe({COUNTED}, group="billing"), broker.subscribe({OTHER}, group="billing"):
         pass
@@ -117,7 +117,7 @@ async def test_the_topics_of_a_group_grow_and_stay():
         assert [(each.topic, number_of(each)) for each in await take(deliveries, 2)] == [(COUNTED, 1), (OTHER, 2)]
 
 
-async def test_what_no_subscription_wanted_goes_to_the_first_that_does():
+async def test_a_message_without_a_subscription_goes_to_the_first_one_for_its_topic():
     broker = MemoryMessageBroker()
     await send(broker, 1, 2)
     await send(broker, 9, name="other")
@@ -132,10 +132,10 @@ async def test_what_no_subscription_wanted_goes_to_the_first_that_does():
     assert [(await broker.receive()).payload["number"] for _ in range(len(broker))] == [9]
 
 
-# -- in which order, and how many ------------------------------------------------------------------------------------
+# -- order and prefetch ----------------------------------------------------------------------------------------------
 
 
-async def test_keeps_the_order():
+async def test_deliveries_keep_the_order():
     broker = MemoryMessageBroker()
     async with broker.subscribe({COUNTED}, prefetch=1_000) as deliveries:
         await send(broker, *range(1_000))
@@ -144,7 +144,7 @@ async def test_keeps_the_order():
 
 
 @pytest.mark.parametrize("settle", SETTLE.values(), ids=SETTLE)
-async def test_no_more_than_prefetch_are_given_out_and_not_settled(settle):
+async def test_at_most_prefetch_deliveries_are_unsettled(settle):
     broker = MemoryMessageBroker()
     async with broker.subscribe({COUNTED}, prefetch=2) as deliveries:
         await send(broker, 1, 2, 3)
@@ -160,8 +160,8 @@ async def test_no_more_than_prefetch_are_given_out_and_not_settled(settle):
 
 
 @pytest.mark.parametrize("prefetch", [0, -1])
-async def test_a_prefetch_that_gives_out_nothing_is_refused(prefetch):
-    """Else it waits for ever."""
+async def test_a_prefetch_below_one_is_refused(prefetch):
+    """Otherwise the iterator would wait for ever."""
     broker = MemoryMessageBroker()
     await send(broker, 1)
 
@@ -170,7 +170,7 @@ async def test_a_prefetch_that_gives_out_nothing_is_refused(prefetch):
             pass
 
 
-async def test_a_full_queue_rejects_for_all():
+async def test_a_full_queue_of_one_group_rejects_the_message_for_all():
     broker = MemoryMessageBroker(capacity=2)
     async with broker.subscribe({COUNTED}, group="slow") as slow, broker.subscribe({COUNTED}) as quick:
         await send(broker, 1, 2)
@@ -185,7 +185,7 @@ async def test_a_full_queue_rejects_for_all():
         assert (await numbers(slow, 2), await numbers(quick, 1)) == ([2, 4], [4])
 
 
-async def test_what_comes_back_finds_room_in_a_full_queue():
+async def test_a_requeued_message_fits_into_a_full_queue():
     broker = MemoryMessageBroker(capacity=1)
     async with broker.subscribe({COUNTED}, group="billing") as deliveries:
         await send(broker, 1)
@@ -199,7 +199,7 @@ async def test_what_comes_back_finds_room_in_a_full_queue():
 # -- settling --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_retry_comes_at_once_as_the_next_attempt():
+async def test_a_retry_is_redelivered_at_once_as_the_next_attempt():
     broker = MemoryMessageBroker()
     attempts = []
     async with broker.subscribe({COUNTED}, group="billing") as deliveries:
@@ -214,22 +214,22 @@ async def test_a_retry_comes_at_once_as_the_next_attempt():
     assert [*attempts, delivery.attempt] == [1, 2, 3, 4, 5]
 
 
-async def test_a_delayed_retry_comes_when_it_is_due_and_others_meanwhile():
+async def test_a_delayed_retry_is_redelivered_when_it_is_due_and_does_not_hold_up_others():
     loop, broker = asyncio.get_running_loop(), MemoryMessageBroker()
     async with broker.subscribe({COUNTED}, prefetch=1) as deliveries:
         await send(broker, 1, 2)
         [delivery] = await take(deliveries, 1)
-        given_back = loop.time()
+        requeued_at = loop.time()
         await delivery.retry(after=0.05)
 
         assert await numbers(deliveries, 1) == [2]
         [delivery] = await take(deliveries, 1)
 
-    assert loop.time() - given_back >= 0.049
+    assert loop.time() - requeued_at >= 0.049
     assert (number_of(delivery), delivery.attempt) == (1, 2)
 
 
-async def test_a_delayed_retry_outlives_the_member_that_asked_for_it():
+async def test_a_delayed_retry_outlives_the_subscription_that_requeued_it():
     broker = MemoryMessageBroker()
     async with broker.subscribe({COUNTED}, group="billing") as deliveries:
         await send(broker, 1)
@@ -242,7 +242,7 @@ async def test_a_delayed_retry_outlives_the_member_that_asked_for_it():
     assert delivery.attempt == 2
 
 
-async def test_a_dead_letter_is_put_aside_with_its_reason():
+async def test_a_dead_letter_is_kept_with_its_reason():
     broker = MemoryMessageBroker()
     async with broker.subscribe({COUNTED}) as deliveries:
         await send(broker, 1)
@@ -257,7 +257,7 @@ async def test_a_dead_letter_is_put_aside_with_its_reason():
     ]
 
 
-async def test_what_is_not_settled_goes_back_in_its_order_before_what_came_later():
+async def test_unsettled_messages_are_requeued_in_order_before_later_ones():
     broker = MemoryMessageBroker()
     async with broker.subscribe({COUNTED}, group="billing", prefetch=4) as deliveries:
         await send(broker, *range(6))
@@ -271,7 +271,7 @@ async def test_what_is_not_settled_goes_back_in_its_order_before_what_came_later
     assert [(number_of(each), each.attempt) for each in again] == [(0, 2), (3, 2), (4, 1), (5, 1)]
 
 
-async def test_what_goes_back_wakes_another_member():
+async def test_a_requeued_message_wakes_another_consumer():
     broker = MemoryMessageBroker()
     async with broker.subscribe({COUNTED}, group="billing") as staying:
         async with broker.subscribe({COUNTED}, group="billing") as leaving:
@@ -284,7 +284,7 @@ async def test_what_goes_back_wakes_another_member():
 
 
 @pytest.mark.parametrize("settle", SETTLE.values(), ids=SETTLE)
-async def test_settling_after_leaving_is_harmless(settle):
+async def test_settling_after_the_end_has_no_effect(settle):
     broker = MemoryMessageBroker()
     async with broker.subscribe({COUNTED}, group="billing") as deliveries:
         await send(broker, 1)
@@ -301,8 +301,8 @@ async def test_settling_after_leaving_is_harmless(settle):
 
 @pytest.mark.parametrize("second", SETTLE)
 @pytest.mark.parametrize("first", SETTLE)
-async def test_it_is_settled_once(first, second):
-    """The same again does nothing; another way is an error, and the first one holds."""
+async def test_a_delivery_is_settled_once(first, second):
+    """The same outcome again does nothing. Another outcome raises an error, and the first one stays."""
     broker = MemoryMessageBroker()
     async with broker.subscribe({COUNTED}) as deliveries:
         await send(broker, 1)
@@ -322,7 +322,7 @@ async def test_it_is_settled_once(first, second):
 
 
 @pytest.mark.parametrize("how", SETTLE)
-async def test_the_same_again_tells_the_service_nothing(how):
+async def test_the_same_outcome_again_is_not_reported_to_the_service(how):
     broker = Scripted()
     delivery = broker.delivery(b"")
 
@@ -333,7 +333,7 @@ async def test_the_same_again_tells_the_service_nothing(how):
 
 
 class Refusing:
-    """A transport that cannot do what it is asked first."""
+    """A transport that refuses the first settlement."""
 
     def __init__(self):
         self.refused, self.settled = False, []
@@ -348,8 +348,8 @@ class Refusing:
 
 
 @pytest.mark.parametrize("first", SETTLE)
-async def test_what_failed_has_settled_nothing(first):
-    """A program that cannot give it back has to be able to put it aside."""
+async def test_a_failed_settlement_settles_nothing(first):
+    """A program that cannot requeue a message must still be able to dead-letter it."""
     delivery = Delivery(topic=COUNTED, body=b"", headers={}, attempt=1, settler=(transport := Refusing()))
     with pytest.raises(UnsupportedCapability):
         await SETTLE[first](delivery)
@@ -359,7 +359,7 @@ async def test_what_failed_has_settled_nothing(first):
     assert transport.settled == ["dead_letter"]
 
 
-async def test_a_delivery_shows_nothing_of_its_body():
+async def test_the_repr_of_a_delivery_does_not_contain_its_body():
     broker = MemoryMessageBroker()
     async with broker.subscribe({COUNTED}) as deliveries:
         await send(broker, "canary")
@@ -368,12 +368,12 @@ async def test_a_delivery_shows_nothing_of_its_body():
     assert "canary" not in repr(delivery)
 
 
-# -- waiting, leaving and closing ------------------------------------------------------------------------------------
+# -- waiting, ending and closing -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefetch", [1, 64])
 async def test_cancelling_a_wait_loses_nothing(prefetch):
-    """A thousand times, at each moment before, while and after a message comes."""
+    """A thousand times: before, while and after a message arrives."""
     broker, got = MemoryMessageBroker(), []
     async with broker.subscribe({COUNTED}, group="billing", prefetch=prefetch) as deliveries:
         for number in range(1_000):
@@ -400,7 +400,7 @@ async def test_cancelling_a_wait_loses_nothing(prefetch):
 
 
 async def test_the_iterator_ends_with_its_context():
-    """One that goes on takes messages which nobody gives back."""
+    """If it continued, it would take messages that nobody returns to the queue."""
     broker = MemoryMessageBroker()
     async with broker.subscribe({COUNTED}, group="billing") as deliveries:
         waiting = asyncio.create_task(take(deliveries, 1))
@@ -414,7 +414,7 @@ async def test_the_iterator_ends_with_its_context():
         assert await numbers(deliveries, 2) == [1, 2]
 
 
-async def test_closed_it_takes_no_subscription_and_settles_what_is_out():
+async def test_a_closed_broker_refuses_subscriptions_and_still_settles_deliveries():
     broker = MemoryMessageBroker()
     async with broker.subscribe({COUNTED}, group="billing") as deliveries:
         await send(broker, 1, 2)
@@ -431,8 +431,8 @@ async def test_closed_it_takes_no_subscription_and_settles_what_is_out():
 
 
 @pytest.mark.parametrize("wait", ["receive", "subscription"])
-async def test_closing_ends_all_waiting(wait):
-    """So says `MemoryMessageBroker`; with what is not said, but a wait without an end it is not."""
+async def test_closing_ends_every_wait(wait):
+    """`MemoryMessageBroker` does not promise how a wait ends, only that it does."""
     broker = MemoryMessageBroker()
     async with broker.subscribe({COUNTED}) as deliveries:
         waiting = asyncio.ensure_future(broker.receive() if wait == "receive" else anext(deliveries))
@@ -447,14 +447,14 @@ async def test_closing_ends_all_waiting(wait):
             pass
 
 
-def test_a_delivery_shows_neither_its_body_nor_what_its_transport_knows_of_it():
+def test_the_repr_of_a_delivery_contains_neither_its_body_nor_its_token():
     delivery = Delivery(topic=COUNTED, body=b"hunter2", headers={}, attempt=1, settler=None, token=[b"hunter2"])
 
     assert "hunter2" not in repr(delivery)
 
 
-async def test_members_of_one_group_take_what_they_want():
-    """Two services that share a group by mistake do not take each other's messages."""
+async def test_consumers_of_one_group_receive_only_their_topics():
+    """Two services that share a group name by mistake do not receive each other's messages."""
     joined, left = Topic("notification_event", "Joined"), Topic("notification_event", "Left")
     broker = MemoryMessageBroker()
     async with (

@@ -1,4 +1,4 @@
-"""The supervisor, over connections that do what the test says."""
+"""The supervisor, with connections that do what the test scripts."""
 
 import asyncio
 import random
@@ -15,8 +15,8 @@ from diator.exceptions import BrokerClosed, BrokerUnavailable, ConfigurationErro
 
 PATIENT = ReconnectPolicy(connect_timeout=5, idle_timeout=5, probe_timeout=5, first_delay=0, max_delay=0)
 WATCHFUL = replace(PATIENT, idle_timeout=0.05, probe_timeout=0.05)
+#: Within so many seconds even a busy machine finishes work that has nothing to wait for.
 PROMPTLY = 0.25
-"""Seconds in which a busy machine does what has nothing to wait for."""
 
 
 def delivery(number):
@@ -24,24 +24,24 @@ def delivery(number):
 
 
 class Link:
-    """One connection. What it is told arrives, in that order; an error ends it."""
+    """One connection. It receives what the test puts in, in that order; an error breaks it."""
 
     def __init__(self):
         self.arriving = []
         self.something = asyncio.Event()
-        self.asked_for = []
+        self.limits = []
         self.probes = 0
         self.on_probe = self.answer
 
-    def tell(self, *what):
-        self.arriving += what
+    def put(self, *items):
+        self.arriving += items
         self.something.set()
 
     async def answer(self):
-        self.tell(None)
+        self.put(None)
 
-    async def receive(self, most):
-        self.asked_for.append(most)
+    async def receive(self, limit):
+        self.limits.append(limit)
         while not self.arriving:
             self.something.clear()
             await self.something.wait()
@@ -50,7 +50,7 @@ class Link:
         if self.arriving[0] is None:
             del self.arriving[0]
             return []
-        taken = [*takewhile(lambda what: isinstance(what, int), self.arriving[:most])]
+        taken = [*takewhile(lambda item: isinstance(item, int), self.arriving[:limit])]
         del self.arriving[: len(taken)]
         return [delivery(number) for number in taken]
 
@@ -60,7 +60,7 @@ class Link:
 
 
 class Service:
-    """What is connected to. Each attempt takes one of *fates*: an error, a function to await, or None to succeed."""
+    """A service. Each attempt to connect takes one of *fates*: an error, a function to await, or None to succeed."""
 
     def __init__(self, *fates):
         self.fates = [*fates]
@@ -94,15 +94,15 @@ class Service:
                 raise self.on_close
 
     async def next_link(self):
-        """Wait for a connection that was not there when this was asked."""
+        """Wait for a new connection."""
         self.connected.clear()
         async with asyncio.timeout(2):
             await self.connected.wait()
         return self.links[-1]
 
     async def flap(self, error=None):
-        """Lose the connection, and wait for the next."""
-        self.links[-1].tell(error or ConnectionError("lost"))
+        """Break the connection, and wait for the next one."""
+        self.links[-1].put(error or ConnectionError("lost"))
         return await self.next_link()
 
     def supervised(self, **options):
@@ -112,7 +112,7 @@ class Service:
 
 
 class Subscription(ResilientSubscription):
-    """What a transport would write: how it connects to the service, and what it does when it leaves."""
+    """The part that a transport writes: how it connects to the service, and what it does at the end."""
 
     def __init__(self, service, *arguments, leave=None, **options):
         super().__init__(*arguments, **options)
@@ -122,9 +122,9 @@ class Subscription(ResilientSubscription):
     def connect(self):
         return self.service.connection()
 
-    async def leave(self, not_given_out):
+    async def leave(self, prefetched, /):
         if self.on_leave is not None:
-            await self.on_leave(not_given_out)
+            await self.on_leave(prefetched)
 
 
 async def forever():
@@ -139,8 +139,8 @@ async def take(deliveries, count):
 # -- the first connection --------------------------------------------------------------------------------------------
 
 
-async def test_a_first_connection_that_fails():
-    """It is told at once, with what the client library said; nobody tries again behind the caller's back."""
+async def test_a_failed_first_connection_raises_at_once():
+    """The error contains the error of the client library. There is no second attempt."""
     service, refused = Service(OSError("nobody there")), None
 
     with pytest.raises(BrokerUnavailable, match="OSError: nobody there") as raised:
@@ -155,7 +155,7 @@ async def test_a_first_connection_that_fails():
 @pytest.mark.parametrize(
     "error", [BrokerClosed("closed"), MessageRejected("no permission"), ConfigurationError("no quorum")]
 )
-async def test_an_error_of_ours_stays_what_it_is(error):
+async def test_an_error_of_diator_is_raised_unchanged(error):
     with pytest.raises(type(error)) as raised:
         async with Service(error).supervised():
             pass
@@ -163,7 +163,7 @@ async def test_an_error_of_ours_stays_what_it_is(error):
     assert raised.value is error
 
 
-async def test_a_first_connection_that_never_comes():
+async def test_a_first_connection_that_hangs_ends_at_its_timeout():
     service = Service(forever)
 
     async with asyncio.timeout(0.1 + PROMPTLY):
@@ -174,27 +174,26 @@ async def test_a_first_connection_that_never_comes():
     assert service.live == 0
 
 
-async def test_patience_with_a_connection_is_none_with_messages():
-    """Once it is there, the time for connecting is over and done with."""
+async def test_the_connect_timeout_does_not_limit_the_wait_for_messages():
     service = Service()
     async with service.supervised(reconnect=replace(PATIENT, connect_timeout=0.05)) as deliveries:
         await asyncio.sleep(0.15)
-        service.links[0].tell(1)
+        service.links[0].put(1)
 
         assert await take(deliveries, 1) == [1]
     assert len(service.attempts) == 1
 
 
-# -- again and again -------------------------------------------------------------------------------------------------
+# -- reconnecting ----------------------------------------------------------------------------------------------------
 
 
-async def test_what_was_received_survives_the_connection():
+async def test_received_deliveries_survive_their_connection():
     service = Service()
     async with service.supervised() as deliveries:
-        service.links[0].tell(1, 2)
+        service.links[0].put(1, 2)
         assert await take(deliveries, 1) == [1]
-        service.links[0].tell(3)
-        (await service.flap()).tell(4)
+        service.links[0].put(3)
+        (await service.flap()).put(4)
 
         assert await take(deliveries, 3) == [2, 3, 4]
 
@@ -218,77 +217,76 @@ async def test_logs_name_the_subscription_that_lost_its_connection(names, group,
     assert f"{named} is reconnected" in caplog.messages
 
 
-async def test_one_connection_after_any_number_of_flaps():
+async def test_there_is_one_connection_after_any_number_of_losses():
     refusals = [random.choice([None, OSError(), ValueError("not even its own error")]) for _ in range(50)]
     service = Service(None, *refusals)
     async with service.supervised() as deliveries:
         for number in range(50):
-            (await service.flap()).tell(number)
+            (await service.flap()).put(number)
             assert await take(deliveries, 1) == [number]
             assert service.live == 1
 
     assert (service.most_live, service.live) == (1, 0)
 
 
-async def test_a_client_library_that_cancels_what_is_its_own():
-    """Nobody has cancelled the subscription: it is a connection that is lost, or not to be had."""
+async def test_a_cancellation_by_the_client_library_counts_as_a_lost_connection():
     service = Service(None, asyncio.CancelledError(), None)
     async with service.supervised() as deliveries:
-        service.links[0].tell(1)
+        service.links[0].put(1)
         assert await take(deliveries, 1) == [1]
         link = await service.flap(asyncio.CancelledError())
-        link.tell(2)
+        link.put(2)
         assert await take(deliveries, 1) == [2]
 
     with pytest.raises(BrokerUnavailable):
         await Service(asyncio.CancelledError()).supervised().__aenter__()
 
 
-async def test_a_connection_whose_closing_fails():
+async def test_an_error_while_closing_the_connection_does_not_end_the_subscription():
     service = Service()
     async with service.supervised() as deliveries:
         service.on_close = RuntimeError("the transport is closed")
         link = await service.flap()
         service.on_close = None
-        link.tell(1)
+        link.put(1)
 
         assert await take(deliveries, 1) == [1]
 
 
-async def test_connecting_again_that_never_comes_is_given_up_and_tried_again():
+async def test_reconnecting_that_hangs_is_tried_again_after_the_timeout():
     service = Service(None, forever, forever)
     async with service.supervised(reconnect=replace(PATIENT, connect_timeout=0.05)) as deliveries:
-        (await service.flap()).tell(1)
+        (await service.flap()).put(1)
 
         assert await take(deliveries, 1) == [1]
     assert len(service.attempts) == 4
 
 
-async def test_pauses_grow_up_to_a_limit(monkeypatch):
-    """The longest of each, for the test; in life they are anywhere below."""
+async def test_delays_grow_up_to_max_delay(monkeypatch):
+    """The test makes each delay as long as possible; otherwise it is random."""
     monkeypatch.setattr(random, "uniform", lambda _, longest: longest)
     service = Service(None, *[OSError()] * 5)
     async with service.supervised(reconnect=replace(PATIENT, first_delay=0.02, max_delay=0.1)):
         await service.flap()
 
-    pauses = [later - earlier for earlier, later in pairwise(service.attempts)][1:]
-    for pause, expected in zip(pauses, [0.04, 0.08, 0.1, 0.1, 0.1], strict=True):
-        assert expected * 0.9 < pause < expected + 0.08
+    delays = [later - earlier for earlier, later in pairwise(service.attempts)][1:]
+    for delay, expected in zip(delays, [0.04, 0.08, 0.1, 0.1, 0.1], strict=True):
+        assert expected * 0.9 < delay < expected + 0.08
 
 
-async def test_pauses_grow_with_connections_that_do_not_last(monkeypatch):
-    """A service that accepts and hangs up is in as much trouble as one that refuses."""
-    asked = noted_pauses(monkeypatch)
+async def test_delays_grow_if_connections_do_not_last(monkeypatch):
+    """A service that accepts a connection and closes it counts like one that refuses connections."""
+    failures = recorded_failures(monkeypatch)
     service = Service()
     async with service.supervised():
         for _ in range(4):
             await service.flap()
 
-    assert asked == [0, 1, 2, 3]
+    assert failures == [0, 1, 2, 3]
 
 
-async def test_pauses_begin_anew_after_a_healthy_time(monkeypatch):
-    asked = noted_pauses(monkeypatch)
+async def test_the_backoff_starts_again_after_reset_after(monkeypatch):
+    failures = recorded_failures(monkeypatch)
     service = Service(None, OSError(), OSError())
     async with service.supervised(reconnect=replace(PATIENT, reset_after=0.1)):
         await service.flap()
@@ -296,12 +294,12 @@ async def test_pauses_begin_anew_after_a_healthy_time(monkeypatch):
         await service.flap()
         await service.flap()
 
-    assert asked == [0, 1, 2, 0, 1]
+    assert failures == [0, 1, 2, 0, 1]
 
 
-async def test_a_service_that_was_away_for_long_is_not_a_healthy_connection(monkeypatch):
-    """What counts is how long a connection lived, not how long it took to fail."""
-    asked = noted_pauses(monkeypatch)
+async def test_a_slow_failure_to_connect_does_not_reset_the_backoff(monkeypatch):
+    """Only the time that a connection lived counts."""
+    failures = recorded_failures(monkeypatch)
 
     async def fail_slowly():
         await asyncio.sleep(0.1)
@@ -311,30 +309,30 @@ async def test_a_service_that_was_away_for_long_is_not_a_healthy_connection(monk
     async with service.supervised(reconnect=replace(PATIENT, reset_after=0.05)):
         await service.flap()
 
-    assert asked == [0, 1, 2]
+    assert failures == [0, 1, 2]
 
 
-def noted_pauses(monkeypatch):
-    """Pause for no time, and note for the how-manieth failure in a row."""
-    asked = []
-    monkeypatch.setattr(ReconnectPolicy, "delay", lambda self, failures: asked.append(failures) or 0)
-    return asked
+def recorded_failures(monkeypatch):
+    """Make every delay 0, and record the number of failures in a row."""
+    recorded = []
+    monkeypatch.setattr(ReconnectPolicy, "delay", lambda self, failures: recorded.append(failures) or 0)
+    return recorded
 
 
-def test_pauses_are_anywhere_below_their_limit():
-    """Full jitter: who lost the same service does not come back at the same moment."""
+def test_delays_are_random_below_their_limit():
+    """Full jitter: clients that lost the same service do not return at the same moment."""
     reconnect = ReconnectPolicy(first_delay=0.1, max_delay=30)
     for failures, longest in [(0, 0.1), (3, 0.8), (8, 25.6), (9, 30), (10_000, 30)]:
-        pauses = [reconnect.delay(failures) for _ in range(1_000)]
-        assert 0 <= min(pauses) < longest * 0.1
-        assert longest * 0.9 < max(pauses) <= longest
+        delays = [reconnect.delay(failures) for _ in range(1_000)]
+        assert 0 <= min(delays) < longest * 0.1
+        assert longest * 0.9 < max(delays) <= longest
 
 
 # -- gaps ------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_gap_is_told_once_a_loss():
-    """However many attempts it took, from the first loss to the new connection, with the first reason."""
+async def test_each_loss_reports_one_gap():
+    """From the loss to the new connection, with the first reason, however many attempts it took."""
     gaps = []
     service = Service(None, *[OSError("not yet")] * 3)
     before = datetime.now(UTC)
@@ -350,7 +348,7 @@ async def test_a_gap_is_told_once_a_loss():
     assert gaps[1].since >= gap.since
 
 
-async def test_the_gap_lasts_until_there_is_a_connection():
+async def test_a_gap_lasts_until_the_next_connection():
     gaps = []
 
     async def slowly():
@@ -365,8 +363,8 @@ async def test_the_gap_lasts_until_there_is_a_connection():
     assert 0.1 <= (gaps[0].until - gaps[0].since).total_seconds() < 0.1 + PROMPTLY
 
 
-async def test_a_gap_where_a_service_has_lost_messages_though_its_connections_lose_none():
-    """It is told with the first reason, and the next loss of a connection alone is none again."""
+async def test_a_service_that_lost_messages_causes_a_gap_even_if_its_connections_lose_none():
+    """The gap has the first reason. The next loss of a connection alone reports no gap."""
     gaps = []
     service = Service(None, MessagesMissed("and still gone"))
     async with service.supervised(lossy=False, on_gap=gaps.append):
@@ -378,19 +376,19 @@ async def test_a_gap_where_a_service_has_lost_messages_though_its_connections_lo
     assert [each.reason for each in gaps] == ["MessagesMissed: the queue is gone"]
 
 
-async def test_what_is_taken_back_is_given_to_nobody():
+async def test_removed_deliveries_are_never_handed_out():
     service = Service()
     async with service.supervised(lossy=False) as deliveries:
-        service.links[0].tell(1, 2, 3)
+        service.links[0].put(1, 2, 3)
         assert await take(deliveries, 1) == [1]
         taken = deliveries.remove_prefetched()
-        service.links[0].tell(4)
+        service.links[0].put(4)
 
         assert [int(each.body) for each in taken] == [2, 3]
         assert await take(deliveries, 1) == [4]
 
 
-async def test_no_gap_where_nothing_is_missed():
+async def test_there_is_no_gap_if_nothing_is_missed():
     gaps = []
     service = Service()
     async with service.supervised(lossy=False, on_gap=gaps.append):
@@ -400,84 +398,84 @@ async def test_no_gap_where_nothing_is_missed():
     assert gaps == []
 
 
-async def test_a_gap_that_nobody_wants_to_know_of():
+async def test_on_gap_is_optional():
     service = Service()
     async with service.supervised(on_gap=None) as deliveries:
-        (await service.flap()).tell(1)
+        (await service.flap()).put(1)
 
         assert await take(deliveries, 1) == [1]
 
 
-async def test_a_gap_is_told_before_what_comes_after_it():
-    told = []
+async def test_a_gap_is_reported_before_the_messages_after_it():
+    reported = []
     service = Service()
-    service.prepare = lambda link: link.tell(len(service.links))
-    async with service.supervised(on_gap=lambda gap: told.append("gap")) as deliveries:
-        told += await take(deliveries, 1)
-        service.links[0].tell(ConnectionError())
-        told += await take(deliveries, 1)
+    service.prepare = lambda link: link.put(len(service.links))
+    async with service.supervised(on_gap=lambda gap: reported.append("gap")) as deliveries:
+        reported += await take(deliveries, 1)
+        service.links[0].put(ConnectionError())
+        reported += await take(deliveries, 1)
 
-    assert told == [0, "gap", 1]
+    assert reported == [0, "gap", 1]
 
 
-async def test_who_cannot_hear_of_a_gap_does_not_end_the_subscription():
-    """A program's mistake in *on_gap* costs no connection, and certainly not every further one."""
-    told = []
+async def test_an_error_in_on_gap_does_not_end_the_subscription():
+    """It does not break the connection either."""
+    reported = []
 
     def fail(gap):
-        told.append(gap)
-        raise ValueError("a mistake of the program's")
+        reported.append(gap)
+        raise ValueError("a mistake in the program")
 
     service = Service()
     async with service.supervised(on_gap=fail) as deliveries:
-        (await service.flap()).tell(1)
+        (await service.flap()).put(1)
 
         assert await take(deliveries, 1) == [1]
-    assert (len(told), len(service.attempts)) == (1, 2)
+    assert (len(reported), len(service.attempts)) == (1, 2)
 
 
-async def test_the_gap_of_a_dead_peer_begins_when_it_was_last_heard():
-    """What it sent since then is lost, although nobody knew."""
+async def test_the_gap_of_a_dead_connection_begins_when_it_last_received():
+    """Messages that were sent since then are lost, although nobody knew it at the time."""
     gaps = []
     service = Service()
     async with service.supervised(reconnect=WATCHFUL, on_gap=gaps.append) as deliveries:
         service.links[0].on_probe = forever
-        service.links[0].tell(1)
+        service.links[0].put(1)
         await take(deliveries, 1)
-        heard = datetime.now(UTC)
+        last_received = datetime.now(UTC)
         await service.next_link()
         await asyncio.sleep(0)
 
-    assert (gaps[0].since - heard).total_seconds() < WATCHFUL.idle_timeout
+    assert (gaps[0].since - last_received).total_seconds() < WATCHFUL.idle_timeout
 
 
-# -- silence ---------------------------------------------------------------------------------------------------------
+# -- dead connections ------------------------------------------------------------------------------------------------
 
 
-async def fail_to_ask():
+async def fail_to_send():
     raise OSError("broken pipe")
 
 
-async def ask_in_vain():
+async def send_without_answer():
     pass
 
 
-@pytest.mark.parametrize(("on_probe", "after"), [(ask_in_vain, 0.1), (forever, 0.1), (fail_to_ask, 0.05)])
-async def test_a_silent_peer_is_asked_and_then_given_up(on_probe, after):
+@pytest.mark.parametrize(("on_probe", "after"), [(send_without_answer, 0.1), (forever, 0.1), (fail_to_send, 0.05)])
+async def test_a_silent_connection_is_probed_and_then_replaced(on_probe, after):
     service = Service()
     async with service.supervised(reconnect=WATCHFUL) as deliveries:
         [dead] = service.links
         dead.on_probe = on_probe
         started = asyncio.get_running_loop().time()
         link = await service.next_link()
-        link.tell(1)
+        link.put(1)
 
         assert after * 0.9 < service.attempts[-1] - started < after + PROMPTLY
         assert await take(deliveries, 1) == [1]
     assert dead.probes == 1
 
 
-async def test_a_quiet_peer_that_answers_is_alive():
+async def test_a_quiet_connection_that_answers_the_probe_is_kept():
     service = Service()
     async with service.supervised(reconnect=WATCHFUL):
         await asyncio.sleep(0.5)
@@ -486,23 +484,23 @@ async def test_a_quiet_peer_that_answers_is_alive():
     assert 3 <= link.probes <= 10
 
 
-async def test_a_busy_peer_is_not_asked():
+async def test_a_busy_connection_is_not_probed():
     service = Service()
     async with service.supervised(reconnect=replace(WATCHFUL, idle_timeout=0.15), buffer_size=100) as deliveries:
         for number in range(20):
             await asyncio.sleep(0.02)
-            service.links[0].tell(number)
+            service.links[0].put(number)
             await take(deliveries, 1)
 
     assert [link.probes for link in service.links] == [0]
 
 
-async def test_a_slow_consumer_is_not_taken_for_a_silent_peer():
-    """Nobody listens while there is no room; then the connection is as good as before."""
+async def test_a_slow_consumer_is_not_taken_for_a_dead_connection():
+    """While the buffer is full nothing is received. Afterwards the connection is still used."""
     service = Service()
     async with service.supervised(reconnect=WATCHFUL, buffer_size=2) as deliveries:
         [link] = service.links
-        link.tell(*range(6))
+        link.put(*range(6))
         for number in range(6):
             await asyncio.sleep(0.15 if number < 4 else 0)
             assert await take(deliveries, 1) == [number]
@@ -510,44 +508,44 @@ async def test_a_slow_consumer_is_not_taken_for_a_silent_peer():
     assert service.links == [link]
 
 
-async def test_a_peer_that_died_behind_a_slow_consumer_is_noticed_afterwards():
+async def test_a_connection_that_died_behind_a_slow_consumer_is_detected_afterwards():
     service = Service()
     async with service.supervised(reconnect=WATCHFUL, buffer_size=2) as deliveries:
         service.links[0].on_probe = forever
-        service.links[0].tell(1, 2)
+        service.links[0].put(1, 2)
         await asyncio.sleep(0.2)
         assert len(service.links) == 1
         assert await take(deliveries, 2) == [1, 2]
-        (await service.next_link()).tell(3)
+        (await service.next_link()).put(3)
 
         assert await take(deliveries, 1) == [3]
 
 
-# -- what is held ----------------------------------------------------------------------------------------------------
+# -- prefetched deliveries -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefetch", [1, 3, 10])
-async def test_no_more_is_prefetched_than_was_allowed(prefetch):
+async def test_at_most_buffer_size_deliveries_are_prefetched(prefetch):
     service = Service()
     async with service.supervised(prefetch=prefetch) as deliveries:
         [link] = service.links
-        link.tell(*range(100))
+        link.put(*range(100))
         for taken in range(0, 50, 5):
             await asyncio.sleep(0.01)
             assert len(link.arriving) == 100 - taken - prefetch
             assert await take(deliveries, 5) == [*range(taken, taken + 5)]
         assert await take(deliveries, 50) == [*range(50, 100)]
 
-    assert 0 < min(link.asked_for) <= max(link.asked_for) <= prefetch
+    assert 0 < min(link.limits) <= max(link.limits) <= prefetch
 
 
-async def test_it_receives_again_when_half_is_gone():
-    """Many at a time, and not each by itself. Until then nobody listens, and no peer is taken for a silent one."""
+async def test_it_receives_again_when_the_buffer_is_half_empty():
+    """So it receives many at a time. Until then the connection does not count as silent."""
     service = Service()
     async with service.supervised(reconnect=WATCHFUL, buffer_size=10) as deliveries:
         [link] = service.links
         link.on_probe = forever
-        link.tell(*range(30))
+        link.put(*range(30))
         assert await take(deliveries, 4) == [*range(4)]
         await asyncio.sleep(0.3)
         assert len(link.arriving) == 20
@@ -559,9 +557,9 @@ async def test_it_receives_again_when_half_is_gone():
     assert service.links == [link]
 
 
-async def test_prefetching_is_bounded_over_all_connections():
+async def test_the_buffer_is_bounded_over_all_connections():
     service = Service()
-    service.prepare = lambda link: link.tell(*range(2), ConnectionError())
+    service.prepare = lambda link: link.put(*range(2), ConnectionError())
     async with service.supervised(prefetch=5) as deliveries:
         await asyncio.sleep(0.05)
 
@@ -573,12 +571,12 @@ async def test_cancelling_a_wait_loses_nothing():
     service, taken = Service(), []
     async with service.supervised(prefetch=3) as deliveries:
 
-        async def tell():
+        async def send():
             for number in range(200):
-                service.links[-1].tell(number)
+                service.links[-1].put(number)
                 await asyncio.sleep(random.choice([0, 0, 0.001]))
 
-        telling = asyncio.create_task(tell())
+        sending = asyncio.create_task(send())
         async with asyncio.timeout(5):
             while len(taken) < 200:
                 try:
@@ -586,7 +584,7 @@ async def test_cancelling_a_wait_loses_nothing():
                         taken.append(int((await anext(deliveries)).body))
                 except TimeoutError:
                     pass
-        await telling
+        await sending
 
     assert taken == [*range(200)]
 
@@ -596,7 +594,7 @@ async def test_cancelling_a_wait_loses_nothing():
 
 async def connecting(service):
     service.fates = [forever]
-    service.links[0].tell(OSError())
+    service.links[0].put(OSError())
 
 
 async def receiving(service):
@@ -605,11 +603,11 @@ async def receiving(service):
 
 async def pausing(service):
     service.fates = [OSError()]
-    service.links[0].tell(OSError())
+    service.links[0].put(OSError())
 
 
 async def full(service):
-    service.links[0].tell(*range(100))
+    service.links[0].put(*range(100))
 
 
 async def probing(service):
@@ -619,7 +617,7 @@ async def probing(service):
 @pytest.mark.parametrize("busy", [connecting, receiving, pausing, full, probing])
 @pytest.mark.parametrize("raised", [None, ZeroDivisionError()])
 async def test_the_end_is_prompt(monkeypatch, busy, raised):
-    """Whatever it is doing; what ended it goes on as it was. That no task is left is a fixture's to see."""
+    """Whatever it is doing. The error of the context is raised unchanged. A fixture checks that no task is left."""
     monkeypatch.setattr(random, "uniform", lambda _, longest: longest)
     service = Service()
     reconnect = ReconnectPolicy(connect_timeout=60, idle_timeout=0.02, probe_timeout=60, first_delay=60, max_delay=60)
@@ -653,11 +651,11 @@ async def test_entering_can_be_cancelled():
 
 
 @pytest.mark.parametrize("error", [BrokerClosed("this broker is closed"), ConfigurationError("a classic queue")])
-async def test_what_does_not_come_right_by_itself_ends_the_iterator(error):
-    """After what was received; for those who wait, and for those who come later."""
+async def test_an_error_that_reconnecting_cannot_fix_ends_the_iterator(error):
+    """It is raised after the received deliveries, for a current wait and for every later one."""
     service = Service(None, OSError(), error)
     async with service.supervised() as deliveries:
-        service.links[0].tell(1, 2, ConnectionError())
+        service.links[0].put(1, 2, ConnectionError())
         assert await take(deliveries, 2) == [1, 2]
         for _ in range(3):
             with pytest.raises(type(error)) as raised:
@@ -667,13 +665,13 @@ async def test_what_does_not_come_right_by_itself_ends_the_iterator(error):
     assert len(service.attempts) == 3
 
 
-async def test_it_tells_whether_it_is_connected():
-    """A health check asks it."""
+async def test_connected_shows_whether_there_is_a_connection():
+    """A health check reads it."""
     service = Service(None, forever)
     async with service.supervised() as deliveries:
         assert deliveries.connected
-        service.links[0].tell(ConnectionError())
-        while deliveries.connected:  # noqa: ASYNC110  # it is asked, as by a health check
+        service.links[0].put(ConnectionError())
+        while deliveries.connected:  # noqa: ASYNC110  # polls like a health check
             await asyncio.sleep(0)
         assert len(service.attempts) <= 2
 
@@ -683,18 +681,18 @@ async def test_a_broker_that_is_closed_while_receiving_ends_the_iterator():
     async with service.supervised() as deliveries:
         waiting = asyncio.create_task(take(deliveries, 1))
         await asyncio.sleep(0.01)
-        service.links[0].tell(BrokerClosed("this broker is closed"))
+        service.links[0].put(BrokerClosed("this broker is closed"))
 
         with pytest.raises(BrokerClosed):
             await waiting
     assert len(service.attempts) == 1
 
 
-# -- leaving ---------------------------------------------------------------------------------------------------------
+# -- leave -----------------------------------------------------------------------------------------------------------
 
 
 class Leaving:
-    """What a transport does at the end: notes who is connected by then, and what nobody has seen."""
+    """Records each call of `leave`: how many connections there are by then, and what was only prefetched."""
 
     def __init__(self, service):
         self.service = service
@@ -702,17 +700,17 @@ class Leaving:
         self.may_end = asyncio.Event()
         self.may_end.set()
 
-    async def __call__(self, not_given_out):
-        self.calls.append((self.service.live, [int(each.body) for each in not_given_out]))
+    async def __call__(self, prefetched):
+        self.calls.append((self.service.live, [int(each.body) for each in prefetched]))
         await self.may_end.wait()
 
 
-async def test_the_transport_leaves_after_the_last_connection():
-    """Once, with what was received and given to nobody."""
+async def test_leave_is_called_once_after_the_last_connection():
+    """With the deliveries that were received and never handed out."""
     service = Service()
     leave = Leaving(service)
     async with service.supervised(leave=leave) as deliveries:
-        service.links[0].tell(1, 2, 3)
+        service.links[0].put(1, 2, 3)
         await take(deliveries, 1)
         assert service.registry == {deliveries}
 
@@ -720,7 +718,7 @@ async def test_the_transport_leaves_after_the_last_connection():
     assert service.registry == set()
 
 
-async def test_a_transport_that_never_was_connected_leaves_too():
+async def test_leave_is_called_even_if_there_never_was_a_connection():
     service = Service(OSError())
     leave = Leaving(service)
     with pytest.raises(BrokerUnavailable):
@@ -730,14 +728,14 @@ async def test_a_transport_that_never_was_connected_leaves_too():
     assert service.registry == set()
 
 
-async def test_a_broker_ends_its_subscriptions():
-    """Those who wait hear it, and those who come later; what was received is given to nobody, and it leaves once."""
+async def test_close_all_ends_the_subscriptions_of_a_broker():
+    """Current and later waits raise `BrokerClosed`. Prefetched deliveries are never handed out. `leave` runs once."""
     service, other = Service(), Service()
     leave = Leaving(service)
     other.registry = service.registry
     async with service.supervised(leave=leave) as deliveries, other.supervised() as others:
         waiting = asyncio.create_task(take(others, 1))
-        service.links[0].tell(1, 2)
+        service.links[0].put(1, 2)
         await take(deliveries, 1)
 
         await close_all(service.registry)
@@ -752,7 +750,7 @@ async def test_a_broker_ends_its_subscriptions():
     assert len(leave.calls) == 1
 
 
-async def test_leaving_goes_on_when_who_ended_it_is_cancelled():
+async def test_leave_continues_if_the_end_of_the_context_is_cancelled():
     service = Service()
     leave = Leaving(service)
     leave.may_end.clear()
@@ -770,10 +768,10 @@ async def test_leaving_goes_on_when_who_ended_it_is_cancelled():
     assert len(leave.calls) == 1
 
 
-async def test_what_asks_after_the_end_is_told_that_there_is_no_more():
+async def test_after_the_end_the_iterator_is_exhausted():
     service = Service()
     async with service.supervised() as deliveries:
-        service.links[0].tell(1)
+        service.links[0].put(1)
         await take(deliveries, 1)
         waiting = asyncio.create_task(anext(deliveries))
         await asyncio.sleep(0.01)
@@ -784,13 +782,13 @@ async def test_what_asks_after_the_end_is_told_that_there_is_no_more():
                 await asking
 
 
-# -- holding back ----------------------------------------------------------------------------------------------------
+# -- backpressure ----------------------------------------------------------------------------------------------------
 
 
-async def test_no_more_than_prefetch_are_given_out_and_not_settled():
+async def test_at_most_prefetch_deliveries_are_handed_out_and_unsettled():
     service = Service()
     async with service.supervised(prefetch=2, buffer_size=4) as deliveries:
-        service.links[0].tell(1, 2, 3, 4)
+        service.links[0].put(1, 2, 3, 4)
         await asyncio.sleep(0.01)
         deliveries.unsettled = 4
         assert await take(deliveries, 2) == [1, 2]
@@ -803,6 +801,6 @@ async def test_no_more_than_prefetch_are_given_out_and_not_settled():
         assert await waiting == [3]
 
 
-def test_prefetch_is_at_least_one():
+def test_a_prefetch_below_one_is_refused():
     with pytest.raises(ConfigurationError, match="prefetch"):
         Service().supervised(prefetch=0)
