@@ -101,7 +101,8 @@ class ResilientSubscription(ABC):
     A subscription that reconnects whenever its connection breaks. It has at most one connection at any time.
 
     Each transport derives its subscription from this class. It writes `connect`, and also `leave` if the service must
-    learn how deliveries were settled. Everything that outlives one connection is an attribute of that subclass.
+    learn how deliveries were settled. Everything that outlives one connection is an attribute of that subclass. The
+    private attributes of this class begin with `_`; a subclass must not reuse their names.
 
     Entering the subscription connects. If that fails, entering raises `BrokerUnavailable`, or the error of diator that
     `connect` raised. From then on the subscription is an iterator of deliveries. Iteration ends with an error in two
@@ -170,7 +171,7 @@ class ResilientSubscription(ABC):
     @abstractmethod
     def connect(self) -> AbstractAsyncContextManager[Source]:
         """
-        Return a context manager for one connection. On entry it is ready: it receives what is confirmed from now on.
+        Return a context manager for one connection. On entry it is ready: it receives every message confirmed later.
 
         Raises, on entry:
             BrokerClosed: The broker is closed. This ends the subscription.
@@ -311,12 +312,10 @@ class ResilientSubscription(ABC):
                     return
                 self.connected = False
                 missed = missed or isinstance(error, MessagesMissed)
-                is_silent = isinstance(error, TimeoutError) and not str(error)
-                reason = (
-                    "the service did not respond"
-                    if is_silent
-                    else f"{type(error).__name__}: {error}".removesuffix(": ")
-                )
+                if isinstance(error, TimeoutError) and not str(error):
+                    reason = "the service did not respond"
+                else:
+                    reason = f"{type(error).__name__}: {error}".removesuffix(": ")
                 logger.warning("%s has no connection (%s); reconnecting", self._name, reason)
                 behind = loop.time() - max(since, self._complete_until()) if connected else 0.0
                 lost = lost or (datetime.now(UTC) - timedelta(seconds=behind), reason)
@@ -336,9 +335,8 @@ class ResilientSubscription(ABC):
                     while (room := self._buffer_size - len(self._received)) <= 0:
                         self._has_room.clear()
                         await self._has_room.wait()
-                        self._last_received_at = (
-                            asyncio.get_running_loop().time()
-                        )  # nothing was received meanwhile because the buffer was full
+                        # Nothing was received while the buffer was full, so this does not count as silence.
+                        self._last_received_at = asyncio.get_running_loop().time()
                     if deliveries := await source.receive(room):
                         self._received.extend(deliveries)
                         self._changed.set()
