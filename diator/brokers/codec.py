@@ -112,7 +112,7 @@ def decode(body: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES, headers: Mapping[
         raise DecodingError(f"the body is not a message: {_without_content(error)}") from None
     if not payload_json.startswith(b"{"):
         raise DecodingError("the body is not a message: the payload is not a JSON object - at `$.payload`")
-    all_headers = {**envelope.headers, **headers} if headers else envelope.headers  # its own: nobody else has them
+    all_headers = {**envelope.headers, **headers} if headers else envelope.headers  # nobody else uses them
     return Message._of_fields(
         {
             "message_type": envelope.message_type,

@@ -312,10 +312,7 @@ class ResilientSubscription(ABC):
                     return
                 self.connected = False
                 missed = missed or isinstance(error, MessagesMissed)
-                if isinstance(error, TimeoutError) and not str(error):
-                    reason = "the service did not respond"
-                else:
-                    reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+                reason = _reason(error)
                 logger.warning("%s has no connection (%s); reconnecting", self._name, reason)
                 behind = loop.time() - max(since, self._complete_until()) if connected else 0.0
                 lost = lost or (datetime.now(UTC) - timedelta(seconds=behind), reason)
@@ -399,6 +396,12 @@ async def _cancel(task: asyncio.Task[None]) -> None:
 def _log_name(topics: Collection[Topic], group: str | None) -> str:
     of = "" if group is None else f" of {group}"
     return f"the subscription{of} to {listed(sorted({topic.message_name for topic in topics}))}"
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, TimeoutError) and not str(error):
+        return "the service did not respond"
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _unavailable(error: BaseException) -> DiatorError:
