@@ -38,6 +38,9 @@ class ClientConnection(ABC):
     It connects at its first use. Callers that find no connection, or no room in it, wait in a queue: waiting callers
     keep their order.
 
+    A subclass writes `open`, `_reset` and `_close`. Each of its calls begins with `_bind_to_running_loop`. A call that
+    has to wait counts itself in `_queued` and takes `_lock`. Work that nobody waits for runs in `_background`.
+
     Attributes:
         subscriptions: The open subscriptions of the same broker. They end with it.
     """
@@ -110,7 +113,12 @@ S = TypeVar("S", bound=ClientConnection)
 
 
 class ServiceBroker(ABC, Generic[S]):
-    """The base of a broker that sends through one `ClientConnection`, and opens and closes together with it."""
+    """
+    The base of a broker that sends through one `ClientConnection`, and opens and closes together with it.
+
+    Args:
+        service: The connection. A subclass finds it in `_service`.
+    """
 
     def __init__(self, service: S) -> None:
         self._service = service
