@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, assert_type
 
+from redis.asyncio import Redis
+
 from diator.brokers import Message
 from diator.brokers.base import Delivery, Gap, OnGap, ReadableBroker, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.memory import MemoryMessageBroker
+from diator.brokers.redis import RedisMessageBroker
+from diator.brokers.redis_streams import RedisStreamMessageBroker
 from diator.consumer import Consumer, Handled, Health
 from diator.container import Container
 from diator.events import DomainEvent, Event, EventEmitter, EventHandler, EventMap, Events, NotificationEvent
@@ -220,6 +224,33 @@ async def contain(container: Container) -> None:
     container.register(Api, make_api, lifetime="singleton")
     container.register_instance(Api, Api())
     assert_type(await container.resolve(Api), Api)
+
+
+# -- brokers: one constructor, with and without the name `from_url` ---------------------------------------------------
+
+
+class OwnRedisBroker(RedisMessageBroker): ...
+
+
+def construct(client: Redis) -> None:
+    """`from_url` has the options of the constructor, and the type of the class that it is called on."""
+    RedisMessageBroker(client, "prefix", timeout=1.0, require_receiver=True)
+    RedisMessageBroker("redis://localhost", channel_prefix="prefix")
+    RedisStreamMessageBroker(client=client, durability="crash", retention=3600)
+    RedisStreamMessageBroker("redis://localhost", "prefix", lease=30)
+    assert_type(RedisMessageBroker.from_url("redis://localhost", "prefix", older_senders=True), RedisMessageBroker)
+    assert_type(RedisStreamMessageBroker.from_url("redis://localhost", lease=30), RedisStreamMessageBroker)
+    assert_type(OwnRedisBroker.from_url("redis://localhost", channel_prefix="prefix", timeout=1), OwnRedisBroker)
+
+    RedisMessageBroker()  # type: ignore[call-arg]
+    RedisMessageBroker(6379)  # type: ignore[arg-type]
+    RedisMessageBroker(client, lease=30)  # type: ignore[call-arg]
+    RedisMessageBroker.from_url()  # type: ignore[call-arg]
+    RedisMessageBroker.from_url(client)  # type: ignore[arg-type]
+    RedisMessageBroker.from_url("redis://localhost", lease=30)  # type: ignore[call-arg]
+    RedisMessageBroker.from_url("redis://localhost", timeout="1")  # type: ignore[arg-type]
+    RedisStreamMessageBroker.from_url("redis://localhost", durability="forever")  # type: ignore[arg-type]
+    RedisStreamMessageBroker.from_url("redis://localhost", "prefix", 30)  # type: ignore[call-arg]
 
 
 # -- consuming -------------------------------------------------------------------------------------------------------

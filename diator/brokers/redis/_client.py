@@ -1,8 +1,11 @@
-"""What the Redis transports share: the client, and its errors as ours."""
+"""redis-py: how its clients are made and used, what its errors mean, and every internal name of it that diator uses."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from inspect import Signature, signature
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 from uuid import UUID
 
 import redis
@@ -12,6 +15,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from diator._extras import require_internals
 from diator.exceptions import (
     AccessRefused,
     BrokerError,
@@ -24,6 +28,15 @@ from diator.exceptions import (
 Client = redis.asyncio.Redis
 RedisConnection = AbstractConnection
 
+P = ParamSpec("P")
+B = TypeVar("B")
+C = TypeVar("C")
+
+_FORMS = (
+    "pass a redis.asyncio.Redis, or an address such as redis://user:password@host:port/db (rediss:// for TLS, unix:// "
+    "for a socket), with the special characters of a password percent-encoded and options of redis-py after a '?'"
+)
+
 NOT_EXECUTED = (
     redis_errors.BusyLoadingError,
     redis_errors.ReadOnlyError,
@@ -31,35 +44,60 @@ NOT_EXECUTED = (
     redis_errors.TryAgainError,
     redis_errors.AuthenticationError,
     redis_errors.MaxConnectionsError,
-    redis_errors.OutOfMemoryError,  # it has no room now, and will have
+    redis_errors.OutOfMemoryError,  # for now: consumers and expiry make room
 )
+# Replies with these prefixes are temporary, too: a script is running, replicas are missing, the disk fails.
 _NOT_NOW = ("BUSY ", "NOREPLICAS ", "MISCONF ")
-"""How the errors begin that a server gives until it is otherwise: a script runs, replicas or the disk are missing."""
-# Beside its own errors the client lets through what a broken connection does to it, of which redis-py's issues 3546
-# and 4287 have examples: AttributeError and TypeError of a writer that is gone, RuntimeError of a closed transport.
+# redis-py also lets through what a broken connection does to its own code (its issues 3546 and 4287): AttributeError
+# and TypeError because the writer is gone, RuntimeError of a closed transport.
 CLIENT_ERRORS = (redis_errors.RedisError, OSError, asyncio.TimeoutError, AttributeError, TypeError, RuntimeError)
 
 
-def send_error(error: BaseException, message_id: UUID | None, *, written: bool) -> BrokerError:
-    """Translate an error of the client. *written*: whether the command may have left when it happened."""
-    if isinstance(error, BrokerError):
-        return error
-    problem = f"{type(error).__name__}: {error}"
-    if isinstance(error, redis_errors.NoPermissionError) and message_id is None:
-        return AccessRefused(f"Redis refuses a subscription ({problem}); let its user do so, by ACL SETUSER")
-    if isinstance(error, NOT_EXECUTED) or str(error).startswith(_NOT_NOW) or not written:
-        return BrokerUnavailable(f"Redis is not available ({problem})", message_id=message_id)
-    if isinstance(error, redis_errors.ResponseError):
-        return MessageRejected(f"Redis refused it ({problem})", message_id=message_id)
-    return OutcomeUnknown(f"the connection to Redis failed ({problem}); it may have arrived", message_id=message_id)
+# -- clients -----------------------------------------------------------------------------------------------------
 
 
-def client_from_url(url: str, *, timeout: float) -> Client:
+def options_of(
+    init: Callable[Concatenate[Any, Any, P], None], /
+) -> Callable[[Callable[Concatenate[C, ...], B]], Callable[Concatenate[C, str, P], B]]:
     """
-    Make a client with the settings that diator relies on, whatever the client library's defaults are.
+    Decorate a class method `from_url(cls, url, /, *args, **options)`, so that it has the options of the constructor.
 
-    It never repeats a command by itself (a publish would go out twice), notices a dead peer, and speaks RESP2: with
-    RESP3, redis-py 8 does not see that an idle connection was closed (its issue 4252).
+    Type checkers, editors and `help()` read them from *init*: they are written down once.
+    """
+
+    def decorated(function: Any) -> Any:
+        class_and_url = [*signature(function).parameters.values()][:2]
+        options = [*signature(init).parameters.values()][2:]
+        function.__signature__ = Signature([*class_and_url, *options])
+        return function
+
+    return decorated
+
+
+def client_of(client: object, *, timeout: float) -> tuple[Client, bool]:
+    """
+    Return the client that a broker uses, and whether the broker owns it: it closes only a client that was made here.
+
+    Raises:
+        ConfigurationError: *client* is neither an asynchronous client nor an address.
+    """
+    if isinstance(client, str):
+        return _client_from_url(client, timeout=timeout), True
+    if isinstance(client, (redis.Redis, redis.RedisCluster)):
+        raise ConfigurationError(f"this Redis client is synchronous; {_FORMS}")
+    if isinstance(client, type) or not callable(getattr(client, "execute_command", None)):
+        # The error names its type only: its text could be an address, with a password.
+        what = f"the class {client.__name__}" if isinstance(client, type) else f"an object of {type(client).__name__}"
+        raise ConfigurationError(f"{what} is neither a Redis client nor an address; {_FORMS}")
+    return cast("Client", client), False  # or something that sends commands like it: a fake, a cluster
+
+
+def _client_from_url(url: str, *, timeout: float) -> Client:
+    """
+    Make a client with the settings that diator needs, whatever the defaults of redis-py are.
+
+    The client never sends a command again by itself (a publish would go out twice), and it notices a dead peer. It
+    speaks RESP2: with RESP3, redis-py 8 does not notice that an idle connection was closed (its issue 4252).
     """
     try:
         client = redis.asyncio.Redis.from_url(
@@ -72,34 +110,128 @@ def client_from_url(url: str, *, timeout: float) -> Client:
             retry=Retry(NoBackoff(), 0),
             client_name="diator",
         )
-        client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # connects to nothing, and refuses options that do not exist
+        client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # no I/O; it refuses unknown options
     except (ValueError, TypeError):
-        # Not what it says: that quotes the address, and there is a password in it.
-        raise ConfigurationError(
-            "this is no address of a Redis; it has the form redis://user:password@host:port/db, with special "
-            "characters of a password percent-encoded, and options of redis-py behind a question mark"
-        ) from None
+        # Without its cause, whose text quotes the address and the password in it.
+        raise ConfigurationError(f"this is not an address of Redis; {_FORMS}") from None
     return client
 
 
-def check_client(client: object) -> None:
-    """Refuse what is no asynchronous client, when a broker is made rather than when it is first used."""
-    if isinstance(client, (redis.Redis, redis.RedisCluster)):
-        raise ConfigurationError("this Redis client is synchronous; give a redis.asyncio.Redis")
-    if isinstance(client, type) or not callable(getattr(client, "execute_command", None)):
+def require_pool(client: Client) -> None:
+    """Raise ConfigurationError if *client* has no pool to take a connection from: such a client can only send."""
+    if pool_size(client) is None:
         raise ConfigurationError(
-            f"{client!r:.80} is no Redis client; give a redis.asyncio.Redis object, or use from_url"
+            f"a {type(client).__name__} has no connection pool, which a subscription needs, so this broker can only "
+            "send; subscribe with a broker on a redis.asyncio.Redis"
         )
 
 
-async def give_back(client: Client, connection: RedisConnection) -> None:
+async def take_connection(client: Client) -> RedisConnection:
+    """Take a connection from the pool of *client*: what TLS, Sentinel and credentials need is the client's business."""
+    connection: RedisConnection = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+    return connection
+
+
+async def release_connection(client: Client, connection: RedisConnection) -> None:
+    """Return *connection* to the pool of *client*, open."""
+    await client.connection_pool.release(connection)
+
+
+async def close_connection(client: Client, connection: RedisConnection) -> None:
     """
     Close *connection* at once, and return it to the pool of *client*. Nothing of value may be on its way.
 
-    redis-py alone would begin to close it: with TLS that waits for the peer's goodbye, after `aclose` has returned.
+    redis-py alone would start to close it: with TLS it then waits for the peer's goodbye, after `aclose` has returned.
     """
-    writer: asyncio.StreamWriter | None = getattr(connection, "_writer", None)
-    if writer is not None:
+    writer = connection._writer  # noqa: SLF001
+    if isinstance(writer, asyncio.StreamWriter):  # else it is closed already, or belongs to a fake
         writer.transport.abort()
     await connection.disconnect(nowait=True)
     await client.connection_pool.release(connection)
+
+
+# -- errors ------------------------------------------------------------------------------------------------------
+
+
+def send_error(error: BaseException, message_id: UUID | None, *, written: bool) -> BrokerError:
+    """Translate an error of the client. *written*: whether the command may have left when it happened."""
+    if isinstance(error, BrokerError):
+        return error
+    problem = f"{type(error).__name__}: {error}"
+    if isinstance(error, redis_errors.NoPermissionError) and message_id is None:
+        return AccessRefused(f"Redis refuses a subscription ({problem}); permit it to this user with ACL SETUSER")
+    if isinstance(error, NOT_EXECUTED) or str(error).startswith(_NOT_NOW) or not written:
+        return BrokerUnavailable(f"Redis is not available ({problem})", message_id=message_id)
+    if isinstance(error, redis_errors.ResponseError):
+        return MessageRejected(f"Redis refused it ({problem})", message_id=message_id)
+    return OutcomeUnknown(f"the connection to Redis failed ({problem}); it may have arrived", message_id=message_id)
+
+
+# -- internals of redis-py ---------------------------------------------------------------------------------------
+
+# Private names, and public ones that its documentation does not have. No other module uses a private one.
+INTERNALS = {
+    "redis.asyncio.connection": (
+        "AbstractConnection._parser",
+        "AbstractConnection._re_auth_token",
+        "AbstractConnection._writer",
+        "AbstractConnection.disconnect",
+        "AbstractConnection.read_response",
+        "AbstractConnection.send_command",
+        "AbstractConnection.send_packed_command",
+        "AbstractConnection.should_reconnect",
+        "ConnectionPool.get_connection",
+        "ConnectionPool.make_connection",
+        "ConnectionPool.max_connections",
+        "ConnectionPool.release",
+    ),
+    "redis._parsers": (  # what `AbstractConnection._parser` may be
+        "_AsyncHiredisParser.read_response",
+        "_AsyncRESP2Parser.read_response",
+        "_AsyncRESP3Parser.read_response",
+    ),
+}
+require_internals("redis", INTERNALS)
+
+
+class Wire(NamedTuple):
+    """The ends of a connection that `CommandConnection` uses directly."""
+
+    write: Callable[[bytes], None]
+    read: Callable[..., Awaitable[Any]]
+    abort: Callable[[], None]
+
+
+def wire_of(connection: RedisConnection) -> Wire:
+    """Return the ends of *connection*. `why_not_shared` must have returned None for it."""
+    writer: asyncio.StreamWriter = connection._writer  # type: ignore[assignment]  # noqa: SLF001
+    parser: Any = connection._parser  # noqa: SLF001
+    return Wire(writer.write, parser.read_response, writer.transport.abort)
+
+
+def is_outdated(connection: RedisConnection) -> bool:
+    """Tell whether another connection should be used: its server is about to move, or its credentials were renewed."""
+    return bool(connection.should_reconnect() or connection._re_auth_token)  # type: ignore[no-untyped-call]  # noqa: SLF001
+
+
+def pool_size(client: Client) -> int | None:
+    """Return how many connections the pool of *client* may have; None if the client has no pool, or several."""
+    pool = getattr(client, "connection_pool", None)  # public; a cluster has one for each node, elsewhere
+    return None if pool is None else pool.max_connections
+
+
+def sends_by_itself(client: Client) -> bool:
+    """Tell whether *client* has an `execute_command` of its own, as a fake, a cluster and some subclasses have."""
+    return getattr(type(client), "execute_command", None) is not Client.execute_command
+
+
+def why_not_shared(connection: object) -> str | None:
+    """Say why `CommandConnection` cannot use the ends of *connection*, as `wire_of` returns them; None if it can."""
+    name = type(connection).__name__
+    if not isinstance(connection, RedisConnection):
+        return f"the connections of its pool, {name}, are not redis-py's"
+    if type(connection).send_packed_command is not RedisConnection.send_packed_command:
+        return f"the connections of its pool, {name}, send commands in a way of their own"
+    if not isinstance(connection._writer, asyncio.StreamWriter):  # noqa: SLF001
+        return f"the connections of its pool, {name}, do not write to an asyncio.StreamWriter"
+    return None

@@ -10,7 +10,21 @@ from typing import Any, TypeAlias
 from uuid import UUID
 
 from diator.brokers.connecting import ClientConnection
-from diator.brokers.redis._client import CLIENT_ERRORS, NOT_EXECUTED, Client, RedisConnection, give_back, send_error
+from diator.brokers.redis._client import (
+    CLIENT_ERRORS,
+    NOT_EXECUTED,
+    Client,
+    RedisConnection,
+    close_connection,
+    is_outdated,
+    pool_size,
+    release_connection,
+    send_error,
+    sends_by_itself,
+    take_connection,
+    why_not_shared,
+    wire_of,
+)
 from diator.brokers.supervisor import close_all
 from diator.exceptions import BrokerClosed
 
@@ -21,30 +35,35 @@ class CommandConnection(ClientConnection):
     """
     One connection of a client's pool, which concurrent callers use at once.
 
-    What is called in one turn of the event loop goes out in one write, and the replies come back in that order; a
-    lone call is written at once. At most *max_in_flight* calls, and about 4 MiB, wait for their replies; further ones
-    queue for room, in their order. Every call ends within *timeout* seconds, all told: if the oldest one has no reply
-    by then, the connection is given up, and every call that waits on it hears *outcome unknown*. Nothing is sent twice.
+    The commands of one turn of the event loop go out in one write, and the replies come back in that order; a lone
+    command is written at once. At most *max_in_flight* commands, and about 4 MiB, wait for their replies; further ones
+    queue for room, in their order. Every call ends within *timeout* seconds. If the oldest command has no reply
+    by then, the connection is closed, and every call that waits on it raises `OutcomeUnknown`. Nothing is sent twice.
 
-    Of a pool that has only one connection, calls borrow it, one after the other. A client that is not redis-py's own (a
-    fake one, a cluster, one with commands of its own) is used through its `execute_command`, as it wants to be.
+    If the pool has only one connection, each command borrows it. A client that is not redis-py's own (a fake, a
+    cluster, a subclass with an `execute_command` of its own) is used through its `execute_command`. Both are slower, so
+    the log names the reason once, at INFO: the program chose its client, and nothing is wrong.
+
+    With *owns_client*, `aclose` closes the client, too.
     """
 
-    def __init__(self, client: Client, *, timeout: float, max_in_flight: int) -> None:
+    def __init__(self, client: Client, *, owns_client: bool, timeout: float, max_in_flight: int) -> None:
         super().__init__()
         self._client = client
+        self._owns_client = owns_client
         self._timeout = timeout
         self._max_in_flight = max_in_flight
-        self._plain = getattr(type(client), "execute_command", None) is Client.execute_command
-        connections = getattr(getattr(client, "connection_pool", None), "max_connections", max_in_flight)
-        self._shareable = self._plain and connections > 1  # the last one is the program's
-        self._alone_at_once = max(1, min(connections, max_in_flight))
-        self._alone = asyncio.Semaphore(self._alone_at_once)
+        self._sends_by_itself = sends_by_itself(client)
+        connections = pool_size(client)
+        self._at_once = min(max_in_flight, connections or max_in_flight)
+        self._borrowing = asyncio.Semaphore(self._at_once)
+        self._shares = True
+        if self._sends_by_itself:
+            self._do_not_share(f"{type(client).__name__} has an execute_command of its own")
+        elif connections == 1:  # and the program needs that itself
+            self._do_not_share("the client's pool has only one connection")
         self._link: _Connection | None = None
-        self.owns_client = False
-        """Whether closing this closes the client too."""
-        self._closed = False
-        """Whether nothing goes out any more."""
+        self._closed = False  # unlike `is_closed`, not while subscriptions are still ending
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
@@ -60,7 +79,7 @@ class CommandConnection(ClientConnection):
 
     async def execute(self, *command: bytes, message_id: UUID | None = None) -> Any:
         """
-        Send *command* and give its reply.
+        Send *command*, and return its reply.
 
         Raises:
             BrokerUnavailable: It was not sent.
@@ -79,26 +98,26 @@ class CommandConnection(ClientConnection):
                 reply = await self._call_in_turn(command, message_id, deadline)
         except CLIENT_ERRORS as error:
             raise send_error(error, message_id, written=False) from error
-        return await (self._execute_alone(command, message_id, deadline) if reply is None else reply)
+        return await (self._execute_unshared(command, message_id, deadline) if reply is None else reply)
 
     async def _close(self) -> None:
-        await close_all(self.subscriptions)  # with the help of this
+        await close_all(self.subscriptions)  # which still send commands here
         self._closed = True
-        async with self._lock:  # behind those who were there before
+        async with self._lock:  # after the callers that were waiting already
             link, self._link = self._link, None
         if link is not None:
             await link.finish()
         await self._background.wait()
-        if self.owns_client:
+        if self._owns_client:
             await self._client.aclose()
 
     def _reset(self) -> None:
-        self._link, self._alone = None, asyncio.Semaphore(self._alone_at_once)
+        self._link, self._borrowing = None, asyncio.Semaphore(self._at_once)
 
     async def _call_in_turn(
         self, command: Sequence[bytes], message_id: UUID | None, deadline: float
     ) -> asyncio.Future[Any] | None:
-        """Wait for a connection with room, and call; None if calls have to go alone."""
+        """Wait for a connection with room, and send; None if commands do not share a connection."""
         self._queued += 1
         try:
             async with asyncio.timeout_at(deadline), self._lock:
@@ -109,48 +128,56 @@ class CommandConnection(ClientConnection):
             self._queued -= 1
 
     async def _connected(self, message_id: UUID | None) -> _Connection | None:
-        """Called by one at a time."""
-        if not self._closed and self._link is None and self._shareable:
-            connection = await self._client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
-            if _can_be_shared(connection) and not self._closed:
-                self._link = _Connection(connection, self._timeout, self._max_in_flight, self._retire, self._give_back)
+        """Return the connection, and make it if there is none. Only whoever holds the lock calls this."""
+        if not self._closed and self._link is None and self._shares:
+            connection = await take_connection(self._client)
+            reason = why_not_shared(connection)
+            if reason is None and not self._closed:
+                self._link = _Connection(connection, self._timeout, self._max_in_flight, self._retire, self._drop)
             else:
-                self._shareable = self._closed
-                await self._client.connection_pool.release(connection)
+                await release_connection(self._client, connection)
+                if reason is not None:
+                    self._do_not_share(reason)
         if self._closed:
             raise BrokerClosed("this broker is closed", message_id=message_id)
         return self._link
 
+    def _do_not_share(self, reason: str) -> None:
+        self._shares = False
+        logger.info("commands to Redis do not share one connection, which is slower: %s", reason)
+
     def _retire(self, link: _Connection) -> None:
-        """Use another connection from now on, and give this one back when its replies are in."""
+        """Use another connection from now on, and close this one when its replies are in."""
         if self._link is link:
             self._link = None
             self._background.start(link.finish(), "the last replies of a connection to Redis")
 
-    async def _give_back(self, link: _Connection, connection: RedisConnection) -> None:
+    async def _drop(self, link: _Connection, connection: RedisConnection) -> None:
         if self._link is link:
             self._link = None
-        await give_back(self._client, connection)
+        await close_connection(self._client, connection)
 
-    async def _execute_alone(self, command: Sequence[bytes], message_id: UUID | None, deadline: float) -> Any:
-        written = not self._plain  # of a client of another kind nobody knows
+    async def _execute_unshared(self, command: Sequence[bytes], message_id: UUID | None, deadline: float) -> Any:
+        written = self._sends_by_itself  # nobody can see when such a client writes
         try:
-            async with asyncio.timeout_at(deadline), self._alone:
-                if not self._plain:
-                    return await self._client.execute_command(*command)  # type: ignore[no-untyped-call]
-                connection = await self._client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+            async with asyncio.timeout_at(deadline), self._borrowing:
+                if self._sends_by_itself:
+                    name, *arguments = command
+                    # The name as text: a cluster looks up by it to which node the command goes.
+                    return await self._client.execute_command(name.decode(), *arguments)  # type: ignore[no-untyped-call]
+                connection = await take_connection(self._client)
                 try:
                     written = True
                     await connection.send_command(*command)
                     return await connection.read_response(disable_decoding=True)
                 finally:
-                    await self._client.connection_pool.release(connection)
+                    await release_connection(self._client, connection)
         except CLIENT_ERRORS as error:
             raise send_error(error, message_id, written=written) from error
 
 
 class _Connection:
-    """A connection while it lives: what waits to be written, and who waits for which reply."""
+    """One connection: the commands that wait to be written, and the callers that wait for a reply."""
 
     _MAX_BYTES_IN_FLIGHT = 4 * 1024 * 1024
 
@@ -160,24 +187,21 @@ class _Connection:
         timeout: float,
         max_in_flight: int,
         retire: Callable[[_Connection], None],
-        give_back: Callable[[_Connection, RedisConnection], Awaitable[None]],
+        drop: Callable[[_Connection, RedisConnection], Awaitable[None]],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._connection = connection
         self._timeout = timeout
         self._max_in_flight = max_in_flight
         self._retire = retire
-        self._give_back = give_back
+        self._drop = drop
         self._unwritten: list[bytes] = []
         self._waiting: deque[_Call] = deque()
         self._bytes_in_flight = 0
         self._room = asyncio.Event()
         self._idle = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
-        parts: Any = connection  # private ones of redis-py, guarded by `_can_be_shared`
-        self._write: Callable[[bytes], None] = parts._writer.write  # noqa: SLF001
-        self._abort: Callable[[], None] = parts._writer.transport.abort  # noqa: SLF001
-        self._read: Callable[..., Awaitable[Any]] = parts._parser.read_response  # noqa: SLF001
+        self._write, self._read, self._abort = wire_of(connection)
         self._broken: Exception | None = None
         self._reader = self._loop.create_task(self._read_replies(), name="diator: replies from Redis")
 
@@ -186,12 +210,12 @@ class _Connection:
         return len(self._waiting) < self._max_in_flight and self._bytes_in_flight < self._MAX_BYTES_IN_FLIGHT
 
     async def room(self) -> None:
-        """Wait until calls have been answered, or the connection is gone."""
+        """Wait until a reply has come, or the connection is gone."""
         self._room.clear()
         await self._room.wait()
 
     def call(self, command: bytes, message_id: UUID | None, deadline: float) -> asyncio.Future[Any]:
-        """Write *command*: at once if nothing is on its way, else with whatever this turn of the loop brings."""
+        """Write *command*: at once if no reply is due, else together with the others of this turn of the loop."""
         reply = self._loop.create_future()
         if self._waiting:
             if not self._unwritten:
@@ -206,7 +230,7 @@ class _Connection:
         return reply
 
     async def finish(self) -> None:
-        """Wait for the replies that are due, and let go of the connection."""
+        """Wait for the replies that are due, and close the connection."""
         while self._waiting:
             self._idle.clear()
             await self._idle.wait()
@@ -222,10 +246,10 @@ class _Connection:
                 self._give_up(error)
 
     def _sweep(self) -> None:
-        """Look at the oldest call: one timer for all of them, instead of one each."""
+        """Look at the oldest call. One timer for all calls costs less than one for each."""
         self._sweeper = None
-        if self._connection.should_reconnect() or getattr(self._connection, "_re_auth_token", None):  # type: ignore[no-untyped-call]
-            self._retire(self)  # its server is about to move, or its credentials were renewed
+        if is_outdated(self._connection):
+            self._retire(self)
         if not self._waiting:
             return
         deadline = self._waiting[0][1]
@@ -251,11 +275,11 @@ class _Connection:
             closed = ConnectionError("the connection was closed")
             self._fail(closed if self._broken is None else self._broken)
             if self._broken is not None:
-                self._abort()  # closing would wait for what was not written, and nobody takes it
+                self._abort()  # an ordinary close would wait for what the peer does not take
             try:
-                await self._give_back(self, self._connection)
+                await self._drop(self, self._connection)
             except CLIENT_ERRORS as error:
-                logger.debug("giving a connection back to the Redis client failed: %r", error)
+                logger.debug("returning a connection to the pool of the Redis client failed: %r", error)
 
     def _settle(self, reply: Any) -> None:
         future, _, size, message_id = self._waiting.popleft()
@@ -270,35 +294,25 @@ class _Connection:
             self._idle.set()
 
     def _fail(self, error: BaseException) -> None:
-        """Tell everybody who waits: what was written may have arrived, what was not has not."""
+        """Fail every call that waits. A command that was written may have arrived; one that was not has not."""
         if self._sweeper is not None:
             self._sweeper.cancel()
         written = len(self._waiting) - len(self._unwritten)
         for position, (future, _, _, message_id) in enumerate(self._waiting):
             if not future.done():
                 future.set_exception(send_error(error, message_id, written=position < written))
-            if isinstance(error, NOT_EXECUTED):  # this was the answer to the oldest call; the others have none
-                error = ConnectionError(f"the connection was given up after {type(error).__name__}")
+            if isinstance(error, NOT_EXECUTED):  # it is the reply to the oldest call, and says nothing of the others
+                error = ConnectionError(f"the connection was closed after {type(error).__name__}")
         self._waiting.clear()
         self._unwritten.clear()
-        self._room.set()  # who waits for it finds another connection, or the reason why there is none
+        self._room.set()  # a caller that waits for room now looks for another connection
         self._idle.set()
 
 
+# The future of the reply, its deadline, the size of the command in bytes, and the message that it is about.
 _Call: TypeAlias = tuple["asyncio.Future[Any]", float, int, "UUID | None"]
-"""Who waits for the reply, until when, how many bytes were sent, and for which message."""
 
 
 def _pack(command: Sequence[bytes]) -> bytes:
-    """Write a command as Redis reads it (https://redis.io/docs/latest/develop/reference/protocol-spec/)."""
+    """Encode a command (https://redis.io/docs/latest/develop/reference/protocol-spec/)."""
     return b"*%d\r\n" % len(command) + b"".join([b"$%d\r\n%b\r\n" % (len(part), part) for part in command])
-
-
-def _can_be_shared(connection: object) -> bool:
-    """Tell whether *connection* is made of what `_Connection` uses of it. Parts of it are private to redis-py."""
-    return (
-        isinstance(connection, RedisConnection)
-        and type(connection).send_packed_command is RedisConnection.send_packed_command
-        and isinstance(getattr(connection, "_writer", None), asyncio.StreamWriter)
-        and callable(getattr(getattr(connection, "_parser", None), "read_response", None))
-    )

@@ -1,17 +1,17 @@
-"""What has to happen in Redis as a whole, or not at all: the scripts of Redis Streams."""
+"""The Lua scripts of Redis Streams: each happens in Redis as a whole, or not at all."""
 
-# All times are those of Redis: the clocks of two members may differ by more than a delay.
+# All times are by the clock of Redis: the clocks of two consumers may differ by more than a delay.
 _NOW = b"""
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
-# Do nothing to an entry that is not this member's: another has it, or it was settled and the reply was lost.
+# Do nothing to an entry that is not this consumer's: another has it, or it was settled and the reply was lost.
 _IF_OURS = b"""
 if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1, ARGV[2]) == 0 then
   return 0
 end
 """
-# Acknowledge entries. KEYS: stream. ARGV: group, member, command that removes them or none, ids.
+# Acknowledge entries. KEYS: stream. ARGV: group, consumer, the command that removes them or an empty string, ids.
 ACK = b"""
 local ours = {}
 for i = 4, #ARGV do
@@ -26,8 +26,8 @@ if #ours > 0 then
   end
 end
 """
-# Take an entry from the group, to be read again.
-# KEYS: stream, delayed, again. ARGV: group, member, id, kept, after (ms).
+# Move an entry out of the group, to be retried. KEYS: stream, delayed, again. ARGV: group, consumer, id, the message
+# as it is kept, after (ms).
 RETRY = (
     _IF_OURS
     + _NOW
@@ -40,7 +40,7 @@ end
 return redis.call('XACK', KEYS[1], ARGV[1], ARGV[3])
 """
 )
-# Have what is due read again. KEYS: delayed, again. ARGV: how many at most.
+# Move the messages that are due from the sorted set to the stream. KEYS: delayed, again. ARGV: how many at most.
 MOVE_DUE = (
     _NOW
     + b"""
@@ -52,7 +52,7 @@ end
 return #due
 """
 )
-# Put an entry aside. KEYS: stream, dead. ARGV: group, member, id, then the fields.
+# Dead-letter an entry. KEYS: stream, dead. ARGV: group, consumer, id, then the fields.
 DEAD_LETTER = (
     _IF_OURS
     + b"""
@@ -60,10 +60,10 @@ redis.call('XADD', KEYS[2], '*', unpack(ARGV, 4))
 return redis.call('XACK', KEYS[1], ARGV[1], ARGV[3])
 """
 )
-# Forget members that are gone and hold nothing. KEYS: stream. ARGV: group, idle (ms), name of one that goes now.
+# Delete idle consumers that hold nothing. KEYS: stream. ARGV: group, idle (ms), the consumer that leaves now.
 FORGET = b"""
-for _, member in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
-  local name, pending, idle = member[2], member[4], member[6]
+for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
+  local name, pending, idle = consumer[2], consumer[4], consumer[6]
   if pending == 0 and (name == ARGV[3] or idle > tonumber(ARGV[2])) then
     redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], name)
   end

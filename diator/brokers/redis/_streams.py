@@ -1,13 +1,10 @@
-"""The broker of Redis Streams: what a program constructs, and one connection that reads."""
+"""The broker of Redis Streams: what a program constructs."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import math
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from typing import Self
+from typing import Any, Self
 
 from diator.brokers.audit import Finding
 from diator.brokers.base import Delivery, OnGap, Topic
@@ -17,42 +14,38 @@ from diator.brokers.connecting import ServiceBroker
 from diator.brokers.message import Message
 from diator.brokers.redis._audit import durability as durability_of
 from diator.brokers.redis._audit import findings
-from diator.brokers.redis._client import Client, RedisConnection, check_client, client_from_url, give_back
+from diator.brokers.redis._client import Client, client_of, options_of
 from diator.brokers.redis._connection import CommandConnection
-from diator.brokers.redis._group import BODY, Subscription, ms
-from diator.brokers.supervisor import CallbackSubscription, ReconnectPolicy, Source
-from diator.exceptions import BrokerClosed, BrokerError, ConfigurationError
-
-logger: logging.Logger = logging.getLogger(__name__)
-
-_SCAN = 1.0
-"""How often, in seconds, a member looks for what others left behind, and for what is due."""
-_SCAN_AGAIN = 0.05
-"""Likewise, while it takes over, as many at once as can begin."""
+from diator.brokers.redis._subscription import BODY, SCAN_EVERY, ReadOptions, Subscription
+from diator.brokers.supervisor import ReconnectPolicy
+from diator.exceptions import ConfigurationError
 
 
 class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
     """
-    Appends each message to a Redis stream, and reads streams as a member of a group.
+    Appends each message to a Redis stream, and reads streams as a consumer of a group.
 
-    At least once: a message is the group's until a member has acknowledged it. A member that dies is noticed when its
-    *lease* (seconds) is over, and others take what it held; a member that lives keeps its lease, however long a handler
-    takes. A group begins at the oldest message, and collects while no member is there.
+    At least once: a message belongs to the group until one of its consumers has acknowledged it. If a consumer dies,
+    others take over its messages when its *lease* (seconds) is over; a consumer that lives renews its lease, however
+    long a handler takes. A group starts at the oldest message, and collects messages while it has no consumer.
 
-    What Redis keeps of confirmed messages is a matter of its configuration: with `appendonly yes` they survive the
-    death of its process. *durability* says what you have set there; it becomes one of the capabilities, and is checked
-    before anything is sent or read: where the server keeps less, `UnsupportedCapability` is raised.
+    What Redis keeps of confirmed messages depends on its configuration: with `appendonly yes` they survive a crash of
+    its process. *durability* states what you have configured. It becomes one of the capabilities, and the broker checks
+    it before it sends or reads: if the server keeps less, it raises `UnsupportedCapability`.
 
-    Nothing is removed from a stream unless *retention* (seconds) says so, and then only what is older and was
-    acknowledged by every group.
+    Nothing is removed from a stream without *retention* (seconds). With it, an entry is removed when it is older and
+    every group has acknowledged it.
 
-    The other options are those of `RedisMessageBroker`; *extra_prefetch* is the number of messages that are held, under
-    this member's lease, beyond those that are being handled.
+    *client* and the other options are those of `RedisMessageBroker`; *extra_prefetch* is the number of messages that
+    are prefetched, under this consumer's lease, beyond those that are being handled.
+
+    Raises:
+        ConfigurationError: *client* is neither an asynchronous client nor an address, or an option is out of its range.
     """
 
     def __init__(
         self,
-        client: Client,
+        client: Client | str,
         prefix: str = "diator",
         *,
         timeout: float = 10.0,
@@ -64,63 +57,40 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
         extra_prefetch: int = 100,
         reconnect: ReconnectPolicy | None = None,
     ) -> None:
-        check_client(client)
         if extra_prefetch < 0 or max_in_flight < 1 or timeout <= 0 or lease <= 0:
             raise ConfigurationError(
                 "extra_prefetch is at least 0, max_in_flight at least 1, timeout and lease above 0"
             )
-        self._client = client
+        self._client, owned = client_of(client, timeout=timeout)
         self._prefix = prefix
         self._max_message_bytes = max_message_bytes
-        self._timeout = timeout
         self._durability: Durability = durability
         self._is_verified = durability == "none"
-        self._lease = lease
-        self._retention = retention
-        self._extra_prefetch = extra_prefetch
-        self._reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
-        super().__init__(CommandConnection(client, timeout=timeout, max_in_flight=max_in_flight))
-
-    @classmethod
-    def from_url(
-        cls,
-        url: str,
-        prefix: str = "diator",
-        *,
-        timeout: float = 10.0,
-        max_message_bytes: int = MAX_MESSAGE_BYTES,
-        max_in_flight: int = 1024,
-        durability: Durability = "none",
-        lease: float = 60.0,
-        retention: float | None = None,
-        extra_prefetch: int = 100,
-        reconnect: ReconnectPolicy | None = None,
-    ) -> Self:
-        """Make a broker with a client of its own for `redis://…`, `rediss://…` or `unix://…`; `aclose` closes it."""
-        broker = cls(
-            client_from_url(url, timeout=timeout),
-            prefix,
-            timeout=timeout,
-            max_message_bytes=max_message_bytes,
-            max_in_flight=max_in_flight,
-            durability=durability,
+        self._options = ReadOptions(
             lease=lease,
             retention=retention,
+            timeout=timeout,
             extra_prefetch=extra_prefetch,
-            reconnect=reconnect,
+            reconnect=reconnect or ReconnectPolicy(connect_timeout=timeout),
         )
-        broker._service.owns_client = True
-        return broker
+        service = CommandConnection(self._client, owns_client=owned, timeout=timeout, max_in_flight=max_in_flight)
+        super().__init__(service)
+
+    @classmethod
+    @options_of(__init__)
+    def from_url(cls, url: str, /, *args: Any, **options: Any) -> Self:
+        """Make a broker with a client of its own. It is the constructor, under a name that says so."""
+        return cls(url, *args, **options)
 
     @property
     def capabilities(self) -> Capabilities:
-        """What Redis Streams promise; of durability, what this broker was told."""
+        """What Redis Streams promise. The durability is the one that this broker was constructed with."""
         return Capabilities(
             guarantee="at_least_once",
             receipt="accepted",
             settlement="individual",
             redelivery=frozenset({"retry", "close", "crash", "deadline"}),
-            redelivery_bound=self._lease + 2 * _SCAN,
+            redelivery_bound=self._options.lease + 2 * SCAN_EVERY,
             delayed_retry=True,
             dead_letter=True,
             delivery_count="exact",
@@ -158,51 +128,30 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
         prefetch: int = 64,
         on_gap: OnGap | None = None,
     ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
-        """See `ReadableBroker.subscribe`. *group* is needed: without one nobody knows what was handled."""
+        """See `ReadableBroker.subscribe`. It needs a *group*: Redis keeps what was handled for groups only."""
         if group is None:
             broadcast = Capabilities(distribution=frozenset({"broadcast"}))
             remedy = "name a group, one for each service, or use Redis Pub/Sub"
             require(self, self.capabilities, broadcast, for_="subscribe() without a group", remedy=remedy)
-        streams = {self._stream(topic): topic for topic in topics}
         subscription = Subscription(
-            self._service, streams, str(group), lease=self._lease, prefetch=prefetch, timeout=self._timeout
-        )
-        supervised = CallbackSubscription(
-            lambda: self._connected(subscription),
-            topics,
-            group,
-            lossy=False,
+            self._service,
+            self._client,
+            {self._stream(topic): topic for topic in topics},
+            str(group),
+            self._options,
+            verify=self._verify,
             prefetch=prefetch,
-            buffer_size=prefetch + self._extra_prefetch,
-            reconnect=self._reconnect,
             on_gap=on_gap,
-            registry=self._service.subscriptions,
-            unsettled=lambda: subscription.holds,
-            leave=subscription.leave,
         )
-        subscription.on_settled = supervised.notify_settled
-        async with supervised as deliveries:
+        async with subscription as deliveries:
             yield deliveries
 
-    @asynccontextmanager
-    async def _connected(self, subscription: Subscription) -> AsyncGenerator[Source, None]:
-        """Take a connection of the client's pool for blocking reads, and see that the groups are there."""
-        if self._service.is_closed:
-            raise BrokerClosed("this broker is closed")
-        await self._verify()
-        await subscription.create_groups()
-        connection = await self._client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
-        try:
-            yield _Connection(connection, subscription, self._retention)
-        finally:
-            await give_back(self._client, connection)
-
     async def audit(self) -> list[Finding]:
-        """See `Auditable.audit`. It needs the permission for INFO, and CONFIG GET for the whole of it."""
+        """See `Auditable.audit`. It needs permission for INFO; without CONFIG GET it cannot check every setting."""
         return await findings(self._service.execute)
 
     async def _verify(self) -> None:
-        """Have the server keep what this broker promises of it."""
+        """Check that the server keeps what this broker promises of it. UnsupportedCapability if it keeps less."""
         if not self._is_verified:
             kept = Capabilities(durability=await durability_of(self._service.execute))
             promised = Capabilities(durability=self._durability)
@@ -217,78 +166,3 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
         await super().__aenter__()
         await self._verify()
         return self
-
-
-class _Connection:
-    """One connection that waits for entries."""
-
-    def __init__(self, connection: RedisConnection, subscription: Subscription, retention: float | None) -> None:
-        self._connection = connection
-        self._subscription = subscription
-        self._retention = retention
-        self._next_scan = 0.0
-        self._empty = 0
-        self._to_look_for_lost = [*subscription.topics]
-        self._command = (b"XREADGROUP", b"GROUP", subscription.group, subscription.name, b"COUNT")
-        self._streams = [*subscription.topics]
-        self._busy: bytes | None = None
-        """A stream that alone had as much as was asked for: there is more where that came from."""
-
-    async def receive(self, most: int, /) -> Sequence[Delivery]:
-        while self._to_look_for_lost:
-            if lost := await self._subscription.unheld(self._to_look_for_lost.pop()):
-                return lost
-        loop = asyncio.get_running_loop()
-        if loop.time() >= self._next_scan:
-            if found := await self._subscription.scan(most):
-                return found  # and scan again at once
-            self._next_scan = loop.time() + self._until_next_scan
-            await self._trim()
-        streams, block = self._to_ask(most)
-        count = max(1, min(most, 100) // len(streams))  # for each stream
-        await self._connection.send_command(
-            *self._command, b"%d" % count, *block, b"STREAMS", *streams, *[b">"] * len(streams), check_health=False
-        )
-        # BLOCK ends after a second at the latest, so a peer that says nothing for longer is dead.
-        reply = await self._connection.read_response(disable_decoding=True, timeout=math.inf, disconnect_on_error=False)
-        self._empty = 0 if reply else self._empty + 1
-        answered = [*(reply.items() if isinstance(reply, dict) else reply or ())]
-        if len(streams) > 1 and len(answered) == 1 and len(answered[0][1]) == count:
-            self._busy = answered[0][0]
-        return [
-            self._subscription.delivery(stream, id_, pairs or (), 1)
-            for stream, entries in answered
-            for id_, pairs in entries
-        ]
-
-    def _to_ask(self, most: int) -> tuple[list[bytes], tuple[bytes, ...]]:
-        """
-        Choose whom to ask, and for how long to wait there.
-
-        A busy stream is asked alone every other time: of all of them, each would give but its part. Where there is room
-        for fewer than one of each, some are asked, then others; when none of them has anything, all are waited for.
-        """
-        if self._busy is not None:
-            streams, self._busy = [self._busy], None
-            return streams, ()
-        several = min(len(self._streams), most)
-        if several == len(self._streams) or self._empty * several >= len(self._streams):
-            return self._streams, (b"BLOCK", ms(self._until_next_scan))
-        streams = self._streams[:several]
-        self._streams = self._streams[several:] + streams
-        return streams, ()
-
-    @property
-    def _until_next_scan(self) -> float:
-        return _SCAN_AGAIN if self._subscription.is_taking_over else _SCAN
-
-    async def _trim(self) -> None:
-        if self._retention is not None:
-            for stream in self._subscription.streams:
-                try:
-                    await self._subscription.trim(stream, self._retention)
-                except BrokerError as error:
-                    logger.warning("%s could not be trimmed: %s", stream, error)
-
-    async def probe(self) -> None:
-        """Nothing to ask: an answer is due anyway."""

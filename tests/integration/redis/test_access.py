@@ -12,19 +12,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
 from docker.errors import APIError
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.sentinel import Sentinel
 from redis.credentials import UsernamePasswordCredentialProvider
 from redis.exceptions import RedisError
 from testcontainers.core.container import DockerContainer
 
+from diator.brokers.base import Topic
 from diator.brokers.redis import RedisMessageBroker
+from diator.brokers.redis_streams import RedisStreamMessageBroker
 from diator.exceptions import (
     BrokerUnavailable,
+    ConfigurationError,
     MessageRejected,
 )
 from tests.integration.redis.helpers import TIMEOUT, Ears, eventually, listening, message, send_all
@@ -184,3 +188,43 @@ async def test_sentinel(watched: Watched, prefix: str) -> None:
     assert set().union(*verdicts[:-1]) == {BrokerUnavailable}
     for each in sentinel.sentinels:
         await each.aclose()
+
+
+@pytest.fixture
+def cluster(redis_url: str) -> Iterator[int]:
+    """A cluster of one node: its port. On the network of the host, since a cluster tells clients its own addresses."""
+    if sys.platform != "linux":
+        pytest.skip("needs the network of the host in a container")
+    (port,) = free_ports(1)
+    script = f"""
+        redis-server --port {port} --cluster-enabled yes --save '' --bind 127.0.0.1 --daemonize yes
+        until redis-cli -p {port} cluster addslotsrange 0 16383; do sleep 0.05; done
+        exec tail -f /dev/null
+    """
+    container = DockerContainer(BACKENDS["redis"].image, network_mode="host").with_command(["sh", "-c", script])
+    try:
+        container.start()
+    except APIError as error:
+        pytest.skip(f"no container on the network of the host: {error.explanation}")
+    yield port
+    container.stop()
+
+
+@pytest.mark.parametrize("broker_type", [RedisMessageBroker, RedisStreamMessageBroker])
+async def test_a_cluster_sends_and_does_not_subscribe(cluster: int, prefix: str, broker_type: Any) -> None:
+    """A cluster has no connection of which a subscription could take hold, and the error says so."""
+    topic = Topic("notification_event", "user_joined")
+
+    async def is_ready() -> bool:
+        with suppress(RedisError):
+            async with Redis(port=cluster) as node:
+                return (await node.cluster("info"))["cluster_state"] == "ok"
+        return False
+
+    await eventually(is_ready)
+    async with RedisCluster(host="127.0.0.1", port=cluster) as client, broker_type(client, prefix) as broker:
+        await broker.send_messages([message(n) for n in range(10)])
+        with pytest.raises(ConfigurationError, match="a RedisCluster has no connection pool"):
+            await broker.subscribe([topic], group=None if broker_type is RedisMessageBroker else "g").__aenter__()
+        if broker_type is RedisStreamMessageBroker:
+            assert await client.xlen(f"{prefix}:notification_event:user_joined") == 10

@@ -4,16 +4,18 @@ import asyncio
 import json
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import fakeredis
 import pytest
 import redis as synchronous_redis
-from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, Connection, ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
 
 from diator.brokers.redis import RedisMessageBroker
+from diator.brokers.redis_streams import RedisStreamMessageBroker
 from diator.exceptions import (
     BrokerClosed,
     BrokerUnavailable,
@@ -215,8 +217,104 @@ async def test_a_client_with_commands_of_its_own(proxy: FaultProxy, proxied_url:
             assert await send_all(broker, 11) == {None: 1}
         assert await send_all(broker, 12) == {BrokerClosed: 1}
 
-    assert Counter(commands)[b"PUBLISH"] == 12
+    assert Counter(commands)["PUBLISH"] == 12
     assert sorted(await ears.numbers()) == list(range(12))
+
+
+# -- a slower way is announced -----------------------------------------------------------------------------------
+
+
+def slower(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    """What the log says about commands that do not share a connection: levels and reasons."""
+    texts = [(record.levelname, record.getMessage()) for record in caplog.records if record.name.startswith("diator")]
+    return [(level, text.partition("slower: ")[2]) for level, text in texts if "slower: " in text]
+
+
+async def test_a_pool_of_one_connection_is_announced_once(
+    redis_url: str, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="diator")
+    async with Redis.from_url(redis_url, max_connections=1) as client, RedisMessageBroker(client, prefix) as broker:
+        assert await send_all(broker, *range(10)) == {None: 10}
+
+    assert slower(caplog) == [("INFO", "the client's pool has only one connection")]
+
+
+async def test_a_client_that_sends_in_its_own_way_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Traced(Redis):
+        async def execute_command(self, *args: Any, **options: Any) -> Any:
+            return await super().execute_command(*args, **options)
+
+    caplog.set_level("INFO", logger="diator")
+    async with Traced() as client:
+        RedisMessageBroker(client)
+
+    assert slower(caplog) == [("INFO", "Traced has an execute_command of its own")]
+
+
+async def test_a_fake_client_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="diator")
+    async with fakeredis.FakeAsyncRedis() as client, RedisMessageBroker(client) as broker:
+        await broker.send_messages([message(n) for n in range(10)])
+
+    ((level, reason),) = slower(caplog)
+    assert (level, "FakeAsyncRedisConnection" in reason) == ("INFO", True)
+
+
+async def test_a_connection_that_sends_in_its_own_way_is_announced_once(
+    redis_url: str, prefix: str, ears: Ears, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Noticing(Connection):
+        async def send_packed_command(self, *args: Any, **options: Any) -> None:
+            return await super().send_packed_command(*args, **options)
+
+    caplog.set_level("INFO", logger="diator")
+    pool = ConnectionPool.from_url(redis_url, connection_class=Noticing)
+    async with Redis.from_pool(pool) as client, RedisMessageBroker(client, prefix) as broker:
+        assert await send_all(broker, *range(10)) == {None: 10}
+
+    assert sorted(await ears.numbers()) == list(range(10))
+    ((level, reason),) = slower(caplog)
+    assert (level, "Noticing, send commands in a way of their own" in reason) == ("INFO", True)
+
+
+async def test_an_ordinary_client_announces_nothing(
+    redis_url: str, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="diator")
+    async with RedisMessageBroker(redis_url, prefix) as broker:
+        assert await send_all(broker, *range(10)) == {None: 10}
+
+    assert slower(caplog) == []
+
+
+# -- what it is constructed with ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("broker_type", [RedisMessageBroker, RedisStreamMessageBroker])
+@pytest.mark.parametrize("make", [lambda kind: kind, lambda kind: kind.from_url], ids=["constructor", "from_url"])
+async def test_a_client_made_from_an_address_is_closed_with_the_broker(
+    redis_url: str, prefix: str, ears: Ears, broker_type: Any, make: Callable[[Any], Any]
+) -> None:
+    broker = make(broker_type)(f"{redis_url}?client_name={prefix}", prefix)
+    assert type(broker) is broker_type
+    async with broker:
+        await broker.send_message(message(1))
+        assert await connections(ears.client, prefix) == 1
+
+    await eventually(lambda: no_connections(ears.client, prefix))
+
+
+async def test_a_subclass_keeps_its_type_and_its_options(redis_url: str) -> None:
+    class Named(RedisMessageBroker):
+        def __init__(self, client: Redis | str, *, name: str) -> None:
+            super().__init__(client)
+            self.name = name
+
+    broker: Any = Named.from_url(redis_url, name="mine")  # type: ignore[call-arg]  # read from the base's __init__
+
+    assert (type(broker), broker.name) == (Named, "mine")
+    await broker.aclose()
 
 
 def test_a_synchronous_client() -> None:
@@ -224,9 +322,15 @@ def test_a_synchronous_client() -> None:
         RedisMessageBroker(synchronous_redis.Redis())  # type: ignore[arg-type]  # the mistake
 
 
-def test_no_client_at_all() -> None:
-    with pytest.raises(ConfigurationError, match="from_url"):
-        RedisMessageBroker("redis://localhost")  # type: ignore[arg-type]  # the mistake
+@pytest.mark.parametrize("broker_type", [RedisMessageBroker, RedisStreamMessageBroker])
+@pytest.mark.parametrize("wrong", [None, 6379, b"redis://u:s3cr3t@localhost", Redis, {"password": "s3cr3t"}], ids=repr)
+def test_neither_a_client_nor_an_address(broker_type: Any, wrong: object) -> None:
+    """The error has both forms, and does not show what may be a password."""
+    with pytest.raises(ConfigurationError, match=r"redis\.asyncio\.Redis.* redis://") as raised:
+        broker_type(wrong)
+
+    assert "s3cr3t" not in str(raised.value)
+    assert raised.value.__cause__ is None
 
 
 @pytest.mark.parametrize(
@@ -243,7 +347,7 @@ def test_no_client_at_all() -> None:
 def test_an_address_that_is_none(url: str) -> None:
     """It is refused at once, and what may be a password is not shown."""
     with pytest.raises(ConfigurationError) as raised:
-        RedisMessageBroker.from_url(url)
+        RedisMessageBroker(url)
 
     assert "s3cr3t" not in "".join(traceback.format_exception(raised.value))
 

@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 from redis.asyncio import Redis
 
-from diator.brokers.redis import _streams
+from diator.brokers.redis import _subscription
 from diator.brokers.redis_streams import RedisStreamMessageBroker
 from diator.brokers.supervisor import ReconnectPolicy
 from diator.testing.fault_proxy import FaultProxy
@@ -18,7 +18,7 @@ from tests.integration.redis_streams.helpers import LEASE, LONG, TIMEOUT
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Look often for what others left behind, and for what is due."""
-    monkeypatch.setattr(_streams, "_SCAN", 0.1)
+    monkeypatch.setattr(_subscription, "SCAN_EVERY", 0.1)
 
 
 @pytest.fixture

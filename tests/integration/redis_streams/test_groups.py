@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 
 from diator.brokers.base import Topic
-from diator.brokers.redis import _group
-from diator.brokers.redis._group import Subscription
+from diator.brokers.redis import _subscription
 from diator.brokers.redis._scripts import FORGET
+from diator.brokers.redis._subscription import Subscription
 from diator.exceptions import UnsupportedCapability
 from tests.integration.redis_streams.helpers import (
     LONG,
@@ -130,7 +130,7 @@ async def test_members_that_are_gone_are_forgotten(patient, admin, stream, monke
         await take(deliveries, 1)
     assert [each["pending"] for each in await admin.xinfo_consumers(stream, "billing")] == [1]  # or it would be lost
 
-    monkeypatch.setattr(_group, "_FORGOTTEN_AFTER", 0.5)
+    monkeypatch.setattr(_subscription, "_FORGOTTEN_AFTER", 0.5)
     async with subscribed(patient) as deliveries:
         assert await acked(deliveries, 1) == [1]
         await asyncio.sleep(0.6)
@@ -191,14 +191,14 @@ async def test_leaving_one_topic_that_is_gone_leaves_the_others_too(patient, adm
         await take(deliveries, 1)
         await asyncio.sleep(0.05)
         subscriptions = [each for each in gc.get_objects() if type(each) is Subscription]
-        (member,) = [each for each in subscriptions if prefix.encode() in each.streams[0]]
-        monkey = member.execute
+        (group,) = [each.group for each in subscriptions if prefix.encode() in each.streams[0]]
+        execute = group.execute
 
         async def deleted_first(*command, **options):
             if command[0] == b"EVAL" and command[1] is FORGET:
                 await admin.delete(f"{prefix}:notification_event:gone")
-            return await monkey(*command, **options)
+            return await execute(*command, **options)
 
-        member.execute = deleted_first
+        group.execute = deleted_first
     async with subscribed(patient, kept) as deliveries:
         assert await acked(deliveries, 1, within=2 + SLACK) == [1]

@@ -50,7 +50,7 @@ async def test_trap_3_what_a_dead_member_held_is_finished_by_another(
         await asyncio.sleep(LEASE * 1.5)
         ((owner),) = await admin.xpending_range(stream, "billing", "-", "+", 10)
         assert owner["message_id"] == delivery.token.id
-        assert owner["consumer"] == delivery.settler.name
+        assert owner["consumer"] == delivery.settler.group.consumer
         await delivery.ack()
         await nothing_left(admin, stream)
         await nothing_comes(deliveries)

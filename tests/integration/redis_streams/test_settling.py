@@ -9,7 +9,7 @@ import pytest
 
 from diator.brokers.base import Topic
 from diator.brokers.codec import decode
-from diator.brokers.redis import _streams
+from diator.brokers.redis import _subscription
 from diator.retrying import RetryPolicy
 from tests.integration.redis_streams.helpers import (
     COUNTED,
@@ -107,7 +107,7 @@ async def test_whoever_settles_too_late_changes_nothing(broker, admin, stream, l
 
 async def test_a_retry_without_a_delay_waits_for_nothing(broker, admin, stream, monkeypatch) -> None:
     """Not even for the next look at what is due."""
-    monkeypatch.setattr(_streams, "_SCAN", 3.0)
+    monkeypatch.setattr(_subscription, "SCAN_EVERY", 3.0)
     async with subscribed(broker) as deliveries:
         await send(broker, 1)
         for attempt in range(1, 6):

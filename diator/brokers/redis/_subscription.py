@@ -1,0 +1,420 @@
+"""Reading Redis Streams: a subscription is one consumer of a group, and a connection of it waits for entries."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import msgspec
+
+from diator.brokers.base import Delivery, OnGap, Topic
+from diator.brokers.redis._client import Client, RedisConnection, close_connection, require_pool, take_connection
+from diator.brokers.redis._connection import CommandConnection
+from diator.brokers.redis._group import Group, ms
+from diator.brokers.settling import Acknowledgements, dead_letter_headers
+from diator.brokers.supervisor import MessagesMissed, ReconnectPolicy, ResilientSubscription, Source
+from diator.exceptions import BrokerClosed, BrokerError
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+BODY = b"body"
+# How often, in seconds, a consumer looks for entries whose lease is over, and for retries that are due.
+SCAN_EVERY = 1.0
+# The same while it takes entries over: it takes as many at once as it can start.
+_SCAN_AGAIN = 0.05
+_FORGOTTEN_AFTER = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """
+    How the subscriptions of a broker read.
+
+    Attributes:
+        lease: Seconds after which others may take over the entries of a consumer that does not renew them.
+        retention: Seconds for which acknowledged entries are kept; None keeps them for good.
+        timeout: Seconds that leaving the group may take.
+        extra_prefetch: Messages that are received beyond those that the program may hold.
+        reconnect: How to connect again.
+    """
+
+    lease: float
+    retention: float | None
+    timeout: float
+    extra_prefetch: int
+    reconnect: ReconnectPolicy
+
+
+class _Kept(msgspec.Struct):
+    """A message that waits for its retry, whole, so that its first entry may be removed."""
+
+    fields: list[tuple[bytes, bytes]]
+    attempt: int
+    origin: bytes  # the id of its first entry, which also keeps two messages of the same content apart
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """
+    The token of a delivery.
+
+    Attributes:
+        stream: The stream that has the entry.
+        id: Its id there.
+        fields: The fields of the message.
+        origin: The id of the message's first entry; of a retried message that is another than *id*.
+    """
+
+    stream: bytes
+    id: bytes
+    fields: list[tuple[bytes, bytes]]
+    origin: bytes
+
+
+class Subscription(ResilientSubscription):
+    """
+    One consumer of a group, on one connection after another: what it holds, and how that is settled.
+
+    Attributes:
+        group: The consumer's commands.
+        options: How it reads.
+        streams: The streams that all groups share, one for each topic.
+        topics: Every stream that this consumer reads, with its topic: also the group's streams of retried messages.
+    """
+
+    def __init__(
+        self,
+        service: CommandConnection,
+        client: Client,
+        streams: Mapping[bytes, Topic],
+        group: str,
+        options: ReadOptions,
+        *,
+        verify: Callable[[], Awaitable[None]],
+        prefetch: int,
+        on_gap: OnGap | None,
+    ) -> None:
+        super().__init__(
+            streams.values(),
+            group,
+            lossy=False,
+            prefetch=prefetch,
+            buffer_size=prefetch + options.extra_prefetch,
+            reconnect=options.reconnect,
+            on_gap=on_gap,
+            registry=service.subscriptions,
+        )
+        require_pool(client)
+        self._service = service
+        self._client = client
+        self._verify = verify
+        self.options = options
+        self.group = Group(service.execute, group)
+        self.streams = tuple(streams)
+        self._first = {self.group.key(stream, b"again"): stream for stream in streams}
+        self.topics = {**streams, **{again: streams[stream] for again, stream in self._first.items()}}
+        self._cursors = dict.fromkeys(self.topics, b"0-0")
+        self._held: dict[bytes, dict[bytes, Delivery]] = {stream: {} for stream in self.topics}
+        self._suspects: set[bytes] = set()  # taken over after a delivery elsewhere: one may be a poison message
+        self._not_settled: set[bytes] = set()
+        self._acked: Acknowledgements[Entry] = Acknowledgements(self._send_acked)
+        self._renewing: asyncio.Task[None] | None = None
+
+    @property
+    def is_taking_over(self) -> bool:
+        """Whether it holds entries of a consumer that is gone. There may be more of them."""
+        return bool(self._suspects)
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncGenerator[Source, None]:
+        """
+        Create the group where it is missing, and take a connection of the client's pool for blocking reads.
+
+        Raises:
+            MessagesMissed: The group was there before, and is gone.
+        """
+        if self._service.is_closed:
+            raise BrokerClosed("this broker is closed")
+        await self._verify()
+        created = await self.group.create(self.topics)
+        await self.group.check_access([*self.topics])
+        if created and self._renewing is not None:
+            raise MessagesMissed(f"Redis had lost {created[0].decode()}, or its group; both are there again")
+        if self._renewing is None:
+            self._renewing = asyncio.create_task(self._keep_renewing(), name="diator: renewing leases")
+        connection = await take_connection(self._client)
+        try:
+            yield Connection(connection, self)
+        finally:
+            await close_connection(self._client, connection)
+
+    def delivery(self, stream: bytes, id_: bytes, pairs: Sequence[bytes], times: int) -> Delivery:
+        """Make a delivery of an entry that Redis has delivered *times* times."""
+        fields = [*zip(pairs[::2], pairs[1::2], strict=False)]
+        origin, attempt = id_, times
+        if stream in self._first:
+            try:
+                kept = msgspec.msgpack.decode(fields[0][1], type=_Kept)
+                fields, origin, attempt = kept.fields, kept.origin, kept.attempt + times - 1
+            except (msgspec.DecodeError, IndexError):
+                logger.warning("an entry of %s was not written by diator", stream)
+        body: bytes | None = None
+        headers: dict[str, str] = {}
+        for name, value in fields:
+            if body is None and name == BODY:  # the first is the body; another one is a header of that name
+                body = value
+            else:
+                headers[name.decode(errors="replace")] = value.decode(errors="replace")
+        delivery = Delivery(
+            topic=self.topics[stream],
+            body=body or b"",
+            headers=headers,
+            attempt=attempt,
+            settler=self,
+            token=Entry(stream, id_, fields, origin),
+        )
+        held = self._held[stream]
+        self.unsettled += id_ not in held
+        held[id_] = delivery
+        return delivery
+
+    # -- settling ------------------------------------------------------------------------------------------------
+
+    async def ack(self, delivery: Delivery, /) -> None:
+        self._acked.add(self._release(delivery))
+
+    async def retry(self, delivery: Delivery, after: float, /) -> None:
+        entry = self._release(delivery)
+        kept = msgspec.msgpack.encode(_Kept(entry.fields, delivery.attempt + 1, entry.origin))
+        first = self._first.get(entry.stream, entry.stream)
+        keys = [self.group.key(first, b"delayed"), self.group.key(first, b"again")]
+        with self._noting_failure(entry):
+            was_ours = await self.group.retry(entry.stream, entry.id, keys, kept, after)
+        if was_ours:
+            await self._remove(entry)
+
+    async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
+        entry = self._release(delivery)  # if what follows fails, the lease runs out and the message is redelivered
+        stream = self._first.get(entry.stream, entry.stream)
+        headers = dead_letter_headers(
+            delivery, reason, source=stream.decode(), group=self.group.name.decode(), entry_id=entry.origin.decode()
+        )
+        fields = [part for pair in entry.fields for part in pair]
+        fields += [part.encode(errors="replace") for pair in headers.items() for part in pair]
+        with self._noting_failure(entry):
+            was_ours = await self.group.dead_letter(entry.stream, entry.id, self.group.key(stream, b"dead"), fields)
+        if was_ours:
+            await self._remove(entry)
+
+    @contextmanager
+    def _noting_failure(self, entry: Entry) -> Generator[None, None, None]:
+        """Remember an entry that could not be settled: unlike one that got lost on its way here, it was delivered."""
+        self._not_settled.add(entry.id)
+        yield
+        self._not_settled.discard(entry.id)
+
+    async def _remove(self, entry: Entry) -> None:
+        """Remove a retried message from its stream, which no other group reads."""
+        if entry.stream in self._first:
+            await self.group.execute(b"XDEL", entry.stream, entry.id)
+
+    def _release(self, delivery: Delivery) -> Entry:
+        """Stop renewing the lease of *delivery*, and make room for the next one."""
+        entry = cast("Entry", delivery.token)
+        if self._held[entry.stream].pop(entry.id, None) is not None:
+            self.unsettled -= 1
+        self._suspects.discard(entry.id)
+        self.notify_settled()
+        return entry
+
+    async def _send_acked(self, entries: Sequence[Entry]) -> None:
+        by_stream: dict[bytes, list[bytes]] = defaultdict(list)
+        for entry in entries:
+            by_stream[entry.stream].append(entry.id)
+        for stream, ids in by_stream.items():
+            try:
+                await self.group.ack(stream, ids, remove=stream in self._first)  # no other group reads that stream
+            except BrokerError as error:
+                logger.warning(
+                    "%d acknowledgements did not reach Redis; these messages are redelivered: %s", len(ids), error
+                )
+
+    # -- holding -------------------------------------------------------------------------------------------------
+
+    async def _keep_renewing(self) -> None:
+        """Renew the leases for as long as this process lives, however long a handler takes."""
+        while True:
+            await asyncio.sleep(self.options.lease / 3)
+            for stream, held in self._held.items():
+                try:
+                    await self.group.renew(stream, await self.group.still_ours(stream, [*held]), idle_ms=0)
+                except BrokerError as error:
+                    logger.warning("the leases of %d messages could not be renewed: %s", len(held), error)
+
+    async def leave(self, prefetched: Collection[Delivery], /) -> None:
+        """
+        Send the outstanding acknowledgements, and leave the rest to other consumers at once, before the lease is over.
+
+        It takes at most `options.timeout` seconds.
+        """
+        if self._renewing is None:
+            return  # this consumer never joined
+        self._renewing.cancel()
+        unseen = {cast("Entry", delivery.token).id for delivery in prefetched}
+        try:
+            async with asyncio.timeout(self.options.timeout):
+                await self._acked.flush()
+                for stream in self.topics:
+                    await self._leave(stream, unseen)
+        except TimeoutError:
+            logger.warning("Redis does not answer; others take over the unsettled messages when their lease is over")
+
+    async def _leave(self, stream: bytes, unseen: Collection[bytes]) -> None:
+        try:
+            for id_, _, _, times in await self.group.pending(stream):
+                # A message that the program has not seen was not delivered, whether it waited here or was on its way.
+                delivered = id_ in self._held[stream] and id_ not in unseen
+                count = b"%d" % (times if delivered else times - 1)
+                lease_ms = math.ceil(self.options.lease * 1000)
+                await self.group.renew(stream, [id_], b"RETRYCOUNT", count, idle_ms=lease_ms)
+            await self.group.forget(stream, _FORGOTTEN_AFTER)
+        except BrokerError as error:
+            logger.warning(
+                "others take over the unsettled messages of %s when their lease is over, not now: %s", stream, error
+            )
+
+    async def lost_on_the_way(self, stream: bytes) -> list[Delivery]:
+        """Return what Redis has delivered to this consumer on a connection that broke before it arrived."""
+        with self._finding() as found:
+            for id_, _, _, times in await self.group.pending(stream):
+                if id_ not in self._held[stream]:
+                    attempt = times + (id_ in self._not_settled)
+                    claimed = await self.group.redeliver(stream, id_, attempt)
+                    self._not_settled.discard(id_)
+                    found += [self.delivery(stream, id_, pairs or (), attempt) for id_, pairs in claimed]
+        return found
+
+    @contextmanager
+    def _finding(self) -> Generator[list[Delivery], None, None]:
+        """Collect deliveries in a list. If that fails half-way, nobody gets the list, so the leases must not go on."""
+        found: list[Delivery] = []
+        try:
+            yield found
+        except BaseException:
+            for delivery in found:
+                self._release(delivery)
+            raise
+
+    # -- looking after the group ---------------------------------------------------------------------------------
+
+    async def scan(self, most: int) -> list[Delivery]:
+        """
+        Move the retries that are due to their stream, and take over entries whose lease is over, at most *most*.
+
+        It takes over no more than can start now. One of them may be a poison message that has crashed its consumer and
+        will crash this one. The entries that were not taken over by then are charged no delivery.
+        """
+        for stream in self.streams:
+            await self.group.move_due(self.group.key(stream, b"delayed"), self.group.key(stream, b"again"))
+        most = min(most, self._prefetch - len(self._suspects))
+        with self._finding() as found:
+            for stream in self.topics:
+                if len(found) < most:
+                    await self._take_over(stream, most - len(found), found)
+        return found
+
+    async def _take_over(self, stream: bytes, most: int, found: list[Delivery]) -> None:
+        self._cursors[stream], entries, gone = await self.group.take_over(
+            stream, self.options.lease, self._cursors[stream], most
+        )
+        if gone:
+            logger.error("%d messages of %s were removed from the stream before they were handled", len(gone), stream)
+        for id_, pairs in entries:
+            if id_ in self._held[stream]:
+                continue  # this consumer's own, renewed late; its handler is running
+            times = await self.group.deliveries_of(stream, id_)  # None if its old owner has acknowledged it by now
+            if times is not None:
+                found.append(self.delivery(stream, id_, pairs, times))
+                if times > 1:  # else its old owner's program never saw it
+                    self._suspects.add(id_)
+
+    async def trim(self) -> None:
+        """Remove entries that are older than the retention and acknowledged by every group."""
+        if self.options.retention is not None:
+            for stream in self.streams:
+                try:
+                    await self.group.trim(stream, self.options.retention)
+                except BrokerError as error:
+                    logger.warning("%s could not be trimmed: %s", stream, error)
+
+
+class Connection:
+    """One connection that waits for entries."""
+
+    def __init__(self, connection: RedisConnection, subscription: Subscription) -> None:
+        self._connection = connection
+        self._subscription = subscription
+        self._next_scan = 0.0
+        self._empty = 0  # replies without an entry, one after the other
+        self._unchecked = [*subscription.topics]  # for entries that the last connection lost on the way
+        self._command = (b"XREADGROUP", b"GROUP", subscription.group.name, subscription.group.consumer, b"COUNT")
+        self._streams = [*subscription.topics]
+        self._busy: bytes | None = None  # a stream that alone had as many entries as were asked for, and may have more
+
+    async def receive(self, most: int, /) -> Sequence[Delivery]:
+        while self._unchecked:
+            if lost := await self._subscription.lost_on_the_way(self._unchecked.pop()):
+                return lost
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self._next_scan:
+            if found := await self._subscription.scan(most):
+                return found  # and scan again at once
+            self._next_scan = loop.time() + self._until_next_scan
+            await self._subscription.trim()
+        streams, block = self._to_ask(most)
+        count = max(1, min(most, 100) // len(streams))  # for each stream
+        await self._connection.send_command(
+            *self._command, b"%d" % count, *block, b"STREAMS", *streams, *[b">"] * len(streams), check_health=False
+        )
+        # BLOCK ends after a second at the latest, so a peer that is silent for longer is dead.
+        reply = await self._connection.read_response(disable_decoding=True, timeout=math.inf, disconnect_on_error=False)
+        self._empty = 0 if reply else self._empty + 1
+        answered = [*(reply.items() if isinstance(reply, dict) else reply or ())]
+        if len(streams) > 1 and len(answered) == 1 and len(answered[0][1]) == count:
+            self._busy = answered[0][0]
+        return [
+            self._subscription.delivery(stream, id_, pairs or (), 1)
+            for stream, entries in answered
+            for id_, pairs in entries
+        ]
+
+    def _to_ask(self, most: int) -> tuple[list[bytes], tuple[bytes, ...]]:
+        """
+        Choose the streams to ask, and whether to wait for an entry there.
+
+        A busy stream is asked alone every other time, since together with the others it returns only its share. If
+        there is room for fewer entries than there are streams, some are asked, then others. If all of them were empty,
+        all are asked, and Redis waits for the first entry.
+        """
+        if self._busy is not None:
+            streams, self._busy = [self._busy], None
+            return streams, ()
+        several = min(len(self._streams), most)
+        if several == len(self._streams) or self._empty * several >= len(self._streams):
+            return self._streams, (b"BLOCK", ms(self._until_next_scan))
+        streams = self._streams[:several]
+        self._streams = self._streams[several:] + streams
+        return streams, ()
+
+    @property
+    def _until_next_scan(self) -> float:
+        return _SCAN_AGAIN if self._subscription.is_taking_over else SCAN_EVERY
+
+    async def probe(self) -> None:
+        """Do nothing: a reply is due anyway."""
