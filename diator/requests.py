@@ -51,7 +51,9 @@ class RequestHandler(RaisesEvents, ABC, Generic[Req_contra, Response_co]):
 class HandlesRequest(Protocol[Req_contra]):
     """The method that every handler class needs. `RequestHandler` is a base class with it."""
 
-    async def handle(self, request: Req_contra, /) -> Any: ...
+    async def handle(self, request: Req_contra, /) -> Any:
+        """Handle *request* and return the response."""
+        ...
 
 
 class RequestMap:

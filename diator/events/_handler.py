@@ -31,7 +31,9 @@ class EventHandler(RaisesEvents, ABC, Generic[E_contra]):
 class HandlesEvent(Protocol[E_contra]):
     """The method that every handler class needs. `EventHandler` is a base class with it."""
 
-    async def handle(self, event: E_contra, /) -> Any: ...
+    async def handle(self, event: E_contra, /) -> Any:
+        """Handle *event*."""
+        ...
 
 
 class EventMap:

@@ -20,7 +20,9 @@ class Middleware(Protocol):
     sends only the integration events of the last call, and only after every middleware has finished.
     """
 
-    async def __call__(self, message: Any, handle: Handle, /) -> Any: ...
+    async def __call__(self, message: Any, handle: Handle, /) -> Any:
+        """Handle *message*, usually with `await handle(message)`, and return the response."""
+        ...
 
 
 class BaseMiddleware:

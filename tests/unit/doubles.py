@@ -1,4 +1,4 @@
-"""What the unit tests play with: a few messages, brokers that remember, and a mediator in one line."""
+"""Test doubles of the unit tests: a few messages, brokers that record, and a mediator in one line."""
 
 import asyncio
 import json
@@ -56,17 +56,17 @@ class Moved(NotificationEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class Unencodable(NotificationEvent):
-    """An event that nobody can write as JSON."""
+    """An event that cannot be written as JSON."""
 
     thing: object = object()
 
 
 class Api:
-    """What handlers depend on."""
+    """A dependency of handlers."""
 
 
 class Recorder:
-    """A broker that keeps what it is given, and is down for messages of the names in *down_for*."""
+    """A broker that records its messages, and is unavailable for messages of the names in *down_for*."""
 
     def __init__(self, down_for: Collection[str] = ()) -> None:
         self.down_for = down_for
@@ -84,23 +84,23 @@ class Recorder:
 
 
 class BatchRecorder(Recorder):
-    """The same, several at a time: a message that fails does not stop those after it."""
+    """The same for batches: a message that fails does not stop the later ones."""
 
     async def send_messages(self, messages: Sequence[Message], /) -> None:
-        verdicts = await asyncio.gather(*map(self.send_message, messages), return_exceptions=True)
-        failed = [(message, verdict) for message, verdict in zip(messages, verdicts, strict=True) if verdict]
+        errors = await asyncio.gather(*map(self.send_message, messages), return_exceptions=True)
+        failed = [(message, error) for message, error in zip(messages, errors, strict=True) if error]
         if failed:
             raise MessagesNotSent([message.message_id for message, _ in failed]) from failed[0][1]
 
 
 class Outbox(Recorder):
-    """A broker that is part of the unit of work."""
+    """A transactional broker: part of the unit of work."""
 
     transactional = True
 
 
 class Witness:
-    """A middleware that remembers how handling ended, and which messages the broker had by then."""
+    """A middleware that records how the handling ended, and which messages the broker had by then."""
 
     def __init__(self, broker: Recorder | None = None) -> None:
         self.broker = broker
@@ -143,14 +143,14 @@ def mediator_of(*handlers: Any, on_events: Sequence[Any] = (), **options: Any) -
 
 FULL = MemoryMessageBroker().capabilities
 WEAK = Capabilities(distribution=frozenset({"broadcast"}), max_message_bytes=MAX_MESSAGE_BYTES)
-"""What Redis Pub/Sub can do, about: nothing comes again, and nothing can be put aside."""
+"""About the capabilities of Redis Pub/Sub: no redelivery, no dead-letter queue."""
 
 
 class Scripted:
     """
-    A broker that gives out *script*, bodies or whole deliveries, and remembers in *log* what it was asked to do.
+    A broker that delivers *script*, bodies or whole deliveries, and records the calls that it receives in *log*.
 
-    What *failing* names ends in the error it gives. It holds nothing back and never waits, whatever *prefetch* says.
+    A call that *failing* names raises the error there. The broker ignores *prefetch*: it delivers without waiting.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class Scripted:
 
 
 def body_of(event: Any, **envelope: Any) -> bytes:
-    """What *event* is on the wire, with *envelope* instead of what it says of itself."""
+    """Return the body of the message of *event*, with fields of *envelope* instead of its own."""
     own = {
         "message_type": event.message_type,
         "message_name": type(event).__name__,
@@ -217,7 +217,7 @@ def body_of(event: Any, **envelope: Any) -> bytes:
 
 
 async def holding(*events: Any, group: str = DEFAULT_GROUP) -> MemoryMessageBroker:
-    """Make a broker in which *events* wait for the members of *group*."""
+    """Make a broker in which *events* wait for the consumers of *group*."""
     broker = MemoryMessageBroker()
     async with broker.subscribe({Topic(each.message_type, type(each).__name__) for each in events}, group=group):
         pass
@@ -228,7 +228,7 @@ async def holding(*events: Any, group: str = DEFAULT_GROUP) -> MemoryMessageBrok
 
 @asynccontextmanager
 async def running(consumer: Consumer) -> AsyncIterator[asyncio.Task[None]]:
-    """Run *consumer* during the block; then stop it, and raise what its run raises."""
+    """Run *consumer* during the block; then stop it, and raise the error of its `run`."""
     run = asyncio.create_task(consumer.run(signals=False))
     await asyncio.sleep(0)
     try:
@@ -243,7 +243,7 @@ async def running(consumer: Consumer) -> AsyncIterator[asyncio.Task[None]]:
 
 
 async def until(holds: Callable[[], object]) -> None:
-    """Wait until something is so."""
+    """Wait until a condition is true."""
     async with asyncio.timeout(3):
         while not holds():  # noqa: ASYNC110  # whatever it is: nobody sets an event for it
             await asyncio.sleep(0.001)

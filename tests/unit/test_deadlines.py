@@ -1,4 +1,4 @@
-"""One timer for many deadlines does what a timer for each would."""
+"""One timer for many deadlines has the effect of a timer for each."""
 
 import asyncio
 
@@ -18,15 +18,15 @@ async def within(deadlines: Deadlines, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
 
-async def test_what_takes_too_long_is_cancelled():
+async def test_code_that_takes_too_long_is_cancelled():
     with pytest.raises(TimeoutError):
         await within(Deadlines(0.01), 10)
 
     assert not running().cancelling()
 
 
-async def test_each_has_its_own_time():
-    """The one that began later is not ended with the first, nor by the timer that looked for the first."""
+async def test_each_task_has_its_own_deadline():
+    """A task that began later is not ended together with the first one, nor by the timer of the first one."""
     deadlines = Deadlines(0.1)
     first = asyncio.create_task(within(deadlines, 10))
     await asyncio.sleep(0.07)
@@ -40,7 +40,7 @@ async def test_each_has_its_own_time():
     assert isinstance(third.exception(), TimeoutError)
 
 
-async def test_after_a_pause_it_looks_again():
+async def test_the_timer_starts_again_after_a_pause():
     deadlines = Deadlines(0.02)
     await within(deadlines, 0)
     await asyncio.sleep(0.05)
@@ -49,7 +49,7 @@ async def test_after_a_pause_it_looks_again():
         await within(deadlines, 10)
 
 
-async def test_what_ignores_it_is_cancelled_once_and_holds_up_nobody():
+async def test_code_that_ignores_its_cancellation_is_cancelled_once_and_delays_no_other():
     deadlines = Deadlines(0.01)
 
     async def deaf() -> str:
@@ -68,7 +68,7 @@ async def test_what_ignores_it_is_cancelled_once_and_holds_up_nobody():
     assert await ignoring == "done"
 
 
-async def test_cancelled_by_someone_else_it_stays_cancelled():
+async def test_a_task_that_other_code_cancelled_stays_cancelled():
     deadlines = Deadlines(0.01)
 
     async def slow() -> None:
@@ -86,7 +86,7 @@ async def test_cancelled_by_someone_else_it_stays_cancelled():
         await task
 
 
-async def test_closed_it_cancels_nothing():
+async def test_after_close_nothing_is_cancelled():
     deadlines = Deadlines(0.01)
     task = asyncio.create_task(within(deadlines, 0.05))
     await asyncio.sleep(0)

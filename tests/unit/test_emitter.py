@@ -1,4 +1,4 @@
-"""What `EventEmitter.emit` does with each kind of event, by itself and without a mediator."""
+"""What `EventEmitter.emit` does with each kind of event, without a mediator."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -30,10 +30,10 @@ from tests.unit.doubles import (
     events_of,
 )
 
-# -- events that travel ----------------------------------------------------------------------------------------------
+# -- integration events ----------------------------------------------------------------------------------------------
 
 
-async def test_an_event_that_travels_becomes_a_message():
+async def test_an_integration_event_becomes_a_message():
     broker, event = Recorder(), UserJoined(user_id=7)
 
     await EventEmitter(message_broker=broker).emit(event)
@@ -49,7 +49,7 @@ async def test_an_event_that_travels_becomes_a_message():
     assert (message.key, message.headers) == (None, {})
 
 
-async def test_an_ecst_event_says_so():
+async def test_an_ecst_event_has_its_message_type():
     broker = Recorder()
 
     await EventEmitter(message_broker=broker).emit(MeetingChanged())
@@ -57,7 +57,7 @@ async def test_an_ecst_event_says_so():
     assert broker.sent[0].message_type == "ecst_event"
 
 
-async def test_an_event_may_say_its_name_its_type_and_its_key():
+async def test_an_event_class_may_set_name_type_and_key():
     @dataclass(frozen=True, kw_only=True)
     class Renamed(NotificationEvent):
         message_type: ClassVar[str] = "audit_event"
@@ -74,7 +74,7 @@ async def test_an_event_may_say_its_name_its_type_and_its_key():
     assert message.payload.keys() == {"event_id", "event_timestamp", "meeting_id"}
 
 
-async def test_a_key_that_is_none_orders_nothing():
+async def test_a_key_of_none_means_no_key():
     @dataclass(frozen=True, kw_only=True)
     class Moved(NotificationEvent):
         message_key: ClassVar[str] = "room"
@@ -102,8 +102,8 @@ async def test_a_field_may_have_the_name_of_a_setting():
     assert message.payload["message_name"] == "a field"
 
 
-async def test_a_notification_never_turns_into_a_domain_event():
-    """Here `message_type` became a field: the class is refused, or travels; it is not dropped."""
+async def test_a_notification_never_becomes_a_domain_event():
+    """`message_type` is a field here: the class is refused or its events are sent; none is dropped silently."""
 
     @dataclass(frozen=True, kw_only=True)
     class Audited(NotificationEvent):
@@ -119,7 +119,7 @@ async def test_a_notification_never_turns_into_a_domain_event():
     assert broker.names == ["Audited"]
 
 
-async def test_a_key_has_to_be_a_field():
+async def test_a_key_must_be_a_field():
     @dataclass(frozen=True, kw_only=True)
     class Moved(NotificationEvent):
         message_key: ClassVar[str] = "room"
@@ -128,12 +128,12 @@ async def test_a_key_has_to_be_a_field():
         await EventEmitter(message_broker=Recorder()).emit(Moved())
 
 
-async def test_an_event_without_a_broker_is_never_silent():
+async def test_an_integration_event_without_a_broker_is_refused():
     with pytest.raises(BrokerNotConfigured, match="UserJoined is an integration event, and no message"):
         await EventEmitter().emit(UserJoined())
 
 
-async def test_what_json_cannot_hold_is_not_sent():
+async def test_an_event_that_json_cannot_represent_is_not_sent():
     broker = Recorder()
 
     with pytest.raises(EncodingError, match=r"Unencodable\.thing: values of object cannot be written as JSON"):
@@ -142,12 +142,12 @@ async def test_what_json_cannot_hold_is_not_sent():
     assert broker.sent == []
 
 
-async def test_the_brokers_verdict_comes_out_as_it_is():
+async def test_the_send_error_of_the_broker_is_raised_unchanged():
     with pytest.raises(BrokerUnavailable):
         await EventEmitter(message_broker=Recorder(down_for={"UserJoined"})).emit(UserJoined())
 
 
-async def test_two_classes_that_were_never_bound_cannot_have_one_name():
+async def test_unbound_classes_cannot_share_a_wire_name():
     @dataclass(frozen=True, kw_only=True)
     class Other(NotificationEvent):
         message_name: ClassVar[str] = "userjoined"
@@ -160,7 +160,7 @@ async def test_two_classes_that_were_never_bound_cannot_have_one_name():
 
 
 @pytest.mark.parametrize("thing", [object(), "a text", {"message_type": "notification_event"}, UserJoined, None])
-async def test_what_is_no_event_is_refused(thing):
+async def test_an_object_that_cannot_be_an_event_is_refused(thing):
     with pytest.raises(NotAnEvent, match="is neither an Event nor bound to a handler"):
         await EventEmitter(message_broker=Recorder()).emit(thing)
 
@@ -168,7 +168,7 @@ async def test_what_is_no_event_is_refused(thing):
 # -- domain events ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_domain_event_is_handled_here():
+async def test_a_domain_event_is_handled_in_the_process():
     handled = []
 
     async def on_noticed(event: Noticed) -> None:
@@ -203,7 +203,7 @@ async def test_handlers_are_built_by_the_emitters_container():
     assert given == [api]
 
 
-async def test_a_container_that_looks_empty_is_used_all_the_same():
+async def test_a_container_that_is_false_is_used():
     class Registry(dict):
         async def resolve(self, type_):
             resolved.append(type_)
@@ -219,7 +219,7 @@ async def test_a_container_that_looks_empty_is_used_all_the_same():
     assert resolved == [OnNoticed]
 
 
-async def test_what_handlers_raise_goes_out_too():
+async def test_events_that_handlers_raise_are_sent_too():
     async def on_noticed(event: Noticed, raised: Events) -> None:
         raised += [MeetingChanged(), Greeted()]
 
@@ -235,7 +235,7 @@ async def test_what_handlers_raise_goes_out_too():
 
 @dataclass
 class Chain(DomainEvent):
-    """A domain event that a handler answers with other events."""
+    """A domain event whose handler raises other events."""
 
     raises: list[Any] = field(default_factory=list)
 
@@ -244,7 +244,7 @@ async def on_chain(event: Chain, raised: Events) -> None:
     raised += event.raises
 
 
-async def test_failures_of_events_that_handlers_raised_are_collected_too():
+async def test_failures_of_further_events_are_collected_too():
     async def on_noticed(event: Noticed) -> None:
         raise LookupError
 
@@ -257,7 +257,7 @@ async def test_failures_of_events_that_handlers_raised_are_collected_too():
     assert broker.sent == []
 
 
-async def test_events_of_a_failed_handler_stay():
+async def test_events_of_a_failed_handler_are_not_sent():
     handled = []
 
     async def failing(event: Noticed, raised: Events) -> None:
@@ -277,7 +277,7 @@ async def test_events_of_a_failed_handler_stay():
 
 
 @pytest.mark.parametrize("kind", [Recorder, Outbox])
-async def test_the_first_message_that_is_not_confirmed_stops_the_rest(kind):
+async def test_the_first_unconfirmed_message_stops_the_rest(kind):
     first, second, third = UserJoined(), MeetingChanged(), UserJoined()
     emitter = EventEmitter(events_of(on_chain), message_broker=(broker := kind(down_for={"MeetingChanged"})))
 
@@ -289,7 +289,7 @@ async def test_the_first_message_that_is_not_confirmed_stops_the_rest(kind):
     assert [message.message_id for message in broker.sent] == [first.event_id]
 
 
-async def test_a_broker_that_takes_several_gets_them_at_once():
+async def test_a_batch_broker_receives_all_messages_at_once():
     batches = []
 
     class Batches(BatchRecorder):

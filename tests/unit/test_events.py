@@ -1,4 +1,4 @@
-"""What event classes say of their messages, and which handlers are for which event."""
+"""The settings of event classes, and the map from events to handlers."""
 
 import pickle
 from dataclasses import FrozenInstanceError, dataclass, fields
@@ -16,7 +16,7 @@ from tests.unit.doubles import Greeted, MeetingChanged, Noticed, UserJoined
 
 
 @pytest.mark.parametrize("base", [NotificationEvent, ECSTEvent])
-def test_an_event_that_travels_has_an_id_and_a_time_in_utc(base):
+def test_an_integration_event_has_an_id_and_a_time_in_utc(base):
     before = datetime.now(UTC)
 
     first, second = base(), base()
@@ -27,7 +27,7 @@ def test_an_event_that_travels_has_an_id_and_a_time_in_utc(base):
     assert first.event_timestamp.utcoffset() == timedelta(0)
 
 
-def test_the_id_of_an_event_is_a_random_uuid_like_any_other():
+def test_the_id_of_an_event_is_a_random_uuid():
     ids = {NotificationEvent().event_id for _ in range(200)}
 
     assert len(ids) == 200
@@ -42,17 +42,17 @@ def test_the_id_of_an_event_is_a_random_uuid_like_any_other():
     assert f"{varying:032x}" == "ffffffffffff0fff3fffffffffffffff"
 
 
-def test_an_event_that_travels_is_frozen():
+def test_an_integration_event_is_frozen():
     with pytest.raises(FrozenInstanceError):
         UserJoined().user_id = 2
 
 
-def test_the_types_of_messages_are_those_of_the_older_diator():
+def test_the_message_types_match_the_older_diator():
     assert (NotificationEvent.message_type, ECSTEvent.message_type) == ("notification_event", "ecst_event")
 
 
 @pytest.mark.parametrize("base", [Event, DomainEvent])
-def test_a_domain_event_holds_nothing_of_its_own(base):
+def test_a_domain_event_has_no_fields(base):
     @dataclass
     class Happened(base):
         user_id: int
@@ -73,7 +73,7 @@ class Third(EventHandler[Noticed]):
     async def handle(self, event: Noticed) -> None: ...
 
 
-def test_gives_all_handlers_in_the_order_in_which_they_were_bound():
+def test_returns_all_handlers_in_the_order_of_binding():
     events = EventMap()
 
     for handler in (second, Third, first):
@@ -96,7 +96,7 @@ def test_an_event_without_handlers_has_none():
     assert EventMap().get(Noticed) == ()
 
 
-def test_a_subclass_of_an_event_has_handlers_of_its_own():
+def test_a_subclass_does_not_inherit_handlers():
     class NoticedLoudly(Noticed): ...
 
     events = EventMap()
@@ -140,14 +140,14 @@ def test_refuses(event_type, handler, problem):
     assert [*events] == []
 
 
-def test_the_decorator_refuses_a_handler_that_does_not_name_its_event():
+def test_the_decorator_refuses_a_handler_without_an_annotation():
     async def anything(event): ...
 
     with pytest.raises(BindingError, match="annotate 'event' with one class"):
         EventMap().handler(anything)
 
 
-# -- names on the wire -----------------------------------------------------------------------------------------------
+# -- wire names ------------------------------------------------------------------------------------------------------
 
 
 def named(class_name, name=None, base=NotificationEvent):
@@ -168,7 +168,7 @@ async def on_anything(event: object) -> None: ...
     ],
     ids=["two classes", "only case", "given name", "only case, folded", "of two kinds"],
 )
-def test_two_events_cannot_have_one_name(one, other):
+def test_two_events_cannot_have_the_same_wire_name(one, other):
     events = EventMap()
     events.bind(one, on_anything)
 
@@ -179,7 +179,7 @@ def test_two_events_cannot_have_one_name(one, other):
 
 
 def test_a_name_is_not_inherited():
-    """Two classes of one name could not be told apart."""
+    """A reader could not distinguish two classes with the same name."""
 
     @dataclass(frozen=True, kw_only=True)
     class Joined(NotificationEvent):
@@ -196,7 +196,7 @@ def test_a_name_is_not_inherited():
     assert [*events] == [Joined, JoinedLoudly]
 
 
-def test_domain_events_have_no_names_on_the_wire():
+def test_domain_events_have_no_wire_names():
     events = EventMap()
 
     for event_type in (named("Happened", base=DomainEvent), named("Happened", base=DomainEvent)):

@@ -89,7 +89,7 @@ def test_a_resolution_error_prints_its_path_as_a_tree():
     assert error.path == ("Handler", "Service")
 
 
-def test_a_missing_extra_says_how_to_get_it():
+def test_a_missing_extra_names_the_command_that_installs_it():
     error = MissingExtra("diator.brokers.redis", "redis")
 
     assert str(error) == "diator.brokers.redis needs an extra that is not installed: pip install 'diator[redis]'"
@@ -104,7 +104,7 @@ def test_an_incompatible_client_names_what_it_lacks_and_the_remedy():
     assert (error.distribution, error.version, error.attribute) == ("rodi", "4.0", "rodi.Container.provider")
 
 
-def test_too_large_keeps_both_sizes():
+def test_too_large_contains_both_sizes():
     error = MessageTooLarge(2_000_000, 1_000_000, message_id=None)
 
     assert "2,000,000 bytes, and this broker accepts 1,000,000" in str(error)

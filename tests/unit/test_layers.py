@@ -54,7 +54,7 @@ def name_of(path):
 
 
 def imports_of(path):
-    """Every module that *path* imports, wherever in the file."""
+    """Yield every module that *path* imports, anywhere in the file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name_of(path)}:{node.lineno} imports relatively"
@@ -75,7 +75,7 @@ def test_imports_point_down(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_nothing_is_imported_for_types_only(path):
-    """Such an import is a sign of a cycle in the ideas."""
+    """Such an import would hide a cycle."""
     assert "TYPE_CHECKING:" not in path.read_text()
 
 
@@ -90,7 +90,7 @@ def test_only_the_folder_of_a_service_imports_its_client_library(path):
 
 @pytest.mark.parametrize("path", sorted(ROOT.joinpath("brokers").rglob("*.py")), ids=name_of)
 def test_a_transport_imports_nothing_of_another_transport(path):
-    """What two transports need moves up, into `diator/brokers/`; what is of no transport imports none."""
+    """Code for two transports stands in `diator/brokers/`, which imports no transport."""
     own = next((each for each in TRANSPORTS if name_of(path).startswith(each)), None)
     for module in imports_of(path):
         used = module.removeprefix("diator.").replace(".", "/")
@@ -102,7 +102,7 @@ def test_a_transport_imports_nothing_of_another_transport(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_a_private_module_is_imported_only_inside_its_folder(path):
-    """`diator/a/_b.py` belongs to `diator/a/`; a face, and code below the same folder, may look inside."""
+    """`diator/a/_b.py` belongs to `diator/a/`; a face, and code below the same folder, may import it."""
     for module in imports_of(path):
         parts = module.split(".")
         private = next((index for index, part in enumerate(parts) if part.startswith("_")), None)

@@ -42,7 +42,7 @@ from tests.unit.doubles import (
 
 
 class Singletons:
-    """A container that gives out one object of each type, for ever."""
+    """A container that returns the same object of each type every time."""
 
     def __init__(self):
         self._made = {}
@@ -53,12 +53,12 @@ class Singletons:
 
 @pytest.fixture
 def sharing():
-    """Makes a container that gives out one object of each type, and cannot tell that it does."""
+    """Make a container that returns the same object of each type, and has no `is_shared`."""
     return lambda *_: Singletons()
 
 
 class Newly:
-    """A container that gives out a new object each time, and cannot say in advance how."""
+    """A container that returns a new object each time, and has no `factory`."""
 
     async def resolve(self, type_):
         return type_()
@@ -75,7 +75,7 @@ WAYS = {"bare": {}, "in a middleware": {"middlewares": [through]}, "by a contain
 
 @pytest.fixture(params=WAYS)
 def wire(request):
-    """Wires a mediator, in each of the ways in which a handler is reached."""
+    """Make a mediator, for each code path to a handler."""
     return partial(mediator_of, **WAYS[request.param])
 
 
@@ -98,14 +98,14 @@ def class_raising(*events: Any):
 
 @pytest.fixture(params=[function_raising, class_raising], ids=["function", "class"])
 def raising(request):
-    """Makes a handler of `Join` that raises the given events and answers."""
+    """Make a handler of `Join` that raises the given events and returns a response."""
     return request.param
 
 
 # -- a request is handled --------------------------------------------------------------------------------------------
 
 
-async def test_gives_the_handlers_answer(wire):
+async def test_returns_the_response_of_the_handler(wire):
     class JoinHandler(RequestHandler[Join, str]):
         async def handle(self, request: Join) -> str:
             return f"user {request.user_id}"
@@ -136,7 +136,7 @@ async def test_a_subclass_of_a_bound_request_is_unbound(wire, raising):
         await mediator.send(JoinLoudly())
 
 
-async def test_finds_what_was_bound_after_it_was_made(raising):
+async def test_a_handler_may_be_bound_after_the_mediator_was_made(raising):
     requests = requests_of()
     mediator = Mediator(requests)
     requests.handler(raising())
@@ -144,7 +144,7 @@ async def test_finds_what_was_bound_after_it_was_made(raising):
     assert await mediator.send(Join(user_id=7)) == "user 7"
 
 
-async def test_a_function_gets_what_it_asks_for():
+async def test_a_function_receives_its_dependencies():
     async def join(command: Join, prefix: str, suffix: bytes = b"!") -> str:
         return f"{prefix} {command.user_id}{suffix.decode()}"
 
@@ -154,17 +154,17 @@ async def test_a_function_gets_what_it_asks_for():
     assert await mediator_of(join, container=container).send(Join(user_id=7)) == "user 7!"
 
 
-async def test_a_parameter_of_which_nothing_is_known_keeps_its_default():
+async def test_a_parameter_of_unknown_type_keeps_its_default():
     async def join(command: Join, answer="joined") -> str:
         return answer
 
     assert await mediator_of(join).send(Join()) == "joined"
 
 
-# -- wiring ----------------------------------------------------------------------------------------------------------
+# -- construction ----------------------------------------------------------------------------------------------------
 
 
-def test_a_handler_that_can_never_be_built_is_refused_when_wiring():
+def test_a_handler_that_can_never_be_built_is_refused_at_construction():
     class JoinHandler(RequestHandler[Join, str]):
         def __init__(self, api: Api):
             self.api = api
@@ -176,14 +176,14 @@ def test_a_handler_that_can_never_be_built_is_refused_when_wiring():
         mediator_of(JoinHandler)
 
 
-def test_an_event_handler_that_can_never_be_built_is_refused_when_wiring():
+def test_an_event_handler_that_can_never_be_built_is_refused_at_construction():
     async def greet(event: Noticed, api: Api) -> None: ...
 
     with pytest.raises(ResolutionError, match="Api is not registered"):
         mediator_of(on_events=[greet])
 
 
-def test_a_parameter_without_a_hint_is_refused_when_wiring():
+def test_a_parameter_without_a_hint_is_refused_at_construction():
     async def join(command: Join, api) -> str: ...
 
     with pytest.raises(ResolutionError, match=r"parameter 'api' of .*join has no type hint"):
@@ -191,12 +191,12 @@ def test_a_parameter_without_a_hint_is_refused_when_wiring():
 
 
 @pytest.mark.parametrize("option", [{"event_map": events_of()}, {"message_broker": Recorder()}])
-def test_an_emitter_has_its_map_and_its_broker_itself(option):
+def test_an_emitter_and_its_parts_cannot_be_passed_together(option):
     with pytest.raises(ConfigurationError, match="pass event_map and message_broker to the EventEmitter"):
         Mediator(requests_of(), event_emitter=EventEmitter(), **option)
 
 
-def test_mediators_of_two_containers_cannot_lend_them_to_one_emitter():
+def test_mediators_with_different_containers_cannot_share_an_emitter():
     emitter = EventEmitter()
     Mediator(requests_of(), Container(), emitter)
 
@@ -204,7 +204,7 @@ def test_mediators_of_two_containers_cannot_lend_them_to_one_emitter():
         Mediator(requests_of(), Container(), emitter)
 
 
-async def test_an_emitters_own_container_builds_the_handlers_of_its_events():
+async def test_the_container_of_the_emitter_builds_the_handlers_of_its_events():
     given = []
 
     async def on_noticed(event: Noticed, api: Api) -> None:
@@ -221,16 +221,16 @@ async def test_an_emitters_own_container_builds_the_handlers_of_its_events():
     assert given == [await containers[0].resolve(Api)]
 
 
-def test_a_program_that_only_receives_an_event_needs_no_broker_to_send_it(raising):
+def test_a_program_that_only_consumes_an_event_needs_no_broker_in_the_emitter(raising):
     async def on_joined(event: UserJoined) -> None: ...
 
     mediator_of(raising(), on_events=[on_joined])
 
 
-# -- events go out ---------------------------------------------------------------------------------------------------
+# -- events are sent -------------------------------------------------------------------------------------------------
 
 
-async def test_events_go_out_in_the_order_in_which_they_were_raised(wire, raising):
+async def test_events_are_sent_in_the_order_in_which_they_were_raised(wire, raising):
     broker = Recorder()
     mediator = wire(raising(UserJoined(), MeetingChanged(), UserJoined()), message_broker=broker)
 
@@ -239,7 +239,7 @@ async def test_events_go_out_in_the_order_in_which_they_were_raised(wire, raisin
     assert broker.names == ["UserJoined", "MeetingChanged", "UserJoined"]
 
 
-async def test_events_go_out_after_the_middlewares_have_finished(raising):
+async def test_events_are_sent_after_the_middlewares_have_finished(raising):
     broker = Recorder()
     witness = Witness(broker)
     mediator = mediator_of(raising(UserJoined()), message_broker=broker, middlewares=[witness])
@@ -249,7 +249,7 @@ async def test_events_go_out_after_the_middlewares_have_finished(raising):
     assert (witness.sent_by_then, broker.names) == ([], ["UserJoined"])
 
 
-async def test_an_enlisting_broker_is_called_inside_the_middlewares(raising):
+async def test_a_transactional_broker_is_called_inside_the_middlewares(raising):
     broker = Outbox()
     witness = Witness(broker)
     mediator = mediator_of(raising(UserJoined()), message_broker=broker, middlewares=[witness])
@@ -259,7 +259,7 @@ async def test_an_enlisting_broker_is_called_inside_the_middlewares(raising):
     assert (witness.sent_by_then, broker.names) == (["UserJoined"], ["UserJoined"])
 
 
-async def test_what_an_enlisting_broker_refuses_ends_the_unit_of_work(raising):
+async def test_an_error_of_a_transactional_broker_ends_the_unit_of_work(raising):
     broker = Outbox(down_for={"UserJoined"})
     witness = Witness(broker)
     mediator = mediator_of(raising(UserJoined()), message_broker=broker, middlewares=[witness])
@@ -292,7 +292,7 @@ class ByProperty(RequestHandler[Join, str]):
 
 
 class WithoutBase:
-    """Has all that a handler has to have, and a list of events."""
+    """A handler without a base class, with a list of events."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -317,7 +317,7 @@ EVERY_KIND = [BySelfEvents, ByProperty, WithoutBase, WithSlots, function_raising
 
 
 @pytest.mark.parametrize("handler", EVERY_KIND, ids=lambda handler: handler.__name__)
-async def test_every_kind_of_handler_may_raise_events(wire, handler):
+async def test_every_kind_of_handler_can_raise_events(wire, handler):
     broker = Recorder()
 
     await wire(handler, message_broker=broker).send(Join())
@@ -325,7 +325,7 @@ async def test_every_kind_of_handler_may_raise_events(wire, handler):
     assert broker.names == ["UserJoined"]
 
 
-async def test_a_change_after_the_unit_of_work_does_not_reach_the_message(raising):
+async def test_a_later_change_to_an_event_does_not_change_its_message(raising):
     tags: Any = ["first"]
     broker = Recorder()
 
@@ -341,7 +341,7 @@ async def test_a_change_after_the_unit_of_work_does_not_reach_the_message(raisin
     assert broker.sent[0].payload["title"] == ["first"]
 
 
-async def test_a_thousand_sends_at_once_keep_their_events_apart(wire):
+async def test_a_thousand_concurrent_sends_keep_their_events_apart(wire):
     broker = Recorder()
 
     class JoinHandler(RequestHandler[Join, int]):
@@ -383,7 +383,7 @@ async def test_domain_events_are_handled_inside_the_middlewares(raising):
     assert handled == [Noticed(), "middleware ends"]
 
 
-async def test_events_of_event_handlers_go_out_after_those_of_the_request(wire, raising):
+async def test_events_of_event_handlers_are_sent_after_those_of_the_request(wire, raising):
     broker = Recorder()
 
     async def on_noticed(event: Noticed, raised: Events) -> None:
@@ -433,7 +433,7 @@ async def test_nothing_outlives_a_send(wire, raising):
     assert asyncio.all_tasks() == before
 
 
-async def test_a_domain_event_that_nobody_handles_is_no_error(wire, raising):
+async def test_a_domain_event_needs_no_handler(wire, raising):
     assert await wire(raising(Noticed())).send(Join()) == "user 1"
 
 
@@ -448,10 +448,10 @@ async def test_any_class_is_a_domain_event_once_it_is_bound(wire, raising):
     assert handled == ["a text"]
 
 
-# -- what goes wrong before anything is sent -------------------------------------------------------------------------
+# -- errors before anything is sent ----------------------------------------------------------------------------------
 
 
-async def test_a_handlers_error_comes_out_as_it_is_and_its_events_stay(wire):
+async def test_an_error_of_a_handler_is_raised_unchanged_and_its_events_are_not_sent(wire):
     broker, boom = Recorder(), RuntimeError("boom")
 
     class JoinHandler(RequestHandler[Join, str]):
@@ -466,7 +466,7 @@ async def test_a_handlers_error_comes_out_as_it_is_and_its_events_stay(wire):
     assert broker.sent == []
 
 
-async def test_a_failing_event_handler_stops_no_other_and_nothing_is_sent(wire, raising):
+async def test_a_failing_event_handler_does_not_stop_others_and_nothing_is_sent(wire, raising):
     broker, handled = Recorder(), []
 
     class Failing(EventHandler[Noticed]):
@@ -499,8 +499,8 @@ async def test_a_failing_event_handler_stops_no_other_and_nothing_is_sent(wire, 
     assert (handled, broker.sent) == ([Noticed(), Greeted()], [])
 
 
-@pytest.mark.parametrize("broker", [Recorder(), Outbox()], ids=["sent afterwards", "enlisting"])
-async def test_what_json_cannot_hold_ends_the_unit_of_work(raising, broker):
+@pytest.mark.parametrize("broker", [Recorder(), Outbox()], ids=["sent afterwards", "transactional"])
+async def test_an_event_that_cannot_be_encoded_ends_the_unit_of_work(raising, broker):
     witness = Witness()
     mediator = mediator_of(raising(UserJoined(), Unencodable()), message_broker=broker, middlewares=[witness])
 
@@ -512,7 +512,7 @@ async def test_what_json_cannot_hold_ends_the_unit_of_work(raising, broker):
     assert broker.sent == []
 
 
-async def test_an_event_that_travels_without_a_broker_ends_the_unit_of_work(raising):
+async def test_an_integration_event_without_a_broker_ends_the_unit_of_work(raising):
     witness = Witness()
     mediator = mediator_of(raising(UserJoined()), middlewares=[witness])
 
@@ -523,7 +523,7 @@ async def test_an_event_that_travels_without_a_broker_ends_the_unit_of_work(rais
     assert witness.outcome is caught.value
 
 
-async def test_what_is_no_event_ends_the_unit_of_work(wire, raising):
+async def test_an_object_that_cannot_be_an_event_ends_the_unit_of_work(wire, raising):
     broker = Recorder()
 
     with pytest.raises(NotAnEvent, match="str was raised"):
@@ -552,7 +552,7 @@ async def test_a_cancelled_handler_sends_nothing(wire):
     assert broker.sent == []
 
 
-async def test_a_cancelled_event_handler_sends_nothing_and_is_no_failure(wire, raising):
+async def test_a_cancelled_event_handler_sends_nothing_and_is_not_a_failure(wire, raising):
     broker, started = Recorder(), asyncio.Event()
 
     async def on_noticed(event: Noticed) -> None:
@@ -574,7 +574,7 @@ async def test_a_cancelled_event_handler_sends_nothing_and_is_no_failure(wire, r
 
 
 async def test_a_shared_handler_that_keeps_its_events_is_refused(sharing):
-    """Else the events of the first message would go out again with the second."""
+    """Otherwise the events of the first message would be sent again with the second."""
     broker = Recorder()
     mediator = mediator_of(ByProperty, container=sharing(ByProperty), message_broker=broker)
     await mediator.send(Join())
@@ -588,7 +588,7 @@ async def test_a_shared_handler_that_keeps_its_events_is_refused(sharing):
 
 @pytest.mark.parametrize("handler", [ByProperty, BySelfEvents])
 @pytest.mark.parametrize("how", ["singleton", "instance"])
-def test_a_handler_that_the_container_shares_is_refused_when_wiring(handler, how):
+def test_a_singleton_that_raises_events_is_refused_at_construction(handler, how):
     """Two messages at once would mix their events in it."""
     container = Container()
     if how == "singleton":
@@ -622,7 +622,7 @@ async def test_a_shared_event_handler_that_keeps_its_events_is_refused(sharing, 
     assert isinstance(caught.value.exceptions[0], SharedHandler)
 
 
-async def test_a_shared_handler_that_raises_no_events_is_welcome(sharing):
+async def test_a_shared_handler_without_events_is_allowed(sharing):
     class Quiet(ByProperty):
         async def handle(self, request: Join) -> str:
             return ""
@@ -632,7 +632,7 @@ async def test_a_shared_handler_that_raises_no_events_is_welcome(sharing):
     assert [await mediator.send(Join()) for _ in range(3)] == ["", "", ""]
 
 
-async def test_a_shared_handler_with_the_base_classs_list_forgets_its_events(sharing):
+async def test_a_shared_handler_with_the_list_of_the_base_class_forgets_its_events(sharing):
     broker = Recorder()
     mediator = mediator_of(BySelfEvents, container=sharing(BySelfEvents), message_broker=broker)
 
@@ -644,7 +644,7 @@ async def test_a_shared_handler_with_the_base_classs_list_forgets_its_events(sha
 
 @pytest.mark.parametrize("base", [BySelfEvents, ByProperty])
 async def test_a_shared_handler_that_failed_does_not_send_its_events_later(sharing, base):
-    """An event of a request that failed never goes out: the next request sends its own, or is refused."""
+    """An event of a failed request is never sent: the next request sends its own, or is refused."""
     broker = Recorder()
 
     class FailsAtFirst(base):
@@ -667,11 +667,11 @@ async def test_a_shared_handler_that_failed_does_not_send_its_events_later(shari
     assert len(broker.sent) <= 1
 
 
-# -- what goes wrong while sending -----------------------------------------------------------------------------------
+# -- errors while sending --------------------------------------------------------------------------------------------
 
 
-async def test_an_event_that_is_not_sent_costs_no_answer(wire, raising):
-    """EventsNotSent carries the response, the unsent events, and the verdict."""
+async def test_the_response_survives_a_send_error(wire, raising):
+    """EventsNotSent contains the response, the unsent events, and the send error."""
     joined = UserJoined()
     mediator = wire(raising(joined), message_broker=Recorder(down_for={"UserJoined"}))
 
@@ -684,7 +684,7 @@ async def test_an_event_that_is_not_sent_costs_no_answer(wire, raising):
     assert caught.value.__cause__.message_id == joined.event_id
 
 
-async def test_the_first_message_that_is_not_confirmed_stops_the_rest(wire, raising):
+async def test_the_first_unconfirmed_message_stops_the_rest(wire, raising):
     first, second, third = UserJoined(), MeetingChanged(), UserJoined()
     broker = Recorder(down_for={"MeetingChanged"})
 
@@ -696,7 +696,7 @@ async def test_the_first_message_that_is_not_confirmed_stops_the_rest(wire, rais
     assert [message.message_id for message in broker.sent] == [first.event_id]
 
 
-async def test_of_a_batch_those_that_were_not_confirmed_are_named(wire, raising):
+async def test_the_unconfirmed_messages_of_a_batch_are_named(wire, raising):
     first, second, third = UserJoined(), MeetingChanged(), UserJoined()
     broker = BatchRecorder(down_for={"MeetingChanged"})
 
@@ -707,7 +707,7 @@ async def test_of_a_batch_those_that_were_not_confirmed_are_named(wire, raising)
     assert isinstance(caught.value.__cause__, BrokerUnavailable)
 
 
-async def test_an_error_that_is_no_verdict_leaves_all_events_unsent(wire, raising):
+async def test_after_an_unexpected_error_all_events_count_as_unsent(wire, raising):
     class Broken:
         async def send_message(self, message):
             raise KeyError(message.message_name)
@@ -721,7 +721,7 @@ async def test_an_error_that_is_no_verdict_leaves_all_events_unsent(wire, raisin
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-async def test_a_send_cancelled_while_sending_logs_what_may_be_missing(wire, raising, caplog):
+async def test_a_send_that_is_cancelled_while_sending_logs_the_message_ids(wire, raising, caplog):
     class Slow:
         async def send_message(self, message):
             started.set()

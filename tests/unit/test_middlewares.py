@@ -1,4 +1,4 @@
-"""What surrounds a handler: order, retry, answers of its own, the two hooks, the log."""
+"""Middlewares: their order, retries, responses of their own, the two hooks, the log."""
 
 import asyncio
 import logging
@@ -38,7 +38,7 @@ async def test_the_first_is_outermost(count):
     assert answer == " ".join(["user 1", *map(str, reversed(numbers))])
 
 
-async def test_the_handler_is_built_inside():
+async def test_the_handler_is_built_inside_the_middlewares():
     steps = []
 
     class JoinHandler(RequestHandler[Join, str]):
@@ -57,7 +57,7 @@ async def test_the_handler_is_built_inside():
     assert steps == ["middleware", "built"]
 
 
-async def test_may_hand_on_another_message():
+async def test_a_middleware_may_pass_on_another_message():
     async def rename(message, handle):
         return await handle(Join(user_id=message.user_id + 1))
 
@@ -66,7 +66,7 @@ async def test_may_hand_on_another_message():
     assert await mediator.send(Join(user_id=7)) == "user 8"
 
 
-async def test_may_answer_by_itself():
+async def test_a_middleware_may_return_its_own_response():
     broker = Recorder()
 
     async def cached(message, handle):
@@ -78,7 +78,7 @@ async def test_may_answer_by_itself():
 
 
 class Flaky:
-    """A handler that raises an event each time it is called; in those of *failures* its event handler fails."""
+    """A handler that raises an event in each call; the event handler fails in the calls in *failures*."""
 
     def __init__(self, failures):
         self.attempts = 0
@@ -132,8 +132,8 @@ async def test_a_retry_does_not_send_the_events_of_the_first_attempt(kind):
     assert [message.payload["user_id"] for message in broker.sent] == [2]
 
 
-async def test_only_what_the_last_call_raised_goes_out(kind):
-    """A handler that is called twice, successfully both times, sends its events once."""
+async def test_only_the_events_of_the_last_call_are_sent(kind):
+    """A handler that is called twice, with success both times, sends its events once."""
     flaky, broker = Flaky(failures=()), Recorder()
 
     async def again(message, handle):
@@ -145,8 +145,8 @@ async def test_only_what_the_last_call_raised_goes_out(kind):
     assert [message.payload["user_id"] for message in broker.sent] == [2]
 
 
-async def test_an_error_that_is_swallowed_leaves_nothing_to_send(kind):
-    """The second attempt fails, a middleware answers instead, and the first attempt's events stay."""
+async def test_after_a_swallowed_error_nothing_is_sent(kind):
+    """The second attempt fails, and a middleware returns a response: the events of the first are not sent."""
     flaky, broker = Flaky(failures={2}), Recorder()
 
     async def apologise(message, handle):
@@ -204,7 +204,7 @@ async def test_a_hook_that_is_not_overridden_does_nothing():
     assert await mediator.send(Join(user_id=7)) == "user 7"
 
 
-async def test_an_error_of_the_first_hook_refuses_the_request():
+async def test_after_an_error_of_the_first_hook_the_handler_is_not_called():
     class Refusing(BaseMiddleware):
         async def process_request(self, request):
             raise PermissionError
@@ -232,7 +232,7 @@ async def test_the_second_hook_is_not_called_after_an_error():
 # -- the log ---------------------------------------------------------------------------------------------------------
 
 
-async def test_logs_what_was_handled_without_its_content(caplog):
+async def test_logs_success_without_the_content(caplog):
     caplog.set_level(logging.DEBUG, "diator")
     mediator = mediator_of(join, message_broker=Recorder(), middlewares=[LoggingMiddleware()])
 
@@ -245,7 +245,7 @@ async def test_logs_what_was_handled_without_its_content(caplog):
 
 
 @pytest.mark.parametrize("error", [ValueError("password"), asyncio.CancelledError("password")])
-async def test_logs_what_failed_without_its_content(caplog, error):
+async def test_logs_failure_without_the_content(caplog, error):
     async def fail(command: Join) -> str:
         raise error
 

@@ -1,4 +1,4 @@
-"""Requests, answers and events written as a dataclass, with attrs, pydantic or msgspec."""
+"""Requests, responses and events that are dataclasses, attrs classes, or pydantic or msgspec models."""
 
 import dataclasses
 import datetime as dt
@@ -85,7 +85,7 @@ def model(request):
     return request.param
 
 
-async def test_a_request_and_its_answer(model):
+async def test_a_request_and_its_response(model):
     question, answer = model(Request), model(Response)
 
     async def read(query: question) -> answer:
@@ -109,7 +109,7 @@ async def test_a_domain_event(model, base):
     assert handled == [7]
 
 
-# -- events that travel ----------------------------------------------------------------------------------------------
+# -- integration events ----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ class StructJoined(msgspec.Struct, Event, kw_only=True, frozen=True):
 
 @dataclasses.dataclass(kw_only=True)
 class OfNobody:
-    """An event that derives from nothing of diator."""
+    """An event that does not derive from a class of diator."""
 
     message_type: ClassVar[str] = "notification_event"
     event_id: UUID = dataclasses.field(default_factory=uuid4)
@@ -177,7 +177,7 @@ TRAVELLERS = [
 
 
 @pytest.mark.parametrize("event_type", TRAVELLERS)
-async def test_an_event_travels_whole(event_type):
+async def test_the_message_contains_the_whole_event(event_type):
     broker, event = MemoryMessageBroker(), event_type(user_id=7)
 
     await EventEmitter(message_broker=broker).emit(event)
@@ -189,7 +189,7 @@ async def test_an_event_travels_whole(event_type):
 
 
 @pytest.mark.parametrize("event_type", TRAVELLERS)
-def test_what_does_not_fit_is_refused_without_being_quoted(event_type):
+def test_an_error_of_decoding_does_not_quote_the_payload(event_type):
     payload = b'{"event_id":"hunter2","event_timestamp":"hunter2","user_id":"hunter2"}'
 
     with pytest.raises(DecodingError, match=f"the payload does not fit {event_type.__name__}: ") as caught:
@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_refused_without_being_quoted(event_type):
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_models_place_is_named_without_keys_of_the_payload():
+def test_an_error_names_the_place_without_keys_of_the_payload():
     class Seated(pydantic.BaseModel):
         seats: dict[str, int]
 
@@ -208,8 +208,8 @@ def test_a_models_place_is_named_without_keys_of_the_payload():
     assert "hunter2" not in str(caught.value)
 
 
-def test_what_a_models_own_check_says_is_not_quoted():
-    """It may well say what it was given."""
+def test_the_text_of_a_validator_is_not_quoted():
+    """It may contain the value."""
 
     class Checked(pydantic.BaseModel):
         name: str
@@ -249,14 +249,14 @@ class Anything(pydantic.BaseModel, Event):
     ],
     ids=["object", "NaN", "lone surrogate"],
 )
-async def test_what_json_cannot_hold_is_refused_in_a_model_too(value, path):
+async def test_a_value_that_json_cannot_represent_is_refused_in_a_model_too(value, path):
     with pytest.raises(EncodingError) as caught:
         await EventEmitter(message_broker=Recorder()).emit(Anything(value=value))
 
     assert caught.value.path == path
 
 
-async def test_a_model_inside_of_a_dataclass_travels():
+async def test_a_model_inside_of_a_dataclass_is_encoded():
     class Place(pydantic.BaseModel):
         room: str
         price: float | None = None
@@ -275,7 +275,7 @@ async def test_a_model_inside_of_a_dataclass_travels():
         await emitter.emit(Moved(place=Place(room="A", price=float("nan"))))
 
 
-# -- what would lose a part of it on the way -------------------------------------------------------------------------
+# -- classes whose messages would lose fields ------------------------------------------------------------------------
 
 
 @attrs.frozen
@@ -319,13 +319,13 @@ async def test_is_refused(event, problem):
 
 
 @pytest.mark.parametrize("base", [msgspec.Struct, pydantic.BaseModel])
-def test_python_refuses_a_model_of_a_dataclass(base):
-    """Before diator can: either the class or its first object is an error, never an event without its fields."""
+def test_python_refuses_a_model_that_derives_from_a_dataclass(base):
+    """Either the class or its first object raises an error, so an event never lacks its fields."""
     with pytest.raises((TypeError, ValueError)):
         type("Joined", (NotificationEvent, base), {"__annotations__": {"user_id": int}})(user_id=7)
 
 
-async def test_a_subclass_without_fields_of_its_own_needs_no_decoration():
+async def test_a_subclass_without_new_fields_needs_no_decorator():
     class Rejoined(DataclassJoined): ...
 
     broker = Recorder()

@@ -1,4 +1,4 @@
-"""What can be imported, from where, and what happens if an extra is missing."""
+"""The names that can be imported, and the error if an extra is missing."""
 
 import importlib
 import importlib.util
@@ -22,14 +22,14 @@ OPTIONAL = {name: extra for name in PUBLIC for extra in CLIENTS if extra in name
 
 
 def imported(name):
-    """The module *name*; the test is skipped if its client library is not installed."""
+    """Return the module *name*. Skip the test if its client library is not installed."""
     if name in OPTIONAL:
         pytest.importorskip(CLIENTS[OPTIONAL[name]])
     return importlib.import_module(name)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_what_a_module_offers_is_there(name):
+def test_all_names_of_a_module_are_listed(name):
     """`__all__` is sorted, names what exists, and misses nothing that the module defines."""
     module = imported(name)
     if not hasattr(module, "__all__"):
@@ -48,7 +48,7 @@ def test_what_a_module_offers_is_there(name):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_a_package_says_what_it_offers(name):
+def test_a_package_lists_its_names(name):
     module = imported(name)
 
     reexports = [
@@ -61,11 +61,11 @@ def test_a_package_says_what_it_offers(name):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_says_what_it_is(name):
+def test_a_module_has_a_docstring(name):
     assert inspect.getdoc(imported(name))
 
 
-def test_the_version_is_said():
+def test_there_is_a_version():
     assert diator.__version__
 
 
@@ -81,7 +81,7 @@ diator.response: Response
 
 
 @pytest.mark.parametrize("line", SEED.split("\n")[1:-1])
-def test_what_the_older_diator_offered_is_still_there(line):
+def test_the_names_of_the_older_diator_still_exist(line):
     module, names = line.split(":")
 
     offered = imported(module)
@@ -89,14 +89,14 @@ def test_what_the_older_diator_offered_is_still_there(line):
     assert all(inspect.isclass(getattr(offered, name)) for name in names.split())
 
 
-def test_the_older_place_of_a_broker_gives_the_same_class():
+def test_the_older_module_of_a_broker_has_the_same_class():
     older, newer = imported("diator.events.message_brokers.redis"), imported("diator.brokers.redis")
 
     assert older.RedisMessageBroker is newer.RedisMessageBroker
 
 
 @pytest.mark.parametrize(("name", "extra"), OPTIONAL.items(), ids=OPTIONAL)
-def test_a_missing_extra_says_how_to_get_it(name, extra):
+def test_a_missing_extra_names_the_command_that_installs_it(name, extra):
     program = f"import sys; sys.modules[{CLIENTS[extra]!r}] = None; import {name}"
 
     run = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, cwd=ROOT.parent)

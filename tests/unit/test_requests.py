@@ -1,4 +1,4 @@
-"""Which handler is for which request, and what is refused when binding."""
+"""The map from requests to handlers, and the handlers that it refuses."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ GOOD = [JoinHandler, WithoutAnnotations, AnythingHandler, join, Service().join, 
 
 
 @pytest.mark.parametrize("handler", GOOD, ids=range(len(GOOD)))
-def test_gives_the_handler_that_was_bound(handler):
+def test_returns_the_bound_handler(handler):
     requests = RequestMap()
 
     requests.bind(Join, handler)
@@ -76,7 +76,7 @@ def test_any_class_can_be_a_request():
     assert requests.get(str) is shout
 
 
-def test_what_is_not_bound_is_not_found():
+def test_a_request_without_a_handler_is_not_found():
     with pytest.raises(HandlerNotFound, match="Join"):
         RequestMap().get(Join)
 
@@ -91,7 +91,7 @@ def test_a_request_has_one_handler():
     assert requests.get(Join) is JoinHandler
 
 
-# -- what can never handle the request -------------------------------------------------------------------------------
+# -- handlers that can never handle the request ----------------------------------------------------------------------
 
 
 class ForRead(RequestHandler[Read, float]):
@@ -144,8 +144,8 @@ async def misspelt(command: "Jion") -> str:  # noqa: F821
     return ""
 
 
-def test_an_annotation_that_names_nothing_is_no_obstacle_where_the_type_is_given():
-    """Names that are imported for checkers alone, and classes of a function, cannot be found at run time."""
+def test_an_unknown_name_in_an_annotation_is_allowed_where_the_type_is_passed():
+    """Names that are imported for type checkers only, and local classes, do not exist at run time."""
     requests = RequestMap()
 
     requests.bind(Join, misspelt)
@@ -182,7 +182,7 @@ def test_refuses(handler, problem):
     assert [*requests] == []
 
 
-def test_refuses_to_bind_to_what_is_no_class():
+def test_refuses_to_bind_to_an_object():
     with pytest.raises(BindingError, match="is not a class; bind handlers to the class"):
         RequestMap().bind(Join(), join)
 
@@ -194,12 +194,12 @@ async def of_two_kinds(message: Join | Read): ...
 
 
 @pytest.mark.parametrize("anything", [without_annotation, of_two_kinds])
-def test_the_decorator_refuses_a_handler_that_does_not_name_its_request(anything):
+def test_the_decorator_refuses_a_handler_without_a_usable_annotation(anything):
     with pytest.raises(BindingError, match="annotate 'message' with one class"):
         RequestMap().handler(anything)
 
 
-# -- what can, although classes alone do not tell --------------------------------------------------------------------
+# -- handlers that can, although a class check cannot decide it ------------------------------------------------------
 
 
 class Named(Protocol):
@@ -221,7 +221,7 @@ def promising(answer):
 
 
 @pytest.mark.parametrize("hint", [Any, object, Named, Join | Read, Request, Request[str]], ids=str)
-def test_a_handler_may_take_more_than_its_request(hint):
+def test_a_handler_may_accept_more_than_its_request(hint):
     RequestMap().bind(Join, handling(hint, str))
 
 
@@ -242,7 +242,7 @@ def test_a_handler_may_take_more_than_its_request(hint):
     ],
     ids=str,
 )
-def test_a_handler_may_answer_what_checkers_accept(promised, given):
+def test_a_handler_may_return_what_type_checkers_accept(promised, given):
     request = promising(promised)
 
     RequestMap().bind(request, handling(request, given))

@@ -32,7 +32,7 @@ class Service:
 
 
 async def send(container, handler, **options):
-    """Have *handler* called once, with *container*."""
+    """Call *handler* once, with *container*."""
     return await Mediator(requests_of(handler), container, **options).send(Join())
 
 
@@ -53,7 +53,7 @@ async def container():
 
 
 class JoinHandler:
-    """Gets one type in two ways."""
+    """Depends on the same type in two ways."""
 
     def __init__(self, api: Api, service: Service) -> None:
         self.apis = [api, service.api]
@@ -65,7 +65,7 @@ class JoinHandler:
 @pytest.mark.parametrize("lifetime", ["transient", "scoped", "singleton"])
 @pytest.mark.parametrize("how", ["constructor", "function", "async function"])
 async def test_lifetimes(container, lifetime, how):
-    """Transient: an object each time. Scoped: one a send. Singleton: one a container. However it is made."""
+    """Transient: a new object each time. Scoped: one per send. Singleton: one per container."""
 
     def make() -> Api:
         return Api()
@@ -84,13 +84,13 @@ async def test_lifetimes(container, lifetime, how):
     assert len(apis) == {"transient": 4, "scoped": 2, "singleton": 1}[lifetime]
 
 
-async def test_what_is_registered_without_a_lifetime_is_transient(container):
+async def test_the_default_lifetime_is_transient(container):
     container.register(Api)
 
     assert await container.resolve(Api) is not await container.resolve(Api)
 
 
-async def test_an_instance_is_given_as_it_is(container):
+async def test_a_registered_instance_is_used_unchanged(container):
     api = Api()
     container.register_instance(Api, api)
     container.register(Service)
@@ -100,7 +100,7 @@ async def test_an_instance_is_given_as_it_is(container):
 
 
 @pytest.mark.parametrize("waits", [False, True])
-async def test_a_singleton_is_made_once_however_many_ask(container, waits):
+async def test_a_singleton_is_built_once_for_many_tasks(container, waits):
     made = []
 
     async def make() -> Api:
@@ -134,7 +134,7 @@ async def test_a_singleton_may_need_another(container):
     assert service.api is await container.resolve(Api)
 
 
-async def test_a_singleton_whose_factory_failed_is_made_anew(container):
+async def test_a_singleton_whose_factory_failed_is_built_again(container):
     outcomes = iter([TimeoutError(), Api()])
 
     async def make() -> Api:
@@ -149,8 +149,8 @@ async def test_a_singleton_whose_factory_failed_is_made_anew(container):
     assert isinstance(await container.resolve(Api), Api)
 
 
-async def test_a_factory_may_ask_the_container_for_more(container):
-    """Also for a singleton while it makes one."""
+async def test_a_factory_may_resolve_further_objects(container):
+    """Also while it builds a singleton."""
 
     async def make() -> Service:
         return Service(await container.resolve(Api))
@@ -167,7 +167,7 @@ async def test_a_factory_may_ask_the_container_for_more(container):
 # -- factories -------------------------------------------------------------------------------------------------------
 
 
-async def test_a_factory_gets_what_it_asks_for(container):
+async def test_a_factory_receives_its_dependencies(container):
     async def make(api: Api, *, name: Annotated[str, "a name"], size: int | None) -> Service:
         service = Service(api)
         service.name, service.size = name, size
@@ -195,7 +195,7 @@ async def test_a_factory_may_be_an_object(container):
 
 
 @pytest.mark.parametrize("parameters", ["one", "several", "by position", "by name"])
-async def test_every_kind_of_constructor_is_called_as_it_wants(container, parameters):
+async def test_every_kind_of_parameter_is_passed(container, parameters):
     class One:
         def __init__(self, api: Api) -> None: ...
 
@@ -224,7 +224,7 @@ class Settings:
     name: str | None = None
 
 
-async def test_what_is_not_registered_keeps_its_default(container):
+async def test_a_dependency_that_is_not_registered_keeps_its_default(container):
     container.register(Api)
     container.register(Settings)
 
@@ -233,7 +233,7 @@ async def test_what_is_not_registered_keeps_its_default(container):
     assert (settings.size, settings.name) == (10, None)
 
 
-async def test_what_is_registered_replaces_a_default(container):
+async def test_a_registered_dependency_replaces_a_default(container):
     container.register(Api)
     container.register(Settings)
     container.register_instance(int, 20)
@@ -258,7 +258,7 @@ async def test_a_function_handlers_default_is_kept_and_replaced_likewise(contain
 
 
 class Session:
-    """Something that is closed, and remembers what with."""
+    """A resource that records how it was closed."""
 
     def __init__(self, log: list) -> None:
         self.log = log
@@ -331,7 +331,7 @@ async def test_a_resource_is_closed_at_the_end_of_the_send(container, log, resou
     assert (closed_by_then, log) == (0, [None])
 
 
-async def test_a_resource_is_told_of_the_error_that_ended_the_send(container, log, resource):
+async def test_a_resource_receives_the_error_that_ended_the_send(container, log, resource):
     async def failing(command: Join, session: Session) -> str:
         raise TimeoutError
 
@@ -343,7 +343,7 @@ async def test_a_resource_is_told_of_the_error_that_ended_the_send(container, lo
     assert log == [caught.value]
 
 
-async def test_a_resource_is_told_of_a_cancelled_send(container, log, resource):
+async def test_a_resource_receives_the_cancellation_of_a_send(container, log, resource):
     async def waiting(command: Join, session: Session) -> str:
         started.set()
         await asyncio.Event().wait()
@@ -370,7 +370,7 @@ async def test_a_resource_that_is_a_singleton_is_closed_with_the_container(conta
     assert log == [None]
 
 
-async def test_after_closing_a_singleton_is_made_anew(container, log):
+async def test_after_closing_a_singleton_is_built_again(container, log):
     container.register(Session, generator, lifetime="singleton")
     first = await container.resolve(Session)
     await container.aclose()
@@ -388,7 +388,7 @@ async def test_closing_twice_closes_once(container, log):
     assert log == [None]
 
 
-async def test_an_instance_that_was_handed_in_stays_open_and_known(container):
+async def test_a_registered_instance_stays_open_and_registered(container):
     closed = []
     session = Session(closed)
     container.register_instance(Session, session)
@@ -418,8 +418,8 @@ async def test_resources_are_closed_in_reverse_order(container):
     assert steps == ["session", "connection"]
 
 
-async def test_a_resource_that_swallows_an_error_hides_it_from_nobody(container, log):
-    """The handler failed: a transaction opened before must hear of it, and the caller too."""
+async def test_a_resource_cannot_swallow_an_error(container, log):
+    """The handler failed: a transaction around the resource must receive the error, and the caller too."""
 
     def swallowing(session: Session) -> Iterator[Api]:
         with suppress(TimeoutError):
@@ -437,8 +437,8 @@ async def test_a_resource_that_swallows_an_error_hides_it_from_nobody(container,
     assert log == [caught.value]
 
 
-async def test_an_error_of_closing_is_the_error_of_the_send(container):
-    """A commit that failed: nothing is sent."""
+async def test_an_error_of_closing_is_raised_by_the_send(container):
+    """After a commit that failed, nothing is sent."""
 
     def committing() -> Iterator[Api]:
         yield Api()
@@ -457,7 +457,7 @@ async def test_an_error_of_closing_is_the_error_of_the_send(container):
 
 
 async def test_a_send_shares_its_scope_with_the_handlers_of_its_domain_events(container, log):
-    """It is closed after them."""
+    """The scope is closed after them."""
     given = []
 
     async def join(command: Join, session: Session, raised: Events) -> str:
@@ -495,7 +495,7 @@ async def test_a_scope_that_only_event_handlers_need_is_closed_after_the_last_of
 
 
 @pytest.mark.parametrize("scope_of_request", [False, True])
-async def test_a_scope_is_told_that_event_handlers_failed(container, log, scope_of_request):
+async def test_a_scope_receives_the_failure_of_event_handlers(container, log, scope_of_request):
     async def join(command: Join, raised: Events, session: Session | None = None) -> str:
         raised.append(Noticed())
 
@@ -536,7 +536,7 @@ async def test_each_attempt_of_a_retry_has_a_scope_of_its_own(container, log):
     assert [type(error) for error in log] == [TimeoutError, type(None)]
 
 
-# -- what cannot be built --------------------------------------------------------------------------------------------
+# -- types that cannot be built --------------------------------------------------------------------------------------
 
 
 class Egg:
@@ -579,7 +579,7 @@ async def test_a_cycle_shows_its_path(container):
     assert str(caught.value) == "Hen depends on itself\n  └ Farm\n    └ Hen\n      └ Egg\n        └ Hen"
 
 
-async def test_something_missing_shows_its_path(container):
+async def test_a_missing_dependency_shows_its_path(container):
     container.register(Service)
 
     with pytest.raises(ResolutionError) as caught:
@@ -601,7 +601,7 @@ async def test_something_missing_shows_its_path(container):
         (OnlyForCheckers, "names? 'Decimal', .* outside of `if TYPE_CHECKING`"),
     ],
 )
-async def test_what_is_refused_when_registering_and_when_resolving(container, type_, problem):
+async def test_refused_when_registering_and_when_resolving(container, type_, problem):
     with pytest.raises(ResolutionError, match=problem):
         container.register(type_)
 
@@ -637,7 +637,7 @@ async def test_a_resource_cannot_be_transient(container):
         container.register(Session, generator, lifetime="transient")
 
 
-async def test_what_is_scoped_needs_a_scope(container):
+async def test_a_scoped_type_needs_a_scope(container):
     container.register(Api, lifetime="scoped")
     container.register(Service)
 
@@ -648,8 +648,8 @@ async def test_what_is_scoped_needs_a_scope(container):
 
 
 @pytest.mark.parametrize("between", [None, Service])
-def test_a_singleton_cannot_depend_on_what_is_scoped(between):
-    """The scope would end before it. Found when wiring, also with something transient between them."""
+def test_a_singleton_cannot_depend_on_a_scoped_type(between):
+    """The scope would end before the singleton. Refused at construction, also with a transient type between."""
     container = Container()
     container.register(Api, lifetime="scoped")
     if between is None:
@@ -662,7 +662,7 @@ def test_a_singleton_cannot_depend_on_what_is_scoped(between):
         mediator_of(handling((between and NeedsService) or Service), container=container)
 
 
-async def test_a_registered_handler_is_shared_as_it_says(container):
+async def test_a_registered_handler_has_its_lifetime(container):
     class Handler:
         async def handle(self, request: Join):
             return self

@@ -1,4 +1,4 @@
-"""What every container does for the mediator: diator's own, rodi's, dishka's, and one that a user writes."""
+"""The promises of every container: diator's own, rodi's, dishka's, and one that a user writes."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -91,15 +91,15 @@ def mediator(container, broker):
     return Mediator(requests_of(JoinHandler), container, event_map=events_of(NoticedHandler), message_broker=broker)
 
 
-async def test_builds_handlers_with_what_they_depend_on(mediator):
+async def test_builds_handlers_with_their_dependencies(mediator):
     answer = await mediator.send(Join())
 
     assert isinstance(answer, Api)
     assert isinstance(seen[0], Api)
 
 
-async def test_sends_are_apart(mediator, broker):
-    """Each has objects and events of its own, also when many are under way at once."""
+async def test_sends_share_no_objects(mediator, broker):
+    """Each send has its own objects and events, also when many run at once."""
     answers = await asyncio.gather(*(mediator.send(Join(user_id=user)) for user in range(50)))
 
     assert len({id(answer) for answer in answers}) == 50
@@ -113,13 +113,13 @@ async def test_the_handlers_of_a_send_share_its_scope(mediator):
     assert seen == [answer]
 
 
-async def test_what_cannot_be_built_is_an_error_before_it_is_called(container):
-    """The container's own words: diator's, rodi's, dishka's, Python's."""
+async def test_a_handler_that_cannot_be_built_is_not_called(container):
+    """The error is that of the container, or of Python."""
     with pytest.raises(Exception, match=r"NeedsMore|missing|not registered|find factory|positional|'api'"):
         await Mediator(requests_of(NeedsMore), container).send(Join())
 
 
-async def test_a_users_error_reaches_the_caller_as_it_is():
+async def test_an_error_of_a_users_container_reaches_the_caller_unchanged():
     boom = RuntimeError("no database")
 
     class Failing:
@@ -133,7 +133,7 @@ async def test_a_users_error_reaches_the_caller_as_it_is():
 
 
 async def test_a_users_container_may_have_scopes():
-    """It may also be a dataclass, which has no hash."""
+    """The container may also be a dataclass, which is unhashable."""
 
     @dataclass
     class Scoping:

@@ -1,4 +1,4 @@
-"""What is dishka's own in `DishkaContainer`."""
+"""The particulars of `DishkaContainer`."""
 
 from collections.abc import AsyncIterator
 
@@ -13,7 +13,7 @@ from diator.container.dishka import DishkaContainer  # noqa: E402  # needs the e
 
 
 class Session:
-    """Something that is closed."""
+    """A resource."""
 
 
 async def failing(command: Join, session: Session) -> str:
@@ -51,12 +51,12 @@ async def test_the_request_scope_ends_with_the_send(container, steps):
     assert steps == [None]
 
 
-async def test_the_request_scope_is_told_of_the_error_that_ended_it(container, steps):
+async def test_the_request_scope_receives_the_error_that_ended_it(container, steps):
     with pytest.raises(TimeoutError) as caught:
         await Mediator(requests_of(failing), container).send(Join())
 
     assert steps == [caught.value]
 
 
-async def test_resolves_what_lives_as_long_as_the_program(container):
+async def test_resolves_objects_of_the_app_scope(container):
     assert await container.resolve(Api) is await container.resolve(Api)

@@ -1,4 +1,4 @@
-"""What is rodi's own in `RodiContainer`."""
+"""The particulars of `RodiContainer`."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def attached(register=lambda external: None):
     return container
 
 
-def test_gives_the_container_that_was_attached():
+def test_returns_the_attached_container():
     container, external = RodiContainer(), rodi.Container()
 
     container.attach_external_container(external)
@@ -34,17 +34,17 @@ def test_gives_the_container_that_was_attached():
     assert container.external_container is external
 
 
-def test_one_has_to_be_attached():
+def test_a_container_must_be_attached():
     with pytest.raises(ConfigurationError, match="call attach_external_container first"):
         Mediator(requests_of(JoinHandler), RodiContainer())
 
 
-def test_a_handler_has_to_be_registered():
+def test_a_handler_must_be_registered():
     with pytest.raises(ResolutionError, match="JoinHandler is not registered in the attached rodi container"):
         Mediator(requests_of(JoinHandler), attached())
 
 
-def test_what_rodi_cannot_build_is_refused_when_wiring():
+def test_a_type_that_rodi_cannot_build_is_refused_at_construction():
     with pytest.raises(ResolutionError, match="rodi cannot build its services"):
         Mediator(requests_of(JoinHandler), attached(lambda external: external.register(JoinHandler)))
 
