@@ -14,12 +14,16 @@ class Deadlines:
 
     All blocks have the same limit, so they expire in the order in which they began, and one timer for the oldest is
     enough. `asyncio.timeout` would set and cancel a timer for each block, which is a tenth of a consumer's time.
+
+    Attributes:
+        running: The deadlines that have begun and not ended, in the order in which they began.
+        timer: Checks the oldest of them.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._running: dict[Deadline, None] = {}
-        self._timer: asyncio.TimerHandle | None = None
+        self.running: dict[Deadline, None] = {}
+        self.timer: asyncio.TimerHandle | None = None
 
     def limit(self, task: asyncio.Task[Any]) -> Deadline:
         """Return a context for code of *task*. Code in it that takes too long ends with `TimeoutError`."""
@@ -27,28 +31,21 @@ class Deadlines:
 
     def close(self) -> None:
         """Stop the timer. Nothing is cancelled any more."""
-        if self._timer is not None:
-            self._timer.cancel()
+        if self.timer is not None:
+            self.timer.cancel()
 
-    def _begin(self, deadline: Deadline) -> None:
-        self._running[deadline] = None
-        if self._timer is None:
-            self._check_after(self.seconds)
-
-    def _end(self, deadline: Deadline) -> None:
-        del self._running[deadline]
-
-    def _check_after(self, seconds: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._check)
+    def start_timer(self, seconds: float) -> None:
+        """Check the deadlines after so many seconds."""
+        self.timer = asyncio.get_running_loop().call_later(seconds, self._check)
 
     def _check(self) -> None:
-        self._timer = None
+        self.timer = None
         now = monotonic()
-        for deadline in self._running:
+        for deadline in self.running:
             if deadline.is_over:
                 continue  # cancelled before, and still running
             if (left := deadline.began + self.seconds - now) > 0:
-                self._check_after(left)
+                self.start_timer(left)
                 return
             deadline.is_over = True
             deadline.task.cancel()
@@ -67,15 +64,18 @@ class Deadline:
         self.is_over = False
 
     def __enter__(self) -> None:
+        deadlines = self._deadlines
         self._cancellations = self.task.cancelling()
         self.began = monotonic()
         self.is_over = False
-        self._deadlines._begin(self)  # noqa: SLF001  # the other half of this class
+        deadlines.running[self] = None
+        if deadlines.timer is None:
+            deadlines.start_timer(deadlines.seconds)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._deadlines._end(self)  # noqa: SLF001  # as above
+        del self._deadlines.running[self]
         # If other code cancelled the task as well, the task stays cancelled.
         if self.is_over and self.task.uncancel() <= self._cancellations and kind is asyncio.CancelledError:
             raise TimeoutError from error

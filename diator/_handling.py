@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 from uuid import UUID
 
 from diator._deadlines import Deadline, Deadlines
@@ -264,11 +264,26 @@ class Handling:
         reason: str | None = None
         error: BaseException | None = None
         try:
-            route, event, reason, error = self._decode(delivery, message)
-            if route is not None:
-                error = await self._run(route, event, deadline)
-                if error is not None or self._is_ending or deadline.task.cancelling():
-                    reason, error = await self._run_again(route, cast("Message", message), deadline, error)
+            # The way to success is written out here: each further coroutine would cost a fiftieth of it.
+            if (
+                isinstance(message, DecodingError)
+                or delivery.attempt > self._max_deliveries
+                or (route := self._routes.get((message.message_type, message.message_name))) is None
+            ):
+                reason, error = self._why_unhandled(delivery, message)
+            else:
+                try:
+                    event = route.read(message.payload_json)
+                except DecodingError as undecodable:
+                    reason, error = f"undecodable: {undecodable}", undecodable
+                else:
+                    try:
+                        with deadline:
+                            await route.handle(event)
+                    except (Exception, asyncio.CancelledError) as failed:  # noqa: BLE001  # it decides how to settle
+                        error = failed
+                    if error is not None or self._is_ending or deadline.task.cancelling():
+                        reason, error = await self._run_again(route, message, deadline, error)
             outcome, reason = await self._settle(delivery, reason)
         except BaseException as ending:
             cancelled = isinstance(ending, asyncio.CancelledError)
@@ -289,34 +304,15 @@ class Handling:
                 )
                 self._report(handled)
 
-    def _decode(
-        self, delivery: Delivery, message: Message | DecodingError
-    ) -> tuple[Route | None, Any, str | None, BaseException | None]:
-        """Return the route and the event of *message*; or neither, but why nobody handles it, and the error."""
+    def _why_unhandled(self, delivery: Delivery, message: Message | DecodingError) -> tuple[str, BaseException | None]:
+        """Return the reason why *delivery* is not handled, and its error."""
         if delivery.attempt > self._max_deliveries:
             ended = f"{delivery.attempt - 1} deliveries ended without success, more than the retry policy allows"
-            return None, None, f"poison-message: {ended}", None
+            return f"poison-message: {ended}", None
         if isinstance(message, DecodingError):
-            return None, None, f"undecodable: {message}", message
-        route = self._routes.get((message.message_type, message.message_name))
-        if route is None:
-            # The text comes from the sender and ends in logs: it is shortened and escaped.
-            unknown = f"unknown-type: no handler for {message.message_type[:80]!r} {message.message_name[:80]!r}"
-            return None, None, unknown, None
-        try:
-            return route, route.read(message.payload_json), None, None
-        except DecodingError as error:
-            return None, None, f"undecodable: {error}", error
-
-    @staticmethod
-    async def _run(route: Route, event: Any, deadline: Deadline) -> BaseException | None:
-        """Call the handlers once. Return their error; None after success."""
-        try:
-            with deadline:
-                await route.handle(event)
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # the error decides how to settle
-            return error
-        return None
+            return f"undecodable: {message}", message
+        # The text comes from the sender and ends in logs: it is shortened and escaped.
+        return f"unknown-type: no handler for {message.message_type[:80]!r} {message.message_name[:80]!r}", None
 
     async def _run_again(
         self, route: Route, message: Message, deadline: Deadline, failed: BaseException | None
@@ -340,7 +336,12 @@ class Handling:
             if runs_left:
                 await asyncio.sleep(self._retry.pause())
                 event = route.read(message.payload_json)  # a handler may have changed the first event
-                failed = await self._run(route, event, deadline)
+                failed = None
+                try:
+                    with deadline:
+                        await route.handle(event)
+                except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # as above
+                    failed = error
         return f"retries-exhausted: {name_of(type(failed))}", failed
 
     async def _settle(self, delivery: Delivery, reason: str | None) -> tuple[Outcome, str | None]:

@@ -281,13 +281,16 @@ class Consumer:
     ) -> None:
         """Pass each delivery to *admit*. `stop` cancels only the wait for the next delivery, never *admit*."""
         task, number = self._waiting, 0
-        receive, stopping = deliveries.__anext__, self._stopping
-        while not stopping.is_set():
-            self._waiting = task
-            delivery = await receive()
-            self._waiting = None
-            if stopping.is_set():  # the iterator ignored its cancellation, see `_until_stopped`
-                return
+        # Where nothing has to be waited for, a coroutine and a cancellable wait would cost a thirtieth.
+        receive_nowait: Callable[[], Delivery | None] = getattr(deliveries, "receive_nowait", lambda: None)
+        while not self._stopping.is_set():
+            delivery = receive_nowait()
+            if delivery is None:
+                self._waiting = task
+                delivery = await anext(deliveries)
+                self._waiting = None
+                if self._stopping.is_set():  # the iterator ignored its cancellation, see `_until_stopped`
+                    return
             await admit(delivery)
             number += 1
             if number % _YIELD_EVERY == 0:  # handlers that never wait would starve the other tasks

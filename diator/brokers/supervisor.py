@@ -209,20 +209,24 @@ class ResilientSubscription(ABC):
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Delivery:
+    def receive_nowait(self) -> Delivery | None:
+        """Return the next delivery, or None if it must be waited for. A consumer calls it before it awaits one."""
         received = self._received
-        while (
-            self._ending is not None or not received or self.unsettled - len(received) >= self._prefetch  # that is full
-        ):
+        if not received or self.unsettled - len(received) >= self._prefetch or self._ending is not None:
+            return None
+        delivery = received.popleft()
+        if len(received) == self._buffer_size // 2:  # not earlier: receiving few costs as much as receiving many
+            self._has_room.set()
+        return delivery
+
+    async def __anext__(self) -> Delivery:
+        while (delivery := self.receive_nowait()) is None:
             if self._end_error is not None:
                 raise self._end_error
             if self._ending is not None:
                 raise StopAsyncIteration
             self._changed.clear()
             await self._changed.wait()
-        delivery = received.popleft()
-        if len(received) == self._buffer_size // 2:  # not earlier: receiving few costs as much as receiving many
-            self._has_room.set()
         return delivery
 
     @property
