@@ -16,7 +16,7 @@ from diator._text import listed
 from diator.brokers.audit import Finding
 from diator.brokers.kafka._client import Cluster, close_client, started
 from diator.brokers.kafka._names import DEAD
-from diator.brokers.kafka._offsets import BESIDE_A_COMMIT
+from diator.brokers.kafka._offsets import MAX_COMMIT_METADATA
 from diator.brokers.kafka._topics import HEADERS_BYTES, TopicPolicy
 
 _DAY_MS = 24 * 60 * 60 * 1000
@@ -89,12 +89,12 @@ def _of_a_broker(described: Mapping[str, Mapping[str, str] | str]) -> Iterator[F
                 "without members has forgotten what it handled, and gets it all again",
                 remedy=f"set it to {_WEEK_MINUTES} (a week) at least, and longer than any group is ever away",
             )
-        if int(settings.get("offset.metadata.max.bytes", BESIDE_A_COMMIT)) < BESIDE_A_COMMIT:
+        if int(settings.get("offset.metadata.max.bytes", MAX_COMMIT_METADATA)) < MAX_COMMIT_METADATA:
             yield Finding(
                 capability="delivery_count",
                 problem=f"offset.metadata.max.bytes is {settings['offset.metadata.max.bytes']}: where there is no room "
                 "beside a commit, what was finished above it is repeated, and attempts are counted anew",
-                remedy=f"set it to {BESIDE_A_COMMIT} at least, which is its default",
+                remedy=f"set it to {MAX_COMMIT_METADATA} at least, which is its default",
             )
         if settings.get("auto.create.topics.enable") == "true":
             yield Finding(

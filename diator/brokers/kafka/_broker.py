@@ -6,6 +6,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 from diator.brokers.audit import Finding
 from diator.brokers.base import Delivery, OnGap, Topic
@@ -14,50 +15,63 @@ from diator.brokers.codec import encode, headers_with_key
 from diator.brokers.connecting import ServiceBroker
 from diator.brokers.kafka._audit import inspect
 from diator.brokers.kafka._client import Cluster
+from diator.brokers.kafka._consumer import ReadOptions
 from diator.brokers.kafka._errors import CLIENT_ERRORS, send_error
-from diator.brokers.kafka._group import Connections
+from diator.brokers.kafka._group import connected
 from diator.brokers.kafka._names import Names
 from diator.brokers.kafka._producer import Producer
-from diator.brokers.kafka._subscription import ReadOptions, Subscription
+from diator.brokers.kafka._subscription import Subscription
 from diator.brokers.kafka._topics import MAX_HEADERS_BYTES, MAX_KAFKA_BYTES, TopicPolicy
 from diator.brokers.message import Message
-from diator.brokers.supervisor import CallbackSubscription, ReconnectPolicy
+from diator.brokers.supervisor import ReconnectPolicy
 from diator.exceptions import BrokerClosed, ConfigurationError, EncodingError, MessageRejected
 
 
 class KafkaMessageBroker(ServiceBroker[Producer]):
     """
-    Sends each message to the Kafka topic `<prefix>.<message_type>.<message_name>`, and reads as a member of a group.
+    A message broker on Apache Kafka.
 
-    A message is confirmed when every replica that is in sync has it. Its key decides on its partition, and messages of
-    one key keep their order; those without one have none. A group begins at the oldest message, and collects while no
-    member is there. A subscription without a group gets every message from now on; nothing of it is committed, and
-    losing the connection loses nothing, for it knows where it was.
+    It sends each message to the Kafka topic `<prefix>.<message_type>.<message_name>`. A message is confirmed when all
+    in-sync replicas have stored it. Its key selects the partition, and messages of one key keep their order. Messages
+    without a key have no order.
 
-    At least once: what is committed of a partition is its lowest message that is not finished, and beside it what is
-    finished above. A member that dies is noticed after *session* seconds. Then, and whenever a member comes or goes,
-    all of them let the work that they have begun end, within *drain* seconds, and the partitions are shared out anew.
-    No more than *window* messages of a partition are handled ahead of its oldest unfinished one.
+    A subscription with a group is a consumer of a Kafka consumer group. A new group begins at the oldest message, and
+    messages wait for it while it has no consumer. A subscription without a group receives every message from its entry
+    on. It commits nothing, but knows where it was: losing its connection loses no message.
 
-    What is given back waits in a topic of its group, `….<group>-retry`, and others overtake it. With *retry_in_place*
-    it waits in its place, and what has the same key waits behind it.
+    Delivery is at least once. The group commits the oldest unfinished message of each partition, and beside it which
+    later ones are finished. Kafka notices a crashed consumer after *session_timeout*. Whenever a consumer joins, leaves
+    or crashes, the group rebalances: each consumer finishes the deliveries that it has begun, within *drain_timeout*,
+    and the partitions are assigned anew.
+
+    A requeued message waits in a topic of its group, `….<group>-retry`, and later messages overtake it. With
+    *retry_in_place* it waits in its partition, and later messages of its key wait behind it.
 
     Args:
-        bootstrap_servers: `host:port`, or several of them with commas between.
-        prefix: What the names of all topics begin with.
+        bootstrap_servers: `host:port`, or several with commas between them.
+        prefix: The first part of all topic names and group names.
         timeout: Seconds within which every call ends.
-        max_message_bytes: How large an encoded message may be. The default leaves room for headers in what Kafka takes.
-        max_in_flight: How many messages wait for their confirmation; further ones wait for room.
-        ssl_context: For TLS. None is no TLS.
+        max_message_bytes: The largest encoded message. The default fits into Kafka's own default, with its headers.
+        max_in_flight: How many messages may be unconfirmed. Further calls wait.
+        ssl_context: For TLS. None connects without TLS.
         sasl_mechanism: `PLAIN`, `SCRAM-SHA-256` or `SCRAM-SHA-512`, with *username* and *password*.
-        create_topics: Whether missing topics are created. If not, an error says which command does.
-        partitions: How many a topic gets that is created: as many members of a group can share it.
-        replication_factor: How many copies; None is as many as there are brokers, at most three. With three, two of
-            them have to have a message before it is confirmed (`min.insync.replicas`).
-        heartbeat_interval: How often, in seconds, a member says that it lives, and hears that others have come or gone.
-        extra_prefetch: How many messages are received before they are asked for.
-        metadata_max_age: After how many seconds new topics and partitions are looked for.
-        patience: How long a subscription waits for what.
+        username: For *sasl_mechanism*.
+        password: For *sasl_mechanism*.
+        create_topics: Whether to create missing topics. If not, an error shows the command that creates them.
+        partitions: How many partitions a created topic has. As many consumers of a group can share it.
+        replication_factor: How many replicas a created topic has. None is one for each Kafka broker, at most three.
+            With three, a message is confirmed when two have stored it (`min.insync.replicas`).
+        session_timeout: After how many seconds without a heartbeat Kafka takes a consumer for dead.
+        heartbeat_interval: Every how many seconds a consumer sends a heartbeat, and learns of a rebalance.
+        drain_timeout: How many seconds a rebalance waits for deliveries that were begun.
+        max_unacked_per_partition: How far a partition is read beyond its oldest unfinished message.
+        extra_prefetch: How many deliveries a subscription receives beyond its prefetch.
+        retry_in_place: Whether a requeued message keeps its place among the messages of its key.
+        metadata_max_age: Every how many seconds to look for new topics and partitions.
+        reconnect: The time limits and delays of reconnecting. By default it connects within *timeout*.
+
+    Raises:
+        ConfigurationError: An option is out of its range, or options contradict each other.
     """
 
     def __init__(
@@ -84,14 +98,12 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
         metadata_max_age: float = 60.0,
         reconnect: ReconnectPolicy | None = None,
     ) -> None:
-        if (
-            min(timeout, heartbeat_interval, metadata_max_age) <= 0
-            or drain_timeout < 0
-            or session_timeout < 2 * heartbeat_interval
-        ):
+        if min(timeout, heartbeat_interval, metadata_max_age) <= 0 or drain_timeout < 0:
             raise ConfigurationError(
-                "timeout, heartbeat and metadata_max_age are above 0, and session is at least two heartbeats"
+                "timeout, heartbeat_interval and metadata_max_age must be above 0, and drain_timeout at least 0"
             )
+        if session_timeout < 2 * heartbeat_interval:
+            raise ConfigurationError("session_timeout must be at least twice heartbeat_interval")
         if min(max_message_bytes, max_in_flight, partitions, max_unacked_per_partition) < 1 or extra_prefetch < 0:
             raise ConfigurationError(
                 "max_message_bytes, max_in_flight, partitions and max_unacked_per_partition must be at least 1, and "
@@ -116,7 +128,8 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
             replication_factor=replication_factor,
             max_message_bytes=max_message_bytes,
         )
-        self._reading = ReadOptions(
+        self._reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
+        self._options = ReadOptions(
             session_timeout=session_timeout,
             heartbeat_interval=heartbeat_interval,
             drain_timeout=drain_timeout,
@@ -124,29 +137,27 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
             in_place=retry_in_place,
             metadata_max_age=metadata_max_age,
             max_message_bytes=max_message_bytes,
-            first_part=(reconnect or ReconnectPolicy(connect_timeout=timeout)).connect_timeout / 3,
+            assignment_timeout=self._reconnect.connect_timeout / 3,
         )
         self._max_message_bytes = max_message_bytes
         self._extra_prefetch = extra_prefetch
-        self._reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
         super().__init__(Producer(self._cluster, self._policy, max_in_flight=max_in_flight))
 
     @property
     def capabilities(self) -> Capabilities:
-        """What Kafka promises."""
+        """What this transport promises."""
+        options = self._options
         return Capabilities(
             guarantee="at_least_once",
             receipt="durable",
             settlement="cumulative",
             redelivery=frozenset({"retry", "close", "crash"}),
-            redelivery_bound=self._reading.session_timeout
-            + self._reading.heartbeat_interval
-            + self._reading.drain_timeout,
+            redelivery_bound=options.session_timeout + options.heartbeat_interval + options.drain_timeout,
             delayed_retry=True,
             dead_letter=True,
             delivery_count="retries",
             ordering="key",
-            ordered_retry=self._reading.in_place,
+            ordered_retry=options.in_place,
             distribution=frozenset({"broadcast", "competing"}),
             subscription="durable",
             replay="earliest",
@@ -189,26 +200,23 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
         """See `ReadableBroker.subscribe`."""
         if self._service.is_closed:
             raise BrokerClosed("this broker is closed")
-        subscription = Subscription(topics, group, reading=self._reading, names=self._names, producer=self._service)
-        connections = Connections(subscription, self._cluster, self._policy)
-        supervised = subscription.supervised = CallbackSubscription(
-            connections.connected,
+        subscription = Subscription(
             topics,
             group,
-            lossy=False,
             prefetch=prefetch,
-            buffer_size=prefetch + self._extra_prefetch,
-            reconnect=self._reconnect,
+            extra_prefetch=self._extra_prefetch,
             on_gap=on_gap,
-            registry=self._service.subscriptions,
-            unsettled=lambda: subscription.unsettled,
-            leave=connections.leave,
+            options=self._options,
+            names=self._names,
+            producer=self._service,
+            reconnect=self._reconnect,
+            connect=partial(connected, cluster=self._cluster, policy=self._policy),
         )
-        async with supervised as deliveries:
-            yield deliveries
+        async with subscription:
+            yield subscription
 
     async def audit(self) -> Sequence[Finding]:
-        """See `Auditable.audit`: copies, retention and the like, of the cluster and of all topics of this prefix."""
+        """See `Auditable.audit`. It reads the settings of the cluster and of every topic of this prefix."""
         if self._service.is_closed:
             raise BrokerClosed("this broker is closed")
         try:
@@ -219,9 +227,11 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
 
 
 def _encoded(headers: dict[str, str], key: bytes) -> list[tuple[str, bytes]]:
-    """Refuse here what would spoil a whole batch: what is no Unicode, and what is larger than Kafka takes."""
+    """Refuse headers here that Kafka would refuse with their whole batch: invalid Unicode, and too many bytes."""
     encoded = [(name, value.encode()) for name, value in headers.items()]
     size = len(key) + sum(len(name.encode()) + len(value) for name, value in encoded)
     if size > MAX_HEADERS_BYTES:
-        raise MessageRejected(f"its key and headers have {size:,} bytes, and at most {MAX_HEADERS_BYTES:,} find room")
+        raise MessageRejected(
+            f"its key and headers have {size:,} bytes; at most {MAX_HEADERS_BYTES:,} are possible: send less in them"
+        )
     return encoded

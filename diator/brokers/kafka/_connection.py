@@ -1,4 +1,4 @@
-"""One connection to Kafka that reads, while it lives."""
+"""One connection of a subscription to Kafka, while it lives."""
 
 from __future__ import annotations
 
@@ -11,227 +11,204 @@ from typing import Any
 from aiokafka import TopicPartition, errors
 
 from diator.brokers.base import Delivery
-from diator.brokers.kafka._client import close_client, end_tasks
+from diator.brokers.kafka._consumer import KafkaConsumer
 from diator.brokers.kafka._errors import CLIENT_ERRORS
 from diator.brokers.kafka._offsets import Offsets
-from diator.brokers.kafka._subscription import Partition, Record, Subscription
+from diator.brokers.kafka._subscription import Partition, Subscription
 from diator.exceptions import BrokerUnavailable
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-_COORDINATING = ("_coordination_task", "_heartbeat_task", "_commit_refresh_task", "_reset_committed_task")
-_LOOK_AGAIN = 1.0
-"""How often, in seconds, it is looked whether topics have changed, as far as the client has heard."""
+_CHECK_EVERY = 1.0
 
 
 class Connection(ABC):
-    """One consumer of aiokafka, while it lives."""
+    """
+    One connection of *subscription*, by one *consumer*.
 
-    def __init__(self, subscription: Subscription, consumer: Any) -> None:
+    Attributes:
+        subscription: What outlives this connection.
+        consumer: The client.
+        partitions: What it reads now.
+        generation: Grows with every assignment, so that records of an earlier one are recognized.
+    """
+
+    def __init__(self, subscription: Subscription, consumer: KafkaConsumer) -> None:
         self.subscription = subscription
         self.consumer = consumer
         self.partitions: dict[TopicPartition, Partition] = {}
         self.generation = 0
-        self.topics: Sequence[str] = ()
-        self._paused: set[TopicPartition] = set()
-        self._coming: asyncio.Future[None] | None = None
-        self._is_woken = False
-        self._heard = False
-        self._next_look = 0.0
+        self._was_answered = False
         self._was_connected = True
-        subscription.wake = self.wake
+        self._next_check = 0.0
 
     @abstractmethod
-    async def begin(self, topics: Sequence[str]) -> None:
-        """Read *topics* from now on."""
+    async def begin(self) -> None:
+        """Read the topics of the subscription from now on."""
 
     @property
-    def is_readable(self) -> bool:
-        """Whether what the client has now is ours."""
+    def is_assigned(self) -> bool:
+        """Whether it knows its partitions, and where each of them begins."""
         return True
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:
+        """See `Source.receive`."""
+        subscription = self.subscription
         while True:
-            self._is_woken = False
-            if self._heard:
-                self._heard = False
+            subscription.wakeup.clear()
+            if self._was_answered:
+                self._was_answered = False
                 return []
-            if ready := self.subscription.take_ready(most):
+            if ready := subscription.take_ready(most):
                 return ready
-            await self._look_now_and_then()
-            self._hold_back()
+            await self._check_now_and_then()
+            self._pause_and_resume()
             try:
-                if (deliveries := await self._what_is_there(most)) is None:
-                    await self._what_comes()
+                if (deliveries := await self._take(most)) is None:
+                    # The client could wait by itself. It would then also take the messages, and so fetch the next ones
+                    # before the handler of the first has begun.
+                    await subscription.wakeup.wait(self.consumer.fetched, within=self._wait_bound)
                 elif deliveries:
                     return deliveries
             except errors.OffsetOutOfRangeError as error:
-                await self._skip_what_is_gone(error)
+                await self._skip_lost_messages(error)
             except errors.NoOffsetForPartitionError:
-                logger.debug("a partition had no offset yet")  # it has one by now: see `on_partitions_assigned`
+                logger.debug("a partition had no offset yet")  # by now it has: see `on_partitions_assigned`
 
-    async def _what_is_there(self, most: int) -> list[Delivery] | None:
-        """
-        Give what is to be handled of what the client has already; None if it has nothing.
+    @property
+    def _wait_bound(self) -> float:
+        due = self.subscription.due_in()
+        return _CHECK_EVERY if due is None else max(0.0, min(due, _CHECK_EVERY))
 
-        Of a new assignment it has to wait, until we know where that begins.
-        """
-        if not self.is_readable:
+    async def _take(self, most: int) -> list[Delivery] | None:
+        """Return deliveries of the messages that the client has already fetched; None if it has none."""
+        if not self.is_assigned:
             return None
         generation, deliveries = self.generation, list[Delivery]()
-        records: Mapping[TopicPartition, list[Record]] = await self.consumer.getmany(max_records=most)
-        if generation == self.generation:  # else it was read of what was ours then; whoever has it now reads it again
+        records = await self.consumer.take(most)
+        if generation == self.generation:  # otherwise another consumer may have these partitions, and reads them again
             for place, of_partition in records.items():
                 if partition := self.partitions.get(place):
                     self.subscription.accept(partition, of_partition, deliveries)
         return deliveries if records else None
 
-    async def _what_comes(self) -> None:
-        """
-        Wait for messages, for something to be due, or to be woken.
-
-        The client's own way of waiting takes the messages with it, and asks for the next ones before we have begun.
-        """
-        if self._is_woken:
-            return
-        due = self.subscription.due_in()
-        limit = _LOOK_AGAIN if due is None else max(0.0, min(due, _LOOK_AGAIN))
-        timer = asyncio.get_running_loop().call_later(limit, self.wake)
-        coming: asyncio.Future[None] = self.consumer._fetcher._create_fetch_waiter()  # noqa: SLF001
-        self._coming = coming
-        try:
-            await coming
-        finally:
-            timer.cancel()
-            self._coming = None
-
-    def wake(self) -> None:
-        """Have `receive` look again, also if it is not waiting yet."""
-        self._is_woken = True
-        if self._coming is not None and not self._coming.done():
-            self._coming.set_result(None)
-
-    async def _look_now_and_then(self) -> None:
-        now = asyncio.get_running_loop().time()
-        if now >= self._next_look:
-            self._next_look = now + _LOOK_AGAIN
-            await self.look()
-
-    def _hold_back(self) -> None:
-        """Read nothing of a partition while too much of it is unfinished. Set anew: a rebalance forgets it."""
-        if not self.is_readable:
+    def _pause_and_resume(self) -> None:
+        """Fetch nothing of a partition that is too far. The client forgets this with every assignment."""
+        if not self.is_assigned:
             return
         for place, partition in self.partitions.items():
-            too_far = self.subscription.is_too_far(partition)
-            if too_far != (place in self._paused):
-                if too_far:
-                    self.consumer.pause(place)
-                    self._paused.add(place)
-                else:
+            if partition.is_too_far != partition.is_paused:
+                if partition.is_paused:
                     self.consumer.resume(place)
-                    self._paused.discard(place)
-        self.subscription.is_held_back = bool(self._paused)
+                else:
+                    self.consumer.pause(place)
+                partition.is_paused = not partition.is_paused
 
-    async def look(self) -> None:
+    async def _check_now_and_then(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now >= self._next_check:
+            self._next_check = now + _CHECK_EVERY
+            await self.check()
+
+    async def check(self) -> None:
         """
-        See whether topics have changed, as far as the client has heard. One that is gone is told as a gap.
+        Check the connection, and whether topics have changed, as far as the client knows. Called once a second.
 
         Raises:
             ConnectionError: There is no connection, for the second time. The client would try ten times a second.
+            BrokerUnavailable: A topic was deleted. It was reported as a gap.
         """
-        is_connected = any(each.connected() for each in self.consumer._client._conns.values())  # noqa: SLF001
+        is_connected = self.consumer.is_connected
         if not is_connected and not self._was_connected:
             raise ConnectionError("there is no connection to Kafka")
         self._was_connected = is_connected
-        for topic in self.topics:
-            if not self.consumer.partitions_for_topic(topic):
-                raise self._deleted(topic)
+        for topic_name in self.subscription.topic_names:
+            if not self.consumer.has_topic(topic_name):
+                raise self._deleted(topic_name)
 
-    def _deleted(self, topic: str) -> BrokerUnavailable:
-        """A topic is gone, and with it whatever was not read yet. Connecting again, it is created, or refused."""
-        mine = [partition for partition in self.partitions.values() if partition.place.topic == topic]
-        reason = f"the topic {topic} was deleted"
-        self.subscription.tell_gap(min((partition.read_until for partition in mine), default=0), reason)
-        for partition in mine:
+    def _deleted(self, topic_name: str) -> BrokerUnavailable:
+        """Report the messages of a deleted topic as lost. Reconnecting creates the topic, or is refused."""
+        lost = [partition for partition in self.partitions.values() if partition.place.topic == topic_name]
+        reason = f"the topic {topic_name} was deleted"
+        self.subscription.report_lost_messages(min((partition.read_until for partition in lost), default=0), reason)
+        for partition in lost:
             self.subscription.alone.pop(partition.place, None)
         return BrokerUnavailable(reason)
 
-    async def _skip_what_is_gone(self, error: Any) -> None:
-        """What was to be read next is not there: removed by retention, or with its topic."""
-        for place, offset in error.args[0].items():
+    async def _skip_lost_messages(self, error: Any) -> None:
+        """Read on at the oldest message of each partition that does not have the next offset any more."""
+        wanted: Mapping[TopicPartition, int] = error.args[0]
+        for place, offset in wanted.items():
             if place in self.partitions:
-                oldest = (await self.consumer.beginning_offsets([place]))[place]
-                self.subscription.tell_gap(
+                oldest = (await self.consumer.oldest_offsets([place]))[place]
+                self.subscription.report_lost_messages(
                     self.partitions[place].read_until,
-                    f"messages of {place.topic}, partition {place.partition}, are gone: {offset} was to be read next, "
-                    f"and the oldest is {oldest}; retention was faster than this reader, or the topic was deleted",
+                    f"messages of {place.topic}, partition {place.partition}, are gone: the next offset was {offset}, "
+                    f"and the oldest is {oldest}; retention was faster than its reader, or the topic was deleted",
                 )
                 self.partitions[place] = self.subscription.partition(place, Offsets(oldest))
                 self.consumer.seek(place, oldest)
 
     async def probe(self) -> None:
-        """Ask the leaders of all partitions where they end. Where there is more, only its coming is a sign of life."""
-        places = [place for place in self.partitions if place not in self._paused] if self.is_readable else []
-        if not places:
-            if not await self.consumer._client.force_metadata_update():  # noqa: SLF001  # the public way asks for all topics
-                raise ConnectionError("no broker tells about the topics")
-        else:
+        """
+        Ask the leader of each partition where it ends; without partitions, ask about the topics. See `Source.probe`.
+
+        If a partition has more messages, only their arrival is a sign of life.
+        """
+        places: Collection[TopicPartition] = ()
+        if self.is_assigned:
+            places = [place for place, partition in self.partitions.items() if not partition.is_paused]
+        if places:
             ends = await self.consumer.end_offsets(places)
             for place in places:
                 if place in self.partitions and ends[place] > await self.consumer.position(place):
                     return
-        self._heard = True
-        self.wake()
+        elif not await self.consumer.refresh_metadata():
+            raise ConnectionError("no broker of Kafka answers")
+        self._was_answered = True
+        self.subscription.wakeup.set()
 
-    async def leave(self, *, within: float) -> None:
-        """End it within *within* seconds, whatever state it is in."""
+    async def end(self, *, within: float) -> None:
+        """End the connection, whatever state it is in. Saying goodbye to Kafka takes *within* seconds at most."""
         try:
             async with asyncio.timeout(within):
                 await self.say_goodbye()
         except CLIENT_ERRORS as error:
-            logger.warning("leaving Kafka was not heard there: %s: %s", type(error).__name__, error)
-        consumer = self.consumer
-        consumer._closed = True  # noqa: SLF001  # its own `stop` can hang, and raise what it was not told to
-        coordinator, fetcher = consumer._coordinator, consumer._fetcher  # noqa: SLF001
-        tasks = [getattr(coordinator, name, None) for name in _COORDINATING]
-        await end_tasks([*tasks, getattr(fetcher, "_fetch_task", None), *getattr(fetcher, "_pending_tasks", ())])
-        await close_client(consumer._client)  # noqa: SLF001
+            logger.warning("Kafka did not learn that a consumer left: %s: %s", type(error).__name__, error)
+        await self.consumer.end()
 
-    async def say_goodbye(self) -> None:  # noqa: B027  # a reader alone has nothing to tell
-        """Tell Kafka what it has to know."""
+    async def say_goodbye(self) -> None:  # noqa: B027  # without a group there is nothing to do
+        """Send Kafka what it must know before the connection ends."""
 
 
 class ReaderConnection(Connection):
-    """A reader without a group: every partition, from its end. Nothing is committed; it knows where it is."""
+    """A connection without a group. It reads every partition, and commits nothing: the subscription knows how far."""
 
-    async def begin(self, topics: Sequence[str]) -> None:
-        self.topics = topics
+    async def begin(self) -> None:
+        """Read each partition where the subscription is; at first at its end."""
         self.partitions = self.subscription.alone
         await self._assign()
 
     async def _assign(self) -> None:
         known, places = self.partitions, []
-        for topic in self.topics:
-            places += [TopicPartition(topic, number) for number in await self._numbers_of(topic)]
+        for topic_name in self.subscription.topic_names:
+            numbers = await self.consumer.partitions_of(topic_name)
+            places += [TopicPartition(topic_name, number) for number in numbers]
         if new := [place for place in places if place not in known]:
-            # What comes later than this subscription is read from its beginning.
-            begins = self.consumer.beginning_offsets if self.subscription.has_begun else self.consumer.end_offsets
-            for place, position in (await begins(new)).items():
-                known[place] = self.subscription.partition(place, Offsets(position))
-        self.subscription.has_begun = True
+            # A partition that is newer than the subscription is read from its beginning.
+            begins = self.consumer.oldest_offsets if self.subscription.has_begun else self.consumer.end_offsets
+            self.subscription.read_alone(await begins(new))
         self.generation += 1
         self.consumer.assign(places)
         for place in places:
             self.consumer.seek(place, known[place].offsets.next)
-        self._paused.clear()
+            known[place].is_paused = False
 
-    async def _numbers_of(self, topic: str) -> Collection[int]:
-        numbers: Collection[int] | None = self.consumer.partitions_for_topic(topic)
-        return numbers or await self.consumer._client._wait_on_metadata(topic)  # noqa: SLF001
-
-    async def look(self) -> None:
-        await super().look()
-        for topic in self.topics:
-            if any(TopicPartition(topic, number) not in self.partitions for number in await self._numbers_of(topic)):
+    async def check(self) -> None:
+        """Check the connection, and read partitions that were added."""
+        await super().check()
+        for topic_name in self.subscription.topic_names:
+            numbers = await self.consumer.partitions_of(topic_name)
+            if any(TopicPartition(topic_name, number) not in self.partitions for number in numbers):
                 return await self._assign()
         return None

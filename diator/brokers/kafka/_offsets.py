@@ -1,29 +1,33 @@
-"""Which messages of one partition are done: the arithmetic of committing, without a client and a clock."""
+"""Which messages of one partition are finished: the arithmetic of commits, without a client or a clock."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
 
-BESIDE_A_COMMIT = 4_096
-"""How many characters Kafka takes beside a commit: the default of `offset.metadata.max.bytes`, and all that is used."""
+MAX_COMMIT_METADATA = 4_096
+"""How many characters of metadata Kafka stores with a commit: the default of `offset.metadata.max.bytes`."""
 _VERSION = "1"
 
 
 class Offsets:
     """
-    The messages of one partition, from the oldest one that is not finished.
+    The messages of one partition, from its oldest unfinished one.
 
-    They are taken in the order of their offsets and finished in any. What is committed is the lowest offset that is not
-    finished, never the newest that is; what was finished above it, and how often what was not was tried, is written
-    beside the commit, so that it outlives a change of members. Offsets that nobody takes (a compacted topic has holes)
-    count as finished.
+    They are taken in the order of their offsets, and finished in any order. The committed offset is the oldest
+    unfinished one, never the newest finished one. The commit's metadata lists the messages that were finished above it,
+    and the attempts of the unfinished ones, so that both outlive a rebalance. An offset that is never taken counts as
+    finished: a compacted topic has such holes.
+
+    Args:
+        position: The offset to begin at.
+        metadata: The metadata of the group's last commit, as `progress` returned it.
     """
 
-    def __init__(self, position: int, written: str = "") -> None:
+    def __init__(self, position: int, metadata: str = "") -> None:
         self._next = position
         self._unfinished: dict[int, int] = {}  # in the order of their offsets, each with its attempt
-        self._done, self._attempts = _read(position, written)
+        self._done, self._attempts = _parse(position, metadata)
 
     @property
     def next(self) -> int:
@@ -32,16 +36,16 @@ class Offsets:
 
     @property
     def lowest(self) -> int:
-        """The lowest offset that is not finished."""
+        """The oldest unfinished offset."""
         return next(iter(self._unfinished), self._next)
 
     @property
     def spread(self) -> int:
-        """How far the newest one that was taken is ahead of the lowest that is not finished."""
+        """How far the newest taken offset is ahead of the oldest unfinished one."""
         return self._next - self.lowest
 
     def take(self, offset: int) -> int:
-        """Note that the message at *offset* has come, and give its attempt; 0 if it was taken, or finished, before."""
+        """Record that the message at *offset* has arrived. Return its attempt; 0 if it was taken or finished before."""
         if offset < self._next:
             return 0
         self._next = offset + 1
@@ -55,23 +59,23 @@ class Offsets:
         return attempt
 
     def finish(self, offset: int) -> None:
-        """It must not come again."""
+        """Record that the message at *offset* must not be delivered again."""
         self._unfinished.pop(offset, None)
 
-    def give_back(self, offset: int) -> int:
-        """It is to come again; give the attempt that this will be."""
+    def requeue(self, offset: int) -> int:
+        """Record that the message at *offset* will be delivered again. Return the attempt that this will be."""
         self._unfinished[offset] += 1
         return self._unfinished[offset]
 
     def attempt(self, offset: int) -> int:
-        """Which attempt the message at *offset* is at, which was taken and is not finished."""
+        """Return the attempt of the message at *offset*, which was taken and is not finished."""
         return self._unfinished.get(offset, 1)
 
     def progress(self) -> tuple[int, str]:
-        """What is to be committed: the lowest offset that is not finished, and what is written beside it."""
+        """Return what to commit: the oldest unfinished offset, and the metadata."""
         lowest = self.lowest
         attempts = {offset: attempt for offset, attempt in self._unfinished.items() if attempt > 1}
-        return lowest, _write(lowest, [*self._finished_above()], {**attempts, **self._attempts})
+        return lowest, _format(lowest, [*self._finished_above()], {**attempts, **self._attempts})
 
     def _finished_above(self) -> Iterator[range]:
         expected = None
@@ -81,29 +85,29 @@ class Offsets:
             expected = offset + 1
         if expected is not None and expected < self._next:
             yield range(expected, self._next)
-        for done in self._done:  # what an earlier member wrote
+        for done in self._done:  # from the metadata of the last commit
             if done.stop > self._next:
                 yield range(max(done.start, self._next), done.stop)
 
 
-def _write(lowest: int, done: list[range], attempts: dict[int, int]) -> str:
-    """Write what is known above *lowest*; what there is no room for comes again, or is counted from 1."""
+def _format(lowest: int, done: list[range], attempts: dict[int, int]) -> str:
+    """Write the metadata. A message that it has no room for is delivered again, or its attempts count from 1 again."""
     if not done and not attempts:
         return ""
     tried = [f"{offset - lowest}:{attempt}" for offset, attempt in sorted(attempts.items())]
     finished = [f"{each.start - lowest}+{len(each)}" for each in done]
     parts = [_VERSION, *tried, *finished]
-    room, kept = BESIDE_A_COMMIT, 0
+    room, kept = MAX_COMMIT_METADATA, 0
     while kept < len(parts) and (room := room - len(parts[kept]) - 1) >= 0:
         kept += 1
     return " ".join(parts[:kept])
 
 
-def _read(position: int, written: str) -> tuple[list[range], dict[int, int]]:
-    """Read what `_write` wrote. What another program wrote there says nothing to us."""
+def _parse(position: int, metadata: str) -> tuple[list[range], dict[int, int]]:
+    """Read what `_format` wrote. Ignore the metadata of another program."""
     done: list[range] = []
     attempts: dict[int, int] = {}
-    version, *parts = written.split(" ")
+    version, *parts = metadata.split(" ")
     if version != _VERSION:
         return done, attempts
     try:
@@ -123,13 +127,13 @@ def _read(position: int, written: str) -> tuple[list[range], dict[int, int]]:
 
 DELAYS = (1.0, 4.0, 16.0, 64.0, 256.0)
 """
-The partitions of a retry topic, by the longest delay (seconds) of what waits in each; the last one has what is longer.
+The delay buckets, one for each partition of a retry topic: the longest delay of each, in seconds.
 
-A partition is read in its order. Among delays that differ by no more than a factor, nothing waits for long behind
-something that is due later.
+One more partition has the longer delays. A partition is read in its order. In each bucket the delays differ by a factor
+of four at most, so that no retry waits for long behind one that is due later.
 """
 
 
 def delay_bucket(after: float) -> int:
-    """In which partition of a retry topic a message waits that is due in *after* seconds."""
+    """Return the partition of a retry topic for a retry that is due in *after* seconds."""
     return bisect_left(DELAYS, after)

@@ -1,4 +1,4 @@
-"""A subscription to Kafka, beyond the life of a connection: what of its partitions is out, and how that is settled."""
+"""A subscription to Kafka: what it has of its partitions while connections come and go, and how that is settled."""
 
 from __future__ import annotations
 
@@ -7,240 +7,347 @@ import heapq
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
-from aiokafka import ConsumerRecord, TopicPartition
+import msgspec
+from aiokafka import TopicPartition
 
-from diator.brokers.base import Delivery, Topic
+from diator.brokers.base import Delivery, OnGap, Topic
+from diator.brokers.connecting import BackgroundTasks
+from diator.brokers.kafka._consumer import ReadOptions, Record
 from diator.brokers.kafka._names import DEAD, RETRY, Names
 from diator.brokers.kafka._offsets import Offsets, delay_bucket
 from diator.brokers.kafka._producer import Producer
 from diator.brokers.settling import dead_letter_headers
-from diator.brokers.supervisor import ResilientSubscription
+from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, Source
 from diator.exceptions import ConfigurationError, MessageRejected
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-Record: TypeAlias = ConsumerRecord[Any, Any]
-
-_MOST_WAITING = 100
-"""How many messages of one partition of a retry topic wait here for their time."""
+#: How many messages of one partition of a retry topic wait here until they are due.
+_MAX_WAITING = 100
+#: The last headers of a message in a retry topic: attempt, due (milliseconds since 1970), and where it came from.
 _RETRY_HEADERS = ("diator-retry-attempt", "diator-retry-due", "diator-retry-origin")
-"""What a message in a retry topic has at the end of its headers: attempt, due (ms since 1970), partition:offset."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadOptions:
-    """How a subscription reads: the options of its broker. Times in seconds."""
-
-    session_timeout: float
-    heartbeat_interval: float
-    drain_timeout: float
-    max_unacked_per_partition: int
-    in_place: bool
-    metadata_max_age: float
-    max_message_bytes: int
-    first_part: float
-    """For how long a new member waits for its first part of the topics, before it is there without one."""
-
-    @property
-    def most_patience(self) -> float:
-        """How long a rebalance can take: the dead are noticed, and the slowest of the living lets go."""
-        return self.session_timeout + self.drain_timeout + 30.0
 
 
 class Partition:
-    """One partition, from its assignment to its revocation. A new assignment is a new one of these."""
+    """
+    One partition, from its assignment to this consumer until its revocation. A new assignment makes a new object.
+
+    Attributes:
+        place: The Kafka topic and the number of the partition.
+        topic: What its messages are about.
+        offsets: Which of its messages are finished.
+        is_retries: Whether it is of a retry topic.
+        committed: What was committed last, as `Offsets.progress` returned it.
+        is_ending: Whether it is about to go to another consumer: its deliveries may be settled, and no more begin.
+        is_lost: Whether it is another consumer's: settling a delivery of it has no effect.
+        is_paused: Whether the client fetches nothing of it for now.
+        read_until: When its last message that was read had been sent, in milliseconds since 1970.
+        unsettled: How many of its deliveries are not settled, handed out or not.
+        waiting: How many of its messages wait here until they are due.
+        behind: With retries in place: by key, the messages that wait until an earlier one of their key is settled.
+    """
 
     __slots__ = (
         "behind",
         "committed",
-        "ending",
-        "lost",
+        "is_ending",
+        "is_lost",
+        "is_paused",
+        "is_retries",
+        "max_unacked",
         "offsets",
-        "out",
         "place",
         "read_until",
-        "retries",
         "topic",
+        "unsettled",
         "waiting",
     )
 
-    def __init__(self, place: TopicPartition, topic: Topic, offsets: Offsets, *, retries: bool) -> None:
+    def __init__(
+        self, place: TopicPartition, topic: Topic, offsets: Offsets, *, is_retries: bool, max_unacked: int
+    ) -> None:
         self.place = place
         self.topic = topic
         self.offsets = offsets
-        self.retries = retries
+        self.is_retries = is_retries
+        self.max_unacked = max_unacked
         self.committed = offsets.progress()
-        self.ending = False
-        """Whether it is about to go to another: what was begun of it ends, and nothing else begins."""
-        self.lost = False
+        self.is_ending = False
+        self.is_lost = False
+        self.is_paused = False
         self.read_until = 0
-        """When the last message that was read had been sent, in milliseconds since 1970."""
-        self.out = 0
-        """How many deliveries are not settled, given out or not."""
+        self.unsettled = 0
         self.waiting = 0
-        """How many messages wait here for their time."""
         self.behind: dict[bytes, deque[Record]] = {}
-        """In place: what waits for an earlier message of its key, which is out or given back."""
+
+    @property
+    def is_too_far(self) -> bool:
+        """Whether it must not be read further for now: too many of its messages are unfinished, or wait here."""
+        return self.offsets.spread >= self.max_unacked or self.waiting >= _MAX_WAITING
 
 
-class _Token:
-    """By what a delivery is known. It has no `repr` with a payload in it, as a record has."""
+class _Token(msgspec.Struct, eq=False, gc=False):  # nothing that it refers to refers back
+    """The handle of a delivery. *is_settled*: settling it has no effect any more, or another delivery replaced it."""
 
-    __slots__ = ("partition", "record", "settled")
-
-    def __init__(self, partition: Partition, record: Record) -> None:
-        self.partition = partition
-        self.record = record
-        self.settled = False
-        """Whether it is, or has come again as another delivery: settling it now says nothing."""
+    partition: Partition
+    record: Record
+    is_settled: bool = False
 
     @property
     def is_over(self) -> bool:
-        return self.settled or self.partition.lost
+        return self.is_settled or self.partition.is_lost
+
+    def __repr__(self) -> str:  # a record has the payload in it, and this may end in a log
+        return f"{self.partition.place}:{self.record.offset}"
 
 
-class Subscription:
-    """What a subscription has, beyond the life of a connection. It also settles its deliveries."""
+class Wakeup:
+    """Lets a connection wait for its client, and yet look again at once when something else has changed."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._waiting: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        """End the wait, or the next one if nobody waits."""
+        self._is_set = True
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    def clear(self) -> None:
+        """Note that the connection looks at everything now."""
+        self._is_set = False
+
+    async def wait(self, future: Callable[[], asyncio.Future[None]], *, within: float) -> None:
+        """Wait until the future that *future* returns is done, `set` is called, or *within* seconds are over."""
+        if self._is_set:
+            return
+        timer = asyncio.get_running_loop().call_later(within, self.set)
+        self._waiting = future()
+        try:
+            await self._waiting
+        finally:
+            timer.cancel()
+            self._waiting = None
+
+
+class Subscription(ResilientSubscription):
+    """
+    A subscription to Kafka: it outlives its connections, and settles its deliveries.
+
+    Args:
+        topics: What it reads.
+        group: Its consumer group; None for a subscription without one.
+        prefetch: See `ResilientSubscription`.
+        extra_prefetch: How many deliveries it receives beyond *prefetch*.
+        on_gap: See `ResilientSubscription`.
+        options: How it reads.
+        names: How its topics and its group are named.
+        producer: Sends the retries and dead letters. This subscription ends with it.
+        reconnect: See `ResilientSubscription`.
+        connect: Makes one connection of a subscription; `connected` of `_group.py`.
+
+    Attributes:
+        group_id: The name of the group in Kafka.
+        topic_names: The Kafka topics that it reads: of its topics, and of their retries.
+        dead_letter_topics: The Kafka topics that get its dead letters.
+        options: How it reads.
+        wakeup: Wakes the connection: something is ready or due, or a partition has room again.
+        alone: Without a group: the partitions, and how far each is read, whatever becomes of the connection.
+        has_begun: Without a group: whether it began to read. What is created after that is read from its beginning.
+    """
 
     def __init__(
         self,
         topics: Collection[Topic],
         group: str | None,
         *,
-        reading: ReadOptions,
+        prefetch: int,
+        extra_prefetch: int,
+        on_gap: OnGap | None,
+        options: ReadOptions,
         names: Names,
         producer: Producer,
+        reconnect: ReconnectPolicy,
+        connect: Connect,
     ) -> None:
-        self.group = group
+        super().__init__(
+            topics,
+            group,
+            lossy=False,
+            prefetch=prefetch,
+            buffer_size=prefetch + extra_prefetch,
+            reconnect=reconnect,
+            on_gap=on_gap,
+            registry=producer.subscriptions,
+        )
+        self.options = options
         self.group_id = None if group is None else names.group(group)
-        self.reading = reading
-        self._names = names
+        self._connect = connect
+        self._group = group
         self._producer = producer
-        with_retries = group is not None and not reading.in_place
+        # Without a group, and in place, a retry waits in memory: there is no retry topic.
+        self._has_retry_topics = group is not None and not options.in_place
         try:
             self._topics = {names.topic(topic): topic for topic in topics}
-            self._dead = {name: names.beside(name, group, DEAD) for name in self._topics}
-            self._retries = {names.beside(name, group, RETRY): name for name in self._topics} if with_retries else {}
+            self._dead_letter_topics = {name: names.beside(name, group, DEAD) for name in self._topics}
+            self._retry_topics = (
+                {name: names.beside(name, group, RETRY) for name in self._topics} if self._has_retry_topics else {}
+            )
         except MessageRejected as error:
             raise ConfigurationError(str(error)) from error
-        self.names: Sequence[str] = [*self._topics, *self._retries]
-        """The topics that are read."""
-        self.dead: Collection[str] = self._dead.values()
-        """Those that are written to when a message is put aside."""
-        self.supervised: ResilientSubscription
-        self.unsettled = 0
+        self._sources = {retries: name for name, retries in self._retry_topics.items()}
+        self.topic_names: Sequence[str] = [*self._topics, *self._sources]
+        self.dead_letter_topics: Collection[str] = self._dead_letter_topics.values()
+        self.wakeup = Wakeup()
         self.alone: dict[TopicPartition, Partition] = {}
-        """Without a group: what is read, and how far it is, whatever becomes of the connection."""
         self.has_begun = False
-        self.freed = asyncio.Event()
-        self.wake: Callable[[], None] = lambda: None
-        self.is_held_back = False
-        """Whether something is not read for now, until enough is settled."""
-        self.ready: deque[tuple[Partition, Record, int]] = deque()
-        """What is to be delivered without asking Kafka: what is due, and what was behind another."""
-        self._delayed: list[tuple[float, int, Partition, Record, int]] = []
-        self._numbers = 0
+        self._settled = asyncio.Event()
+        self._ready: deque[tuple[Partition, Record, int]] = deque()  # to be delivered without asking Kafka
+        self._delayed: list[tuple[float, int, Partition, Record, int]] = []  # a heap, by when each is due
+        self._delayed_count = 0  # in the heap it keeps the order of those that are due at once
+        self._background = BackgroundTasks()
+
+    # -- connections ---------------------------------------------------------------------------------------------
+
+    def connect(self) -> AbstractAsyncContextManager[Source]:
+        """See `ResilientSubscription.connect`."""
+        return self._connect(self)
+
+    async def release(self, ending: Coroutine[Any, Any, None]) -> None:
+        """Wait for the end of a connection. If this wait is cancelled, the end goes on, and `leave` waits for it."""
+        self._background.start(ending, "leaving Kafka")
+        await self._background.wait()
+
+    async def leave(self, prefetched: Collection[Delivery], /) -> None:  # nothing of it was committed
+        """Wait until Kafka knows what was settled: the end of the connection commits it, within its own time limit."""
+        await self._background.wait()
+
+    # -- partitions ----------------------------------------------------------------------------------------------
 
     def partition(self, place: TopicPartition, offsets: Offsets) -> Partition:
-        """Begin to read a partition."""
-        name = self._retries.get(place.topic)
-        return Partition(place, self._topics[name or place.topic], offsets, retries=name is not None)
+        """Return a partition that this connection begins to read."""
+        source = self._sources.get(place.topic)
+        topic = self._topics[source or place.topic]
+        max_unacked = self.options.max_unacked_per_partition
+        return Partition(place, topic, offsets, is_retries=source is not None, max_unacked=max_unacked)
+
+    def read_alone(self, positions: Mapping[TopicPartition, int]) -> None:
+        """Begin to read further partitions without a group, each at its position."""
+        for place, position in positions.items():
+            self.alone[place] = self.partition(place, Offsets(position))
+        self.has_begun = True
+
+    async def drain(self, partitions: Collection[Partition]) -> None:
+        """Begin nothing more of *partitions*. Wait for their deliveries to be settled, for `drain_timeout` at most."""
+        for partition in partitions:
+            partition.is_ending = True
+        for delivery in self.remove_prefetched(lambda delivery: _token(delivery).partition in partitions):
+            _token(delivery).partition.unsettled -= 1
+            self.unsettled -= 1
+        try:
+            async with asyncio.timeout(self.options.drain_timeout):
+                while any(partition.unsettled for partition in partitions):
+                    self._settled.clear()
+                    await self._settled.wait()
+        except TimeoutError:
+            late = sum(partition.unsettled for partition in partitions)
+            logger.warning(
+                "%d deliveries were not settled within drain_timeout (%g s) when their partitions went to other "
+                "consumers, which receive them again",
+                late,
+                self.options.drain_timeout,
+            )
 
     def lose(self, partitions: Iterable[Partition]) -> None:
-        """From now on these are others'. What comes of them late says nothing."""
+        """Record that *partitions* are other consumers' now: settling a delivery of them has no effect."""
         for partition in partitions:
-            partition.lost = True
-            self.unsettled -= partition.out
-            partition.out = 0
-        self._delayed = [each for each in self._delayed if not each[2].lost]
+            partition.is_lost = True
+            self.unsettled -= partition.unsettled
+            partition.unsettled = 0
+        self._delayed = [each for each in self._delayed if not each[2].is_lost]
         heapq.heapify(self._delayed)
-        self.supervised.remove_prefetched(lambda delivery: _token(delivery).partition.lost)
+        self.remove_prefetched(lambda delivery: _token(delivery).partition.is_lost)
 
-    def withdraw(self, partitions: Collection[Partition]) -> None:
-        """Take back what of *partitions* was received and not given out."""
-        for delivery in self.supervised.remove_prefetched(lambda delivery: _token(delivery).partition in partitions):
-            _token(delivery).partition.out -= 1
-            self.unsettled -= 1
-
-    def tell_gap(self, read_until: int, reason: str) -> None:
-        """Messages are gone: some that came after the last one that was read, whenever that was."""
+    def report_lost_messages(self, read_until: int, reason: str) -> None:
+        """Report a gap: Kafka has no longer what came after *read_until* (milliseconds since 1970)."""
         logger.error("%s", reason)
-        self.supervised.tell_gap(datetime.fromtimestamp(read_until / 1000, UTC), reason)
+        self.report_gap(datetime.fromtimestamp(read_until / 1000, UTC), reason)
 
     # -- receiving -----------------------------------------------------------------------------------------------
 
     def accept(self, partition: Partition, records: Sequence[Record], into: list[Delivery]) -> None:
-        """Make deliveries of *records*, as far as they are to be handled now."""
-        take, in_place = partition.offsets.take, self.reading.in_place
-        if records:
-            partition.read_until = records[-1].timestamp
-        for record in records:
-            attempt = take(record.offset)
-            if not attempt:
-                continue
-            if partition.retries:
-                self._wait_until_due(partition, record, into)
-            elif in_place and record.key is not None:
-                if record.key in partition.behind:
-                    partition.behind[record.key].append(record)
-                else:
-                    partition.behind[record.key] = deque()
-                    into.append(self.delivery(partition, record, attempt))
-            else:
-                into.append(self.delivery(partition, record, attempt))
-
-    def _wait_until_due(self, partition: Partition, record: Record, into: list[Delivery]) -> None:
-        told = _told_by(record)
-        attempt, remaining = told.attempt, told.due / 1000 - time.time()
-        if remaining <= 0:
-            into.append(self.delivery(partition, record, attempt))
+        """Append to *into* the deliveries of those *records* that may be handled now. The others wait here."""
+        if not records:
+            return
+        partition.read_until = records[-1].timestamp
+        take, before = partition.offsets.take, len(into)
+        if not partition.is_retries and not self.options.in_place:
+            into += [self._delivery(partition, each, attempt) for each in records if (attempt := take(each.offset))]
         else:
-            self._delay(partition, record, attempt, remaining)
+            for record in records:
+                if attempt := take(record.offset):
+                    self._accept_in_order(partition, record, attempt, into)
+        self._count(partition, len(into) - before)
+
+    def _accept_in_order(self, partition: Partition, record: Record, attempt: int, into: list[Delivery]) -> None:
+        if partition.is_retries:
+            control = _control_of(partition, record)
+            remaining = control.due / 1000 - time.time()
+            if remaining > 0:
+                self._delay(partition, record, control.attempt, remaining)
+            else:
+                into.append(self._delivery(partition, record, control.attempt))
+        elif record.key is None:
+            into.append(self._delivery(partition, record, attempt))
+        elif record.key in partition.behind:
+            partition.behind[record.key].append(record)
+        else:
+            partition.behind[record.key] = deque()
+            into.append(self._delivery(partition, record, attempt))
 
     def _delay(self, partition: Partition, record: Record, attempt: int, after: float) -> None:
-        self._numbers += 1
+        self._delayed_count += 1
         partition.waiting += 1
         due = asyncio.get_running_loop().time() + after
-        heapq.heappush(self._delayed, (due, self._numbers, partition, record, attempt))
-        self.wake()
+        heapq.heappush(self._delayed, (due, self._delayed_count, partition, record, attempt))
+        self.wakeup.set()
 
     def due_in(self) -> float | None:
-        """After how many seconds something is due; None if nothing waits."""
+        """Return in how many seconds the next delayed message is due; None if there is none."""
         return self._delayed[0][0] - asyncio.get_running_loop().time() if self._delayed else None
 
     def take_ready(self, most: int) -> list[Delivery]:
-        """Give what is to be delivered without asking Kafka."""
-        now = asyncio.get_running_loop().time()
-        while self._delayed and self._delayed[0][0] <= now:
-            _, _, partition, record, attempt = heapq.heappop(self._delayed)
-            partition.waiting -= 1
-            self.ready.append((partition, record, attempt))
+        """Return at most *most* deliveries of messages that are here: delayed ones that are due, and unblocked ones."""
+        if self._delayed:
+            now = asyncio.get_running_loop().time()
+            while self._delayed and self._delayed[0][0] <= now:
+                _, _, partition, record, attempt = heapq.heappop(self._delayed)
+                partition.waiting -= 1
+                self._ready.append((partition, record, attempt))
         taken: list[Delivery] = []
-        while self.ready and len(taken) < most:
-            partition, record, attempt = self.ready.popleft()
-            if not partition.lost and not partition.ending:
-                taken.append(self.delivery(partition, record, attempt))
+        while self._ready and len(taken) < most:
+            partition, record, attempt = self._ready.popleft()
+            if not partition.is_lost and not partition.is_ending:
+                self._count(partition, 1)
+                taken.append(self._delivery(partition, record, attempt))
         return taken
 
-    def delivery(self, partition: Partition, record: Record, attempt: int) -> Delivery:
-        """Make a delivery, which is out from now on."""
-        partition.out += 1
-        self.unsettled += 1
-        headers: dict[str, str] = {}
-        if record.headers or record.key is not None:
-            pairs = _told_by(record).headers if partition.retries else record.headers
-            headers = {name: (value or b"").decode(errors="replace") for name, value in pairs}
-            if record.key is not None:  # of another program, which has no such header
-                headers.setdefault("key", record.key.decode(errors="replace"))
+    def _count(self, partition: Partition, deliveries: int) -> None:
+        partition.unsettled += deliveries
+        self.unsettled += deliveries
+
+    def _delivery(self, partition: Partition, record: Record, attempt: int) -> Delivery:
         return Delivery(
             topic=partition.topic,
             body=record.value or b"",
-            headers=headers,
+            headers=_headers(partition, record) if record.headers or record.key is not None else {},
             attempt=attempt,
             settler=self,
             token=_Token(partition, record),
@@ -249,133 +356,154 @@ class Subscription:
     # -- settling ------------------------------------------------------------------------------------------------
 
     async def ack(self, delivery: Delivery, /) -> None:
-        """Noted here, and committed together with others."""
+        """Record that the message is finished. The connection commits it together with others."""
         token = _token(delivery)
-        if not token.is_over:
-            self._finished(token)
+        if not (token.is_settled or token.partition.is_lost):
+            self._finish(token)
 
     async def retry(self, delivery: Delivery, after: float, /) -> None:
+        """Write the message to the retry topic of its group. Without one, it waits here."""
         token = _token(delivery)
         partition, record = token.partition, token.record
         if token.is_over:
             return
-        if self.group is None or self.reading.in_place:
-            token.settled = True
-            self._let_go(partition)
-            self._delay(partition, record, partition.offsets.give_back(record.offset), after)
+        if not self._has_retry_topics:
+            token.is_settled = True
+            self._settle(partition)
+            self._delay(partition, record, partition.offsets.requeue(record.offset), after)
             return
         due = str(round((time.time() + after) * 1000) + 1)
-        told = (str(delivery.attempt + 1), due, self._origin(partition, record))
-        headers = [*self._own_headers(partition, record)]
-        headers += [(name, value.encode()) for name, value in zip(_RETRY_HEADERS, told, strict=True)]
-        topic = (
-            partition.place.topic if partition.retries else self._names.beside(partition.place.topic, self.group, RETRY)
-        )
-        await self._move(token, delivery.attempt, topic, headers, partition=delay_bucket(after))
+        control = (str(delivery.attempt + 1), due, _origin(partition, record))
+        headers = [*_own_headers(partition, record)]
+        headers += [(name, value.encode()) for name, value in zip(_RETRY_HEADERS, control, strict=True)]
+        topic_name = partition.place.topic if partition.is_retries else self._retry_topics[partition.place.topic]
+        await self._move(token, delivery.attempt, topic_name, headers, partition=delay_bucket(after))
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
+        """Write the message to the dead-letter topic of its group."""
         token = _token(delivery)
         partition, record = token.partition, token.record
         if token.is_over:
             return
-        source = self._retries.get(partition.place.topic, partition.place.topic)
-        partition_, _, offset = self._origin(partition, record).partition(":")
+        source = self._sources.get(partition.place.topic, partition.place.topic)
+        number, _, offset = _origin(partition, record).partition(":")
         about = dead_letter_headers(
-            delivery, reason, source=source, group=self.group or "", partition=partition_, offset=offset
+            delivery, reason, source=source, group=self._group or "", partition=number, offset=offset
         )
-        headers = [*self._own_headers(partition, record)]
+        headers = [*_own_headers(partition, record)]
         headers += [(name, value.encode(errors="replace")) for name, value in about.items()]
-        await self._move(token, delivery.attempt, self._dead[source], headers)
+        await self._move(token, delivery.attempt, self._dead_letter_topics[source], headers)
 
     async def _move(
         self,
         token: _Token,
         attempt: int,
-        topic: str,
+        topic_name: str,
         headers: list[tuple[str, bytes]],
         partition: int | None = None,
     ) -> None:
-        """Write it to *topic*, and then it is done here. If that fails, it comes again, though this member lives on."""
+        """Write the message to *topic_name*; then it is finished here. If that fails, it is delivered again later."""
         record = token.record
         try:
-            await self._producer.send(topic, record.value or b"", key=record.key, headers=headers, partition=partition)
+            await self._producer.send(
+                topic_name, record.value or b"", key=record.key, headers=headers, partition=partition
+            )
         except BaseException:
-            asyncio.get_running_loop().call_later(self.reading.session_timeout, self._come_again, token, attempt)
+            # Not at once: a service that fails would be flooded with attempts.
+            asyncio.get_running_loop().call_later(self.options.session_timeout, self._redeliver, token, attempt)
             raise
         if not token.is_over:
-            self._finished(token)
+            self._finish(token)
 
-    def _come_again(self, token: _Token, attempt: int) -> None:
-        """Unless another try to settle it has succeeded meanwhile."""
+    def _redeliver(self, token: _Token, attempt: int) -> None:
+        """Deliver the message again, unless another try to settle it has succeeded meanwhile."""
         if not token.is_over:
-            token.settled = True
-            self._let_go(token.partition)
-            self.ready.append((token.partition, token.record, attempt))
-            self.wake()
+            token.is_settled = True
+            self._settle(token.partition)
+            self._ready.append((token.partition, token.record, attempt))
+            self.wakeup.set()
 
-    @staticmethod
-    def _own_headers(partition: Partition, record: Record) -> Sequence[tuple[str, bytes]]:
-        headers: Sequence[tuple[str, bytes]] = record.headers
-        return _told_by(record).headers if partition.retries else headers
-
-    @staticmethod
-    def _origin(partition: Partition, record: Record) -> str:
-        return _told_by(record).origin if partition.retries else f"{record.partition}:{record.offset}"
-
-    def _finished(self, token: _Token) -> None:
+    def _finish(self, token: _Token) -> None:
         partition, record = token.partition, token.record
-        token.settled = True
+        token.is_settled = True
         partition.offsets.finish(record.offset)
-        self._let_go(partition)
+        self._settle(partition)
         if partition.behind and record.key in partition.behind:
             behind = partition.behind[record.key]
             if behind:
                 following = behind.popleft()
-                self.ready.append((partition, following, partition.offsets.attempt(following.offset)))
-                self.wake()
+                self._ready.append((partition, following, partition.offsets.attempt(following.offset)))
+                self.wakeup.set()
             else:
                 del partition.behind[record.key]
 
-    def _let_go(self, partition: Partition) -> None:
-        partition.out -= 1
+    def _settle(self, partition: Partition) -> None:
+        partition.unsettled -= 1
         self.unsettled -= 1
-        if partition.ending:
-            self.freed.set()
-        if self.is_held_back:
-            self.wake()
-        self.supervised.notify_settled()
+        if partition.is_ending:
+            self._settled.set()
+        if partition.is_paused:
+            self.wakeup.set()
+        self.notify_settled()
 
-    def is_too_far(self, partition: Partition) -> bool:
-        """Whether nothing more of *partition* is to be read for now."""
-        return partition.offsets.spread >= self.reading.max_unacked_per_partition or partition.waiting >= _MOST_WAITING
+
+#: Makes one connection of a subscription: entered, it reads; left, it is gone.
+Connect: TypeAlias = Callable[[Subscription], AbstractAsyncContextManager[Source]]
 
 
 def _token(delivery: Delivery) -> _Token:
-    token = delivery.token
-    assert isinstance(token, _Token), "a delivery is settled by the subscription that it is of"  # noqa: S101
-    return token
+    return cast("_Token", delivery.token)
+
+
+# -- headers, and where a message came from ------------------------------------------------------------------------
+
+
+def _headers(partition: Partition, record: Record) -> dict[str, str]:
+    headers = {name: (value or b"").decode(errors="replace") for name, value in _own_headers(partition, record)}
+    if record.key is not None:
+        headers.setdefault("key", record.key.decode(errors="replace"))  # another program sends no such header
+    return headers
+
+
+def _own_headers(partition: Partition, record: Record) -> Sequence[tuple[str, bytes]]:
+    """Return the headers that the sender wrote."""
+    return _control_of(partition, record).headers if partition.is_retries else record.headers
+
+
+def _origin(partition: Partition, record: Record) -> str:
+    """Return the first partition of the message and its offset there, with a colon between."""
+    return (
+        _control_of(partition, record).origin
+        if partition.is_retries
+        else f"{partition.place.partition}:{record.offset}"
+    )
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What a record of a retry topic says of itself."""
+class _Control:
+    """
+    What a message in a retry topic says about its retry.
+
+    Attributes:
+        attempt: Which attempt its next delivery is.
+        due: When that is due, in milliseconds since 1970.
+        origin: Its first partition and its offset there, with a colon between.
+        headers: Its other headers.
+    """
 
     attempt: int
     due: int
-    """In milliseconds since 1970."""
     origin: str
-    """Partition and offset at first, with a colon between."""
     headers: Sequence[tuple[str, bytes]]
-    """Those of the message."""
 
 
-def _told_by(record: Record) -> _Told:
-    """Read what is at the end of the headers; what somebody else put there is due now, and was tried once."""
+def _control_of(partition: Partition, record: Record) -> _Control:
+    """Read the control headers. A message that another program put there is due now, as a second attempt."""
     control = record.headers[-len(_RETRY_HEADERS) :]
     try:
         if tuple(name for name, _ in control) == _RETRY_HEADERS:
-            attempt, due, origin = (value.decode() for _, value in control)
-            return _Told(max(2, int(attempt)), int(due), origin, record.headers[: -len(control)])
-    except (ValueError, AttributeError):
-        logger.warning("a record of %s has control headers that are not ours", record.topic)
-    return _Told(2, 0, f"{record.partition}:{record.offset}", record.headers)
+            attempt, due, origin = ((value or b"").decode() for _, value in control)
+            return _Control(max(2, int(attempt)), int(due), origin, record.headers[: -len(control)])
+    except ValueError:
+        logger.warning("%s has a message at %d whose control headers are not diator's", partition.place, record.offset)
+    return _Control(2, 0, f"{partition.place.partition}:{record.offset}", record.headers)

@@ -42,17 +42,17 @@ async def test_what_is_committed_is_the_lowest_that_is_not_finished(broker, kafk
         await nothing_comes(deliveries)
 
 
-async def test_where_there_is_no_room_beside_a_commit_it_is_committed_all_the_same(
+async def test_offsets_are_committed_where_kafka_refuses_their_metadata(
     make, kafka_servers, monkeypatch, caplog
 ) -> None:
-    monkeypatch.setattr("diator.brokers.kafka._offsets.BESIDE_A_COMMIT", 100_000)  # more than Kafka takes
+    monkeypatch.setattr("diator.brokers.kafka._offsets.MAX_COMMIT_METADATA", 100_000)  # more than Kafka takes
     broker, group = await make(kafka_servers, max_unacked_per_partition=2000), f"group-{uuid4().hex}"
     await send(broker, *range(2000), key="k")
     async with subscribed(broker, group=group, prefetch=2000) as deliveries:
         taken = await take(deliveries, 2000)
         for delivery in [*taken[:5], *taken[6::2]]:
             await delivery.ack()
-    assert caplog.text.count("no room beside a commit") == 1
+    assert caplog.text.count("Kafka refuses the metadata of a commit") == 1
     assert max(each.offset for each in (await committed(kafka_servers, broker._names.group(group))).values()) == 5
     async with subscribed(broker, group=group) as deliveries:
         assert (await acked(deliveries, 1995)) == [*range(5, 2000)]

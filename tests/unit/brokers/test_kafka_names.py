@@ -9,7 +9,7 @@ pytest.importorskip("aiokafka")
 from diator.brokers.base import Topic
 from diator.brokers.kafka import KafkaMessageBroker
 from diator.brokers.kafka._client import Cluster
-from diator.brokers.kafka._group import _settings
+from diator.brokers.kafka._consumer import consumer_settings
 from diator.brokers.kafka._names import DEAD, RETRY, Names
 from diator.brokers.kafka._topics import TopicPolicy
 from diator.exceptions import ConfigurationError, MessageRejected
@@ -133,8 +133,8 @@ def test_a_topic_takes_what_the_broker_promises():
 
 
 def test_members_wait_for_each_other_longer_than_a_drain_and_a_join_is_not_broken_off():
-    reading = KafkaMessageBroker("a:1", drain_timeout=120.0)._reading
-    settings = _settings(Cluster(bootstrap_servers=("a:1",), timeout=1.0), reading, "group")
+    options = KafkaMessageBroker("a:1", drain_timeout=120.0)._options
+    settings = consumer_settings(Cluster(bootstrap_servers=("a:1",), timeout=1.0), options, "group")
 
     assert settings["rebalance_timeout_ms"] > 120_000
     assert settings["request_timeout_ms"] > settings["rebalance_timeout_ms"]

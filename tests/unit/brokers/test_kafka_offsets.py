@@ -87,8 +87,8 @@ def test_a_hole_in_the_middle_of_what_was_written_stays_one():
 
 def test_attempts_outlive_a_change_of_members():
     partition = taken(0, 1, 2)
-    assert partition.give_back(1) == 2
-    assert partition.give_back(1) == 3
+    assert partition.requeue(1) == 2
+    assert partition.requeue(1) == 3
     partition.finish(0)
 
     later = Offsets(*partition.progress())
@@ -98,7 +98,7 @@ def test_attempts_outlive_a_change_of_members():
 
 def test_attempts_of_what_was_not_read_yet_are_kept():
     partition = taken(0, 1, 2)
-    partition.give_back(2)
+    partition.requeue(2)
     second = Offsets(*partition.progress())
     second.take(0)
 
@@ -173,7 +173,7 @@ def test_nothing_is_lost_and_nothing_finished_comes_again(steps):
                 finished.add(offset)
                 del out[offset]
             else:
-                attempts[offset] = partition.give_back(offset)
+                attempts[offset] = partition.requeue(offset)
 
 
 @pytest.mark.parametrize(("after", "where"), [(0.0, 0), (1.0, 0), (1.01, 1), (15.0, 2), (256.0, 4), (9e9, len(DELAYS))])

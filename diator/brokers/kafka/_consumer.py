@@ -1,0 +1,255 @@
+"""
+The client of one connection that reads: a consumer of aiokafka, behind methods with names.
+
+Every private name of aiokafka that reading uses is in this file. aiokafka's own `stop` and `commit` are not used: they
+can wait for ever, and they raise cancellations that nobody asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.client import ConnectionGroup
+from aiokafka.consumer.fetcher import FetchResult
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from aiokafka.protocol.group import LeaveGroupRequest
+from aiokafka.structs import OffsetAndMetadata
+
+from diator.brokers.kafka._client import Cluster, close_client, end_tasks, started
+from diator.brokers.kafka._topics import HEADERS_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """
+    How a subscription reads: options of its broker. Times are in seconds.
+
+    Attributes:
+        session_timeout: After how long without a heartbeat Kafka takes a consumer for dead.
+        heartbeat_interval: How often a consumer sends a heartbeat.
+        drain_timeout: How long a rebalance waits for the deliveries of a partition that goes to another consumer.
+        max_unacked_per_partition: How far a partition is read beyond its oldest unsettled message.
+        in_place: Whether a retry waits in the partition, and the later messages of its key behind it.
+        metadata_max_age: How often the client looks for new topics and partitions.
+        max_message_bytes: The largest body that the broker sends or receives.
+        assignment_timeout: How long a new consumer waits for its first partitions. Then its subscription is ready
+            without any.
+    """
+
+    session_timeout: float
+    heartbeat_interval: float
+    drain_timeout: float
+    max_unacked_per_partition: int
+    in_place: bool
+    metadata_max_age: float
+    max_message_bytes: int
+    assignment_timeout: float
+
+    @property
+    def rebalance_bound(self) -> float:
+        """The longest time that a rebalance takes: dead consumers are noticed, and the slowest of the others drains."""
+        return self.session_timeout + self.drain_timeout + 30.0
+
+
+class Record(Protocol):
+    """One message as the client returns it: those of its attributes that are used here."""
+
+    @property
+    def offset(self) -> int: ...
+    @property
+    def timestamp(self) -> int: ...  # milliseconds since 1970
+    @property
+    def key(self) -> bytes | None: ...
+    @property
+    def value(self) -> bytes | None: ...
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes]]: ...  # a value is None where its sender wrote none
+
+
+class KafkaConsumer:
+    """A consumer of aiokafka. Its errors are the client's: see `CLIENT_ERRORS`."""
+
+    def __init__(self, cluster: Cluster, options: ReadOptions, group_id: str | None) -> None:
+        self._group_id = group_id
+        self._consumer: Any = AIOKafkaConsumer(**consumer_settings(cluster, options, group_id))
+
+    async def start(self) -> None:
+        """Connect."""
+        await started(self._consumer.start())
+
+    async def end(self) -> None:
+        """End the tasks of the client and close its connections, in whatever state it is. It does not leave a group."""
+        consumer = self._consumer
+        consumer._closed = True  # noqa: SLF001  # else it complains that nobody called `stop`
+        fetcher, coordinator = consumer._fetcher, consumer._coordinator  # noqa: SLF001
+        tasks: list[asyncio.Task[Any] | None] = []
+        if fetcher is not None:
+            tasks += [fetcher._fetch_task, *fetcher._pending_tasks]  # noqa: SLF001
+        if coordinator is not None and self._group_id is None:
+            tasks += [coordinator._reset_committed_task]  # noqa: SLF001
+        elif coordinator is not None:
+            tasks += [coordinator._coordination_task, coordinator._heartbeat_task, coordinator._commit_refresh_task]  # noqa: SLF001
+        await end_tasks(tasks)
+        await close_client(consumer._client)  # noqa: SLF001
+
+    # -- topics --------------------------------------------------------------------------------------------------
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether any connection to Kafka is open."""
+        return any(each.connected() for each in self._consumer._client._conns.values())  # noqa: SLF001
+
+    def has_topic(self, topic: str) -> bool:
+        """Return whether *topic* exists, as far as the client knows."""
+        return bool(self._consumer.partitions_for_topic(topic))
+
+    async def partitions_of(self, topic: str) -> Collection[int]:
+        """Return the numbers of the partitions of *topic*. Ask Kafka only if the client does not know the topic."""
+        known: Collection[int] | None = self._consumer.partitions_for_topic(topic)
+        return known or await self._consumer._client._wait_on_metadata(topic)  # noqa: SLF001
+
+    async def refresh_metadata(self) -> bool:
+        """Ask Kafka about the topics that are read. Return whether it answered."""
+        return bool(await self._consumer._client.force_metadata_update())  # noqa: SLF001  # the public way asks for all
+
+    async def oldest_offsets(self, places: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """Return the offset of the oldest message of each partition."""
+        offsets: Mapping[TopicPartition, int] = await self._consumer.beginning_offsets([*places])
+        return offsets
+
+    async def end_offsets(self, places: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """Return the offset that the next message of each partition will have."""
+        offsets: Mapping[TopicPartition, int] = await self._consumer.end_offsets([*places])
+        return offsets
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def assign(self, places: Collection[TopicPartition]) -> None:
+        """Read these partitions from now on, without a group."""
+        self._consumer.assign([*places])
+
+    def seek(self, place: TopicPartition, offset: int) -> None:
+        """Read on at *offset*."""
+        self._consumer.seek(place, offset)
+
+    async def position(self, place: TopicPartition) -> int:
+        """Return the offset that is read next."""
+        position: int = await self._consumer.position(place)
+        return position
+
+    def pause(self, place: TopicPartition) -> None:
+        """Fetch nothing more of a partition until `resume`."""
+        self._consumer.pause(place)
+
+    def resume(self, place: TopicPartition) -> None:
+        """Fetch from a paused partition again."""
+        self._consumer.resume(place)
+
+    async def take(self, most: int) -> Mapping[TopicPartition, Sequence[Record]]:
+        """
+        Return at most *most* of the records that were fetched already, by partition. It waits for no others.
+
+        Taking the last record of a partition makes the client fetch the next ones.
+        """
+        for result in self._consumer._fetcher._records.values():  # noqa: SLF001
+            if type(result) is FetchResult and (parsing := result._partition_records) is not None:  # noqa: SLF001
+                # The client would copy each parsed record into another one of 11 fields, at twice the time of parsing.
+                parsing._consumer_record = _as_parsed  # noqa: SLF001
+        records: Mapping[TopicPartition, Sequence[Record]] = await self._consumer.getmany(max_records=most)
+        return records
+
+    def fetched(self) -> asyncio.Future[None]:
+        """Return a future that is done when records were fetched. Cancel it, or await it."""
+        future: asyncio.Future[None] = self._consumer._fetcher._create_fetch_waiter()  # noqa: SLF001
+        return future
+
+    # -- the group -----------------------------------------------------------------------------------------------
+
+    def subscribe(self, topics: Collection[str], listener: ConsumerRebalanceListener) -> None:
+        """Read *topics* from now on, as a consumer of the group. *listener* learns which partitions come and go."""
+        self._consumer.subscribe([*topics], listener=listener)
+
+    async def wait_for_group(self, assigned: asyncio.Event, *, within: float) -> None:
+        """
+        Wait for *assigned*, for *within* seconds at most.
+
+        Raises:
+            KafkaError: Kafka refuses this consumer, which may not read the group, for one.
+        """
+        coordinator = self._consumer._coordinator  # noqa: SLF001
+        waiting = asyncio.create_task(assigned.wait())
+        try:
+            # The client's task ends only with an error.
+            tasks = {waiting, coordinator._coordination_task}  # noqa: SLF001
+            await asyncio.wait(tasks, timeout=within, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+        coordinator.check_errors()
+
+    def assignment(self) -> Collection[TopicPartition]:
+        """Return the partitions that this consumer has now."""
+        places: Collection[TopicPartition] = self._consumer.assignment()
+        return places
+
+    async def committed(self, places: Collection[TopicPartition]) -> Mapping[TopicPartition, OffsetAndMetadata]:
+        """Return what the group has committed of each partition. The client's `committed` withholds the metadata."""
+        offsets: Mapping[TopicPartition, OffsetAndMetadata]
+        offsets = await self._consumer._coordinator.fetch_committed_offsets([*places])  # noqa: SLF001
+        return offsets
+
+    async def commit(self, offsets: Mapping[TopicPartition, OffsetAndMetadata]) -> None:
+        """Commit *offsets*, once. The client's `commit` tries for ever, in a task that outlives its caller."""
+        coordinator = self._consumer._coordinator  # noqa: SLF001
+        assignment = self._consumer._subscription.subscription.assignment  # noqa: SLF001
+        await coordinator.ensure_coordinator_known()
+        await coordinator._do_commit_offsets(assignment, offsets)  # noqa: SLF001
+
+    async def leave_group(self) -> None:
+        """Tell the group that this consumer leaves, so that its partitions go to others at once."""
+        coordinator = self._consumer._coordinator  # noqa: SLF001
+        if coordinator is None:
+            return  # it never started
+        # The client's own way waits for a rebalance that is under way, and on the connection that it blocks.
+        await end_tasks([coordinator._coordination_task, coordinator._heartbeat_task])  # noqa: SLF001
+        if coordinator.member_id and coordinator.coordinator_id is not None:
+            request = LeaveGroupRequest(coordinator.group_id, coordinator.member_id)
+            # On its other connection Kafka answers only after the fetch that waits there.
+            await self._consumer._client.send(  # noqa: SLF001
+                coordinator.coordinator_id, request, group=ConnectionGroup.COORDINATION
+            )
+
+
+def _as_parsed(place: TopicPartition, record: Record) -> Record:  # noqa: ARG001  # the client passes the place, too
+    return record
+
+
+def consumer_settings(cluster: Cluster, options: ReadOptions, group_id: str | None) -> dict[str, Any]:
+    """Return the arguments of aiokafka's consumer."""
+    rebalance_timeout = options.drain_timeout + 10.0
+    # Kafka answers a join when the slowest consumer of the group has joined. A shorter timeout would end each join.
+    settings = cluster.settings(request_timeout=max(40.0, rebalance_timeout + 10.0))
+    settings |= {
+        "enable_auto_commit": False,
+        "retry_backoff_ms": 250,  # until the subscription reconnects, with delays that grow
+        "auto_offset_reset": "none",  # the other values skip what retention has removed, without a word
+        "isolation_level": "read_committed",
+        "fetch_max_wait_ms": 200,
+        "max_partition_fetch_bytes": options.max_message_bytes + 16 * HEADERS_BYTES,
+        "metadata_max_age_ms": round(options.metadata_max_age * 1000),
+    }
+    if group_id is not None:
+        settings |= {
+            "group_id": group_id,
+            "session_timeout_ms": round(options.session_timeout * 1000),
+            "heartbeat_interval_ms": round(options.heartbeat_interval * 1000),
+            "rebalance_timeout_ms": round(rebalance_timeout * 1000),
+            # A heartbeat shows that the process lives. The program's `Consumer` shows whether its handlers do.
+            "max_poll_interval_ms": 2**31 - 1,
+            # Not the sticky assignor: aiokafka keeps its state in the class, so that groups would mix.
+            "partition_assignment_strategy": (RoundRobinPartitionAssignor,),
+        }
+    return settings
