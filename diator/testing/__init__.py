@@ -1,12 +1,12 @@
 """
-What tests need: of a program that sends and consumes, and of a transport that somebody wrote.
+Tools for tests of a program that sends and consumes, and for tests of a transport.
 
-For a program: `FaultyMessageBroker`, a broker inside the process that loses, repeats and refuses as it is told to by
-`diator.testing.faults`, and `Recorder`, which knows what was sent. They need no extra.
+For a program: `FaultyMessageBroker` is an in-memory broker that loses, duplicates and refuses messages as a test
+scripts it with `diator.testing.faults`. `Recorder` records what was sent. Both need no extra.
 
 For a transport, with the extra `testing`: `diator.testing.conformance` proves that it keeps the contract of
-`diator.brokers.base`, `diator.testing.fault_proxy` breaks its connections, and `diator.testing.saboteurs` prove that
-the proof is worth something.
+`diator.brokers.base`, and `diator.testing.fault_proxy` breaks its connections. `diator.testing.saboteurs` are broken
+transports that prove that the suite finds defects.
 """
 
 from diator.testing.faults import FaultyMessageBroker

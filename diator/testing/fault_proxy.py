@@ -1,4 +1,4 @@
-"""A TCP proxy that fails as networks and services do: for tests of what a client makes of it."""
+"""A TCP proxy that injects the faults of networks and services, for tests of clients."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ _CHUNK = 64 * 1024
 
 class FaultProxy:
     """
-    Passes bytes between its clients and the service at *host* and *port*, until it is told to do worse.
+    A TCP proxy in front of the service at *host* and *port*, with methods that inject faults.
 
-    It listens on `port` of the loopback interface for as long as `async with` lasts. A fault holds for all
-    connections, those to come too, until `heal`; `cut` and `reset` end those that there are and leave no fault behind.
+    It listens on the loopback interface inside its `async with` block. A fault affects open and new connections until
+    `heal`. `cut` and `reset` end the open connections and leave no fault behind.
 
     Attributes:
-        host, port: Where it listens.
-        accepted: How many connections it has accepted.
-        passed: How many bytes it has passed on, by direction.
-        lost: How many bytes a black hole has taken, by direction.
+        host: The address that it listens on.
+        port: The port that it listens on. 0 before the block means any free port.
+        accepted: The number of connections that it has accepted.
+        passed: The number of bytes that it has passed on, by direction.
+        lost: The number of bytes that a black hole has lost, by direction.
     """
 
     host: str = "127.0.0.1"
@@ -56,57 +57,57 @@ class FaultProxy:
     # -- faults --------------------------------------------------------------------------------------------------
 
     def withhold(self, *flows: Flow) -> None:
-        """Keep what goes in these directions until `heal`. Senders come to feel it: what is kept has its bounds."""
+        """Hold back the data in these directions until `heal`. Buffers are bounded, so senders will have to wait."""
         for flow in flows or BOTH:
             self._open[flow].clear()
 
     def black_hole(self, *flows: Flow) -> None:
         """
-        Lose what goes in these directions, the ends of connections too: each side believes that the other lives.
+        Lose the data in these directions, and the ends of connections too: each side believes that the other is alive.
 
-        A connection that has lost something stays half-open for good; `heal` helps only the others.
+        A connection that has lost data stays half-open for good; `heal` restores only the others.
         """
         self._lossy.update(flows or BOTH)
 
     def delay(self, seconds: float, jitter: float = 0.0) -> None:
-        """Pass on each piece *seconds* later, up to *jitter* more or less at random, in its order, until `heal`."""
+        """Delay each piece of data by *seconds*, plus or minus a random part of *jitter*, in order, until `heal`."""
         self._latency = seconds, jitter
 
     def cut_after(self, count: int, flow: Flow) -> None:
-        """Break every connection as soon as *count* more bytes have gone in the direction of *flow*, once."""
+        """Break every connection once, as soon as *count* more bytes have gone in the direction of *flow*."""
         self._cuts[flow] = count
 
     def black_hole_existing(self) -> None:
-        """Lose for good what goes through the connections that there are, as a NAT does that has forgotten them."""
+        """Lose all data of the open connections for good, as a NAT whose entries have expired."""
         for link in self._links.values():
-            link.forgotten = True
+            link.black_holed = True
 
     def reject(self) -> None:
-        """Accept new connections and break each at once, until `heal`: as a balancer does with nobody behind it."""
+        """Accept new connections and break each at once, until `heal`, as a load balancer without a backend."""
         self._rejects = True
 
     def refuse(self) -> None:
-        """Refuse new connections, as a machine does where no service listens."""
+        """Refuse new connections until `heal`, as a machine where no service listens."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
 
     def cut(self) -> None:
-        """End every connection in an orderly way (FIN). What was withheld is lost."""
+        """Close every connection in an orderly way (FIN). Data that was withheld is lost."""
         for task, link in self._links.items():
             for writer in link.writers:
                 writer.close()
             task.cancel()
 
     def reset(self) -> None:
-        """Break every connection (RST), as a machine does that has forgotten them."""
+        """Break every connection (RST), as a machine that has restarted."""
         for task, link in self._links.items():
             for writer in link.writers:
                 _reset(writer)
             task.cancel()
 
     async def heal(self) -> None:
-        """Accept and pass on everything again."""
+        """Pass on all data and accept new connections again."""
         self._lossy.clear()
         self._cuts.clear()
         self._latency = 0.0, 0.0
@@ -121,7 +122,7 @@ class FaultProxy:
 
     @property
     def connections(self) -> int:
-        """How many connections there are."""
+        """The number of open connections."""
         return len(self._links)
 
     async def __aenter__(self) -> Self:
@@ -164,23 +165,23 @@ class FaultProxy:
             try:
                 chunk = await reader.read(_CHUNK)
             except ConnectionError:
-                if flow not in self._lossy and not link.forgotten:
+                if flow not in self._lossy and not link.black_holed:
                     raise
                 chunk = b""
             await self._open[flow].wait()
-            await self._travel()
-            lost = lost or link.forgotten or flow in self._lossy
+            await self._wait_out_latency()
+            lost = lost or link.black_holed or flow in self._lossy
             if lost:
                 self.lost[flow] += len(chunk)
                 if not chunk:
-                    await asyncio.Event().wait()  # until somebody ends this connection
+                    await asyncio.Event().wait()  # until the connection is ended
             elif chunk:
                 await self._pass(flow, chunk, writer)
             else:
                 writer.write_eof()
                 return
 
-    async def _travel(self) -> None:
+    async def _wait_out_latency(self) -> None:
         seconds, jitter = self._latency
         if seconds or jitter:
             await asyncio.sleep(max(0.0, random.uniform(seconds - jitter, seconds + jitter)))  # noqa: S311
@@ -194,20 +195,20 @@ class FaultProxy:
             self._cuts[flow] -= len(chunk)
             if self._cuts[flow] <= 0:
                 del self._cuts[flow]
-                await asyncio.sleep(0.005)  # a reset overtakes what the peer has not read
+                await asyncio.sleep(0.005)  # a reset discards data that the peer has not read yet
                 self.reset()
 
 
 @dataclass
 class _Link:
-    """A connection to a client, and the one to the service that belongs to it."""
+    """A connection to a client, with its connection to the service."""
 
     writers: list[asyncio.StreamWriter]
-    forgotten: bool = False
+    black_holed: bool = False
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Close without a goodbye: with no time to linger, the system sends RST."""
+    """Close abruptly: without time to linger, the system sends RST."""
     if not writer.transport.is_closing():
         connection: socket.socket = writer.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

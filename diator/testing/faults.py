@@ -1,8 +1,9 @@
 """
-A broker inside the process that fails as it is told to: for tests of what a program makes of it.
+An in-memory broker with scripted faults, for tests of how a program reacts to them.
 
-What can happen to a message is a value: `lost`, `duplicated`, `unavailable`, … A test says which message meets which of
-them, in advance and exactly, so that it runs the same way every time. Each says what a real transport would do alike.
+Each fault is a value: `lost`, `duplicated`, `unavailable` and so on. A test decides in advance which message meets
+which fault, so that it runs the same way every time. The description of each fault names the real situation that it
+imitates.
 """
 
 from __future__ import annotations
@@ -57,11 +58,11 @@ class _Fault:
 
 
 class SendFault(_Fault):
-    """What becomes of a message on its way from the program to the service. For `FaultyMessageBroker.on_send`."""
+    """A fault of a message on its way from the program to the service. For `FaultyMessageBroker.on_send`."""
 
 
 class DeliveryFault(_Fault):
-    """What becomes of a delivery to a consumer. For `FaultyMessageBroker.on_delivery`."""
+    """A fault of a delivery to a consumer. For `FaultyMessageBroker.on_delivery`."""
 
 
 class _NoFault(SendFault, DeliveryFault):
@@ -69,40 +70,40 @@ class _NoFault(SendFault, DeliveryFault):
 
 
 no_fault: _NoFault = _NoFault("no_fault")
-"""Nothing: for the messages between those that something happens to."""
+"""No fault: for the messages between the faulty ones."""
 
 unavailable: SendFault = SendFault("unavailable")
-"""`BrokerUnavailable`: not sent. The service is down, or not to be reached."""
+"""Raise `BrokerUnavailable`; the message is not sent. The service is down or cannot be reached."""
 
 rejected: SendFault = SendFault("rejected")
-"""`MessageRejected`: not sent, and it will be refused again. A limit, a full queue, a missing right."""
+"""Raise `MessageRejected`; the message is not sent. The service refuses it: a full queue, a missing permission."""
 
 unroutable: SendFault = SendFault("unroutable")
-"""`MessageUnroutable`: it reached nobody. RabbitMQ, or Redis Pub/Sub with `require_receiver`."""
+"""Raise `MessageUnroutable`; the message reaches nobody. RabbitMQ, or Redis Pub/Sub with `require_receiver`."""
 
 unknown_but_sent: SendFault = SendFault("unknown_but_sent")
-"""`OutcomeUnknown`, and it has arrived: the link broke before the answer came. Whoever sends it again repeats it."""
+"""Raise `OutcomeUnknown`; the message is sent. The connection broke before the confirmation. A resend duplicates it."""
 
 unknown_and_lost: SendFault = SendFault("unknown_and_lost")
-"""`OutcomeUnknown`, and it has not arrived: the link broke before the message did. Whoever does not repeat, loses."""
+"""Raise `OutcomeUnknown`; the message is not sent. The connection broke before that. Without a resend it is lost."""
 
 lost: SendFault = SendFault("lost")
-"""Confirmed, and gone: nobody was subscribed (Redis Pub/Sub), or the service died and had not stored it."""
+"""Confirm and drop the message: nobody was subscribed (Redis Pub/Sub), or the service crashed before storing it."""
 
 duplicated: SendFault = SendFault("duplicated")
-"""Confirmed, and there twice, with one id: somebody sent it again after an unknown outcome, as an outbox does."""
+"""Confirm the message and deliver it twice, with one id: it was resent after an unknown outcome, as an outbox does."""
 
 reordered: SendFault = SendFault("reordered")
-"""Confirmed, and there after the next one: two senders, two partitions, or one that was given back."""
+"""Confirm the message and deliver it after the next one: two senders, two partitions, or a requeued message."""
 
 held: SendFault = SendFault("held")
-"""Confirmed, and there when the test says so (`FaultyMessageBroker.release`): a queue that lags, a link that stalls."""
+"""Confirm the message and deliver it at `FaultyMessageBroker.release`: a queue that lags, a connection that stalls."""
 
 crashed: DeliveryFault = DeliveryFault("crashed")
 """
-The process dies when the work is done and before the service hears of it: it is delivered again, as the next attempt.
+Crash the process after the work and before the acknowledgement: the message is redelivered, as the next attempt.
 
-On every transport that delivers at least once. Here the consumer goes on, in the place of the next one.
+This can happen on every transport that delivers at least once. Here the same consumer continues, in place of a new one.
 """
 
 F = TypeVar("F", bound=_Fault)
@@ -111,15 +112,22 @@ M = TypeVar("M")
 
 @dataclass(eq=False)
 class _Script(Generic[F, M]):
-    """Which faults, in their order, meet those who are wanted."""
+    """
+    A sequence of faults, and which messages or deliveries meet them.
 
-    told: str
+    Attributes:
+        text: The call that made the script, for error messages.
+        wants: Whether the script is for a message or delivery.
+        steps: The faults, in order.
+        left: The faults that still have to happen.
+        by_chance: Whether the faults are drawn at random; then one of them is enough.
+    """
+
+    text: str
     wants: Callable[[M], bool]
     steps: Iterator[F]
     left: list[F]
-    """What still has to happen."""
     by_chance: bool
-    """Then one of them is enough."""
 
     def next(self, met: M) -> F | None:
         step = next(self.steps, None) if self.wants(met) else None
@@ -133,23 +141,24 @@ class _Script(Generic[F, M]):
 
 class FaultyMessageBroker(MemoryMessageBroker):
     """
-    The broker inside the process, with faults that a test scripts.
+    An in-memory broker with faults that a test scripts.
 
-    A script is a sequence: the first message that it is for meets its first fault, the second the second, and so on;
-    then nothing happens any more. Of several scripts, the first that has something for a message decides.
+    A script is a sequence of faults: the first matching message meets the first fault, the second message the second
+    fault, and so on. After the last fault, nothing happens any more. If several scripts match a message, the first
+    script that has a fault left decides.
 
-        broker.on_send(unavailable)  # the first message that is sent, whichever it is
+        broker.on_send(unavailable)  # the first message that is sent
         broker.on_send(no_fault, lost, of=UserJoined)  # the second UserJoined
-        broker.on_send(duplicated, cycle=True)  # each one
-        broker.on_send(lost, no_fault, no_fault, seed=7)  # about every third, and always the same ones
+        broker.on_send(duplicated, cycle=True)  # every message
+        broker.on_send(lost, no_fault, no_fault, seed=7)  # about every third message, the same ones in each run
         broker.on_delivery(crashed)  # the first delivery
 
-    A retry that asks for a delay comes at once: a test does not wait.
+    A retry with a delay is redelivered at once, so that a test does not wait.
 
     Attributes:
-        sent: What the program was told is sent, to ask for messages and events.
-        deliveries: What was delivered, in its order; `outcome` says how the consumer has settled each.
-        dead_letters: What was put aside, and why.
+        sent: A recorder of the messages whose send succeeded.
+        deliveries: The deliveries, in order. `Delivery.outcome` is how the consumer settled each one.
+        dead_letters: The dead letters, with their reasons.
     """
 
     def __init__(self, *, capacity: int = 10_000) -> None:
@@ -174,10 +183,14 @@ class FaultyMessageBroker(MemoryMessageBroker):
         seed: int | None = None,
     ) -> None:
         """
-        Have messages that the program sends meet *faults*.
+        Script *faults* for the messages that the program sends.
 
-        Only those *of* an event class, and only those for which *when* holds. With *cycle* the sequence begins again at
-        its end; with *seed* each message meets one of the faults by chance.
+        *of* limits the script to an event class, *when* to messages for which it returns true. With *cycle*, the
+        sequence starts again after its last fault. With *seed*, each message meets one of the faults at random.
+
+        Raises:
+            ValueError: No fault is passed, or both *cycle* and *seed*.
+            TypeError: *of* is not an integration event.
         """
         name = None if of is None else name_on_wire(of)
 
@@ -195,9 +208,13 @@ class FaultyMessageBroker(MemoryMessageBroker):
         seed: int | None = None,
     ) -> None:
         """
-        Have deliveries meet *faults*; which, is said as with `on_send`. Each that comes again is another delivery.
+        Script *faults* for deliveries, with the options of `on_send`. Each redelivery is another delivery.
 
-        So `cycle` without a limit would never end: bound it, as by `when=lambda delivery: delivery.attempt < 3`.
+        Therefore a *cycle* of crashes would never end. Bound it, as with `when=lambda delivery: delivery.attempt < 3`.
+
+        Raises:
+            ValueError: No fault is passed, or both *cycle* and *seed*.
+            TypeError: *of* is not an integration event.
         """
         name = None if of is None else name_on_wire(of)
 
@@ -207,15 +224,15 @@ class FaultyMessageBroker(MemoryMessageBroker):
         self._delivery_scripts.append(_script("on_delivery", faults, of, wants, cycle=cycle, seed=seed))
 
     def verify(self) -> None:
-        """AssertionError if something that was scripted has not happened: then the test has proved nothing of it."""
+        """Raise AssertionError if a scripted fault has not happened: the test would prove nothing about it."""
         scripts: Sequence[_Script[Any, Any]] = [*self._send_scripts, *self._delivery_scripts]
-        if unused := [f"{', '.join(map(repr, script.left))} of {script.told}" for script in scripts if script.left]:
-            raise AssertionError(f"what was scripted has not happened: {'; '.join(unused)}")
+        if unused := [f"{', '.join(map(repr, script.left))} of {script.text}" for script in scripts if script.left]:
+            raise AssertionError(f"scripted faults have not happened: {'; '.join(unused)}")
 
     # -- the program's side --------------------------------------------------------------------------------------
 
     async def send_message(self, message: Message, /) -> None:
-        """See `MessageBroker.send_message`: as scripted, else it succeeds."""
+        """Send *message* with its scripted fault; see `MessageBroker.send_message`. Without a fault it succeeds."""
         if self._closed:
             raise BrokerClosed("this broker is closed", message_id=message.message_id)
         fault = _step(self._send_scripts, message)
@@ -242,7 +259,7 @@ class FaultyMessageBroker(MemoryMessageBroker):
     async def subscribe(
         self, topics: Collection[Topic], /, *, group: str | None = None, prefetch: int = 64, on_gap: OnGap | None = None
     ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
-        """See `ReadableBroker.subscribe`."""
+        """Subscribe; see `ReadableBroker.subscribe`."""
         async with super().subscribe(topics, group=group, prefetch=prefetch, on_gap=on_gap) as deliveries:
             reading = _Reading(deliveries, self._meets, self._progress, on_gap)
             self._subscriptions.append(reading)
@@ -259,19 +276,19 @@ class FaultyMessageBroker(MemoryMessageBroker):
     # -- the test's side -----------------------------------------------------------------------------------------
 
     def inject(self, of: type[object] | Topic, body: bytes) -> None:
-        """Put *body* where messages of an event class go, whatever it is: what a foreign, or broken, sender leaves."""
+        """Queue *body*, whatever it contains, as a message of an event class or topic, as a broken sender would."""
         topic = of if isinstance(of, Topic) else Topic(getattr(of, "message_type", ""), name_on_wire(of))
         self._put(topic, body)
 
     async def release(self) -> None:
-        """Let what was `held` arrive, in its order."""
+        """Deliver the messages that were `held`, in order."""
         arrive, self._held = self._held, []
         for message in arrive:
             await super().send_message(message)
 
     def shuffle(self, *, seed: int) -> None:
-        """Put what waits into another order, the same for the same *seed*."""
-        chance = random.Random(seed)  # noqa: S311  # repeatable is what it has to be
+        """Shuffle the waiting messages. The same *seed* results in the same order."""
+        chance = random.Random(seed)  # noqa: S311  # a test has to be repeatable
         for queue in [self._kept, *self._queues]:
             entries = [queue.take() for _ in range(len(queue))]
             chance.shuffle(entries)
@@ -279,7 +296,7 @@ class FaultyMessageBroker(MemoryMessageBroker):
                 queue.put(entry)
 
     def gap(self, *, seconds: float = 1.0, reason: str = "scripted") -> None:
-        """Tell every subscription that messages may have been missed, as after a lost connection. None is."""
+        """Report a gap to every subscription, as after a lost connection. No message is lost."""
         now = datetime.now(UTC)
         for reading in [*self._subscriptions]:
             if reading.on_gap is not None:
@@ -287,14 +304,14 @@ class FaultyMessageBroker(MemoryMessageBroker):
 
     async def drain(self, *consumers: Consumer, within: float = 10.0) -> None:
         """
-        Run *consumers* until they have handled all there is, what comes again and what they send included; stop them.
+        Run *consumers* until every message is handled, including redeliveries and messages that they send. Stop them.
 
-        Nothing is waited for but that: it returns as soon as no message waits and every delivery is settled. A consumer
-        runs once; the next `drain` takes new ones, as a program does that starts again.
+        Return as soon as no message waits and every delivery is settled. A consumer runs only once, so the next `drain`
+        needs new consumers, as after a restart of the program.
 
         Raises:
-            TimeoutError: That took longer than *within* seconds, for something is handled for ever, or never.
-            Exception: What ends a consumer.
+            TimeoutError: Messages are still waiting or unsettled after *within* seconds.
+            Exception: The error of a consumer that ended.
         """
         subscribed = len(self._subscriptions) + len(consumers)
         running = [asyncio.create_task(consumer.run(signals=False)) for consumer in consumers]
@@ -302,12 +319,14 @@ class FaultyMessageBroker(MemoryMessageBroker):
         try:
             done, _ = await asyncio.wait({idle, *running}, timeout=within, return_when=asyncio.FIRST_COMPLETED)
             if not done:
-                raise TimeoutError(f"after {within:g} s {self._waiting} messages wait, and {self._out} are not settled")
+                raise TimeoutError(
+                    f"after {within:g} s, {self._waiting} messages are waiting and {self._unsettled} are not settled"
+                )
         finally:
             if not idle.done():
                 idle.cancel()
                 for consumer in consumers:
-                    consumer.stop()  # and a second time, for what is at work may go on for ever
+                    consumer.stop()  # the second stop below cancels handlers that never end
             for consumer in consumers:
                 consumer.stop()
             await asyncio.wait({idle, *running})
@@ -317,11 +336,11 @@ class FaultyMessageBroker(MemoryMessageBroker):
 
     async def _until_idle(self, subscribed: int) -> None:
         while True:
-            if len(self._subscriptions) < subscribed or self._waiting or self._out:
+            if len(self._subscriptions) < subscribed or self._waiting or self._unsettled:
                 self._progress.clear()
                 await self._progress.wait()
             elif self._reordered:
-                await self._send_reordered()  # nothing comes that could go before them
+                await self._send_reordered()  # no later message will come
             else:
                 return
 
@@ -330,7 +349,7 @@ class FaultyMessageBroker(MemoryMessageBroker):
         return sum(map(len, self._queues))
 
     @property
-    def _out(self) -> int:
+    def _unsettled(self) -> int:
         return sum(len(reading.unsettled) for reading in self._subscriptions)
 
 
@@ -352,24 +371,24 @@ def _script(
     seed: int | None,
 ) -> _Script[F, M]:
     if not faults or (cycle and seed is not None):
-        raise ValueError(f"{call}() takes faults, and either cycle or seed")
+        raise ValueError(f"{call}() needs at least one fault, and either cycle or seed")
     steps: Iterator[F] = iter(faults)
     if cycle:
         steps = itertools.cycle(faults)
     elif seed is not None:
-        chance = random.Random(seed)  # noqa: S311  # repeatable is what it has to be
+        chance = random.Random(seed)  # noqa: S311  # a test has to be repeatable
         steps = (chance.choice(faults) for _ in itertools.count())
-    told = f"{call}({', '.join(map(repr, faults))}{f', of={of.__name__}' if of else ''})"
-    return _Script(told, wants, steps, [each for each in faults if each is not no_fault], by_chance=seed is not None)
+    text = f"{call}({', '.join(map(repr, faults))}{f', of={of.__name__}' if of else ''})"
+    return _Script(text, wants, steps, [each for each in faults if each is not no_fault], by_chance=seed is not None)
 
 
 def _step(scripts: Sequence[_Script[F, M]], met: M) -> F | None:
-    """Give the fault that the first script has which wants it."""
+    """Return the fault of the first script that has one for *met*."""
     return next((step for script in scripts if (step := script.next(met)) is not None), None)
 
 
 class _Reading:
-    """One subscription. No generator: a cancelled wait would end it."""
+    """One subscription. It is not a generator, because a cancelled wait would end a generator."""
 
     def __init__(
         self,
@@ -399,7 +418,7 @@ class _Reading:
 
 
 class _Settling:
-    """Settles, unless the process dies before it could."""
+    """Settles a delivery, unless the process is scripted to crash before that."""
 
     def __init__(self, reading: _Reading, settler: Settler, *, crashes: bool) -> None:
         self._reading = reading

@@ -1,4 +1,4 @@
-"""What a program has sent, to ask in a test."""
+"""A recorder of what a program sends, for tests."""
 
 from __future__ import annotations
 
@@ -14,49 +14,47 @@ E = TypeVar("E")
 
 class Recorder:
     """
-    A broker that keeps what it is sent, for tests of a mediator; or the books of a `FaultyMessageBroker`.
+    A broker that records the messages it is sent, for tests of a mediator. A `FaultyMessageBroker` has one too.
 
-    Events are read back from their messages, as another program would read them. What does not hold raises an
-    `AssertionError` whose text shows the events that there were.
+    The methods decode events from the recorded messages, as another program would. `one` and `none` raise an
+    `AssertionError` that shows the recorded events.
 
     Attributes:
-        messages: What was sent, in its order.
+        messages: The sent messages, in order.
     """
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
 
     async def send_message(self, message: Message, /) -> None:
-        """See `MessageBroker.send_message`. It always succeeds."""
+        """Record *message*; see `MessageBroker.send_message`. It always succeeds."""
         self.messages.append(message)
 
     @property
     def names(self) -> list[str]:
-        """The names of the messages on the wire, in their order: `assert recorder.names == ["UserJoined"]`."""
+        """The message names, in the order of sending: `assert recorder.names == ["UserJoined"]`."""
         return [message.message_name for message in self.messages]
 
     def events(self, event_type: type[E], /, **fields: object) -> list[E]:
-        """Give the events of *event_type* that have these *fields*, in their order."""
+        """Return the sent events of *event_type* that have these *fields*, in order."""
         return [event for event in self._all(event_type) if _has(event, fields)]
 
     def one(self, event_type: type[E], /, **fields: object) -> E:
-        """Give the one event of *event_type* that has these *fields*. AssertionError if there is none, or another."""
+        """Return the sent event of *event_type* with these *fields*. Raise AssertionError unless there is just one."""
         found = self.events(event_type, **fields)
         if len(found) != 1:
             raise AssertionError(
-                f"expected one {_told(event_type, fields)}, and there are {len(found)}; {self._were(event_type)}"
+                f"expected one {_text(event_type, fields)}, got {len(found)}; {self._sent(event_type)}"
             )
         return found[0]
 
     def none(self, event_type: type[object], /, **fields: object) -> None:
-        """AssertionError if there is an event of *event_type* that has these *fields*."""
+        """Raise AssertionError if an event of *event_type* with these *fields* was sent."""
         if found := self.events(event_type, **fields):
-            raise AssertionError(
-                f"expected no {_told(event_type, fields)}, and there are {len(found)}; {self._were(event_type)}"
-            )
+            raise AssertionError(f"expected no {_text(event_type, fields)}, got {len(found)}; {self._sent(event_type)}")
 
     def clear(self) -> None:
-        """Forget everything so far."""
+        """Remove all recorded messages."""
         self.messages.clear()
 
     def __len__(self) -> int:
@@ -66,21 +64,24 @@ class Recorder:
         read, topic = payload_decoder(event_type), (getattr(event_type, "message_type", None), name_on_wire(event_type))
         return [read(each.payload_json) for each in self.messages if (each.message_type, each.message_name) == topic]
 
-    def _were(self, event_type: type[object]) -> str:
+    def _sent(self, event_type: type[object]) -> str:
         of_type = self._all(event_type)
         shown: Sequence[object] = of_type or self.names
-        return f"sent were {', '.join(map(str, shown)) or 'none at all'}"
+        return f"sent: {', '.join(map(str, shown)) or 'nothing'}"
 
 
 def name_on_wire(event_type: type[object]) -> str:
     """
-    Give the name of an event's messages.
+    Return the message name of *event_type*.
 
     Raises:
-        TypeError: It is no event that travels.
+        TypeError: *event_type* is not an integration event.
     """
     if not getattr(event_type, "message_type", None):
-        raise TypeError(f"{event_type.__qualname__} is no event that travels: nothing of it is ever sent")
+        raise TypeError(
+            f"{event_type.__qualname__} is not an integration event, so it is never sent; "
+            "pass a NotificationEvent or an ECSTEvent"
+        )
     return message_name_of(event_type)
 
 
@@ -88,5 +89,5 @@ def _has(event: object, fields: dict[str, Any]) -> bool:
     return all(getattr(event, name) == value for name, value in fields.items())
 
 
-def _told(event_type: type[object], fields: dict[str, Any]) -> str:
+def _text(event_type: type[object], fields: dict[str, Any]) -> str:
     return " with ".join([event_type.__name__, *[", ".join(f"{k}={v!r}" for k, v in fields.items())] * bool(fields)])

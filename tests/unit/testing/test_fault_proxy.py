@@ -1,4 +1,4 @@
-"""The proxy passes on what it should, and fails as it is told to."""
+"""Tests of the proxy that injects faults."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -11,7 +11,7 @@ from diator.testing.fault_proxy import FaultProxy, Flow
 
 @asynccontextmanager
 async def echo():
-    """A service that says everything again, and a proxy before it."""
+    """Start a service that echoes its input, and a proxy in front of it."""
 
     async def answer(reader, writer):
         try:
@@ -36,7 +36,7 @@ async def connected(proxy):
         writer.close()
 
 
-async def test_it_breaks_the_connection_after_so_many_bytes_and_only_once():
+async def test_cut_after_breaks_the_connection_once_after_the_given_bytes():
     async with echo() as proxy:
         proxy.cut_after(1000, Flow.TO_SERVER)
         async with connected(proxy) as (reader, writer):
@@ -52,7 +52,7 @@ async def test_it_breaks_the_connection_after_so_many_bytes_and_only_once():
             assert await reader.readexactly(5000)
 
 
-async def test_it_counts_what_it_loses():
+async def test_a_black_hole_counts_the_bytes_that_it_loses():
     async with echo() as proxy, connected(proxy) as (reader, writer):
         proxy.black_hole(Flow.TO_CLIENT)
         writer.write(b"x" * 100)
@@ -62,7 +62,7 @@ async def test_it_counts_what_it_loses():
         assert (proxy.passed[Flow.TO_SERVER], proxy.lost[Flow.TO_CLIENT]) == (100, 100)
 
 
-async def test_it_takes_its_time_until_it_heals():
+async def test_delay_lasts_until_heal():
     async with echo() as proxy, connected(proxy) as (reader, writer):
         proxy.delay(0.05, 0.01)
         began = monotonic()
@@ -77,7 +77,7 @@ async def test_it_takes_its_time_until_it_heals():
         assert monotonic() - began < 0.04
 
 
-async def test_it_forgets_the_connections_that_there_are_and_no_others():
+async def test_black_hole_existing_affects_only_open_connections():
     async with echo() as proxy, connected(proxy) as (old_reader, old_writer), connected(proxy) as (_, idle):
         old_writer.write(b"x")
         await old_reader.readexactly(1)
@@ -93,7 +93,7 @@ async def test_it_forgets_the_connections_that_there_are_and_no_others():
             assert await reader.readexactly(1) == b"x"
 
 
-async def test_it_counts_those_that_it_rejects():
+async def test_reject_counts_the_connections_until_heal():
     async with echo() as proxy:
         proxy.reject()
         async with connected(proxy) as (reader, _):

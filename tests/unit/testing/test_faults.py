@@ -1,4 +1,4 @@
-"""The broker that fails as it is told to."""
+"""Tests of the in-memory broker with scripted faults."""
 
 import asyncio
 from time import monotonic
@@ -48,12 +48,12 @@ async def send(broker, *numbers):
 
 
 async def arrived(broker):
-    """What is there, in its order."""
+    """Return the numbers of the waiting messages, in order."""
     return [(await broker.receive()).payload["number"] for _ in range(len(broker))]
 
 
-class Handled:
-    """A handler that keeps the numbers of its events."""
+class Program:
+    """A consumer whose handler records the numbers of its events."""
 
     def __init__(self, broker, *, fails=(), **options):
         self.numbers = []
@@ -85,7 +85,7 @@ def payload(user_id):
 
 
 @pytest.mark.parametrize(
-    ("fault", "verdict", "arrives"),
+    ("fault", "error", "arrives"),
     [
         (unavailable, BrokerUnavailable, 0),
         (rejected, MessageRejected, 0),
@@ -95,32 +95,32 @@ def payload(user_id):
     ],
     ids=repr,
 )
-async def test_a_verdict_is_raised_and_the_message_is_there_or_not(fault, verdict, arrives):
+async def test_a_send_error_is_raised_and_the_message_is_sent_or_not(fault, error, arrives):
     broker, sent = FaultyMessageBroker(), message()
     broker.on_send(fault)
 
-    with pytest.raises(verdict, match=repr(fault)) as caught:
+    with pytest.raises(error, match=repr(fault)) as caught:
         await broker.send_message(sent)
 
-    assert type(caught.value) is verdict
+    assert type(caught.value) is error
     assert caught.value.message_id == sent.message_id
     assert (len(broker), len(broker.sent)) == (arrives, 0)
 
 
 @pytest.mark.parametrize(
-    ("fault", "there"), [(lost, [1]), (duplicated, [0, 0, 1]), (reordered, [1, 0]), (held, [1])], ids=repr
+    ("fault", "queued"), [(lost, [1]), (duplicated, [0, 0, 1]), (reordered, [1, 0]), (held, [1])], ids=repr
 )
-async def test_a_message_that_is_confirmed_and_yet_goes_astray(fault, there):
+async def test_a_confirmed_message_is_lost_duplicated_reordered_or_held(fault, queued):
     broker = FaultyMessageBroker()
     broker.on_send(fault)
 
     await send(broker, 0, 1)
 
-    assert await arrived(broker) == there
+    assert await arrived(broker) == queued
     assert len(broker.sent) == 2
 
 
-async def test_what_is_held_comes_when_it_is_released():
+async def test_held_messages_arrive_when_they_are_released():
     broker = FaultyMessageBroker()
     broker.on_send(held, held)
     await send(broker, 0, 1, 2)
@@ -130,7 +130,7 @@ async def test_what_is_held_comes_when_it_is_released():
     assert await arrived(broker) == [2, 0, 1]
 
 
-async def test_a_repeat_has_the_same_id():
+async def test_a_duplicate_has_the_same_id():
     broker = FaultyMessageBroker()
     broker.on_send(duplicated)
     await send(broker, 0)
@@ -138,7 +138,7 @@ async def test_a_repeat_has_the_same_id():
     assert (await broker.receive()).message_id == (await broker.receive()).message_id
 
 
-async def test_a_closed_broker_refuses_whatever_is_scripted():
+async def test_a_closed_broker_refuses_despite_its_script():
     broker, sent = FaultyMessageBroker(), message()
     broker.on_send(lost)
     await broker.aclose()
@@ -153,7 +153,7 @@ async def test_a_closed_broker_refuses_whatever_is_scripted():
 
 
 @pytest.mark.parametrize(
-    ("faults", "options", "there"),
+    ("faults", "options", "queued"),
     [
         ([], {}, None),
         ([no_fault, lost], {}, [0, 2, 3, 4, 5]),
@@ -164,17 +164,17 @@ async def test_a_closed_broker_refuses_whatever_is_scripted():
         ([lost], {"of": MeetingChanged}, [0, 1, 2, 3, 4, 5]),
     ],
 )
-async def test_which_messages_meet_a_fault(faults, options, there):
+async def test_which_messages_meet_a_fault(faults, options, queued):
     broker = FaultyMessageBroker()
     if faults:
         broker.on_send(*faults, **options)
 
     await send(broker, *range(6))
 
-    assert await arrived(broker) == (there or [*range(6)])
+    assert await arrived(broker) == (queued or [*range(6)])
 
 
-async def test_one_seed_means_one_outcome():
+async def test_the_same_seed_has_the_same_outcome():
     async def outcome(seed):
         broker = FaultyMessageBroker()
         broker.on_send(lost, no_fault, seed=seed)
@@ -188,7 +188,7 @@ async def test_one_seed_means_one_outcome():
     assert all(0 < len(each) < 50 for each in outcomes.values())
 
 
-async def test_the_first_script_that_has_something_for_a_message_decides():
+async def test_the_first_script_with_a_fault_left_decides():
     broker = FaultyMessageBroker()
     broker.on_send(lost)
     broker.on_send(duplicated, duplicated)
@@ -199,18 +199,18 @@ async def test_the_first_script_that_has_something_for_a_message_decides():
 
 
 @pytest.mark.parametrize(("faults", "options"), [((), {}), ((lost,), {"cycle": True, "seed": 1})])
-def test_a_script_that_makes_no_sense_is_refused(faults, options):
+def test_an_invalid_script_is_refused(faults, options):
     with pytest.raises(ValueError, match="either cycle or seed"):
         FaultyMessageBroker().on_send(*faults, **options)
 
 
 @pytest.mark.parametrize("call", ["on_send", "on_delivery"])
-def test_an_event_that_never_travels_cannot_be_meant(call):
-    with pytest.raises(TypeError, match="DomainEvent is no event that travels"):
+def test_a_domain_event_cannot_be_scripted(call):
+    with pytest.raises(TypeError, match="DomainEvent is not an integration event"):
         getattr(FaultyMessageBroker(), call)(no_fault, of=DomainEvent)
 
 
-async def test_what_was_scripted_has_to_happen():
+async def test_verify_fails_while_a_scripted_fault_has_not_happened():
     broker = FaultyMessageBroker()
     broker.on_send(lost, no_fault, duplicated, of=UserJoined)
     broker.on_delivery(crashed)
@@ -219,12 +219,12 @@ async def test_what_was_scripted_has_to_happen():
     with pytest.raises(AssertionError) as caught:
         broker.verify()
 
-    told = "duplicated of on_send(lost, no_fault, duplicated, of=UserJoined); crashed of on_delivery(crashed)"
-    assert str(caught.value) == f"what was scripted has not happened: {told}"
+    unused = "duplicated of on_send(lost, no_fault, duplicated, of=UserJoined); crashed of on_delivery(crashed)"
+    assert str(caught.value) == f"scripted faults have not happened: {unused}"
 
 
 @pytest.mark.parametrize("options", [{}, {"cycle": True}, {"seed": 1}])
-async def test_what_was_scripted_and_has_happened_is_no_error(options):
+async def test_verify_succeeds_once_the_scripted_faults_have_happened(options):
     broker = FaultyMessageBroker()
     broker.on_send(lost, duplicated, **options)
     with pytest.raises(AssertionError):
@@ -238,33 +238,33 @@ async def test_what_was_scripted_and_has_happened_is_no_error(options):
 # -- handling ----------------------------------------------------------------------------------------------------
 
 
-async def test_draining_handles_all_there_is_and_stops():
+async def test_draining_handles_every_message_and_stops():
     broker = FaultyMessageBroker()
-    handled = Handled(broker)
+    program = Program(broker)
     await joined(broker, 1, 2, 3)
 
-    await broker.drain(handled.consumer)
+    await broker.drain(program.consumer)
 
-    assert handled.numbers == [1, 2, 3]
+    assert program.numbers == [1, 2, 3]
     assert [each.outcome for each in broker.deliveries] == ["ack"] * 3
-    assert not handled.consumer.health().receiving
+    assert not program.consumer.health().receiving
 
 
 async def test_draining_nothing_returns():
     broker = FaultyMessageBroker()
 
-    await broker.drain(Handled(broker).consumer)
+    await broker.drain(Program(broker).consumer)
 
     assert broker.deliveries == []
 
 
-async def test_draining_follows_what_handlers_send():
+async def test_draining_handles_messages_that_handlers_send():
     broker, events, seen = FaultyMessageBroker(), EventMap(), []
 
     @events.handler
     async def handle(event: UserJoined) -> None:
         seen.append(event.user_id)
-        await asyncio.sleep(0.01)  # nothing waits meanwhile, and yet it is not over
+        await asyncio.sleep(0.01)  # no message waits meanwhile, but one delivery is not settled
         if event.user_id < 5:
             await joined(broker, event.user_id + 1)
 
@@ -277,8 +277,10 @@ async def test_draining_follows_what_handlers_send():
 
 async def test_two_groups_are_drained_together():
     broker = FaultyMessageBroker()
-    one, two = Handled(broker, group="one"), Handled(broker, group="two")
-    await broker.drain(Handled(broker, group="one").consumer, Handled(broker, group="two").consumer)  # now they collect
+    one, two = Program(broker, group="one"), Program(broker, group="two")
+    await broker.drain(
+        Program(broker, group="one").consumer, Program(broker, group="two").consumer
+    )  # now the groups exist and collect messages
     await joined(broker, 1, 2)
 
     await broker.drain(one.consumer, two.consumer)
@@ -286,59 +288,59 @@ async def test_two_groups_are_drained_together():
     assert one.numbers == two.numbers == [1, 2]
 
 
-async def test_what_is_overtaken_by_nothing_comes_at_last():
+async def test_a_reordered_message_without_a_next_one_is_delivered_at_last():
     broker = FaultyMessageBroker()
-    handled = Handled(broker)
+    program = Program(broker)
     broker.on_send(no_fault, reordered)
     await joined(broker, 1, 2)
 
-    await broker.drain(handled.consumer)
+    await broker.drain(program.consumer)
 
-    assert handled.numbers == [1, 2]
+    assert program.numbers == [1, 2]
 
 
-async def test_after_a_crash_it_is_handled_again():
+async def test_a_message_is_handled_again_after_a_crash():
     broker = FaultyMessageBroker()
-    handled = Handled(broker)
+    program = Program(broker)
     broker.on_delivery(crashed, of=UserJoined)
     await joined(broker, 1, 2)
 
-    await broker.drain(handled.consumer)
+    await broker.drain(program.consumer)
 
-    assert sorted(handled.numbers) == [1, 1, 2]
+    assert sorted(program.numbers) == [1, 1, 2]
     assert sorted(each.attempt for each in broker.deliveries) == [1, 1, 2]
 
 
-async def test_after_a_crash_it_is_put_aside_again():
+async def test_a_message_is_dead_lettered_again_after_a_crash():
     broker = FaultyMessageBroker()
     broker.on_delivery(crashed)
     await joined(broker, 1)
 
-    await broker.drain(Handled(broker, fails=[1]).consumer)
+    await broker.drain(Program(broker, fails=[1]).consumer)
 
     assert [each.outcome for each in broker.deliveries] == ["dead_letter"] * 2
     assert len(broker.dead_letters) == 1
 
 
-async def test_a_message_that_crashes_every_consumer_is_put_aside():
+async def test_a_poison_message_is_dead_lettered():
     broker = FaultyMessageBroker()
-    handled = Handled(broker, retry=RetryPolicy(immediate_retries=0, delayed_retries=0, max_crashes=2))
+    program = Program(broker, retry=RetryPolicy(immediate_retries=0, delayed_retries=0, max_crashes=2))
     broker.on_delivery(crashed, when=lambda delivery: delivery.attempt < 4, cycle=True)
     await joined(broker, 1)
 
-    await broker.drain(handled.consumer)
+    await broker.drain(program.consumer)
 
-    assert handled.numbers == [1, 1, 1]
+    assert program.numbers == [1, 1, 1]
     assert broker.dead_letters[0].reason.startswith("poison-message")
 
 
 async def test_a_retry_does_not_wait():
     broker = FaultyMessageBroker()
-    handled = Handled(broker, fails=[1], retry=RetryPolicy(immediate_retries=0, delayed_retries=3, first_delay=600))
+    program = Program(broker, fails=[1], retry=RetryPolicy(immediate_retries=0, delayed_retries=3, first_delay=600))
     await joined(broker, 1)
     began = monotonic()
 
-    await broker.drain(handled.consumer)
+    await broker.drain(program.consumer)
 
     assert monotonic() - began < 5
     assert [each.outcome for each in broker.deliveries] == ["retry"] * 3 + ["dead_letter"]
@@ -347,16 +349,16 @@ async def test_a_retry_does_not_wait():
 
 async def test_foreign_bytes_are_delivered():
     broker = FaultyMessageBroker()
-    handled = Handled(broker)
+    program = Program(broker)
     broker.inject(UserJoined, b"{")
     broker.inject(TOPIC, b"[]")
 
-    await broker.drain(handled.consumer)
+    await broker.drain(program.consumer)
 
     assert [letter.body for letter in broker.dead_letters] == [b"{", b"[]"]
 
 
-async def test_shuffling_keeps_what_is_there():
+async def test_shuffling_keeps_every_message():
     async def order(seed):
         broker = FaultyMessageBroker()
         await send(broker, *range(10))
@@ -370,7 +372,7 @@ async def test_shuffling_keeps_what_is_there():
     assert orders == [await order(seed) for seed in range(3)]
 
 
-async def test_a_gap_is_told():
+async def test_a_gap_is_reported():
     broker, gaps = FaultyMessageBroker(), []
     async with broker.subscribe([TOPIC], on_gap=gaps.append), broker.subscribe([TOPIC]):
         broker.gap(seconds=5, reason="the cable")
@@ -380,7 +382,7 @@ async def test_a_gap_is_told():
     assert gaps[0].reason == "the cable"
 
 
-async def test_work_that_never_ends_is_told_and_cut_off():
+async def test_draining_reports_and_cancels_work_that_never_ends():
     broker, events = FaultyMessageBroker(), EventMap()
 
     @events.handler
@@ -390,13 +392,13 @@ async def test_work_that_never_ends_is_told_and_cut_off():
     await joined(broker, 1, 2)
     began = monotonic()
 
-    with pytest.raises(TimeoutError, match=r"after 0\.05 s 1 messages wait, and 1 are not settled"):
+    with pytest.raises(TimeoutError, match=r"after 0\.05 s, 1 messages are waiting and 1 are not settled"):
         await broker.drain(Consumer(broker, event_map=events), within=0.05)
 
     assert monotonic() - began < 5
 
 
-async def test_what_ends_a_consumer_comes_out():
+async def test_draining_raises_the_error_of_a_consumer():
     class Lame(FaultyMessageBroker):
         def subscribe(self, topics, /, **options):
             raise UnsupportedCapability("Lame", ["legs"], why="walking", remedy="sit")
@@ -404,17 +406,17 @@ async def test_what_ends_a_consumer_comes_out():
     broker = Lame()
 
     with pytest.raises(UnsupportedCapability, match="legs"):
-        await broker.drain(Handled(broker).consumer)
+        await broker.drain(Program(broker).consumer)
 
 
-async def test_a_subscription_that_ends_leaves_nothing_to_wait_for():
+async def test_draining_ignores_the_deliveries_of_an_ended_subscription():
     broker = FaultyMessageBroker()
     await joined(broker, 1)
     async with broker.subscribe([TOPIC], group="diator") as deliveries:
         await anext(deliveries)
-    handled = Handled(broker)
+    program = Program(broker)
 
-    await broker.drain(handled.consumer)
+    await broker.drain(program.consumer)
 
-    assert handled.numbers == [1]
+    assert program.numbers == [1]
     assert [each.attempt for each in broker.deliveries] == [1, 2]

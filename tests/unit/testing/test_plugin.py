@@ -1,4 +1,4 @@
-"""What pytest gets from diator: two fixtures, and nothing else."""
+"""Tests of the pytest plugin: two fixtures, and nothing else."""
 
 import re
 import subprocess
@@ -56,19 +56,19 @@ def outcome_of(folder, program, *plugins):
     ids=["inert", "used", "a fault that did not happen", "failed already"],
 )
 def test_the_fixtures(tmp_path, program, outcome):
-    told, output = outcome_of(tmp_path, program)
+    summary, output = outcome_of(tmp_path, program)
 
-    assert told == outcome, output
-    assert ("what was scripted has not happened: lost of on_send(lost)" in output) == (program is UNUSED)
+    assert summary == outcome, output
+    assert ("scripted faults have not happened: lost of on_send(lost)" in output) == (program is UNUSED)
 
 
 def test_the_page_about_testing_is_a_file_of_tests(tmp_path):
     page = (ROOT / "docs" / "testing.md").read_text()
     program = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
 
-    told, output = outcome_of(tmp_path, program, "-o", "asyncio_mode=auto")
+    summary, output = outcome_of(tmp_path, program, "-o", "asyncio_mode=auto")
 
-    assert told == f"{program.count('async def test_')} passed", output
+    assert summary == f"{program.count('async def test_')} passed", output
 
 
 def test_pytest_finds_it_by_its_entry_point():

@@ -1,4 +1,4 @@
-"""What a program has sent, asked for in a test."""
+"""Tests of the recorder of sent events."""
 
 import pytest
 
@@ -16,7 +16,7 @@ async def recorder():
     return recorder
 
 
-async def test_an_event_comes_back_as_it_was():
+async def test_an_event_is_decoded_unchanged():
     recorder, event = Recorder(), UserJoined(user_id=7)
 
     await EventEmitter(message_broker=recorder).emit(event)
@@ -25,7 +25,7 @@ async def test_an_event_comes_back_as_it_was():
     assert recorder.messages[0].message_id == event.event_id
 
 
-async def test_events_are_told_apart_by_type_and_fields(recorder):
+async def test_events_are_selected_by_type_and_fields(recorder):
     assert recorder.names == ["UserJoined", "UserJoined", "Moved"]
     assert [event.user_id for event in recorder.events(UserJoined)] == [7, 8]
     assert recorder.one(UserJoined, user_id=8).user_id == 8
@@ -38,36 +38,36 @@ async def test_events_are_told_apart_by_type_and_fields(recorder):
 @pytest.mark.parametrize(
     ("event_type", "fields", "text"),
     [
-        (UserJoined, {}, "expected one UserJoined, and there are 2; sent were UserJoined("),
-        (UserJoined, {"user_id": 9}, "expected one UserJoined with user_id=9, and there are 0; sent were UserJoined("),
-        (MeetingChanged, {}, "expected one MeetingChanged, and there are 0; sent were UserJoined, UserJoined, Moved"),
+        (UserJoined, {}, "expected one UserJoined, got 2; sent: UserJoined("),
+        (UserJoined, {"user_id": 9}, "expected one UserJoined with user_id=9, got 0; sent: UserJoined("),
+        (MeetingChanged, {}, "expected one MeetingChanged, got 0; sent: UserJoined, UserJoined, Moved"),
     ],
 )
-async def test_one_that_is_not_there_once_is_told_with_what_is(recorder, event_type, fields, text):
+async def test_one_fails_unless_there_is_exactly_one_event(recorder, event_type, fields, text):
     with pytest.raises(AssertionError) as caught:
         recorder.one(event_type, **fields)
 
     assert str(caught.value).startswith(text)
 
 
-async def test_one_that_should_not_be_there_is_told(recorder):
-    with pytest.raises(AssertionError, match="expected no UserJoined with user_id=7, and there are 1; sent were UserJ"):
+async def test_none_fails_if_there_is_an_event(recorder):
+    with pytest.raises(AssertionError, match="expected no UserJoined with user_id=7, got 1; sent: UserJ"):
         recorder.none(UserJoined, user_id=7)
 
 
-async def test_what_was_cleared_is_forgotten(recorder):
+async def test_clear_removes_every_message(recorder):
     recorder.clear()
 
-    with pytest.raises(AssertionError, match="sent were none at all"):
+    with pytest.raises(AssertionError, match="sent: nothing"):
         recorder.one(UserJoined)
     assert len(recorder) == 0
 
 
-def test_an_event_that_never_travels_is_asked_for_in_vain():
-    with pytest.raises(TypeError, match="DomainEvent is no event that travels"):
+def test_a_domain_event_is_refused():
+    with pytest.raises(TypeError, match="DomainEvent is not an integration event"):
         Recorder().none(DomainEvent)
 
 
-async def test_a_field_that_an_event_does_not_have_is_an_error_of_the_test(recorder):
+async def test_an_unknown_field_is_an_error(recorder):
     with pytest.raises(AttributeError, match="user"):
         recorder.one(UserJoined, user=7)
