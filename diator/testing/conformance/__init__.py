@@ -1,7 +1,7 @@
 """
-The contract of a transport, as scenarios that run against any implementation.
+The conformance suite: scenarios that prove the contract of a transport against any implementation.
 
-Somebody who wrote a transport tells the suite how to get one, in a `Harness`, and has pytest run all of it:
+The author of a transport writes a `Harness`, which tells the suite how to make a broker, and pytest runs the scenarios:
 
     class NatsHarness(Harness):
         name = "nats"
@@ -12,10 +12,12 @@ Somebody who wrote a transport tells the suite how to get one, in a `Harness`, a
     class TestNats(TransportConformance):
         harness = NatsHarness
 
-Without pytest, and with a report for machines: `python -m diator.testing.conformance MODULE:HARNESS --report FILE`.
+The suite also runs without pytest and writes a report in JSON:
+`python -m diator.testing.conformance MODULE:HARNESS --report FILE`.
 
-What a transport promises in its `capabilities` is proved; what it does not promise, it has to refuse. A scenario that
-a transport is known to fail is a `Deviation`, which is data, has a reason, and is an error once it is not needed.
+The suite proves what a transport promises in its `capabilities`. A transport has to refuse what it does not promise. A
+scenario that a transport is known to fail is declared as a `Deviation` with a reason. The declaration becomes an error
+as soon as the scenario passes.
 """
 
 from diator.brokers.base import Transport

@@ -19,14 +19,14 @@ PASSED, FAILED, USAGE = 0, 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suite as the command line says; give 0, 1 if something failed, 2 if the command makes no sense."""
+    """Run the suite. Return 0 if nothing failed, 1 if something failed, 2 if the arguments are wrong."""
     options = _parser().parse_args(arguments)
     try:
         harness = _harness(options.harness)
         check_deviations(harness.deviations)
         scenarios = select(options.pattern)
         if not scenarios:
-            raise UnknownScenario(f"no scenario has {options.pattern!r} in its id or title")
+            raise UnknownScenario(f"no scenario has a word of {options.pattern!r} in its id or title")
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return USAGE
@@ -79,23 +79,27 @@ def _harness(name: str) -> Harness:
     sys.path.insert(0, str(Path.cwd()))
     harness = getattr(importlib.import_module(module), attribute)()
     if not isinstance(harness, Harness):
-        raise TypeError(f"{name} is no Harness")
+        raise TypeError(f"{name} is not a Harness")
     return harness
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m diator.testing.conformance",
-        description="Prove that a transport keeps diator's contract.",
-        epilog="The exit code is 0 if nothing failed, 1 if something did, 2 if the command makes no sense.",
+        description="Prove that a transport keeps the contract of diator.",
+        epilog="The exit code is 0 if nothing failed, 1 if something failed, 2 if the arguments are wrong.",
     )
-    parser.add_argument("harness", metavar="MODULE:HARNESS", help="a subclass of Harness, and where it is")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write what became of each scenario, as JSON")
-    parser.add_argument("--require", action="store_true", help="fail if the service is not to be had")
+    parser.add_argument("harness", metavar="MODULE:HARNESS", help="the module and the name of a Harness subclass")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--require", action="store_true", help="fail if the service is not available")
     parser.add_argument(
-        "-k", dest="pattern", default="", metavar="PATTERN", help="only ids and titles with these words"
+        "-k",
+        dest="pattern",
+        default="",
+        metavar="PATTERN",
+        help="run only the scenarios whose id or title contains one of these words",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="repeat what was random in an earlier run")
+    parser.add_argument("--seed", type=int, metavar="N", help="use the seed of an earlier run")
     return parser
 
 

@@ -1,8 +1,8 @@
 """
-A consumer in a process of its own, which a scenario may kill.
+A consumer in a separate process, which a scenario may kill.
 
-It writes `ready`, and a line for each event when its handler begins and when it ends. A line is one write, so that what
-was written survives the process.
+The process writes `ready`, and a line when a handler starts and when it finishes. Each line is one write, so that it
+survives the death of the process.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from diator.testing.conformance._consuming import ConsumerRun, Happened
 from diator.testing.conformance._harness import Harness
 from diator.testing.conformance._ledger import Nonconformance, NotApplicable
 
-# -- the scenario's half -----------------------------------------------------------------------------------------
+# -- in the scenario ---------------------------------------------------------------------------------------------
 
 
 class ConsumerProcess:
     """
-    A process that consumes.
+    A process that runs a consumer.
 
     Attributes:
-        started, finished: The numbers of the events whose handlers began, and ended, in their order.
+        started: The numbers of the events whose handlers have started, in order.
+        finished: The numbers of the events whose handlers have finished, in order.
     """
 
     def __init__(self, process: Process) -> None:
@@ -38,29 +39,29 @@ class ConsumerProcess:
         self.finished: list[int] = []
         self._process = process
         self._ready = False
-        self._said = asyncio.Event()
-        self._listening = asyncio.create_task(self._listen())
+        self._changed = asyncio.Event()
+        self._reading = asyncio.create_task(self._read())
 
     async def until(self, holds: Callable[[ConsumerProcess], bool]) -> None:
-        """Wait until *holds*. `Nonconformance` if the process ends before."""
+        """Wait until *holds* is true. Raise `Nonconformance` if the process ends before that."""
         while not holds(self):
-            if self._listening.done():
-                raise Nonconformance(f"the consumer's process has ended, with {await self._process.wait()}")
-            self._said.clear()
-            await self._said.wait()
+            if self._reading.done():
+                raise Nonconformance(f"the consumer process ended with exit code {await self._process.wait()}")
+            self._changed.clear()
+            await self._changed.wait()
 
     async def ready(self) -> None:
-        """Wait until it is subscribed."""
-        await self.until(lambda member: member._ready)  # noqa: SLF001
+        """Wait until the consumer is subscribed."""
+        await self.until(lambda process: process._ready)  # noqa: SLF001
 
     async def end(self, by: signal.Signals) -> int:
-        """Send it a signal, and give its exit code; negative if a signal has killed it."""
+        """Send the signal *by* and return the exit code, which is negative if a signal killed the process."""
         if self._process.returncode is None:
             self._process.send_signal(by)
-        await self._listening
+        await self._reading
         return await self._process.wait()
 
-    async def _listen(self) -> None:
+    async def _read(self) -> None:
         assert self._process.stdout is not None  # noqa: S101  # for the type checker
         async for line in self._process.stdout:
             what, *number = line.decode().split()
@@ -68,21 +69,27 @@ class ConsumerProcess:
                 self._ready = True
             elif what in {"begin", "end"}:
                 (self.started if what == "begin" else self.finished).append(int(number[0]))
-            self._said.set()
-        self._said.set()
+            self._changed.set()
+        self._changed.set()
 
 
 @asynccontextmanager
 async def consumer_process(
     harness: Harness, name: str, group: str, *, seconds: float
 ) -> AsyncGenerator[ConsumerProcess, None]:
-    """Run a consumer of the event *name* in a process of its own; each handler takes *seconds*."""
+    """Run a consumer of the event *name* in a separate process. Each handler takes *seconds*."""
     kind = type(harness)
     if "<locals>" in kind.__qualname__:
         raise NotApplicable("this harness cannot be imported by another process")
-    told = {"module": kind.__module__, "harness": kind.__qualname__, "name": name, "group": group, "seconds": seconds}
+    arguments = {
+        "module": kind.__module__,
+        "harness": kind.__qualname__,
+        "name": name,
+        "group": group,
+        "seconds": seconds,
+    }
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    program = (sys.executable, "-c", f"from {__name__} import main; main()", json.dumps(told))
+    program = (sys.executable, "-c", f"from {__name__} import main; main()", json.dumps(arguments))
     process = await asyncio.create_subprocess_exec(*program, stdout=PIPE, env=environment)
     running = ConsumerProcess(process)
     try:
@@ -91,18 +98,18 @@ async def consumer_process(
         await running.end(signal.SIGKILL)
 
 
-# -- the process -------------------------------------------------------------------------------------------------
+# -- in the process ----------------------------------------------------------------------------------------------
 
 
-async def _consume(harness: Harness, told: Mapping[str, Any]) -> None:
+async def _consume(harness: Harness, arguments: Mapping[str, Any]) -> None:
     async def handle(event: Happened) -> None:
         _write(f"begin {event.number}")
-        await asyncio.sleep(told["seconds"])
+        await asyncio.sleep(arguments["seconds"])
         _write(f"end {event.number}")
 
     broker = harness.transport()
     try:
-        run = ConsumerRun(broker, told["name"], handle, group=told["group"], concurrency=4)
+        run = ConsumerRun(broker, arguments["name"], handle, group=arguments["group"], concurrency=4)
         running = asyncio.create_task(run.consumer.run())
         await run.ready(running)
         _write("ready")
@@ -112,12 +119,12 @@ async def _consume(harness: Harness, told: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    """Consume as the command line says, until a signal comes."""
-    told = json.loads(sys.argv[1])
-    harness: Harness = getattr(importlib.import_module(told["module"]), told["harness"])()
+    """Run the consumer that the command line describes, until a signal ends it."""
+    arguments = json.loads(sys.argv[1])
+    harness: Harness = getattr(importlib.import_module(arguments["module"]), arguments["harness"])()
     harness.start()
     try:
-        asyncio.run(_consume(harness, told))
+        asyncio.run(_consume(harness, arguments))
     finally:
         harness.stop()
 

@@ -1,4 +1,4 @@
-"""Scenarios of the transport and the consumer together."""
+"""Parts of scenarios that test a transport and a consumer together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diator.retrying import RetryPolicy
 
 @dataclass(frozen=True, kw_only=True)
 class Happened(NotificationEvent):
-    """The event of all scenarios; each run has a subclass, with a name on the wire of its own."""
+    """The event of all scenarios. Each run has its own subclass with a unique message name."""
 
     number: int
     tags: list[str]
@@ -28,17 +28,18 @@ class Happened(NotificationEvent):
 Handle: TypeAlias = Callable[[Happened], Awaitable[Any]]
 
 ONCE = RetryPolicy(immediate_retries=0, delayed_retries=0)
-"""What fails is put aside at once."""
+"""A retry policy without retries: a failing message is dead-lettered at once."""
 
 
 class ConsumerRun:
     """
-    A consumer at work, and what became of its deliveries.
+    A consumer, with the outcomes of its deliveries.
 
     Attributes:
-        topic: What it consumes.
-        consumer: It.
-        handled: What it told about each delivery.
+        topic: The topic that it consumes.
+        group: Its consumer group; None if the transport has no groups.
+        consumer: The consumer.
+        handled: What the consumer reported for each delivery, in order.
     """
 
     def __init__(
@@ -62,11 +63,11 @@ class ConsumerRun:
         self.consumer: Consumer = consumer(self._announcing, event_map=events, on_handled=self._note, **options)
 
     async def run(self) -> None:
-        """Consume until it is stopped."""
+        """Consume until the consumer is stopped."""
         await self.consumer.run(signals=False)
 
     async def ready(self, running: asyncio.Task[None]) -> None:
-        """Wait until it is subscribed; raise what *running* raises if it never is."""
+        """Wait until the consumer is subscribed. Raise the error of the task *running* if it ends before that."""
         subscribed = asyncio.create_task(self._announcing.subscribed.wait())
         try:
             await asyncio.wait({subscribed, running}, return_when=asyncio.FIRST_COMPLETED)
@@ -77,28 +78,28 @@ class ConsumerRun:
 
     @property
     def reports_connection(self) -> bool:
-        """Whether the transport says if the subscription has one."""
+        """Whether the transport reports if the subscription is connected."""
         return hasattr(self._announcing.deliveries, "connected")
 
     def message(self, number: int = 0, *, key: str | None = None, **payload: Any) -> Message:
-        """Make a message that it can handle, unless *payload* spoils that."""
+        """Return a message that the handler accepts, unless *payload* makes it invalid."""
         return Message.create(
             message_name=self.topic.message_name, payload={"number": number, "tags": [], **payload}, key=key
         )
 
     async def until_handled(self, count: int) -> list[Handled]:
-        """Wait until *count* deliveries were handled."""
+        """Wait until *count* deliveries are handled, and return the reports of all."""
         while len(self.handled) < count:
             self._progress.clear()
             await self._progress.wait()
         return self.handled
 
     def outcomes(self) -> list[str]:
-        """Say what became of each delivery, in the order in which they were done."""
+        """Return the outcomes of the deliveries, in the order in which they finished."""
         return [handled.outcome for handled in self.handled]
 
     def outcomes_of(self, messages: Sequence[Message]) -> list[str]:
-        """Say what became of *messages*, in their order: they may be handled in another one."""
+        """Return the last outcomes of *messages*, in the order of *messages*."""
         last = {handled.message_id: handled.outcome for handled in self.handled}
         return [last.get(message.message_id, "not handled") for message in messages]
 
@@ -108,7 +109,7 @@ class ConsumerRun:
 
 
 class _Announcing:
-    """A broker that says when its subscription is ready."""
+    """A broker that signals when its subscription is ready."""
 
     def __init__(self, broker: ReadableBroker) -> None:
         self._broker = broker

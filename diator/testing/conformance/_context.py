@@ -1,4 +1,4 @@
-"""What a scenario is given."""
+"""The context of a scenario: brokers, names, readers, consumers and checks."""
 
 from __future__ import annotations
 
@@ -26,9 +26,16 @@ E = TypeVar("E", bound=BaseException)
 
 class Context:
     """
-    A scenario's way to the transport. Whatever it opens through this is closed at the end.
+    A scenario's access to the transport. Everything that the scenario opens through it is closed at the end.
 
-    All names are of this run alone: the service may be shared, and hold what earlier runs have left.
+    Every name is unique to this run, because the service may be shared and contain messages of earlier runs.
+
+    Attributes:
+        harness: The harness of the run.
+        capabilities: The capabilities of the transport.
+        limits: The limits of the harness.
+        ledger: The record of all messages that the scenario has sent and received.
+        random: A generator with the seed of the run.
     """
 
     def __init__(self, harness: Harness, capabilities: Capabilities, *, seed: int, resources: AsyncExitStack) -> None:
@@ -36,7 +43,7 @@ class Context:
         self.capabilities = capabilities
         self.limits: Limits = harness.limits
         self.ledger: Ledger = Ledger()
-        self.random: random.Random = random.Random(seed)  # noqa: S311  # what is random has to be repeatable
+        self.random: random.Random = random.Random(seed)  # noqa: S311  # a run has to be repeatable
         self._resources = resources
         self._run = uuid4().hex[:12]
         self._names = 0
@@ -44,12 +51,12 @@ class Context:
     # -- names and messages --------------------------------------------------------------------------------------
 
     def name(self, hint: str = "") -> str:
-        """Give a name that nobody else uses."""
+        """Return a new, unique name that ends with *hint*."""
         self._names += 1
         return f"conformance-{self._run}-{self._names}{hint}"
 
     def topic(self, hint: str = "") -> Topic:
-        """Give a topic that nobody else uses."""
+        """Return a topic with a new, unique name that ends with *hint*."""
         return Topic("notification_event", self.name(hint))
 
     @staticmethod
@@ -61,7 +68,7 @@ class Context:
         headers: Mapping[str, str] | None = None,
         **payload: Any,
     ) -> Message:
-        """Make a message of *topic*."""
+        """Return a new message of *topic*, whose payload has *number* and *payload*."""
         return Message.create(
             message_type=topic.message_type,
             message_name=topic.message_name,
@@ -73,26 +80,26 @@ class Context:
     # -- the transport -------------------------------------------------------------------------------------------
 
     async def broker(self) -> Transport:
-        """Make a broker, which is closed at the end of the scenario."""
+        """Return a new broker, which is closed at the end of the scenario."""
         return self.closing(self.harness.transport())
 
     def closing(self, broker: Transport) -> Transport:
-        """Have *broker* closed at the end of the scenario."""
+        """Close *broker* at the end of the scenario, and return it."""
         self._resources.push_async_callback(broker.aclose)
         return broker
 
     async def enter(self, reading: AbstractAsyncContextManager[Reader]) -> Reader:
-        """Enter *reading* until the end of the scenario."""
+        """Enter *reading* until the end of the scenario, and return its reader."""
         return await self._resources.enter_async_context(reading)
 
     async def send(self, broker: Transport, topic: Topic, count: int = 1, *, start: int = 0) -> list[Message]:
-        """Send *count* messages of *topic*, one after the other. They are numbered."""
+        """Send *count* messages of *topic*, one after another, numbered from *start* on. Return them."""
         messages = [self.message(topic, start + number) for number in range(count)]
         await self.send_all(broker, messages)
         return messages
 
     async def send_all(self, broker: Transport, messages: list[Message]) -> None:
-        """Send *messages*, one after the other."""
+        """Send *messages*, one after another. Record each attempt and its result in the ledger."""
         for message in messages:
             sent = self.ledger.attempt(message)
             try:
@@ -103,7 +110,7 @@ class Context:
             sent.end("confirmed")
 
     async def use(self, broker: Transport, topic: Topic | None = None) -> None:
-        """Send a message that nobody has to receive. To hear that nobody did is as good."""
+        """Send a message that nobody has to receive. `MessageUnroutable` counts as success."""
         with suppress(MessageUnroutable):
             await self.send(broker, topic or self.topic())
 
@@ -112,9 +119,9 @@ class Context:
         self, broker: Transport, *topics: Topic, group: str | None = None, prefetch: int = 64
     ) -> AsyncGenerator[Reader, None]:
         """
-        Subscribe. Without a *group*, the subscription gets every message, however the transport does that.
+        Subscribe. Without a *group*, the subscription receives every message, however the transport does that.
 
-        What was not settled at its end is noted as abandoned: it may come again.
+        Deliveries that are unsettled at the end are recorded as abandoned: they may be redelivered.
         """
         named = group
         if group is None and "broadcast" not in self.capabilities.distribution:
@@ -134,11 +141,11 @@ class Context:
     async def share(
         self, *readers: Reader, sending: Coroutine[Any, Any, Any], work: Work | None = None
     ) -> dict[Reader, list[Received]]:
-        """Have *readers* read while *sending* runs, and until nothing is left. See `share`."""
+        """Let *readers* read while *sending* runs, and until nothing is left. See `_reader.share`."""
         return await share(readers, sending, limits=self.limits, work=work)
 
     async def until_acknowledged(self, reader: Reader, count: int) -> None:
-        """Read until *count* messages are acknowledged: what comes again may come later than what is new."""
+        """Read until *count* messages are acknowledged. A redelivery may arrive later than a new message."""
         await reader.until_fence()
         received = [each for each in self.ledger.received if each.subscription == reader.name]
         done = {each.id for each in received if each.delivery.outcome == "ack"}
@@ -146,15 +153,15 @@ class Context:
             done |= {each.id for each in await reader.take(1)}
 
     async def proxy(self) -> Proxy:
-        """Put a proxy before the service, until the end of the scenario. To be done before a broker is made."""
+        """Start a proxy in front of the service, until the end of the scenario. Call this before making a broker."""
         return await self._resources.enter_async_context(self.harness.proxied())
 
     async def outages(self) -> Outages:
-        """Have a service that may be broken, until the end of the scenario. To be done before a broker is made."""
+        """Start a service that may be broken, until the end of the scenario. Call this before making a broker."""
         return await self._resources.enter_async_context(self.harness.private())
 
     async def send_until_confirmed(self, broker: Transport, message: Message) -> None:
-        """Send *message* until it is confirmed, or nobody is there to receive it. Each try is in the ledger."""
+        """Send *message* until it is confirmed or unroutable. Each attempt is in the ledger."""
         while True:
             try:
                 with suppress(MessageUnroutable):
@@ -165,7 +172,7 @@ class Context:
 
     @asynccontextmanager
     async def consuming(self, broker: Transport, handle: Handle, **options: Any) -> AsyncGenerator[ConsumerRun, None]:
-        """Run a `Consumer` of *broker* that has *handle* called for each event; it is stopped at the end."""
+        """Run a `Consumer` of *broker* that calls *handle* for each event. It is stopped at the end of the block."""
         run = self.consumer_run(broker, handle, **options)
         running = asyncio.create_task(run.run())
         try:
@@ -179,58 +186,58 @@ class Context:
                 running.result()
 
     def consumer_run(self, broker: Transport, handle: Handle, **options: Any) -> ConsumerRun:
-        """Make a `Consumer` of *broker* that has *handle* called for each event. It does not run."""
+        """Return a `Consumer` of *broker* that calls *handle* for each event, without running it."""
         return ConsumerRun(broker, self.name("-event"), handle, consumer=self.harness.consumer, **options)
 
-    # -- judging -------------------------------------------------------------------------------------------------
+    # -- checks --------------------------------------------------------------------------------------------------
 
     def check(self, holds: object, otherwise: str) -> None:
-        """Raise `Nonconformance` unless it *holds*. Not an assertion, which may be switched off."""
+        """Raise `Nonconformance` unless *holds* is true. An `assert` statement could be switched off."""
         if not holds:
             raise Nonconformance(otherwise)
 
     def applies(self, holds: object, otherwise: str) -> None:
-        """End the scenario as not run unless it *holds*: there would be nothing to prove."""
+        """End the scenario as not run unless *holds* is true: there would be nothing to prove."""
         if not holds:
             raise NotApplicable(otherwise)
 
     def same(self, found: object, wanted: object, what: str) -> None:
-        """Raise `Nonconformance` unless both are equal."""
+        """Raise `Nonconformance` unless *found* equals *wanted*. The error begins with *what*."""
         if found != wanted:
-            raise Nonconformance(f"{what}: {found!r}, and should be {wanted!r}")
+            raise Nonconformance(f"{what}: got {found!r}, expected {wanted!r}")
 
     async def raises(self, error: type[E], doing: Awaitable[object], what: str) -> E:
-        """Give the *error* that *doing* raises; `Nonconformance` if it raises none, or another one."""
+        """Return the *error* that *doing* raises. Raise `Nonconformance` if it raises none or another one."""
         try:
             await doing
         except error as caught:
             return caught
         except Exception as other:
-            raise Nonconformance(f"{what} raises {other!r}, and should raise {error.__name__}") from other
-        raise Nonconformance(f"{what} raises nothing, and should raise {error.__name__}")
+            raise Nonconformance(f"{what} raised {other!r}, expected {error.__name__}") from other
+        raise Nonconformance(f"{what} raised nothing, expected {error.__name__}")
 
     async def allow_broker_error(self, doing: Awaitable[object], what: str) -> None:
-        """Let *doing* succeed, or raise an error of the contract; `Nonconformance` if it raises another one."""
+        """Await *doing*, which may succeed or raise a `BrokerError`. Raise `Nonconformance` for any other error."""
         try:
             await doing
         except BrokerError:
             pass
         except Exception as other:
-            raise Nonconformance(f"{what} raises {other!r}, and should raise no foreign error") from other
+            raise Nonconformance(f"{what} raised {other!r}, expected no error or a BrokerError") from other
 
     async def within(self, seconds: float, doing: Coroutine[Any, Any, T], what: str) -> T:
-        """Give what *doing* gives; `Nonconformance` if that takes longer than *seconds*."""
+        """Return the result of *doing*. Raise `Nonconformance` if that takes longer than *seconds*."""
         task = asyncio.create_task(doing)
         try:
             done, _ = await asyncio.wait({task}, timeout=seconds)
             if not done:
-                raise Nonconformance(f"{what} takes longer than {seconds:g} s")
+                raise Nonconformance(f"{what} took longer than {seconds:g} s")
             return task.result()
         finally:
             await cancelled(task)
 
     def start(self, doing: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run *doing* beside the scenario; it is cancelled at the end."""
+        """Run *doing* as a task beside the scenario, and return the task. It is cancelled at the end."""
         task = asyncio.create_task(doing)
         self._resources.push_async_callback(cancelled, task)
         return task

@@ -1,4 +1,4 @@
-"""What somebody who wrote a transport tells the suite about it."""
+"""The harness: how the suite gets a transport, and what the suite can do to its environment."""
 
 from __future__ import annotations
 
@@ -15,12 +15,21 @@ from diator.testing.fault_proxy import Flow
 
 
 class EnvironmentMissing(Exception):
-    """The service is not to be had on this machine. Nothing was proved, and nothing failed."""
+    """The service, or something else that the harness needs, is not available on this machine. Nothing was proved."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deviation:
-    """A scenario that is known to fail, and why. If it passes, or fails otherwise, that is a failure."""
+    """
+    A scenario that is known to fail, with the reason.
+
+    The scenario fails the run if it passes, or if it fails in another way than declared.
+
+    Attributes:
+        reason: Why the transport fails the scenario.
+        raises: The error that the scenario fails with.
+        issue: Where the problem is tracked, such as the address of an issue; may be empty.
+    """
 
     reason: str
     raises: type[BaseException] = AssertionError
@@ -29,29 +38,40 @@ class Deviation:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How fast this environment is. All times in seconds."""
+    """
+    How fast an environment is. All times are in seconds.
+
+    Attributes:
+        scale: The factor for the timeout of every scenario. `DIATOR_CONFORMANCE_SCALE` sets the default.
+        quiet: How long a subscription must stay silent until the suite concludes that nothing more arrives. Used only
+            after a fence, or while the prefetch is full.
+        redelivery: The longest time until an unsettled delivery is redelivered after its subscription has ended.
+        timeout: The longest time that a call of the transport may take, however dead the service is: its `timeout`.
+        liveness: The longest time until the transport notices that a silent peer is gone.
+        recovery: The longest time until the transport receives again after the service is back.
+        max_delay: The longest delay between two attempts to reconnect.
+        lag: How late a delivery may be on a busy machine, in scenarios where one task must not hold up another.
+    """
 
     scale: float = float(os.environ.get("DIATOR_CONFORMANCE_SCALE", "1"))
-    """What every deadline is multiplied by."""
     quiet: float = 0.1
-    """For how long nothing has to come before nothing is coming; only used after a fence, or while held back."""
     redelivery: float = 5.0
-    """Within what a delivery comes again that was not settled when its subscription ended."""
     timeout: float = 10.0
-    """Within what the transport's calls end, however dead the service is: its `timeout`."""
     liveness: float = 15.0
-    """Within what it notices that a silent peer is gone."""
     recovery: float = 10.0
-    """Within what it receives again once the service is back."""
     max_delay: float = 30.0
-    """The longest pause between two tries to connect again."""
     lag: float = 1.0
-    """How late a delivery may be on a machine that is busy, where a scenario is about somebody being held up."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeadLettered:
-    """What the service has of a message that was put aside."""
+    """
+    A dead letter, as the service has it.
+
+    Attributes:
+        body: The body of the message, as it was sent.
+        reason: Why the message was dead-lettered.
+    """
 
     body: bytes
     reason: str
@@ -59,45 +79,45 @@ class DeadLettered:
 
 class Proxy(Protocol):
     """
-    What stands between a transport and its service, and fails when it is told to. `FaultProxy` is one.
+    A proxy between a transport and its service that injects faults. `FaultProxy` is one.
 
-    Where a method takes *flows*, none means both directions.
+    Methods that take *flows* affect both directions if none is passed.
     """
 
     @property
     def accepted(self) -> int:
-        """How many connections there were."""
+        """The number of connections since the start."""
         ...
 
     @property
     def connections(self) -> int:
-        """How many connections there are."""
+        """The number of open connections."""
         ...
 
     @property
     def passed(self) -> Mapping[Flow, int]:
-        """How many bytes were passed on."""
+        """The number of bytes that were passed on, by direction."""
         ...
 
     @property
     def lost(self) -> Mapping[Flow, int]:
-        """How many bytes were not, and never will be."""
+        """The number of bytes that were lost for good, by direction."""
         ...
 
     def withhold(self, *flows: Flow) -> None:
-        """Keep everything back until `heal`."""
+        """Hold back all data until `heal`."""
 
     def black_hole(self, *flows: Flow) -> None:
-        """Lose everything, the ends of connections too, and tell nobody."""
+        """Lose all data, and the ends of connections too, without telling either side."""
 
     def delay(self, seconds: float, jitter: float) -> None:
-        """Pass on each piece later, by *seconds* and up to *jitter* more or less, in its order, until `heal`."""
+        """Delay each piece of data by *seconds*, plus or minus up to *jitter*, in order, until `heal`."""
 
     def cut_after(self, count: int, flow: Flow) -> None:
-        """Break every connection as soon as *count* more bytes have gone in the direction of *flow*, once."""
+        """Break every connection once, as soon as *count* more bytes have gone in the direction of *flow*."""
 
     def black_hole_existing(self) -> None:
-        """Lose everything of the connections that there are, for good. Those to come are as good as ever."""
+        """Lose all data of the open connections for good. New connections are not affected."""
 
     def refuse(self) -> None:
         """Refuse new connections until `heal`."""
@@ -106,112 +126,118 @@ class Proxy(Protocol):
         """Accept new connections, count them, and break each at once, until `heal`."""
 
     def cut(self) -> None:
-        """End every connection in an orderly way."""
+        """Close every connection in an orderly way."""
 
     def reset(self) -> None:
         """Break every connection."""
 
     async def heal(self) -> None:
-        """Pass on and accept everything again."""
+        """Pass on all data and accept new connections again."""
 
 
 class Outages(Protocol):
     """
-    A service that belongs to one scenario, and can be broken.
+    A service that belongs to one scenario and can be broken.
 
-    Each method returns when its effect is there: `start` and `resume` when the service answers, the others when it
-    does not. Its address stays the same. To do what was done already is allowed, and does nothing.
+    `start` and `resume` return when the service answers, the other methods when it does not answer any more. The
+    address of the service stays the same. A method whose effect is there already does nothing.
     """
 
     async def stop(self) -> None:
-        """End the service in an orderly way, as for an update."""
+        """Stop the service in an orderly way, as for an update."""
 
     async def kill(self) -> None:
-        """End its process at once, as SIGKILL does."""
+        """Kill the service's process at once, as SIGKILL does."""
 
     async def start(self) -> None:
-        """Start it again, with the data that it had."""
+        """Start the service again, with the data that it had."""
 
     async def pause(self) -> None:
-        """Freeze it: its connections stay open, and nobody answers."""
+        """Freeze the service: its connections stay open, and nothing answers."""
 
     async def resume(self) -> None:
-        """Let it go on."""
+        """Let the frozen service continue."""
 
 
 Access: TypeAlias = Literal[
     "granted", "unknown authority", "wrong host", "expired", "plain", "wrong password", "may not send", "may not read"
 ]
 """
-How a broker comes to a service that is guarded. Each differs from "granted" in one thing only.
+How a broker accesses a guarded service. Each kind differs from "granted" in one respect.
 
-- granted: by TLS, whose certificate it verifies, with a password that is right and every right it needs.
-- unknown authority: it trusts others than who signed the service's certificate.
-- wrong host: the certificate is for another host than the one that it connects to.
-- expired: the certificate was good once.
-- plain: it does not know that the service speaks TLS.
-- wrong password: of a user that there is.
-- may not send: a user that may do everything else; may not read: likewise.
+- granted: by TLS with a verified certificate, with the right password and every permission that is needed.
+- unknown authority: the broker does not trust the authority that signed the service's certificate.
+- wrong host: the certificate is for another host than the one that the broker connects to.
+- expired: the service's certificate has expired.
+- plain: the broker does not use TLS.
+- wrong password: of a user that exists.
+- may not send: a user with every permission except sending; may not read: every permission except reading.
 """
 
 
 class Harness(ABC):
     """
-    How to get a transport, and what can be done to its environment.
+    How the suite gets a transport, and what the suite can do to its environment.
 
-    A harness is made without arguments. The suite keeps to names of its own, so the service may be shared with others.
-    What it cannot do is left as it is here: the scenarios that need it are not run, and the report says so.
+    The suite makes a harness without arguments. Every name that the suite uses is new, so that the service may be
+    shared. Leave a method that the environment does not support as it is here: the scenarios that need it are not run,
+    and the report says so.
+
+    Attributes:
+        name: The name of the transport in the report.
+        facilities: The names of the supported optional methods: `raw`, `dead_letters`, `full`, `crash`, `proxy`,
+            `outages`, `operator`, `topology`, `alarm` and `security`. The docstring of each optional method begins with
+            the name of its facility. `processes` has no method: it means that a harness made in another process reaches
+            the same service.
+        limits: How fast the environment is.
+        deviations: The scenarios that are known to fail, by id.
+        consumer: The consumer class in scenarios that test a transport and a consumer together. Only the tests of the
+            suite itself use another one.
+        password: `security`: The right password. It must appear nowhere, so choose a word that appears nowhere by
+            chance.
     """
 
     name: ClassVar[str]
-    """What the report calls the transport."""
     facilities: ClassVar[frozenset[str]] = frozenset()
-    """
-    Which of the optional methods below are there, each by the name that its description begins with.
-
-    `raw`, `dead_letters`, `full`, `crash`, `proxy`, `outages`, `operator`, `topology`, `alarm`, `security`; and
-    `processes`, for which there is no method: a harness that was made in another process reaches the same service.
-    """
     limits: Limits = Limits()
     deviations: Mapping[str, Deviation] = {}
-    """By id of the scenario."""
     consumer: ClassVar[type[Consumer]] = Consumer
-    """What handles deliveries in the scenarios of both together. Only the proof of the suite has another one."""
+    password: str = ""
 
-    def start(self) -> None:  # noqa: B027  # many have nothing to start
+    def start(self) -> None:  # noqa: B027  # many harnesses have nothing to start
         """
-        Bring up the environment, once, before the first scenario.
+        Start the environment. The suite calls this once, before the first scenario.
 
         Raises:
-            EnvironmentMissing: It is not to be had here.
+            EnvironmentMissing: The environment is not available on this machine.
         """
 
     def stop(self) -> None:  # noqa: B027
-        """Take the environment down."""
+        """Stop the environment."""
 
     def prepare(self, facility: str) -> None:  # noqa: B027
         """
-        Bring up what *facility* needs, if it is not there yet: a service that may be broken, its certificates.
+        Start what *facility* needs, unless it is running: a service that may be broken, or certificates.
 
-        It is called before each scenario that needs *facility*, outside of its event loop and its limit of time. What
-        it leaves open may stay open until `stop`.
+        The suite calls this before each scenario that needs *facility*, outside of the scenario's event loop and
+        timeout. Resources that it opens may stay open until `stop`.
 
         Raises:
-            EnvironmentMissing: It is not to be had here. The scenario is not run.
+            EnvironmentMissing: The facility is not available on this machine. The scenario is not run.
         """
 
     def service(self) -> str:
-        """Name the service and its version, for the report."""
+        """Return the name and version of the service, for the report."""
         return "in process"
 
     def driver(self) -> str:
-        """Name the client library and its version, for the report; nothing if there is none."""
+        """Return the name and version of the client library, for the report; empty if there is none."""
         return ""
 
     @abstractmethod
     def transport(self) -> Transport:
         """
-        Make a broker that was not used yet. It is called inside a running event loop, several times in a scenario.
+        Return a new broker. The suite calls this inside a running event loop, several times in a scenario.
 
         Brokers that promise `multi_process` share one service.
         """
@@ -219,84 +245,84 @@ class Harness(ABC):
     # -- optional ------------------------------------------------------------------------------------------------
 
     async def send_raw(self, transport: Transport, topic: Topic, body: bytes) -> None:
-        """`raw`: Put *body* where a message of *topic* would be, past the transport's own way of sending."""
+        """`raw`: Store *body* as a message of *topic* in the service, without the transport's own send."""
         raise NotImplementedError
 
     async def dead_letters(self, transport: Transport, topic: Topic, group: str | None) -> list[DeadLettered]:
         """
-        `dead_letters`: Give what was put aside of *topic* by *group*, as the service has it.
+        `dead_letters`: Return the dead letters of *topic* and *group*, as the service has them.
 
-        None is for a subscription without a group. Bodies are given as they were sent, whatever else is kept with them.
+        *group* is None for a subscription without a group. Return the bodies as they were sent, whatever else the
+        service stores with them.
         """
         raise NotImplementedError
 
     def full(self, room: int) -> Transport:
-        """`full`: Make a broker whose service takes *room* messages for a topic and refuses the next."""
+        """`full`: Return a broker whose service accepts *room* messages for a topic and refuses the next one."""
         raise NotImplementedError
 
     async def crash(self, transport: Transport) -> None:
         """
-        `crash`: Have *transport* and its subscriptions die as with their process.
+        `crash`: Make *transport* and its subscriptions die as if their process had died.
 
-        From then on nothing is said to the service: no acknowledgement, no goodbye, no new connection. It sees what
-        the death of a process looks like: connections that break. What is left of *transport* in this process is
-        closed by the scenario, which has to be quick and may not raise.
+        From then on *transport* sends nothing to the service: no acknowledgement, no orderly close, no new connection.
+        The service sees what it sees when a process dies: broken connections. The scenario closes the rest of
+        *transport* in this process, which has to be quick and must not raise.
         """
         raise NotImplementedError
 
     def proxied(self) -> AbstractAsyncContextManager[Proxy]:
         """
-        `proxy`: Put a proxy before the service, and give it. While it is there, `transport` connects through it.
+        `proxy`: Start a proxy in front of the service. Inside the block, `transport` connects through it.
 
-        Inside of `private` it stands before that service. Entered a second time, it gives a second one: who was made
-        before keeps the first, so that one side of a conversation can be cut off and the other not.
+        Inside the block of `private`, the proxy is in front of that service. A second, nested call starts a second
+        proxy. Brokers that were made before keep the first one, so that a scenario can cut off one side of a
+        conversation.
         """
         raise NotImplementedError
 
     def private(self) -> AbstractAsyncContextManager[Outages]:
         """
-        `outages`: Give a service that nobody else uses. While it is there, `transport` connects to it.
+        `outages`: Start a service that nobody else uses. Inside the block, `transport` connects to it.
 
-        It is configured as a program should have it that wants to lose nothing. One service may do for all scenarios,
-        one after the other: it runs when it is given, and has to when the next one begins, whatever was done to it.
+        Configure the service so that it loses nothing. The scenarios may use one service in turn: it must run when the
+        block is entered, whatever the previous scenario did to it.
         """
         raise NotImplementedError
 
     async def disconnect(self, transport: Transport) -> None:
         """
-        `operator`: Have the service close all connections of *transport*, as an operator does, and of nobody else.
+        `operator`: Make the service close all connections of *transport*, and no others, as an operator does.
 
-        *transport* may connect by a proxy.
+        *transport* may be connected through a proxy.
         """
         raise NotImplementedError
 
     async def delete(self, transport: Transport, topic: Topic, group: str | None) -> None:
         """
-        `topology`: Delete, at the service and past the transport, what a subscription to *topic* needs.
+        `topology`: Delete, directly at the service, what a subscription to *topic* needs.
 
-        With *group*: what is the group's alone, such as its queue, or the note of how far it has read. Without: what
-        the messages are sent to, such as the topic, the stream or the exchange. What is in it is lost, rightly.
+        With *group*, delete what belongs to the group alone, such as its queue or its position. Without *group*, delete
+        the destination of the messages, such as the topic, the stream or the exchange. Messages in it are lost.
         """
         raise NotImplementedError
 
     def alarm(self) -> AbstractAsyncContextManager[None]:
         """
-        `alarm`: Have the service of `private` run out of memory or disk: it takes no messages until this ends.
+        `alarm`: Make the service of `private` run out of memory or disk. It accepts no messages inside the block.
 
-        Those who read are served. Only used inside of `private`.
+        It keeps serving consumers. The suite uses this only inside the block of `private`.
         """
         raise NotImplementedError
 
     def guarded(self, access: Access) -> Transport:
         """
-        `security`: Make a broker for a service that speaks TLS only and lets in only whom it knows, with *access*.
+        `security`: Return a broker for a service that requires TLS and a known user, with *access*.
 
-        Every broker that is made by this comes to the same service, and uses `password` where that is right.
+        All brokers that this method returns connect to the same service. They use `password` where the password is
+        right.
 
         Raises:
-            EnvironmentMissing: This service knows no such difference. The scenario goes on without it.
+            EnvironmentMissing: This service has no such kind of access. The scenario continues without it.
         """
         raise NotImplementedError
-
-    password: str = ""
-    """`security`: The right one. It may be seen nowhere; so it is a word that is seen nowhere by chance."""

@@ -1,4 +1,4 @@
-"""Every message is accounted for: what was tried, what was confirmed, what came, and why it came twice."""
+"""The ledger: a record of every message that a scenario sends and receives."""
 
 from __future__ import annotations
 
@@ -19,16 +19,24 @@ Fate: TypeAlias = Literal["attempted", "confirmed", "failed", "indeterminate"]
 
 
 class Nonconformance(AssertionError):
-    """The transport did not do what its contract says."""
+    """The transport violates its contract."""
 
 
 class NotApplicable(Exception):
-    """There is nothing that a scenario could prove of this transport."""
+    """The scenario has nothing to prove for this transport."""
 
 
 @dataclass(kw_only=True, eq=False)
 class Sent:
-    """A message, and what became of sending it. A repeat of one id is another one of these."""
+    """
+    One attempt to send a message. Sending the same message again is another attempt.
+
+    Attributes:
+        message: The message.
+        fate: What is known of the attempt.
+        began: When the attempt began.
+        ended: When the fate became known; None before that.
+    """
 
     message: Message
     fate: Fate = "attempted"
@@ -36,31 +44,37 @@ class Sent:
     ended: datetime | None = None
 
     def end(self, fate: Fate) -> None:
-        """Note what became of it, and that this is known now."""
+        """Record *fate*, with the current time."""
         self.fate, self.ended = fate, datetime.now(UTC)
 
     def within(self, gaps: Sequence[Gap]) -> bool:
-        """Whether some of the time of its sending is in one of *gaps*."""
+        """Whether the attempt overlaps one of *gaps* in time."""
         ended = self.ended or datetime.now(UTC)
         return any(gap.since <= ended and self.began <= gap.until for gap in gaps)
 
 
 @dataclass(kw_only=True, eq=False)
 class Received:
-    """One delivery, as it came to a subscription."""
+    """
+    One delivery to a subscription.
+
+    Attributes:
+        delivery: The delivery.
+        subscription: The name of the group, or the name of the subscription if it has no group.
+        at: When it was received, on the monotonic clock.
+        message: The decoded message; None if the body cannot be decoded.
+        abandoned: Whether its subscription ended before the delivery was settled.
+    """
 
     delivery: Delivery
     subscription: str
-    """Who it was for: the name of the group, or of the subscription that has none."""
     at: float = field(default_factory=monotonic)
     message: Message | None = None
-    """None if the body is no message."""
     abandoned: bool = False
-    """Whether its subscription ended before it was settled."""
 
     @classmethod
     def of(cls, delivery: Delivery, subscription: str) -> Received:
-        """Read *delivery* as a consumer would."""
+        """Decode *delivery* as a consumer would."""
         try:
             message = decode(delivery.body, max_bytes=2**31, headers=delivery.headers)
         except DecodingError:
@@ -69,28 +83,33 @@ class Received:
 
     @property
     def id(self) -> UUID | None:
-        """The id of the message, if it is one."""
+        """The id of the message; None if the body cannot be decoded."""
         return self.message.message_id if self.message else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What the deliveries to one subscription were, held against what was sent to it. In the order of sending."""
+    """
+    The deliveries to one subscription, compared with the messages sent to it. Ids are in the order of sending.
+
+    Attributes:
+        subscription: The name of the group or subscription.
+        lost: Messages that were confirmed and never delivered, and that no reported gap explains.
+        duplicated: Messages that were delivered again without a reason.
+        explained: Messages that were delivered again with a reason: requeued, not settled, or sent twice.
+        unexpected: Deliveries that were never sent to the subscription; None for a body that cannot be decoded.
+        reordered: Messages whose first delivery came after the first delivery of a later message.
+    """
 
     subscription: str
     lost: Sequence[UUID] = ()
-    """Confirmed, never delivered, and in no gap that was told."""
     duplicated: Sequence[UUID] = ()
-    """Delivered again, and nothing that would explain it."""
     explained: Sequence[UUID] = ()
-    """Delivered again because it was given back, not settled, or perhaps sent twice."""
     unexpected: Sequence[UUID | None] = ()
-    """Delivered, and never sent to it; None where the body is no message at all."""
     reordered: Sequence[UUID] = ()
-    """First delivered after one that was sent later."""
 
     def verify(self, *, in_order: bool = False, may_lose: bool = False, may_duplicate: bool = False) -> None:
-        """Raise `Nonconformance` unless each message came, once or with an explanation, and nothing else did."""
+        """Raise `Nonconformance` if a message was lost, unexpected, out of order or duplicated without a reason."""
         faults = {
             "lost": () if may_lose else self.lost,
             "duplicated without a reason": () if may_duplicate else self.duplicated,
@@ -98,32 +117,41 @@ class Comparison:
             "out of order": self.reordered if in_order else (),
         }
         if found := [f"{len(ids)} {what} ({_few(ids)})" for what, ids in faults.items() if ids]:
-            raise Nonconformance(f"of what {self.subscription!r} should have received: {'; '.join(found)}")
+            raise Nonconformance(f"of the messages for {self.subscription!r}: {'; '.join(found)}")
 
 
 class Ledger:
-    """The books of one scenario."""
+    """
+    The record of one scenario.
+
+    Attributes:
+        sent: Every attempt to send, in order.
+        received: Every delivery, in order.
+    """
 
     def __init__(self) -> None:
         self.sent: list[Sent] = []
         self.received: list[Received] = []
 
     def attempt(self, message: Message) -> Sent:
-        """Note that *message* is about to be sent; the caller says what became of it."""
+        """Record that *message* is about to be sent. The caller records the fate with `Sent.end`."""
         sent = Sent(message=message)
         self.sent.append(sent)
         return sent
 
     def compare(self, subscription: str, expected: Iterable[Message], *, gaps: Sequence[Gap] = ()) -> Comparison:
         """
-        Compare what came to *subscription* with the messages that it was entitled to, which are *expected*.
+        Compare the deliveries to *subscription* with the messages that it should receive, which are *expected*.
 
-        One that was sent n times may come n times. What was sent in one of *gaps*, which the subscription was told of,
-        is not lost but missed. Raises ValueError if there are none: that would prove nothing.
+        A message that was sent n times may be delivered n times. A message that was sent within one of the reported
+        *gaps* does not count as lost.
+
+        Raises:
+            ValueError: *expected* is empty, so the comparison would prove nothing.
         """
         ids = list(dict.fromkeys(message.message_id for message in expected))
         if not ids:
-            raise ValueError("a verdict on no messages at all proves nothing")
+            raise ValueError("a comparison without expected messages proves nothing")
         fates: dict[UUID, list[Fate]] = defaultdict(list)
         sure: set[UUID] = set()
         for sent in self.sent:
@@ -147,7 +175,7 @@ class Ledger:
 
 
 def fate_of(error: BaseException) -> Fate:
-    """What a send that raised *error* says about the message: only a verdict of the contract tells that it failed."""
+    """Return what *error* of a send says about the message. Only a broker error of diator can say that it failed."""
     if isinstance(error, OutcomeUnknown) or not isinstance(error, BrokerError):
         return "indeterminate"
     return "failed"
@@ -158,13 +186,13 @@ def _explained(came: Sequence[Received], fates: Sequence[Fate]) -> bool:
 
 
 def _unexplained(came: Sequence[Received], fates: Sequence[Fate]) -> bool:
-    """Whether one came more often than it was sent and given back."""
-    given_back = sum(each.delivery.outcome == "retry" or each.abandoned for each in came[:-1])
-    return len(came) > len(fates) + given_back
+    """Whether a message was delivered more often than it was sent, requeued and abandoned."""
+    requeued = sum(each.delivery.outcome == "retry" or each.abandoned for each in came[:-1])
+    return len(came) > len(fates) + requeued
 
 
 def _late(places: Sequence[int], ids: Sequence[UUID]) -> list[UUID]:
-    """Give the ids whose place is before that of one which came earlier."""
+    """Return the ids that came after an id with a later place."""
     late: list[UUID] = []
     furthest = -1
     for place in places:

@@ -1,4 +1,4 @@
-"""The suite as a class of tests. It needs pytest, and no plugin of it."""
+"""The suite as a test class for pytest. It needs no pytest plugin."""
 
 from __future__ import annotations
 
@@ -12,24 +12,29 @@ from diator.testing.conformance._scenario import Scenario, select
 
 try:
     import pytest
-except ImportError as error:  # pragma: no cover  # the tests run by it
+except ImportError as error:  # pragma: no cover  # the tests themselves need pytest
     raise MissingExtra("diator.testing.conformance", "testing") from error
 
 
 class TransportConformance:
     """
-    Derive a class whose name begins with `Test`, name the *harness*, and pytest runs every scenario, by its id.
+    The base of a test class that runs every scenario, one test for each.
 
-    That class says nothing else: a scenario that is known to fail is said in *deviations*, not by overriding. With
-    *required*, a service that is not to be had fails the tests instead of skipping them.
+    Derive a class whose name begins with `Test` and set *harness*. The derived class may set the attributes below and
+    nothing else: declare a scenario that is known to fail in *deviations* instead of overriding a test.
+
+    Attributes:
+        harness: The harness class.
+        deviations: Deviations in addition to those that the harness declares.
+        required: Whether a missing environment fails the tests instead of skipping them.
+        only: If not empty, run only the scenarios whose id or title contains one of these words. Useful for a second
+            configuration of a transport.
     """
 
     harness: ClassVar[type[Harness]]
     deviations: ClassVar[Mapping[str, Deviation]] = {}
-    """Beside those of the harness."""
     required: ClassVar[bool] = False
     only: ClassVar[str] = ""
-    """Only scenarios whose id or title has one of these words: for a second configuration of a transport."""
 
     _running: ClassVar[Harness | None] = None
     _missing: ClassVar[str] = ""
@@ -40,20 +45,20 @@ class TransportConformance:
         own = {name for name in vars(cls) if not name.startswith("__")} - settings
         if shadowed := sorted(own):
             raise TypeError(
-                f"{cls.__name__} defines {', '.join(shadowed)}; the suite's members cannot be replaced, and tests of "
-                "your own belong into a class of their own. Say what is known to fail in `deviations`"
+                f"{cls.__name__} defines {', '.join(shadowed)}, but tests of the suite cannot be replaced; declare "
+                "scenarios that are known to fail in `deviations`, and put your own tests into another class"
             )
         check_deviations(cls.deviations)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Make a test of each scenario."""
+        """Parametrize the test with every scenario."""
         if "conformance_scenario" in metafunc.fixturenames:
             scenarios = select(self.only)
             metafunc.parametrize("conformance_scenario", scenarios, ids=[each.id for each in scenarios])
 
     @classmethod
     def setup_class(cls) -> None:
-        """Bring up the environment."""
+        """Start the environment."""
         harness = cls.harness()
         harness.deviations = {**harness.deviations, **cls.deviations}
         check_deviations(harness.deviations)
@@ -66,7 +71,7 @@ class TransportConformance:
 
     @classmethod
     def teardown_class(cls) -> None:
-        """Take the environment down."""
+        """Stop the environment."""
         if cls._running is not None:
             cls._running.stop()
             cls._running = None
@@ -74,12 +79,12 @@ class TransportConformance:
     def test_scenario(self, conformance_scenario: Scenario) -> None:
         """Run one scenario of the catalogue."""
         if self._running is None:
-            give_up = pytest.fail if self.required else pytest.skip
-            give_up(self._missing)
+            missing = pytest.fail if self.required else pytest.skip
+            missing(self._missing)
         result = run_scenario(conformance_scenario, self._running)
         if result.outcome == "FAIL":
-            told = f"{conformance_scenario.id}: {result.reason}\n\n{conformance_scenario.catches}\n\nseed {result.seed}"
-            raise AssertionError(told) from result.error
+            text = f"{conformance_scenario.id}: {result.reason}\n\n{conformance_scenario.catches}\n\nseed {result.seed}"
+            raise AssertionError(text) from result.error
         if result.outcome in {"DEVIATION", "PROVISIONAL"}:
             pytest.xfail(f"{result.outcome}: {result.reason}")
         if result.outcome != "PASS":

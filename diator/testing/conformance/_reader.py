@@ -1,4 +1,4 @@
-"""How a scenario reads: without pauses, and never in doubt whether something is still to come."""
+"""Readers of scenarios. They know without sleeping whether more messages are to come."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ _FENCE = "conformance-fence"
 
 class Reader:
     """
-    One subscription of a scenario. What it receives is in the ledger under `name`, except for fences.
+    One subscription of a scenario. The ledger records what it receives under `name`, except for fences.
+
+    A fence is a message that marks a point in the stream: when it arrives, everything sent before it has arrived.
 
     Attributes:
-        gaps: What it was told that it may have missed.
+        broker: The broker of the subscription.
+        topics: The topics of the subscription.
+        name: The name of the group, or a unique name for a subscription without a group.
+        deliveries: The iterator of the subscription.
+        gaps: The reported gaps, in which messages may have been missed.
     """
 
     def __init__(
@@ -47,25 +53,25 @@ class Reader:
 
     @property
     def acknowledged(self) -> set[object]:
-        """The ids of what was, also by others of this name."""
+        """The ids of the messages that readers of this name have acknowledged."""
         received = (each for each in self._ledger.received if each.subscription == self.name)
         return {each.id for each in received if each.delivery.outcome == "ack"}
 
     async def next(self) -> Received:
-        """Wait for the next delivery; it is the scenario's to settle."""
+        """Wait for the next delivery, and return it unsettled."""
         while is_fence(received := await self.next_or_fence()):
-            await received.delivery.ack()  # an earlier one, which was not waited for
+            await received.delivery.ack()  # an earlier fence that nobody waited for
         return received
 
     async def next_or_fence(self) -> Received:
-        """Wait for the next delivery, whatever it is."""
+        """Wait for the next delivery or fence, and return it unsettled."""
         received = Received.of(await anext(self.deliveries), self.name)
         if not is_fence(received):
             self._ledger.received.append(received)
         return received
 
     async def take(self, count: int, *, settle: Settle = "ack") -> list[Received]:
-        """Wait for *count* deliveries."""
+        """Wait for *count* deliveries and return them, acknowledged unless *settle* is `nothing`."""
         taken: list[Received] = []
         while len(taken) < count:
             taken.append(await self.next())
@@ -75,9 +81,9 @@ class Reader:
 
     async def until_fence(self, *, settle: Settle = "ack") -> list[Received]:
         """
-        Send a fence, and give what is delivered before it: all there is, where the transport keeps an order.
+        Send a fence and return the deliveries before it: everything, if the transport keeps the order of a topic.
 
-        Where it keeps none, what comes for a little while afterwards belongs to it.
+        If it does not, the deliveries that arrive shortly after the fence are included.
         """
         fence = await send_fence(self.broker, self.topics[0])
         taken: list[Received] = []
@@ -92,7 +98,7 @@ class Reader:
         return taken
 
     async def during(self, sending: Coroutine[Any, Any, Any], *, settle: Settle = "ack") -> list[Received]:
-        """Read while *sending* runs and up to a fence behind it, so that no buffer has to hold everything."""
+        """Read while *sending* runs and up to a fence after it, so that no buffer has to hold everything."""
         begun = len(self._ledger.received)
 
         async def read() -> None:
@@ -108,12 +114,12 @@ class Reader:
         return [received for received in self._ledger.received[begun:] if received.subscription == self.name]
 
     async def expect_nothing(self) -> None:
-        """Raise `Nonconformance` if a delivery comes although it must not. Something has to be waiting."""
+        """Raise `Nonconformance` if a delivery arrives within `limits.quiet` seconds."""
         waiting = asyncio.ensure_future(anext(self.deliveries))
         done, _ = await asyncio.wait({waiting}, timeout=self._limits.quiet)
         await cancelled(waiting)
         if done:
-            raise Nonconformance(f"{self.name!r} received {waiting.result()} where nothing may come")
+            raise Nonconformance(f"{self.name!r} received {waiting.result()}, expected nothing")
 
     async def _stragglers(self, settle: Settle) -> list[Received]:
         taken: list[Received] = []
@@ -134,10 +140,10 @@ async def share(
     work: Work | None = None,
 ) -> dict[Reader, list[Received]]:
     """
-    Have *readers*, which may be members of one group, read while *sending* runs, and until nothing is left.
+    Let *readers*, which may be consumers of one group, read while *sending* runs, and until nothing is left.
 
-    Each delivery is worked on by *work*, then acknowledged. It is over when a fence has come to one of the readers of
-    each name, nobody is at work, and nothing has come for `limits.quiet` seconds.
+    Each delivery is passed to *work* and then acknowledged. Reading ends when a reader of each name has received a
+    fence, no delivery is in progress, and nothing has arrived for `limits.quiet` seconds.
     """
     taken: dict[Reader, list[Received]] = {reader: [] for reader in readers}
     fences: set[tuple[str, object]] = set()
@@ -164,7 +170,7 @@ async def share(
             (name, await send_fence(of_name.broker, of_name.topics[0]))
             for name, of_name in {reader.name: reader for reader in readers}.items()
         }
-        while at_work or not sent <= fences or monotonic() - last < limits.quiet:  # noqa: ASYNC110  # time is a condition too
+        while at_work or not sent <= fences or monotonic() - last < limits.quiet:  # noqa: ASYNC110  # the condition also depends on time
             await asyncio.sleep(limits.quiet / 10)
 
     reading = [asyncio.create_task(read(reader)) for reader in readers]
@@ -177,19 +183,19 @@ async def share(
 
 
 async def send_fence(broker: Transport, topic: Topic) -> object:
-    """Send a message that means nothing but that everything sent before it was sent before it; give its id."""
+    """Send a fence, and return its id."""
     fence = Message.create(message_type=topic.message_type, message_name=topic.message_name, payload={"fence": _FENCE})
     await broker.send_message(fence)
     return fence.message_id
 
 
 def is_fence(received: Received) -> bool:
-    """Tell whether this is no message of the scenario."""
+    """Whether *received* is a fence."""
     return received.message is not None and _FENCE.encode() in received.message.payload_json
 
 
 async def _uncut(settling: Coroutine[Any, Any, None]) -> None:
-    """Settle to the end, also when it is cancelled meanwhile: what is half told may come again, or not."""
+    """Complete *settling* even if it is cancelled. A half-sent acknowledgement may or may not cause a redelivery."""
     task = asyncio.create_task(settling)
     try:
         await asyncio.shield(task)
@@ -204,7 +210,7 @@ async def cancelled(task: asyncio.Future[Any]) -> None:
 
 
 async def _unless_failed(main: Coroutine[Any, Any, Any], *helpers: asyncio.Task[None]) -> None:
-    """Wait for *main*, and raise at once what ends one of its helpers, which do not end by themselves."""
+    """Wait for *main*. Raise the error of a helper at once; helpers do not end by themselves."""
     task = asyncio.create_task(main)
     try:
         done, _ = await asyncio.wait({task, *helpers}, return_when=asyncio.FIRST_COMPLETED)

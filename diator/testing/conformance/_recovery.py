@@ -1,4 +1,4 @@
-"""What the scenarios of faults have in common: the proof that a fault was felt, and that it is over."""
+"""Checks that scenarios with faults share: that a fault had an effect, and that it is over."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from diator.testing.conformance._context import Context
 from diator.testing.conformance._harness import Proxy
 from diator.testing.conformance._reader import Reader, cancelled
 
-# -- the fault was felt ------------------------------------------------------------------------------------------
+# -- the fault has an effect -------------------------------------------------------------------------------------
 
 
 async def reconnected(ctx: Context, proxy: Proxy, before: int, seconds: float) -> None:
-    """Wait for the proof that a link broke: a connection that was not there before."""
+    """Wait for a new connection, the proof that an old one broke. *before* is the number of accepted connections."""
     began = monotonic()
     while proxy.accepted <= before:
         ctx.check(monotonic() - began < seconds, f"no new connection within {seconds:g} s")
@@ -26,12 +26,12 @@ async def reconnected(ctx: Context, proxy: Proxy, before: int, seconds: float) -
 
 
 async def service_is_down(ctx: Context) -> None:
-    """Have the proof that a service is out: somebody who comes now is not served, and is told so in time."""
+    """Check that the service is down: a new client cannot send, and its send fails in time."""
     newcomer = ctx.harness.transport()
     try:
         sending = newcomer.send_message(ctx.message(ctx.topic()))
         await ctx.within(
-            ctx.limits.timeout + ctx.limits.lag, _refused(ctx, sending), "sending to a service that is out"
+            ctx.limits.timeout + ctx.limits.lag, _refused(ctx, sending), "sending to a service that is down"
         )
     finally:
         await newcomer.aclose()
@@ -42,33 +42,33 @@ async def _refused(ctx: Context, sending: Awaitable[None]) -> None:
         await sending
     except (BrokerUnavailable, OutcomeUnknown):
         return
-    ctx.check(holds=False, otherwise="the service was there all the time, so nothing was proved")
+    ctx.check(holds=False, otherwise="the service was not down, so nothing was proved")
 
 
-# -- it is over --------------------------------------------------------------------------------------------------
+# -- the fault is over -------------------------------------------------------------------------------------------
 
 
 async def receives_again(ctx: Context, reader: Reader, *, by: float | None = None) -> None:
     """
-    Send until something arrives, which has to be soon; from then on, everything has to.
+    Send until a message arrives, within *by* seconds. After that, check that every message arrives.
 
-    Soon is within *by* seconds, or else within the time that a recovery takes.
+    *by* is `limits.recovery` unless it is passed.
     """
     topic, began, by = reader.topics[0], monotonic(), by or ctx.limits.recovery
     probes: set[object] = set()
 
-    async def hear() -> None:
-        heard: object = None
-        while heard not in probes:  # what was on its way before
+    async def receive_a_probe() -> None:
+        last: object = None
+        while last not in probes:  # earlier messages may arrive first
             received = await reader.next()
-            heard = received.id
-            with suppress(BrokerError):  # of what came by a connection that is gone
+            last = received.id
+            with suppress(BrokerError):  # the delivery may belong to a lost connection
                 await received.delivery.ack()
 
-    waiting = asyncio.create_task(hear())
+    waiting = asyncio.create_task(receive_a_probe())
     try:
         while not waiting.done():
-            ctx.check(monotonic() - began < by, f"it does not receive again within {by:g} s")
+            ctx.check(monotonic() - began < by, f"the subscription does not receive again within {by:g} s")
             probe = ctx.message(topic, -1)
             probes.add(probe.message_id)
             await ctx.send_until_confirmed(reader.broker, probe)
@@ -83,16 +83,16 @@ async def receives_again(ctx: Context, reader: Reader, *, by: float | None = Non
     came = [each.id for each in ctx.ledger.received if each.id in ids and each.subscription == reader.name]
     if ctx.capabilities.ordering != "destination":
         came.sort(key=ids.index)
-    ctx.same(came, ids, "what was received after the fault was over")
+    ctx.same(came, ids, "the messages received after the fault was over")
 
 
-# -- meanwhile ---------------------------------------------------------------------------------------------------
+# -- during the fault --------------------------------------------------------------------------------------------
 
 
 async def read_while(
     reader: Reader, doing: Coroutine[Any, Any, Any], *, until: Callable[[Collection[object]], bool] = lambda _: True
 ) -> None:
-    """Acknowledge what comes while *doing* runs, and then until the ids that were acknowledged are enough."""
+    """Acknowledge deliveries while *doing* runs, and then until *until* holds for the acknowledged ids."""
     task = asyncio.create_task(doing)
     try:
         while not task.done() or not until(reader.acknowledged):
@@ -100,7 +100,7 @@ async def read_while(
             await asyncio.wait({reading} if task.done() else {reading, task}, return_when=asyncio.FIRST_COMPLETED)
             if not reading.done():
                 await cancelled(reading)
-            # An acknowledgement that did not arrive is told, and its message comes again.
+            # A failed acknowledgement raises, and its message is redelivered.
             if not reading.cancelled() and not isinstance(reading.exception(), BrokerError):
                 reading.result()
             if task.done():
@@ -110,13 +110,13 @@ async def read_while(
 
 
 async def survives_faults(
-    ctx: Context, fault: Callable[[], Awaitable[None]], *, survives: bool = True, count: int = 300
+    ctx: Context, fault: Callable[[], Awaitable[None]], *, data_survives: bool = True, count: int = 300
 ) -> Reader:
     """
-    Send and read while *fault* happens twice, and judge by the guarantee; give the reader, whose subscription is over.
+    Send and read while *fault* happens twice, and check the guarantee. Return the reader, whose subscription has ended.
 
-    At least once: nothing is lost, if the service's own data *survives* the fault. At most once: what is lost was sent
-    within a gap that the subscription was told of. After the last fault nothing is lost in either case.
+    With at least once, no message is lost if the data of the service survives the fault (*data_survives*). With at most
+    once, every lost message was sent within a reported gap. After the last fault, no message is lost in either case.
     """
     broker, topic = await ctx.broker(), ctx.topic()
     messages = [ctx.message(topic, number) for number in range(count)]
@@ -129,14 +129,14 @@ async def survives_faults(
             await ctx.send_until_confirmed(broker, message)
 
     async with ctx.reading(broker, topic) as reader:
-        await read_while(reader, send(), until=lambda came: len(came) >= len(messages) or not (kept and survives))
+        await read_while(reader, send(), until=lambda came: len(came) >= len(messages) or not (kept and data_survives))
         await receives_again(ctx, reader)
-    everything = _without_repeats(ctx, topic)
+    everything = _messages_of(ctx, topic)
     comparison = ctx.ledger.compare(reader.name, everything, gaps=reader.gaps)
-    comparison.verify(may_lose=kept and not survives, may_duplicate=kept)
+    comparison.verify(may_lose=kept and not data_survives, may_duplicate=kept)
     return reader
 
 
-def _without_repeats(ctx: Context, topic: object) -> list[Message]:
+def _messages_of(ctx: Context, topic: object) -> list[Message]:
     of_topic = (each.message for each in ctx.ledger.sent)
     return [each for each in of_topic if (each.message_type, each.message_name) == topic]

@@ -1,4 +1,4 @@
-"""What a transport does not promise, it refuses: silently doing something weaker is the defect that costs data."""
+"""Check that a transport refuses what it does not promise. Silently doing something weaker would lose data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diator.testing.conformance._context import Context
 
 
 async def verify_refusal(context: Context, needed: Capabilities) -> None:
-    """Ask for what *needed* has and the transport does not promise; raise `Nonconformance` if that is accepted."""
+    """Use each capability of *needed* that the transport does not promise. Raise `Nonconformance` if it is accepted."""
     lacks = {each.split()[0] for each in context.capabilities.missing(needed)}
     for name in sorted(lacks & REFUSALS.keys()):
         await REFUSALS[name](context, needed)
@@ -59,7 +59,7 @@ REFUSALS: dict[str, Callable[[Context, Capabilities], Awaitable[None]]] = {
     "redelivery": _redelivery,
 }
 """
-How to ask for each capability for which there is something to refuse.
+How to use each capability that has a call which the transport can refuse.
 
-The rest is refused when a program is wired.
+The other capabilities are refused when a consumer is configured.
 """

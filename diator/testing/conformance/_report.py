@@ -1,4 +1,4 @@
-"""What a run says to machines."""
+"""The report of a run, for machines."""
 
 from __future__ import annotations
 
@@ -15,27 +15,35 @@ from diator.testing.conformance._runner import Outcome, Result
 from diator.testing.conformance._scenario import SCENARIOS
 
 SUITE_VERSION = "2026.11"
-"""Changes whenever a scenario asks for something new."""
+"""The version of the catalogue. It changes whenever a scenario requires something new."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A run, in the shape in which reports are compared and published."""
+    """
+    The results of one run, in the form in which they are compared and published.
+
+    Attributes:
+        transport: The name of the transport.
+        broker: The name and version of the service; None if it was not available.
+        capabilities: The capabilities of the transport; None if the service was not available.
+        facilities: The facilities of the harness, sorted.
+        results: One result for each scenario.
+        driver: The name and version of the client library; None if there is none.
+    """
 
     transport: str
     broker: str | None
-    """The service and its version; None if it was not to be had."""
     capabilities: Capabilities | None
     facilities: Sequence[str]
     results: Sequence[Result]
     driver: str | None = None
-    """The client library and its version, where the harness names one."""
 
     @classmethod
     def of(
         cls, harness: Harness, results: Sequence[Result], *, available: bool, capabilities: Capabilities | None
     ) -> Report:
-        """Make the report on *results* of *harness*."""
+        """Return the report on *results* of *harness*. *available* is whether its service was available."""
         return cls(
             transport=harness.name,
             broker=harness.service() if available else None,
@@ -47,11 +55,10 @@ class Report:
 
     def result(self) -> Literal["success", "partial", "failure"]:
         """
-        Sum it up.
+        Return the result of the whole run.
 
-        A failure is a scenario that failed, or a service that was not to be had. A success is the whole catalogue of
-        core scenarios without one that the environment could not run, and no deviation from them or from a promise.
-        What is between is partial.
+        `failure`: a scenario failed, or the service was not available. `success`: the environment could run every core
+        scenario, and no deviation is declared for a core scenario or a capability. `partial`: anything else.
         """
         if self.broker is None or self.totals()["FAIL"]:
             return "failure"
@@ -61,12 +68,12 @@ class Report:
         return "partial" if missing or deviates else "success"
 
     def totals(self) -> dict[str, int]:
-        """Count the results by outcome; each outcome is there, with 0 too."""
+        """Return the number of results for each outcome, also for outcomes without a result."""
         counted = Counter(result.outcome for result in self.results)
         return {outcome: counted[outcome] for outcome in get_args(Outcome)}
 
     def as_dict(self) -> dict[str, Any]:
-        """Give it as plain JSON values."""
+        """Return the report as plain JSON values."""
         return {
             "suite_version": SUITE_VERSION,
             "diator_version": diator.__version__,
@@ -92,7 +99,7 @@ class Report:
         }
 
     def as_json(self) -> str:
-        """Give it as a file's content."""
+        """Return the report as the content of a JSON file."""
         return json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n"
 
 

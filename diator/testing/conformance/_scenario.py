@@ -1,4 +1,4 @@
-"""Scenarios are values in a registry, which is the catalogue: ids, reports and the proof of the suite come from it."""
+"""The registry of scenarios. It is the catalogue of the suite: ids, titles and reports come from it."""
 
 from __future__ import annotations
 
@@ -12,27 +12,35 @@ from diator.brokers.capabilities import Capabilities
 from diator.testing.conformance._context import Context
 
 Level: TypeAlias = Literal["C", "X", "F", "S"]
-"""For every transport; for those that promise something; with faults of the environment; a probe of chance or load."""
+"""C: for every transport. X: for transports with a capability. F: with injected faults. S: random or under load."""
 
 Run: TypeAlias = Callable[[Context], Awaitable[None]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """One thing that a transport has to do. Its id is for ever: an id that is given up is not used again."""
+    """
+    One promise of the contract, as a test. The id of a retired scenario is never used again.
+
+    Attributes:
+        id: The id, such as `ACK-01`.
+        title: The promise, as a short sentence.
+        level: The kind of scenario.
+        run: The coroutine function that proves the promise.
+        needs: The capabilities that a transport needs to be tested. A transport without them has to refuse them.
+        facilities: The facilities that the harness needs, by the names of `Harness.facilities`.
+        timeout: The timeout of the whole scenario in seconds, on a machine with one spare core; the harness scales it.
+        since: The minor release of diator in which the scenario is new, such as `1.1`; empty for the first scenarios.
+    """
 
     id: str
     title: str
     level: Level
     run: Run = field(repr=False)
     needs: Capabilities = field(default=Capabilities(), repr=False)
-    """Run against transports that promise this. Of the others it is asked that they refuse."""
     facilities: frozenset[str] = frozenset()
-    """What the environment has to be able to do, by the names of `Harness.facilities`."""
     timeout: float = 10.0
-    """Seconds for all of it, on a machine with one core to spare; the harness may scale them."""
     since: str = ""
-    """The minor release of diator with which it came, such as `1.1`; empty for those that were there from the start."""
 
     @property
     def group(self) -> str:
@@ -41,12 +49,12 @@ class Scenario:
 
     @property
     def provisional(self) -> bool:
-        """Whether it came with this minor release: its failure is told, and fails nobody's build until the next one."""
+        """Whether it is new in this minor release. Until the next one, its failure is only reported."""
         return bool(self.since) and diator.__version__.startswith(f"{self.since}.")
 
     @property
     def catches(self) -> str:
-        """Which defect it is there for."""
+        """The defect that the scenario catches."""
         return inspect.getdoc(self.run) or ""
 
 
@@ -64,11 +72,11 @@ def scenario(
     timeout: float = 10.0,
     since: str = "",
 ) -> Callable[[Run], Run]:
-    """Register the decorated coroutine function. Its docstring says which defect it catches."""
+    """Register the decorated coroutine function. Its docstring names the defect that it catches."""
 
     def register(run: Run) -> Run:
         if id_ in SCENARIOS or not inspect.getdoc(run):
-            raise ValueError(f"{id_} is registered already, or does not say which defect it catches")
+            raise ValueError(f"{id_} is registered already, or has no docstring that names the defect it catches")
         SCENARIOS[id_] = Scenario(
             id=id_,
             title=title,
@@ -85,7 +93,7 @@ def scenario(
 
 
 def select(pattern: str = "") -> list[Scenario]:
-    """Give the scenarios with one of the words of *pattern* in their id or title, in the order of the catalogue."""
+    """Return the scenarios whose id or title contains one of the words of *pattern*, sorted by id."""
     words = pattern.casefold().split()
     return [
         each

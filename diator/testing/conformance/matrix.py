@@ -1,9 +1,9 @@
 """
-Makes tables for people of the reports of conformance runs: `python -m diator.testing.conformance.matrix REPORT…`.
+Make readable tables of the reports of conformance runs: `python -m diator.testing.conformance.matrix REPORT…`.
 
-The tables are written to the output, or with `--into PAGE` between the marks `<!-- name -->` and `<!-- /name -->` of a
-page in Markdown; the names are `totals`, `capabilities`, `scenarios` and `reasons`. A report is what
-`python -m diator.testing.conformance … --report` writes, by whomever.
+The program writes the tables to standard output. With `--into PAGE` it writes them into a Markdown page, between the
+marks `<!-- name -->` and `<!-- /name -->`; the names are `totals`, `capabilities`, `scenarios` and `reasons`. A report
+is a file that `python -m diator.testing.conformance … --report` has written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 from diator.testing.conformance import SCENARIOS
 
 PlainReport: TypeAlias = Mapping[str, Any]
-"""A report as JSON has it."""
+"""A report, as decoded from its JSON file."""
 
 SIGNS: dict[str, str] = {
     "PASS": "✓",
@@ -30,86 +30,91 @@ SIGNS: dict[str, str] = {
     "UNSUPPORTED": "○",
     "NOT_RUN": "·",
 }
-"""How each outcome is shown."""
+"""The sign of each outcome in the tables."""
 
 _YES_NO: dict[str, str] = {"True": "yes", "False": "no"}
 
 WORDS: dict[str, tuple[str, dict[str, str]]] = {
     "guarantee": (
         "a message is delivered",
-        {"at_most_once": "at most once: it may be lost", "at_least_once": "at least once: it may come again"},
+        {"at_most_once": "at most once: it may be lost", "at_least_once": "at least once: it may be redelivered"},
     ),
     "receipt": (
-        "a send that returned proves that the service",
-        {"none": "nothing", "accepted": "has the message", "durable": "has stored the message"},
+        "after a send, the service",
+        {"none": "may not have the message", "accepted": "has the message", "durable": "has stored the message"},
     ),
     "settlement": (
-        "what is acknowledged",
-        {"none": "nothing", "cumulative": "all up to a message", "individual": "each message by itself"},
+        "an acknowledgement covers",
+        {"none": "nothing", "cumulative": "all messages up to one", "individual": "one message"},
     ),
     "redelivery": (
-        "what is not acknowledged comes again",
+        "an unacknowledged message is redelivered",
         {
             "": "never",
-            "retry": "when it is given back",
-            "close": "when its consumer stops",
-            "crash": "when its consumer dies",
+            "retry": "when it is requeued",
+            "close": "when its consumer closes",
+            "crash": "when its consumer crashes",
             "deadline": "when its consumer hangs",
         },
     ),
-    "redelivery_bound": ("after a death, at the latest after (as set in this run)", {"None": ""}),
-    "delayed_retry": ("what failed can wait before it comes again", _YES_NO),
-    "dead_letter": ("what cannot be handled can be put aside", _YES_NO),
+    "redelivery_bound": ("redelivery after a crash takes at most (as configured in this run)", {"None": ""}),
+    "delayed_retry": ("a retry can be delayed", _YES_NO),
+    "dead_letter": ("dead letters", _YES_NO),
     "delivery_count": (
         "attempts are counted",
-        {"none": "no", "retries": "when it is given back", "exact": "each, also when a consumer dies"},
+        {"none": "no", "retries": "at each requeue", "exact": "at each delivery, also after a crash"},
     ),
-    "ordering": ("messages keep their order", {"none": "no", "key": "of one key", "destination": "of one event class"}),
-    "ordered_retry": ("what is given back holds up those behind it, and keeps its place", _YES_NO),
+    "ordering": (
+        "messages keep their order",
+        {"none": "no", "key": "within a key", "destination": "within an event class"},
+    ),
+    "ordered_retry": ("a requeued message keeps its place and holds up later ones", _YES_NO),
     "distribution": (
-        "a message goes to",
-        {"": "nobody", "broadcast": "every subscription", "competing": "one member of each group"},
+        "a message is delivered to",
+        {"": "nobody", "broadcast": "every subscription", "competing": "one consumer of each group"},
     ),
     "subscription": (
-        "what is sent while nobody is there",
-        {"ephemeral": "is missed", "durable": "waits for the group"},
+        "a message sent while a group has no consumer",
+        {"ephemeral": "is missed", "durable": "waits for the next consumer"},
     ),
     "replay": (
-        "a new group begins",
-        {"none": "with what comes", "earliest": "at the oldest message", "position": "anywhere"},
+        "a new group starts",
+        {"none": "with new messages", "earliest": "at the oldest message", "position": "at any message"},
     ),
     "durability": (
-        "what confirmed messages survive",
+        "confirmed messages survive",
         {
-            "none": "nothing is promised",
+            "none": "no restart of the service",
             "restart": "a restart of the service",
-            "crash": "the death of the service's process",
+            "crash": "a crash of the service",
         },
     ),
     "unroutable": (
-        "a message that has nobody to go to",
+        "a message without a receiver",
         {"dropped": "is dropped", "retained": "is kept", "reported": "raises `MessageUnroutable`"},
     ),
-    "headers": ("headers travel", {"envelope": "in the body", "native": "as the service's own"}),
+    "headers": ("headers are sent", {"envelope": "in the body", "native": "as headers of the service"}),
     "backpressure": (
-        "a consumer that is slow",
-        {"none": "loses what it cannot take", "prefetch": "is given a few at a time", "pull": "takes what it can"},
+        "a slow consumer",
+        {"none": "loses messages", "prefetch": "receives at most its prefetch", "pull": "asks for what it can take"},
     ),
-    "max_message_bytes": ("the largest message (as set in this run), in bytes", {}),
-    "multi_process": ("between processes", _YES_NO),
-    "network": ("over a network", _YES_NO),
+    "max_message_bytes": ("the largest message, in bytes (as configured in this run)", {}),
+    "multi_process": ("works between processes", _YES_NO),
+    "network": ("works over a network", _YES_NO),
 }
-"""Each capability in words for users, and each of its levels."""
+"""Each capability and each of its levels, in words for users."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the tables; give 0, or 2 if a page lacks a mark."""
+    """Write the tables. Return 0, or 2 if the page lacks a mark."""
     parser = argparse.ArgumentParser(
         prog="python -m diator.testing.conformance.matrix",
-        description="Make tables of the reports of conformance runs.",
+        description="Make readable tables of the reports of conformance runs.",
     )
-    parser.add_argument("reports", nargs="+", type=Path, metavar="REPORT", help="what --report of a run has written")
-    parser.add_argument("--into", type=Path, metavar="PAGE", help="write between the marks of this page")
+    parser.add_argument(
+        "reports", nargs="+", type=Path, metavar="REPORT", help="a file that --report of a run has written"
+    )
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="write the tables between the marks of this page")
     options = parser.parse_args(arguments)
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in options.reports]
     if options.into is None:
@@ -126,17 +131,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def filled(page: str, reports: Sequence[PlainReport]) -> str:
     """
-    Give *page* with the tables of *reports* between its marks.
+    Return *page* with the tables of *reports* between its marks.
 
     Raises:
-        ValueError: A mark is missing.
+        ValueError: A mark is missing in *page*.
     """
     for name, table in TABLES.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, found, rest = page.partition(begin)
         _, closed, after = rest.partition(end)
         if not found or not closed:
-            raise ValueError(f"it has no <!-- {name} --> and <!-- /{name} --> after it")
+            raise ValueError(f"the page has no <!-- {name} --> followed by <!-- /{name} -->")
         page = f"{before}{begin}\n{table(reports)}\n{end}{after}"
     return page
 
@@ -145,7 +150,7 @@ def filled(page: str, reports: Sequence[PlainReport]) -> str:
 
 
 def totals(reports: Sequence[PlainReport]) -> str:
-    """Say what was run against what, and how it ended."""
+    """Return the table of the runs: against which service, and how many scenarios had each outcome."""
     rows = [
         [
             report["transport"],
@@ -162,7 +167,7 @@ def totals(reports: Sequence[PlainReport]) -> str:
 
 
 def capabilities(reports: Sequence[PlainReport]) -> str:
-    """Say what each transport promises, in words for users."""
+    """Return the table of the capabilities of each transport, in words for users."""
     known = [report for report in reports if report["capabilities"]]
     rows = [
         [question, *(_in_words(report["capabilities"].get(name), levels) for report in known)]
@@ -172,7 +177,7 @@ def capabilities(reports: Sequence[PlainReport]) -> str:
 
 
 def scenarios(reports: Sequence[PlainReport]) -> str:
-    """Say what became of each scenario, a table for each part of the catalogue."""
+    """Return the outcomes of the scenarios, one table for each part of the catalogue."""
     titles: dict[str, str] = {}
     outcomes: dict[str, dict[int, str]] = defaultdict(dict)
     for number, report in enumerate(reports):
@@ -188,7 +193,7 @@ def scenarios(reports: Sequence[PlainReport]) -> str:
 
 
 def reasons(reports: Sequence[PlainReport]) -> str:
-    """Say why something is not proved: what failed, deviates, or was not run."""
+    """Return the list of reasons for the scenarios that failed, deviate or were not run."""
     lines: list[str] = []
     for report in reports:
         because: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -208,7 +213,7 @@ TABLES: dict[str, Callable[[Sequence[PlainReport]], str]] = {
     "scenarios": scenarios,
     "reasons": reasons,
 }
-"""What can stand on a page, by its mark."""
+"""The function that makes each table, by the name of its mark."""
 
 
 def _column(report: PlainReport) -> str:
@@ -220,10 +225,10 @@ def _column(report: PlainReport) -> str:
 
 
 def _about(group: str) -> str:
-    """Name a part of the catalogue as the module does that has its first scenario."""
+    """Return the heading of a part of the catalogue, from the docstring of the module with its first scenario."""
     first = min((id_ for id_ in SCENARIOS if id_.startswith(f"{group}-")), default=None)
-    said = inspect.getdoc(inspect.getmodule(SCENARIOS[first].run)) if first else None
-    return f"{group}: {said.partition(': ')[2].partition('.')[0]}" if said else group
+    doc = inspect.getdoc(inspect.getmodule(SCENARIOS[first].run)) if first else None
+    return f"{group}: {doc.partition(': ')[2].partition('.')[0]}" if doc else group
 
 
 def _in_words(value: Any, levels: Mapping[str, str]) -> str:

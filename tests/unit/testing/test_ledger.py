@@ -1,4 +1,4 @@
-"""What is lost, and what was only missed in a gap that was told."""
+"""Tests of the ledger: which messages are lost, and which were missed in a reported gap."""
 
 from datetime import timedelta
 
@@ -20,7 +20,7 @@ def lost(ledger, attempt, *gaps):
     return [*ledger.compare("reader", [attempt.message], gaps=gaps).lost]
 
 
-def test_what_was_confirmed_outside_of_every_gap_is_lost():
+def test_a_message_confirmed_outside_of_every_gap_is_lost():
     ledger = Ledger()
     attempt = sent(ledger, "confirmed")
     before = Gap(since=attempt.began - 3 * SECOND, until=attempt.began - 2 * SECOND, reason="")
@@ -29,7 +29,7 @@ def test_what_was_confirmed_outside_of_every_gap_is_lost():
     assert lost(ledger, attempt) == lost(ledger, attempt, before, after) == [attempt.message.message_id]
 
 
-def test_what_was_sent_within_a_gap_was_missed():
+def test_a_message_sent_within_a_gap_is_not_lost():
     ledger = Ledger()
     attempt = sent(ledger, "confirmed")
     around = Gap(since=attempt.began - SECOND, until=attempt.ended + SECOND, reason="")
@@ -37,7 +37,7 @@ def test_what_was_sent_within_a_gap_was_missed():
     assert lost(ledger, attempt, around) == []
 
 
-def test_a_repeat_after_the_gap_is_lost_all_the_same():
+def test_a_message_resent_after_the_gap_is_lost():
     ledger = Ledger()
     first = sent(ledger, "indeterminate")
     gap = Gap(since=first.began - SECOND, until=first.ended, reason="")

@@ -1,4 +1,4 @@
-"""What a run says to machines: success, partial or failure, and by what it was driven."""
+"""Tests of the report: success, partial or failure, and the client library."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from tests.integration.harnesses import MemoryHarness
 
 
 def report(*, available=True, **changed):
-    """Everything passed, except for what is said."""
+    """Return a report in which every scenario passed, except for *changed*."""
     results = [
         replace(Result(scenario=each, outcome="PASS"), **changed.get(each.id.replace("-", "_"), {}))
         for each in select()
@@ -31,16 +31,16 @@ def report(*, available=True, **changed):
         ({"available": False}, "failure"),
     ],
 )
-def test_it_is(changed, result):
+def test_the_result(changed, result):
     assert report(**changed).result() == result
 
 
-def test_a_part_of_the_catalogue_is_partial():
+def test_the_result_of_a_part_of_the_catalogue_is_partial():
     results = [Result(scenario=each, outcome="PASS") for each in select("ACK")]
     assert Report.of(MemoryHarness(), results, available=True, capabilities=None).result() == "partial"
 
 
-def test_the_driver_is_named_where_there_is_one():
+def test_the_report_names_the_driver_if_there_is_one():
     class Driven(MemoryHarness):
         def driver(self):
             return "client 1.0"

@@ -1,4 +1,4 @@
-"""The conformance suite's own machinery, tried on scenarios that are made up."""
+"""Tests of the runner of the conformance suite, with made-up scenarios."""
 
 import asyncio
 import json
@@ -50,7 +50,7 @@ async def passing(ctx):
 
 
 async def failing(ctx):
-    ctx.check(holds=False, otherwise="it is wrong")
+    ctx.check(holds=False, otherwise="this is wrong")
 
 
 class Absent(MemoryHarness):
@@ -63,7 +63,7 @@ class Deviating(MemoryHarness):
 
 
 class SlowToSettle(MemoryHarness):
-    """A transport that tells the service of each acknowledgement by itself, and waits for the answer."""
+    """A transport that sends each acknowledgement on its own and waits for the answer."""
 
     def transport(self):
         return SlowToSettleBroker()
@@ -111,11 +111,11 @@ def test_a_scenario_passes():
 def test_a_scenario_fails():
     result = result_of(failing)
 
-    assert (result.outcome, result.reason) == ("FAIL", "it is wrong")
+    assert (result.outcome, result.reason) == ("FAIL", "this is wrong")
     assert isinstance(result.error, Nonconformance)
 
 
-def test_what_a_scenario_acknowledges_when_it_stops_reading_is_acknowledged():
+def test_an_acknowledgement_completes_when_a_scenario_stops_reading():
     result = run_scenario(SCENARIOS["ENC-02"], SlowToSettle(), seed=1)
 
     assert (result.outcome, result.reason) == ("PASS", "")
@@ -131,7 +131,7 @@ def test_any_error_is_a_failure():
     assert result.reason.startswith("ZeroDivisionError: oh")
 
 
-def test_a_scenario_that_hangs_fails_and_says_where():
+def test_a_scenario_that_hangs_fails_with_the_line_where_it_waited():
     async def hanging(ctx):
         await asyncio.Event().wait()
 
@@ -153,10 +153,10 @@ def test_a_scenario_that_cannot_be_cancelled_fails():
     result = result_of(stubborn, timeout=0.05)
 
     assert result.outcome == "FAIL"
-    assert "cannot even be cancelled" in result.reason
+    assert "it cannot be cancelled" in result.reason
 
 
-def test_the_harness_scales_the_time():
+def test_the_harness_scales_the_timeout():
     class Slow(MemoryHarness):
         limits = Limits(scale=100.0)
 
@@ -166,16 +166,16 @@ def test_the_harness_scales_the_time():
     assert result_of(slow, timeout=0.01, harness=Slow()).outcome == "PASS"
 
 
-def test_a_task_that_is_left_is_a_failure():
+def test_a_leaked_task_is_a_failure():
     async def leaking(ctx):
         leaking.task = asyncio.create_task(asyncio.sleep(60))
 
     result = result_of(leaking)
 
-    assert (result.outcome, result.reason) == ("FAIL", "tasks are left behind: sleep")
+    assert (result.outcome, result.reason) == ("FAIL", "tasks are still running: sleep")
 
 
-def test_a_socket_that_is_left_is_a_failure():
+def test_a_leaked_socket_is_a_failure():
     left = []
 
     async def leaking(ctx):
@@ -185,10 +185,10 @@ def test_a_socket_that_is_left_is_a_failure():
 
     left.pop().close()
     assert result.outcome == "FAIL"
-    assert "1 files are left open" in result.reason
+    assert "1 files are still open" in result.reason
 
 
-def test_a_thread_that_is_left_is_a_failure():
+def test_a_leaked_thread_is_a_failure():
     done = threading.Event()
 
     async def leaking(ctx):
@@ -197,11 +197,11 @@ def test_a_thread_that_is_left_is_a_failure():
     result = result_of(leaking)
 
     done.set()
-    assert (result.outcome, result.reason) == ("FAIL", "1 threads are left running")
+    assert (result.outcome, result.reason) == ("FAIL", "1 threads are still running")
 
 
-def test_a_thread_that_is_just_ending_is_none():
-    """Such as the one that waited for a process."""
+def test_a_thread_that_is_ending_is_not_a_leak():
+    """An example is the thread that waited for the end of a process."""
 
     async def ending(ctx):
         threading.Timer(0.1, int).start()
@@ -210,7 +210,7 @@ def test_a_thread_that_is_just_ending_is_none():
 
 
 @pytest.mark.parametrize("unseen", ["task", "coroutine", "file"])
-def test_what_nobody_saw_is_a_failure(unseen):
+def test_an_unretrieved_error_is_a_failure(unseen):
     async def fail():
         raise ZeroDivisionError
 
@@ -226,12 +226,12 @@ def test_what_nobody_saw_is_a_failure(unseen):
 
     result = result_of(careless)
 
-    told = {"task": "never retrieved", "coroutine": "was never awaited", "file": "unclosed"}
+    texts = {"task": "never retrieved", "coroutine": "was never awaited", "file": "unclosed"}
     assert result.outcome == "FAIL"
-    assert told[unseen] in result.reason
+    assert texts[unseen] in result.reason
 
 
-def test_what_a_scenario_opened_is_closed():
+def test_the_brokers_of_a_scenario_are_closed():
     brokers = []
 
     async def failing_later(ctx):
@@ -249,7 +249,7 @@ def test_what_a_scenario_opened_is_closed():
 def test_without_a_facility_it_is_not_run():
     result = result_of(failing, facilities=frozenset({"proxy", "raw"}))
 
-    assert (result.outcome, result.reason) == ("NOT_RUN", "the harness has no proxy")
+    assert (result.outcome, result.reason) == ("NOT_RUN", "the harness has no facility proxy")
 
 
 def test_without_a_capability_it_is_unsupported():
@@ -259,7 +259,7 @@ def test_without_a_capability_it_is_unsupported():
     assert result.reason == "not promised: durability (none, needed is crash)"
 
 
-def test_a_capability_that_is_absent_and_not_refused_is_a_failure():
+def test_a_missing_capability_that_is_not_refused_is_a_failure():
     class Careless(MemoryMessageBroker):
         capabilities = Capabilities(distribution=frozenset({"broadcast"}), max_message_bytes=1000)
 
@@ -272,10 +272,10 @@ def test_a_capability_that_is_absent_and_not_refused_is_a_failure():
     result = result_of(failing, needs=needs, harness=CarelessHarness())
 
     assert result.outcome == "FAIL"
-    assert "should raise UnsupportedCapability" in result.reason
+    assert "expected UnsupportedCapability" in result.reason
 
 
-def test_what_does_not_apply_is_not_run():
+def test_a_scenario_that_does_not_apply_is_not_run():
     async def inapplicable(ctx):
         ctx.applies(holds=False, otherwise="there is nothing to prove")
 
@@ -287,10 +287,10 @@ def test_what_does_not_apply_is_not_run():
 # -- deviations --------------------------------------------------------------------------------------------------
 
 
-def test_a_failure_that_is_known_is_a_deviation():
+def test_a_known_failure_is_a_deviation():
     result = result_of(failing, harness=Deviating())
 
-    assert (result.outcome, result.reason) == ("DEVIATION", "known to be wrong, #1 [it is wrong]")
+    assert (result.outcome, result.reason) == ("DEVIATION", "known to be wrong, #1 [this is wrong]")
 
 
 def test_a_deviation_that_passes_is_a_failure():
@@ -300,18 +300,18 @@ def test_a_deviation_that_passes_is_a_failure():
     assert "remove the deviation" in result.reason
 
 
-def test_a_deviation_that_fails_otherwise_is_a_failure():
+def test_a_deviation_that_fails_in_another_way_is_a_failure():
     async def broken(ctx):
         raise ZeroDivisionError
 
     result = result_of(broken, harness=Deviating())
 
     assert result.outcome == "FAIL"
-    assert "fails otherwise than by AssertionError" in result.reason
+    assert "a deviation with AssertionError is declared, but it fails otherwise" in result.reason
 
 
 @pytest.mark.parametrize("deviations", [{"PUB-99": Deviation(reason="why not")}, {"PUB-01": Deviation(reason=" ")}])
-def test_a_deviation_is_for_something_and_says_why(deviations):
+def test_a_deviation_needs_a_scenario_and_a_reason(deviations):
     class Wrong(MemoryHarness):
         pass
 
@@ -329,10 +329,10 @@ def test_an_id_is_registered_once():
         scenario("PUB-01", "again")(passing)
 
 
-def test_a_scenario_says_what_it_catches():
-    with pytest.raises(ValueError, match="does not say which defect"):
+def test_a_scenario_names_the_defect_that_it_catches():
+    with pytest.raises(ValueError, match="has no docstring that names the defect"):
         scenario("PUB-98", "silent")(passing)
-    assert all(each.catches.startswith("Catches ") for each in SCENARIOS.values())
+    assert all(each.catches.startswith("Catch ") for each in SCENARIOS.values())
 
 
 def test_scenarios_are_selected_by_words():
@@ -353,7 +353,7 @@ async def delivered(ledger, *messages, name="s"):
             ledger.received.append(Received.of(await anext(deliveries), name))
 
 
-async def test_the_ledger_finds_what_is_lost_repeated_unexpected_and_late():
+async def test_the_ledger_finds_lost_duplicated_unexpected_and_reordered_messages():
     ledger = Ledger()
     messages = [Message.create(message_name="n", payload={"n": number}) for number in range(5)]
     for message in messages:
@@ -370,7 +370,7 @@ async def test_the_ledger_finds_what_is_lost_repeated_unexpected_and_late():
         comparison.verify(in_order=True)
 
 
-async def test_a_repeat_that_was_asked_for_is_explained():
+async def test_a_redelivery_of_an_abandoned_delivery_is_explained():
     ledger = Ledger()
     message = Message.create(message_name="n", payload={})
     ledger.attempt(message).fate = "confirmed"
@@ -383,7 +383,7 @@ async def test_a_repeat_that_was_asked_for_is_explained():
     comparison.verify()
 
 
-async def test_what_failed_and_came_is_unexpected():
+async def test_a_message_that_failed_and_arrived_is_unexpected():
     ledger = Ledger()
     message = Message.create(message_name="n", payload={})
     ledger.attempt(message).fate = "failed"
@@ -392,7 +392,7 @@ async def test_what_failed_and_came_is_unexpected():
     assert ledger.compare("s", [message]).unexpected == [message.message_id]
 
 
-def test_a_verdict_on_nothing_is_refused():
+def test_a_comparison_without_messages_is_refused():
     with pytest.raises(ValueError, match="proves nothing"):
         Ledger().compare("s", [])
 
@@ -400,7 +400,7 @@ def test_a_verdict_on_nothing_is_refused():
 # -- pytest ------------------------------------------------------------------------------------------------------
 
 
-def test_a_member_of_the_suite_cannot_be_replaced():
+def test_a_test_of_the_suite_cannot_be_overridden():
     with pytest.raises(TypeError, match="test_scenario"):
 
         class Shadowing(TransportConformance):
@@ -441,8 +441,8 @@ class TestUnneeded(TransportConformance):
 """
 
 
-def test_pytest_tells_the_outcomes_apart(tmp_path):
-    """One test a scenario, with its id in the name; nothing but pytest is needed."""
+def test_pytest_distinguishes_the_outcomes(tmp_path):
+    """Each scenario is a test with its id in the name. Nothing but pytest is needed."""
     (tmp_path / "test_it.py").write_text(OUTCOMES)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:asyncio", "-c", "/dev/null", "-rA"]
 
@@ -451,11 +451,11 @@ def test_pytest_tells_the_outcomes_apart(tmp_path):
         check=False, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
-    said = run.stdout
-    assert "::TestGood::test_scenario[PUB-01]" in said.split("PASSED ")[1]
-    assert "UNSUPPORTED: not promised: unroutable" in said
-    assert "no service: nobody is there" in said
-    failed = [line.rpartition("::Test")[2] for line in said.splitlines() if line.startswith("FAILED ")]
+    output = run.stdout
+    assert "::TestGood::test_scenario[PUB-01]" in output.split("PASSED ")[1]
+    assert "UNSUPPORTED: not promised: unroutable" in output
+    assert "no service: nobody is there" in output
+    failed = [line.rpartition("::Test")[2] for line in output.splitlines() if line.startswith("FAILED ")]
     assert {line.split(" ")[0] for line in failed if "PUB-01" in line} == {
         "Required::test_scenario[PUB-01]", "Unneeded::test_scenario[PUB-01]"
     }  # fmt: skip
@@ -468,7 +468,7 @@ HARNESS = "tests.integration.harnesses:MemoryHarness"
 HERE = f"{__name__}:"
 
 
-def test_the_report_has_its_shape(tmp_path, capsys):
+def test_the_shape_of_the_report(tmp_path, capsys):
     file = tmp_path / "report.json"
 
     assert main([HARNESS, "--report", str(file), "-k", "PUB-01 UNR-02", "--seed", "5"]) == 0
@@ -509,19 +509,19 @@ def test_a_missing_service_is_an_error_where_it_is_required(arguments, code, mon
     "arguments",
     [["no.such.module:Harness"], ["tests.integration.harnesses:Nothing"], ["pathlib:Path"], [HARNESS, "-k", "zebra"]],
 )
-def test_a_command_that_makes_no_sense(arguments, capsys):
+def test_a_wrong_command_line(arguments, capsys):
     assert main(arguments) == 2
     assert capsys.readouterr().err
 
 
-def test_an_unknown_deviation_makes_no_sense(monkeypatch, capsys):
+def test_an_unknown_deviation_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(MemoryHarness, "deviations", {"PUB-99": Deviation(reason="why not")})
 
     assert main([HARNESS]) == 2
     assert "PUB-99" in capsys.readouterr().err
 
 
-def test_it_is_a_program():
+def test_the_program_runs_without_warnings():
     command = [sys.executable, "-W", "error", "-m", "diator.testing.conformance", HARNESS, "-k", "SIZ-02"]
 
     run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
@@ -530,8 +530,8 @@ def test_it_is_a_program():
     assert run.stdout.startswith("PASS        SIZ-02")
 
 
-def test_what_a_facility_needs_is_brought_up_outside_of_the_scenario():
-    """A service that takes long to start costs no scenario its time; what is missing fails none."""
+def test_a_facility_is_prepared_outside_of_the_scenario():
+    """A service that starts slowly uses no time of a scenario, and a missing service fails no scenario."""
 
     class Slow(MemoryHarness):
         facilities = frozenset({"outages", "alarm"})
@@ -548,7 +548,10 @@ def test_what_a_facility_needs_is_brought_up_outside_of_the_scenario():
     finally:
         harness.kept.close()
 
-    assert (missing.outcome, missing.reason) == ("NOT_RUN", "no alarm: no container engine answers")
+    assert (missing.outcome, missing.reason) == (
+        "NOT_RUN",
+        "facility alarm is not available: no container engine answers",
+    )
 
 
 THIS_MINOR = ".".join(diator.__version__.split(".")[:2])
@@ -558,21 +561,21 @@ THIS_MINOR = ".".join(diator.__version__.split(".")[:2])
     ("since", "strict", "outcome"),
     [(THIS_MINOR, "", "PROVISIONAL"), (THIS_MINOR, "1", "FAIL"), ("0.9", "", "FAIL"), ("", "", "FAIL")],
 )
-def test_a_scenario_that_is_new_fails_nobody_yet(since, strict, outcome, monkeypatch):
+def test_a_new_scenario_does_not_fail_yet(since, strict, outcome, monkeypatch):
     monkeypatch.setenv("DIATOR_CONFORMANCE_STRICT", strict)
 
     result = result_of(failing, since=since)
 
-    assert (result.outcome, "it is wrong" in result.reason) == (outcome, True)
+    assert (result.outcome, "this is wrong" in result.reason) == (outcome, True)
     assert result_of(passing, since=since).outcome == "PASS"
 
 
-def test_our_own_transports_cannot_hide_behind_that():
-    """Nothing that a harness or a class of tests can say changes it: the environment of this run is strict."""
+def test_a_new_scenario_fails_for_the_transports_of_diator():
+    """The environment of this run is strict, and no harness or test class can change that."""
     assert result_of(failing, since=THIS_MINOR).outcome == "FAIL"
 
 
-def test_a_deviation_from_what_is_new_is_as_strict_as_any():
+def test_a_deviation_from_a_new_scenario_is_as_strict_as_any():
     harness = MemoryHarness()
     harness.deviations = {"PUB-01": Deviation(reason="known")}
 

@@ -1,4 +1,4 @@
-"""The catalogue, one module a part. Importing them registers the scenarios."""
+"""The catalogue of scenarios, one module for each part. Importing the modules registers the scenarios."""
 
 from diator.testing.conformance.scenarios import (
     acknowledge,

@@ -1,4 +1,4 @@
-"""ACK: settling, and what comes again."""
+"""ACK: settling and redelivery."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _CRASH = Capabilities(settlement="cumulative", redelivery=frozenset({"crash"}))
 _LETTERS = Capabilities(settlement="cumulative", dead_letter=True)
 
 
-@scenario("ACK-01", "what is acknowledged does not come to the next member", needs=_ACK)
+@scenario("ACK-01", "An acknowledged message is not delivered to the next consumer", needs=_ACK)
 async def acked_is_done(ctx: Context) -> None:
-    """Catches an acknowledgement that never reaches the service, or that its end does not wait for."""
+    """Catch an acknowledgement that never reaches the service, or that the subscription's end does not wait for."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
         messages = await ctx.send(broker, topic, 20)
@@ -35,10 +35,16 @@ async def acked_is_done(ctx: Context) -> None:
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("ACK-02", "what a crashed member held comes to another", needs=_CRASH, facilities=["crash"], timeout=60)
-async def crash_gives_back(ctx: Context) -> None:
-    """Catches deliveries that die with their holder."""
-    ctx.applies(ctx.capabilities.multi_process, "the service dies with the process")
+@scenario(
+    "ACK-02",
+    "The deliveries of a crashed consumer are redelivered to another",
+    needs=_CRASH,
+    facilities=["crash"],
+    timeout=60,
+)
+async def crash_redelivers(ctx: Context) -> None:
+    """Catch deliveries that are lost with the consumer that held them."""
+    ctx.applies(ctx.capabilities.multi_process, "the service ends with the process")
     broker, dying, topic, group = await ctx.broker(), await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(dying, topic, group=group) as reader:
         messages = await ctx.send(broker, topic, 5)
@@ -46,16 +52,16 @@ async def crash_gives_back(ctx: Context) -> None:
         await ctx.harness.crash(dying)
         async with ctx.reading(broker, topic, group=group) as other:
             bound = (ctx.capabilities.redelivery_bound or 0) + ctx.limits.redelivery
-            await ctx.within(bound, other.take(5), "taking over from a crashed member")
+            await ctx.within(bound, other.take(5), "redelivery after a crash")
             await other.until_fence()
     for received in held:
         received.abandoned = True
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("ACK-03", "what is given back comes again as it was", needs=_RETRY)
+@scenario("ACK-03", "A requeued message is redelivered unchanged", needs=_RETRY)
 async def retry_comes_again(ctx: Context) -> None:
-    """Catches a retry that acknowledges, that changes the message, or that touches its neighbours."""
+    """Catch a retry that acknowledges, that changes the message, or that affects its neighbours."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
         messages = [ctx.message(topic, number, key=f"k{number}", headers={"n": str(number)}) for number in range(3)]
@@ -64,16 +70,16 @@ async def retry_comes_again(ctx: Context) -> None:
         await first[0].delivery.ack()
         await first[1].delivery.retry()
         await first[2].delivery.ack()
-        again = (await ctx.within(ctx.limits.redelivery, reader.take(1), "coming again"))[0]
+        again = (await ctx.within(ctx.limits.redelivery, reader.take(1), "the redelivery"))[0]
         await reader.until_fence()
-    ctx.same(again.message, messages[1], "the message that came again")
-    ctx.check(again.delivery is not first[1].delivery, "it is the same delivery, which is settled already")
+    ctx.same(again.message, messages[1], "the redelivered message")
+    ctx.check(again.delivery is not first[1].delivery, "the redelivery is the same object as the settled delivery")
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("ACK-04", "a handler that fails has its message handled again", needs=_LATER)
+@scenario("ACK-04", "A message whose handler fails is handled again", needs=_LATER)
 async def failure_is_retried(ctx: Context) -> None:
-    """Catches a failure that acknowledges."""
+    """Catch a failure that acknowledges the message."""
     broker = await ctx.broker()
     seen: list[int] = []
 
@@ -87,12 +93,12 @@ async def failure_is_retried(ctx: Context) -> None:
         await ctx.send_all(broker, [run.message(1)])
         await run.until_handled(2)
         ctx.same(run.outcomes(), ["retried", "acked"], "the outcomes")
-    ctx.same(seen, [1, 1], "what was handled")
+    ctx.same(seen, [1, 1], "the handled events")
 
 
-@scenario("ACK-05", "it is not acknowledged before its handler is done", needs=_CLOSE)
+@scenario("ACK-05", "A message is not acknowledged before its handler has finished", needs=_CLOSE)
 async def acked_after_the_work(ctx: Context) -> None:
-    """Catches an acknowledgement on arrival: whoever dies at work takes the message along."""
+    """Catch an acknowledgement on arrival: a process that dies while it handles a message loses it."""
     broker, group = await ctx.broker(), ctx.name()
     at_work = asyncio.Event()
 
@@ -105,13 +111,13 @@ async def acked_after_the_work(ctx: Context) -> None:
         await ctx.send_all(broker, messages)
         await at_work.wait()
     async with ctx.reading(broker, run.topic, group=group) as reader:
-        await ctx.within(ctx.limits.redelivery, reader.take(1), "coming again")
+        await ctx.within(ctx.limits.redelivery, reader.take(1), "the redelivery")
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("ACK-06", "a delivery is settled once, and in one way", needs=_SETTLED)
+@scenario("ACK-06", "A delivery is settled once, and in one way", needs=_SETTLED)
 async def settled_once(ctx: Context) -> None:
-    """Catches a second settlement that revives the message, or does something to the next one."""
+    """Catch a second settlement that revives the message or affects the next one."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
         messages = await ctx.send(broker, topic, 2)
@@ -120,7 +126,7 @@ async def settled_once(ctx: Context) -> None:
         await first.ack()
         await ctx.raises(AlreadySettled, first.retry(), "retry after ack")
         await ctx.raises(AlreadySettled, first.dead_letter("late"), "dead_letter after ack")
-        ctx.same(first.outcome, "ack", "its outcome")
+        ctx.same(first.outcome, "ack", "the outcome of the delivery")
         await second.ack()
     async with ctx.reading(broker, topic, group=group) as reader:
         messages += await ctx.send(broker, topic, start=2)
@@ -128,9 +134,9 @@ async def settled_once(ctx: Context) -> None:
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("ACK-08", "of 1 to 5, with 3 and 5 held, exactly those come again", needs=_CLOSE)
+@scenario("ACK-08", "Of messages 1 to 5, with 3 and 5 unacknowledged, exactly those two are redelivered", needs=_CLOSE)
 async def out_of_order(ctx: Context) -> None:
-    """Catches an acknowledgement of one that acknowledges all before it."""
+    """Catch an acknowledgement of one message that acknowledges all earlier ones."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
         await ctx.send(broker, topic, 5)
@@ -138,36 +144,41 @@ async def out_of_order(ctx: Context) -> None:
         for number in (0, 1, 3):
             await held[number].delivery.ack()
     async with ctx.reading(broker, topic, group=group) as reader:
-        again = [each.id for each in await ctx.within(ctx.limits.redelivery, reader.take(2), "coming again")]
+        again = [each.id for each in await ctx.within(ctx.limits.redelivery, reader.take(2), "the redelivery")]
         again += [each.id for each in await reader.until_fence()]
-    ids = [each.id for each in held]  # in the order in which they came: not every transport keeps another
+    ids = [each.id for each in held]  # in the order of delivery: not every transport keeps the order of sending
     allowed = [{ids[2], ids[4]}]
     if ctx.capabilities.settlement == "cumulative":
         allowed.append({ids[2], ids[3], ids[4]})
-    ctx.check({*again} in allowed and len(again) == len({*again}), f"what came again is {again}, of {ids}")
+    ctx.check({*again} in allowed and len(again) == len({*again}), f"redelivered were {again}, of {ids}")
 
 
-@scenario("ACK-09", "what is put aside does not come again, and is there", needs=_LETTERS, facilities=["dead_letters"])
-async def put_aside(ctx: Context) -> None:
-    """Catches a message that comes again although it was put aside, or that is gone."""
+@scenario(
+    "ACK-09",
+    "A dead-lettered message is not redelivered, and is among the dead letters",
+    needs=_LETTERS,
+    facilities=["dead_letters"],
+)
+async def dead_lettered(ctx: Context) -> None:
+    """Catch a message that is redelivered although it was dead-lettered, or that is gone."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
         messages = await ctx.send(broker, topic, 2)
         first, second = await reader.take(2, settle="nothing")
-        await first.delivery.dead_letter("it is no good")
+        await first.delivery.dead_letter("not wanted")
         await second.delivery.ack()
     async with ctx.reading(broker, topic, group=group) as reader:
         await reader.until_fence()
     letters = await ctx.harness.dead_letters(broker, topic, group)
     ctx.same(
-        [(letter.body, letter.reason) for letter in letters], [(first.delivery.body, "it is no good")], "what is aside"
+        [(letter.body, letter.reason) for letter in letters], [(first.delivery.body, "not wanted")], "the dead letters"
     )
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("ACK-10", "the attempt is counted as promised", needs=_RETRY)
+@scenario("ACK-10", "A requeued message has the next attempt, as far as attempts are counted", needs=_RETRY)
 async def attempts(ctx: Context) -> None:
-    """Catches a count that starts again, skips, or belongs to the member rather than the message."""
+    """Catch a count that restarts, skips, or belongs to the consumer instead of the message."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     counted: list[int] = []
     async with ctx.reading(broker, topic, group=group) as reader:
@@ -180,40 +191,49 @@ async def attempts(ctx: Context) -> None:
         counted.append((await reader.take(1))[0].delivery.attempt)
     wanted = [1] * 5 if ctx.capabilities.delivery_count == "none" else [1, 2, 3, 4, 5]
     if ctx.capabilities.delivery_count == "exact" and counted[-1] == 6:  # noqa: PLR2004
-        wanted[-1] = 6  # the first subscription may have fetched it, and nobody has settled that
+        wanted[-1] = 6  # the first subscription may have prefetched it, and nobody settled that
     ctx.same(counted, wanted, "the attempts")
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("ACK-11", "a retry with a delay does not come before it", needs=_LATER)
+@scenario("ACK-11", "A message that is requeued with a delay is not redelivered early", needs=_LATER)
 async def delayed(ctx: Context) -> None:
-    """Catches a delay that is ignored, and one that holds up what it must not: all, or what is not of its key."""
+    """Catch a delay that is ignored, or that holds up messages which it must not hold up."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     messages = [ctx.message(topic, number, key=key) for number, key in enumerate(("a", "a", "b"))]
     held_up = messages[1:2] if ctx.capabilities.ordered_retry else []
     async with ctx.reading(broker, topic, group=group) as reader:
         await ctx.send_all(broker, messages[:1])
         first = await reader.next()
-        given_back = monotonic()
+        requeued_at = monotonic()
         await first.delivery.retry(after=0.3)
         await ctx.send_all(broker, messages[1:])
         between = {each.id for each in await reader.take(2 - len(held_up))}
         again = (await reader.take(1))[0]
-        after = [each.id for each in await reader.until_fence()]
-    ctx.same(between, {each.message_id for each in messages[1:] if each not in held_up}, "what came during the delay")
-    ctx.same(again.id, messages[0].message_id, "what came after it")
-    ctx.same(after, [each.message_id for each in held_up], "what was held up by it")
-    ctx.check(again.at - given_back >= 0.29, f"it came again after {again.at - given_back:.3f} s instead of 0.3 s")  # noqa: PLR2004
-    ctx.check(again.at - given_back < 0.3 + ctx.limits.redelivery, "it came again far too late")
+        later = [each.id for each in await reader.until_fence()]
+    ctx.same(
+        between,
+        {each.message_id for each in messages[1:] if each not in held_up},
+        "the messages delivered during the delay",
+    )
+    ctx.same(again.id, messages[0].message_id, "the message delivered after the delay")
+    ctx.same(later, [each.message_id for each in held_up], "the messages held up by the delay")
+    after = again.at - requeued_at
+    ctx.check(after >= 0.29, f"it was redelivered after {after:.3f} s instead of 0.3 s")  # noqa: PLR2004
+    ctx.check(after < 0.3 + ctx.limits.redelivery, "it was redelivered far too late")
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("ACK-12", "work that takes longer than the deadline is not given to another", needs=Capabilities(
-    settlement="cumulative", redelivery=frozenset({"deadline"})), timeout=60)  # fmt: skip
+@scenario(
+    "ACK-12",
+    "Work that takes longer than the deadline is not redelivered to another consumer",
+    needs=Capabilities(settlement="cumulative", redelivery=frozenset({"deadline"})),
+    timeout=60,
+)
 async def slow_work(ctx: Context) -> None:
-    """Catches a member that is robbed of what it works on."""
+    """Catch a consumer that loses a delivery while it still works on it."""
     bound = ctx.capabilities.redelivery_bound
-    ctx.applies(bound is not None and bound <= 15, "the deadline is too far away for a test")  # noqa: PLR2004
+    ctx.applies(bound is not None and bound <= 15, "the deadline is too long for a test")  # noqa: PLR2004
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as slow:
         messages = await ctx.send(broker, topic)
@@ -221,29 +241,29 @@ async def slow_work(ctx: Context) -> None:
         async with ctx.reading(broker, topic, group=group) as other:
             waiting = asyncio.create_task(other.next())
             await asyncio.wait({waiting}, timeout=1.5 * (bound or 0))
-            robbed = waiting.done()
+            redelivered = waiting.done()
             await cancelled(waiting)
         await held.ack()
-    ctx.check(not robbed, "what was being worked on was given to another member")
+    ctx.check(not redelivered, "a delivery that was still worked on was redelivered to another consumer")
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("ACK-14", "what a member held at its end comes to the next at once", needs=_CLOSE)
+@scenario("ACK-14", "The unsettled deliveries of a closed subscription are redelivered at once", needs=_CLOSE)
 async def hands_over(ctx: Context) -> None:
-    """Catches an end that leaves its deliveries to the bound for crashes."""
+    """Catch a close that leaves its deliveries until the redelivery bound for crashes."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
         messages = await ctx.send(broker, topic, 3)
         await reader.take(3, settle="nothing")
     async with ctx.reading(broker, topic, group=group) as reader:
-        await ctx.within(min(2 * ctx.limits.lag, ctx.limits.redelivery), reader.take(3), "handing over")
+        await ctx.within(min(2 * ctx.limits.lag, ctx.limits.redelivery), reader.take(3), "handing over the deliveries")
         await reader.until_fence()
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("ACK-15", "given back 30 times, it is still there", needs=_RETRY, timeout=60)
+@scenario("ACK-15", "A message that was requeued 30 times is redelivered", needs=_RETRY, timeout=60)
 async def never_gone(ctx: Context) -> None:
-    """Catches a limit on deliveries that makes messages vanish."""
+    """Catch a limit on deliveries that makes messages vanish."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
         messages = await ctx.send(broker, topic)
@@ -256,14 +276,14 @@ async def never_gone(ctx: Context) -> None:
 
 @scenario(
     "ACK-16",
-    "every tenth of 500 given back, with a change of members in the middle",
+    "With a tenth of 500 messages requeued and a new consumer halfway, none is lost",
     level="S",
     needs=_SETTLED,
     timeout=60,
 )
 async def random_retries(ctx: Context) -> None:
-    """Catches what only a mixture of settlements brings about."""
-    ctx.applies({"retry", "close"} <= ctx.capabilities.redelivery, "it takes retry and close")
+    """Catch a defect that needs a mixture of settlements."""
+    ctx.applies({"retry", "close"} <= ctx.capabilities.redelivery, "it needs the redelivery levels retry and close")
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
         messages = await ctx.send(broker, topic, 500)
@@ -282,9 +302,9 @@ async def random_retries(ctx: Context) -> None:
     ctx.ledger.compare(group, messages).verify(may_duplicate=ctx.capabilities.settlement == "cumulative")
 
 
-@scenario("ACK-18", "a handler that is cancelled has acknowledged nothing", needs=_CLOSE)
+@scenario("ACK-18", "A cancelled handler acknowledges nothing", needs=_CLOSE)
 async def cancelled_is_unsettled(ctx: Context) -> None:
-    """Catches a cleanup that acknowledges whatever was at work."""
+    """Catch a cleanup that acknowledges every delivery in progress."""
     broker, group = await ctx.broker(), ctx.name()
     at_work = asyncio.Event()
 
@@ -301,14 +321,14 @@ async def cancelled_is_unsettled(ctx: Context) -> None:
         await at_work.wait()
     ctx.same(run.outcomes(), ["acked", "unsettled"], "the outcomes")
     async with ctx.reading(broker, run.topic, group=group) as reader:
-        again = await ctx.within(ctx.limits.redelivery, reader.take(1), "coming again")
+        again = await ctx.within(ctx.limits.redelivery, reader.take(1), "the redelivery")
         again += await reader.until_fence()
-    ctx.same([each.id for each in again], [cut.message_id], "what came again")
+    ctx.same([each.id for each in again], [cut.message_id], "the redelivered messages")
 
 
-@scenario("ACK-19", "given back twice, it comes again once", needs=_RETRY)
+@scenario("ACK-19", "A message that is requeued twice is redelivered once", needs=_RETRY)
 async def retried_once(ctx: Context) -> None:
-    """Catches a repeat for each call."""
+    """Catch one redelivery for each call of `retry`."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
         messages = await ctx.send(broker, topic)
@@ -319,25 +339,25 @@ async def retried_once(ctx: Context) -> None:
         again = await reader.take(1)
         await reader.expect_nothing()
         again += await reader.until_fence()
-    ctx.same([each.id for each in again], [messages[0].message_id], "what came again")
+    ctx.same([each.id for each in again], [messages[0].message_id], "the redelivered messages")
 
 
-@scenario("ACK-20", "what was put aside cannot be settled otherwise", needs=_LETTERS)
-async def aside_is_settled(ctx: Context) -> None:
-    """Catches a delivery that is put aside and given back."""
+@scenario("ACK-20", "A dead-lettered message cannot be settled in another way", needs=_LETTERS)
+async def dead_letter_is_final(ctx: Context) -> None:
+    """Catch a delivery that is dead-lettered and then requeued."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
         await ctx.send(broker, topic)
         delivery = (await reader.next()).delivery
-        await delivery.dead_letter("it is no good")
+        await delivery.dead_letter("not wanted")
         await ctx.raises(AlreadySettled, delivery.retry(), "retry after dead_letter")
         await ctx.raises(AlreadySettled, delivery.ack(), "ack after dead_letter")
-        ctx.same(await reader.until_fence(), [], "what came again")
+        ctx.same(await reader.until_fence(), [], "the redelivered messages")
 
 
-@scenario("ACK-21", "acknowledging several at once acknowledges each", needs=_SETTLED)
+@scenario("ACK-21", "Concurrent acknowledgements all take effect", needs=_SETTLED)
 async def acked_together(ctx: Context) -> None:
-    """Catches an acknowledgement that is lost in a batch."""
+    """Catch an acknowledgement that is lost in a batch."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
         messages = await ctx.send(broker, topic, 50)
@@ -349,24 +369,24 @@ async def acked_together(ctx: Context) -> None:
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("ACK-22", "to acknowledge does no harm, whatever is promised")
+@scenario("ACK-22", "Acknowledging never raises, whatever is promised")
 async def ack_is_harmless(ctx: Context) -> None:
-    """Catches a transport without acknowledgements that raises where a consumer acknowledges."""
+    """Catch a transport without acknowledgements that raises when a consumer acknowledges."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
         messages = await ctx.send(broker, topic, 3)
         for received in await reader.take(3, settle="nothing"):
             await received.delivery.ack()
             await received.delivery.ack()
-            ctx.same(received.delivery.outcome, "ack", "its outcome")
+            ctx.same(received.delivery.outcome, "ack", "the outcome of the delivery")
             await ctx.raises(AlreadySettled, received.delivery.dead_letter("late"), "dead_letter after ack")
         await reader.until_fence()
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("ACK-23", "one group's acknowledgement is not another's", needs=_ACK)
+@scenario("ACK-23", "The acknowledgement of one group does not affect another group", needs=_ACK)
 async def groups_settle_alone(ctx: Context) -> None:
-    """Catches a message that is deleted for all when one group is done with it."""
+    """Catch a message that is deleted for every group when one group has acknowledged it."""
     broker, topic, groups = await ctx.broker(), ctx.topic(), [ctx.name(), ctx.name()]
     async with ctx.reading(broker, topic, group=groups[0]) as first, ctx.reading(broker, topic, group=groups[1]):
         messages = await ctx.send(broker, topic, 5)
@@ -376,10 +396,10 @@ async def groups_settle_alone(ctx: Context) -> None:
     ctx.ledger.compare(groups[1], messages).verify()
 
 
-@scenario("ACK-24", "what comes again after a close counts as an attempt", needs=Capabilities(
+@scenario("ACK-24", "A redelivery after a closed subscription counts as an attempt", needs=Capabilities(
     settlement="cumulative", redelivery=frozenset({"close"}), delivery_count="exact"))  # fmt: skip
 async def unsettled_counts(ctx: Context) -> None:
-    """Catches a count that hides a message which kills its consumers."""
+    """Catch a count that hides a poison message which ends its consumers."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     counted: list[int] = []
     for _ in range(3):
@@ -390,10 +410,10 @@ async def unsettled_counts(ctx: Context) -> None:
     ctx.same(counted, [1, 2, 3], "the attempts")
 
 
-@scenario("ACK-26", "a broker that is closed tells what was acknowledged, and hands the rest over", needs=_CLOSE)
+@scenario("ACK-26", "A closing broker sends its acknowledgements and hands over the rest", needs=_CLOSE)
 async def closed_beneath(ctx: Context) -> None:
-    """Catches a broker that closes under its subscriptions as a crash would end them."""
-    ctx.applies(ctx.capabilities.multi_process, "what is in the process ends with it")
+    """Catch a broker whose close ends its subscriptions like a crash."""
+    ctx.applies(ctx.capabilities.multi_process, "the service ends with the process")
     broker, other, topic, group = await ctx.broker(), await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
         messages = await ctx.send(broker, topic, 4)
@@ -402,6 +422,6 @@ async def closed_beneath(ctx: Context) -> None:
         await broker.aclose()
         async with ctx.reading(other, topic, group=group) as successor:
             soon = min(2 * ctx.limits.lag, ctx.limits.redelivery)
-            await ctx.within(soon, successor.take(2), "handing over")
+            await ctx.within(soon, successor.take(2), "handing over the deliveries")
             await successor.until_fence()
     ctx.ledger.compare(group, messages).verify()

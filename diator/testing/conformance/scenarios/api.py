@@ -18,7 +18,7 @@ from diator.testing.conformance._scenario import scenario
 
 
 async def _handle(event: Happened) -> None:
-    """Do nothing."""
+    """Accept the event."""
 
 
 _STRONGEST = Capabilities(
@@ -43,9 +43,9 @@ _STRONGEST = Capabilities(
 )
 
 
-@scenario("API-01", "what goes wrong is an error of diator")
+@scenario("API-01", "Every failure is an error of diator")
 async def own_errors(ctx: Context) -> None:
-    """Catches an exception of the client library that a program would have to know."""
+    """Catch an exception of the client library that a program would have to know."""
     broker, topic = await ctx.broker(), ctx.topic()
     huge = ctx.message(topic, text="x" * ctx.capabilities.max_message_bytes)
     await ctx.raises(MessageTooLarge, broker.send_message(huge), "a huge message")
@@ -55,19 +55,19 @@ async def own_errors(ctx: Context) -> None:
     await ctx.raises(DiatorError, subscribing, "subscribing when closed")
 
 
-@scenario("API-02", "what is not promised is refused when a program is wired, by its name")
+@scenario("API-02", "A capability that is not promised is refused by name when a consumer is configured")
 async def refused_when_wired(ctx: Context) -> None:
-    """Catches a requirement that is accepted and not kept."""
+    """Catch a requirement that is accepted and not kept."""
     broker = await ctx.broker()
     lacks = ctx.capabilities.missing(_STRONGEST)
-    ctx.check(lacks, "it promises everything, even a message of a TiB")
+    ctx.check(lacks, "the transport promises everything, even messages of a TiB")
     for lack in lacks:
         name = lack.split()[0]
         needed = replace(Capabilities(), **{name: getattr(_STRONGEST, name)})
         try:
             ctx.consumer_run(broker, _handle, requires=needed)
         except UnsupportedCapability as refused:
-            ctx.check(name in str(refused), f"the refusal of {name} does not say so: {refused}")
+            ctx.check(name in str(refused), f"the refusal does not name {name}: {refused}")
         else:
             ctx.check(holds=False, otherwise=f"a consumer that requires {name} is accepted")
         if name in REFUSALS:
@@ -75,24 +75,24 @@ async def refused_when_wired(ctx: Context) -> None:
     ctx.consumer_run(broker, _handle, requires=ctx.capabilities)
 
 
-@scenario("API-03", "the capabilities are the same all the time, and of every broker")
+@scenario("API-03", "The capabilities never change and are the same for every broker")
 async def capabilities_stay(ctx: Context) -> None:
-    """Catches promises that change with the connection, or that anybody can change."""
+    """Catch promises that change with the connection, or that a program can modify."""
     broker, topic = await ctx.broker(), ctx.topic()
     before = broker.capabilities
     async with ctx.reading(broker, topic):
         await ctx.send(broker, topic)
         ctx.same(broker.capabilities, before, "the capabilities while it is in use")
     ctx.same((await ctx.broker()).capabilities, before, "the capabilities of another broker")
-    ctx.same(type(before), Capabilities, "their type")
+    ctx.same(type(before), Capabilities, "the type of the capabilities")
     with suppress(FrozenInstanceError):
         before.guarantee = "at_most_once"  # type: ignore[misc]
-    ctx.same(broker.capabilities, ctx.capabilities, "the capabilities after somebody tried to change them")
+    ctx.same(broker.capabilities, ctx.capabilities, "the capabilities after an attempt to change them")
 
 
-@scenario("API-04", "the methods have the contract's names and parameters")
+@scenario("API-04", "The methods have the names and parameters of the contract")
 async def signatures(ctx: Context) -> None:
-    """Catches a transport that works in its own tests, and not where it is put in for another."""
+    """Catch a transport that passes its own tests and cannot replace another transport."""
     broker = await ctx.broker()
     for name in ("send_message", "subscribe"):
         wanted = inspect.signature(getattr(ReadableBroker, name))
@@ -107,8 +107,8 @@ async def signatures(ctx: Context) -> None:
             each.name for each in found.parameters.values() if _needed(each) and each.name not in wanted.parameters
         ]
         names_only = sum(each.kind is each.POSITIONAL_ONLY for each in wanted.parameters.values())
-        ctx.check(len(extra) <= names_only, f"{name} asks for {extra}, which the contract does not have")
-    ctx.check(inspect.iscoroutinefunction(type(broker).send_message), "send_message is no coroutine function")
+        ctx.check(len(extra) <= names_only, f"{name} requires {extra}, which the contract does not have")
+    ctx.check(inspect.iscoroutinefunction(type(broker).send_message), "send_message is not a coroutine function")
 
 
 def _needed(parameter: inspect.Parameter) -> bool:
@@ -116,9 +116,9 @@ def _needed(parameter: inspect.Parameter) -> bool:
     return not variable and parameter.default is parameter.empty
 
 
-@scenario("API-06", "sending, reading and closing honour a cancellation and asyncio.timeout")
+@scenario("API-06", "Sending, receiving and closing honour cancellation and asyncio.timeout")
 async def cancellable(ctx: Context) -> None:
-    """Catches a call that swallows the cancellation of its task."""
+    """Catch a call that swallows the cancellation of its task."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
         try:
@@ -144,9 +144,9 @@ async def _forever(doing: Any) -> None:
     await asyncio.Event().wait()
 
 
-@scenario("API-07", "it works in asyncio's debug mode")
+@scenario("API-07", "The transport works in asyncio's debug mode")
 async def debug_mode(ctx: Context) -> None:
-    """Catches what asyncio only complains about when it is asked: another thread's calls, forgotten coroutines."""
+    """Catch calls from another thread and forgotten coroutines, which asyncio reports only in debug mode."""
     loop = asyncio.get_running_loop()
     loop.set_debug(True)
     loop.slow_callback_duration = 60
@@ -161,48 +161,48 @@ async def debug_mode(ctx: Context) -> None:
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("API-10", "the promises fit together")
+@scenario("API-10", "The capabilities are consistent")
 async def consistent(ctx: Context) -> None:
-    """Catches a record that was filled in by guessing: the second promise cannot be kept without the first."""
-    told = ctx.capabilities
+    """Catch a promise that cannot be kept without another one, which is not made."""
+    promised = ctx.capabilities
     for field in fields(Capabilities):
-        value = getattr(told, field.name)
+        value = getattr(promised, field.name)
         if isinstance(value, str):
             ctx.check(value in _LEVELS[field.name], f"{field.name} is {value!r}")
     follows = {
-        "at_least_once takes settlement": told.guarantee == "at_most_once" or told.settlement != "none",
-        "at_least_once takes a receipt": told.guarantee == "at_most_once" or told.receipt != "none",
-        "redelivery takes settlement": not told.redelivery or told.settlement != "none",
-        "a delayed retry is a retry": not told.delayed_retry or "retry" in told.redelivery,
-        "a retry in order is a retry, and takes an order": not told.ordered_retry
-        or ("retry" in told.redelivery and told.ordering != "none"),
-        "a count takes redelivery": told.delivery_count == "none" or bool(told.redelivery),
-        "a crash or a deadline has a bound": not {"crash", "deadline"} & told.redelivery
-        or told.redelivery_bound is not None,
-        "somebody gets the messages": bool(told.distribution),
-        "durable subscriptions have a name, their group": told.subscription == "ephemeral"
-        or "competing" in told.distribution,
-        "a durable receipt takes durability": told.receipt != "durable" or told.durability != "none",
-        "several processes take a network": not told.multi_process or told.network,
-        "messages have a size": told.max_message_bytes > 0,
+        "at_least_once needs settlement": promised.guarantee == "at_most_once" or promised.settlement != "none",
+        "at_least_once needs a receipt": promised.guarantee == "at_most_once" or promised.receipt != "none",
+        "redelivery needs settlement": not promised.redelivery or promised.settlement != "none",
+        "delayed_retry needs the redelivery level retry": not promised.delayed_retry or "retry" in promised.redelivery,
+        "ordered_retry needs an ordering and the redelivery level retry": not promised.ordered_retry
+        or ("retry" in promised.redelivery and promised.ordering != "none"),
+        "delivery_count needs redelivery": promised.delivery_count == "none" or bool(promised.redelivery),
+        "redelivery after a crash or a deadline needs redelivery_bound": not {"crash", "deadline"} & promised.redelivery
+        or promised.redelivery_bound is not None,
+        "messages need a distribution": bool(promised.distribution),
+        "durable subscriptions need groups": promised.subscription == "ephemeral"
+        or "competing" in promised.distribution,
+        "a durable receipt needs durability": promised.receipt != "durable" or promised.durability != "none",
+        "several processes need a network": not promised.multi_process or promised.network,
+        "messages need max_message_bytes": promised.max_message_bytes > 0,
     }
     broken = [what for what, holds in follows.items() if not holds]
-    ctx.same(broken, [], "the promises that do not fit")
+    ctx.same(broken, [], "the rules that the capabilities break")
 
 
-@scenario("API-11", "a broker that is not an outbox does not say that it is one")
+@scenario("API-11", "A broker that is not an outbox does not claim to be transactional")
 async def not_enlisted(ctx: Context) -> None:
-    """Catches a transport that would be called before the middlewares have committed."""
+    """Catch a transport that would be called before the middlewares have committed."""
     from diator.brokers.sending import transactional  # noqa: PLC0415
 
-    ctx.check(not transactional(await ctx.broker()), "it says that it transactional")
-    ctx.check(inspect.iscoroutinefunction(type(await ctx.broker()).aclose), "aclose is no coroutine function")
+    ctx.check(not transactional(await ctx.broker()), "the broker claims to be transactional")
+    ctx.check(inspect.iscoroutinefunction(type(await ctx.broker()).aclose), "aclose is not a coroutine function")
 
 
-@scenario("API-09", "what a random program does comes to what a simple model says", level="S", needs=Capabilities(
+@scenario("API-09", "A random program ends in the state that a simple model predicts", level="S", needs=Capabilities(
     settlement="cumulative", redelivery=frozenset({"retry", "close"}), subscription="durable"), timeout=60)  # fmt: skip
 async def random_program(ctx: Context) -> None:
-    """Catches what only an unusual order of calls brings about. The report has the seed."""
+    """Catch a defect that needs an unusual order of calls. The report has the seed."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     messages = await ctx.send(broker, ctx.topic(), 0)
     for _ in range(8):

@@ -1,4 +1,4 @@
-"""DUR: what was confirmed survives the service's restart or death, as far as the transport promises."""
+"""DUR: confirmed messages survive a restart or a crash of the service, as far as promised."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ async def _restart(ctx: Context, service: Outages) -> None:
     await service.start()
 
 
-async def _collects(ctx: Context, topic: object, group: str) -> None:
-    """Have *group* exist, with nobody there."""
+async def _create_group(ctx: Context, topic: object, group: str) -> None:
+    """Create *group* and leave it without a consumer."""
     async with ctx.reading(await ctx.broker(), topic, group=group):  # type: ignore[arg-type]
         pass
 
 
 @scenario(
-    "DUR-01", "what was confirmed survives a restart", level="F", needs=_RESTART, facilities=["outages"], timeout=120
+    "DUR-01", "Confirmed messages survive a restart", level="F", needs=_RESTART, facilities=["outages"], timeout=120
 )
 async def survives_restart(ctx: Context) -> None:
-    """Catches messages that are confirmed before they are stored, or that are stored nowhere."""
+    """Catch messages that are confirmed before they are stored, or that are never stored."""
     service = await ctx.outages()
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
-    await _collects(ctx, topic, group)
+    await _create_group(ctx, topic, group)
     messages = await ctx.send(broker, topic, 200)
     await _restart(ctx, service)
     async with ctx.reading(await ctx.broker(), topic, group=group) as reader:
@@ -48,17 +48,17 @@ async def survives_restart(ctx: Context) -> None:
 
 @scenario(
     "DUR-02",
-    "what was confirmed survives the death of the service at once after it",
+    "Confirmed messages survive a crash of the service right after the confirmation",
     level="F",
     needs=_CRASH,
     facilities=["outages"],
     timeout=120,
 )
-async def survives_death(ctx: Context) -> None:
-    """Catches a confirmation that comes before the message is safe."""
+async def survives_crash(ctx: Context) -> None:
+    """Catch a confirmation that comes before the message is safe."""
     service = await ctx.outages()
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
-    await _collects(ctx, topic, group)
+    await _create_group(ctx, topic, group)
     messages = await ctx.send(broker, topic, 200)
     await service.kill()
     await service_is_down(ctx)
@@ -70,17 +70,17 @@ async def survives_death(ctx: Context) -> None:
 
 @scenario(
     "DUR-03",
-    "a group survives a restart and goes on collecting",
+    "A group survives a restart and continues to collect messages",
     level="F",
     needs=_RESTART,
     facilities=["outages"],
     timeout=120,
 )
 async def groups_survive(ctx: Context) -> None:
-    """Catches a group that lives only in its members, or in the service's memory."""
+    """Catch a group that exists only in its consumers or in the service's memory."""
     service = await ctx.outages()
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
-    await _collects(ctx, topic, group)
+    await _create_group(ctx, topic, group)
     await _restart(ctx, service)
     messages = [ctx.message(topic, number) for number in range(20)]
     for message in messages:
@@ -92,14 +92,14 @@ async def groups_survive(ctx: Context) -> None:
 
 @scenario(
     "DUR-04",
-    "what was acknowledged before a restart does not come after it",
+    "A message acknowledged before a restart is not redelivered after it",
     level="F",
     needs=_RESTART,
     facilities=["outages"],
     timeout=120,
 )
 async def acknowledged_is_done(ctx: Context) -> None:
-    """Catches an acknowledgement that is kept where the message is not."""
+    """Catch an acknowledgement that is stored less safely than its message."""
     service = await ctx.outages()
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
@@ -113,32 +113,38 @@ async def acknowledged_is_done(ctx: Context) -> None:
 
 @scenario(
     "DUR-05",
-    "what was given out and not settled comes after a restart",
+    "A message delivered but not settled before a restart is redelivered after it",
     level="F",
     needs=_RESTART,
     facilities=["outages"],
     timeout=120,
 )
-async def unsettled_comes_again(ctx: Context) -> None:
-    """Catches a service that counts as done what it has given out."""
+async def unsettled_is_redelivered(ctx: Context) -> None:
+    """Catch a service that counts a delivered message as done."""
     service = await ctx.outages()
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
         messages = await ctx.send(broker, topic, 10)
         held = await reader.take(10, settle="nothing")
         await _restart(ctx, service)
-    ctx.check(all(each.abandoned for each in held), "something was settled, and nobody did that")
+    ctx.check(all(each.abandoned for each in held), "a delivery is settled that nobody has settled")
     async with ctx.reading(await ctx.broker(), topic, group=group) as reader:
         bound = (ctx.capabilities.redelivery_bound or 0) + ctx.limits.redelivery + ctx.limits.recovery
-        await ctx.within(bound, ctx.until_acknowledged(reader, 10), "coming again")
+        await ctx.within(bound, ctx.until_acknowledged(reader, 10), "the redelivery")
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("DUR-06", "who promises no durability confirms none", level="F", facilities=["outages"], timeout=120)
+@scenario(
+    "DUR-06",
+    "A transport without durability does not claim to store messages",
+    level="F",
+    facilities=["outages"],
+    timeout=120,
+)
 async def promises_nothing(ctx: Context) -> None:
-    """Catches a receipt that says more than is true, and a transport that does not outlive its service's memory."""
-    ctx.applies(ctx.capabilities.durability == "none", "it promises durability")
-    ctx.check(ctx.capabilities.receipt != "durable", "a receipt is called durable, and nothing is")
+    """Catch a receipt that claims too much, and a transport that does not recover when its service loses its memory."""
+    ctx.applies(ctx.capabilities.durability == "none", "the transport promises durability")
+    ctx.check(ctx.capabilities.receipt != "durable", "the receipt is durable although the durability is none")
     service = await ctx.outages()
     broker, topic = await ctx.broker(), ctx.topic()
     for _ in range(5):
@@ -150,5 +156,5 @@ async def promises_nothing(ctx: Context) -> None:
     async with ctx.reading(broker, topic) as reader:
         messages = await ctx.send(broker, topic, 5, start=6)
         came = [each.id for each in await reader.until_fence()]
-    ctx.check({each.message_id for each in messages} <= {*came}, "what was sent after the restart did not come")
-    ctx.check(len(came) == len({*came}), "something came twice")
+    ctx.check({each.message_id for each in messages} <= {*came}, "a message sent after the restart did not arrive")
+    ctx.check(len(came) == len({*came}), "a message was delivered twice")

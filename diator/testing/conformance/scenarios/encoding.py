@@ -1,4 +1,4 @@
-"""ENC: what is in a message arrives as it was."""
+"""ENC: the content of a message arrives unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diator.testing.conformance._scenario import scenario
 
 
 async def _arrives(ctx: Context, topic: Topic, payloads: list[bytes]) -> None:
-    """Have each of *payloads* arrive byte for byte."""
+    """Send each of *payloads* and check that it arrives byte for byte."""
     broker = await ctx.broker()
     messages = [
         Message(
@@ -30,9 +30,9 @@ async def _arrives(ctx: Context, topic: Topic, payloads: list[bytes]) -> None:
         ctx.same(arrived[message.message_id], message.payload_json, "a payload")
 
 
-@scenario("ENC-01", "every character that JSON can hold arrives, and what looks like a protocol")
+@scenario("ENC-01", "Every character that JSON can hold arrives, also text that looks like a protocol")
 async def characters(ctx: Context) -> None:
-    """Catches a transport that treats content as commands, lines or C strings."""
+    """Catch a transport that treats content as commands, lines or C strings."""
     texts = [
         "".join(map(chr, range(256))),
         "\x00",
@@ -45,30 +45,30 @@ async def characters(ctx: Context) -> None:
     await _arrives(ctx, ctx.topic(), [json.dumps({"text": text}).encode() for text in texts])
 
 
-@scenario("ENC-02", "an empty payload is delivered, and is empty")
+@scenario("ENC-02", "An empty payload is delivered as an empty payload")
 async def empty(ctx: Context) -> None:
-    """Catches a transport that takes nothing for no message."""
+    """Catch a transport that mistakes an empty payload for no message."""
     await _arrives(ctx, ctx.topic(), [b"{}", b'{"a":""}', b'{"a":null}', b'{"a":[]}', b'{"":{}}'])
 
 
-@scenario("ENC-03", "text keeps its code points")
+@scenario("ENC-03", "Text keeps its code points")
 async def code_points(ctx: Context) -> None:
-    """Catches normalisation, and encodings that know only a part of Unicode."""
+    """Catch Unicode normalisation, and encodings that cover only a part of Unicode."""
     texts = ["\u00e9", "e\u0301", "\U0001f600\U0001d11e", "\u05e9\u05dc\u05d5\u05dd", "a\u200bb\ufeff", "\uffff"]
     await _arrives(ctx, ctx.topic(), [json.dumps({"text": text}, ensure_ascii=False).encode() for text in texts])
 
 
-@scenario("ENC-04", "numbers keep their digits")
+@scenario("ENC-04", "Numbers keep their digits")
 async def numbers(ctx: Context) -> None:
-    """Catches a payload that is parsed and written again on its way."""
+    """Catch a payload that is parsed and encoded again on its way."""
     digits = ["9007199254740993", "123456789012345678901234567890", "-0.0", "1e400", "0.1000", "1E2", "1.0"]
     payloads = [f'{{"n":{each}}}'.encode() for each in digits]
     await _arrives(ctx, ctx.topic(), [*payloads, b'{"b":1,"a":2,"b":3}', b'{ "spaced" : [ 1 , 2 ] }'])
 
 
-@scenario("ENC-06", "odd names of topics are apart, or refused")
+@scenario("ENC-06", "Unusual topic names are kept apart or refused")
 async def names(ctx: Context) -> None:
-    """Catches names that end up as the same destination."""
+    """Catch different names that become the same destination."""
     broker, base = await ctx.broker(), ctx.name()
     tails = (
         "",
@@ -98,21 +98,21 @@ async def names(ctx: Context) -> None:
                 topic = Topic(message.message_type, message.message_name)
                 readers.append((await stack.enter_async_context(ctx.reading(broker, topic)), message))
             except (BrokerError, EncodingError, ConfigurationError):
-                continue  # refusing the name is as good
+                continue  # a transport may refuse the name
         await ctx.send_all(broker, [message for _, message in readers])
         for reader, message in readers:
             await reader.until_fence()
             ctx.ledger.compare(reader.name, [message]).verify()
             accepted += 1
-    ctx.check(accepted > 0, "every name was refused, even the plain one")
+    ctx.check(accepted > 0, "every name was refused, also the plain one")
 
 
 _GOLDEN = b'{"message_type":"notification_event","message_name":"%s","message_id":"%s","payload":{"number":1}}'
 
 
-@scenario("ENC-07", "the body is the JSON object that every version of diator writes")
+@scenario("ENC-07", "The body is the JSON object that every version of diator writes")
 async def wire_format(ctx: Context) -> None:
-    """Catches a transport with an envelope of its own, which no other program can read."""
+    """Catch a transport with its own envelope, which no other program can read."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
         (message,) = await ctx.send(broker, topic, start=1)
@@ -121,9 +121,9 @@ async def wire_format(ctx: Context) -> None:
     ctx.same(delivery.body, _GOLDEN % values, "the body")
 
 
-@scenario("ENC-08", "what is received reads as what was sent")
+@scenario("ENC-08", "A received message equals the sent message")
 async def round_trip(ctx: Context) -> None:
-    """Catches any field that is lost, defaulted or renamed on its way."""
+    """Catch a field that is lost, set to a default or renamed on its way."""
     broker, topic = await ctx.broker(), ctx.topic()
     messages = [
         ctx.message(topic, 1),

@@ -1,4 +1,4 @@
-"""FLW: how much at once."""
+"""FLW: concurrency, prefetch and backpressure."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _BOUNDED = Capabilities(settlement="cumulative", backpressure="prefetch")
 _RETRY = Capabilities(settlement="cumulative", backpressure="prefetch", redelivery=frozenset({"retry"}))
 
 
-@scenario("FLW-01", "as many handlers at once as allowed: never more, and not fewer")
+@scenario("FLW-01", "Exactly as many handlers run at once as allowed")
 async def concurrency(ctx: Context) -> None:
-    """Catches a limit that is exceeded for a moment, and one that is never reached."""
+    """Catch a limit that is exceeded for a moment, and a limit that is never reached."""
     broker = await ctx.broker()
     at_work = most = 0
 
@@ -32,12 +32,12 @@ async def concurrency(ctx: Context) -> None:
     async with ctx.consuming(broker, handle, concurrency=5) as run:
         await asyncio.gather(*(ctx.send_all(broker, [run.message(number)]) for number in range(25)))
         await run.until_handled(25)
-    ctx.same(most, 5, "the most handlers at once")
+    ctx.same(most, 5, "the largest number of handlers at once")
 
 
-@scenario("FLW-02", "no more than prefetch deliveries are out at once", needs=_BOUNDED)
+@scenario("FLW-02", "At most prefetch deliveries are unsettled at once", needs=_BOUNDED)
 async def prefetch(ctx: Context) -> None:
-    """Catches a limit that is ignored, or that counts what is settled."""
+    """Catch a prefetch that is ignored, or that counts settled deliveries."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic, group=ctx.name(), prefetch=3) as reader:
         messages = await ctx.send(broker, topic, 10)
@@ -53,9 +53,9 @@ async def prefetch(ctx: Context) -> None:
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("FLW-04", "half held for a while and then released: everything arrives", needs=_BOUNDED)
+@scenario("FLW-04", "Every message arrives when half of the deliveries are held and settled later", needs=_BOUNDED)
 async def half_held(ctx: Context) -> None:
-    """Catches a reader that gets stuck when it was full once."""
+    """Catch a reader that stays stuck after it was full once."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic, group=ctx.name(), prefetch=10) as reader:
         messages = await ctx.send(broker, topic, 40)
@@ -72,9 +72,9 @@ async def half_held(ctx: Context) -> None:
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("FLW-05", "a full service refuses, and drops nothing that it confirmed", level="X", facilities=["full"])
+@scenario("FLW-05", "A full service refuses messages and drops none that it confirmed", level="X", facilities=["full"])
 async def never_drops(ctx: Context) -> None:
-    """Catches a bounded buffer that makes room by forgetting."""
+    """Catch a bounded buffer that makes room by dropping messages."""
     broker, topic, group = ctx.closing(ctx.harness.full(10)), ctx.topic(), ctx.name()
     refused = 0
     async with ctx.reading(broker, topic, group=group) as reader:
@@ -83,15 +83,15 @@ async def never_drops(ctx: Context) -> None:
                 await ctx.send(broker, topic, start=number)
             except MessageRejected:
                 refused += 1
-        ctx.same(refused, 20, "how many were refused")
+        ctx.same(refused, 20, "the number of refused messages")
         await reader.take(10)
         await reader.until_fence()
     ctx.ledger.compare(group, [sent.message for sent in ctx.ledger.sent]).verify()
 
 
-@scenario("FLW-07", "the event loop goes on during 2,000 messages", level="S", timeout=30)
+@scenario("FLW-07", "The event loop keeps running during 2,000 messages", level="S", timeout=30)
 async def loop_goes_on(ctx: Context) -> None:
-    """Catches a transport that reads or writes without ever letting others run."""
+    """Catch a transport that reads or writes without letting other tasks run."""
     broker, topic = await ctx.broker(), ctx.topic()
     lags: list[float] = []
 
@@ -106,59 +106,59 @@ async def loop_goes_on(ctx: Context) -> None:
         await asyncio.sleep(0)
         await reader.during(ctx.send_all(broker, [ctx.message(topic, number) for number in range(2000)]))
         await asyncio.sleep(0.01)
-    ctx.check(max(lags) < ctx.limits.lag / 2, f"the event loop stood still for {max(lags):.3f} s")
+    ctx.check(max(lags) < ctx.limits.lag / 2, f"the event loop was blocked for {max(lags):.3f} s")
 
 
 @scenario(
     "FLW-08",
-    "a handler that blocks the event loop costs no connection, and no message comes again",
+    "A handler that blocks the event loop costs no connection and causes no redelivery",
     level="F",
     facilities=["proxy"],
     timeout=60,
 )
 async def blocked_loop(ctx: Context) -> None:
-    """Catches a client that takes its own silence for the service's."""
+    """Catch a client that mistakes its own silence for the service's."""
     proxy = await ctx.proxy()
     broker = await ctx.broker()
     sent, at_work, blocked = asyncio.Event(), asyncio.Event(), asyncio.Event()
     connections: list[int] = []
     pause = ctx.limits.liveness * 0.4
     if "deadline" in ctx.capabilities.redelivery and ctx.capabilities.redelivery_bound is not None:
-        pause = min(pause, ctx.capabilities.redelivery_bound / 4)  # a lease that cannot be renewed for longer is over
+        pause = min(pause, ctx.capabilities.redelivery_bound / 4)  # a longer block would let the lease expire
 
     async def handle(event: Happened) -> None:
         if event.number == 0:
             at_work.set()
             await blocked.wait()
         if event.number == 1:
-            await at_work.wait()  # so that there is something to come again
-            await sent.wait()  # what is under way is sent with a deadline, and may miss it
+            await at_work.wait()  # so that one delivery is unsettled during the block
+            await sent.wait()  # a send in progress has a deadline and might miss it
             connections.append(proxy.accepted)
-            time.sleep(pause)  # noqa: ASYNC251  # which is what it is about
+            time.sleep(pause)  # noqa: ASYNC251  # blocks the event loop on purpose
             blocked.set()
 
     async with ctx.consuming(broker, handle, concurrency=2) as run:
         messages = [run.message(number) for number in range(20)]
         await ctx.send_all(broker, messages)
         sent.set()
-        await ctx.within(ctx.limits.liveness + ctx.limits.recovery, run.until_handled(20), "handling what was sent")
+        await ctx.within(ctx.limits.liveness + ctx.limits.recovery, run.until_handled(20), "handling the messages")
         messages.append(run.message(20))
         await ctx.send_all(broker, messages[20:])
-        await ctx.within(ctx.limits.recovery, run.until_handled(21), "handling what was sent afterwards")
+        await ctx.within(ctx.limits.recovery, run.until_handled(21), "handling the message sent after the block")
         await asyncio.sleep(ctx.limits.quiet)
         ctx.same(run.outcomes(), ["acked"] * 21, "the outcomes")
         ctx.same(run.outcomes_of(messages), ["acked"] * 21, "the outcomes, by message")
-        ctx.same(run.consumer.health().gaps, 0, "how many gaps were told")
-        ctx.same([proxy.accepted], connections, "how many connections there were")
+        ctx.same(run.consumer.health().gaps, 0, "the number of reported gaps")
+        ctx.same([proxy.accepted], connections, "the number of connections")
     ctx.check(any(proxy.passed.values()), "nothing passed the proxy, so nothing was proved")
     if run.group is not None:
         async with ctx.reading(broker, run.topic, group=run.group) as reader:
-            ctx.same(await reader.until_fence(), [], "what comes again")
+            ctx.same(await reader.until_fence(), [], "the redelivered messages")
 
 
-@scenario("FLW-09", "a busy subscription does not delay a quiet one")
+@scenario("FLW-09", "A busy subscription does not delay a quiet one")
 async def quiet_beside_busy(ctx: Context) -> None:
-    """Catches one queue for all subscriptions."""
+    """Catch one queue for all subscriptions."""
     broker, busy, quiet = await ctx.broker(), ctx.topic(), ctx.topic()
     async with ctx.reading(broker, busy) as much, ctx.reading(broker, quiet) as little:
         sending = ctx.start(ctx.send_all(broker, [ctx.message(busy, number) for number in range(500)]))
@@ -166,14 +166,14 @@ async def quiet_beside_busy(ctx: Context) -> None:
         for number in range(5):
             messages = await ctx.send(broker, quiet, start=number)
             received = await ctx.within(ctx.limits.lag, little.take(1), "a message beside 500 others")
-            ctx.same(received[0].id, messages[0].message_id, "what came")
+            ctx.same(received[0].id, messages[0].message_id, "the received message")
         await sending
         await reading
 
 
-@scenario("FLW-12", "waiting for a message costs next to nothing", level="S")
+@scenario("FLW-12", "Waiting for a message takes next to no CPU time", level="S")
 async def idle(ctx: Context) -> None:
-    """Catches a reader that asks again and again."""
+    """Catch a reader that polls in a tight loop."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
         waiting = ctx.start(reader.take(1))
@@ -186,9 +186,9 @@ async def idle(ctx: Context) -> None:
     ctx.check(share < 0.1, f"waiting took {share:.0%} of a core")  # noqa: PLR2004
 
 
-@scenario("FLW-13", "with a concurrency of 1, handlers follow each other")
+@scenario("FLW-13", "With a concurrency of 1, handlers run one after another")
 async def one_by_one(ctx: Context) -> None:
-    """Catches a consumer that starts the next handler while one waits."""
+    """Catch a consumer that starts the next handler while one waits."""
     broker = await ctx.broker()
     events: list[str] = []
 
@@ -204,9 +204,9 @@ async def one_by_one(ctx: Context) -> None:
     ctx.check(all(begin.split()[1] == end.split()[1] for begin, end in pairs), f"handlers overlap: {events}")
 
 
-@scenario("FLW-14", "what is given back makes room", needs=_RETRY)
+@scenario("FLW-14", "A requeued delivery frees its prefetch slot", needs=_RETRY)
 async def retry_makes_room(ctx: Context) -> None:
-    """Catches a reader that counts a delivery as held for ever once it was given back."""
+    """Catch a reader that counts a requeued delivery as unsettled for ever."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic, group=ctx.name(), prefetch=1) as reader:
         messages = await ctx.send(broker, topic, 2)
@@ -217,22 +217,22 @@ async def retry_makes_room(ctx: Context) -> None:
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("FLW-15", "what is put aside makes room", needs=Capabilities(
+@scenario("FLW-15", "A dead-lettered delivery frees its prefetch slot", needs=Capabilities(
     settlement="cumulative", backpressure="prefetch", dead_letter=True))  # fmt: skip
-async def aside_makes_room(ctx: Context) -> None:
-    """Catches a reader that gets stuck behind what it has put aside."""
+async def dead_letter_makes_room(ctx: Context) -> None:
+    """Catch a reader that gets stuck behind a message that it dead-lettered."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic, group=ctx.name(), prefetch=1) as reader:
         messages = await ctx.send(broker, topic, 5)
         for _ in range(5):
-            await (await reader.next()).delivery.dead_letter("no good")
+            await (await reader.next()).delivery.dead_letter("not wanted")
         await reader.until_fence()
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("FLW-16", "each subscription has a prefetch of its own", needs=_BOUNDED)
+@scenario("FLW-16", "Each subscription has its own prefetch", needs=_BOUNDED)
 async def prefetch_each(ctx: Context) -> None:
-    """Catches a limit that all subscriptions of a connection share."""
+    """Catch a limit that all subscriptions of a connection share."""
     broker, one, two = await ctx.broker(), ctx.topic(), ctx.topic()
     async with (
         ctx.reading(broker, one, group=ctx.name(), prefetch=2) as full,

@@ -1,4 +1,4 @@
-"""GRP: who gets what."""
+"""GRP: broadcast and consumer groups."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _BOTH = Capabilities(distribution=frozenset({"broadcast", "competing"}), settlem
 _DURABLE = Capabilities(distribution=frozenset({"competing"}), subscription="durable", settlement="cumulative")
 
 
-@scenario("GRP-01", "three subscriptions without a group each get everything once", needs=_BROADCAST)
+@scenario("GRP-01", "Three subscriptions without a group each receive every message once", needs=_BROADCAST)
 async def broadcast(ctx: Context) -> None:
-    """Catches subscriptions that share what each should have."""
+    """Catch subscriptions that share messages which each should receive."""
     broker, topic = await ctx.broker(), ctx.topic()
     messages = [ctx.message(topic, number) for number in range(100)]
     async with (
@@ -32,9 +32,9 @@ async def broadcast(ctx: Context) -> None:
         ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("GRP-02", "three members of a group get each message once between them", needs=_COMPETING)
+@scenario("GRP-02", "Three consumers of a group receive each message once between them", needs=_COMPETING)
 async def competing(ctx: Context) -> None:
-    """Catches a group whose members each get everything, or that loses what goes to the wrong one."""
+    """Catch a group whose consumers each receive every message, or that loses messages."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     messages = [ctx.message(topic, number) for number in range(150)]
     async with (
@@ -46,9 +46,9 @@ async def competing(ctx: Context) -> None:
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("GRP-03", "two groups of two members: each group gets everything once", needs=_COMPETING)
-async def groups_beside_each_other(ctx: Context) -> None:
-    """Catches groups that take from each other."""
+@scenario("GRP-03", "Two groups of two consumers each receive every message once", needs=_COMPETING)
+async def two_groups(ctx: Context) -> None:
+    """Catch groups that take messages from each other."""
     broker, topic, groups = await ctx.broker(), ctx.topic(), [ctx.name(), ctx.name()]
     messages = [ctx.message(topic, number) for number in range(100)]
     async with (
@@ -62,10 +62,10 @@ async def groups_beside_each_other(ctx: Context) -> None:
         ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("GRP-04", "with slow work and prefetch 1, every member works", needs=_COMPETING)
+@scenario("GRP-04", "With slow handlers and a prefetch of 1, every consumer of a group works", needs=_COMPETING)
 async def nobody_starves(ctx: Context) -> None:
-    """Catches a member that is there and never gets anything."""
-    ctx.applies(ctx.capabilities.backpressure != "none", "nothing is held back")
+    """Catch a consumer that never receives anything."""
+    ctx.applies(ctx.capabilities.backpressure != "none", "the transport has no backpressure")
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     messages = [ctx.message(topic, number) for number in range(60)]
 
@@ -78,13 +78,13 @@ async def nobody_starves(ctx: Context) -> None:
         ctx.reading(broker, topic, group=group, prefetch=1) as three,
     ):
         taken = await ctx.share(one, two, three, sending=ctx.send_all(broker, messages), work=work)
-    ctx.check(all(taken.values()), f"the members got {[len(own) for own in taken.values()]}")
+    ctx.check(all(taken.values()), f"the consumers received {[len(own) for own in taken.values()]} messages")
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("GRP-05", "a member that joins under load disturbs nothing", needs=_COMPETING)
+@scenario("GRP-05", "A consumer that joins a group under load disturbs nothing", needs=_COMPETING)
 async def joins(ctx: Context) -> None:
-    """Catches messages that fall between the old and the new distribution."""
+    """Catch messages that are lost while a group rebalances."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     messages = [ctx.message(topic, number) for number in range(120)]
     halfway = asyncio.Event()
@@ -103,9 +103,9 @@ async def joins(ctx: Context) -> None:
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("GRP-06", "a member that leaves lets the others finish, without repeats", needs=_COMPETING)
+@scenario("GRP-06", "A consumer that leaves a group causes no loss and no duplicates", needs=_COMPETING)
 async def leaves(ctx: Context) -> None:
-    """Catches an end that takes along what was not given out, or gives back what was acknowledged."""
+    """Catch a close that drops undelivered messages, or that requeues acknowledged ones."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as staying:
         async with ctx.reading(broker, topic, group=group, prefetch=5) as leaving:
@@ -113,21 +113,23 @@ async def leaves(ctx: Context) -> None:
             await leaving.take(5)
         messages += await ctx.send(broker, topic, 20, start=60)
         bound = 5 * ctx.limits.lag + ctx.limits.redelivery
-        await ctx.within(bound, ctx.until_acknowledged(staying, len(messages)), "finishing what a leaving member left")
+        await ctx.within(
+            bound, ctx.until_acknowledged(staying, len(messages)), "finishing the messages of the consumer that left"
+        )
     ctx.ledger.compare(group, messages).verify()
 
 
 @scenario(
     "GRP-07",
-    "a member that crashes lets the others finish",
+    "A consumer that crashes does not stop the rest of its group",
     level="F",
     needs=_COMPETING,
     facilities=["crash"],
     timeout=60,
 )
 async def crashes(ctx: Context) -> None:
-    """Catches a group that waits for a member that is dead."""
-    ctx.applies(ctx.capabilities.multi_process, "the service dies with the process")
+    """Catch a group that waits for a dead consumer."""
+    ctx.applies(ctx.capabilities.multi_process, "the service ends with the process")
     broker, dying, topic, group = await ctx.broker(), await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(dying, topic, group=group, prefetch=5) as reader:
         messages = await ctx.send(broker, topic, 20)
@@ -136,15 +138,15 @@ async def crashes(ctx: Context) -> None:
             await ctx.harness.crash(dying)
             messages += await ctx.send(broker, topic, 20, start=20)
             bound = (ctx.capabilities.redelivery_bound or 0) + ctx.limits.redelivery
-            await ctx.within(bound, ctx.until_acknowledged(staying, len(messages)), "taking over from a crashed member")
+            await ctx.within(bound, ctx.until_acknowledged(staying, len(messages)), "redelivery after a crash")
     for received in held:
         received.abandoned = True
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("GRP-08", "a group without members collects, and gives it to the next", needs=_DURABLE)
+@scenario("GRP-08", "A group without consumers collects messages for the next consumer", needs=_DURABLE)
 async def collects(ctx: Context) -> None:
-    """Catches a group that forgets itself when its last member leaves."""
+    """Catch a group that is deleted when its last consumer leaves."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
         messages = await ctx.send(broker, topic, 5)
@@ -155,26 +157,26 @@ async def collects(ctx: Context) -> None:
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("GRP-09", "groups are apart, however alike their names are", needs=_COMPETING)
+@scenario("GRP-09", "Groups with similar names are separate", needs=_COMPETING)
 async def names_of_groups(ctx: Context) -> None:
-    """Catches names that are shortened, split, folded or joined with the topic's on their way."""
+    """Catch names that are shortened, split, case-folded or joined with the name of the topic."""
     broker, topic, base = await ctx.broker(), ctx.topic(), ctx.name()
     names = [base + tail for tail in ("", "a", "A", "ab", ".a", "a.b", "_a", "-a", " a", "/a", ":a", "ä", "*")]
     messages = [ctx.message(topic, number) for number in range(5)]
     for name in names:
         async with ctx.reading(broker, topic, group=name):
             pass
-    ctx.applies(ctx.capabilities.subscription == "durable", "a group lives only while it has members")
+    ctx.applies(ctx.capabilities.subscription == "durable", "a group exists only while it has consumers")
     await ctx.send_all(broker, messages)
     for name in names:
         async with ctx.reading(broker, topic, group=name) as reader:
-            await ctx.within(2 * ctx.limits.lag, reader.take(5), f"reading as {name!r}")
+            await ctx.within(2 * ctx.limits.lag, reader.take(5), f"reading in the group {name!r}")
         ctx.ledger.compare(name, messages).verify()
 
 
-@scenario("GRP-10", "members that have nothing to do take over when another leaves", needs=_COMPETING)
-async def spare_members(ctx: Context) -> None:
-    """Catches a spare member that fell asleep for good."""
+@scenario("GRP-10", "Idle consumers take over when another consumer leaves", needs=_COMPETING)
+async def idle_consumers(ctx: Context) -> None:
+    """Catch an idle consumer that never receives anything again."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with AsyncExitStack() as first:
         leaving = await first.enter_async_context(ctx.reading(broker, topic, group=group))
@@ -188,40 +190,41 @@ async def spare_members(ctx: Context) -> None:
     ctx.ledger.compare(group, [*messages, *more]).verify()
 
 
-@scenario("GRP-11", "a subscription that is not read does not delay the others", needs=_BROADCAST)
+@scenario("GRP-11", "A subscription that is not read does not delay the others", needs=_BROADCAST)
 async def not_delayed(ctx: Context) -> None:
-    """Catches a broadcast that waits for its slowest."""
+    """Catch a broadcast that waits for its slowest subscription."""
     broker, topic = await ctx.broker(), ctx.topic()
     messages = [ctx.message(topic, number) for number in range(100)]
     async with ctx.reading(broker, topic, prefetch=1), ctx.reading(broker, topic) as reader:
         reading = reader.during(ctx.send_all(broker, messages))
-        await ctx.within(5 * ctx.limits.lag, reading, "reading beside one that does not")
+        await ctx.within(5 * ctx.limits.lag, reading, "reading beside a subscription that is not read")
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("GRP-14", "a distribution that is not promised is refused when subscribing")
+@scenario("GRP-14", "A distribution that is not promised is refused when subscribing")
 async def refused(ctx: Context) -> None:
-    """Catches a group that is accepted and silently gets everything, or nothing."""
+    """Catch a group that is accepted and silently receives everything, or nothing."""
     absent = _BOTH.distribution - ctx.capabilities.distribution
-    if not absent:  # then the one must not be taken for the other
+    if not absent:  # both are promised: they must not be mixed up
         broker, topic = await ctx.broker(), ctx.topic()
-        async with ctx.reading(broker, topic) as alone, ctx.reading(broker, topic, group=ctx.name()) as member:
+        async with ctx.reading(broker, topic) as alone, ctx.reading(broker, topic, group=ctx.name()) as grouped:
             messages = await ctx.send(broker, topic, 3)
             await alone.until_fence()
-            await ctx.share(member, sending=asyncio.sleep(0))
+            await ctx.share(grouped, sending=asyncio.sleep(0))
         ctx.ledger.compare(alone.name, messages).verify()
-        received = {each.id for each in ctx.ledger.received if each.subscription == member.name}
+        received = {each.id for each in ctx.ledger.received if each.subscription == grouped.name}
         ctx.check(
-            received >= {message.message_id for message in messages}, "a group missed what another subscription got"
+            received >= {message.message_id for message in messages},
+            "a group missed a message that another subscription received",
         )
     else:
         await verify_refusal(ctx, Capabilities(distribution=absent))
 
 
-@scenario("GRP-15", "members of one group that belong to several brokers share", needs=Capabilities(
+@scenario("GRP-15", "Consumers of one group that use several brokers share the messages", needs=Capabilities(
     distribution=frozenset({"competing"}), settlement="cumulative", multi_process=True))  # fmt: skip
 async def across_brokers(ctx: Context) -> None:
-    """Catches a group that exists only inside of one broker object."""
+    """Catch a group that is limited to one broker object."""
     brokers = [await ctx.broker(), await ctx.broker()]
     topic, group = ctx.topic(), ctx.name()
     messages = [ctx.message(topic, number) for number in range(60)]
@@ -233,9 +236,9 @@ async def across_brokers(ctx: Context) -> None:
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("GRP-16", "one group name on two topics is one group", needs=_DURABLE)
+@scenario("GRP-16", "One group name on two topics is one group", needs=_DURABLE)
 async def one_group_two_topics(ctx: Context) -> None:
-    """Catches a transport where the second topic takes the place of the first."""
+    """Catch a transport where the second topic replaces the first."""
     broker, one, two, group = await ctx.broker(), ctx.topic(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, one, two, group=group):
         pass

@@ -1,4 +1,4 @@
-"""HDR: what is said about a message."""
+"""HDR: the headers, the key and the id of a message."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ async def _arrive(ctx: Context, *all_headers: Mapping[str, str]) -> None:
         ctx.same(arrived[message.message_id], message.headers, "the headers")
 
 
-@scenario("HDR-01", "the headers that arrive are those that were sent, and no others")
+@scenario("HDR-01", "Exactly the headers that were sent arrive")
 async def exactly(ctx: Context) -> None:
-    """Catches headers that are lost, added, or left over from the message before."""
+    """Catch headers that are lost, added, or left over from the previous message."""
     await _arrive(ctx, {"a": "1", "b": "2"}, {}, {"c": "3"}, {"a": "4"})
 
 
-@scenario("HDR-02", "headers may be Unicode, empty, long, and differ only in case")
+@scenario("HDR-02", "Headers may be Unicode, empty, long, or differ only in case")
 async def any_text(ctx: Context) -> None:
-    """Catches headers that are folded, stripped or squeezed into ASCII."""
+    """Catch headers that are case-folded, stripped or reduced to ASCII."""
     await _arrive(
         ctx, {"ünï": "cödé \U0001f600", "empty": "", "long": "x" * 2_000}, {"Case": "1", "case": "2", "CASE": "3"},
         {" padded ": "  yes  "},
     )  # fmt: skip
 
 
-@scenario("HDR-03", "no header can be taken for a part of the message")
+@scenario("HDR-03", "No header is mistaken for a field of the message")
 async def no_forgery(ctx: Context) -> None:
-    """Catches a header that, by its name, becomes the key, the id or the type."""
+    """Catch a header whose name turns it into the key, the id or the type."""
     broker = await ctx.broker()
     for name in ("key", "message_id", "message_name", "message_type", "payload", "body", "attempt", "id"):
         topic = ctx.topic()
@@ -51,14 +51,14 @@ async def no_forgery(ctx: Context) -> None:
             try:
                 await ctx.send_all(broker, [message])
             except (BrokerError, EncodingError):
-                continue  # refusing the name is as good
+                continue  # a transport may refuse the name
             received = await reader.until_fence()
         ctx.same([each.message for each in received], [message], f"a message with a header {name!r}")
 
 
-@scenario("HDR-04", "the id stays the same when a message comes again", needs=_RETRY)
+@scenario("HDR-04", "A redelivered message keeps its id", needs=_RETRY)
 async def stable_id(ctx: Context) -> None:
-    """Catches a repeat that nobody can recognise."""
+    """Catch a redelivery that a consumer cannot recognise."""
     broker, topic = await ctx.broker(), ctx.topic()
     message = ctx.message(topic, key="k", headers={"a": "1"})
     async with ctx.reading(broker, topic, group=ctx.name()) as reader:
@@ -69,19 +69,19 @@ async def stable_id(ctx: Context) -> None:
             bodies.append(received.message)
             await received.delivery.retry()
         await reader.take(1)
-    ctx.same(bodies, [message] * 3, "what came")
+    ctx.same(bodies, [message] * 3, "the redelivered messages")
 
 
-@scenario("HDR-06", "trace context travels, and none is made up")
+@scenario("HDR-06", "Trace context arrives, and none is made up")
 async def trace_context(ctx: Context) -> None:
-    """Catches a transport that speaks for the program in a trace."""
+    """Catch a transport that adds a trace of its own."""
     traced = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=1,b=2"}
     await _arrive(ctx, traced, {})
 
 
-@scenario("HDR-07", "line ends and NULs in headers are data, or refused")
+@scenario("HDR-07", "Line ends and NUL characters in headers are kept as data, or refused")
 async def injection(ctx: Context) -> None:
-    """Catches a header that ends the header, or the command."""
+    """Catch a value that ends its header, or the command that carries it."""
     broker = await ctx.broker()
     for value in ("a\r\nb: c", "\n", "\x00", "\r\n*1\r\n$8\r\nFLUSHALL\r\n", "\xce", "a=b;c"):
         topic = ctx.topic()
@@ -95,9 +95,9 @@ async def injection(ctx: Context) -> None:
         ctx.same([each.message for each in received], [message], "the message")
 
 
-@scenario("HDR-09", "what one subscriber does to a message is invisible to another")
+@scenario("HDR-09", "A subscriber that changes a message does not affect another subscriber")
 async def apart(ctx: Context) -> None:
-    """Catches one object that is given to all."""
+    """Catch one object that is delivered to all subscribers."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as one, ctx.reading(broker, topic) as two:
         message = ctx.message(topic, headers={"a": "1"})
@@ -107,14 +107,14 @@ async def apart(ctx: Context) -> None:
             first.delivery.headers["a"] = "spoilt"
         first.delivery.body = b"spoilt"
         (second,) = await two.until_fence()
-    ctx.check(second.delivery is not first.delivery, "both have the same delivery")
+    ctx.check(second.delivery is not first.delivery, "both subscribers have the same delivery object")
     read = decode(second.delivery.body, max_bytes=2**31, headers=second.delivery.headers)
-    ctx.same((read, second.message), (message, message), "what the second subscriber has")
+    ctx.same((read, second.message), (message, message), "the message of the second subscriber")
 
 
-@scenario("HDR-11", "the key travels, and is no header")
+@scenario("HDR-11", "The key of a message arrives, and not as a header")
 async def key(ctx: Context) -> None:
-    """Catches a key that orders at the sender and is not there for the consumer's lanes."""
+    """Catch a key that orders at the sender and does not reach the consumer."""
     broker, topic = await ctx.broker(), ctx.topic()
     messages = [ctx.message(topic, number, key=each) for number, each in enumerate(("a", "b", None, "Ü\n", "a"))]
     async with ctx.reading(broker, topic) as reader:

@@ -1,4 +1,4 @@
-"""ISO: what does not belong together stays apart."""
+"""ISO: isolation of topics, subscriptions and brokers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from diator.testing.conformance._context import Context
 from diator.testing.conformance._scenario import scenario
 
 
-@scenario("ISO-01", "two topics never mix")
+@scenario("ISO-01", "Two topics never mix")
 async def two_topics(ctx: Context) -> None:
-    """Catches a message that reaches the subscription to another topic."""
+    """Catch a message that reaches the subscription to another topic."""
     broker, one, two = await ctx.broker(), ctx.topic(), ctx.topic()
     async with ctx.reading(broker, one) as first, ctx.reading(broker, two) as second:
         ones, twos = await ctx.send(broker, one, 10), await ctx.send(broker, two, 10)
@@ -22,9 +22,9 @@ async def two_topics(ctx: Context) -> None:
     ctx.ledger.compare(second.name, twos).verify()
 
 
-@scenario("ISO-02", "names that begin alike, or differ in case, are two names")
+@scenario("ISO-02", "Names with a common prefix or a different case are different names")
 async def alike(ctx: Context) -> None:
-    """Catches prefixes, patterns and case folding where a name is meant."""
+    """Catch prefixes, patterns and case folding where an exact name is meant."""
     broker, base = await ctx.broker(), ctx.name("-a")
     names = (base, f"{base}b", base[:-1], base.upper(), f"{base}.", f"{base}:", f"{base}*")
     subscription = ctx.reading(broker, Topic("notification_event", base))
@@ -35,9 +35,9 @@ async def alike(ctx: Context) -> None:
     ctx.ledger.compare(reader.name, [ctx.ledger.sent[0].message]).verify()
 
 
-@scenario("ISO-04", "a subscription that fails does not disturb another")
+@scenario("ISO-04", "A subscription that fails does not disturb another")
 async def fails_alone(ctx: Context) -> None:
-    """Catches one task for all subscriptions, which the first error ends."""
+    """Catch one task for all subscriptions, which the first error ends."""
     broker, one, two = await ctx.broker(), ctx.topic(), ctx.topic()
 
     async def fail() -> None:
@@ -51,15 +51,17 @@ async def fails_alone(ctx: Context) -> None:
         while not failing.done():
             await ctx.use(broker, one)
             await asyncio.sleep(0.001)
-        ctx.check(isinstance(failing.exception(), LookupError), f"it ended with {failing.exception()!r}")
+        ctx.check(
+            isinstance(failing.exception(), LookupError), f"the failing subscription ended with {failing.exception()!r}"
+        )
         messages += await ctx.send(broker, two, 5, start=5)
         await reader.until_fence()
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("ISO-08", "two consumers of one broker each handle their own events")
+@scenario("ISO-08", "Two consumers of one broker each handle their own events")
 async def two_consumers(ctx: Context) -> None:
-    """Catches a consumer that takes, and puts aside, what is for its neighbour."""
+    """Catch a consumer that takes and dead-letters the messages of another consumer."""
     broker = await ctx.broker()
     handled: dict[str, list[int]] = {"one": [], "two": []}
 
@@ -75,13 +77,13 @@ async def two_consumers(ctx: Context) -> None:
         await first.until_handled(5)
         await second.until_handled(5)
     numbers = {name: sorted(each) for name, each in handled.items()}
-    ctx.same(numbers, {"one": [0, 1, 2, 3, 4], "two": [10, 11, 12, 13, 14]}, "what was handled")
+    ctx.same(numbers, {"one": [0, 1, 2, 3, 4], "two": [10, 11, 12, 13, 14]}, "the handled events")
     ctx.same(first.outcomes() + second.outcomes(), ["acked"] * 10, "the outcomes")
 
 
-@scenario("ISO-09", "two brokers on one service share nothing but the messages")
+@scenario("ISO-09", "Two brokers on one service share nothing but the messages")
 async def two_brokers(ctx: Context) -> None:
-    """Catches a broker that closes, or is confused by, another's connection."""
+    """Catch a broker that closes or confuses another broker's connection."""
     one, two, topic = await ctx.broker(), await ctx.broker(), ctx.topic()
     sender = one if ctx.capabilities.multi_process else two
     async with ctx.reading(two, topic) as reader, ctx.reading(one, ctx.topic()):

@@ -1,4 +1,4 @@
-"""LEK: nothing is left behind. What every scenario is checked for is here provoked."""
+"""LEK: leaks. Every scenario is checked for leaks; the scenarios here provoke them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def _tasks() -> int:
     return len(asyncio.all_tasks())
 
 
-@scenario("LEK-01", "after it is closed, a broker holds no task and no connection")
+@scenario("LEK-01", "A closed broker holds no task and no connection")
 async def closed_is_gone(ctx: Context) -> None:
-    """Catches a task or a socket that only the end of the program ends."""
-    await ctx.use(await ctx.broker())  # what a library opens once and keeps is not the broker's
+    """Catch a task or a socket that lives until the program ends."""
+    await ctx.use(await ctx.broker())  # a library may open and keep something on first use
     tasks, files = _tasks(), len(open_files())
     broker, topic = ctx.harness.transport(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
@@ -34,9 +34,9 @@ async def closed_is_gone(ctx: Context) -> None:
     ctx.same((_tasks(), len(open_files())), (tasks, files), "the tasks and open files after closing")
 
 
-@scenario("LEK-02", "failures in the middle leave no error that nobody saw")
+@scenario("LEK-02", "Failures in the middle of work leave no unretrieved error")
 async def nothing_unseen(ctx: Context) -> None:
-    """Catches a task whose error is only told when it is collected, and a coroutine that nobody awaited."""
+    """Catch a task whose error nobody retrieves, and a coroutine that nobody awaits."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
         await ctx.send(broker, topic, 5)
@@ -52,9 +52,9 @@ async def nothing_unseen(ctx: Context) -> None:
     await asyncio.sleep(0)
 
 
-@scenario("LEK-03", "30 brokers, one after the other, leave nothing", timeout=60)
+@scenario("LEK-03", "Thirty brokers, one after another, leak nothing", timeout=60)
 async def again_and_again(ctx: Context) -> None:
-    """Catches what is left a little at a time."""
+    """Catch a small leak in each broker."""
     await ctx.use(await ctx.broker())
     tasks, files = _tasks(), len(open_files())
     for _ in range(30):
@@ -68,9 +68,9 @@ async def again_and_again(ctx: Context) -> None:
     ctx.same((_tasks(), len(open_files())), (tasks, files), "the tasks and open files after 30 brokers")
 
 
-@scenario("LEK-05", "100 subscriptions that came and went leave nothing in their broker", timeout=60)
+@scenario("LEK-05", "A hundred ended subscriptions leave nothing in their broker", timeout=60)
 async def came_and_went(ctx: Context) -> None:
-    """Catches a broker that keeps on collecting for subscriptions that ended."""
+    """Catch a broker that keeps collecting for subscriptions that have ended."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic):
         pass
@@ -82,7 +82,7 @@ async def came_and_went(ctx: Context) -> None:
             del reader
     await asyncio.sleep(ctx.limits.quiet)
     gc.collect()
-    more = _tasks() - tasks, len(open_files()) - files  # fewer, where the first one had not quite ended
+    more = _tasks() - tasks, len(open_files()) - files  # negative if the first subscription was still ending
     ctx.check(max(more) <= 0, f"{more[0]} tasks and {more[1]} open files are left of 100 subscriptions")
     alive = sum(each() is not None for each in left)
     ctx.check(alive < 5, f"the broker still holds {alive} of 100 subscriptions")  # noqa: PLR2004
@@ -92,11 +92,11 @@ async def came_and_went(ctx: Context) -> None:
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("LEK-06", "memory does not grow with the number of messages", level="S", timeout=60)
+@scenario("LEK-06", "Memory does not grow with the number of messages", level="S", timeout=60)
 async def flat(ctx: Context) -> None:
-    """Catches an entry that is kept for each message."""
+    """Catch an entry that is kept for each message."""
     broker, topic = await ctx.broker(), ctx.topic()
-    ctx.applies(not tracemalloc.is_tracing(), "somebody else traces memory")
+    ctx.applies(not tracemalloc.is_tracing(), "tracemalloc is in use already")
 
     async def pass_on(count: int) -> None:
         for _ in range(count // 50):
@@ -119,9 +119,9 @@ async def flat(ctx: Context) -> None:
     ctx.check(grown < 100 * 1500, f"{grown / 1500:.0f} bytes are kept for each message")
 
 
-@scenario("LEK-08", "a delivery that is settled is gone")
+@scenario("LEK-08", "A settled delivery is freed")
 async def settled_is_gone(ctx: Context) -> None:
-    """Catches a cache, or a traceback, that keeps bodies alive."""
+    """Catch a cache or a traceback that keeps bodies alive."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
         await ctx.send(broker, topic, 30)
@@ -135,9 +135,9 @@ async def settled_is_gone(ctx: Context) -> None:
     ctx.check(left < 5, f"of 30 settled deliveries, {left} are still held")  # noqa: PLR2004
 
 
-@scenario("LEK-09", "a consumer that has nothing to do has nothing in its books")
+@scenario("LEK-09", "An idle consumer reports nothing in flight")
 async def books_are_empty(ctx: Context) -> None:
-    """Catches deliveries that count as in flight for ever, after success or after failure."""
+    """Catch deliveries that count as in flight for ever, after success or after failure."""
     broker = await ctx.broker()
 
     async def handle(event: Happened) -> None:
@@ -148,14 +148,18 @@ async def books_are_empty(ctx: Context) -> None:
         await ctx.send_all(broker, [run.message(number, key=f"k{number % 3}") for number in range(12)])
         await run.until_handled(12)
         health = run.consumer.health()
-        ctx.same((health.in_flight, health.oldest_in_flight, health.gaps), (0, 0.0, 0), "what is in flight, and gaps")
-        ctx.check(health.since_last_progress < ctx.limits.lag, "it says that nothing was done for long")
+        ctx.same(
+            (health.in_flight, health.oldest_in_flight, health.gaps),
+            (0, 0.0, 0),
+            "the deliveries in flight, and the gaps",
+        )
+        ctx.check(health.since_last_progress < ctx.limits.lag, "the health reports no recent progress")
 
 
-@scenario("LEK-10", "deliveries that nobody settled leave nothing after their subscription", needs=Capabilities(
+@scenario("LEK-10", "Deliveries that nobody settled leak nothing after their subscription", needs=Capabilities(
     settlement="cumulative", redelivery=frozenset({"close"})))  # fmt: skip
 async def unsettled_leave_nothing(ctx: Context) -> None:
-    """Catches a broker that holds what was never settled, and its renewals, beyond the end."""
+    """Catch a broker that keeps unsettled deliveries, or renews their leases, after the subscription has ended."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     tasks = _tasks()
     for _ in range(5):

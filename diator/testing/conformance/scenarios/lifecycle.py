@@ -1,4 +1,4 @@
-"""LIF: beginning and end."""
+"""LIF: starting, stopping and closing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from diator.testing.conformance._scenario import scenario
 _DURABLE = Capabilities(subscription="durable", settlement="cumulative", redelivery=frozenset({"close"}))
 
 
-@scenario("LIF-01", "after a broker is closed, a new one works on the same loop")
+@scenario("LIF-01", "After a broker is closed, a new broker works on the same event loop")
 async def a_new_one_works(ctx: Context) -> None:
-    """Catches state that outlives the broker, such as a closed client that is shared."""
+    """Catch state that outlives the broker, such as a shared client that is closed."""
     for _ in range(3):
         broker, topic = await ctx.broker(), ctx.topic()
         async with ctx.reading(broker, topic) as reader:
@@ -28,9 +28,9 @@ async def a_new_one_works(ctx: Context) -> None:
         await ctx.raises(BrokerClosed, broker.send_message(ctx.message(topic)), "sending when closed")
 
 
-@scenario("LIF-02", "closing twice, and by ten tasks at once, is no error")
+@scenario("LIF-02", "Closing a broker twice, and by ten tasks at once, raises no error")
 async def closed_often(ctx: Context) -> None:
-    """Catches a close that fails, or hangs, when another is under way."""
+    """Catch a close that fails or hangs while another close is in progress."""
     broker = await ctx.broker()
     await ctx.use(broker)
     await asyncio.gather(*(broker.aclose() for _ in range(10)))
@@ -38,55 +38,55 @@ async def closed_often(ctx: Context) -> None:
     await ctx.raises(BrokerClosed, broker.send_message(ctx.message(ctx.topic())), "sending when closed")
 
 
-@scenario("LIF-03", "closing what was never used is clean, and final")
+@scenario("LIF-03", "Closing an unused broker succeeds and is final")
 async def closed_unused(ctx: Context) -> None:
-    """Catches a close that connects, or fails on what was never opened."""
+    """Catch a close that connects first, or fails on a connection that was never opened."""
     broker = await ctx.broker()
     await ctx.within(ctx.limits.lag, broker.aclose(), "closing an unused broker")
     await ctx.raises(BrokerClosed, broker.send_message(ctx.message(ctx.topic())), "sending when closed")
 
 
-@scenario("LIF-04", "`async with` closes, and the program's error comes out as it is")
+@scenario("LIF-04", "`async with` closes the broker and raises the program's error unchanged")
 async def closes_on_error(ctx: Context) -> None:
-    """Catches a block that swallows or replaces an error, or stays open because of one."""
+    """Catch a block that swallows or replaces an error, and a broker that stays open because of one."""
     raised, opened = LookupError("the program's own"), ctx.harness.transport()
 
     async def fail() -> None:
         async with opened as broker:
-            ctx.check(broker is opened, "`async with` gives another object")
+            ctx.check(broker is opened, "`async with` returns another object")
             await ctx.use(broker)
             raise raised
 
     caught = await ctx.raises(LookupError, fail(), "a broker's block")
-    ctx.check(caught is raised, "the error that comes out is another one")
+    ctx.check(caught is raised, "the block raises another error than the program did")
     await ctx.raises(BrokerClosed, opened.send_message(ctx.message(ctx.topic())), "sending after the block")
 
 
-@scenario("LIF-05", "a consumer that is stopped finishes what it handles, and begins nothing")
+@scenario("LIF-05", "A stopped consumer finishes its running handlers and starts no others")
 async def finishes(ctx: Context) -> None:
-    """Catches an end that cuts off work, leaves it unsettled, or takes up more."""
+    """Catch a shutdown that cancels handlers, leaves messages unsettled, or starts more handlers."""
     broker = await ctx.broker()
-    begun: list[int] = []
-    ended: list[int] = []
+    started: list[int] = []
+    finished: list[int] = []
 
     async def handle(event: Happened) -> None:
-        begun.append(event.number)
-        if len(begun) == 2:  # noqa: PLR2004
+        started.append(event.number)
+        if len(started) == 2:  # noqa: PLR2004
             run.consumer.stop()
         await asyncio.sleep(0.05)
-        ended.append(event.number)
+        finished.append(event.number)
 
     async with ctx.consuming(broker, handle, concurrency=2) as run:
         await ctx.send_all(broker, [run.message(number) for number in range(10)])
         await ctx.within(0.05 + ctx.limits.lag, run.until_handled(2), "finishing")
-    ctx.same(len(begun), 2, "how many were begun")
-    ctx.same(sorted(ended), sorted(begun), "what was ended of what was begun")
+    ctx.same(len(started), 2, "the number of started handlers")
+    ctx.same(sorted(finished), sorted(started), "the finished handlers, compared with the started ones")
     ctx.same(run.outcomes(), ["acked", "acked"], "the outcomes")
 
 
-@scenario("LIF-06", "work that does not end is cut off after drain_timeout, and not acknowledged")
-async def cut_off(ctx: Context) -> None:
-    """Catches an end that waits for ever, and one that acknowledges what it cut off."""
+@scenario("LIF-06", "A handler that exceeds drain_timeout is cancelled and not acknowledged")
+async def exceeds_drain_timeout(ctx: Context) -> None:
+    """Catch a shutdown that waits for ever, and a shutdown that acknowledges cancelled work."""
     broker = await ctx.broker()
     at_work, cut = asyncio.Event(), asyncio.Event()
 
@@ -102,13 +102,13 @@ async def cut_off(ctx: Context) -> None:
         await ctx.send_all(broker, [run.message()])
         await at_work.wait()
         run.consumer.stop()
-        await ctx.within(0.05 + ctx.limits.lag, cut.wait(), "cutting off")
+        await ctx.within(0.05 + ctx.limits.lag, cut.wait(), "cancelling the handler")
     ctx.same(run.outcomes(), ["unsettled"], "the outcomes")
 
 
-@scenario("LIF-07", "a close that is cancelled can be finished")
+@scenario("LIF-07", "A close that was cancelled can be completed")
 async def cancelled_close(ctx: Context) -> None:
-    """Catches a close that, once cancelled, releases nothing, or hangs the next time."""
+    """Catch a close that, once cancelled, releases nothing or hangs the next time."""
     for steps in range(4):
         broker, topic = await ctx.broker(), ctx.topic()
         await ctx.use(broker, topic)
@@ -116,13 +116,13 @@ async def cancelled_close(ctx: Context) -> None:
         for _ in range(steps):
             await asyncio.sleep(0)
         await cancelled(closing)
-        await ctx.within(ctx.limits.lag, broker.aclose(), "closing again")
+        await ctx.within(ctx.limits.lag, broker.aclose(), "the second close")
         await ctx.raises(BrokerClosed, broker.send_message(ctx.message(topic)), "sending when closed")
 
 
-@scenario("LIF-08", "a subscription that waits for a message ends at once")
+@scenario("LIF-08", "A subscription that waits for a message ends at once")
 async def ends_idle(ctx: Context) -> None:
-    """Catches a blocking read that nobody wakes."""
+    """Catch a blocking read that nothing wakes."""
     broker, topic = await ctx.broker(), ctx.topic()
     waits = asyncio.Event()
 
@@ -135,32 +135,32 @@ async def ends_idle(ctx: Context) -> None:
     await waits.wait()
     await asyncio.sleep(ctx.limits.quiet)
     await ctx.within(ctx.limits.lag, cancelled(waiting), "ending an idle subscription")
-    ctx.check(waiting.cancelled(), "its end is another one than the cancellation")
-    await ctx.within(ctx.limits.lag, broker.aclose(), "closing after it")
+    ctx.check(waiting.cancelled(), "the subscription did not end with the cancellation")
+    await ctx.within(ctx.limits.lag, broker.aclose(), "closing the broker")
 
 
-@scenario("LIF-10", "of sends that a close overtakes, each ends, and what was confirmed is there", needs=_DURABLE)
+@scenario("LIF-10", "Every send that a close overtakes ends, and confirmed messages arrive", needs=_DURABLE)
 async def close_amid_sends(ctx: Context) -> None:
-    """Catches a close that leaves callers waiting, or confirms what it throws away."""
+    """Catch a close that leaves callers waiting, or confirms messages that it drops."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
-    ctx.applies(ctx.capabilities.multi_process, "what is in the broker is gone with it")
+    ctx.applies(ctx.capabilities.multi_process, "the messages end with the broker")
     other = await ctx.broker()
     async with ctx.reading(other, topic, group=group) as reader:
         sends = [asyncio.create_task(ctx.send(broker, topic, start=number)) for number in range(200)]
         await asyncio.sleep(0)
         await broker.aclose()
         _, unended = await asyncio.wait(sends, timeout=2 * ctx.limits.lag)
-        ctx.same(len(unended), 0, "how many of 200 sends did not end")
+        ctx.same(len(unended), 0, "the number of sends, of 200, that did not end")
         errors = [error for each in sends if (error := each.exception())]
         strange = [error for error in errors if not isinstance(error, BrokerError)]
-        ctx.same(strange, [], "errors that are no verdict")
+        ctx.same(strange, [], "the errors that are not broker errors")
         await reader.until_fence()
     ctx.ledger.compare(group, [sent.message for sent in ctx.ledger.sent]).verify()
 
 
-@scenario("LIF-11", "a subscription that ends and begins again goes on, and its sibling never stops", needs=_DURABLE)
+@scenario("LIF-11", "A restarted subscription continues, and its sibling is not interrupted", needs=_DURABLE)
 async def ends_and_begins(ctx: Context) -> None:
-    """Catches a message lost between two members, and a sibling that is stopped along."""
+    """Catch a message that is lost between two subscriptions, and a sibling that stops with the first."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     messages = await ctx.send(broker, ctx.topic(), 0)
     async with ctx.reading(broker, topic, group=ctx.name()) as sibling:
@@ -176,9 +176,9 @@ async def ends_and_begins(ctx: Context) -> None:
     ctx.ledger.compare(sibling.name, messages).verify()
 
 
-@scenario("LIF-12", "what is sent while a subscription ends is left for the next", needs=_DURABLE)
+@scenario("LIF-12", "Messages sent while a subscription ends are delivered to the next one", needs=_DURABLE)
 async def sent_while_ending(ctx: Context) -> None:
-    """Catches a message that is taken from the service by a reader that gives it to nobody."""
+    """Catch a message that a reader takes from the service and delivers to nobody."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     messages = [ctx.message(topic, number) for number in range(60)]
     async with ctx.reading(broker, topic, group=group) as reader:
@@ -190,9 +190,9 @@ async def sent_while_ending(ctx: Context) -> None:
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("LIF-13", "a handler may send and subscribe with the broker that it is called by")
+@scenario("LIF-13", "A handler may send and subscribe through the broker that called it")
 async def from_within(ctx: Context) -> None:
-    """Catches a lock, or a single connection, that a handler waits for while it holds it."""
+    """Catch a lock or a single connection that a handler holds while it waits for it."""
     broker, elsewhere = await ctx.broker(), ctx.topic()
     done: list[int] = []
 
@@ -207,12 +207,12 @@ async def from_within(ctx: Context) -> None:
     async with ctx.consuming(broker, handle) as run:
         await ctx.send_all(broker, [run.message(0)])
         await run.until_handled(2)
-    ctx.same((sorted(done), run.outcomes()), ([0, 1], ["acked", "acked"]), "what was handled")
+    ctx.same((sorted(done), run.outcomes()), ([0, 1], ["acked", "acked"]), "the handled events and their outcomes")
 
 
-@scenario("LIF-18", "two brokers in one process are two")
+@scenario("LIF-18", "Two brokers in one process are independent")
 async def share_nothing(ctx: Context) -> None:
-    """Catches state that is kept on the class: closing one closes the other."""
+    """Catch state on the class: closing one broker closes the other."""
     one, two, topic = await ctx.broker(), await ctx.broker(), ctx.topic()
     async with ctx.reading(two, topic) as reader:
         await ctx.use(one)
@@ -222,9 +222,9 @@ async def share_nothing(ctx: Context) -> None:
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("LIF-19", "a subscription ends cleanly after its broker was closed")
-async def closed_beneath(ctx: Context) -> None:
-    """Catches an end that fails, or waits, because the connection is gone already."""
+@scenario("LIF-19", "A subscription ends cleanly after its broker was closed")
+async def closed_before_its_subscription(ctx: Context) -> None:
+    """Catch an end that fails or waits because the connection is closed already."""
     broker, topic = await ctx.broker(), ctx.topic()
 
     async def end() -> None:
@@ -236,9 +236,9 @@ async def closed_beneath(ctx: Context) -> None:
     await ctx.within(3 * ctx.limits.lag, end(), "ending a subscription of a closed broker")
 
 
-@scenario("LIF-20", "a second stop ends a consumer at once")
-async def hurry(ctx: Context) -> None:
-    """Catches a consumer that cannot be hurried."""
+@scenario("LIF-20", "A second stop ends a consumer at once")
+async def stopped_twice(ctx: Context) -> None:
+    """Catch a consumer whose shutdown cannot be cut short."""
     broker = await ctx.broker()
     at_work = asyncio.Event()
 
@@ -255,9 +255,9 @@ async def hurry(ctx: Context) -> None:
     ctx.same(run.outcomes(), ["unsettled"], "the outcomes")
 
 
-@scenario("LIF-21", "a consumer that waits for a message stops at once")
+@scenario("LIF-21", "A consumer that waits for a message stops at once")
 async def stops_idle(ctx: Context) -> None:
-    """Catches a consumer that notices its stop with the next message."""
+    """Catch a consumer that notices its stop only with the next message."""
     broker = await ctx.broker()
 
     async def handle(event: Happened) -> None: ...
@@ -266,8 +266,8 @@ async def stops_idle(ctx: Context) -> None:
         await ctx.send_all(broker, [run.message()])
         await run.until_handled(1)
         await asyncio.sleep(ctx.limits.quiet)
-        ctx.check(run.consumer.health().receiving, "it says that it does not receive")
+        ctx.check(run.consumer.health().receiving, "the health reports that the consumer does not receive")
         began = monotonic()
         run.consumer.stop()
     ctx.check(monotonic() - began < ctx.limits.lag, f"it took {monotonic() - began:.2f} s to stop")
-    ctx.check(not run.consumer.health().receiving, "it says that it still receives")
+    ctx.check(not run.consumer.health().receiving, "the health reports that the consumer still receives")

@@ -1,4 +1,4 @@
-"""FLT: the link fails, and the service does not."""
+"""FLT: faults of the connection and of the service. This module has the faults of the connection."""
 
 from __future__ import annotations
 
@@ -22,9 +22,15 @@ from diator.testing.conformance._scenario import scenario
 from diator.testing.fault_proxy import Flow
 
 
-@scenario("FLT-01", "after a reset while idle, it receives again", level="F", facilities=["proxy"], timeout=60)
+@scenario(
+    "FLT-01",
+    "An idle subscription receives again after a connection reset",
+    level="F",
+    facilities=["proxy"],
+    timeout=60,
+)
 async def reset_while_idle(ctx: Context) -> None:
-    """Catches a subscription that dies with its connection, silently."""
+    """Catch a subscription that ends silently with its connection."""
     proxy = await ctx.proxy()
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
@@ -36,9 +42,15 @@ async def reset_while_idle(ctx: Context) -> None:
         await receives_again(ctx, reader)
 
 
-@scenario("FLT-02", "resets under load lose nothing that may not be lost", level="F", facilities=["proxy"], timeout=90)
+@scenario(
+    "FLT-02",
+    "Resets under load lose no more messages than the guarantee allows",
+    level="F",
+    facilities=["proxy"],
+    timeout=90,
+)
 async def reset_under_load(ctx: Context) -> None:
-    """Catches messages lost on the way out, on the way in, or with an acknowledgement that did not arrive."""
+    """Catch messages that are lost when sent, when received, or with a lost acknowledgement."""
     proxy = await ctx.proxy()
     before: list[int] = []
 
@@ -47,24 +59,28 @@ async def reset_under_load(ctx: Context) -> None:
         proxy.reset()
 
     await survives_faults(ctx, reset)
-    ctx.check(before[0] < before[1] < proxy.accepted, "the resets were not felt")
+    ctx.check(before[0] < before[1] < proxy.accepted, "the resets had no effect, so nothing was proved")
 
 
-@scenario("FLT-03", "a peer that falls silent is noticed", level="F", facilities=["proxy"], timeout=120)
+@scenario("FLT-03", "A silent peer is noticed", level="F", facilities=["proxy"], timeout=120)
 async def silent_peer(ctx: Context) -> None:
-    """Catches a client that waits for ever on a connection that nobody is at the other end of."""
+    """Catch a client that waits for ever on a connection whose other end is gone."""
     await _half_open(ctx, Flow.TO_SERVER, Flow.TO_CLIENT)
 
 
-@scenario("FLT-20", "a service that is not heard any more is noticed", level="F", facilities=["proxy"], timeout=120)
-async def deaf(ctx: Context) -> None:
-    """Catches a client that takes what it could send for a sign of life."""
+@scenario(
+    "FLT-20", "A connection that loses all incoming data is noticed", level="F", facilities=["proxy"], timeout=120
+)
+async def incoming_lost(ctx: Context) -> None:
+    """Catch a client that treats a successful write as a sign of life."""
     await _half_open(ctx, Flow.TO_CLIENT)
 
 
-@scenario("FLT-21", "a service that does not hear any more is noticed", level="F", facilities=["proxy"], timeout=120)
-async def unheard(ctx: Context) -> None:
-    """Catches a client that never asks for a sign of life."""
+@scenario(
+    "FLT-21", "A connection that loses all outgoing data is noticed", level="F", facilities=["proxy"], timeout=120
+)
+async def outgoing_lost(ctx: Context) -> None:
+    """Catch a client that never probes its connection."""
     await _half_open(ctx, Flow.TO_SERVER)
 
 
@@ -83,9 +99,9 @@ async def _half_open(ctx: Context, *flows: Flow) -> None:
         await receives_again(ctx, reader)
 
 
-@scenario("FLT-04", "a short silence is borne: no new connection, no loss", level="F", facilities=["proxy"], timeout=60)
+@scenario("FLT-04", "A short silence causes no new connection and no loss", level="F", facilities=["proxy"], timeout=60)
 async def short_silence(ctx: Context) -> None:
-    """Catches a client that takes every hiccup for a death."""
+    """Catch a client that treats every short delay as a dead connection."""
     proxy = await ctx.proxy()
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
@@ -99,13 +115,19 @@ async def short_silence(ctx: Context) -> None:
         await proxy.heal()
         messages += await sending
         await reader.until_fence()
-        ctx.same(proxy.accepted, before, "how many connections there were")
+        ctx.same(proxy.accepted, before, "the number of connections")
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("FLT-07", "an outage is neither stormed nor logged to death", level="F", facilities=["proxy"], timeout=300)
+@scenario(
+    "FLT-07",
+    "An outage causes neither a storm of connections nor a flood of log lines",
+    level="F",
+    facilities=["proxy"],
+    timeout=300,
+)
 async def long_outage(ctx: Context) -> None:
-    """Catches a client that comes back as fast as it can, in step with all others, and tells of it each time."""
+    """Catch a client that reconnects without backoff, in step with all others, and logs each attempt."""
     proxy = await ctx.proxy()
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
@@ -115,28 +137,28 @@ async def long_outage(ctx: Context) -> None:
             proxy.reject()
             proxy.reset()
             before, began = proxy.accepted, monotonic()
-            tries: list[float] = []
+            attempts: list[float] = []
             while monotonic() - began < 6 * ctx.limits.max_delay:
-                if proxy.accepted > before + len(tries):
-                    tries += [monotonic()] * (proxy.accepted - before - len(tries))
+                if proxy.accepted > before + len(attempts):
+                    attempts += [monotonic()] * (proxy.accepted - before - len(attempts))
                 if monotonic() - began > 3 * ctx.limits.max_delay:
                     memory.begin()
                 await asyncio.sleep(0.005)
             grown = memory.grown()
-        ctx.check(len(tries) > 1, f"it tried {len(tries)} times to connect again")
-        ctx.check(len(tries) <= 50, f"it tried {len(tries)} times in six of its longest pauses")  # noqa: PLR2004
-        pauses = [later - earlier for earlier, later in pairwise(tries)]
-        late = pauses[len(pauses) // 2 :]
-        ctx.check(max(late) - min(late) > ctx.limits.max_delay / 20, f"its pauses are all alike: {late}")
-        ctx.check(max(pauses) <= ctx.limits.max_delay + ctx.limits.lag, f"it paused for {max(pauses):.1f} s")
-        ctx.check(len(logged) <= 2 * len(tries) + 3, f"{len(logged)} warnings about {len(tries)} tries")
-        ctx.check(grown < 256 * 1024, f"{grown:,} bytes more in the second half of the outage")
+        ctx.check(len(attempts) > 1, f"there were {len(attempts)} attempts to reconnect")
+        ctx.check(len(attempts) <= 50, f"there were {len(attempts)} attempts in six times the maximal delay")  # noqa: PLR2004
+        delays = [later - earlier for earlier, later in pairwise(attempts)]
+        late = delays[len(delays) // 2 :]
+        ctx.check(max(late) - min(late) > ctx.limits.max_delay / 20, f"the delays have no jitter: {late}")
+        ctx.check(max(delays) <= ctx.limits.max_delay + ctx.limits.lag, f"a delay took {max(delays):.1f} s")
+        ctx.check(len(logged) <= 2 * len(attempts) + 3, f"{len(logged)} warnings about {len(attempts)} attempts")
+        ctx.check(grown < 256 * 1024, f"memory grew by {grown:,} bytes in the second half of the outage")
         await proxy.heal()
         await receives_again(ctx, reader, by=ctx.limits.max_delay + ctx.limits.recovery)
 
 
 class _Logged(logging.Handler):
-    """Counts what is said about something being wrong."""
+    """Counts warnings and errors in the log."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -157,7 +179,7 @@ class _Logged(logging.Handler):
 
 
 class _Memory:
-    """Measures how many bytes more are in use than when it began."""
+    """Measures how much memory is used since `begin`."""
 
     def __init__(self) -> None:
         self._before = 0
@@ -177,9 +199,9 @@ class _Memory:
         tracemalloc.stop()
 
 
-@scenario("FLT-08", "after ten resets there is one subscription, not ten", level="F", facilities=["proxy"], timeout=90)
+@scenario("FLT-08", "Ten resets leave one subscription, not ten", level="F", facilities=["proxy"], timeout=90)
 async def flapping(ctx: Context) -> None:
-    """Catches a reader left over from each reconnection, and one that gives up."""
+    """Catch a reader that is left over from each reconnect, and a client that gives up."""
     proxy = await ctx.proxy()
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
@@ -191,18 +213,18 @@ async def flapping(ctx: Context) -> None:
             await asyncio.sleep(0.1)
         await reconnected(ctx, proxy, before, ctx.limits.recovery)
         await receives_again(ctx, reader)
-        ctx.check(proxy.connections <= connections, f"{proxy.connections} connections, and {connections} before")
+        ctx.check(proxy.connections <= connections, f"{proxy.connections} connections, there were {connections} before")
 
 
 @scenario(
     "FLT-12",
-    "an idle connection that was forgotten on its way is noticed",
+    "An idle connection that the network has silently dropped is noticed",
     level="F",
     facilities=["proxy"],
     timeout=120,
 )
-async def forgotten(ctx: Context) -> None:
-    """Catches a client that believes in a connection as long as nobody ends it."""
+async def silently_dropped(ctx: Context) -> None:
+    """Catch a client that trusts a connection until the peer closes it."""
     proxy = await ctx.proxy()
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
@@ -214,37 +236,37 @@ async def forgotten(ctx: Context) -> None:
         await receives_again(ctx, reader, by=ctx.limits.liveness + ctx.limits.recovery)
 
 
-@scenario("FLT-13", "a slow link is not taken for a dead one", level="F", facilities=["proxy"], timeout=90)
+@scenario("FLT-13", "A slow link is not treated as a dead one", level="F", facilities=["proxy"], timeout=90)
 async def latency(ctx: Context) -> None:
-    """Catches a limit of time that somebody set on the same machine."""
+    """Catch a timeout that fits only a client on the same machine."""
     proxy = await ctx.proxy()
-    late = min(0.1, ctx.limits.timeout / 40)  # each way
+    late = min(0.1, ctx.limits.timeout / 40)  # in each direction
     proxy.delay(late, late / 2)
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
         messages = await ctx.send(broker, topic)
         before, began = proxy.accepted, monotonic()
         messages += await ctx.send(broker, topic, 3, start=1)
-        ctx.check(monotonic() - began > 3 * late, "nothing was late, so nothing was proved")
+        ctx.check(monotonic() - began > 3 * late, "nothing was delayed, so nothing was proved")
         more = [ctx.message(topic, number) for number in range(4, 34)]
         await asyncio.gather(*(ctx.send_all(broker, [each]) for each in more))
         await reader.take(len(messages + more))
         await asyncio.sleep(ctx.limits.liveness / 2)
         messages += await ctx.send(broker, topic, start=34)
         await reader.until_fence()
-        ctx.same(proxy.accepted, before, "how many connections there were")
+        ctx.same(proxy.accepted, before, "the number of connections")
     ctx.ledger.compare(reader.name, messages + more).verify()
 
 
 @scenario(
     "FLT-15",
-    "one side's link is cut, and the other side does not notice",
+    "A lost connection of one side does not affect the other side",
     level="F",
     facilities=["proxy"],
     timeout=90,
 )
 async def one_link(ctx: Context) -> None:
-    """Catches a failure that spreads: from who sends to who reads, or back."""
+    """Catch a failure that spreads from the sender to the reader, or the other way."""
     outgoing = await ctx.proxy()
     sender = await ctx.broker()
     incoming = await ctx.proxy()
@@ -258,14 +280,14 @@ async def one_link(ctx: Context) -> None:
         for message in again:
             await ctx.send_until_confirmed(sender, message)
         await reader.until_fence()
-        ctx.check(outgoing.accepted > before, "the sender's link was not cut, so nothing was proved")
-        ctx.same(incoming.accepted, calm, "how many connections the reader had")
+        ctx.check(outgoing.accepted > before, "the sender's connection was not reset, so nothing was proved")
+        ctx.same(incoming.accepted, calm, "the number of connections of the reader")
 
         calm, before = outgoing.accepted, incoming.accepted
         incoming.reset()
         messages += await ctx.send(sender, topic, 20, start=21)
         await reconnected(ctx, incoming, before, ctx.limits.recovery)
-        ctx.same(outgoing.accepted, calm, "how many connections the sender had")
+        ctx.same(outgoing.accepted, calm, "the number of connections of the sender")
         await receives_again(ctx, reader)
     kept = ctx.capabilities.guarantee == "at_least_once"
     sent = [each.message for each in ctx.ledger.sent]
@@ -274,13 +296,13 @@ async def one_link(ctx: Context) -> None:
 
 @scenario(
     "FLT-16",
-    "a link cut in the middle of a large message corrupts nothing",
+    "A connection that breaks within a large message corrupts nothing",
     level="F",
     facilities=["proxy"],
     timeout=120,
 )
 async def cut_within(ctx: Context) -> None:
-    """Catches half a message taken for a whole one, and a stream that is out of step afterwards."""
+    """Catch a partial message that is treated as complete, and a stream that is out of step afterwards."""
     proxy = await ctx.proxy()
     broker, topic = await ctx.broker(), ctx.topic()
     size = 256 * 1024
@@ -290,11 +312,11 @@ async def cut_within(ctx: Context) -> None:
                 before = proxy.accepted
                 proxy.cut_after(count, flow)
                 sending = _send_until_cut(ctx, reader.broker, _large(topic, size), proxy, before)
-                await ctx.within(ctx.limits.recovery, read_while(reader, sending), "feeling the cut")
+                await ctx.within(ctx.limits.recovery, read_while(reader, sending), "noticing the broken connection")
         await receives_again(ctx, reader)
     sent = {each.message.message_id: each.message for each in ctx.ledger.sent}
     spoilt = [each for each in ctx.ledger.received if each.id is None or each.message != sent.get(each.id)]
-    ctx.same(spoilt, [], "what is not as it was sent")
+    ctx.same(spoilt, [], "the messages that differ from the sent ones")
 
 
 async def _send_until_cut(ctx: Context, broker: Transport, message: Message, proxy: Proxy, before: int) -> None:
@@ -312,21 +334,21 @@ def _large(topic: Topic, size: int) -> Message:
     )
 
 
-@scenario("FLT-22", "a confirmation that is lost loses no message", level="F", facilities=["proxy"], timeout=90)
+@scenario("FLT-22", "A lost confirmation loses no message", level="F", facilities=["proxy"], timeout=90)
 async def confirmation_lost(ctx: Context) -> None:
-    """Catches a verdict on what nobody can know, and a repeat under another id."""
+    """Catch a send error that claims to know the outcome, and a resend under another id."""
     receiver, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(receiver, topic) as reader:
         proxy = await ctx.proxy()
         sender = await ctx.broker()
         messages = await ctx.send(sender, topic)
         if not await reader.until_fence():
-            raise NotApplicable("the proxy of this harness stands before a service of its own")
+            raise NotApplicable("the proxy of this harness belongs to another service")
         proxy.black_hole(Flow.TO_CLIENT)
         message = ctx.message(topic, 1)
-        sending = ctx.raises(OutcomeUnknown, ctx.send_all(sender, [message]), "sending without an answer")
+        sending = ctx.raises(OutcomeUnknown, ctx.send_all(sender, [message]), "sending without a confirmation")
         await ctx.within(ctx.limits.timeout + ctx.limits.lag, sending, "ending")
-        ctx.check(proxy.lost[Flow.TO_CLIENT], "no answer was lost, so nothing was proved")
+        ctx.check(proxy.lost[Flow.TO_CLIENT], "no confirmation was lost, so nothing was proved")
         await proxy.heal()
         proxy.reset()
         await ctx.within(ctx.limits.recovery, ctx.send_until_confirmed(sender, message), "sending again")
@@ -336,14 +358,14 @@ async def confirmation_lost(ctx: Context) -> None:
 
 @scenario(
     "ACK-07",
-    "what came by a connection that is lost can still be settled, or comes again",
+    "After a lost connection, a delivery can still be settled or is redelivered",
     level="F",
     needs=Capabilities(settlement="cumulative", redelivery=frozenset({"crash"})),
     facilities=["proxy"],
     timeout=90,
 )
 async def settled_after_a_reset(ctx: Context) -> None:
-    """Catches an acknowledgement that kills its subscription, or that acknowledges somebody else's message."""
+    """Catch an acknowledgement that ends its subscription, or that acknowledges another message."""
     proxy = await ctx.proxy()
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
@@ -364,7 +386,7 @@ async def settled_after_a_reset(ctx: Context) -> None:
 
 @scenario(
     "ACK-17",
-    "what could not be settled comes again",
+    "A message that could not be settled is redelivered",
     level="F",
     needs=Capabilities(
         settlement="cumulative", redelivery=frozenset({"retry", "crash"}), delayed_retry=True, dead_letter=True
@@ -373,39 +395,39 @@ async def settled_after_a_reset(ctx: Context) -> None:
     timeout=90,
 )
 async def not_settled(ctx: Context) -> None:
-    """Catches a settlement that is forgotten because the service was away, and its message with it."""
+    """Catch a settlement that is dropped, with its message, because the service was unreachable."""
     proxy = await ctx.proxy()
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
         messages = await ctx.send(broker, topic, 2)
-        retried, aside = await reader.take(2, settle="nothing")
+        requeued, rejected = await reader.take(2, settle="nothing")
         proxy.refuse()
         proxy.reset()
         await asyncio.sleep(ctx.limits.quiet)
-        ctx.same(proxy.connections, 0, "how many connections are left")
+        ctx.same(proxy.connections, 0, "the number of open connections")
         within = ctx.limits.timeout + ctx.limits.lag
-        await ctx.within(within, ctx.allow_broker_error(retried.delivery.retry(after=0.05), "retry()"), "retry()")
+        await ctx.within(within, ctx.allow_broker_error(requeued.delivery.retry(after=0.05), "retry()"), "retry()")
         await ctx.within(
-            within, ctx.allow_broker_error(aside.delivery.dead_letter("late"), "dead_letter()"), "dead_letter()"
+            within, ctx.allow_broker_error(rejected.delivery.dead_letter("late"), "dead_letter()"), "dead_letter()"
         )
-        ctx.check(aside.delivery.outcome is None, "dead_letter() returned, and nothing can have been put aside")
+        ctx.check(rejected.delivery.outcome is None, "dead_letter() returned without a connection")
         await proxy.heal()
         bound = (ctx.capabilities.redelivery_bound or 0) + ctx.limits.redelivery + ctx.limits.recovery
-        again = await ctx.within(bound, reader.take(2), "coming again")
-        ctx.same({each.id for each in again}, {each.message_id for each in messages}, "what came again")
+        again = await ctx.within(bound, reader.take(2), "the redelivery")
+        ctx.same({each.id for each in again}, {each.message_id for each in messages}, "the redelivered messages")
         await receives_again(ctx, reader)
 
 
 @scenario(
     "ORD-05",
-    "what is sent across resets keeps its order",
+    "Messages sent across connection resets keep their order",
     level="F",
     needs=Capabilities(ordering="destination"),
     facilities=["proxy"],
     timeout=90,
 )
 async def order_across_resets(ctx: Context) -> None:
-    """Catches a new connection that overtakes what waits for the old one."""
+    """Catch a new connection that overtakes messages which wait for the old one."""
     proxy = await ctx.proxy()
     before: list[int] = []
 
@@ -414,16 +436,16 @@ async def order_across_resets(ctx: Context) -> None:
         proxy.reset()
 
     reader = await survives_faults(ctx, reset, count=90)
-    ctx.check(before[0] < before[1] < proxy.accepted, "the resets were not felt")
+    ctx.check(before[0] < before[1] < proxy.accepted, "the resets had no effect, so nothing was proved")
     topic = reader.topics[0]
     sent = [each.message for each in ctx.ledger.sent if each.message.message_name == topic.message_name]
     kept = ctx.capabilities.guarantee == "at_least_once"
     ctx.ledger.compare(reader.name, sent, gaps=reader.gaps).verify(in_order=True, may_duplicate=kept)
 
 
-@scenario("LEK-04", "a dozen new connections leave one", level="F", facilities=["proxy"], timeout=120)
+@scenario("LEK-04", "Twelve reconnects leave one connection", level="F", facilities=["proxy"], timeout=120)
 async def many_reconnects(ctx: Context) -> None:
-    """Catches a socket, or a task, for each connection that there was."""
+    """Catch a socket or a task that is left over from each earlier connection."""
     proxy = await ctx.proxy()
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
@@ -435,6 +457,6 @@ async def many_reconnects(ctx: Context) -> None:
             proxy.reset()
             await reconnected(ctx, proxy, before, ctx.limits.max_delay + ctx.limits.recovery)
         await receives_again(ctx, reader, by=ctx.limits.max_delay + ctx.limits.recovery)
-        ctx.check(proxy.connections <= connections, f"{proxy.connections} connections, and {connections} before")
+        ctx.check(proxy.connections <= connections, f"{proxy.connections} connections, there were {connections} before")
         now = len(asyncio.all_tasks())
-        ctx.check(now <= tasks + 4, f"{now} tasks, and {tasks} before")
+        ctx.check(now <= tasks + 4, f"{now} tasks, there were {tasks} before")

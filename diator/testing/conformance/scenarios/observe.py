@@ -1,4 +1,4 @@
-"""OBS: what it says."""
+"""OBS: logs and health."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from diator.testing.conformance._scenario import scenario
 
 
 @contextmanager
-def _listening() -> Generator[list[logging.LogRecord], None, None]:
-    """Collect what is logged, of every level, by everybody."""
+def _log_records() -> Generator[list[logging.LogRecord], None, None]:
+    """Collect every log record, of every logger and level."""
     records: list[logging.LogRecord] = []
 
     class Collector(logging.Handler):
@@ -37,32 +37,32 @@ def _listening() -> Generator[list[logging.LogRecord], None, None]:
         ours.setLevel(levels[1])
 
 
-@scenario("OBS-04", "when nothing is wrong, no warning is logged")
+@scenario("OBS-04", "No warning is logged when nothing is wrong")
 async def quiet(ctx: Context) -> None:
-    """Catches logs that cry wolf."""
-    with _listening() as records:
+    """Catch false alarms in the log."""
+    with _log_records() as records:
         logging.getLogger("diator").debug("listening")
         broker, topic = await ctx.broker(), ctx.topic()
         async with ctx.reading(broker, topic) as reader:
             await ctx.send(broker, topic, 5)
             await reader.until_fence()
         await broker.aclose()
-    ctx.check(records, "not even the first line was heard")
+    ctx.check(records, "no log record was collected, so nothing was proved")
     loud = [record.getMessage() for record in records if record.levelno > logging.INFO]
-    ctx.same(loud, [], "what was logged above INFO")
+    ctx.same(loud, [], "the log records above INFO")
 
 
-@scenario("OBS-05", "payloads are in no log, and in no representation")
+@scenario("OBS-05", "Payloads appear in no log line and in no repr")
 async def secrets(ctx: Context) -> None:
-    """Catches a log line, or an error, that gives away what a message holds."""
+    """Catch a log line or an error that reveals the content of a message."""
     broker, canary = await ctx.broker(), "canary-7d1f"
 
     async def handle(event: Happened) -> None:
         if event.number:
-            raise LookupError("no good")
+            raise LookupError("the handler fails")
 
     shown: list[str] = []
-    with _listening() as records:
+    with _log_records() as records:
         async with ctx.consuming(broker, handle) as run, ctx.reading(broker, run.topic) as reader:
             messages = [run.message(number, tags=[canary]) for number in range(2)]
             messages += [run.message("bad", tags=canary), run.message(0, tags=[canary, 7])]  # type: ignore[arg-type]
@@ -72,15 +72,13 @@ async def secrets(ctx: Context) -> None:
             for received in await reader.take(4):
                 shown += [repr(received.delivery), str(received.delivery), repr(received.message)]
     shown += [f"{record.getMessage()} {record.exc_text or ''} {record.exc_info or ''}" for record in records]
-    ctx.check(len(shown) > len(messages), "nothing was shown at all")
-    ctx.same([text for text in shown if canary in text], [], "where the payload can be read")
+    ctx.check(len(shown) > len(messages), "nothing was shown, so nothing was proved")
+    ctx.same([text for text in shown if canary in text], [], "the texts that show a payload")
 
 
-@scenario(
-    "OBS-06", "health says that the link is out, and that it is back", level="F", facilities=["proxy"], timeout=120
-)
+@scenario("OBS-06", "Health reports a lost connection and its recovery", level="F", facilities=["proxy"], timeout=120)
 async def health_of_the_link(ctx: Context) -> None:
-    """Catches a consumer that counts as healthy because its process lives."""
+    """Catch a consumer that counts as healthy because its process is alive."""
     proxy = await ctx.proxy()
     broker = await ctx.broker()
 
@@ -90,39 +88,33 @@ async def health_of_the_link(ctx: Context) -> None:
         consumer = run.consumer
         await ctx.send_until_confirmed(broker, run.message())
         await run.until_handled(1)
-        await _says(ctx, consumer, connected=True, by=monotonic())
+        await _reports(ctx, consumer, connected=True, by=monotonic())
 
         before, began = proxy.accepted, monotonic()
         proxy.black_hole()
         await reconnected(ctx, proxy, before, ctx.limits.liveness)
-        ctx.applies(run.reports_connection, "the transport does not tell whether it is connected")
-        await _says(ctx, consumer, connected=False, by=began + ctx.limits.liveness)
+        ctx.applies(run.reports_connection, "the transport does not report whether it is connected")
+        await _reports(ctx, consumer, connected=False, by=began + ctx.limits.liveness)
         await proxy.heal()
         proxy.reset()
-        await _says(ctx, consumer, connected=True, by=monotonic() + ctx.limits.recovery)
+        await _reports(ctx, consumer, connected=True, by=monotonic() + ctx.limits.recovery)
         await ctx.send_until_confirmed(broker, run.message())
-        await ctx.within(
-            ctx.limits.recovery, run.until_handled(2), "handling a message sent after the link was back"
-        )
+        await ctx.within(ctx.limits.recovery, run.until_handled(2), "handling a message sent after the recovery")
 
         proxy.refuse()
         proxy.reset()
-        await _says(ctx, consumer, connected=False, by=monotonic() + ctx.limits.liveness)
+        await _reports(ctx, consumer, connected=False, by=monotonic() + ctx.limits.liveness)
         await asyncio.sleep(ctx.limits.max_delay)
-        await _says(ctx, consumer, connected=False, by=monotonic())
+        await _reports(ctx, consumer, connected=False, by=monotonic())
         await proxy.heal()
-        await _says(ctx, consumer, connected=True, by=monotonic() + ctx.limits.max_delay + ctx.limits.recovery)
+        await _reports(ctx, consumer, connected=True, by=monotonic() + ctx.limits.max_delay + ctx.limits.recovery)
         await ctx.send_until_confirmed(broker, run.message())
-        await ctx.within(
-            ctx.limits.recovery, run.until_handled(3), "handling a message sent after the link was back"
-        )
+        await ctx.within(ctx.limits.recovery, run.until_handled(3), "handling a message sent after the recovery")
 
 
-async def _says(ctx: Context, consumer: Consumer, *, connected: bool, by: float) -> None:
-    """Wait until *consumer* says whether it is *connected*; it never says that it does not want to receive."""
+async def _reports(ctx: Context, consumer: Consumer, *, connected: bool, by: float) -> None:
+    """Wait until the health of *consumer* reports *connected*. It reports `receiving` all the time."""
     while (health := consumer.health()).connected != connected:
-        ctx.check(
-            monotonic() < by, f"it does not say that it is {'connected' if connected else 'not connected'}: {health}"
-        )
+        ctx.check(monotonic() < by, f"the health does not report connected={connected}: {health}")
         await asyncio.sleep(0.02)
-    ctx.check(health.receiving, f"it says that it has stopped to receive: {health}")
+    ctx.check(health.receiving, f"the health reports that the consumer has stopped: {health}")

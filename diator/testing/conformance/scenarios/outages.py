@@ -1,4 +1,4 @@
-"""FLT: the service fails: it is restarted, killed, frozen, full, or an operator does something to it."""
+"""FLT: the service is restarted, killed, frozen or full, or an operator changes something."""
 
 from __future__ import annotations
 
@@ -16,9 +16,15 @@ from diator.testing.conformance._scenario import scenario
 _GROUPS = Capabilities(distribution=frozenset({"competing"}), subscription="durable", settlement="cumulative")
 
 
-@scenario("FLT-05", "restarts under load are borne", level="F", facilities=["outages"], timeout=180)
+@scenario(
+    "FLT-05",
+    "The transport survives restarts of the service under load",
+    level="F",
+    facilities=["outages"],
+    timeout=180,
+)
 async def restarts(ctx: Context) -> None:
-    """Catches a subscription, or a sender, that does not find back to a service that was updated."""
+    """Catch a subscription or a sender that does not reconnect to a restarted service."""
     service = await ctx.outages()
 
     async def restart() -> None:
@@ -26,13 +32,15 @@ async def restarts(ctx: Context) -> None:
         await service_is_down(ctx)
         await service.start()
 
-    reader = await survives_faults(ctx, restart, survives=ctx.capabilities.durability != "none")
+    reader = await survives_faults(ctx, restart, data_survives=ctx.capabilities.durability != "none")
     _demand_gap(ctx, reader.gaps)
 
 
-@scenario("FLT-06", "the death of the service under load is borne", level="F", facilities=["outages"], timeout=180)
+@scenario(
+    "FLT-06", "The transport survives crashes of the service under load", level="F", facilities=["outages"], timeout=180
+)
 async def killed(ctx: Context) -> None:
-    """Catches what takes a goodbye of the service to be noticed."""
+    """Catch a client that notices an outage only when the service closes its connections in an orderly way."""
     service = await ctx.outages()
 
     async def kill() -> None:
@@ -40,20 +48,24 @@ async def killed(ctx: Context) -> None:
         await service_is_down(ctx)
         await service.start()
 
-    reader = await survives_faults(ctx, kill, survives=ctx.capabilities.durability == "crash")
+    reader = await survives_faults(ctx, kill, data_survives=ctx.capabilities.durability == "crash")
     _demand_gap(ctx, reader.gaps)
 
 
 def _demand_gap(ctx: Context, gaps: object) -> None:
     if ctx.capabilities.guarantee == "at_most_once":
-        ctx.check(gaps, "the service was away, and the subscription was not told that it may have missed messages")
+        ctx.check(gaps, "the service was down, and the subscription reported no gap")
 
 
 @scenario(
-    "FLT-09", "who is disconnected by an operator comes back", level="F", facilities=["operator", "proxy"], timeout=60
+    "FLT-09",
+    "A client that an operator disconnects connects again",
+    level="F",
+    facilities=["operator", "proxy"],
+    timeout=60,
 )
 async def disconnected(ctx: Context) -> None:
-    """Catches a client that takes an orderly end of its connection for the end of its work."""
+    """Catch a client that treats an orderly close of its connection as the end of its work."""
     proxy = await ctx.proxy()
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
@@ -68,14 +80,14 @@ async def disconnected(ctx: Context) -> None:
 
 @scenario(
     "FLT-10",
-    "a group that is deleted while it is read is there again",
+    "A group that is deleted while it is read is created again",
     level="F",
     needs=_GROUPS,
     facilities=["topology"],
     timeout=90,
 )
 async def group_deleted(ctx: Context) -> None:
-    """Catches a subscription that goes on waiting for what cannot come any more."""
+    """Catch a subscription that keeps waiting for messages which cannot arrive any more."""
     broker, topic, group, idle = await ctx.broker(), ctx.topic(), ctx.name("-read"), ctx.name("-idle")
     waiting = await _leave_waiting(ctx, topic, idle)
     async with ctx.reading(broker, topic, group=group) as reader:
@@ -89,14 +101,14 @@ async def group_deleted(ctx: Context) -> None:
 
 @scenario(
     "FLT-11",
-    "a topic that is deleted while it is read is there again",
+    "A topic that is deleted while it is read is created again",
     level="F",
     needs=_GROUPS,
     facilities=["topology"],
     timeout=120,
 )
 async def topic_deleted(ctx: Context) -> None:
-    """Catches a subscription that ends in silence, and a sender that never finds its topic again."""
+    """Catch a subscription that ends silently, and a sender that never finds its topic again."""
     broker, topic, group, idle = await ctx.broker(), ctx.topic(), ctx.name("-read"), ctx.name("-idle")
     waiting = await _leave_waiting(ctx, topic, idle)
     async with ctx.reading(broker, topic, group=group) as reader:
@@ -108,7 +120,7 @@ async def topic_deleted(ctx: Context) -> None:
 
 
 async def _leave_waiting(ctx: Context, topic: Topic, group: str) -> list[Message]:
-    """Have *group* read two of five messages, and leave."""
+    """Let *group* read two of five messages and leave. Return the other three."""
     broker = await ctx.broker()
     async with ctx.reading(broker, topic, group=group, prefetch=2) as reader:
         messages = await ctx.send(broker, topic, 5)
@@ -117,18 +129,27 @@ async def _leave_waiting(ctx: Context, topic: Topic, group: str) -> list[Message
 
 
 async def _was_deleted(ctx: Context, topic: Topic, group: str, waiting: list[Message]) -> None:
-    """Have the proof of it: what waited for *group* is lost, or what it had read is there again."""
+    """Check that the messages waiting for *group* are lost, or that the messages it had read are redelivered."""
     broker = await ctx.broker()
     before = {each.id for each in ctx.ledger.received if each.subscription == group}
     async with ctx.reading(broker, topic, group=group) as reader:
         came = {each.id for each in await reader.until_fence()}
     undisturbed = {each.message_id for each in waiting} <= came and not came & before
-    ctx.check(not undisturbed, "what waited is still there and nothing came again: nothing was deleted, nor proved")
+    ctx.check(
+        not undisturbed,
+        "the waiting messages are still there and none was redelivered: nothing was deleted, so nothing was proved",
+    )
 
 
-@scenario("FLT-14", "a service that freezes and goes on is borne", level="F", facilities=["outages"], timeout=180)
+@scenario(
+    "FLT-14",
+    "The transport survives a service that freezes and continues",
+    level="F",
+    facilities=["outages"],
+    timeout=180,
+)
 async def frozen(ctx: Context) -> None:
-    """Catches what takes a broken connection to be noticed."""
+    """Catch a client that notices an outage only by a broken connection."""
     service = await ctx.outages()
 
     async def freeze() -> None:
@@ -142,13 +163,13 @@ async def frozen(ctx: Context) -> None:
 
 @scenario(
     "FLT-18",
-    "a service that is full says so to senders, and goes on serving readers",
+    "A full service makes senders fail and keeps serving readers",
     level="F",
     facilities=["outages", "alarm"],
     timeout=120,
 )
 async def full(ctx: Context) -> None:
-    """Catches a message that is confirmed and was not taken, a refusal for good, and readers who wait for senders."""
+    """Catch a message that is confirmed but not stored, a permanent error, and readers blocked by senders."""
     await ctx.outages()
     broker, reading, topic = await ctx.broker(), await ctx.broker(), ctx.topic()
     async with ctx.reading(reading, topic) as reader:
@@ -157,10 +178,10 @@ async def full(ctx: Context) -> None:
         late = ctx.message(topic, 10)
         async with ctx.harness.alarm():
             sending = _not_taken(ctx, ctx.send_all(broker, [late]))
-            await ctx.within(ctx.limits.timeout + ctx.limits.lag, sending, "sending to a service that is full")
+            await ctx.within(ctx.limits.timeout + ctx.limits.lag, sending, "sending to a full service")
             for received in held:
                 await received.delivery.ack()
-            await ctx.within(ctx.limits.recovery, reader.take(5), "reading from a service that is full")
+            await ctx.within(ctx.limits.recovery, reader.take(5), "reading from a full service")
         await ctx.within(ctx.limits.recovery, ctx.send_until_confirmed(broker, late), "sending after the alarm")
         await reader.until_fence()
         await receives_again(ctx, reader)
@@ -169,11 +190,13 @@ async def full(ctx: Context) -> None:
 
 
 async def _not_taken(ctx: Context, sending: asyncio.Future[None] | object) -> None:
-    """Have a verdict that allows a repeat: the service will have room again."""
+    """Check that *sending* fails with an error after which the message may be sent again."""
     try:
         await sending  # type: ignore[misc]
     except (BrokerUnavailable, OutcomeUnknown):
         return
     except Exception as other:
-        raise Nonconformance(f"a full service makes sending raise {other!r}: as if it were full for ever") from other
-    ctx.check(holds=False, otherwise="the message was confirmed, so the alarm was none, or was not respected")
+        raise Nonconformance(f"sending to a full service raises {other!r}, as if it were full for ever") from other
+    ctx.check(
+        holds=False, otherwise="the message was confirmed: the service was not full, or the transport ignored that"
+    )

@@ -1,4 +1,4 @@
-"""PSN: messages that cannot be handled."""
+"""PSN: undecodable messages, failing handlers and dead letters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LATER = Capabilities(settlement="cumulative", redelivery=frozenset({"retry"}), 
 
 
 async def _handle(event: Happened) -> None:
-    """Nothing is wrong with it."""
+    """Accept the event."""
 
 
 def _bad(ctx: Context) -> str:
@@ -30,19 +30,21 @@ def _bad(ctx: Context) -> str:
 
 
 async def _raw(ctx: Context, broker: Transport, run: ConsumerRun, *bodies: bytes) -> list[Handled]:
-    """Have *bodies* consumed, each followed by a good message; give what became of the former."""
+    """Let the consumer handle *bodies*, each followed by a good message. Return the outcomes of the *bodies*."""
     for body in bodies:
         await ctx.harness.send_raw(broker, run.topic, body)
         await ctx.send_all(broker, [run.message()])
     handled = await run.until_handled(2 * len(bodies))
     good = [each.outcome for each in handled if each.outcome == "acked"]
-    ctx.same(len(good), len(bodies), "how many good messages were handled beside the bad ones")
+    ctx.same(len(good), len(bodies), "the number of good messages handled among the bad ones")
     return [each for each in handled if each.outcome != "acked"]
 
 
-@scenario("PSN-01", "garbage is put aside with a reason, and the next message is handled", facilities=["raw"])
+@scenario(
+    "PSN-01", "An undecodable message is dead-lettered with a reason, and the next one is handled", facilities=["raw"]
+)
 async def garbage(ctx: Context) -> None:
-    """Catches a loop that dies of what it cannot read, or that acknowledges it without a word."""
+    """Catch a loop that ends with a message that it cannot decode, or acknowledges it silently."""
     broker = await ctx.broker()
     bodies = (
         b"",
@@ -67,22 +69,20 @@ _ran: list[str] = []
 
 
 def _run(how: str) -> None:
-    """Leave a trace."""
+    """Record that code was run."""
     _ran.append(how)
 
 
 class _Runs:
-    """Something that runs when it is unpickled."""
+    """An object that runs code when it is unpickled."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return _run, ("pickle",)
 
 
-@scenario(
-    "SEC-06", "a body that runs something in a careless reader is put aside, and runs nothing", facilities=["raw"]
-)
+@scenario("SEC-06", "A body that runs code in a careless reader is dead-lettered and runs nothing", facilities=["raw"])
 async def runs_nothing(ctx: Context) -> None:
-    """Catches a reader that unpickles, or evaluates, what anybody may have sent."""
+    """Catch a reader that unpickles or evaluates untrusted input."""
     pickles = [pickle.dumps(_Runs(), protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
     texts = (
         f"!!python/object/apply:{__name__}._run [yaml]",
@@ -91,14 +91,14 @@ async def runs_nothing(ctx: Context) -> None:
     )
     _ran.clear()
     for body in pickles:
-        pickle.loads(body)  # noqa: S301  # its own
-    ctx.same(len(_ran), len(pickles), "how many of the pickles run something")
+        pickle.loads(body)  # noqa: S301  # made above
+    ctx.same(len(_ran), len(pickles), "the number of pickles that run code")
     _ran.clear()
     broker = await ctx.broker()
     async with ctx.consuming(broker, _handle) as run:
         bodies = [*pickles, *(text.encode() for text in texts)]
         bad = await _raw(ctx, broker, run, *bodies)
-    ctx.same(_ran, [], "what was run")
+    ctx.same(_ran, [], "the code that was run")
     ctx.same([each.outcome for each in bad], [_bad(ctx)] * len(bodies), "the outcomes")
     ctx.check(
         all((each.reason or "").startswith("undecodable") for each in bad), f"the reasons: {[e.reason for e in bad]}"
@@ -106,10 +106,10 @@ async def runs_nothing(ctx: Context) -> None:
 
 
 @scenario(
-    "SEC-07", "one byte more than max_message_bytes is put aside, whoever sent it", facilities=["raw"], timeout=30
+    "SEC-07", "One byte more than max_message_bytes is dead-lettered, whoever sent it", facilities=["raw"], timeout=30
 )
 async def larger_than_promised(ctx: Context) -> None:
-    """Catches a limit that binds only those who send by this library."""
+    """Catch a limit that binds only senders that use diator."""
     broker, limit = await ctx.broker(), ctx.capabilities.max_message_bytes
     async with ctx.consuming(broker, _handle) as run:
         body = encode(run.message(), max_bytes=limit)
@@ -121,9 +121,11 @@ async def larger_than_promised(ctx: Context) -> None:
     ctx.same(handled[-1].outcome, "acked", "the outcome of the largest")
 
 
-@scenario("PSN-02", "an envelope that is not ours is put aside, one of a newer version is read", facilities=["raw"])
+@scenario(
+    "PSN-02", "A foreign envelope is dead-lettered, and an envelope of a newer version is read", facilities=["raw"]
+)
 async def envelopes(ctx: Context) -> None:
-    """Catches a missing field that becomes a default, and a reader that refuses what it does not know yet."""
+    """Catch a missing field that becomes a default, and a reader that refuses unknown fields."""
     broker = await ctx.broker()
     async with ctx.consuming(broker, _handle) as run:
         good = {"message_type": "notification_event", "message_name": run.topic.message_name,
@@ -137,13 +139,13 @@ async def envelopes(ctx: Context) -> None:
         newer = {**good, "version": 9, "payload": {"number": 1, "tags": [], "mood": "new"}}
         await ctx.harness.send_raw(broker, run.topic, json.dumps(newer).encode())
         handled = await run.until_handled(2 * len(bodies) + 1)
-    ctx.same([each.outcome for each in bad], [_bad(ctx)] * len(bodies), "the outcomes of what is wrong")
-    ctx.same(handled[-1].outcome, "acked", "the outcome of what is newer")
+    ctx.same([each.outcome for each in bad], [_bad(ctx)] * len(bodies), "the outcomes of the wrong envelopes")
+    ctx.same(handled[-1].outcome, "acked", "the outcome of the newer envelope")
 
 
-@scenario("PSN-03", "a message of an unknown name is put aside with its name", facilities=["raw"])
+@scenario("PSN-03", "A message with an unknown name is dead-lettered, and the reason has the name", facilities=["raw"])
 async def unknown_type(ctx: Context) -> None:
-    """Catches a crash, or a silent acknowledgement, when another service is newer."""
+    """Catch a crash or a silent acknowledgement when another service is newer."""
     broker = await ctx.broker()
     async with ctx.consuming(broker, _handle) as run:
         other = {
@@ -159,12 +161,12 @@ async def unknown_type(ctx: Context) -> None:
 
 @scenario(
     "PSN-04",
-    "what always fails is handled as often as it was said, and then put aside once",
+    "A message that always fails is retried as configured, then dead-lettered once",
     needs=_LATER,
     facilities=["dead_letters"],
 )
 async def exhausted(ctx: Context) -> None:
-    """Catches a retry too many or too few, a loop without end, and a dead letter without its message."""
+    """Catch a retry too many or too few, an endless loop, and a dead letter without its message."""
     broker, runs = await ctx.broker(), 0
 
     async def handle(event: Happened) -> None:
@@ -178,20 +180,18 @@ async def exhausted(ctx: Context) -> None:
         failing = run.message(0)
         await ctx.send_all(broker, [failing, run.message(1)])
         handled = await run.until_handled(4)
-    ctx.same(runs, 6, "how often it was handled")
+    ctx.same(runs, 6, "the number of times it was handled")
     outcomes = [each.outcome for each in handled if each.message_id == failing.message_id]
     ctx.same(outcomes, ["retried", "retried", "dead_lettered"], "its outcomes")
-    ctx.same(run.outcomes().count("acked"), 1, "how many were acknowledged")
+    ctx.same(run.outcomes().count("acked"), 1, "the number of acknowledged messages")
     letters = await ctx.harness.dead_letters(broker, run.topic, run.group)
-    ctx.same([letter.reason for letter in letters], ["retries-exhausted: LookupError"], "what is aside")
+    ctx.same([letter.reason for letter in letters], ["retries-exhausted: LookupError"], "the dead letters")
     ctx.check(str(failing.message_id).encode() in letters[0].body, "the dead letter is not the message")
 
 
-@scenario(
-    "PSN-06", "what was put aside is the message, byte for byte", needs=_LETTERS, facilities=["dead_letters", "raw"]
-)
+@scenario("PSN-06", "A dead letter holds the message byte for byte", needs=_LETTERS, facilities=["dead_letters", "raw"])
 async def letters_whole(ctx: Context) -> None:
-    """Catches a dead letter from which the message cannot be sent again."""
+    """Catch a dead letter from which the message cannot be sent again."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     bodies = [b"\x00\xff garbage", b"", b'{"a": 1}']
     async with ctx.reading(broker, topic, group=group) as reader:
@@ -200,16 +200,16 @@ async def letters_whole(ctx: Context) -> None:
             await ctx.harness.send_raw(broker, topic, body)
         received = await reader.take(4, settle="nothing")
         for each in received:
-            await each.delivery.dead_letter("put aside")
+            await each.delivery.dead_letter("not wanted")
     letters = await ctx.harness.dead_letters(broker, topic, group)
     raw = [each.delivery.body for each in received if each.message is None]
-    ctx.same(sorted(raw), sorted(bodies), "what was delivered")
-    ctx.same([letter.body for letter in letters], [each.delivery.body for each in received], "what is aside")
+    ctx.same(sorted(raw), sorted(bodies), "the delivered bodies")
+    ctx.same([letter.body for letter in letters], [each.delivery.body for each in received], "the dead letters")
 
 
-@scenario("PSN-07", "a handler that hangs, or cancels itself, is a handler that fails")
+@scenario("PSN-07", "A handler that hangs, or cancels itself, counts as failed")
 async def hangs(ctx: Context) -> None:
-    """Catches a consumer that one handler can stop for good."""
+    """Catch a consumer that one handler can stop for good."""
     broker = await ctx.broker()
 
     async def handle(event: Happened) -> None:
@@ -225,9 +225,9 @@ async def hangs(ctx: Context) -> None:
     ctx.same(run.outcomes_of(messages), [_bad(ctx), _bad(ctx), "acked"], "the outcomes")
 
 
-@scenario("PSN-09", "a message that fails does not block the other topics of its consumer", needs=_LATER)
+@scenario("PSN-09", "A failing message does not block the other messages of its consumer", needs=_LATER)
 async def blocks_nobody(ctx: Context) -> None:
-    """Catches a queue that stands still behind what is to be handled later."""
+    """Catch a queue that stands still behind a message that waits for its retry."""
     broker = await ctx.broker()
 
     async def handle(event: Happened) -> None:
@@ -241,9 +241,9 @@ async def blocks_nobody(ctx: Context) -> None:
     ctx.same(sorted(run.outcomes()), [*["acked"] * 4, "retried"], "the outcomes")
 
 
-@scenario("PSN-10", "a handler that changed the event before it failed changed nothing", needs=_LATER)
+@scenario("PSN-10", "A handler that changed the event before it failed does not affect the retry", needs=_LATER)
 async def fresh_each_time(ctx: Context) -> None:
-    """Catches a retry that sees what the failed attempt left behind."""
+    """Catch a retry that sees the changes of the failed attempt."""
     broker = await ctx.broker()
     seen: list[list[str]] = []
 
@@ -257,12 +257,12 @@ async def fresh_each_time(ctx: Context) -> None:
     async with ctx.consuming(broker, handle, retry=retry) as run:
         await ctx.send_all(broker, [run.message(tags=["a"])])
         await run.until_handled(2)
-    ctx.same(seen, [["a"]] * 4, "what the handler saw")
+    ctx.same(seen, [["a"]] * 4, "the tags that the handler saw")
 
 
-@scenario("PSN-11", "a payload nested 100,000 deep is put aside, and the loop goes on")
+@scenario("PSN-11", "A payload nested 100,000 deep is dead-lettered, and the consumer continues")
 async def nested(ctx: Context) -> None:
-    """Catches a decoder that ends the process, or the loop."""
+    """Catch a decoder that ends the process or the loop."""
     ctx.applies(ctx.capabilities.max_message_bytes >= 250_000, "such a message is too large")  # noqa: PLR2004
     broker, depth = await ctx.broker(), 100_000
     async with ctx.consuming(broker, _handle) as run:
@@ -277,9 +277,9 @@ async def nested(ctx: Context) -> None:
     ctx.same(sorted(run.outcomes()), sorted([_bad(ctx), "acked"]), "the outcomes")
 
 
-@scenario("PSN-13", "a payload that does not fit its event is put aside at once")
+@scenario("PSN-13", "A payload that does not fit its event class is dead-lettered at once")
 async def misfit(ctx: Context) -> None:
-    """Catches a message that is handled again and again although nobody can ever read it."""
+    """Catch a message that is retried although it can never be decoded."""
     broker = await ctx.broker()
     async with ctx.consuming(broker, _handle) as run:
         messages = [run.message(number="one"), run.message(1)]  # type: ignore[arg-type]
@@ -290,9 +290,9 @@ async def misfit(ctx: Context) -> None:
     ctx.check("$.number" in reasons[0], f"the reason does not name the field: {reasons}")
 
 
-@scenario("PSN-14", "a permanent error is not tried again")
+@scenario("PSN-14", "A permanent error is not retried")
 async def permanent(ctx: Context) -> None:
-    """Catches retries that cannot help."""
+    """Catch retries that cannot help."""
     broker, runs = await ctx.broker(), 0
 
     async def handle(event: Happened) -> None:
@@ -308,9 +308,9 @@ async def permanent(ctx: Context) -> None:
     ctx.same((runs, run.outcomes_of(messages)), (1, [_bad(ctx), "acked"]), "the runs and outcomes")
 
 
-@scenario("PSN-15", "a consumer wired for a retry that is not promised is refused")
+@scenario("PSN-15", "A consumer configured for a retry that is not promised is refused")
 async def refused_retry(ctx: Context) -> None:
-    """Catches a policy that is accepted and never carried out."""
+    """Catch a retry policy that is accepted and never carried out."""
     from diator.exceptions import UnsupportedCapability  # noqa: PLC0415
 
     broker = await ctx.broker()
@@ -318,7 +318,10 @@ async def refused_retry(ctx: Context) -> None:
     try:
         ctx.consumer_run(broker, _handle, retry=RetryPolicy(delayed_retries=1))
     except UnsupportedCapability as refused:
-        ctx.check(not promised and "delayed" in str(refused), f"it is refused: {refused}")
+        ctx.check(not promised and "delayed" in str(refused), f"the policy is refused: {refused}")
     else:
-        ctx.check(promised, "it is accepted, and not promised")
-    ctx.check(ctx.consumer_run(broker, _handle, retry=RetryPolicy(delayed_retries=0)), "without it, it is refused")
+        ctx.check(promised, "the policy is accepted, although delayed retries are not promised")
+    ctx.check(
+        ctx.consumer_run(broker, _handle, retry=RetryPolicy(delayed_retries=0)),
+        "a policy without delayed retries is refused",
+    )

@@ -15,9 +15,9 @@ from diator.testing.conformance._reader import cancelled
 from diator.testing.conformance._scenario import scenario
 
 
-@scenario("PUB-01", "each of 200 confirmed messages arrives once")
+@scenario("PUB-01", "Each of 200 confirmed messages arrives once")
 async def arrives_once(ctx: Context) -> None:
-    """Catches a transport that loses, repeats or invents messages when nothing is wrong."""
+    """Catch a transport that loses, duplicates or invents messages when nothing fails."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
         messages = [ctx.message(topic, number) for number in range(200)]
@@ -25,9 +25,13 @@ async def arrives_once(ctx: Context) -> None:
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("PUB-02", "what is confirmed while nobody is there waits", needs=Capabilities(subscription="durable"))
-async def waits_for_a_member(ctx: Context) -> None:
-    """Catches a group that exists only while a member is connected."""
+@scenario(
+    "PUB-02",
+    "A message sent while a group has no consumer waits for the next consumer",
+    needs=Capabilities(subscription="durable"),
+)
+async def waits_for_a_consumer(ctx: Context) -> None:
+    """Catch a group that exists only while a consumer is connected."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group):
         pass
@@ -38,45 +42,48 @@ async def waits_for_a_member(ctx: Context) -> None:
 
 
 @scenario(
-    "PUB-05", "what a full service refuses was not sent", facilities=["full"], needs=Capabilities(receipt="accepted")
+    "PUB-05",
+    "A message that a full service refuses was not sent",
+    facilities=["full"],
+    needs=Capabilities(receipt="accepted"),
 )
 async def refused_when_full(ctx: Context) -> None:
-    """Catches a confirmation for a message that the service had no room for, and one dropped to make room."""
+    """Catch a confirmation of a message that had no room, and a message that is dropped to make room."""
     broker, topic, group = ctx.closing(ctx.harness.full(5)), ctx.topic(), ctx.name()
     async with ctx.reading(broker, topic, group=group) as reader:
         await ctx.send(broker, topic, 5)
         refused = await ctx.raises(MessageRejected, ctx.send(broker, topic, start=5), "sending to a full service")
-        ctx.same(refused.message_id, ctx.ledger.sent[-1].message.message_id, "the id that the error has")
+        ctx.same(refused.message_id, ctx.ledger.sent[-1].message.message_id, "the message_id of the error")
         await reader.take(5)
         await ctx.send(broker, topic, start=6)
         await reader.until_fence()
     ctx.ledger.compare(group, [sent.message for sent in ctx.ledger.sent]).verify()
 
 
-@scenario("PUB-06", "a batch arrives whole and in its order, and says what of it did not")
+@scenario("PUB-06", "A batch arrives complete and in order, or its error names the unsent messages")
 async def batch(ctx: Context) -> None:
-    """Catches a batch that skips what cannot be sent without a word, or names the wrong messages."""
+    """Catch a batch that silently skips messages which cannot be sent, or names the wrong ones."""
     broker, topic = await ctx.broker(), ctx.topic()
     send_messages: Any = getattr(broker, "send_messages", None)
     ctx.applies(send_messages, "this transport has no send_messages")
     messages = [ctx.message(topic, number, key="one key") for number in range(10)]
     ids = [message.message_id for message in messages]
-    spoilt = [*messages[:4], ctx.message(Topic(topic.message_type, "\ud800")), *messages[4:]]
+    with_bad = [*messages[:4], ctx.message(Topic(topic.message_type, "\ud800")), *messages[4:]]
     async with ctx.reading(broker, topic) as reader:
-        error = await ctx.raises(DiatorError, send_messages(spoilt), "a batch with a bad message")
+        error = await ctx.raises(DiatorError, send_messages(with_bad), "a batch with a bad message")
         arrived = {received.id for received in await reader.until_fence()}
-        unsent = {*error.message_ids} if isinstance(error, MessagesNotSent) else {*ids, spoilt[4].message_id}
-        ctx.same(arrived, {*ids} - unsent, "what arrived, held against what was said to be sent")
+        unsent = {*error.message_ids} if isinstance(error, MessagesNotSent) else {*ids, with_bad[4].message_id}
+        ctx.same(arrived, {*ids} - unsent, "the messages that arrived, compared with the messages reported as sent")
         for message in messages:
             ctx.ledger.attempt(message).fate = "confirmed"
         await send_messages(messages)
         again = await reader.until_fence()
-    ctx.same([received.id for received in again], ids, "the batch")
+    ctx.same([received.id for received in again], ids, "the messages of the batch")
 
 
-@scenario("PUB-07", "50 tasks send at once")
+@scenario("PUB-07", "Fifty tasks send at once")
 async def many_tasks(ctx: Context) -> None:
-    """Catches a connection whose answers go to the wrong callers when several wait."""
+    """Catch a connection whose answers reach the wrong callers when several wait."""
     broker, topic = await ctx.broker(), ctx.topic()
     messages = [[ctx.message(topic, task * 10 + number) for number in range(10)] for task in range(50)]
 
@@ -88,9 +95,9 @@ async def many_tasks(ctx: Context) -> None:
     ctx.ledger.compare(reader.name, [message for own in messages for message in own]).verify()
 
 
-@scenario("PUB-08", "a cancelled send ends at once and harms no other")
+@scenario("PUB-08", "A cancelled send ends at once and affects no other")
 async def cancelled_send(ctx: Context) -> None:
-    """Catches a send that swallows its cancellation, or that leaves the connection out of step."""
+    """Catch a send that swallows its cancellation, or that leaves the connection out of step."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
         tasks = [asyncio.create_task(ctx.send(broker, topic, start=number)) for number in range(10)]
@@ -99,7 +106,7 @@ async def cancelled_send(ctx: Context) -> None:
             task.cancel()
         await ctx.within(1 * ctx.limits.lag, _all(tasks), "ending 10 cancelled sends")
         bad = [task for task in tasks if not task.cancelled() and task.exception()]
-        ctx.check(not bad, f"a cancelled send ends with {bad}")
+        ctx.check(not bad, f"cancelled sends ended with {bad}")
         await ctx.send(broker, topic, 20, start=10)
         await reader.until_fence()
     ctx.ledger.compare(reader.name, [sent.message for sent in ctx.ledger.sent]).verify()
@@ -109,9 +116,9 @@ async def _all(tasks: list[asyncio.Task[list[Message]]]) -> None:
     await asyncio.wait(tasks)
 
 
-@scenario("PUB-09", "what is changed after sending does not change what arrives")
+@scenario("PUB-09", "Changes after sending do not change the delivered message")
 async def not_shared(ctx: Context) -> None:
-    """Catches a transport that delivers the sender's own objects."""
+    """Catch a transport that delivers the sender's own objects."""
     broker, topic = await ctx.broker(), ctx.topic()
     headers = {"colour": "red"}
     async with ctx.reading(broker, topic) as reader:
@@ -124,9 +131,9 @@ async def not_shared(ctx: Context) -> None:
     ctx.ledger.compare(reader.name, [message]).verify()
 
 
-@scenario("PUB-10", "a closed broker refuses to send, and does not connect again")
+@scenario("PUB-10", "A closed broker refuses to send and does not connect again")
 async def refused_when_closed(ctx: Context) -> None:
-    """Catches a broker that comes back to life, or takes messages that go nowhere."""
+    """Catch a broker that reopens itself, or accepts messages that it never sends."""
     broker, other, topic = await ctx.broker(), await ctx.broker(), ctx.topic()
     reading, shared = (other, True) if ctx.capabilities.multi_process else (broker, False)
     async with ctx.reading(reading, topic) as reader:
@@ -136,9 +143,9 @@ async def refused_when_closed(ctx: Context) -> None:
         refused = await ctx.within(
             ctx.limits.lag, ctx.raises(BrokerClosed, ctx.send(broker, topic), "sending when closed"), "a refusal"
         )
-        ctx.same(refused.message_id, ctx.ledger.sent[-1].message.message_id, "the id that the error has")
+        ctx.same(refused.message_id, ctx.ledger.sent[-1].message.message_id, "the message_id of the error")
         if shared:
-            ctx.same(await reader.until_fence(), [], "what a closed broker has sent")
+            ctx.same(await reader.until_fence(), [], "the messages sent by a closed broker")
         else:
             waiting = asyncio.ensure_future(anext(reader.deliveries))
             await asyncio.wait({waiting}, timeout=ctx.limits.quiet)
@@ -147,9 +154,9 @@ async def refused_when_closed(ctx: Context) -> None:
             ctx.check(not came, f"a closed broker delivers: {waiting!r}")
 
 
-@scenario("PUB-13", "a message that cannot be written is refused before anything is sent")
+@scenario("PUB-13", "A message that cannot be encoded is refused before anything is sent")
 async def refused_before_sending(ctx: Context) -> None:
-    """Catches half a message on the wire, and a foreign exception for bad input."""
+    """Catch half a message on the wire, and a foreign exception for bad input."""
     broker, topic = await ctx.broker(), ctx.topic()
     bad = {
         "a name": ctx.message(Topic(topic.message_type, "\ud800")),
@@ -159,15 +166,15 @@ async def refused_before_sending(ctx: Context) -> None:
     }
     async with ctx.reading(broker, topic) as reader:
         for what, message in bad.items():
-            await ctx.raises(EncodingError, broker.send_message(message), f"sending {what} that is no Unicode")
+            await ctx.raises(EncodingError, broker.send_message(message), f"sending {what} that is not valid Unicode")
         good = await ctx.send(broker, topic)
         await reader.until_fence()
     ctx.ledger.compare(reader.name, good).verify()
 
 
-@scenario("PUB-14", "a message that is sent twice is delivered twice, with one id")
-async def repeats_are_visible(ctx: Context) -> None:
-    """Catches a transport that drops what it takes for a repeat, or that makes up ids of its own."""
+@scenario("PUB-14", "A message that is sent twice is delivered twice, with one id")
+async def duplicates_are_visible(ctx: Context) -> None:
+    """Catch a transport that drops suspected duplicates, or that makes up ids of its own."""
     broker, topic = await ctx.broker(), ctx.topic()
     message = ctx.message(topic)
     async with ctx.reading(broker, topic) as reader:
@@ -176,9 +183,9 @@ async def repeats_are_visible(ctx: Context) -> None:
     ctx.same([each.id for each in received], [message.message_id] * 2, "the ids")
 
 
-@scenario("PUB-15", "sending leaves the message as it is")
+@scenario("PUB-15", "Sending does not change the message")
 async def unchanged(ctx: Context) -> None:
-    """Catches a transport that writes into the program's message."""
+    """Catch a transport that writes into the program's message."""
     broker, topic = await ctx.broker(), ctx.topic()
     message = ctx.message(topic, key="k", headers={"a": "1"})
     before = asdict(message)
@@ -187,9 +194,9 @@ async def unchanged(ctx: Context) -> None:
     ctx.same(asdict(message), before, "the message after it was sent")
 
 
-@scenario("PUB-16", "sending does not wait for a reader")
+@scenario("PUB-16", "Sending does not wait for a reader")
 async def does_not_wait(ctx: Context) -> None:
-    """Catches a transport that hands over to readers inside of send_message."""
+    """Catch a transport that delivers to readers inside `send_message`."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
         messages = await ctx.within(2 * ctx.limits.lag, ctx.send(broker, topic, 20), "sending while nobody reads")
@@ -197,9 +204,9 @@ async def does_not_wait(ctx: Context) -> None:
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("PUB-17", "a broker connects when it is first used, and in `async with`")
+@scenario("PUB-17", "A broker connects on first use, and in `async with`")
 async def connects_when_used(ctx: Context) -> None:
-    """Catches a transport that only works after a call that the contract does not have."""
+    """Catch a transport that works only after a call that the contract does not have."""
     for _ in range(2):
         await ctx.use(await ctx.broker())
     async with ctx.harness.transport() as entered:
@@ -210,9 +217,9 @@ async def connects_when_used(ctx: Context) -> None:
         ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("PUB-18", "one bad message does not fail those beside it")
+@scenario("PUB-18", "One bad message does not fail the messages beside it")
 async def errors_stay_apart(ctx: Context) -> None:
-    """Catches a connection that fails every waiting caller when one of them is refused."""
+    """Catch a connection that fails every waiting caller when one message is refused."""
     broker, topic = await ctx.broker(), ctx.topic()
     large = "x" * (ctx.capabilities.max_message_bytes + 1)
     messages = [ctx.message(topic, number) for number in range(40)]

@@ -1,4 +1,4 @@
-"""SEC: who may, and who is told that he may not."""
+"""SEC: TLS, credentials, permissions and untrusted input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from diator.testing.conformance._scenario import scenario
 
 
 def _guarded(ctx: Context, access: Access) -> Transport | None:
-    """Make a broker with *access*; None if the service knows no such thing."""
+    """Return a broker with *access*, or None if the service does not have this kind of access."""
     try:
         return ctx.closing(ctx.harness.guarded(access))
     except EnvironmentMissing:
@@ -29,73 +29,84 @@ def _guarded(ctx: Context, access: Access) -> Transport | None:
 
 
 async def _is_kept_out(ctx: Context, access: Access) -> BrokerUnavailable | None:
-    """Demand that neither sending nor subscribing with *access* succeeds, or hangs."""
+    """Check that sending and subscribing with *access* are refused in time. Return the error of sending."""
     broker, topic = _guarded(ctx, access), ctx.topic()
     if broker is None:
         return None
     within = ctx.limits.timeout + ctx.limits.lag
     sending = ctx.raises(BrokerUnavailable, ctx.send(broker, topic), f"sending with {access}")
-    error = await ctx.within(within, sending, "being refused")
+    error = await ctx.within(within, sending, "the refusal")
     subscribing = ctx.raises(BrokerUnavailable, ctx.reading(broker, topic).__aenter__(), f"subscribing with {access}")
-    await ctx.within(within, subscribing, "being refused")
+    await ctx.within(within, subscribing, "the refusal")
     return error
 
 
-@scenario("SEC-01", "by TLS, with a certificate of a private authority", level="F", facilities=["security"], timeout=60)
+@scenario(
+    "SEC-01",
+    "The transport connects by TLS with a certificate of a private authority",
+    level="F",
+    facilities=["security"],
+    timeout=60,
+)
 async def encrypted(ctx: Context) -> None:
-    """Catches options of TLS that reach only one of a transport's connections."""
+    """Catch TLS options that reach only one of a transport's connections."""
     broker, topic = ctx.closing(ctx.harness.guarded("granted")), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
         messages = await ctx.send(broker, topic, 20)
         await reader.until_fence()
     ctx.ledger.compare(reader.name, messages).verify()
-    ctx.check(await _is_kept_out(ctx, "plain"), "the service knows no plain access, so nothing was proved")
+    ctx.check(await _is_kept_out(ctx, "plain"), "the service does not refuse plain text, so nothing was proved")
 
 
-@scenario(
-    "SEC-02", "a service that is not who it says is not talked to", level="F", facilities=["security"], timeout=90
-)
+@scenario("SEC-02", "A service with a wrong certificate is refused", level="F", facilities=["security"], timeout=90)
 async def verified(ctx: Context) -> None:
-    """Catches a certificate that is not verified, and a way back to plain text."""
+    """Catch a certificate that is not verified, and a fallback to plain text."""
     kinds: tuple[Access, ...] = ("unknown authority", "wrong host", "expired")
     refused = [await _is_kept_out(ctx, access) for access in kinds]
-    ctx.check(any(refused), "the harness has no service with a certificate that is wrong, so nothing was proved")
+    ctx.check(any(refused), "the harness has no service with a wrong certificate, so nothing was proved")
 
 
-@scenario("SEC-03", "a wrong password is refused in time", level="F", facilities=["security"], timeout=60)
+@scenario("SEC-03", "A wrong password is refused in time", level="F", facilities=["security"], timeout=60)
 async def authenticated(ctx: Context) -> None:
-    """Catches a client that tries for ever what will never do."""
-    ctx.check(await _is_kept_out(ctx, "wrong password"), "the harness has no password that is wrong")
+    """Catch a client that retries for ever with a password that is refused."""
+    ctx.check(
+        await _is_kept_out(ctx, "wrong password"),
+        "the harness has no access with a wrong password, so nothing was proved",
+    )
 
 
 @scenario(
-    "SEC-04", "who may only send sends, and who may only read reads", level="F", facilities=["security"], timeout=90
+    "SEC-04",
+    "A user who may only send can send, and a user who may only read can read",
+    level="F",
+    facilities=["security"],
+    timeout=90,
 )
 async def authorised(ctx: Context) -> None:
-    """Catches a subscription that seems to be one and gets nothing, and a refusal that takes others along."""
+    """Catch a subscription without permission that waits silently, and a refusal that affects other users."""
     topic = ctx.topic()
     granted, within = ctx.closing(ctx.harness.guarded("granted")), ctx.limits.timeout + ctx.limits.lag
-    silent, deaf = _guarded(ctx, "may not send"), _guarded(ctx, "may not read")
+    no_send, no_read = _guarded(ctx, "may not send"), _guarded(ctx, "may not read")
     ctx.check(
-        silent is not None or deaf is not None, "the harness has nobody without permissions, so nothing was proved"
+        no_send is not None or no_read is not None, "the harness has no user without permissions, so nothing was proved"
     )
-    if silent is not None:
-        async with ctx.reading(silent, topic) as reader:
-            refused = ctx.raises(MessageRejected, ctx.send(silent, topic), "sending without permission")
-            await ctx.within(within, refused, "being refused")
+    if no_send is not None:
+        async with ctx.reading(no_send, topic) as reader:
+            refused = ctx.raises(MessageRejected, ctx.send(no_send, topic), "sending without permission")
+            await ctx.within(within, refused, "the refusal")
             messages = await ctx.send(granted, topic, 5)
             await reader.take(5)
         ctx.ledger.compare(reader.name, messages).verify()
-    if deaf is not None:
-        subscribing = ctx.reading(deaf, topic).__aenter__()
+    if no_read is not None:
+        subscribing = ctx.reading(no_read, topic).__aenter__()
         shut_out = ctx.raises(AccessRefused, subscribing, "subscribing without permission")
-        await ctx.within(within, shut_out, "being refused")
-        await ctx.use(deaf, topic)
+        await ctx.within(within, shut_out, "the refusal")
+        await ctx.use(no_read, topic)
 
 
-@scenario("SEC-05", "a password is seen nowhere", level="F", facilities=["security"], timeout=60)
+@scenario("SEC-05", "A password appears nowhere", level="F", facilities=["security"], timeout=60)
 async def secret(ctx: Context) -> None:
-    """Catches an address in a log, a repr or an error."""
+    """Catch an address with its password in a log line, a repr or an error."""
     seen: list[str] = []
     with _Listening(seen):
         for access in ("granted", "unknown authority", "plain"):
@@ -108,13 +119,13 @@ async def secret(ctx: Context) -> None:
                     ctx.check(access != "granted", f"the right password was refused: {error}")
                     seen += traceback.format_exception(error)
                 else:
-                    ctx.check(access == "granted", f"with {access} it was let in, so nothing was proved")
-    told = [each for each in seen if ctx.harness.password in each]
-    ctx.same([each.replace(ctx.harness.password, "*****") for each in told], [], "where the password was seen")
+                    ctx.check(access == "granted", f"the access {access!r} was accepted, so nothing was proved")
+    shown = [each for each in seen if ctx.harness.password in each]
+    ctx.same([each.replace(ctx.harness.password, "*****") for each in shown], [], "the texts that show the password")
 
 
 class _Listening(logging.Handler):
-    """Notes everything that diator logs."""
+    """Records every log line of diator."""
 
     def __init__(self, seen: list[str]) -> None:
         super().__init__(logging.DEBUG)
@@ -136,14 +147,14 @@ class _Listening(logging.Handler):
 
 @scenario(
     "SEC-09",
-    "headers of a sender are not taken for the transport's own word",
+    "Headers of a sender are not mistaken for headers of the transport",
     level="F",
     needs=Capabilities(settlement="cumulative", dead_letter=True),
     facilities=["dead_letters"],
     timeout=30,
 )
 async def forged(ctx: Context) -> None:
-    """Catches an attempt, a group or a reason that whoever sends can make up."""
+    """Catch an attempt, a group or a reason that a sender can forge."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     forgeries = {
         "attempt": "99",
@@ -160,11 +171,11 @@ async def forged(ctx: Context) -> None:
         try:
             await ctx.send_all(broker, [message])
         except (BrokerError, EncodingError):
-            return  # to refuse such names is as good
+            return  # a transport may refuse such names
         received = (await reader.take(1, settle="nothing"))[0]
         ctx.same(received.message, message, "the message")
-        ctx.same(received.delivery.attempt, 1, "its attempt")
+        ctx.same(received.delivery.attempt, 1, "the attempt")
         await received.delivery.dead_letter("the true reason")
         await reader.until_fence()
     letters = await ctx.harness.dead_letters(broker, topic, group)
-    ctx.same([letter.reason for letter in letters], ["the true reason"], "why it was put aside")
+    ctx.same([letter.reason for letter in letters], ["the true reason"], "the reasons of the dead letters")

@@ -1,4 +1,4 @@
-"""Sizes, SIZ-01 and on: how large."""
+"""Sizes, SIZ-01 and on: the size of messages and headers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diator.testing.conformance._scenario import scenario
 
 
 def _sized(ctx: Context, topic: Topic, size: int) -> Message:
-    """Make a message that has *size* bytes when it is encoded."""
+    """Return a message of *size* encoded bytes."""
     empty = encode(_padded(topic, 0), max_bytes=ctx.capabilities.max_message_bytes)
     return _padded(topic, size - len(empty))
 
@@ -27,36 +27,36 @@ def _padded(topic: Topic, length: int) -> Message:
     )
 
 
-@scenario("SIZ-01", "sizes around every usual buffer arrive as they were", timeout=30)
+@scenario("SIZ-01", "Messages of sizes around every usual buffer arrive unchanged", timeout=30)
 async def sizes(ctx: Context) -> None:
-    """Catches a buffer that is cut, or a length that wraps."""
+    """Catch a buffer that is truncated, or a length that overflows."""
     broker, topic = await ctx.broker(), ctx.topic()
     wanted = [0, 1, 4_095, 4_096, 16_384, 65_535, 65_536, 131_072, 500_000, 900_000]
     messages = [_padded(topic, size) for size in wanted if size + 1_000 < ctx.capabilities.max_message_bytes]
-    ctx.check(len(messages) > 1, "not even 1,001 bytes are allowed")
+    ctx.check(len(messages) > 1, "max_message_bytes allows not even 1,001 bytes")
     async with ctx.reading(broker, topic) as reader:
         received = await reader.during(ctx.send_all(broker, messages))
     ctx.ledger.compare(reader.name, messages).verify()
     arrived = {each.id: each.message for each in received}
     spoilt = [len(message.payload_json) for message in messages if arrived[message.message_id] != message]
-    ctx.same(spoilt, [], "the sizes of what did not arrive as it was")
+    ctx.same(spoilt, [], "the sizes of the messages that did not arrive unchanged")
 
 
-@scenario("SIZ-02", "a message of exactly max_message_bytes is delivered", timeout=30)
+@scenario("SIZ-02", "A message of exactly max_message_bytes is delivered", timeout=30)
 async def largest(ctx: Context) -> None:
-    """Catches a limit that is promised and not kept."""
+    """Catch a limit that is promised and not kept."""
     broker, topic = await ctx.broker(), ctx.topic()
     message = _sized(ctx, topic, ctx.capabilities.max_message_bytes)
     async with ctx.reading(broker, topic) as reader:
         await ctx.send_all(broker, [message])
         received = await reader.until_fence()
     ctx.ledger.compare(reader.name, [message]).verify()
-    ctx.check(received[0].message == message, "it did not arrive as it was")
+    ctx.check(received[0].message == message, "the message did not arrive unchanged")
 
 
-@scenario("SIZ-03", "one byte more is refused before it is sent, and the broker goes on", timeout=30)
+@scenario("SIZ-03", "One byte more is refused before it is sent, and the broker keeps working", timeout=30)
 async def too_large(ctx: Context) -> None:
-    """Catches a message that costs the connection, or that the service drops."""
+    """Catch a message that costs the connection, or that the service drops."""
     broker, topic, limit = await ctx.broker(), ctx.topic(), ctx.capabilities.max_message_bytes
     message = _sized(ctx, topic, limit + 1)
     async with ctx.reading(broker, topic) as reader:
@@ -67,9 +67,9 @@ async def too_large(ctx: Context) -> None:
     ctx.ledger.compare(reader.name, [message, *good]).verify()
 
 
-@scenario("SIZ-04", "100 headers, and one of 4 KiB, arrive")
+@scenario("SIZ-04", "100 headers and one header of 4 KiB arrive")
 async def headers(ctx: Context) -> None:
-    """Catches a limit of the service's headers that nobody has declared."""
+    """Catch a limit of the service on headers that nobody has declared."""
     broker, topic = await ctx.broker(), ctx.topic()
     sent = {f"header-{number}": "v" * 40 for number in range(100)} | {"long": "x" * 4096}
     async with ctx.reading(broker, topic) as reader:
@@ -78,9 +78,9 @@ async def headers(ctx: Context) -> None:
     ctx.same(received[0].message and received[0].message.headers, sent, "the headers")
 
 
-@scenario("SIZ-05", "large messages do not hold up small ones", timeout=30)
+@scenario("SIZ-05", "Large messages do not hold up small ones", timeout=30)
 async def small_beside_large(ctx: Context) -> None:
-    """Catches a connection that one large message blocks for long."""
+    """Catch a connection that one large message blocks for long."""
     broker, big, small = await ctx.broker(), ctx.topic(), ctx.topic()
     size = min(900_000, ctx.capabilities.max_message_bytes - 1_000)
     large = [_padded(big, size) for _ in range(5)]

@@ -18,9 +18,9 @@ from diator.testing.conformance._runner import open_files
 from diator.testing.conformance._scenario import scenario
 
 
-@scenario("SUB-01", "a subscription is ready when it is entered, 30 times")
+@scenario("SUB-01", "A subscription is ready when it is entered, 30 times")
 async def ready_on_entry(ctx: Context) -> None:
-    """Catches a subscription that is entered before the service knows of it."""
+    """Catch a subscription that is entered before the service knows of it."""
     broker = await ctx.broker()
     for _ in range(30):
         topic = ctx.topic()
@@ -30,9 +30,9 @@ async def ready_on_entry(ctx: Context) -> None:
         ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("SUB-03", "nothing is received after a subscription ended")
+@scenario("SUB-03", "A subscription that has ended receives nothing")
 async def ended_is_ended(ctx: Context) -> None:
-    """Catches a subscription that goes on receiving, and takes what is another's."""
+    """Catch a subscription that keeps receiving, and takes the messages of another."""
     broker, topic = await ctx.broker(), ctx.topic()
     group = None if "broadcast" in ctx.capabilities.distribution else ctx.name()
     async with ctx.reading(broker, topic, group=group) as first:
@@ -50,9 +50,9 @@ async def ended_is_ended(ctx: Context) -> None:
     ctx.ledger.compare(second.name, [*before, *messages] if group else messages).verify()
 
 
-@scenario("SUB-04", "two subscriptions of one broker to one topic do not replace each other")
+@scenario("SUB-04", "Two subscriptions of one broker to one topic do not replace each other")
 async def beside_each_other(ctx: Context) -> None:
-    """Catches a transport that keeps one subscription a topic."""
+    """Catch a transport that keeps one subscription for each topic."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as first, ctx.reading(broker, topic) as second:
         messages = await ctx.send(broker, topic, 5)
@@ -62,9 +62,9 @@ async def beside_each_other(ctx: Context) -> None:
         ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("SUB-05", "other subscriptions come and go without a trace in this one")
+@scenario("SUB-05", "Other subscriptions that come and go do not affect this one")
 async def undisturbed(ctx: Context) -> None:
-    """Catches a transport that subscribes anew for each change, and loses or repeats meanwhile."""
+    """Catch a transport that resubscribes on each change, and loses or duplicates messages meanwhile."""
     broker, topic = await ctx.broker(), ctx.topic()
 
     async def send() -> None:
@@ -75,13 +75,13 @@ async def undisturbed(ctx: Context) -> None:
     messages = await ctx.send(broker, ctx.topic(), 0)
     async with ctx.reading(broker, topic) as reader:
         await reader.during(send())
-    ctx.same(len(messages), 60, "the number of messages sent")
+    ctx.same(len(messages), 60, "the number of sent messages")
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("SUB-06", "a subscription that is not read does not hold up another")
-async def held_up_by_none(ctx: Context) -> None:
-    """Catches one queue, or one connection, that a slow reader blocks for all."""
+@scenario("SUB-06", "A subscription that is not read does not hold up another")
+async def not_held_up(ctx: Context) -> None:
+    """Catch one queue or one connection that a slow reader blocks for all."""
     broker, slow, quick = await ctx.broker(), ctx.topic(), ctx.topic()
     async with ctx.reading(broker, slow, prefetch=1), ctx.reading(broker, quick) as reader:
         await ctx.send(broker, slow, 20)
@@ -90,9 +90,9 @@ async def held_up_by_none(ctx: Context) -> None:
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("SUB-07", "a delivery says what it is")
+@scenario("SUB-07", "A delivery has its topic, body, headers, attempt and outcome")
 async def delivery_in_full(ctx: Context) -> None:
-    """Catches a delivery without its topic, its body as bytes, or a first attempt."""
+    """Catch a delivery without its topic, with a body that is not bytes, or with a wrong first attempt."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
         await ctx.send(broker, topic)
@@ -100,18 +100,18 @@ async def delivery_in_full(ctx: Context) -> None:
         ctx.same(delivery.topic, topic, "Delivery.topic")
         ctx.same(type(delivery.topic), Topic, "the type of Delivery.topic")
         ctx.same(type(delivery.body), bytes, "the type of Delivery.body")
-        ctx.same(delivery.attempt, 1, "Delivery.attempt at first")
+        ctx.same(delivery.attempt, 1, "Delivery.attempt of the first delivery")
         ctx.same(delivery.outcome, None, "Delivery.outcome before it is settled")
-        ctx.check(isinstance(delivery.headers, Mapping), "Delivery.headers is no mapping")
+        ctx.check(isinstance(delivery.headers, Mapping), "Delivery.headers is not a mapping")
         odd = {key: value for key, value in delivery.headers.items() if not type(key) is type(value) is str}
         ctx.check(not odd, f"Delivery.headers are not all text: {odd}")
         await delivery.ack()
-        ctx.same(delivery.outcome, "ack", "Delivery.outcome when it is settled")
+        ctx.same(delivery.outcome, "ack", "Delivery.outcome after it is settled")
 
 
-@scenario("SUB-08", "50 subscriptions of one broker each receive their own", level="S", timeout=30)
+@scenario("SUB-08", "Each of 50 subscriptions of one broker receives its own messages", level="S", timeout=30)
 async def many_subscriptions(ctx: Context) -> None:
-    """Catches a limit on subscriptions that nobody has declared."""
+    """Catch a limit on subscriptions that nobody has declared."""
     broker, topics = await ctx.broker(), [ctx.topic() for _ in range(50)]
     async with AsyncExitStack() as stack:
         readers = [await stack.enter_async_context(ctx.reading(broker, topic)) for topic in topics]
@@ -123,12 +123,12 @@ async def many_subscriptions(ctx: Context) -> None:
 
 @scenario(
     "SUB-10",
-    "a member cancelled on its way into its group leaves nobody behind, at 21 moments",
+    "A consumer cancelled while it joins a group leaves nothing behind, at 21 moments",
     needs=Capabilities(distribution=frozenset({"competing"}), subscription="durable"),
     timeout=60,
 )
 async def cancelled_joining(ctx: Context) -> None:
-    """Catches a member that joined while it was cancelled, and keeps its part until its session or lease is over."""
+    """Catch a consumer that joined while it was cancelled, and keeps its share until its session or lease expires."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
 
     async def join() -> None:
@@ -139,7 +139,7 @@ async def cancelled_joining(ctx: Context) -> None:
         async with ctx.reading(broker, topic, group=group) as reader:
             return await reader.until_fence()
 
-    await read_all()  # the first one may have to make the group
+    await read_all()  # the first subscription may have to create the group
     began = monotonic()
     async with ctx.reading(broker, topic, group=group):
         took = monotonic() - began
@@ -149,20 +149,20 @@ async def cancelled_joining(ctx: Context) -> None:
         messages += await ctx.send(broker, topic, 2, start=3 * number)
         joining = ctx.start(join())
         await asyncio.wait({joining}, timeout=took * number / 16)
-        await ctx.within(ctx.limits.timeout + ctx.limits.lag, cancelled(joining), "cancelling an entry")
-        ctx.check(joining.cancelled(), "a cancelled entry ends otherwise")
+        await ctx.within(ctx.limits.timeout + ctx.limits.lag, cancelled(joining), "cancelling the subscribe")
+        ctx.check(joining.cancelled(), "the cancelled subscribe did not end with the cancellation")
         messages += await ctx.send(broker, topic, start=3 * number + 2)
-        received = await ctx.within(ctx.limits.lag, read_all(), "reading after a member that was cancelled")
-        ctx.same(len(received), 3, "how many came to the only member")
+        received = await ctx.within(ctx.limits.lag, read_all(), "reading after a consumer was cancelled")
+        ctx.same(len(received), 3, "the number of messages for the only consumer")
     await asyncio.sleep(ctx.limits.quiet)
     more = len(asyncio.all_tasks()) - tasks, len(open_files()) - files
-    ctx.check(max(more) <= 0, f"{more[0]} tasks and {more[1]} open files are left of 21 members")
+    ctx.check(max(more) <= 0, f"{more[0]} tasks and {more[1]} open files are left of 21 consumers")
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("SUB-11", "a handler may answer something")
-async def answer_is_no_error(ctx: Context) -> None:
-    """Catches a consumer that takes an answer for a comparison."""
+@scenario("SUB-11", "A handler may return a value")
+async def return_value(ctx: Context) -> None:
+    """Catch a consumer that treats the return value of a handler as an outcome."""
     broker = await ctx.broker()
 
     async def handle(event: Happened) -> bool:
@@ -174,9 +174,9 @@ async def answer_is_no_error(ctx: Context) -> None:
         ctx.same(run.outcomes(), ["acked", "acked"], "the outcomes")
 
 
-@scenario("SUB-12", "one subscription listens to several topics, and tells them apart")
+@scenario("SUB-12", "One subscription receives several topics and tells them apart")
 async def several_topics(ctx: Context) -> None:
-    """Catches a transport that subscribes to the first of them, or labels all with it."""
+    """Catch a transport that subscribes only to the first topic, or labels every delivery with it."""
     broker, topics = await ctx.broker(), [ctx.topic() for _ in range(4)]
     messages = []
     async with ctx.reading(broker, *topics) as reader:
@@ -187,13 +187,13 @@ async def several_topics(ctx: Context) -> None:
         received += await reader.until_fence()
     ctx.ledger.compare(reader.name, messages).verify()
     for each in received:
-        told = each.message and Topic(each.message.message_type, each.message.message_name)
-        ctx.same(each.delivery.topic, told, "Delivery.topic, held against the message")
+        sent_to = each.message and Topic(each.message.message_type, each.message.message_name)
+        ctx.same(each.delivery.topic, sent_to, "Delivery.topic, compared with the message")
 
 
-@scenario("SUB-13", "cancelling a wait for the next delivery loses nothing")
+@scenario("SUB-13", "Cancelling a wait for the next delivery loses nothing")
 async def cancelled_wait(ctx: Context) -> None:
-    """Catches an iterator that dies with a cancelled wait, or takes a delivery along."""
+    """Catch an iterator that ends with a cancelled wait, or loses a delivery with it."""
     broker, topic = await ctx.broker(), ctx.topic()
     messages = await ctx.send(broker, ctx.topic(), 0)
     async with ctx.reading(broker, topic) as reader:
@@ -201,7 +201,7 @@ async def cancelled_wait(ctx: Context) -> None:
             waiting = asyncio.create_task(reader.next())
             await asyncio.sleep(0)
             sending = asyncio.create_task(ctx.send(broker, topic, start=number))
-            for _ in range(number):  # so that the cancellation finds the delivery at every step of its way
+            for _ in range(number):  # so that the cancellation happens at each step of the delivery
                 await asyncio.sleep(0)
             await cancelled(waiting)
             messages += await sending
@@ -211,9 +211,9 @@ async def cancelled_wait(ctx: Context) -> None:
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("SUB-14", "the kind of a message is part of its topic")
+@scenario("SUB-14", "The type of a message is part of its topic")
 async def kinds_are_apart(ctx: Context) -> None:
-    """Catches a transport that routes by the name alone."""
+    """Catch a transport that routes by the name alone."""
     broker, topic = await ctx.broker(), ctx.topic()
     other = Topic("ecst_event", topic.message_name)
     async with ctx.reading(broker, topic) as reader, ctx.reading(broker, other) as others:
@@ -225,9 +225,9 @@ async def kinds_are_apart(ctx: Context) -> None:
     ctx.ledger.compare(others.name, states).verify()
 
 
-@scenario("SUB-15", "the iterator goes on while nothing comes")
+@scenario("SUB-15", "The iterator keeps waiting while no message arrives")
 async def patient(ctx: Context) -> None:
-    """Catches an iterator that ends, or raises, when a read of the service times out."""
+    """Catch an iterator that ends or raises when a read from the service times out."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
         await reader.expect_nothing()
@@ -237,9 +237,9 @@ async def patient(ctx: Context) -> None:
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("SUB-16", "a closed broker refuses to subscribe")
+@scenario("SUB-16", "A closed broker refuses to subscribe")
 async def refused_when_closed(ctx: Context) -> None:
-    """Catches a subscription that waits for ever, or connects a closed broker again."""
+    """Catch a subscribe that waits for ever, or that connects a closed broker again."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic):
         pass
@@ -250,9 +250,9 @@ async def refused_when_closed(ctx: Context) -> None:
     )
 
 
-@scenario("SUB-17", "the end of one subscription leaves its neighbour")
+@scenario("SUB-17", "The end of one subscription does not affect its neighbour")
 async def ends_alone(ctx: Context) -> None:
-    """Catches a transport that unsubscribes from the topic, whoever else listens."""
+    """Catch a transport that unsubscribes from a topic which another subscription still needs."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as staying:
         async with ctx.reading(broker, topic) as leaving:
@@ -263,9 +263,9 @@ async def ends_alone(ctx: Context) -> None:
     ctx.ledger.compare(staying.name, messages).verify()
 
 
-@scenario("SUB-18", "an error in a subscription's block comes out of it as it is")
+@scenario("SUB-18", "An error in a subscription's block is raised unchanged")
 async def error_passes(ctx: Context) -> None:
-    """Catches a subscription that swallows, or replaces, what the program raised."""
+    """Catch a subscription that swallows or replaces the program's error."""
     broker, topic = await ctx.broker(), ctx.topic()
     raised = LookupError("the program's own")
 
@@ -276,12 +276,12 @@ async def error_passes(ctx: Context) -> None:
             raise raised
 
     caught = await ctx.raises(LookupError, fail(), "a subscription's block")
-    ctx.check(caught is raised, "the error that comes out is another one")
+    ctx.check(caught is raised, "the block raises another error than the program did")
 
 
-@scenario("SUB-19", "a subscription without a group begins with it")
+@scenario("SUB-19", "A subscription without a group starts with new messages")
 async def begins_now(ctx: Context) -> None:
-    """Catches a transport that shows a new subscription what was sent, and read by others, before."""
+    """Catch a transport that delivers messages which were sent, and read by others, before the subscription."""
     ctx.applies("broadcast" in ctx.capabilities.distribution, "every subscription has a group")
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic) as before:
@@ -293,9 +293,9 @@ async def begins_now(ctx: Context) -> None:
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("SUB-20", "a subscription cancelled on its way in leaves nothing that listens", level="C")
+@scenario("SUB-20", "A subscription cancelled while it starts leaves no listener", level="C")
 async def cancelled_entry(ctx: Context) -> None:
-    """Catches a connection, or a task, that is forgotten when entering is cancelled."""
+    """Catch a connection or a task that is forgotten when entering is cancelled."""
     broker, topic = await ctx.broker(), ctx.topic()
 
     async def subscribe() -> Reader:
@@ -307,8 +307,8 @@ async def cancelled_entry(ctx: Context) -> None:
         entering = asyncio.create_task(subscribe())
         for _ in range(steps):
             await asyncio.sleep(0)
-        await ctx.within(ctx.limits.lag, cancelled(entering), "cancelling an entry")
-        ctx.check(entering.cancelled(), "a cancelled entry ends otherwise")
+        await ctx.within(ctx.limits.lag, cancelled(entering), "cancelling the subscribe")
+        ctx.check(entering.cancelled(), "the cancelled subscribe did not end with the cancellation")
     async with ctx.reading(broker, topic) as reader:
         messages = await ctx.send(broker, topic)
         await reader.until_fence()

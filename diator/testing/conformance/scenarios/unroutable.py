@@ -1,4 +1,4 @@
-"""UNR: messages that nobody is there for, and destinations that are not there yet."""
+"""UNR: unroutable messages and new destinations."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from diator.testing.conformance._context import Context
 from diator.testing.conformance._scenario import scenario
 
 
-@scenario("UNR-01", "what becomes of a message without a subscription is what was promised")
+@scenario("UNR-01", "A message without a subscription is kept, dropped or reported, as promised")
 async def nobody_there(ctx: Context) -> None:
-    """Catches a message that is kept where it should be dropped, dropped where it should be kept, or shown twice."""
+    """Catch a message that is kept instead of dropped, dropped instead of kept, or delivered twice."""
     broker, topic = await ctx.broker(), ctx.topic()
     message = ctx.message(topic, -1)
     kept = ctx.capabilities.unroutable == "retained"
     if ctx.capabilities.unroutable == "reported":
-        error = await ctx.raises(MessageUnroutable, ctx.send_all(broker, [message]), "sending to nobody")
-        ctx.same(error.message_id, message.message_id, "the id that the error has")
+        error = await ctx.raises(MessageUnroutable, ctx.send_all(broker, [message]), "sending without a subscription")
+        ctx.same(error.message_id, message.message_id, "the message_id of the error")
     else:
         await ctx.send_all(broker, [message])
     group = ctx.name() if "competing" in ctx.capabilities.distribution else None
@@ -28,33 +28,33 @@ async def nobody_there(ctx: Context) -> None:
     ctx.ledger.compare(first.name, [message, *messages] if kept else messages).verify()
 
 
-@scenario("UNR-02", "a message that nobody received is reported", needs=Capabilities(unroutable="reported"))
+@scenario("UNR-02", "A message that nobody receives is reported", needs=Capabilities(unroutable="reported"))
 async def reported(ctx: Context) -> None:
-    """Catches a confirmation for what was thrown away, and a report that names another message."""
+    """Catch a confirmation of a message that was dropped, and an error that names another message."""
     broker, topic = await ctx.broker(), ctx.topic()
-    error = await ctx.raises(MessageUnroutable, ctx.send(broker, topic), "sending to nobody")
-    ctx.same(error.message_id, ctx.ledger.sent[-1].message.message_id, "the id that the error has")
+    error = await ctx.raises(MessageUnroutable, ctx.send(broker, topic), "sending without a subscription")
+    ctx.same(error.message_id, ctx.ledger.sent[-1].message.message_id, "the message_id of the error")
     async with ctx.reading(broker, topic) as reader:
         messages = await ctx.send(broker, topic)
         await reader.until_fence()
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("UNR-03", "sending to a topic that was never used returns, or says that nobody is there")
+@scenario("UNR-03", "Sending to a new topic returns, or raises MessageUnroutable")
 async def new_destination(ctx: Context) -> None:
-    """Catches a send that waits for somebody to create the destination."""
+    """Catch a send that waits until somebody creates the destination."""
     broker = await ctx.broker()
     for _ in range(5):
         topic = ctx.topic()
         try:
             await ctx.within(3 * ctx.limits.lag, broker.send_message(ctx.message(topic)), "sending to a new topic")
         except MessageUnroutable:
-            ctx.same(ctx.capabilities.unroutable, "reported", "what is promised of unroutable messages")
+            ctx.same(ctx.capabilities.unroutable, "reported", "the capability unroutable")
 
 
-@scenario("UNR-04", "a subscription may come before the first message of its topic")
+@scenario("UNR-04", "A subscription may start before the first message of its topic")
 async def early_subscription(ctx: Context) -> None:
-    """Catches a subscription that fails, or stays deaf, because there is nothing to listen to yet."""
+    """Catch a subscription that fails, or receives nothing, because its topic does not exist yet."""
     broker, topics = await ctx.broker(), [ctx.topic(), ctx.topic()]
     async with ctx.reading(broker, *topics) as reader:
         await reader.expect_nothing()
@@ -64,9 +64,9 @@ async def early_subscription(ctx: Context) -> None:
     ctx.ledger.compare(reader.name, messages).verify()
 
 
-@scenario("UNR-06", "ten subscriptions to a new topic begin at once")
+@scenario("UNR-06", "Ten subscriptions to a new topic can start at once")
 async def at_once(ctx: Context) -> None:
-    """Catches a group, queue or topic that two create at once, and one of them fails."""
+    """Catch a group, queue or topic that two subscriptions create at once, and one of them fails."""
     broker, topic = await ctx.broker(), ctx.topic()
     group = ctx.name() if "competing" in ctx.capabilities.distribution else None
     entered = 0
@@ -83,6 +83,6 @@ async def at_once(ctx: Context) -> None:
     tasks = [ctx.start(subscribe()) for _ in range(10)]
     await asyncio.wait({ctx.start(everybody.wait()), *tasks}, return_when=asyncio.FIRST_COMPLETED)
     failed = [task.exception() for task in tasks if task.done()]
-    ctx.same(failed, [], "the errors of those that could not begin")
+    ctx.same(failed, [], "the errors of the subscriptions that failed")
     done.set()
     await asyncio.gather(*tasks)
