@@ -1,8 +1,8 @@
 """
-Transports with exactly one defect each: the proof that the conformance suite would find it.
+Transports with exactly one defect each, which prove that the conformance suite finds the defect.
 
-Each is the broker inside the process with something done wrong, and names the scenarios that have to fail for it. The
-tests of diator run them all; whoever adds a scenario adds the transport that it is there to catch.
+Each saboteur is the in-memory broker with one defect, and names the scenarios that have to fail because of it. The
+tests of diator run all of them. Every new scenario needs a saboteur that it catches.
 """
 
 from diator.testing.saboteurs import (

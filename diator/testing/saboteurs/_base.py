@@ -1,4 +1,4 @@
-"""The broker that saboteurs are made of: healthy, with a place for each kind of defect."""
+"""The base class of saboteurs: a healthy broker with methods to override for each kind of defect."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from diator.consumer import Consumer
 S = TypeVar("S", bound="type[Saboteur]")
 
 SABOTEURS: list[type[Saboteur]] = []
-"""All of them, in the order of the catalogue of their files."""
+"""All saboteurs, in the order in which they are registered."""
 
 FOREVER = 3600.0
 
 
 class Queue(Protocol):
-    """What waits for the members of one group, as the broker inside has it."""
+    """The queue of one group in the in-memory broker."""
 
     topics: set[Topic]
     waiting: deque[Any]
@@ -34,7 +34,7 @@ class Queue(Protocol):
 
 
 class Subscription(Protocol):
-    """One subscription, as the broker inside has it. This and `Queue` are all that a saboteur may know of it."""
+    """A subscription of the in-memory broker. Saboteurs may use only this and `Queue` of its internals."""
 
     queue: Queue
     topics: set[Topic]
@@ -47,41 +47,43 @@ class Subscription(Protocol):
 
 class Saboteur(MemoryMessageBroker):
     """
-    The broker inside the process, with places where a subclass puts its defect. This one has none.
+    The in-memory broker without a defect, with methods that a subclass overrides to add one.
 
-    Several of them can be `share_service` each other on one service, as those are that talk to one over a network.
+    Several saboteurs can use one service (`share_service`), as brokers that are connected to it over a network.
+
+    Attributes:
+        caught_by: The ids of the scenarios that fail because of the defect.
+        consumer: The consumer class that runs on this broker, for defects of a consumer.
     """
 
     caught_by: ClassVar[tuple[str, ...]] = ()
-    """The ids of the scenarios that fail for it."""
     consumer: ClassVar[type[Consumer]] = Consumer
-    """What runs above it: a defect of the consumer is put here."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._open_subscriptions: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def share_service(self, other: Saboteur) -> Self:
-        """Use the queues of *other*."""
+        """Use the queues of *other*, and return this broker."""
         self._kept, self._groups = other._kept, other._groups
         self._queues, self._dead_letters = other._queues, other._dead_letters
         return self
 
     def crash(self) -> None:
-        """Die as with the process: the service gives to others what was not settled, and hears nothing more."""
+        """Crash as with the process: the service redelivers the unsettled messages and receives nothing more."""
         self._closed = True
         for subscription in self._open_subscriptions:
             self.on_crash(subscription)
 
     async def aclose(self) -> None:
-        """See `MessageBroker.aclose`: others have at once what was not settled, as over a network."""
+        """Close the broker. As over a network, its unsettled messages are redelivered to other consumers at once."""
         await super().aclose()
         for subscription in self._open_subscriptions:
             self.on_close(subscription)
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the broker inside promises, and that several share a service, as over a network."""
+        """The capabilities of the in-memory broker, and a service that several brokers share over a network."""
         return replace(super().capabilities, multi_process=True, network=True)
 
     @asynccontextmanager
@@ -94,68 +96,68 @@ class Saboteur(MemoryMessageBroker):
         prefetch: int = 64,
         on_gap: OnGap | None = None,
     ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
-        """See `ReadableBroker.subscribe`."""
+        """Subscribe; see `ReadableBroker.subscribe`."""
         topics, group, prefetch = self.adjust_subscription(topics, group, prefetch)
         async with super().subscribe(topics, group=group, prefetch=prefetch, on_gap=on_gap) as deliveries:
             subscription = cast("Subscription", deliveries)
-            subscription.topics = subscription.queue.topics  # whatever a defect puts into its queue, it takes
+            subscription.topics = subscription.queue.topics  # it receives whatever a defect puts into its queue
             self._open_subscriptions.add(subscription)
             await self.on_subscribed(subscription, topics)
             yield _Reading(subscription, self.read)
             self.before_unsubscribe(subscription)
         self.after_unsubscribe(subscription, topics, group)
 
-    # -- places for defects --------------------------------------------------------------------------------------
+    # -- methods for defects -------------------------------------------------------------------------------------
 
     def adjust_subscription(
         self, topics: Collection[Topic], group: str | None, prefetch: int
     ) -> tuple[Collection[Topic], str | None, int]:
-        """Say what is subscribed to, where that was asked for."""
+        """Return the topics, group and prefetch to use instead of the requested ones."""
         return topics, group, prefetch
 
     async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
-        """Do something before a subscription is said to be ready."""
+        """Run before *subscription* is ready."""
 
     def before_unsubscribe(self, subscription: Subscription) -> None:
-        """Do something before a subscription ends."""
+        """Run before *subscription* ends."""
 
     def after_unsubscribe(self, subscription: Subscription, topics: Collection[Topic], group: str | None) -> None:
-        """Do something after it."""
+        """Run after *subscription* has ended."""
 
     def on_crash(self, subscription: Subscription) -> None:
-        """Do what the service does for a subscription whose process is gone."""
+        """Do what the service does when the process of *subscription* has crashed."""
         subscription.leave()
 
     def on_close(self, subscription: Subscription) -> None:
-        """Do what becomes of a subscription whose broker is closed."""
+        """Do what the service does when the broker of *subscription* is closed."""
         subscription.queue.requeue(subscription.unsettled.values())
         subscription.unsettled.clear()
 
     async def read(self, subscription: Subscription) -> Delivery:
-        """Wait for the next delivery."""
+        """Wait for the next delivery of *subscription*."""
         delivery = await anext(subscription)
         delivery.settler = Settling(self, delivery)
         return await self.deliver(delivery)
 
     async def deliver(self, delivery: Delivery) -> Delivery:
-        """Say what is given out for *delivery*."""
+        """Return the delivery to hand out for *delivery*."""
         return delivery
 
     async def ack(self, settle: Settler, delivery: Delivery) -> None:
-        """Acknowledge."""
+        """Acknowledge *delivery*."""
         await settle.ack(delivery)
 
     async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
-        """Give back."""
+        """Requeue *delivery*."""
         await settle.retry(delivery, after)
 
     async def dead_letter(self, settle: Settler, delivery: Delivery, reason: str) -> None:
-        """Put aside."""
+        """Dead-letter *delivery*."""
         await settle.dead_letter(delivery, reason)
 
 
 class _Reading:
-    """An iterator that reads as its broker does."""
+    """An iterator that reads through the methods of its broker."""
 
     def __init__(self, subscription: Subscription, read: Callable[[Subscription], Any]) -> None:
         self._subscription = subscription
@@ -170,7 +172,7 @@ class _Reading:
 
 
 class Settling:
-    """Settles the delivery that the broker inside gave, whatever was made of it."""
+    """Settles the original delivery of the in-memory broker, whatever the saboteur has made of it."""
 
     def __init__(self, broker: Saboteur, delivery: Delivery) -> None:
         self.inner = delivery.settler
@@ -188,7 +190,7 @@ class Settling:
 
 
 def caught_by(*ids: str) -> Callable[[S], S]:
-    """Register a saboteur that fails the scenarios *ids*."""
+    """Register a saboteur that the scenarios *ids* catch."""
 
     def register(saboteur: S) -> S:
         saboteur.caught_by = ids
@@ -199,24 +201,24 @@ def caught_by(*ids: str) -> Callable[[S], S]:
 
 
 def subscription_of(settler: Settler) -> Subscription:
-    """Give the subscription that a delivery with this settler came by."""
+    """Return the subscription of a delivery with *settler*."""
     inner = settler.inner if isinstance(settler, Settling) else settler
     return cast("Subscription", inner)
 
 
 def topic_of(message: Message) -> Topic:
-    """Give where *message* goes to."""
+    """Return the topic of *message*."""
     return Topic(message.message_type, message.message_name)
 
 
-def again(delivery: Delivery, **changes: Any) -> Delivery:
-    """Make another delivery of the same message."""
+def copy_of(delivery: Delivery, **changes: Any) -> Delivery:
+    """Return another delivery of the same message, with *changes*."""
     values = {name: getattr(delivery, name) for name in ("topic", "body", "headers", "attempt", "settler", "token")}
     return Delivery(**{**values, **changes})
 
 
 def fields_of(body: bytes) -> dict[str, Any]:
-    """Read *body* as the JSON object that it should be; empty if it is none."""
+    """Return the JSON object in *body*; empty if it is not one."""
     with suppress(ValueError, RecursionError):
         value: object = json.loads(body)
         if isinstance(value, dict):

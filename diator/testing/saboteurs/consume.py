@@ -1,4 +1,4 @@
-"""Consumers that are wrong, above a transport that is not."""
+"""Defects of a consumer, on a healthy transport."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from diator.testing.saboteurs._base import FOREVER, Saboteur, caught_by
 
 
 def _consumed_by(consumer: type[Consumer], *ids: str) -> None:
-    """Make a saboteur that is the healthy transport below a broken *consumer*."""
+    """Register a healthy transport below a broken *consumer*, caught by the scenarios *ids*."""
     made: type[Saboteur] = type(consumer.__name__, (Saboteur,), {"consumer": consumer, "__doc__": consumer.__doc__})
     caught_by(*ids)(made)
 
 
-class CutsOff(Consumer):
-    """Cancels what is being handled when it is stopped."""
+class CancelsOnStop(Consumer):
+    """Cancels running handlers when it is stopped."""
 
     def stop(self) -> None:
         super().stop()
         super().stop()
 
 
-class GoesOnForever(Consumer):
-    """Waits for what is being handled, however long that takes."""
+class NeverStops(Consumer):
+    """Waits for running handlers without a limit."""
 
     def __init__(self, broker: ReadableBroker, **options: Any) -> None:
         options["drain_timeout"] = 1.0
@@ -43,14 +43,14 @@ class GoesOnForever(Consumer):
 
 
 class HandlesOneMore(Consumer):
-    """Handles one more at once than it was allowed."""
+    """Handles one event more at once than its concurrency allows."""
 
     def __init__(self, broker: ReadableBroker, *, concurrency: int = 1, **options: Any) -> None:
         super().__init__(broker, concurrency=concurrency + 1, **options)
 
 
 class HasNoTimeout(Consumer):
-    """Lets a handler hang."""
+    """Ignores the handler timeout."""
 
     def __init__(self, broker: ReadableBroker, **options: Any) -> None:
         options["handler_timeout"] = FOREVER
@@ -58,7 +58,7 @@ class HasNoTimeout(Consumer):
 
 
 class RetriesOnceMore(Consumer):
-    """Handles once more than it was told."""
+    """Handles a failing event once more than configured."""
 
     def __init__(self, broker: ReadableBroker, *, retry: RetryPolicy | None = None, **options: Any) -> None:
         more = RetryPolicy(immediate_pause=0.01) if retry is None else retry
@@ -67,24 +67,24 @@ class RetriesOnceMore(Consumer):
 
 
 class IgnoresRequirements(Consumer):
-    """Starts whatever is required."""
+    """Starts whatever capabilities are required."""
 
     def __init__(self, broker: ReadableBroker, *, requires: Capabilities | None = None, **options: Any) -> None:
         super().__init__(broker, **options)
 
 
-class ReadsTheEventOnce(Consumer):
-    """Gives a handler that is called again what the first call has left."""
+class DecodesTheEventOnce(Consumer):
+    """Passes the event of a failed attempt to the retry."""
 
     def __init__(self, broker: ReadableBroker, **options: Any) -> None:
         super().__init__(broker, **options)
-        routes = self._handling._routes  # noqa: SLF001  # where a defect of reading would be
+        routes = self._handling._routes  # noqa: SLF001  # the place of the defect
         for topic, route in routes.items():
             routes[topic] = replace(route, read=functools.cache(route.read))
 
 
-class GivesUpOnAnAnswer(Consumer):
-    """Takes an answer for a failure, and success for a reason to stop."""
+class FailsOnAReturnValue(Consumer):
+    """Reports a success as a dead letter."""
 
     def __init__(self, broker: ReadableBroker, *, on_handled: Callable[[Handled], None], **options: Any) -> None:
         def note(handled: Handled) -> None:
@@ -93,22 +93,22 @@ class GivesUpOnAnAnswer(Consumer):
         super().__init__(broker, on_handled=note, **options)
 
 
-class NeverForgets(Consumer):
-    """Counts as in flight what is done."""
+class CountsForEver(Consumer):
+    """Counts finished deliveries as in flight."""
 
     def health(self) -> Health:
         return replace(super().health(), in_flight=1, receiving=True)
 
 
 class StopsWithTheNextMessage(Consumer):
-    """Does not notice its stop while it waits."""
+    """Notices its stop only after a while when it waits."""
 
     def stop(self) -> None:
         asyncio.get_running_loop().call_later(1.5, super().stop)
 
 
-class RetriesWhatCannotBeRead(Consumer):
-    """Says nothing about why it put something aside."""
+class HidesReasons(Consumer):
+    """Dead-letters a message without reporting the reason."""
 
     def __init__(self, broker: ReadableBroker, *, on_handled: Callable[[Handled], None], **options: Any) -> None:
         def note(handled: Handled) -> None:
@@ -117,44 +117,44 @@ class RetriesWhatCannotBeRead(Consumer):
         super().__init__(broker, on_handled=note, **options)
 
 
-class ReadsWhateverSize(Consumer):
-    """Has no limit to what it reads."""
+class DecodesAnySize(Consumer):
+    """Has no limit on the size of a body."""
 
     def __init__(self, broker: ReadableBroker, **options: Any) -> None:
         super().__init__(broker, **options)
         self._handling._max_message_bytes *= 2  # noqa: SLF001
 
 
-class TakesAnyRetry(Consumer):
-    """Accepts a policy, and leaves out what the transport cannot."""
+class AcceptsAnyRetry(Consumer):
+    """Accepts any retry policy, and never retries with a delay."""
 
     def __init__(self, broker: ReadableBroker, *, retry: RetryPolicy | None = None, **options: Any) -> None:
         super().__init__(broker, retry=retry and replace(retry, delayed_retries=0), **options)
 
 
 for _consumer, _ids in {
-    CutsOff: ("LIF-05",),
-    GoesOnForever: ("LIF-06", "LIF-20"),
+    CancelsOnStop: ("LIF-05",),
+    NeverStops: ("LIF-06", "LIF-20"),
     HandlesOneMore: ("FLW-01", "FLW-13"),
     HasNoTimeout: ("PSN-07",),
     RetriesOnceMore: ("PSN-04", "PSN-14"),
     IgnoresRequirements: ("API-02",),
-    ReadsTheEventOnce: ("PSN-10",),
-    GivesUpOnAnAnswer: ("SUB-11", "ISO-08", "ACK-18", "PSN-09", "PSN-11"),
-    NeverForgets: ("LEK-09", "LIF-21"),
+    DecodesTheEventOnce: ("PSN-10",),
+    FailsOnAReturnValue: ("SUB-11", "ISO-08", "ACK-18", "PSN-09", "PSN-11"),
+    CountsForEver: ("LEK-09", "LIF-21"),
     StopsWithTheNextMessage: ("LIF-21",),
-    RetriesWhatCannotBeRead: ("PSN-01", "PSN-03", "PSN-13"),
-    ReadsWhateverSize: ("SEC-07",),
-    TakesAnyRetry: ("ACK-04",),
+    HidesReasons: ("PSN-01", "PSN-03", "PSN-13"),
+    DecodesAnySize: ("SEC-07",),
+    AcceptsAnyRetry: ("ACK-04",),
 }.items():
     _consumed_by(_consumer, *_ids)
 
 
 @caught_by("PSN-15")
-class CannotRetryAndSaysNothing(Saboteur):
-    """Does not promise a retry, and is run by a consumer that takes any policy."""
+class CannotRetry(Saboteur):
+    """Promises no delayed retry, under a consumer that accepts any retry policy."""
 
-    consumer: ClassVar[type[Consumer]] = TakesAnyRetry
+    consumer: ClassVar[type[Consumer]] = AcceptsAnyRetry
 
     @property
     def capabilities(self) -> Capabilities:

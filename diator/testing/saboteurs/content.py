@@ -1,4 +1,4 @@
-"""What is in a message, gone wrong on its way."""
+"""Defects: the content of a message changes on its way."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class DropsHeaders(_Rewrites):
 
 @caught_by("HDR-02")
 class SpeaksAscii(_Rewrites):
-    """Sends the headers that are ASCII."""
+    """Sends only headers that are ASCII."""
 
     def rewritten(self, message: Message) -> Message:
         return replace(message, headers={k: v for k, v in message.headers.items() if k.isascii() and v.isascii()})
@@ -39,7 +39,7 @@ class SpeaksAscii(_Rewrites):
 
 @caught_by("HDR-02")
 class FoldsHeaders(_Rewrites):
-    """Takes names of headers for the same if they differ in case."""
+    """Treats header names that differ only in case as the same name."""
 
     def rewritten(self, message: Message) -> Message:
         return replace(message, headers={name.lower(): value for name, value in message.headers.items()})
@@ -47,7 +47,7 @@ class FoldsHeaders(_Rewrites):
 
 @caught_by("HDR-01", "HDR-06")
 class AddsHeaders(_Rewrites):
-    """Adds a trace that nobody began."""
+    """Adds a trace header that nobody sent."""
 
     def rewritten(self, message: Message) -> Message:
         return replace(message, headers={"traceparent": "00-0-0-00", **message.headers})
@@ -55,7 +55,7 @@ class AddsHeaders(_Rewrites):
 
 @caught_by("SIZ-04")
 class LimitsHeaders(_Rewrites):
-    """Sends the first 64 headers."""
+    """Sends only the first 64 headers."""
 
     def rewritten(self, message: Message) -> Message:
         return replace(message, headers=dict([*message.headers.items()][:64]))
@@ -63,7 +63,7 @@ class LimitsHeaders(_Rewrites):
 
 @caught_by("HDR-07")
 class SplitsHeaders(_Rewrites):
-    """Ends a header at the end of the line."""
+    """Cuts a header value at the end of the line."""
 
     def rewritten(self, message: Message) -> Message:
         return replace(message, headers={k: v.split("\n")[0].split("\0")[0] for k, v in message.headers.items()})
@@ -90,7 +90,7 @@ class DropsKeys(_Rewrites):
 
 @caught_by("ENC-02")
 class SkipsEmpty(Saboteur):
-    """Takes an empty payload for no message."""
+    """Treats an empty payload as no message."""
 
     async def send_message(self, message: Message, /) -> None:
         if message.payload_json != b"{}":
@@ -106,8 +106,8 @@ class Normalises(_Rewrites):
 
 
 @caught_by("ENC-04")
-class WritesAnew(_Rewrites):
-    """Reads the payload and writes it again."""
+class EncodesAgain(_Rewrites):
+    """Decodes the payload and encodes it again."""
 
     def rewritten(self, message: Message) -> Message:
         return replace(message, payload_json=json.dumps(json.loads(message.payload_json)).encode())
@@ -115,7 +115,7 @@ class WritesAnew(_Rewrites):
 
 @caught_by("ENC-01")
 class SpeaksC(_Rewrites):
-    """Ends text at a NUL."""
+    """Cuts text at a NUL character."""
 
     def rewritten(self, message: Message) -> Message:
         return replace(message, payload_json=message.payload_json.replace(rb"\u0000", b""))
@@ -123,7 +123,7 @@ class SpeaksC(_Rewrites):
 
 @caught_by("ENC-07")
 class HasItsOwnEnvelope(Saboteur):
-    """Writes the parts of a message in another order."""
+    """Encodes the fields of a message in another order."""
 
     async def deliver(self, delivery: Delivery) -> Delivery:
         if envelope := fields_of(delivery.body):
@@ -133,7 +133,7 @@ class HasItsOwnEnvelope(Saboteur):
 
 @caught_by("SIZ-01")
 class Truncates(Saboteur):
-    """Cuts what does not fit into its buffer."""
+    """Cuts bodies that do not fit into its buffer."""
 
     async def deliver(self, delivery: Delivery) -> Delivery:
         delivery.body = delivery.body[:65_536]
@@ -142,7 +142,7 @@ class Truncates(Saboteur):
 
 @caught_by("SIZ-02")
 class AllowsLessThanPromised(Saboteur):
-    """Takes one byte less than it says."""
+    """Accepts one byte less than it promises."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -151,7 +151,7 @@ class AllowsLessThanPromised(Saboteur):
 
 @caught_by("SIZ-03")
 class AllowsMoreThanPromised(Saboteur):
-    """Takes more than it says."""
+    """Accepts more bytes than it promises."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -159,8 +159,8 @@ class AllowsMoreThanPromised(Saboteur):
 
 
 @caught_by("SIZ-05", "FLW-09", "SUB-06")
-class StandsStillForLargeOnes(Saboteur):
-    """Lets a large message, or many, hold up everything else."""
+class BlocksOnLargeMessages(Saboteur):
+    """Lets a large message, or many messages, hold up everything else."""
 
     async def deliver(self, delivery: Delivery) -> Delivery:
         if len(delivery.body) > 100_000 or sum(map(len, self._queues)) > 15:  # noqa: PLR2004

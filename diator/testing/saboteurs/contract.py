@@ -1,4 +1,4 @@
-"""Promises that are not kept, or kept differently."""
+"""Defects: promises that are not kept, or kept differently."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diator.testing.saboteurs._base import Saboteur, Subscription, caught_by, su
 
 @caught_by("API-02", "GRP-14")
 class AcceptsWhatItCannot(Saboteur):
-    """Promises no groups, and takes them all the same."""
+    """Promises no groups, and accepts them anyway."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -26,7 +26,7 @@ class AcceptsWhatItCannot(Saboteur):
 
 @caught_by("API-10")
 class GuessesItsCapabilities(Saboteur):
-    """Promises what cannot be without something that it does not promise."""
+    """Promises capabilities that need others, which it does not promise."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -35,7 +35,7 @@ class GuessesItsCapabilities(Saboteur):
 
 @caught_by("API-03")
 class ChangesItsMind(Saboteur):
-    """Promises something else once it is connected."""
+    """Changes its promises once it is connected."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -44,7 +44,7 @@ class ChangesItsMind(Saboteur):
 
 @caught_by("API-04")
 class HasOtherDefaults(Saboteur):
-    """Prefetches one where nothing was said."""
+    """Has a default prefetch of one."""
 
     @asynccontextmanager
     async def subscribe(
@@ -62,7 +62,7 @@ class HasOtherDefaults(Saboteur):
 
 @caught_by("API-07")
 class CallsFromAnotherThread(Saboteur):
-    """Talks to the event loop from outside, which only the debug mode notices."""
+    """Calls the event loop from another thread, which only the debug mode notices."""
 
     async def send_message(self, message: Message, /) -> None:
         loop = asyncio.get_running_loop()
@@ -71,15 +71,15 @@ class CallsFromAnotherThread(Saboteur):
 
 
 @caught_by("API-11")
-class SaysThatItEnlists(Saboteur):
-    """Takes itself for an outbox."""
+class ClaimsToBeTransactional(Saboteur):
+    """Claims to be an outbox."""
 
     transactional = True
 
 
 @caught_by("UNR-01", "UNR-02")
 class ReportsNothing(Saboteur):
-    """Promises to say that nobody was there, and does not."""
+    """Promises to report unroutable messages, and does not."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -87,8 +87,8 @@ class ReportsNothing(Saboteur):
 
 
 @caught_by("ACK-12")
-class RobsSlowMembers(Saboteur):
-    """Gives to another what somebody is working on."""
+class RedeliversSlowWork(Saboteur):
+    """Redelivers a message that a consumer is still working on."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -96,11 +96,11 @@ class RobsSlowMembers(Saboteur):
         return replace(super().capabilities, redelivery=redelivery, redelivery_bound=0.1)
 
     async def deliver(self, delivery: Delivery) -> Delivery:
-        asyncio.get_running_loop().call_later(0.1, self._rob, delivery)
+        asyncio.get_running_loop().call_later(0.1, self._redeliver, delivery)
         return delivery
 
     @staticmethod
-    def _rob(delivery: Delivery) -> None:
+    def _redeliver(delivery: Delivery) -> None:
         subscription = subscription_of(delivery.settler)
         if entry := subscription.unsettled.pop(delivery, None):
             subscription.queue.requeue([entry])
@@ -108,7 +108,7 @@ class RobsSlowMembers(Saboteur):
 
 @caught_by("PUB-06")
 class BatchesCarelessly(Saboteur):
-    """Skips without a word what of a batch cannot be sent."""
+    """Silently skips messages of a batch that cannot be sent."""
 
     async def send_messages(self, messages: Sequence[Message], /) -> None:
         for message in messages:

@@ -1,4 +1,4 @@
-"""What a subscription leaves behind that died, and members that know nothing of each other, gone wrong."""
+"""Defects after a crash, and of consumers that use different brokers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from diator.testing.saboteurs._base import Saboteur, Subscription, caught_by
 
 
 @caught_by("ACK-02", "GRP-07")
-class ForgetsTheDead(Saboteur):
-    """Loses what a subscription held that died."""
+class ForgetsTheCrashed(Saboteur):
+    """Loses the deliveries of a crashed consumer."""
 
     def on_crash(self, subscription: Subscription) -> None:
         subscription.unsettled.clear()
@@ -22,7 +22,7 @@ class ForgetsTheDead(Saboteur):
 
 @caught_by("GRP-15")
 class KeepsGroupsToItself(Saboteur):
-    """Has groups that end at its own members, each of which gets everything."""
+    """Has groups that are limited to one broker."""
 
     def adjust_subscription(self, topics: Any, group: str | None, prefetch: int) -> Any:
         return topics, group and f"{group} of {id(self)}", prefetch
@@ -30,7 +30,7 @@ class KeepsGroupsToItself(Saboteur):
 
 @caught_by("LIF-10")
 class ConfirmsTooEarly(Saboteur):
-    """Confirms before it sends, and sends no more once it is closed."""
+    """Confirms a message before it sends it, and sends nothing after its close."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -1,4 +1,4 @@
-"""Who gets what, gone wrong."""
+"""Defects of routing and of consumer groups."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Misroutes(Saboteur):
 
 @caught_by("ISO-02", "ENC-06")
 class MatchesPrefixes(_Misroutes):
-    """Takes a name for a prefix."""
+    """Treats the name of a topic as a prefix."""
 
     def also(self, subscribed: Topic, sent: Topic) -> bool:
         return sent.message_name.startswith(subscribed.message_name)
@@ -34,31 +34,31 @@ class MatchesPrefixes(_Misroutes):
 
 @caught_by("ISO-02")
 class FoldsNames(_Misroutes):
-    """Takes names for the same if they differ in case."""
+    """Treats names that differ only in case as the same name."""
 
     def also(self, subscribed: Topic, sent: Topic) -> bool:
         return sent.message_name.lower() == subscribed.message_name.lower()
 
 
 @caught_by("ENC-06")
-class SqueezesNames(_Misroutes):
-    """Replaces what it does not like in a name."""
+class ReplacesCharacters(_Misroutes):
+    """Replaces unusual characters of a name."""
 
     def also(self, subscribed: Topic, sent: Topic) -> bool:
         return re.sub(r"\W", "_", sent.message_name) == re.sub(r"\W", "_", subscribed.message_name)
 
 
 @caught_by("SUB-14")
-class IgnoresTheKind(_Misroutes):
-    """Routes by name alone."""
+class IgnoresTheType(_Misroutes):
+    """Routes by the message name alone."""
 
     def also(self, subscribed: Topic, sent: Topic) -> bool:
         return sent.message_name == subscribed.message_name
 
 
 @caught_by("ISO-01", "ISO-08", "ISO-02")
-class Mixes(_Misroutes):
-    """Gives everything to everybody."""
+class MixesTopics(_Misroutes):
+    """Delivers every message to every subscription."""
 
     def also(self, subscribed: Topic, sent: Topic) -> bool:
         return True
@@ -66,7 +66,7 @@ class Mixes(_Misroutes):
 
 @caught_by("GRP-02", "GRP-03", "GRP-04")
 class BroadcastsToGroups(Saboteur):
-    """Gives every message to each subscription of a group."""
+    """Delivers every message to each consumer of a group."""
 
     def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         return topics, None, prefetch
@@ -74,7 +74,7 @@ class BroadcastsToGroups(Saboteur):
 
 @caught_by("GRP-01", "SUB-04")
 class SharesWithoutAGroup(Saboteur):
-    """Has those who named no group share."""
+    """Makes subscriptions without a group share the messages."""
 
     def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         return topics, group or f"nobody's {sorted(topics)}", prefetch
@@ -82,7 +82,7 @@ class SharesWithoutAGroup(Saboteur):
 
 @caught_by("GRP-09")
 class FoldsGroups(Saboteur):
-    """Takes groups for the same if they differ in case."""
+    """Treats groups whose names differ only in case as one group."""
 
     def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         return topics, group and group.lower(), prefetch
@@ -90,7 +90,7 @@ class FoldsGroups(Saboteur):
 
 @caught_by("GRP-03", "ACK-23")
 class HasOneGroup(Saboteur):
-    """Knows that there is a group, and not which."""
+    """Treats all groups of a topic as one group."""
 
     def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         return topics, group and f"the group {sorted(topics)}", prefetch
@@ -98,7 +98,7 @@ class HasOneGroup(Saboteur):
 
 @caught_by("SUB-12", "GRP-16", "UNR-04")
 class ListensToOneTopic(Saboteur):
-    """Subscribes to the first topic."""
+    """Subscribes only to the first topic."""
 
     def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         return [*topics][:1], group, prefetch
@@ -106,7 +106,7 @@ class ListensToOneTopic(Saboteur):
 
 @caught_by("SUB-12")
 class LabelsWithOneTopic(Saboteur):
-    """Says the same topic for every delivery."""
+    """Delivers every message with the same topic."""
 
     async def deliver(self, delivery: Delivery) -> Delivery:
         delivery.topic = min(
@@ -117,30 +117,30 @@ class LabelsWithOneTopic(Saboteur):
 
 @caught_by("FLW-02")
 class IgnoresPrefetch(Saboteur):
-    """Gives out whatever there is."""
+    """Ignores the prefetch."""
 
     def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         return topics, group, prefetch + 1_000
 
 
 @caught_by("FLW-02")
-class CountsFromZero(Saboteur):
-    """Gives out one too many."""
+class AllowsOneMore(Saboteur):
+    """Delivers one message more than the prefetch allows."""
 
     def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         return topics, group, prefetch + 1
 
 
 @caught_by("FLW-01")
-class GivesOneAtATime(Saboteur):
-    """Never gives out a second delivery before the first is settled."""
+class DeliversOneAtATime(Saboteur):
+    """Never delivers a second message before the first is settled."""
 
     def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         return topics, group, 1
 
 
 class _HasOneWindow(Saboteur):
-    """Has two deliveries out at once, among all subscriptions."""
+    """Has one limit on unsettled deliveries for all subscriptions together."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -168,7 +168,7 @@ class SharesPrefetch(_HasOneWindow):
 
 @caught_by("FLW-04")
 class GetsStuckWhenFull(_HasOneWindow):
-    """Gives out ten, and forgets to make room for every second one that is settled."""
+    """Frees a prefetch slot only for every second acknowledgement."""
 
     window = 10
     _count = 0
@@ -183,7 +183,7 @@ class GetsStuckWhenFull(_HasOneWindow):
 
 @caught_by("GRP-04")
 class Starves(Saboteur):
-    """Gives everything to the subscription that came first."""
+    """Delivers every message to the consumer that joined first."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -196,5 +196,5 @@ class Starves(Saboteur):
 
 
 @caught_by("GRP-10")
-class ForgetsSpareMembers(Starves):
-    """Keeps a subscription asleep although the one that worked has left."""
+class ForgetsIdleConsumers(Starves):
+    """Delivers nothing to an idle consumer after the busy one has left."""

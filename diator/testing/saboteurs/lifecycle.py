@@ -1,4 +1,4 @@
-"""Beginnings and ends gone wrong."""
+"""Defects of starting, stopping and closing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from diator.testing.saboteurs._base import FOREVER, Saboteur, Subscription, caug
 
 @caught_by("PUB-10", "LIF-01", "LIF-02", "LIF-03", "LIF-04", "LIF-07", "API-01", "SUB-16")
 class NeverCloses(Saboteur):
-    """Goes on after it was closed."""
+    """Keeps working after it was closed."""
 
     async def aclose(self) -> None:
-        """Do nothing."""
+        """Stay open."""
 
 
 @caught_by("LIF-02")
@@ -31,7 +31,7 @@ class FailsToCloseTwice(Saboteur):
 
 @caught_by("LIF-02", "LIF-07")
 class HangsWhenClosedTwice(Saboteur):
-    """Waits for a close that is over."""
+    """Hangs when it is closed again."""
 
     async def aclose(self) -> None:
         if self._closed:
@@ -41,7 +41,7 @@ class HangsWhenClosedTwice(Saboteur):
 
 @caught_by("LIF-03")
 class ConnectsToClose(Saboteur):
-    """Cannot close what was not used."""
+    """Hangs in the close of an unused broker."""
 
     _used = False
 
@@ -57,7 +57,7 @@ class ConnectsToClose(Saboteur):
 
 @caught_by("LIF-07")
 class ClosesHalf(Saboteur):
-    """Releases nothing when its close was cancelled once."""
+    """Releases nothing after its close was cancelled once."""
 
     _closing = False
 
@@ -71,7 +71,7 @@ class ClosesHalf(Saboteur):
 
 @caught_by("LIF-04")
 class SwallowsErrorsOfItsBlock(Saboteur):
-    """Ends `async with` as if nothing had been raised."""
+    """Swallows an error in its `async with` block."""
 
     async def __aexit__(self, *exc_info: object) -> bool:  # type: ignore[override]
         await super().aclose()
@@ -80,7 +80,7 @@ class SwallowsErrorsOfItsBlock(Saboteur):
 
 @caught_by("LIF-18", "LIF-01")
 class SharesItsState(Saboteur):
-    """Keeps on the class whether it is closed."""
+    """Keeps its closed state on the class."""
 
     closed_by: ClassVar[set[object]] = set()
 
@@ -98,7 +98,7 @@ class SharesItsState(Saboteur):
 
 @caught_by("LIF-08", "LIF-21")
 class CannotBeWoken(Saboteur):
-    """Finishes its blocking read before it ends."""
+    """Finishes a blocking read before it ends."""
 
     async def read(self, subscription: Subscription) -> Delivery:
         reading = asyncio.ensure_future(super().read(subscription))
@@ -112,7 +112,7 @@ class CannotBeWoken(Saboteur):
 
 @caught_by("LIF-19")
 class FailsToEndWhenClosed(Saboteur):
-    """Cannot end a subscription whose connection is gone."""
+    """Cannot end a subscription whose connection is closed."""
 
     def before_unsubscribe(self, subscription: Subscription) -> None:
         if self._closed:
@@ -120,16 +120,16 @@ class FailsToEndWhenClosed(Saboteur):
 
 
 @caught_by("ACK-26")
-class ClosesBeneath(Saboteur):
-    """Leaves what its subscriptions hold to them when it is closed."""
+class ClosesLikeACrash(Saboteur):
+    """Closes without handing over the deliveries of its subscriptions."""
 
     def on_close(self, subscription: Subscription) -> None:
-        """Do nothing."""
+        """Requeue nothing."""
 
 
 @caught_by("LIF-13")
 class HoldsALock(Saboteur):
-    """Cannot send or subscribe while a delivery is out."""
+    """Cannot send or subscribe while a delivery is unsettled."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -1,4 +1,4 @@
-"""What is left behind, used up, or said too much."""
+"""Defects: leaks, wasted CPU time, careless logging and unsafe decoding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger: logging.Logger = logging.getLogger("diator.testing.saboteurs")
 
 @caught_by("LEK-01", "LEK-03", "LEK-05")
 class LeaksATask(Saboteur):
-    """Leaves a task behind for each subscription."""
+    """Leaks a task for each subscription."""
 
     async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
         self._task = asyncio.create_task(asyncio.sleep(FOREVER))
@@ -29,7 +29,7 @@ class LeaksATask(Saboteur):
 
 @caught_by("LEK-01", "LEK-03")
 class LeaksASocket(Saboteur):
-    """Leaves a connection open."""
+    """Leaks a socket."""
 
     kept: ClassVar[list[socket.socket]] = []
 
@@ -42,7 +42,7 @@ class LeaksASocket(Saboteur):
 
 @caught_by("LEK-02")
 class FailsUnseen(Saboteur):
-    """Has a task fail, and nobody looks."""
+    """Lets a task fail without retrieving its error."""
 
     async def aclose(self) -> None:
         async def fail() -> None:
@@ -57,7 +57,7 @@ class FailsUnseen(Saboteur):
 
 @caught_by("LEK-06", "LEK-08")
 class KeepsDeliveries(Saboteur):
-    """Keeps whatever it gave out."""
+    """Keeps every delivery."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -70,7 +70,7 @@ class KeepsDeliveries(Saboteur):
 
 @caught_by("LEK-05")
 class KeepsSubscriptions(Saboteur):
-    """Keeps every subscription that there was."""
+    """Keeps every subscription."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -86,8 +86,8 @@ class KeepsSubscriptions(Saboteur):
 
 
 @caught_by("LEK-10")
-class LeaksATaskForWhatIsHeld(Saboteur):
-    """Goes on renewing what was never settled."""
+class LeaksRenewals(Saboteur):
+    """Keeps renewing deliveries that were never settled."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -103,8 +103,8 @@ class LeaksATaskForWhatIsHeld(Saboteur):
 
 
 @caught_by("FLW-12")
-class AsksAllTheTime(Saboteur):
-    """Waits by asking again and again."""
+class PollsAllTheTime(Saboteur):
+    """Waits by polling in a tight loop."""
 
     async def read(self, subscription: Subscription) -> Delivery:
         reading = asyncio.ensure_future(super().read(subscription))
@@ -118,7 +118,7 @@ class AsksAllTheTime(Saboteur):
 
 @caught_by("FLW-07")
 class BlocksTheLoop(Saboteur):
-    """Lets nobody run while it writes."""
+    """Blocks the event loop while it writes."""
 
     _count = 0
 
@@ -131,7 +131,7 @@ class BlocksTheLoop(Saboteur):
 
 @caught_by("OBS-04")
 class CriesWolf(Saboteur):
-    """Warns when nothing is wrong."""
+    """Logs a warning when nothing is wrong."""
 
     async def aclose(self) -> None:
         logger.warning("the connection was closed")
@@ -140,7 +140,7 @@ class CriesWolf(Saboteur):
 
 @caught_by("OBS-05")
 class LogsPayloads(Saboteur):
-    """Shows in its log what a message holds."""
+    """Logs the content of a message."""
 
     async def send_message(self, message: Message, /) -> None:
         logger.debug("sending %s", message.payload_json)
@@ -149,7 +149,7 @@ class LogsPayloads(Saboteur):
 
 @caught_by("SEC-06")
 class Unpickles(Saboteur):
-    """Looks whether a body is a pickle."""
+    """Unpickles bodies."""
 
     async def deliver(self, delivery: Delivery) -> Delivery:
         with suppress(Exception):

@@ -1,4 +1,4 @@
-"""The order of messages gone wrong."""
+"""Defects of the order of messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diator.testing.saboteurs._base import Saboteur, caught_by
 
 @caught_by("ORD-01", "ORD-02", "ORD-07", "ORD-09")
 class SwapsNeighbours(Saboteur):
-    """Lets every tenth message be overtaken by the next."""
+    """Lets every tenth message be overtaken by the next one."""
 
     _count = 0
     _held: Message | None = None
@@ -28,7 +28,7 @@ class SwapsNeighbours(Saboteur):
 
 @caught_by("ORD-02")
 class SwapsKeys(Saboteur):
-    """Keeps the order of each key and not that of the topic."""
+    """Keeps the order of a topic and not of a key."""
 
     _count = 0
     _held: Message | None = None
@@ -49,12 +49,12 @@ class SwapsKeys(Saboteur):
 
 @caught_by("ORD-03")
 class HidesKeys(content.DropsKeys):
-    """Leaves the consumer no way to keep an order."""
+    """Hides the key from the consumer, so that the consumer cannot keep an order."""
 
 
 @caught_by("ORD-10")
-class DisordersOnRetry(Saboteur):
-    """Turns the queue around when something is given back."""
+class ReordersOnRetry(Saboteur):
+    """Reverses the queue when a message is requeued."""
 
     async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
         for queue in self._queues:

@@ -1,4 +1,4 @@
-"""Sending gone wrong."""
+"""Defects of sending."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diator.testing.saboteurs._base import FOREVER, Saboteur, caught_by
 
 @caught_by("PUB-01")
 class LosesEveryTenth(Saboteur):
-    """Confirms every tenth message and forgets it."""
+    """Confirms every tenth message and drops it."""
 
     _count = 0
 
@@ -28,7 +28,7 @@ class LosesEveryTenth(Saboteur):
 
 
 @caught_by("PUB-01")
-class RepeatsEveryTenth(Saboteur):
+class DuplicatesEveryTenth(Saboteur):
     """Sends every tenth message twice."""
 
     _count = 0
@@ -41,7 +41,7 @@ class RepeatsEveryTenth(Saboteur):
 
 
 @caught_by("PUB-01")
-class Invents(Saboteur):
+class InventsMessages(Saboteur):
     """Sends a message of its own now and then."""
 
     _count = 0
@@ -54,8 +54,8 @@ class Invents(Saboteur):
 
 
 @caught_by("PUB-14")
-class DropsRepeats(Saboteur):
-    """Takes a repeat for a mistake."""
+class DropsDuplicates(Saboteur):
+    """Drops a message that was sent before."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -69,7 +69,7 @@ class DropsRepeats(Saboteur):
 
 @caught_by("PUB-01")
 class MakesUpIds(Saboteur):
-    """Gives each message an id of its own."""
+    """Sends each message with another id."""
 
     async def send_message(self, message: Message, /) -> None:
         await super().send_message(replace(message, message_id=uuid4()))
@@ -87,7 +87,7 @@ class WritesIntoTheMessage(Saboteur):
 
 @caught_by("PUB-09")
 class EncodesLate(Saboteur):
-    """Keeps the program's own message, and writes it when it is delivered."""
+    """Keeps the program's own message and encodes it only when it is delivered."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -106,7 +106,7 @@ class EncodesLate(Saboteur):
 
 @caught_by("PUB-05", "SIZ-03", "PUB-18")
 class SwallowsErrors(Saboteur):
-    """Confirms what it could not send."""
+    """Confirms messages that it could not send."""
 
     async def send_message(self, message: Message, /) -> None:
         with suppress(BrokerError):
@@ -115,7 +115,7 @@ class SwallowsErrors(Saboteur):
 
 @caught_by("PUB-05", "FLW-05")
 class DropsTheOldest(Saboteur):
-    """Makes room by forgetting."""
+    """Makes room by dropping the oldest message."""
 
     async def send_message(self, message: Message, /) -> None:
         for queue in self._queues:
@@ -126,7 +126,7 @@ class DropsTheOldest(Saboteur):
 
 @caught_by("API-01", "PUB-10", "SIZ-03")
 class RaisesForeignErrors(Saboteur):
-    """Lets out what its client library raises."""
+    """Raises the errors of its client library."""
 
     async def send_message(self, message: Message, /) -> None:
         try:
@@ -137,7 +137,7 @@ class RaisesForeignErrors(Saboteur):
 
 @caught_by("PUB-10")
 class ForgetsWhichMessage(Saboteur):
-    """Raises the right error, and does not say for which message."""
+    """Raises the right error without the id of the message."""
 
     async def send_message(self, message: Message, /) -> None:
         try:
@@ -149,7 +149,7 @@ class ForgetsWhichMessage(Saboteur):
 
 @caught_by("PUB-13")
 class SendsBeforeChecking(Saboteur):
-    """Sends what it can of a message that cannot be written."""
+    """Sends a part of a message that cannot be encoded."""
 
     async def send_message(self, message: Message, /) -> None:
         try:
@@ -162,7 +162,7 @@ class SendsBeforeChecking(Saboteur):
 
 @caught_by("PUB-18", "PUB-07")
 class FailsTogether(Saboteur):
-    """Fails every waiting caller when one of them is refused, or many wait."""
+    """Fails every waiting caller when one of them is refused, or when many wait."""
 
     _waiting = 0
     _failed = False
@@ -184,7 +184,7 @@ class FailsTogether(Saboteur):
 
 @caught_by("PUB-08")
 class SwallowsCancellation(Saboteur):
-    """Goes on with a send that was cancelled."""
+    """Continues a send that was cancelled."""
 
     async def send_message(self, message: Message, /) -> None:
         with suppress(asyncio.CancelledError):
@@ -196,7 +196,7 @@ class SwallowsCancellation(Saboteur):
 
 @caught_by("API-06")
 class IgnoresCancellation(Saboteur):
-    """Returns from a cancelled call as if nothing had been said."""
+    """Returns from a cancelled call as if it had not been cancelled."""
 
     async def send_message(self, message: Message, /) -> None:
         await super().send_message(message)
@@ -206,7 +206,7 @@ class IgnoresCancellation(Saboteur):
 
 @caught_by("PUB-16", "GRP-11")
 class WaitsForReaders(Saboteur):
-    """Returns from sending when somebody has taken it."""
+    """Returns from a send only when a reader has received the message."""
 
     async def send_message(self, message: Message, /) -> None:
         await super().send_message(message)
@@ -216,7 +216,7 @@ class WaitsForReaders(Saboteur):
 
 @caught_by("PUB-17")
 class WorksOnlyInItsBlock(Saboteur):
-    """Has to be entered first."""
+    """Sends only after `async with` was entered."""
 
     _entered = False
 

@@ -1,4 +1,4 @@
-"""Settling gone wrong."""
+"""Defects of settling."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from uuid import uuid4
 from diator.brokers.base import Delivery, Settler
 from diator.brokers.codec import decode
 from diator.exceptions import BrokerError
-from diator.testing.saboteurs._base import Saboteur, again, caught_by, subscription_of
+from diator.testing.saboteurs._base import Saboteur, caught_by, copy_of, subscription_of
 
 
 @caught_by("ACK-05", "ACK-14", "ACK-18", "ACK-24")
 class AcksOnArrival(Saboteur):
-    """Acknowledges what it gives out."""
+    """Acknowledges a delivery before the consumer receives it."""
 
     async def deliver(self, delivery: Delivery) -> Delivery:
         await delivery.settler.ack(delivery)
@@ -25,7 +25,7 @@ class AcksOnArrival(Saboteur):
 
 @caught_by("ACK-01", "ACK-06", "ACK-21")
 class LosesAcks(Saboteur):
-    """Takes note of every second acknowledgement."""
+    """Ignores every second acknowledgement."""
 
     _count = 0
 
@@ -37,7 +37,7 @@ class LosesAcks(Saboteur):
 
 @caught_by("ACK-08")
 class AcksAllBefore(Saboteur):
-    """Takes an acknowledgement for one of everything before it too."""
+    """Acknowledges all earlier deliveries too."""
 
     async def ack(self, settle: Settler, delivery: Delivery) -> None:
         for each in [*subscription_of(settle).unsettled]:
@@ -48,15 +48,15 @@ class AcksAllBefore(Saboteur):
 
 @caught_by("ACK-03", "ACK-04", "ACK-10", "ACK-19", "PSN-04")
 class TakesRetryForAck(Saboteur):
-    """Acknowledges what is given back."""
+    """Acknowledges a message that is requeued."""
 
     async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
         await settle.ack(delivery)
 
 
 @caught_by("ACK-03", "ACK-19")
-class RetriesTwice(Saboteur):
-    """Puts two copies back."""
+class RequeuesTwice(Saboteur):
+    """Requeues two copies of a message."""
 
     async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
         await super().retry(settle, delivery, after)
@@ -65,8 +65,8 @@ class RetriesTwice(Saboteur):
 
 
 @caught_by("HDR-04", "ACK-03")
-class RetriesWithANewId(Saboteur):
-    """Sends it anew instead of giving it back."""
+class RequeuesWithANewId(Saboteur):
+    """Requeues a message with a new id."""
 
     async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
         await settle.ack(delivery)
@@ -75,15 +75,15 @@ class RetriesWithANewId(Saboteur):
 
 @caught_by("ACK-11")
 class IgnoresTheDelay(Saboteur):
-    """Gives back at once."""
+    """Requeues at once despite a delay."""
 
     async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
         await settle.retry(delivery, 0)
 
 
 @caught_by("ACK-11", "PSN-09")
-class WaitsWithTheDelay(Saboteur):
-    """Holds everything up until the delay is over."""
+class BlocksDuringTheDelay(Saboteur):
+    """Holds up all messages until the delay of one is over."""
 
     _until = 0.0
 
@@ -98,28 +98,28 @@ class WaitsWithTheDelay(Saboteur):
 
 @caught_by("ACK-15")
 class GivesUpAfterTwenty(Saboteur):
-    """Drops what comes for the twentieth time."""
+    """Drops a message at its twentieth delivery."""
 
     async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
         await (settle.ack(delivery) if delivery.attempt >= 20 else settle.retry(delivery, after))  # noqa: PLR2004
 
 
 @caught_by("FLW-14", "FLW-15")
-class CountsWhatWasGivenBack(Saboteur):
-    """Makes room only for what was acknowledged."""
+class CountsRequeued(Saboteur):
+    """Frees a prefetch slot only for an acknowledgement."""
 
     async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
         await super().retry(settle, delivery, after)
-        subscription_of(settle).unsettled[again(delivery)] = None
+        subscription_of(settle).unsettled[copy_of(delivery)] = None
 
     async def dead_letter(self, settle: Settler, delivery: Delivery, reason: str) -> None:
         await super().dead_letter(settle, delivery, reason)
-        subscription_of(settle).unsettled[again(delivery)] = None
+        subscription_of(settle).unsettled[copy_of(delivery)] = None
 
 
 @caught_by("ACK-10", "ACK-24", "PSN-04")
 class CountsNoAttempts(Saboteur):
-    """Says that each attempt is the first."""
+    """Delivers each message as the first attempt."""
 
     async def deliver(self, delivery: Delivery) -> Delivery:
         delivery.attempt = 1
@@ -128,7 +128,7 @@ class CountsNoAttempts(Saboteur):
 
 @caught_by("SUB-07", "ACK-10")
 class CountsAttemptsFromZero(Saboteur):
-    """Says 0 for the first attempt."""
+    """Delivers the first attempt with the number 0."""
 
     async def deliver(self, delivery: Delivery) -> Delivery:
         delivery.attempt -= 1
@@ -137,7 +137,7 @@ class CountsAttemptsFromZero(Saboteur):
 
 @caught_by("ACK-09", "PSN-06")
 class ForgetsDeadLetters(Saboteur):
-    """Acknowledges what is to be put aside."""
+    """Acknowledges a message that is dead-lettered."""
 
     async def dead_letter(self, settle: Settler, delivery: Delivery, reason: str) -> None:
         await settle.ack(delivery)
@@ -145,7 +145,7 @@ class ForgetsDeadLetters(Saboteur):
 
 @caught_by("ACK-09", "ACK-20")
 class DeliversDeadLetters(Saboteur):
-    """Puts aside, and gives back."""
+    """Dead-letters a message and redelivers it."""
 
     async def dead_letter(self, settle: Settler, delivery: Delivery, reason: str) -> None:
         await super().dead_letter(settle, delivery, reason)
@@ -155,7 +155,7 @@ class DeliversDeadLetters(Saboteur):
 
 @caught_by("PSN-06")
 class SpoilsDeadLetters(Saboteur):
-    """Puts aside what is left of a message when it was read as text."""
+    """Dead-letters a body that is changed because it was decoded as text."""
 
     async def dead_letter(self, settle: Settler, delivery: Delivery, reason: str) -> None:
         await super().dead_letter(settle, delivery, reason)
@@ -165,7 +165,7 @@ class SpoilsDeadLetters(Saboteur):
 
 @caught_by("ACK-22")
 class RefusesToAckTwice(Saboteur):
-    """Has a delivery that cannot be acknowledged twice."""
+    """Raises when a delivery is acknowledged twice."""
 
     async def deliver(self, delivery: Delivery) -> Delivery:
         return _Touchy(**{name: getattr(delivery, name) for name in ("topic", "body", "headers", "attempt", "settler")})
@@ -174,5 +174,5 @@ class RefusesToAckTwice(Saboteur):
 class _Touchy(Delivery):
     async def ack(self) -> None:
         if self.outcome:
-            raise OSError("it is acknowledged")
+            raise OSError("it is acknowledged already")
         await super().ack()

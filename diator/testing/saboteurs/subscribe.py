@@ -1,4 +1,4 @@
-"""Subscriptions gone wrong."""
+"""Defects of subscriptions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diator.testing.saboteurs._base import Saboteur, Subscription, caught_by, fi
 
 @caught_by("SUB-01")
 class IsReadyLater(Saboteur):
-    """Subscribes when it is first read from."""
+    """Subscribes only when a message is first awaited."""
 
     def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         self._later = [] if group else [*topics]
@@ -30,8 +30,8 @@ class IsReadyLater(Saboteur):
 
 
 @caught_by("GRP-05")
-class StumblesOverJoining(Saboteur):
-    """Loses what waits when a subscription joins."""
+class LosesOnJoin(Saboteur):
+    """Loses the waiting messages when a consumer joins a group."""
 
     async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
         subscription.queue.waiting.clear()
@@ -39,7 +39,7 @@ class StumblesOverJoining(Saboteur):
 
 @caught_by("SUB-04", "SUB-17", "SUB-05")
 class KeepsOneSubscription(Saboteur):
-    """Has one subscription a topic: the last."""
+    """Keeps only the last subscription to a topic."""
 
     async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
         for queue in self._queues:
@@ -49,7 +49,7 @@ class KeepsOneSubscription(Saboteur):
 
 @caught_by("SUB-16")
 class SubscribesWhenClosed(Saboteur):
-    """Opens again to subscribe."""
+    """Opens again to subscribe after its close."""
 
     def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         self._closed = False
@@ -57,8 +57,8 @@ class SubscribesWhenClosed(Saboteur):
 
 
 @caught_by("SUB-19")
-class ShowsThePast(Saboteur):
-    """Gives a new subscription what was sent before it."""
+class ReplaysThePast(Saboteur):
+    """Delivers messages to a new subscription that were sent before it."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -81,7 +81,7 @@ class ShowsThePast(Saboteur):
 
 @caught_by("SUB-20")
 class EntersUncancellably(Saboteur):
-    """Goes on subscribing when that is cancelled."""
+    """Continues to subscribe when that is cancelled."""
 
     async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
         with suppress(asyncio.CancelledError):
@@ -90,7 +90,7 @@ class EntersUncancellably(Saboteur):
 
 @caught_by("SUB-10")
 class LeavesAGhost(Saboteur):
-    """Keeps the messages of a subscription that was cancelled while it joined its group."""
+    """Keeps the messages of a consumer that was cancelled while it joined its group."""
 
     async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
         try:
@@ -103,7 +103,7 @@ class LeavesAGhost(Saboteur):
 
 @caught_by("SUB-08", "UNR-06")
 class HasFewSubscriptions(Saboteur):
-    """Has a limit that it does not tell."""
+    """Has a limit on subscriptions that it does not declare."""
 
     _count = 0
 
@@ -126,7 +126,7 @@ class HasFewSubscriptions(Saboteur):
 
 @caught_by("SUB-15")
 class EndsWhenIdle(Saboteur):
-    """Ends when nothing came for a moment."""
+    """Ends the iterator when no message arrives for a moment."""
 
     async def read(self, subscription: Subscription) -> Delivery:
         try:
@@ -137,7 +137,7 @@ class EndsWhenIdle(Saboteur):
 
 @caught_by("SUB-13")
 class LosesWithAWait(Saboteur):
-    """Takes a delivery along when waiting for it is cancelled."""
+    """Loses a delivery when the wait for it is cancelled."""
 
     async def deliver(self, delivery: Delivery) -> Delivery:
         del subscription_of(delivery.settler).unsettled[delivery]
@@ -146,8 +146,8 @@ class LosesWithAWait(Saboteur):
 
 
 @caught_by("SUB-03")
-class GoesOnReading(Saboteur):
-    """Reads from its latest subscription even when it is over."""
+class KeepsReading(Saboteur):
+    """Keeps reading from its latest subscription after its end."""
 
     async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
         self._latest = subscription
@@ -157,8 +157,8 @@ class GoesOnReading(Saboteur):
 
 
 @caught_by("HDR-09")
-class GivesAllTheSame(Saboteur):
-    """Gives every subscription one and the same delivery."""
+class DeliversOneObject(Saboteur):
+    """Delivers one and the same object to every subscription."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -169,8 +169,8 @@ class GivesAllTheSame(Saboteur):
 
 
 @caught_by("PSN-01", "PSN-02", "PSN-06")
-class DiesOfGarbage(Saboteur):
-    """Cannot give out what it cannot read."""
+class FailsOnGarbage(Saboteur):
+    """Raises when it receives a body that it cannot decode."""
 
     async def deliver(self, delivery: Delivery) -> Delivery:
         decode(delivery.body)
@@ -179,7 +179,7 @@ class DiesOfGarbage(Saboteur):
 
 @caught_by("PSN-01", "PSN-02")
 class SkipsGarbage(Saboteur):
-    """Acknowledges what it cannot read, and tells nobody."""
+    """Silently acknowledges a body that it cannot decode."""
 
     async def read(self, subscription: Subscription) -> Delivery:
         while True:
@@ -193,8 +193,8 @@ class SkipsGarbage(Saboteur):
 
 
 @caught_by("PSN-03")
-class SkipsStrangers(Saboteur):
-    """Acknowledges what is of another name than its topic, and tells nobody."""
+class SkipsUnknownNames(Saboteur):
+    """Silently acknowledges a message whose name differs from its topic."""
 
     async def read(self, subscription: Subscription) -> Delivery:
         while True:
@@ -209,7 +209,7 @@ class SkipsStrangers(Saboteur):
 
 @caught_by("PUB-02", "GRP-08", "ACK-05", "GRP-09")
 class ForgetsGroups(Saboteur):
-    """Ends a group with its last subscription."""
+    """Deletes a group when its last consumer leaves."""
 
     def after_unsubscribe(self, subscription: Subscription, topics: Collection[Topic], group: str | None) -> None:
         if group is not None and (queue := self._groups.pop(group, None)):
@@ -217,8 +217,8 @@ class ForgetsGroups(Saboteur):
 
 
 @caught_by("ACK-05", "ACK-14", "LIF-12")
-class ForgetsWhatIsHeld(Saboteur):
-    """Loses at the end of a subscription what was not settled, and what it had read ahead."""
+class LosesUnsettled(Saboteur):
+    """Loses unsettled and prefetched messages at the end of a subscription."""
 
     def before_unsubscribe(self, subscription: Subscription) -> None:
         subscription.unsettled.clear()
@@ -232,7 +232,7 @@ class ForgetsWhatIsHeld(Saboteur):
 
 @caught_by("ACK-14", "LIF-11")
 class HandsOverLate(Saboteur):
-    """Leaves what was not settled to the bound for crashes."""
+    """Redelivers unsettled messages only after the bound for crashes."""
 
     def before_unsubscribe(self, subscription: Subscription) -> None:
         asyncio.get_running_loop().call_later(30, subscription.queue.requeue, [*subscription.unsettled.values()])
@@ -240,8 +240,8 @@ class HandsOverLate(Saboteur):
 
 
 @caught_by("GRP-06", "LIF-11")
-class TakesAlong(Saboteur):
-    """Takes what is waiting along when a subscription leaves."""
+class LosesOnLeave(Saboteur):
+    """Loses the waiting messages when a consumer leaves."""
 
     def before_unsubscribe(self, subscription: Subscription) -> None:
         subscription.queue.waiting.clear()
@@ -249,7 +249,7 @@ class TakesAlong(Saboteur):
 
 @caught_by("SUB-17")
 class UnsubscribesAll(Saboteur):
-    """Ends all subscriptions to a topic with one."""
+    """Ends all subscriptions to a topic together with one."""
 
     def after_unsubscribe(self, subscription: Subscription, topics: Collection[Topic], group: str | None) -> None:
         for queue in self._queues:
@@ -258,7 +258,7 @@ class UnsubscribesAll(Saboteur):
 
 @caught_by("SUB-18", "ISO-04")
 class SwallowsTheProgramsErrors(Saboteur):
-    """Ends a subscription's block as if nothing had been raised."""
+    """Swallows an error in a subscription's block."""
 
     @asynccontextmanager
     async def subscribe(
@@ -269,12 +269,12 @@ class SwallowsTheProgramsErrors(Saboteur):
                 yield deliveries
 
 
-# -- nobody there ------------------------------------------------------------------------------------------------
+# -- unroutable --------------------------------------------------------------------------------------------------
 
 
 @caught_by("UNR-01")
-class DropsWhatNobodyWants(Saboteur):
-    """Keeps nothing for a later subscription."""
+class DropsUnroutable(Saboteur):
+    """Keeps no message for a later subscription."""
 
     async def send_message(self, message: Message, /) -> None:
         await super().send_message(message)
@@ -283,7 +283,7 @@ class DropsWhatNobodyWants(Saboteur):
 
 @caught_by("UNR-03")
 class WaitsForADestination(Saboteur):
-    """Waits until somebody subscribes."""
+    """Waits in a send until somebody subscribes."""
 
     async def send_message(self, message: Message, /) -> None:
         while not any(topic_of(message) in queue.topics for queue in self._queues):  # noqa: ASYNC110
