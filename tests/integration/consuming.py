@@ -1,4 +1,4 @@
-"""Consumers in processes of their own, and the ledgers that their handlers write."""
+"""Consumers in separate processes, and the files in which their handlers record events."""
 
 import asyncio
 import signal
@@ -15,26 +15,32 @@ ROOT = WORKER.parents[2]
 
 
 class Ledger:
-    """What the handlers of one process wrote: when each began and ended, and when messages may have been missed."""
+    """
+    The record that the handlers of one process write.
+
+    Attributes:
+        begun: The number of each event whose handler has started, with the time.
+        ended: The number of each event whose handler has finished, with the time.
+        gaps: The reported gaps, from and until when.
+        handled: How many times each event was handled to the end.
+    """
 
     def __init__(self, file: Path) -> None:
         self._lines = file.open("x+")
-        self._half = ""
-        """A line of which the rest is not there yet."""
+        self._half = ""  # a line whose rest is not written yet
         self.begun: list[tuple[int, float]] = []
         self.ended: list[tuple[int, float]] = []
         self.gaps: list[tuple[float, float]] = []
         self.handled: Counter[int] = Counter()
-        """How often each number was handled to the end."""
 
     def read(self) -> "Ledger":
-        """Read on: what was written since."""
+        """Read what was written since the last call, and return this ledger."""
         while not self._lines.closed and (part := self._lines.readline()):
             self._half += part
             if not self._half.endswith("\n"):
                 break
             what, first, at = self._half.split()
-            self._half = ""
+            self._half = ""  # a line whose rest is not written yet
             if what == "gap":
                 self.gaps.append((float(first), float(at)))
             elif what == "begin":
@@ -50,9 +56,9 @@ class Ledger:
 
 
 async def until(holds, *, within=25.0) -> None:
-    """Wait until *holds* says so: another process makes it true."""
+    """Wait until *holds* is true, which another process brings about."""
     async with asyncio.timeout(within):
-        while not holds():  # noqa: ASYNC110  # as above
+        while not holds():  # noqa: ASYNC110  # another process changes the condition
             await asyncio.sleep(0.01)
 
 
@@ -60,7 +66,7 @@ async def until(holds, *, within=25.0) -> None:
 async def consuming(
     address: str, prefix: str, folder: Path, *, seconds: float = 0.001, careless: bool = False
 ) -> AsyncIterator[tuple[Process, Ledger]]:
-    """Start a process that consumes; what is left of it at the end is killed."""
+    """Start a process that consumes, and kill it at the end if it still runs."""
     file = folder / uuid4().hex
     ledger = Ledger(file)
     more = ["careless"] if careless else []
@@ -80,13 +86,13 @@ async def consuming(
 
 
 async def kill(process: Process) -> None:
-    """End it as a power cut would."""
+    """Kill *process*, as a power cut would."""
     process.kill()
     await process.wait()
 
 
 async def asked_to_end(process: Process) -> str:
-    """Ask it to end, and see that it does so in good order; what it logged."""
+    """Send SIGTERM to *process*, check that it exits with 0, and return its log."""
     process.send_signal(signal.SIGTERM)
     async with asyncio.timeout(25):
         _, log = await process.communicate()

@@ -1,9 +1,9 @@
 """
-A consumer in a process of its own: `consuming_worker.py ADDRESS PREFIX LEDGER SECONDS [careless]`.
+A consumer in a separate process: `consuming_worker.py ADDRESS PREFIX LEDGER SECONDS [careless]`.
 
-ADDRESS is as in `transports.py`. Each handler writes into the file LEDGER when it begins, takes SECONDS, and writes
-when it ends; gaps are written too. A line is one write, so that what was written survives the process. A careless one
-acknowledges what it receives before it has handled it.
+ADDRESS is as in `transports.py`. Each handler writes a line into the file LEDGER when it starts, takes SECONDS, and
+writes a line when it finishes. Gaps are written too. Each line is one write, so that it survives the death of the
+process. With `careless`, the consumer acknowledges each delivery before handling it.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ class Counted(NotificationEvent):
 
 
 class Careless:
-    """A broker whose deliveries are acknowledged before anybody has them, as by auto-commit and no-ack."""
+    """A broker that acknowledges each delivery before the consumer receives it, like auto-commit or no-ack."""
 
     def __init__(self, broker):
         self.broker = broker

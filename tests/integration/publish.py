@@ -1,8 +1,8 @@
 """
-Runs the suite against diator's own transports, and publishes what became of it: `python -m tests.integration.publish`.
+Run the suite against the transports of diator and publish the results: `python -m tests.integration.publish`.
 
-It writes `docs/conformance/<transport>.json` and the tables of `docs/conformance.md`. Arguments name the transports to
-run; the page is made of all reports that there are.
+The program writes `docs/conformance/<transport>.json` and the tables of `docs/conformance.md`. The arguments are the
+names of the transports to run; without arguments, all are run. The page shows all existing reports.
 """
 
 import json
@@ -20,7 +20,7 @@ PAGE = ROOT / "docs" / "conformance.md"
 SEED = "1"
 COARSE = (0, 3, 30, 300)
 
-#: By the name of the report: the harness, in the order of the columns, and the service that it needs.
+#: The harness of each report and the service that it needs, by the name of the report, in the order of the columns.
 TRANSPORTS = {
     "memory": ("tests.integration.harnesses:MemoryHarness", None),
     "redis": ("tests.integration.harnesses:RedisHarness", "redis"),
@@ -31,7 +31,7 @@ TRANSPORTS = {
 
 
 def main(names):
-    """Run what *names* says, or all; give 1 if something failed or was not to be had."""
+    """Run the transports *names*, or all. Return 1 if a scenario failed or a service was not available."""
     services = Services()
     try:
         failed = [name for name in names or TRANSPORTS if not publish(name, services)]
@@ -42,9 +42,9 @@ def main(names):
 
 
 def publish(name, services):
-    """Run one transport, and write its report unless its service is not to be had."""
+    """Run one transport and write its report. Return whether that succeeded."""
     harness, service = TRANSPORTS[name]
-    environment = {**os.environ, "DIATOR_CONFORMANCE_STRICT": "1"}  # here, what is new counts
+    environment = {**os.environ, "DIATOR_CONFORMANCE_STRICT": "1"}  # a failure of a new scenario counts
     try:
         if service is not None:
             environment[BACKENDS[service].variable] = services.url(service)
@@ -60,7 +60,7 @@ def publish(name, services):
 
 
 def publishable(report):
-    """The report with coarse seconds and a line for each scenario, so that two runs differ in what is different."""
+    """Return the report with coarse times and one line for each scenario, so that similar runs have a small diff."""
     scenarios = [
         {**each, "seconds": next((bound for bound in COARSE if each["seconds"] <= bound), round(each["seconds"]))}
         for each in report["scenarios"]
@@ -71,7 +71,7 @@ def publishable(report):
 
 
 def reports():
-    """The reports that there are, in the order of the columns."""
+    """Return the paths of the existing reports, in the order of the columns."""
     return [path for name in TRANSPORTS if (path := REPORTS / f"{name}.json").exists()]
 
 

@@ -1,4 +1,4 @@
-"""diator's own transports keep their contract. `-k ACK` runs one part of it, `-k ACK-03` one scenario."""
+"""The conformance suite against the transports of diator. `-k ACK` runs one part, `-k ACK-03` one scenario."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ ADDRESSES = {
 
 @pytest.fixture(scope="session", autouse=True)
 def addresses(request):
-    """Tell the harnesses where the services are, as those of a third party are told."""
+    """Pass the addresses of the services to the harnesses in the environment."""
     with pytest.MonkeyPatch.context() as environment:
         for fixture, variable in ADDRESSES.items():
             with contextlib.suppress(pytest.skip.Exception):
@@ -52,7 +52,7 @@ class TestPlainMemory(TransportConformance):
 
 
 class FaultyHarness(MemoryHarness):
-    """The broker of the fault kit, with nothing scripted."""
+    """`FaultyMessageBroker` without a script."""
 
     def transport(self):
         return FaultyMessageBroker()
@@ -64,8 +64,8 @@ class FaultyHarness(MemoryHarness):
 class TestFaulty(TransportConformance):
     harness = FaultyHarness
     deviations: ClassVar = {
-        **dict.fromkeys(["ACK-11", "PSN-09"], Deviation(reason="a retry comes at once: a test does not wait")),
-        **dict.fromkeys(["LEK-06", "LEK-08"], Deviation(reason="it keeps what was delivered, for the test to ask")),
+        **dict.fromkeys(["ACK-11", "PSN-09"], Deviation(reason="a retry is redelivered at once: a test does not wait")),
+        **dict.fromkeys(["LEK-06", "LEK-08"], Deviation(reason="it keeps every delivery for the test to inspect")),
     }
 
 
@@ -92,12 +92,12 @@ class TestKafka(TransportConformance):
 class TestKafkaInPlace(TransportConformance):
     harness = KafkaInPlaceHarness
     required = "kafka" in required()
-    only = "ACK ORD PSN GRP"
+    only = "ACK- ORD- PSN- GRP-"
 
 
 @pytest.mark.parametrize("name", TRANSPORTS)
-def test_what_is_published_is_what_the_transport_promises(name):
-    """Otherwise `nox -s conformance` has to be run again."""
+def test_the_published_capabilities_are_the_promised_ones(name):
+    """If this fails, run `nox -s conformance` again."""
     module, _, attribute = TRANSPORTS[name][0].partition(":")
     harness = getattr(importlib.import_module(module), attribute)()
     try:

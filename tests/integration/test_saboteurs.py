@@ -1,4 +1,4 @@
-"""The conformance suite finds what it is there to find."""
+"""Tests of the conformance suite: it catches the defects that it is made for."""
 
 import asyncio
 from collections import Counter
@@ -25,7 +25,7 @@ def harness_of(saboteur, limits):
         services: ClassVar = {}
 
         def transport(self):
-            """Brokers of one scenario share a service."""
+            """Return a broker that shares its service with the other brokers of the scenario."""
             made = saboteur()
             return made.share_service(self.services.setdefault(asyncio.get_running_loop(), made))
 
@@ -43,8 +43,8 @@ def harness_of(saboteur, limits):
 
 @pytest.mark.parametrize(("saboteur", "id_"), PAIRS)
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_is_caught(saboteur, id_):
-    """Each transport with a defect fails the scenarios that it names."""
+def test_a_saboteur_is_caught(saboteur, id_):
+    """Each saboteur fails the scenarios that it names."""
     hurried = Limits(scale=0.04, quiet=0.03, redelivery=0.3, lag=0.3)
 
     result = run_scenario(SCENARIOS[id_], harness_of(saboteur, hurried), seed=1)
@@ -52,8 +52,8 @@ def test_is_caught(saboteur, id_):
     assert (result.outcome, saboteur.__doc__) == ("FAIL", saboteur.__doc__)
 
 
-def test_the_healthy_one_is_not():
-    """What the saboteurs are made of has no defect, but for what the broker inside has."""
+def test_the_base_of_the_saboteurs_passes():
+    """The base class has no defect except for the known deviations of the in-memory broker."""
     healthy = harness_of(Saboteur, MemoryHarness.limits)
 
     results = run_suite(healthy, [each for each in select() if each.level != "S"], seed=1)
@@ -61,15 +61,15 @@ def test_the_healthy_one_is_not():
     assert {result.scenario.id for result in results if result.outcome == "FAIL"} == {*MemoryHarness.deviations}
 
 
-def test_every_scenario_is_proved():
-    """For each core scenario, and for each that depends on a promise, there is a transport that fails it."""
+def test_every_scenario_has_a_saboteur():
+    """Each core scenario and each scenario of a capability has a transport that fails it."""
     proved = {id_ for saboteur in SABOTEURS for id_ in saboteur.caught_by}
 
     assert {each.id for each in select() if each.level in "CX"} <= proved
 
 
 class Inert:
-    """A proxy, and a service, that do nothing of what they are told."""
+    """A proxy and a service whose faults have no effect."""
 
     accepted = connections = 1
     passed: ClassVar = Counter()
@@ -85,7 +85,7 @@ class Inert:
 
 
 class Bold(Saboteur):
-    """Promises everything that a scenario of faults may ask for."""
+    """Promises every capability that a scenario with faults may need."""
 
     @property
     def capabilities(self):
@@ -94,14 +94,14 @@ class Bold(Saboteur):
 
 
 class Calm(MemoryHarness):
-    """Offers every facility for faults, and nothing ever happens. The service of each process is its own."""
+    """Offers every facility for faults, but no fault has an effect. Each process has its own service."""
 
     faults = frozenset({"proxy", "crash", "processes", "outages", "operator", "topology", "alarm", "security"})
     facilities = MemoryHarness.facilities | faults
     limits = Limits(scale=0.04, quiet=0.03, lag=0.3, timeout=0.5, liveness=0.5, recovery=0.5, max_delay=0.05)
     deviations: ClassVar = {}
     services: ClassVar = {}
-    password = "nobody-asks-for-it"
+    password = "never-used"
     broker = Bold
 
     def transport(self):
@@ -126,21 +126,21 @@ FAULTS = [each for each in select() if each.facilities & Calm.faults]
 
 
 @pytest.mark.parametrize("scenario", FAULTS, ids=lambda each: each.id)
-def test_a_fault_that_did_not_happen_proves_nothing(scenario):
-    """A scenario of faults fails where its environment does nothing: it wants to see that the fault was felt."""
+def test_a_fault_without_an_effect_fails_the_scenario(scenario):
+    """A scenario with faults checks that the fault had an effect, so it fails in an environment without effects."""
     harness = Calm()
-    harness.broker = Saboteur if scenario.id == "DUR-06" else Bold  # one is for those who promise no durability
+    harness.broker = Saboteur if scenario.id == "DUR-06" else Bold  # DUR-06 is for transports without durability
 
     assert run_scenario(scenario, harness, seed=1).outcome == "FAIL"
 
 
-def test_every_fault_is_tried_without_it():
-    """No scenario of faults is left out above: those that need no more than the service has are of another kind."""
+def test_every_scenario_with_faults_is_tried_without_them():
+    """The test above covers every scenario with faults, except for scenarios that need only the service itself."""
     assert {each.id for each in select() if each.level == "F"} - {each.id for each in FAULTS} == {"SEC-09"}
 
 
 class Outage(Inert):
-    """A service that is out when it is told to be, and comes back with what it had, or without."""
+    """A service that can be down and restarts with its data, or without it if it *forgets*."""
 
     def __init__(self, forgets):
         self.forgets = forgets
@@ -160,18 +160,18 @@ class Outage(Inert):
 
 
 class Breakable(Bold):
-    """Cannot reach a service that is out."""
+    """Raises `BrokerUnavailable` while the service is down."""
 
     outage = Outage(forgets=False)
 
     async def send_message(self, message, /):
         if self.outage.down:
-            raise BrokerUnavailable("it is out", message_id=message.message_id)
+            raise BrokerUnavailable("the service is down", message_id=message.message_id)
         await super().send_message(message)
 
 
 def restarted(broker, *, forgets):
-    """An environment whose service can be out, with transports that are *broker*."""
+    """Return an environment whose service can be down, with transports of the class *broker*."""
 
     class Restarted(Calm):
         outage = Outage(forgets)
@@ -191,14 +191,14 @@ def restarted(broker, *, forgets):
 
 @pytest.mark.parametrize(("forgets", "outcome"), [(False, "PASS"), (True, "FAIL")])
 @pytest.mark.parametrize("id_", ["DUR-01", "DUR-02", "DUR-05"])
-def test_a_service_that_comes_back_without_what_it_had_is_found(id_, forgets, outcome):
-    """The other half of that proof: the fault did happen, and more was lost than may be."""
+def test_a_service_that_loses_its_data_is_caught(id_, forgets, outcome):
+    """Here the fault has an effect, and more messages are lost than may be lost."""
     assert run_scenario(SCENARIOS[id_], restarted(Breakable, forgets=forgets), seed=1).outcome == outcome
 
 
 @pytest.mark.parametrize("id_", ["FLT-05", "FLT-06"])
-def test_a_gap_that_is_not_told_is_found(id_):
-    """Whoever promises little has to say when it was too little."""
+def test_a_gap_that_is_not_reported_is_caught(id_):
+    """A transport that delivers at most once has to report when messages may be missing."""
 
     class Silent(Breakable):
         @property
@@ -207,19 +207,19 @@ def test_a_gap_that_is_not_told_is_found(id_):
 
     result = run_scenario(SCENARIOS[id_], restarted(Silent, forgets=False), seed=1)
 
-    assert (result.outcome, "was not told" in result.reason) == ("FAIL", True)
+    assert (result.outcome, "reported no gap" in result.reason) == ("FAIL", True)
 
 
-def test_every_saboteur_says_what_is_wrong_with_it():
+def test_every_saboteur_describes_its_defect():
     assert all(saboteur.caught_by and saboteur.__doc__ for saboteur in SABOTEURS)
     assert len({saboteur.__name__ for saboteur in SABOTEURS}) == len(SABOTEURS)
 
 
-def test_an_environment_that_is_absent_proves_nothing():
-    """A run that reached no service is not green."""
+def test_a_missing_environment_proves_nothing():
+    """A run without its service passes nothing."""
 
     class Absent(MemoryHarness):
         def start(self):
-            raise EnvironmentMissing("nobody is there")
+            raise EnvironmentMissing("no service")
 
     assert {result.outcome for result in run_suite(Absent(), select())} == {"NOT_RUN"}

@@ -1,10 +1,10 @@
-"""A broker for an address, as a test process is told one."""
+"""Make a broker from an address, for tests that pass an address to another process."""
 
 from typing import Any
 
 
 def broker_for(address: str, prefix: str, **options: Any) -> Any:
-    """Make the broker of `redis://…`, `redis-streams://…`, `amqp://…` or `kafka://…`, which keeps to *prefix*."""
+    """Return a broker for `redis://…`, `redis-streams://…`, `amqp://…` or `kafka://…` that uses names with *prefix*."""
     scheme, _, rest = address.partition("://")
     match scheme:
         case "redis":

@@ -1,4 +1,4 @@
-"""How the conformance suite gets diator's own transports."""
+"""The harnesses of the transports of diator for the conformance suite."""
 
 from tests.integration.harnesses.kafka import KafkaHarness, KafkaInPlaceHarness
 from tests.integration.harnesses.memory import MemoryHarness, PlainHarness

@@ -1,4 +1,4 @@
-"""How the conformance suite gets Kafka."""
+"""The harnesses of the Kafka transport."""
 
 import os
 import ssl
@@ -14,12 +14,12 @@ from tests.services import BACKENDS
 
 
 class KafkaHarness(ServiceHarness):
-    """Kafka, at `DIATOR_TEST_KAFKA_SERVERS`; one in a container of its own, where it is to be broken or proxied."""
+    """Kafka at `DIATOR_TEST_KAFKA_SERVERS`, or in a private container for scenarios that break it or use a proxy."""
 
     name = backend = "kafka"
-    breaking = frozenset({"proxy", "outages"})  # a proxy has to stand where Kafka sends its clients to
+    breaking = frozenset({"proxy", "outages"})  # the proxy has to listen where Kafka sends its clients
     facilities = frozenset({"proxy", "raw", "dead_letters", "crash", "processes", "outages", "topology", "security"})
-    # Joining a group, and creating a topic, take a tenth of a second each; the lowest session that Kafka allows is 6 s.
+    # Joining a group and creating a topic take 0.1 s each. The shortest session timeout that Kafka allows is 6 s.
     limits = Limits(
         scale=4.0, quiet=0.3, redelivery=5.0, timeout=3.0, liveness=10.0, recovery=20.0, lag=2.0, max_delay=1.0
     )
@@ -33,7 +33,7 @@ class KafkaHarness(ServiceHarness):
     def start(self):
         servers = os.environ.get("DIATOR_TEST_KAFKA_SERVERS")
         if not servers:
-            raise EnvironmentMissing("DIATOR_TEST_KAFKA_SERVERS does not say where Kafka is")
+            raise EnvironmentMissing("DIATOR_TEST_KAFKA_SERVERS does not name a Kafka server")
         self.url = self.direct = servers
 
     def guarded_service(self, certificate):
@@ -81,7 +81,7 @@ class KafkaHarness(ServiceHarness):
     async def proxied(self):
         service = self.services["breakable"]._service
         if self.is_proxied:
-            raise EnvironmentMissing("Kafka sends its clients to one address, at which one proxy can stand")
+            raise EnvironmentMissing("Kafka sends all its clients to one address, where only one proxy can listen")
         proxy = FaultProxy("127.0.0.1", service.behind)
         proxy.port = service.proxied
         async with proxy:
@@ -130,9 +130,9 @@ class KafkaHarness(ServiceHarness):
         finally:
             await admin.close()
         if group is not None:
-            await self._forget_what_was_read(name, transport._names.group(group))
+            await self._reset_offsets(name, transport._names.group(group))
 
-    async def _forget_what_was_read(self, name, group):
+    async def _reset_offsets(self, name, group):
         from aiokafka import AIOKafkaConsumer, TopicPartition
         from aiokafka.errors import CommitFailedError
 
@@ -140,7 +140,7 @@ class KafkaHarness(ServiceHarness):
             await consumer._client._wait_on_metadata(name)
             places = [TopicPartition(name, number) for number in consumer.partitions_for_topic(name)]
             consumer.assign(places)
-            with suppress(CommitFailedError):  # Kafka touches no group that has members
+            with suppress(CommitFailedError):  # Kafka refuses this while the group has consumers
                 await consumer.commit(dict.fromkeys(places, 0))
 
 
@@ -148,11 +148,11 @@ _ALL, _READ, _WRITE = 2, 3, 4
 _DENY, _ALLOW = 2, 3
 _TOPIC, _LITERAL = 2, 3
 _EVERYTHING = {_TOPIC: "*", 3: "*", 4: "kafka-cluster"}
-"""All topics, all groups, and the cluster; numbers as in Kafka's protocol."""
+"""All topics, all groups and the cluster, with the numbers of Kafka's protocol."""
 
 
 def guarded_kafka(certificates, certificate, password):
-    """Kafka that speaks only TLS to others, and has three users."""
+    """Return a Kafka container that accepts only TLS from outside and has three users."""
     rights = {"granted": [], "may-not-send": [_WRITE], "may-not-read": [_READ]}
     users = " ".join(f'user_{name}="{password}"' for name in rights)
     login = "org.apache.kafka.common.security.plain.PlainLoginModule"
@@ -172,7 +172,7 @@ def guarded_kafka(certificates, certificate, password):
     }
 
     async def probe(servers):
-        """Let the users do everything but what they may not: that is how one sees that it answers."""
+        """Set the permissions of the users, which also proves that Kafka answers."""
         from aiokafka.client import AIOKafkaClient
         from aiokafka.protocol.admin import CreateAclsRequest
 
@@ -211,7 +211,7 @@ def _in_a_line(pem):
 
 
 class KafkaInPlaceHarness(KafkaHarness):
-    """Kafka, where what is given back holds up what is behind it."""
+    """Kafka with `retry_in_place`: a requeued message holds up the messages behind it."""
 
     name = "kafka, retry in place"
     in_place = True

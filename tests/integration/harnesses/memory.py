@@ -1,4 +1,4 @@
-"""How the conformance suite gets the broker inside the process, and one that promises little."""
+"""The harnesses of the in-memory broker, and of an in-memory broker that promises little."""
 
 from contextlib import asynccontextmanager
 
@@ -10,7 +10,7 @@ from diator.testing.conformance import DeadLettered, Harness, Limits
 
 
 class MemoryHarness(Harness):
-    """The broker inside the process. Each broker is a service of its own."""
+    """The in-memory broker. Each broker is its own service."""
 
     name = "memory"
     facilities = frozenset({"raw", "dead_letters", "full"})
@@ -36,7 +36,7 @@ class MemoryHarness(Harness):
 
 
 class PlainHarness(Harness):
-    """The broker inside the process, with everything taken from it that can be missing: at most once, to everybody."""
+    """The in-memory broker without any capability that can be missing: at most once, broadcast only."""
 
     name = "memory, at most once"
     limits = MemoryHarness.limits
@@ -46,7 +46,7 @@ class PlainHarness(Harness):
 
 
 class PlainMessageBroker(MemoryMessageBroker):
-    """Promises little, and refuses the rest. Each capability has a transport that has it and one that has not."""
+    """Promises little and refuses the rest, so that each capability has a transport with it and one without it."""
 
     @property
     def capabilities(self):
@@ -71,7 +71,7 @@ class PlainMessageBroker(MemoryMessageBroker):
 
 
 class _PlainDeliveries:
-    # No generator: a cancelled wait would end it.
+    # Not a generator: a cancelled wait would end it.
 
     def __init__(self, deliveries):
         self._deliveries = deliveries

@@ -1,4 +1,4 @@
-"""How the conformance suite gets RabbitMQ."""
+"""The harness of the RabbitMQ transport."""
 
 import asyncio
 import base64
@@ -24,7 +24,7 @@ from tests.services import BACKENDS
 
 
 class RabbitMQHarness(ServiceHarness):
-    """RabbitMQ, at `DIATOR_TEST_RABBITMQ_URL`. What it declares is deleted at the end."""
+    """RabbitMQ at `DIATOR_TEST_RABBITMQ_URL`. Its queues and exchange are deleted at the end."""
 
     name = backend = "rabbitmq"
     facilities = frozenset(
@@ -41,7 +41,7 @@ class RabbitMQHarness(ServiceHarness):
     def start(self):
         url = os.environ.get("DIATOR_TEST_RABBITMQ_URL")
         if not url:
-            raise EnvironmentMissing("DIATOR_TEST_RABBITMQ_URL does not say where RabbitMQ is")
+            raise EnvironmentMissing("DIATOR_TEST_RABBITMQ_URL does not name a RabbitMQ server")
         self.url = self.direct = self.shared = url
         try:
             self.version = alone(self._amqp(lambda channel: channel.connection.server_properties["version"]))
@@ -52,15 +52,15 @@ class RabbitMQHarness(ServiceHarness):
         from aiormq.exceptions import ChannelPreconditionFailed
 
         async def delete(channel):
-            with contextlib.suppress(OSError):  # what other processes of this run have declared
+            with contextlib.suppress(OSError):  # queues that other processes of this run have declared
                 self.declared |= {each["name"] for each in self._manage("GET", "queues?columns=name")}
             for queue in self.declared:
                 if queue.startswith(f"{self.prefix}:"):
                     await channel.queue_delete(queue)
-            with contextlib.suppress(ChannelPreconditionFailed):  # another harness of this process uses it
+            with contextlib.suppress(ChannelPreconditionFailed):  # another harness of this process still uses it
                 await channel.exchange_delete(self.prefix, if_unused=True)
 
-        if self.prefix.endswith(f"-{os.getpid()}"):  # and not in another process of this run
+        if self.prefix.endswith(f"-{os.getpid()}"):  # only the process that made the prefix deletes
             alone(self._amqp(delete))
         super().stop()
 
@@ -87,7 +87,7 @@ class RabbitMQHarness(ServiceHarness):
         harness = self
 
         class Watched(RabbitMQMessageBroker):
-            """Tells what it declares, for it to be deleted, and what it has open, for it to be broken."""
+            """Records its queues, so that they can be deleted, and its sockets, so that they can be broken."""
 
             def __init__(self, *args, **options):
                 super().__init__(*args, **options)
@@ -107,13 +107,13 @@ class RabbitMQHarness(ServiceHarness):
                     harness.declared |= {*member.queues, *map(member.dead, member.queues)}
                 async with super()._reading(member, prefetch) as reading:
                     if harness.direct != harness.shared:
-                        # RabbitMQ writes down within a second that a quorum queue is there; killed before that, it
-                        # has lost the queue, whatever was confirmed.
+                        # RabbitMQ stores a new quorum queue only within a second. If it is killed before that, the
+                        # queue is lost with its confirmed messages.
                         await asyncio.sleep(1.5)
                     yield reading
 
         name = f"{'&' if '?' in url else '?'}name=conformance-{uuid4().hex}"
-        # Killed and started again, it answers before its queues are there.
+        # After a kill, RabbitMQ answers before its queues are available.
         reconnect = ReconnectPolicy(connect_timeout=15.0, idle_timeout=1.0, probe_timeout=1.0, max_delay=1.0)
         broker = Watched(url + name, self.prefix, timeout=5.0, reconnect=reconnect, **options)
         broker.name = name.partition("=")[2]
@@ -143,7 +143,7 @@ class RabbitMQHarness(ServiceHarness):
 
     async def crash(self, transport):
         async def no_more(purpose):
-            raise ConnectionError("its process is dead")
+            raise ConnectionError("the process is dead")
 
         transport._address.dial = no_more
         for writer in transport.writers:
@@ -172,10 +172,10 @@ class RabbitMQHarness(ServiceHarness):
                 each["name"] for each in connections if each.get("user_provided_name", "").startswith(transport.name)
             ]
 
-        # The management plugin learns of connections, and of their end, within seconds.
-        found, count = set(), max(1, sum(map(is_open, transport.writers)))  # one may be just about to be
+        # The management plugin reports new and closed connections only after seconds.
+        found, count = set(), max(1, sum(map(is_open, transport.writers)))  # a connection may be opening
         while len(found) < count:
-            await asyncio.sleep(0.2)  # nobody tells
+            await asyncio.sleep(0.2)  # the plugin has no notifications
             found = set(await asyncio.to_thread(of_transport)) - transport.disconnected
         transport.disconnected |= found
         for name in found:
@@ -189,8 +189,8 @@ class RabbitMQHarness(ServiceHarness):
         credentials = base64.b64encode(f"{parts.username}:{parts.password}".encode()).decode()
         request.add_header("Authorization", f"Basic {credentials}")
         with urlopen(request, timeout=5) as answer:
-            said = answer.read()
-        return json.loads(said) if said else None
+            content = answer.read()
+        return json.loads(content) if content else None
 
     async def delete(self, transport, topic, group):
         from diator.brokers.rabbitmq._names import queue_name
@@ -205,7 +205,7 @@ class RabbitMQHarness(ServiceHarness):
         await self._amqp(delete)
 
     async def _amqp(self, do):
-        """Do something with a client of its own."""
+        """Call *do* with a channel of a separate client."""
         import aiormq
 
         async with aiormq.connect(self.direct) as connection:
@@ -219,7 +219,7 @@ class RabbitMQHarness(ServiceHarness):
 
 
 def guarded_rabbitmq(certificates, certificate, password):
-    """RabbitMQ that speaks only TLS, and has three users."""
+    """Return a RabbitMQ container that accepts only TLS and has three users."""
     rights = {
         "granted": {"configure": ".*", "write": ".*", "read": ".*"},
         "may-not-send": {"configure": ".*", "write": r".*:.*|amq\\.default", "read": ".*"},
@@ -272,14 +272,14 @@ def is_open(writer):
 
 
 def alone(coroutine):
-    """Run *coroutine* to its end, whether or not an event loop is running here."""
+    """Run *coroutine* to its end, whether or not an event loop is running in this thread."""
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(asyncio.run, coroutine).result()
 
 
 @functools.cache
 def container_of(port):
-    """The address of the container on this machine that is reached at *port*; None if there is none."""
+    """Return the address of the local container that publishes *port*; None if there is none."""
     from docker import from_env
     from docker.errors import DockerException
 

@@ -1,4 +1,4 @@
-"""How the conformance suite gets Redis: Pub/Sub and Streams."""
+"""The harnesses of the Redis transports: Pub/Sub and Streams."""
 
 import os
 from contextlib import asynccontextmanager
@@ -15,7 +15,7 @@ from tests.services import BACKENDS
 
 
 class RedisHarness(ServiceHarness):
-    """Redis Pub/Sub, at `DIATOR_TEST_REDIS_URL`."""
+    """Redis Pub/Sub at `DIATOR_TEST_REDIS_URL`."""
 
     name = backend = "redis"
     facilities = frozenset({"proxy", "raw", "crash", "processes", "outages", "operator", "security"})
@@ -25,7 +25,7 @@ class RedisHarness(ServiceHarness):
     def start(self):
         url = os.environ.get("DIATOR_TEST_REDIS_URL")
         if not url:
-            raise EnvironmentMissing("DIATOR_TEST_REDIS_URL does not say where Redis is")
+            raise EnvironmentMissing("DIATOR_TEST_REDIS_URL does not name a Redis server")
         self.url = self.direct = url
         import redis
 
@@ -70,7 +70,7 @@ class RedisHarness(ServiceHarness):
         pool = transport._client.connection_pool
 
         async def no_more(*_, **__):
-            raise ConnectionError("its process is dead")
+            raise ConnectionError("the process is dead")
 
         pool.get_connection = no_more
         for connection in {*pool._in_use_connections, *pool._available_connections}:
@@ -97,7 +97,7 @@ class RedisHarness(ServiceHarness):
 
 
 class RedisStreamHarness(RedisHarness):
-    """Redis Streams, at `DIATOR_TEST_REDIS_URL`."""
+    """Redis Streams at `DIATOR_TEST_REDIS_URL`."""
 
     name = "redis streams"
     facilities = RedisHarness.facilities | {"dead_letters", "topology", "alarm"}
@@ -136,12 +136,12 @@ class RedisStreamHarness(RedisHarness):
 
 
 def named(url):
-    """Give the connections of one transport a name at the server."""
+    """Return *url* with a client name, by which the server knows the connections of one transport."""
     return f"{url}{'&' if '?' in url else '?'}client_name=conformance-{uuid4().hex}"
 
 
 def guarded_redis(certificates, certificate, password):
-    """Redis that speaks only TLS, and has three users."""
+    """Return a Redis container that accepts only TLS and has three users."""
     rights = {
         "granted": "+@all",
         "may-not-send": "+@all -publish -xadd",

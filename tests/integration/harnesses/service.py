@@ -1,4 +1,4 @@
-"""What the harnesses of services have in common: containers of their own, one to be broken and two that are guarded."""
+"""The base of the harnesses of services: private containers, one to break and two with TLS and users."""
 
 import ssl
 from abc import abstractmethod
@@ -12,12 +12,18 @@ from tests.integration.private_services import Certificates, PrivateServices
 
 
 class ServiceHarness(Harness):
-    """Its `url` is where transports connect to, and `direct` is where the same service is without a proxy."""
+    """
+    A harness of a service.
+
+    Attributes:
+        url: The address that transports connect to.
+        direct: The address of the same service without a proxy.
+        backend: The name of the service in `tests.services`.
+        breaking: The facilities that need a service which may be broken.
+    """
 
     backend: str
-    """What `tests.services` calls the service."""
     breaking = frozenset({"outages", "alarm"})
-    """The facilities for which it needs a service that may be broken."""
 
     def __init__(self):
         self.services = PrivateServices()
@@ -38,7 +44,7 @@ class ServiceHarness(Harness):
 
     @abstractmethod
     def guarded_service(self, certificate):
-        """Say how a service is started that has this certificate, speaks only TLS to others, and has three users."""
+        """Return a container with *certificate* that accepts only TLS and has three users."""
 
     def guarded(self, access):
         service = self.services["expired" if access == "expired" else "server"]
@@ -55,11 +61,11 @@ class ServiceHarness(Harness):
 
     @abstractmethod
     def connecting_to(self, url):
-        """Make a transport that connects to *url*."""
+        """Return a transport that connects to *url*."""
 
     @abstractmethod
     def entering(self, entrance):
-        """Make a transport that goes through *entrance*."""
+        """Return a transport that connects with the address and credentials of *entrance*."""
 
     def transport(self):
         return self.connecting_to(self.url)
@@ -82,13 +88,20 @@ class ServiceHarness(Harness):
 
 @dataclass(frozen=True, kw_only=True)
 class Entrance:
-    """Where a guarded service is, and what it is shown."""
+    """
+    The address of a guarded service, with credentials.
+
+    Attributes:
+        address: The host and port.
+        user: The name of the user.
+        password: The password of the user.
+        authority: The certificates to trust; None for a connection without TLS.
+    """
 
     address: str
     user: str
     password: str
     authority: Path | None
-    """The certificates to trust; without them it is not by TLS."""
 
     @property
     def ssl_context(self):
