@@ -161,7 +161,7 @@ class ResilientSubscription(ABC):
         self._has_room = asyncio.Event()
         self._last_received_at = 0.0
         self._caught_up_at = 0.0
-        self.connected = False
+        self.connected: bool = False
         self._end_error: DiatorError | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
