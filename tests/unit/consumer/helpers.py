@@ -1,4 +1,4 @@
-"""What the tests of the consumer share."""
+"""Helpers of the consumer's tests."""
 
 import asyncio
 
@@ -22,7 +22,7 @@ ONCE = RetryPolicy(immediate_retries=0, delayed_retries=0)
 
 
 def quick(immediate_retries=0, delayed_retries=0, **options):
-    """A policy without any waiting."""
+    """Return a retry policy without delays."""
     return RetryPolicy(
         immediate_retries=immediate_retries,
         immediate_pause=0,
@@ -36,26 +36,26 @@ async def on_joined(event: UserJoined) -> None: ...
 
 
 def consumer_of(broker, *handlers, **options):
-    """A consumer, and the list of what it tells of each delivery."""
-    told = []
-    consumer = Consumer(broker, event_map=events_of(*handlers), **{"on_handled": told.append, **options})
-    return consumer, told
+    """Return a consumer, and the list of the outcomes that it reports."""
+    reports = []
+    consumer = Consumer(broker, event_map=events_of(*handlers), **{"on_handled": reports.append, **options})
+    return consumer, reports
 
 
 async def consume(broker, *handlers, count=1, **options):
-    """Run a consumer until *count* deliveries were handled; what it told of them."""
-    consumer, told = consumer_of(broker, *handlers, **options)
+    """Run a consumer until *count* deliveries were handled. Return their outcomes."""
+    consumer, reports = consumer_of(broker, *handlers, **options)
     async with running(consumer) as run:
-        await until(lambda: len(told) >= count or run.done())
-    return told
+        await until(lambda: len(reports) >= count or run.done())
+    return reports
 
 
-def outcomes(told):
-    return [handled.outcome for handled in told]
+def outcomes(reports):
+    return [handled.outcome for handled in reports]
 
 
 async def left_in(broker, count, group=DEFAULT_GROUP, topic=JOINED):
-    """What *group* has not settled: numbers of attempts."""
+    """Return the attempt numbers of the messages that *group* has not settled."""
     async with broker.subscribe({topic}, group=group) as deliveries, asyncio.timeout(1):
         return [(await anext(deliveries)).attempt for _ in range(count)]
 
@@ -68,7 +68,7 @@ async def is_drained(broker, group=DEFAULT_GROUP):
 
 
 async def cancelling(*_):
-    """Wait for something that somebody cancels: a handler, or a middleware."""
+    """Wait for a handler or a middleware that is cancelled."""
     something = asyncio.get_running_loop().create_future()
     something.cancel()
     await something
@@ -78,7 +78,7 @@ JOIN = UserJoined()
 
 
 class Slow:
-    """A handler that waits in the middle, and can be let go."""
+    """A handler that waits until the test lets it continue."""
 
     def __init__(self):
         self.gate, self.begun, self.done, self.cancelled = asyncio.Event(), [], [], []

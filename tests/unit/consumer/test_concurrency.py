@@ -1,4 +1,4 @@
-"""Several messages at once, in the order of their keys."""
+"""Concurrent handling, in order by key."""
 
 import asyncio
 
@@ -21,7 +21,7 @@ from tests.unit.doubles import (
 
 @pytest.mark.parametrize("held_back", [True, False])
 @pytest.mark.parametrize("concurrency", [1, 5])
-async def test_as_many_are_handled_at_once_as_is_allowed(concurrency, held_back):
+async def test_concurrency_deliveries_are_handled_at_once(concurrency, held_back):
     running_now, most = 0, 0
 
     async def slow(event: UserJoined) -> None:
@@ -33,12 +33,12 @@ async def test_as_many_are_handled_at_once_as_is_allowed(concurrency, held_back)
         running_now -= 1
 
     broker = await holding(*[JOIN] * 40) if held_back else Scripted(*[body_of(JOIN)] * 40)
-    told = await consume(broker, slow, concurrency=concurrency, count=40)
+    reports = await consume(broker, slow, concurrency=concurrency, count=40)
 
-    assert (most, outcomes(told)) == (concurrency, ["acked"] * 40)
+    assert (most, outcomes(reports)) == (concurrency, ["acked"] * 40)
 
 
-async def test_those_of_one_key_are_handled_in_order_one_after_the_other():
+async def test_messages_with_the_same_key_are_handled_in_order_one_at_a_time():
     now, most, handled = [], 0, []
 
     async def slow(event: Moved) -> None:
@@ -52,15 +52,15 @@ async def test_those_of_one_key_are_handled_in_order_one_after_the_other():
         handled.append((event.room, event.number))
 
     broker = await holding(*[Moved(room="ABC"[number % 3], number=number) for number in range(60)])
-    told = await consume(broker, slow, concurrency=8, count=60, retry=ONCE)
+    reports = await consume(broker, slow, concurrency=8, count=60, retry=ONCE)
 
-    assert outcomes(told) == ["acked"] * 60
+    assert outcomes(reports) == ["acked"] * 60
     for room in "ABC":
         assert [number for of, number in handled if of == room] == [*range("ABC".index(room), 60, 3)]
     assert most > 1
 
 
-async def test_one_key_that_waits_does_not_hold_the_others():
+async def test_a_key_that_waits_does_not_block_other_keys():
     gate, handled = asyncio.Event(), []
 
     async def on_moved(event: Moved) -> None:
@@ -70,28 +70,28 @@ async def test_one_key_that_waits_does_not_hold_the_others():
 
     rooms = "AAABBB"
     broker = await holding(*[Moved(room=room, number=number) for number, room in enumerate(rooms)])
-    consumer, told = consumer_of(broker, on_moved, concurrency=4)
+    consumer, reports = consumer_of(broker, on_moved, concurrency=4)
     async with running(consumer):
         await until(lambda: len(handled) == 3)
         assert handled == [3, 4, 5]
         gate.set()
-        await until(lambda: len(told) == 6)
+        await until(lambda: len(reports) == 6)
 
     assert handled == [3, 4, 5, 0, 1, 2]
 
 
-async def test_the_lane_goes_on_after_a_failure():
+async def test_a_key_continues_after_a_failure():
     async def on_moved(event: Moved) -> None:
         if event.number == 0:
             raise LookupError
 
     broker = await holding(*[Moved(number=number) for number in range(3)])
-    told = await consume(broker, on_moved, concurrency=2, count=3, retry=ONCE)
+    reports = await consume(broker, on_moved, concurrency=2, count=3, retry=ONCE)
 
-    assert outcomes(told) == ["dead_lettered", "acked", "acked"]
+    assert outcomes(reports) == ["dead_lettered", "acked", "acked"]
 
 
-async def test_messages_without_a_key_are_in_nobodys_way():
+async def test_messages_without_a_key_do_not_block_others():
     gate, handled = asyncio.Event(), []
 
     async def on_user(event: UserJoined) -> None:
@@ -107,8 +107,8 @@ async def test_messages_without_a_key_are_in_nobodys_way():
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-async def test_it_takes_no_more_than_it_can_handle_where_the_transport_does_not_hold_back(concurrency):
-    """A hundred thousand messages that wait in here are memory, and lost when the process dies."""
+async def test_it_receives_no_more_than_it_can_handle_without_backpressure(concurrency):
+    """A hundred thousand queued messages would fill the memory and be lost when the process dies."""
     gate = asyncio.Event()
 
     async def slow(event: UserJoined) -> None:
@@ -125,29 +125,29 @@ async def test_it_takes_no_more_than_it_can_handle_where_the_transport_does_not_
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-async def test_a_backlog_does_not_keep_the_loop_from_the_rest_of_the_program(concurrency):
-    """Neither handler nor transport wait here, and yet signals, health checks and timers have their turn."""
+async def test_a_backlog_does_not_starve_the_event_loop(concurrency):
+    """Neither the handler nor the transport waits here, but signals, health checks and timers still run."""
     broker = await holding(*[UserJoined() for _ in range(3_000)])
-    consumer, told = consumer_of(broker, on_joined, concurrency=concurrency)
+    consumer, reports = consumer_of(broker, on_joined, concurrency=concurrency)
     asyncio.get_running_loop().call_later(0.005, consumer.stop)
 
     async with asyncio.timeout(3):
         await consumer.run(signals=False)
 
-    assert len(told) < 3_000
+    assert len(reports) < 3_000
 
 
 @pytest.mark.parametrize(
     ("groups", "each"), [((None, None), 1), (("billing", "mailing"), 2), (("billing", "billing"), 1)]
 )
 async def test_several_consumers_in_one_process(groups, each):
-    """Those of one group share; other groups get everything too."""
-    broker, told = MemoryMessageBroker(), []
-    consumers = [consumer_of(broker, on_joined, group=group, on_handled=told.append)[0] for group in groups]
+    """Consumers of one group share the messages; every other group receives all of them too."""
+    broker, reports = MemoryMessageBroker(), []
+    consumers = [consumer_of(broker, on_joined, group=group, on_handled=reports.append)[0] for group in groups]
     async with running(consumers[0]), running(consumers[1]):
         await asyncio.sleep(0)
         for _ in range(10):
             await EventEmitter(message_broker=broker).emit(UserJoined())
-        await until(lambda: len(told) == 10 * each)
+        await until(lambda: len(reports) == 10 * each)
 
-    assert outcomes(told) == ["acked"] * 10 * each
+    assert outcomes(reports) == ["acked"] * 10 * each

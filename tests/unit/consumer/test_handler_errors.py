@@ -1,4 +1,4 @@
-"""What handlers may raise."""
+"""The events and errors that handlers raise."""
 
 import contextlib
 
@@ -27,7 +27,7 @@ async def raising(event: UserJoined, events: Events) -> None:
     events += [Noticed(), MeetingChanged()]
 
 
-async def test_what_handlers_raise_is_handled_and_sent_before_the_acknowledgement():
+async def test_raised_events_are_handled_and_sent_before_the_acknowledgement():
     async def on_noticed(event: Noticed, events: Events) -> None:
         broker.log.append("noticed")
         events.append(Greeted())
@@ -38,7 +38,7 @@ async def test_what_handlers_raise_is_handled_and_sent_before_the_acknowledgemen
     assert broker.log == ["noticed", ("send", "MeetingChanged"), ("ack",)]
 
 
-async def test_what_handlers_raise_goes_by_the_emitter_that_is_given():
+async def test_raised_events_go_through_the_emitter_that_is_passed():
     async def on_noticed(event: Noticed) -> None: ...
 
     elsewhere, broker = Scripted(), Scripted(body_of(JOIN))
@@ -70,8 +70,8 @@ async def swallowing(message, handle):
 
 
 @pytest.mark.parametrize(("middlewares", "outcome"), [([], "dead_letter"), ([swallowing], "ack")])
-async def test_what_a_commit_that_failed_would_have_announced_is_not_sent(middlewares, outcome):
-    """Else others act on what never happened, once more with every retry."""
+async def test_after_a_commit_that_failed_no_event_is_sent(middlewares, outcome):
+    """Otherwise other services would act on events that never happened, again with every retry."""
 
     async def make_api():
         yield Api()
@@ -88,7 +88,7 @@ async def test_what_a_commit_that_failed_would_have_announced_is_not_sent(middle
     assert [what for what, *_ in broker.log] == [outcome]
 
 
-async def test_a_middleware_that_fails_after_the_handler_keeps_its_events_back():
+async def test_if_a_middleware_fails_after_the_handler_no_event_is_sent():
     class Failing(BaseMiddleware):
         async def process_response(self, response):
             raise LookupError

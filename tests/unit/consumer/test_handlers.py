@@ -1,4 +1,4 @@
-"""Which handlers run for a message, and with what."""
+"""Which handlers run for a message, and which event they receive."""
 
 import asyncio
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from tests.unit.doubles import (
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-async def test_handlers_get_the_very_events(concurrency):
+async def test_handlers_receive_equal_events(concurrency):
     sent, got = [UserJoined(user_id=1), MeetingChanged(title="Retro"), UserJoined(user_id=2)], []
 
     async def on_user(event: UserJoined) -> None:
@@ -38,7 +38,7 @@ async def test_handlers_get_the_very_events(concurrency):
         got.append(("first", event))
 
     broker = await holding(*sent)
-    told = await consume(broker, on_user, also_on_user, on_meeting, count=3, concurrency=concurrency)
+    reports = await consume(broker, on_user, also_on_user, on_meeting, count=3, concurrency=concurrency)
 
     assert got == [
         ("first", sent[0]),
@@ -47,15 +47,15 @@ async def test_handlers_get_the_very_events(concurrency):
         ("first", sent[2]),
         ("second", sent[2]),
     ]
-    assert [(each.topic.message_name, each.message_id, each.attempt, each.outcome) for each in told] == [
+    assert [(each.topic.message_name, each.message_id, each.attempt, each.outcome) for each in reports] == [
         (type(event).__name__, event.event_id, 1, "acked") for event in sent
     ]
-    assert {(each.reason, each.error) for each in told} == {(None, None)}
-    assert all(0 <= each.seconds < 1 for each in told)
+    assert {(each.reason, each.error) for each in reports} == {(None, None)}
+    assert all(0 <= each.seconds < 1 for each in reports)
     assert await is_drained(broker)
 
 
-async def test_subscribes_to_what_travels_and_has_a_handler():
+async def test_subscribes_to_integration_events_that_have_a_handler():
     async def on_meeting(event: MeetingChanged) -> None: ...
 
     async def on_noticed(event: Noticed) -> None: ...
@@ -68,15 +68,15 @@ async def test_subscribes_to_what_travels_and_has_a_handler():
     assert (broker.group, broker.prefetch) == ("billing", 7)
 
 
-async def test_is_ready_for_what_is_sent_once_it_runs():
+async def test_receives_messages_that_are_sent_once_it_runs():
     broker = MemoryMessageBroker()
-    consumer, told = consumer_of(broker, on_joined)
+    consumer, reports = consumer_of(broker, on_joined)
     async with running(consumer):
         await asyncio.sleep(0)
         await EventEmitter(message_broker=broker).emit(UserJoined())
-        await until(lambda: told)
+        await until(lambda: reports)
 
-    assert outcomes(told) == ["acked"]
+    assert outcomes(reports) == ["acked"]
 
 
 async def test_handlers_of_one_delivery_share_a_scope_that_is_closed_before_the_next():
@@ -129,7 +129,7 @@ async def test_middlewares_surround_the_handlers():
     assert log == ["outer UserJoined", "inner UserJoined", "first", "second", "inner done", "outer done"]
 
 
-async def test_a_middleware_that_handles_again_gets_another_scope():
+async def test_a_middleware_that_retries_gets_another_scope():
     apis, closed = [], []
 
     async def make_api():
@@ -153,41 +153,41 @@ async def test_a_middleware_that_handles_again_gets_another_scope():
     container = Container()
     container.register(Api, make_api, lifetime="scoped")
     broker = Scripted(body_of(JOIN))
-    told = await consume(broker, failing_once, container=container, middlewares=[again], retry=ONCE)
+    reports = await consume(broker, failing_once, container=container, middlewares=[again], retry=ONCE)
 
-    assert (outcomes(told), len({*apis}), closed) == (["acked"], 2, apis)
+    assert (outcomes(reports), len({*apis}), closed) == (["acked"], 2, apis)
 
 
-async def test_an_error_of_a_middleware_is_one_of_handling():
+async def test_an_error_of_a_middleware_fails_the_delivery():
     class Refusing(BaseMiddleware):
         async def process_request(self, request):
             raise LookupError
 
-    told = await consume(Scripted(body_of(UserJoined())), on_joined, middlewares=[Refusing()], retry=ONCE)
+    reports = await consume(Scripted(body_of(UserJoined())), on_joined, middlewares=[Refusing()], retry=ONCE)
 
-    assert told[0].reason == "retries-exhausted: LookupError"
+    assert reports[0].reason == "retries-exhausted: LookupError"
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])
-async def test_acknowledges_only_when_all_handlers_are_done(concurrency):
+async def test_acknowledges_only_after_the_last_handler(concurrency):
     begun, gate = asyncio.Event(), asyncio.Event()
 
     async def slow(event: UserJoined) -> None:
         begun.set()
         await gate.wait()
 
-    consumer, told = consumer_of(broker := Scripted(body_of(UserJoined())), on_joined, slow, concurrency=concurrency)
+    consumer, reports = consumer_of(broker := Scripted(body_of(UserJoined())), on_joined, slow, concurrency=concurrency)
     async with running(consumer):
         await begun.wait()
         await asyncio.sleep(0.005)
-        assert (broker.log, told) == ([], [])
+        assert (broker.log, reports) == ([], [])
         gate.set()
-        await until(lambda: told)
+        await until(lambda: reports)
 
     assert broker.log == [("ack",)]
 
 
-async def test_each_run_gets_an_event_of_its_own():
+async def test_each_attempt_receives_a_new_event():
     seen = []
 
     @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""Consumers in processes of their own: signals, exit codes, command lines."""
+"""Consumers in their own processes: signals and exit codes."""
 
 import asyncio
 import signal
@@ -51,7 +51,7 @@ finally:
 
 
 def program(*signals, seconds=0.3, then="", groups=("diator",), look=False):
-    """Run it, send it *signals* once handlers have begun; what it said, and how it ended."""
+    """Run the program, and send it *signals* once handlers have begun. Return its output and exit code."""
     source = PROGRAM.format(seconds=seconds, then=then, groups=groups, look=look)
     with subprocess.Popen(
         [sys.executable, "-c", source],
@@ -72,7 +72,7 @@ def program(*signals, seconds=0.3, then="", groups=("diator",), look=False):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_after_what_runs(number):
+def test_a_signal_stops_after_the_running_handlers(number):
     assert program(number) == (["begun", "done", "ended"], "", 0)
 
 
@@ -88,15 +88,15 @@ def test_a_signal_stops_all_consumers_of_the_process():
     assert (said[-1], errors, code) == ("ended", "", 0)
 
 
-def test_a_handler_that_exits_ends_the_process_and_its_message_comes_again():
+def test_a_handler_that_exits_ends_the_process_and_its_message_is_redelivered():
     said, _, code = program(seconds=0, then="sys.exit(3)", look=True)
 
     assert (said, code) == (["begun", "attempts [2, 1]"], 3)
 
 
 @pytest.mark.parametrize("in_a_thread", [False, True])
-async def test_it_runs_where_there_are_no_signals_too(in_a_thread, monkeypatch):
-    """On Windows a loop has none; elsewhere only that of the main thread has."""
+async def test_it_runs_without_support_for_signals(in_a_thread, monkeypatch):
+    """On Windows no loop supports signals; elsewhere only the loop of the main thread does."""
 
     def no_signals(*_):
         raise NotImplementedError
@@ -106,17 +106,17 @@ async def test_it_runs_where_there_are_no_signals_too(in_a_thread, monkeypatch):
             loop = asyncio.get_running_loop()
             monkeypatch.setattr(loop, "add_signal_handler", no_signals)
             monkeypatch.setattr(loop, "remove_signal_handler", no_signals)
-        told = []
-        consumer = Consumer(Scripted(body_of(JOIN)), event_map=events_of(on_joined), on_handled=told.append)
+        reports = []
+        consumer = Consumer(Scripted(body_of(JOIN)), event_map=events_of(on_joined), on_handled=reports.append)
         asyncio.get_running_loop().call_later(0.01, consumer.stop)
         await consumer.run()
-        return outcomes(told)
+        return outcomes(reports)
 
     assert await (asyncio.to_thread(asyncio.run, run()) if in_a_thread else run()) == ["acked"]
 
 
-async def test_afterwards_a_signal_does_what_it_did_before():
-    """However many consumers there were, and in whatever order they ended."""
+async def test_afterwards_the_earlier_signal_handlers_are_back():
+    """For any number of consumers, and in any order of their ends."""
 
     def ours(*_): ...
 
@@ -134,7 +134,7 @@ async def test_afterwards_a_signal_does_what_it_did_before():
         signal.signal(signal.SIGTERM, before)
 
 
-async def test_without_signals_those_of_the_program_stay():
+async def test_with_signals_off_the_handlers_of_the_program_stay():
     called = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, called.set)

@@ -22,10 +22,10 @@ from tests.unit.doubles import (
 )
 
 
-async def test_health_tells_how_it_gets_on():
+async def test_health_reports_the_state():
     broker = await holding(UserJoined())
     slow = Slow()
-    consumer, told = consumer_of(broker, slow)
+    consumer, reports = consumer_of(broker, slow)
     idle = consumer.health()
     assert (idle.receiving, idle.in_flight, idle.oldest_in_flight, idle.gaps) == (False, 0, 0, 0)
 
@@ -34,7 +34,7 @@ async def test_health_tells_how_it_gets_on():
         await asyncio.sleep(0.02)
         busy = consumer.health()
         slow.gate.set()
-        await until(lambda: told)
+        await until(lambda: reports)
         after = consumer.health()
 
     assert (busy.receiving, busy.in_flight) == (True, 1)
@@ -45,8 +45,8 @@ async def test_health_tells_how_it_gets_on():
 
 
 @pytest.mark.parametrize("end", ["cancelled", "failed"])
-async def test_a_run_that_ended_receives_no_more(end):
-    """However it ended: a probe that goes on saying yes keeps a dead process alive."""
+async def test_after_its_run_a_consumer_is_not_receiving(end):
+    """Whatever ended the run: a health check that still succeeds would keep a dead process alive."""
 
     class Broken(Scripted):
         async def __anext__(self):
@@ -63,7 +63,7 @@ async def test_a_run_that_ended_receives_no_more(end):
     assert not consumer.health().receiving
 
 
-async def test_errors_in_on_handled_are_logged_and_harmless(caplog):
+async def test_an_error_in_on_handled_is_logged_and_harmless(caplog):
     def broken(handled):
         calls.append(handled)
         raise LookupError("a metric is missing")
@@ -79,7 +79,7 @@ async def test_errors_in_on_handled_are_logged_and_harmless(caplog):
 
 
 @pytest.mark.parametrize("breaks", [False, True])
-async def test_gaps_are_counted_logged_and_told(breaks, caplog):
+async def test_gaps_are_counted_logged_and_reported(breaks, caplog):
     def on_gap(gap):
         gaps.append(gap)
         if breaks:
@@ -96,18 +96,18 @@ async def test_gaps_are_counted_logged_and_told(breaks, caplog):
     assert ("on_gap failed" in caplog.text) == breaks
 
 
-async def test_a_message_without_an_event_class_is_handled_too():
-    """What another program sends by hand has the same wire format."""
+async def test_a_message_that_another_program_wrote_is_handled():
+    """It has the same wire format."""
     got = []
 
     async def on_user(event: UserJoined) -> None:
         got.append(event.user_id)
 
     broker = MemoryMessageBroker()
-    consumer, told = consumer_of(broker, on_user)
+    consumer, reports = consumer_of(broker, on_user)
     async with running(consumer):
         await asyncio.sleep(0)
         await broker.send_message(Message.create(message_name="UserJoined", payload={"user_id": 9}))
-        await until(lambda: told)
+        await until(lambda: reports)
 
     assert got == [9]

@@ -30,8 +30,8 @@ from tests.unit.doubles import (
 
 @pytest.mark.parametrize("consumers", [1, 3])
 @pytest.mark.parametrize(("immediate", "delayed"), [(0, 0), (2, 0), (0, 3), (1, 2), (2, 5)])
-async def test_a_failing_message_is_handled_exactly_so_often_and_then_put_aside_once(immediate, delayed, consumers):
-    runs, told = 0, []
+async def test_a_failing_message_is_tried_exactly_so_often_and_then_dead_lettered_once(immediate, delayed, consumers):
+    runs, reports = 0, []
 
     async def failing(event: UserJoined) -> None:
         nonlocal runs
@@ -39,7 +39,7 @@ async def test_a_failing_message_is_handled_exactly_so_often_and_then_put_aside_
         raise LookupError(CANARY)
 
     broker, retry = await holding(UserJoined()), quick(immediate, delayed)
-    several = [consumer_of(broker, failing, retry=retry, on_handled=told.append)[0] for _ in range(consumers)]
+    several = [consumer_of(broker, failing, retry=retry, on_handled=reports.append)[0] for _ in range(consumers)]
     tasks = [asyncio.create_task(consumer.run(signals=False)) for consumer in several]
     await until(lambda: broker.dead_letters)
     for consumer in several:
@@ -47,16 +47,16 @@ async def test_a_failing_message_is_handled_exactly_so_often_and_then_put_aside_
     await asyncio.gather(*tasks)
 
     assert runs == (immediate + 1) * (delayed + 1)
-    assert [each.attempt for each in told] == [*range(1, delayed + 2)]
-    assert outcomes(told) == ["retried"] * delayed + ["dead_lettered"]
-    assert {each.reason for each in told} == {"retries-exhausted: LookupError"}
-    assert {type(each.error) for each in told} == {LookupError}
+    assert [each.attempt for each in reports] == [*range(1, delayed + 2)]
+    assert outcomes(reports) == ["retried"] * delayed + ["dead_lettered"]
+    assert {each.reason for each in reports} == {"retries-exhausted: LookupError"}
+    assert {type(each.error) for each in reports} == {LookupError}
     [letter] = broker.dead_letters
     assert (letter.reason, letter.attempts) == ("retries-exhausted: LookupError", delayed + 1)
     assert await is_drained(broker)
 
 
-async def test_what_succeeds_in_the_end_is_acknowledged():
+async def test_a_message_that_succeeds_at_last_is_acknowledged():
     runs = 0
 
     async def failing_thrice(event: UserJoined) -> None:
@@ -66,12 +66,12 @@ async def test_what_succeeds_in_the_end_is_acknowledged():
             raise LookupError
 
     broker = await holding(UserJoined())
-    told = await consume(broker, failing_thrice, retry=quick(immediate_retries=1, delayed_retries=5), count=2)
+    reports = await consume(broker, failing_thrice, retry=quick(immediate_retries=1, delayed_retries=5), count=2)
 
-    assert (runs, outcomes(told), broker.dead_letters) == (4, ["retried", "acked"], [])
+    assert (runs, outcomes(reports), broker.dead_letters) == (4, ["retried", "acked"], [])
 
 
-async def test_delays_are_the_policys():
+async def test_the_delays_are_those_of_the_policy():
     class Timed(Scripted):
         async def retry(self, delivery, after, /):
             self.log.append(after)
@@ -88,7 +88,7 @@ async def test_delays_are_the_policys():
     assert 16 <= second <= 32
 
 
-async def test_pauses_before_handling_again_in_place():
+async def test_pauses_before_an_immediate_retry():
     runs = []
 
     async def failing(event: UserJoined) -> None:
@@ -112,7 +112,7 @@ async def test_pauses_before_handling_again_in_place():
         (EventHandlersFailed("", [OSError(), PermanentError()]), "permanent: EventHandlersFailed"),
     ],
 )
-async def test_a_permanent_error_puts_aside_at_once(error, reason):
+async def test_after_a_permanent_error_the_message_is_dead_lettered_at_once(error, reason):
     runs = 0
 
     async def failing(event: UserJoined) -> None:
@@ -121,13 +121,13 @@ async def test_a_permanent_error_puts_aside_at_once(error, reason):
         raise error
 
     policy = quick(immediate_retries=3, delayed_retries=3, permanent=(PermanentError, LookupError))
-    told = await consume(broker := await holding(UserJoined()), failing, retry=policy)
+    reports = await consume(broker := await holding(UserJoined()), failing, retry=policy)
 
-    assert (runs, outcomes(told), told[0].error) == (1, ["dead_lettered"], error)
+    assert (runs, outcomes(reports), reports[0].error) == (1, ["dead_lettered"], error)
     assert [letter.reason for letter in broker.dead_letters] == [reason]
 
 
-async def test_all_handlers_run_although_one_fails_and_the_errors_name_theirs():
+async def test_all_handlers_run_although_one_fails_and_each_error_names_its_handler():
     runs = []
 
     async def first(event: UserJoined) -> None:
@@ -148,7 +148,7 @@ async def test_all_handlers_run_although_one_fails_and_the_errors_name_theirs():
 
 
 @pytest.mark.parametrize("where", ["handler", "one of two", "middleware"])
-async def test_a_cancellation_of_the_handlers_own_is_a_failure(where):
+async def test_a_handler_that_cancels_itself_fails(where):
     runs = []
 
     async def on_user(event: UserJoined) -> None:
@@ -158,7 +158,7 @@ async def test_a_cancellation_of_the_handlers_own_is_a_failure(where):
     async def other(event: UserJoined) -> None:
         runs.append("other")
 
-    told = await consume(
+    reports = await consume(
         Scripted(body_of(JOIN), body_of(JOIN)),
         *[on_user, other][: 2 if where == "one of two" else 1],
         middlewares=[cancelling] if where == "middleware" else [],
@@ -166,11 +166,11 @@ async def test_a_cancellation_of_the_handlers_own_is_a_failure(where):
         count=2,
     )
 
-    assert outcomes(told) == ["dead_lettered"] * 2
+    assert outcomes(reports) == ["dead_lettered"] * 2
     assert runs == {"handler": ["one"], "one of two": ["one", "other"], "middleware": []}[where] * 4
 
 
-async def test_a_handler_that_hangs_fails_after_its_time():
+async def test_a_handler_that_hangs_fails_after_its_timeout():
     cancelled = []
 
     async def hanging(event: UserJoined) -> None:
@@ -180,17 +180,17 @@ async def test_a_handler_that_hangs_fails_after_its_time():
             cancelled.append(event)
             raise
 
-    told = await consume(
+    reports = await consume(
         broker := await holding(UserJoined()), hanging, retry=quick(1, 1), handler_timeout=0.01, count=2
     )
 
     assert len(cancelled) == 4
-    assert outcomes(told) == ["retried", "dead_lettered"]
+    assert outcomes(reports) == ["retried", "dead_lettered"]
     assert broker.dead_letters[0].reason == "retries-exhausted: TimeoutError"
 
 
 @pytest.mark.parametrize(("attempt", "outcome"), [(4, "acked"), (5, "dead_lettered")])
-async def test_a_message_that_ends_the_process_again_and_again_is_put_aside(attempt, outcome):
+async def test_a_poison_message_is_dead_lettered(attempt, outcome):
     runs = []
 
     async def counting(event: UserJoined) -> None:
@@ -200,8 +200,8 @@ async def test_a_message_that_ends_the_process_again_and_again_is_put_aside(atte
     for _ in range(attempt - 1):  # a process that died
         await left_in(broker, 1)
 
-    told = await consume(broker, counting, retry=quick(delayed_retries=1, max_crashes=2))
+    reports = await consume(broker, counting, retry=quick(delayed_retries=1, max_crashes=2))
 
-    assert (outcomes(told), told[0].attempt) == ([outcome], attempt)
+    assert (outcomes(reports), reports[0].attempt) == ([outcome], attempt)
     assert len(runs) == (outcome == "acked")
     assert all(letter.reason.startswith("poison-message: ") for letter in broker.dead_letters)

@@ -35,7 +35,7 @@ from tests.unit.doubles import (
 
 
 class Instant(Slow):
-    """One that has nothing to clean up."""
+    """A handler without a cleanup."""
 
     async def __call__(self, event: UserJoined) -> None:
         self.begun.append(event.user_id)
@@ -43,18 +43,18 @@ class Instant(Slow):
 
 
 async def waiting_at(slow, concurrency=1, messages=1, **options):
-    """A consumer that runs, and has come to wait in *slow* with as many messages as it may."""
+    """Run a consumer until *slow* waits with as many messages as it may handle at once."""
     broker = await holding(*[UserJoined(user_id=number) for number in range(messages)])
-    consumer, told = consumer_of(broker, slow, concurrency=concurrency, **options)
+    consumer, reports = consumer_of(broker, slow, concurrency=concurrency, **options)
     run = asyncio.create_task(consumer.run(signals=False))
     await until(lambda: len(slow.begun) == min(concurrency, messages))
-    return broker, consumer, told, run
+    return broker, consumer, reports, run
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
-async def test_stopping_lets_finish_what_runs_and_begins_nothing_new(concurrency):
+async def test_stopping_finishes_the_running_handlers_and_starts_no_others(concurrency):
     before = asyncio.all_tasks()
-    broker, consumer, told, run = await waiting_at(slow := Slow(), concurrency, messages=5)
+    broker, consumer, reports, run = await waiting_at(slow := Slow(), concurrency, messages=5)
 
     consumer.stop()
     await asyncio.sleep(0.005)
@@ -64,11 +64,11 @@ async def test_stopping_lets_finish_what_runs_and_begins_nothing_new(concurrency
 
     assert asyncio.all_tasks() == before
     assert slow.begun == slow.done == [*range(concurrency)]
-    assert outcomes(told) == ["acked"] * concurrency
+    assert outcomes(reports) == ["acked"] * concurrency
     assert await left_in(broker, 5 - concurrency) == [1] * (5 - concurrency)
 
 
-async def test_what_was_prefetched_and_not_begun_goes_back():
+async def test_prefetched_messages_return_to_the_group():
     gate, begun = asyncio.Event(), []
 
     async def on_moved(event: Moved) -> None:
@@ -76,7 +76,7 @@ async def test_what_was_prefetched_and_not_begun_goes_back():
         await gate.wait()
 
     broker = await holding(*[Moved(number=number) for number in range(4)])
-    consumer, told = consumer_of(broker, on_moved, concurrency=3)
+    consumer, reports = consumer_of(broker, on_moved, concurrency=3)
     run = asyncio.create_task(consumer.run(signals=False))
     await until(lambda: begun)
 
@@ -85,7 +85,7 @@ async def test_what_was_prefetched_and_not_begun_goes_back():
     gate.set()
     await run
 
-    assert (begun, outcomes(told)) == ([0], ["acked"])
+    assert (begun, outcomes(reports)) == ([0], ["acked"])
     assert await left_in(broker, 3, topic=Topic("notification_event", "Moved")) == [2, 2, 1]
 
 
@@ -98,17 +98,17 @@ async def test_a_handler_that_stops_the_consumer_is_the_last_one(concurrency):
         consumer.stop()
 
     broker = await holding(*[Moved(number=number) for number in range(3)])
-    consumer, told = consumer_of(broker, stopping, concurrency=concurrency)
+    consumer, reports = consumer_of(broker, stopping, concurrency=concurrency)
     await consumer.run(signals=False)
 
-    assert (handled, outcomes(told)) == ([0], ["acked"])
+    assert (handled, outcomes(reports)) == ([0], ["acked"])
 
 
 @pytest.mark.parametrize("how", ["time is over", "no time at all", "second stop"])
 @pytest.mark.parametrize("concurrency", [1, 2])
-async def test_in_the_end_what_still_runs_is_cancelled_and_not_settled(concurrency, how):
+async def test_after_the_drain_timeout_running_handlers_are_cancelled_and_unsettled(concurrency, how):
     timeout = {"time is over": 0.01, "no time at all": 0.0, "second stop": 20.0}[how]
-    broker, consumer, told, run = await waiting_at(slow := Slow(), concurrency, messages=2, drain_timeout=timeout)
+    broker, consumer, reports, run = await waiting_at(slow := Slow(), concurrency, messages=2, drain_timeout=timeout)
 
     consumer.stop()
     if how == "second stop":
@@ -119,13 +119,13 @@ async def test_in_the_end_what_still_runs_is_cancelled_and_not_settled(concurren
         await run
 
     assert sorted(slow.cancelled) == slow.begun
-    assert outcomes(told) == ["unsettled"] * concurrency
-    assert {each.reason for each in told} == {"cancelled"}
+    assert outcomes(reports) == ["unsettled"] * concurrency
+    assert {each.reason for each in reports} == {"cancelled"}
     assert sorted(await left_in(broker, 2)) == ([1, 2] if concurrency == 1 else [2, 2])
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])
-async def test_what_is_left_when_it_ends_is_logged(concurrency, caplog):
+async def test_unsettled_deliveries_are_logged_at_the_end(concurrency, caplog):
     _, consumer, _, run = await waiting_at(Slow(), concurrency, messages=2, drain_timeout=0)
 
     consumer.stop()
@@ -135,9 +135,9 @@ async def test_what_is_left_when_it_ends_is_logged(concurrency, caplog):
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])
-async def test_cancelled_from_outside_it_leaves_what_runs_unsettled(concurrency):
+async def test_a_cancelled_run_leaves_its_deliveries_unsettled(concurrency):
     before = asyncio.all_tasks()
-    broker, _, told, run = await waiting_at(slow := Slow(), concurrency, messages=2)
+    broker, _, reports, run = await waiting_at(slow := Slow(), concurrency, messages=2)
 
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -145,27 +145,27 @@ async def test_cancelled_from_outside_it_leaves_what_runs_unsettled(concurrency)
 
     assert asyncio.all_tasks() == before
     assert sorted(slow.cancelled) == slow.begun
-    assert outcomes(told) == ["unsettled"] * concurrency
+    assert outcomes(reports) == ["unsettled"] * concurrency
     assert sorted(await left_in(broker, 2)) == ([1, 2] if concurrency == 1 else [2, 2])
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])
-async def test_a_loop_that_cancels_everything_leaves_what_runs_unsettled(concurrency):
-    """As `asyncio.run` does in the end, in any order: the handlers may be cancelled before the run is."""
+async def test_a_loop_that_cancels_every_task_leaves_deliveries_unsettled(concurrency):
+    """`asyncio.run` does so at its end, in any order: the handlers may be cancelled before the run is."""
     before = asyncio.all_tasks()
-    broker, _, told, run = await waiting_at(Instant(), concurrency, messages=2, retry=ONCE)
+    broker, _, reports, run = await waiting_at(Instant(), concurrency, messages=2, retry=ONCE)
 
     for task in [*(asyncio.all_tasks() - before - {run}), run]:
         task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await run
 
-    assert (outcomes(told), broker.dead_letters) == (["unsettled"] * concurrency, [])
+    assert (outcomes(reports), broker.dead_letters) == (["unsettled"] * concurrency, [])
 
 
 @pytest.mark.parametrize("swallows", [False, True], ids=["turns it into an error", "swallows it"])
 @pytest.mark.parametrize("concurrency", [1, 2])
-async def test_a_handler_that_hides_the_cancellation_neither_failed_nor_keeps_it_running(concurrency, swallows):
+async def test_a_handler_that_swallows_its_cancellation_neither_fails_nor_blocks_the_stop(concurrency, swallows):
     before, begun = asyncio.all_tasks(), []
 
     async def hiding(event: UserJoined) -> None:
@@ -178,7 +178,7 @@ async def test_a_handler_that_hides_the_cancellation_neither_failed_nor_keeps_it
                     raise LookupError from None
 
     broker = await holding(*[UserJoined() for _ in range(4)])
-    consumer, told = consumer_of(
+    consumer, reports = consumer_of(
         broker, hiding, concurrency=concurrency, retry=quick(immediate_retries=2, delayed_retries=2)
     )
     run = asyncio.create_task(consumer.run(signals=False))
@@ -192,30 +192,30 @@ async def test_a_handler_that_hides_the_cancellation_neither_failed_nor_keeps_it
 
     assert ended
     assert len(begun) == concurrency
-    assert outcomes(told) == ["unsettled"] * concurrency or swallows
+    assert outcomes(reports) == ["unsettled"] * concurrency or swallows
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
 async def test_a_cancellation_that_a_handler_leaves_behind_does_not_end_the_run(concurrency):
-    """Some libraries cancel the task that they run in, to have a timeout, and never take it back."""
+    """Some libraries cancel their own task for a timeout, and never call `uncancel`."""
 
     async def untidy(event: UserJoined) -> None:
         asyncio.current_task().cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(1)
 
-    consumer, told = consumer_of(
+    consumer, reports = consumer_of(
         broker := await holding(*[UserJoined() for _ in range(8)]), untidy, concurrency=concurrency
     )
     async with running(consumer) as run:
-        await until(lambda: len(told) == 8 or run.done())
+        await until(lambda: len(reports) == 8 or run.done())
         assert not run.done()
 
-    assert outcomes(told) == ["acked"] * 8
+    assert outcomes(reports) == ["acked"] * 8
     assert await is_drained(broker)
 
 
-async def test_a_subscription_that_is_cancelled_inside_does_not_look_like_a_stop():
+async def test_a_subscription_that_cancels_itself_does_not_look_like_a_stop():
     class Cancelled(Scripted):
         async def __anext__(self):
             await cancelling()
@@ -228,8 +228,8 @@ async def test_a_subscription_that_is_cancelled_inside_does_not_look_like_a_stop
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
-async def test_what_comes_although_the_wait_was_cancelled_is_not_begun(concurrency):
-    """As `asyncio.wait_for` does on Python 3.11: it has a result already, and forgets the cancellation."""
+async def test_a_delivery_that_arrives_after_the_cancellation_is_not_handled(concurrency):
+    """`asyncio.wait_for` does so on Python 3.11: it already has a result, and drops the cancellation."""
 
     class Late(Scripted):
         async def __anext__(self):
@@ -239,20 +239,20 @@ async def test_what_comes_although_the_wait_was_cancelled_is_not_begun(concurren
                 self.script.append(body_of(JOIN))
             return await super().__anext__()
 
-    consumer, told = consumer_of(broker := Late(body_of(JOIN)), on_joined, concurrency=concurrency)
+    consumer, reports = consumer_of(broker := Late(body_of(JOIN)), on_joined, concurrency=concurrency)
     async with running(consumer):
-        await until(lambda: told)
+        await until(lambda: reports)
 
-    assert (outcomes(told), broker.log, broker.given) == (["acked"], [("ack",)], 2)
+    assert (outcomes(reports), broker.log, broker.given) == (["acked"], [("ack",)], 2)
 
 
 class Fatal(BaseException):
-    """What no handler's `except Exception` catches."""
+    """An error that `except Exception` does not catch."""
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
 @pytest.mark.parametrize("when", ["running", "stopping"])
-async def test_an_error_that_is_no_exception_ends_the_run_and_settles_nothing(when, concurrency):
+async def test_a_base_exception_ends_the_run_and_settles_nothing(when, concurrency):
     gate = asyncio.Event()
 
     async def dying(event: UserJoined) -> None:
@@ -260,7 +260,7 @@ async def test_an_error_that_is_no_exception_ends_the_run_and_settles_nothing(wh
         raise Fatal
 
     broker = await holding(UserJoined())
-    consumer, told = consumer_of(broker, dying, concurrency=concurrency)
+    consumer, reports = consumer_of(broker, dying, concurrency=concurrency)
     run = asyncio.create_task(consumer.run(signals=False))
     await until(lambda: consumer.health().in_flight)
     if when == "stopping":
@@ -271,20 +271,20 @@ async def test_an_error_that_is_no_exception_ends_the_run_and_settles_nothing(wh
     with pytest.raises(Fatal):
         await run
 
-    assert outcomes(told) == ["unsettled"]
+    assert outcomes(reports) == ["unsettled"]
     assert await left_in(broker, 1) == [2]
 
 
-async def test_what_ended_the_run_is_told_and_is_no_cancellation():
+async def test_a_base_exception_is_raised_and_not_replaced_by_a_cancellation():
     async def dying(event: UserJoined) -> None:
         raise Fatal
 
-    consumer, told = consumer_of(Scripted(body_of(JOIN)), dying)
+    consumer, reports = consumer_of(Scripted(body_of(JOIN)), dying)
     with pytest.raises(Fatal):
         await consumer.run(signals=False)
 
-    assert told[0].reason != "cancelled"
-    assert isinstance(told[0].error, Fatal)
+    assert reports[0].reason != "cancelled"
+    assert isinstance(reports[0].error, Fatal)
 
 
 async def test_an_error_of_the_subscription_ends_the_run():
@@ -296,17 +296,17 @@ async def test_an_error_of_the_subscription_ends_the_run():
         await consumer_of(Broken(), on_joined)[0].run(signals=False)
 
 
-async def test_stopped_before_it_runs_it_handles_nothing():
-    consumer, told = consumer_of(broker := await holding(UserJoined()), on_joined)
+async def test_a_consumer_that_is_stopped_before_its_run_handles_nothing():
+    consumer, reports = consumer_of(broker := await holding(UserJoined()), on_joined)
     consumer.stop()
 
     async with asyncio.timeout(1):
         await consumer.run(signals=False)
 
-    assert (told, await left_in(broker, 1)) == ([], [1])
+    assert (reports, await left_in(broker, 1)) == ([], [1])
 
 
-async def test_stopping_ends_a_run_that_still_connects():
+async def test_stopping_ends_a_run_that_is_still_connecting():
     class Away(Scripted):
         @contextlib.asynccontextmanager
         async def subscribe(self, topics, /, **_):
@@ -325,7 +325,7 @@ async def test_stopping_ends_a_run_that_still_connects():
     assert ended
 
 
-async def test_it_runs_once():
+async def test_a_consumer_runs_once():
     consumer, _ = consumer_of(MemoryMessageBroker(), on_joined)
     async with running(consumer):
         with pytest.raises(UsageError, match="runs once"):
@@ -334,8 +334,8 @@ async def test_it_runs_once():
         await consumer.run(signals=False)
 
 
-async def test_stopping_at_any_moment_neither_loses_nor_repeats():
-    """Many runs, each stopped a little later, on one queue; every message is acknowledged by exactly one."""
+async def test_stopping_at_any_moment_neither_loses_nor_duplicates():
+    """Many runs on one queue, each stopped a little later: exactly one of them acknowledges each message."""
     handled = []
 
     async def on_user(event: UserJoined) -> None:
@@ -346,13 +346,13 @@ async def test_stopping_at_any_moment_neither_loses_nor_repeats():
     moment = 0
     while len(handled) < 200:
         moment += 1
-        consumer, told = consumer_of(broker, on_user, concurrency=1 + moment % 3)
+        consumer, reports = consumer_of(broker, on_user, concurrency=1 + moment % 3)
         run = asyncio.create_task(consumer.run(signals=False))
         for _ in range(moment % 40):
             await asyncio.sleep(0)
         consumer.stop()
         await run
-        assert {*outcomes(told)} <= {"acked"}
+        assert {*outcomes(reports)} <= {"acked"}
 
     assert sorted(handled) == [*range(200)]
     assert broker.dead_letters == []

@@ -19,7 +19,7 @@ from tests.unit.doubles import (
 
 
 class Several(Exception):
-    """As some libraries for validation have it."""
+    """An error as some validation libraries raise it."""
 
     def __init__(self, text):
         super().__init__(text)
@@ -31,7 +31,7 @@ REFUSALS = {"lookup": LookupError, "value": ValueError, "several": Several}
 
 @dataclass(frozen=True, kw_only=True)
 class Checked(NotificationEvent):
-    """An event with a mind of its own."""
+    """An event that validates its values."""
 
     name: str
 
@@ -44,7 +44,7 @@ PAYLOAD = json.loads(body_of(JOIN))["payload"]
 
 DEEP = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
 
-POISON = {
+UNDECODABLE = {
     "garbage": b"\xff\xfe\x00\x01" + CANARY.encode(),
     "text": CANARY.encode(),
     "empty": b"",
@@ -67,7 +67,7 @@ POISON = {
     "a field is missing": body_of(Moved(), message_name="Checked", payload=PAYLOAD),
     "a field is wrong": body_of(JOIN, payload=PAYLOAD | {"user_id": CANARY}),
     "a field is null": body_of(JOIN, payload=PAYLOAD | {"user_id": None}),
-    "a number is no number": body_of(JOIN, payload=PAYLOAD | {"user_id": float("nan")}),
+    "NaN instead of a number": body_of(JOIN, payload=PAYLOAD | {"user_id": float("nan")}),
     **{
         f"its class refuses it: {how}": body_of(JOIN, message_name="Checked", payload=PAYLOAD | {"name": how})
         for how in (
@@ -82,8 +82,8 @@ POISON = {
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-@pytest.mark.parametrize("body", POISON.values(), ids=POISON)
-async def test_what_cannot_be_read_is_put_aside_with_a_reason_and_shown_nowhere(body, concurrency, caplog):
+@pytest.mark.parametrize("body", UNDECODABLE.values(), ids=UNDECODABLE)
+async def test_an_undecodable_message_is_dead_lettered_with_a_reason_and_never_logged(body, concurrency, caplog):
     runs = []
 
     async def counting(event: UserJoined) -> None:
@@ -94,11 +94,11 @@ async def test_what_cannot_be_read_is_put_aside_with_a_reason_and_shown_nowhere(
 
     caplog.set_level(logging.DEBUG)
     broker = Scripted(body, body_of(JOIN))
-    told = await consume(broker, counting, on_checked, count=2, concurrency=concurrency)
+    reports = await consume(broker, counting, on_checked, count=2, concurrency=concurrency)
 
     (*poisoned, reason), acked = broker.log
     assert (poisoned, acked) == (["dead_letter"], ("ack",))
-    assert (told[0].outcome, told[0].reason, runs) == ("dead_lettered", reason, [JOIN])
+    assert (reports[0].outcome, reports[0].reason, runs) == ("dead_lettered", reason, [JOIN])
     assert reason.startswith("undecodable: ")
     assert CANARY not in reason + caplog.text
     [record] = caplog.records
@@ -106,7 +106,7 @@ async def test_what_cannot_be_read_is_put_aside_with_a_reason_and_shown_nowhere(
     assert reason in record.getMessage()
 
 
-async def test_how_large_a_message_may_be_is_the_transports_to_say():
+async def test_the_transport_sets_the_largest_size_of_a_message():
     body = body_of(JOIN)
     small, smaller = (Capabilities(max_message_bytes=len(body) - less, dead_letter=True) for less in (0, 1))
 
@@ -123,19 +123,19 @@ async def test_how_large_a_message_may_be_is_the_transports_to_say():
         {"message_name": ""},
     ],
 )
-async def test_a_type_that_nobody_handles_is_put_aside(envelope, caplog):
+async def test_a_type_without_a_handler_is_dead_lettered(envelope, caplog):
     broker = Scripted(body_of(JOIN, payload=PAYLOAD | {"note": CANARY}, **envelope), body_of(JOIN))
-    told = await consume(broker, on_joined, count=2)
+    reports = await consume(broker, on_joined, count=2)
 
     (_, reason), acked = broker.log
     assert (reason.partition(":")[0], acked) == ("unknown-type", ("ack",))
-    assert told[0].message_id == JOIN.event_id
+    assert reports[0].message_id == JOIN.event_id
     assert CANARY not in caplog.text + reason
 
 
 @pytest.mark.parametrize("part", ["message_name", "message_type"])
 async def test_a_strange_name_neither_breaks_nor_floods_a_log(part, caplog):
-    """It is the sender's text: a line of its own would forge an entry, and a long one fills it."""
+    """The text comes from the sender: a line break could forge an entry, and a long text could fill the log."""
     strange = "\nERROR all is lost\x1b[2J" + "x" * 3_000
 
     [handled] = await consume(Scripted(body_of(JOIN, **{part: strange})), on_joined)

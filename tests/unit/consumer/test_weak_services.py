@@ -35,7 +35,7 @@ from tests.unit.doubles import (
 )
 
 
-async def test_without_redelivery_it_is_retried_in_place_only_and_the_loss_is_told_and_logged(caplog):
+async def test_without_redelivery_retries_are_immediate_and_the_loss_is_reported_and_logged(caplog):
     runs = 0
 
     async def failing(event: UserJoined) -> None:
@@ -44,10 +44,10 @@ async def test_without_redelivery_it_is_retried_in_place_only_and_the_loss_is_to
         raise LookupError(CANARY)
 
     broker = Scripted(body_of(JOIN), b"garbage", capabilities=WEAK)
-    told = await consume(broker, failing, count=2)
+    reports = await consume(broker, failing, count=2)
 
     assert runs == RetryPolicy().immediate_retries + 1
-    assert outcomes(told) == ["given_up", "given_up"]
+    assert outcomes(reports) == ["given_up", "given_up"]
     assert broker.log == [("ack",), ("ack",)]
     assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
     first, second = (record.getMessage() for record in caplog.records)
@@ -57,8 +57,8 @@ async def test_without_redelivery_it_is_retried_in_place_only_and_the_loss_is_to
 
 
 @pytest.mark.parametrize(("count", "outcome"), [("none", "dead_lettered"), ("retries", "retried")])
-async def test_where_attempts_are_not_counted_it_does_not_give_back_for_ever(count, outcome):
-    """Every delivery is the first one there, so nothing would end it."""
+async def test_without_a_delivery_count_a_message_is_not_requeued_for_ever(count, outcome):
+    """Every delivery counts as the first one there, so the retries would never end."""
 
     async def failing(event: UserJoined) -> None:
         raise LookupError
@@ -80,18 +80,18 @@ async def test_where_attempts_are_not_counted_it_does_not_give_back_for_ever(cou
         ({"requires": Capabilities(ordering="key")}, WEAK, "ordering", "or ask for less"),
     ],
 )
-def test_what_the_transport_cannot_do_is_refused_when_wiring(options, capabilities, lacks, remedy):
+def test_an_option_that_the_transport_cannot_support_is_refused_at_construction(options, capabilities, lacks, remedy):
     with pytest.raises(UnsupportedCapability, match=rf"^Scripted does not promise {lacks} .*{remedy}"):
         consumer_of(Scripted(capabilities=capabilities), on_joined, **options)
 
 
-def test_what_the_transport_can_do_is_not():
+def test_options_that_the_transport_supports_are_accepted():
     consumer_of(Scripted(), on_joined, group="billing", retry=RetryPolicy(), requires=FULL)
     consumer_of(Scripted(capabilities=WEAK), on_joined, retry=RetryPolicy(delayed_retries=0), requires=WEAK)
 
 
 @pytest.mark.parametrize(("capabilities", "group"), [(FULL, DEFAULT_GROUP), (WEAK, None)])
-async def test_without_a_group_it_has_one_where_there_are_any(capabilities, group):
+async def test_there_is_a_default_group_where_the_transport_has_groups(capabilities, group):
     consumer, _ = consumer_of(broker := Scripted(capabilities=capabilities), on_joined)
     async with running(consumer):
         pass
@@ -100,12 +100,12 @@ async def test_without_a_group_it_has_one_where_there_are_any(capabilities, grou
 
 
 @pytest.mark.parametrize("option", [{"concurrency": 0}, {"handler_timeout": 0}, {"drain_timeout": -1}])
-def test_options_without_sense_are_refused(option):
+def test_options_out_of_range_are_refused(option):
     with pytest.raises(ConfigurationError, match="concurrency must be at least 1"):
         consumer_of(Scripted(), on_joined, **option)
 
 
-def test_what_can_never_work_is_refused_when_wiring():
+def test_handlers_that_can_never_work_are_refused_at_construction():
     async def on_noticed(event: Noticed) -> None: ...
 
     async def needy(event: UserJoined, api: Api) -> None: ...
@@ -127,24 +127,24 @@ def test_what_can_never_work_is_refused_when_wiring():
 
 
 @pytest.mark.parametrize("failing", ["ack", "retry", "dead_letter"])
-async def test_what_cannot_be_settled_is_told_and_the_next_one_handled(failing, caplog):
+async def test_a_failure_to_settle_is_reported_and_the_next_delivery_is_handled(failing, caplog):
     async def on_user(event: UserJoined) -> None:
         if event.user_id:
             raise LookupError if failing == "retry" else PermanentError
 
     bad = body_of(UserJoined(user_id=int(failing != "ack")))
     broker = Scripted(bad, body_of(MeetingChanged()), failing={failing: BrokerUnavailable("it is away")})
-    told = await consume(broker, on_user, count=2, retry=quick(delayed_retries=1))
+    reports = await consume(broker, on_user, count=2, retry=quick(delayed_retries=1))
 
-    assert (outcomes(told)[0], len(told)) == ("unsettled", 2)
+    assert (outcomes(reports)[0], len(reports)) == ("unsettled", 2)
     assert "could not be settled: BrokerUnavailable('it is away')" in caplog.text
-    assert told[0].reason is not None
+    assert reports[0].reason is not None
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])
 @pytest.mark.parametrize("failing", ["ack", "retry", "dead_letter"])
-async def test_what_could_not_be_settled_does_not_stop_the_queue(failing, concurrency, monkeypatch):
-    """It holds its place among those that are given out, until somebody settles it or gives it back."""
+async def test_an_unsettled_delivery_does_not_stop_the_queue(failing, concurrency, monkeypatch):
+    """It counts as in flight until it is settled or requeued."""
     settle, failures = getattr(_Subscription, failing), [BrokerUnavailable("it is away")] * concurrency
 
     async def failing_first(self, delivery, *details):
@@ -158,6 +158,8 @@ async def test_what_could_not_be_settled_does_not_stop_the_queue(failing, concur
 
     monkeypatch.setattr(_Subscription, failing, failing_first)
     broker = await holding(*[UserJoined() for _ in range(3)])
-    consumer, told = consumer_of(broker, on_user, concurrency=concurrency, retry=quick(delayed_retries=1))
+    consumer, reports = consumer_of(broker, on_user, concurrency=concurrency, retry=quick(delayed_retries=1))
     async with running(consumer), asyncio.timeout(0.3):
-        await until(lambda: outcomes(told).count("acked" if failing == "ack" else "dead_lettered") >= 3 - concurrency)
+        await until(
+            lambda: outcomes(reports).count("acked" if failing == "ack" else "dead_lettered") >= 3 - concurrency
+        )
