@@ -47,14 +47,22 @@ Innermost: TypeAlias = Callable[[Any, State], Awaitable[Any]]
 
 def chain(middlewares: Sequence[Middleware], innermost: Innermost[State]) -> Innermost[State]:
     """Return *innermost* surrounded by *middlewares*, the first outermost. Each call passes its state through."""
-    for middleware in reversed(middlewares):
-        # A bound `__call__` is faster to call than the object.
-        innermost = _surround(getattr(middleware, "__call__", middleware), innermost)  # noqa: B004
-    return innermost
+    if not middlewares:
+        return innermost
+    # A bound `__call__` is faster to call than the object.
+    outermost, *others = [getattr(middleware, "__call__", middleware) for middleware in middlewares]  # noqa: B004
+    others.reverse()
 
-
-def _surround(middleware: Middleware, inner: Innermost[State]) -> Innermost[State]:
     def call(message: Any, state: State) -> Awaitable[Any]:
-        return middleware(message, lambda message: inner(message, state))
+        def handle(message: Any) -> Awaitable[Any]:
+            return innermost(message, state)
+
+        for middleware in others:
+            # Default arguments keep the values of this round of the loop, without a call to a function that binds them.
+            def surround(message: Any, middleware: Middleware = middleware, inner: Handle = handle) -> Awaitable[Any]:
+                return middleware(message, inner)
+
+            handle = surround
+        return outermost(message, handle)
 
     return call
