@@ -14,8 +14,7 @@ from diator._deadlines import Deadline, Deadlines
 from diator._handlers import PreparedHandler
 from diator._hints import name_of
 from diator.brokers.base import Delivery, Topic
-from diator.brokers.codec import decode, payload_decoder
-from diator.brokers.message import Message
+from diator.brokers.codec import Envelope, decode_envelope, payload_decoder
 from diator.container.base import Build, Resolver, Shared, scopes
 from diator.events import EventEmitter, EventMap
 from diator.events._emitter import OUTGOING, Outgoing
@@ -176,7 +175,7 @@ def _unit_of_work(
                 _note_handler(error, handler, event)
                 failures.append(error)
         if failures:
-            raise failures[0] if alone else EventHandlersFailed("handlers of an event failed", failures)
+            raise failures[0] if alone else EventHandlersFailed(f"handlers of {name_of(type(event))} failed", failures)
         return await emitter._handle(raised, shared) if raised else []
 
     # Each call clears *shared*: a middleware that calls it again gets a new scope, and none of the earlier events.
@@ -205,12 +204,27 @@ def _current_task() -> asyncio.Task[Any]:
     return task
 
 
+class Worker:
+    """
+    One task that handles deliveries, one after the other.
+
+    Attributes:
+        deadline: The time limit of its handlers.
+        since: When it began to handle its delivery, by `time.monotonic`; None while it has none.
+    """
+
+    __slots__ = ("deadline", "since")
+
+    def __init__(self, deadline: Deadline) -> None:
+        self.deadline = deadline
+        self.since: float | None = None
+
+
 class Handling:
     """
     Handles deliveries: calls the handlers, settles each delivery, and reports its outcome to the program.
 
     Attributes:
-        in_flight: The deliveries that are being handled, and when each began, by `time.monotonic`.
         last_progress: When the last delivery was finished, by `time.monotonic`.
     """
 
@@ -233,7 +247,7 @@ class Handling:
         self._max_message_bytes = max_message_bytes
         self._deadlines = Deadlines(timeout)
         self._on_handled = on_handled
-        self.in_flight: dict[Delivery, float] = {}
+        self._workers: list[Worker] = []
         self.last_progress = monotonic()
         self._is_ending = False
 
@@ -242,24 +256,32 @@ class Handling:
         self._is_ending = True
         self._deadlines.close()
 
-    def read(self, delivery: Delivery) -> Message | DecodingError:
+    @property
+    def in_flight(self) -> list[float]:
+        """When each delivery that is being handled began, by `time.monotonic`."""
+        return [worker.since for worker in self._workers if worker.since is not None]
+
+    def read(self, delivery: Delivery) -> Envelope | DecodingError:
         """Return the decoded message of *delivery*, or the error: `handle` dead-letters a message that has one."""
         try:
-            return decode(delivery.body, max_bytes=self._max_message_bytes, headers=delivery.headers)
+            return decode_envelope(delivery.body, max_bytes=self._max_message_bytes, headers=delivery.headers)
         except DecodingError as error:
             return error
 
-    def deadline(self) -> Deadline:
-        """Return the time limit of the running task's handlers, for every delivery that this task handles."""
-        return self._deadlines.limit(_current_task())
+    def worker(self) -> Worker:
+        """Return the running task as a worker, which `handle` needs for each delivery of this task."""
+        worker = Worker(self._deadlines.limit(_current_task()))
+        self._workers.append(worker)
+        return worker
 
-    async def handle(self, delivery: Delivery, message: Message | DecodingError, deadline: Deadline) -> None:
+    async def handle(self, delivery: Delivery, message: Envelope | DecodingError, worker: Worker) -> None:
         """
-        Handle *delivery* and settle it. *deadline* is what `deadline` returned in the running task.
+        Handle *delivery* and settle it, in the task of *worker*.
 
         It raises no error of a handler. Cancelling the task leaves the delivery unsettled.
         """
-        started = self.in_flight[delivery] = monotonic()
+        started = worker.since = monotonic()
+        deadline = worker.deadline
         outcome: Outcome = "unsettled"
         reason: str | None = None
         error: BaseException | None = None
@@ -291,11 +313,11 @@ class Handling:
             raise
         finally:
             self.last_progress = monotonic()
-            del self.in_flight[delivery]
+            worker.since = None
             if reason is not None or self._on_handled is not None:
                 handled = Handled(
                     topic=delivery.topic,
-                    message_id=message.message_id if isinstance(message, Message) else None,
+                    message_id=None if isinstance(message, DecodingError) else message.message_id,
                     attempt=delivery.attempt,
                     outcome=outcome,
                     reason=reason,
@@ -304,7 +326,7 @@ class Handling:
                 )
                 self._report(handled)
 
-    def _why_unhandled(self, delivery: Delivery, message: Message | DecodingError) -> tuple[str, BaseException | None]:
+    def _why_unhandled(self, delivery: Delivery, message: Envelope | DecodingError) -> tuple[str, BaseException | None]:
         """Return the reason why *delivery* is not handled, and its error."""
         if delivery.attempt > self._max_deliveries:
             ended = f"{delivery.attempt - 1} deliveries ended without success, more than the retry policy allows"
@@ -315,7 +337,7 @@ class Handling:
         return f"unknown-type: no handler for {message.message_type[:80]!r} {message.message_name[:80]!r}", None
 
     async def _run_again(
-        self, route: Route, message: Message, deadline: Deadline, failed: BaseException | None
+        self, route: Route, message: Envelope, deadline: Deadline, failed: BaseException | None
     ) -> tuple[str | None, BaseException | None]:
         """
         Judge how the first run ended, and repeat it as the retry policy says.

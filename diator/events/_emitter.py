@@ -128,7 +128,9 @@ class EventEmitter:
                     error.add_note(f"raised by {handler.name}, which handles {name_of(type(event))}")
                     failures.append(error)
         if failures:
-            raise EventHandlersFailed("handlers of domain events failed", [*failures, *refused])
+            raise EventHandlersFailed(
+                "handlers of domain events failed; no integration event was sent", [*failures, *refused]
+            )
         if refused:
             raise refused[0]
         if outgoing and transactional(self._broker):
