@@ -210,7 +210,7 @@ class ResilientSubscription(ABC):
         return self
 
     def receive_nowait(self) -> Delivery | None:
-        """Return the next delivery if one can be handed out now, otherwise None. A consumer tries it before it waits."""
+        """Return the next delivery if one can be handed out now, otherwise None. A consumer tries it first."""
         received = self._received
         if not received or self.unsettled - len(received) >= self._prefetch or self._ending is not None:
             return None
