@@ -12,22 +12,28 @@ class Deadlines:
     """
     Cancels every block of code that takes longer than *seconds*.
 
-    All blocks have the same limit, so they expire in the order in which they began, and one timer for the oldest is
-    enough. `asyncio.timeout` would set and cancel a timer for each block, which is a tenth of a consumer's time.
+    One timer checks all of them. `asyncio.timeout` would set and cancel a timer for each block, which is a tenth of a
+    consumer's time.
 
     Attributes:
-        running: The deadlines that have begun and not ended, in the order in which they began.
-        timer: Checks the oldest of them.
+        seconds: The time limit.
+        timer: Checks the deadlines, next when the oldest block would be over; None if no block began since.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.running: dict[Deadline, None] = {}
         self.timer: asyncio.TimerHandle | None = None
+        self._deadlines: list[Deadline] = []
 
     def limit(self, task: asyncio.Task[Any]) -> Deadline:
-        """Return a context for code of *task*. Code in it that takes too long ends with `TimeoutError`."""
-        return Deadline(self, task)
+        """
+        Return a context for blocks of *task*. A block in it that takes too long ends with `TimeoutError`.
+
+        A task needs only one, which it can enter again and again.
+        """
+        deadline = Deadline(self, task)
+        self._deadlines.append(deadline)
+        return deadline
 
     def close(self) -> None:
         """Stop the timer. Nothing is cancelled any more."""
@@ -41,18 +47,29 @@ class Deadlines:
     def _check(self) -> None:
         self.timer = None
         now = monotonic()
-        for deadline in self.running:
-            if deadline.is_over:
-                continue  # cancelled before, and still running
-            if (left := deadline.began + self.seconds - now) > 0:
-                self.start_timer(left)
-                return
-            deadline.is_over = True
-            deadline.task.cancel()
+        oldest = None
+        for deadline in self._deadlines:
+            if deadline.began is None:
+                continue  # no block is running, or it was cancelled before
+            if deadline.began + self.seconds <= now:
+                deadline.began = None
+                deadline.is_over = True
+                deadline.task.cancel()
+            elif oldest is None or deadline.began < oldest:
+                oldest = deadline.began
+        if oldest is not None:
+            self.start_timer(oldest + self.seconds - now)
 
 
 class Deadline:
-    """The deadline of a block of code of *task*, as a context manager. It can be entered again when it was left."""
+    """
+    The deadline of one block at a time of *task*, as a context manager.
+
+    Attributes:
+        task: The task that it cancels.
+        began: When the running block began, by `time.monotonic`; None if none is running within its time.
+        is_over: Whether the running block, or the last one, was cancelled.
+    """
 
     __slots__ = ("_cancellations", "_deadlines", "began", "is_over", "task")
 
@@ -60,22 +77,20 @@ class Deadline:
         self._deadlines = deadlines
         self._cancellations = 0
         self.task = task
-        self.began = 0.0
+        self.began: float | None = None
         self.is_over = False
 
     def __enter__(self) -> None:
-        deadlines = self._deadlines
         self._cancellations = self.task.cancelling()
         self.began = monotonic()
         self.is_over = False
-        deadlines.running[self] = None
-        if deadlines.timer is None:
-            deadlines.start_timer(deadlines.seconds)
+        if self._deadlines.timer is None:
+            self._deadlines.start_timer(self._deadlines.seconds)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        del self._deadlines.running[self]
+        self.began = None
         # If other code cancelled the task as well, the task stays cancelled.
         if self.is_over and self.task.uncancel() <= self._cancellations and kind is asyncio.CancelledError:
             raise TimeoutError from error

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 from diator._handling import Handled, Handling, routes
 from diator.brokers.base import Delivery, Gap, ReadableBroker
 from diator.brokers.capabilities import Capabilities, require
-from diator.brokers.message import Message
+from diator.brokers.codec import Envelope
 from diator.container import Container
 from diator.container.base import Resolver
 from diator.events import EventEmitter, EventMap
@@ -205,7 +205,7 @@ class Consumer:
 
     def health(self) -> Health:
         """Return the state of this consumer. Cheap, and callable at any time."""
-        now, in_flight = monotonic(), self._handling.in_flight.values()
+        now, in_flight = monotonic(), self._handling.in_flight
         return Health(
             receiving=self._receiving and not self._stopping.is_set(),
             connected=self._receiving and getattr(self._deliveries, "connected", True),
@@ -270,8 +270,8 @@ class Consumer:
 
     async def _receive_and_handle(self, deliveries: AsyncIterator[Delivery]) -> None:
         """Receive and handle in one task, one delivery at a time: a queue between two tasks would cost a third."""
-        handle, read, deadline = self._handling.handle, self._handling.read, self._handling.deadline()
-        await self._receive(deliveries, lambda delivery: handle(delivery, read(delivery), deadline))
+        handle, read, worker = self._handling.handle, self._handling.read, self._handling.worker()
+        await self._receive(deliveries, lambda delivery: handle(delivery, read(delivery), worker))
 
     async def _receive(self, deliveries: AsyncIterator[Delivery], admit: Callable[[Delivery], Awaitable[None]]) -> None:
         await self._until_stopped(self._admit_all(deliveries, admit))
@@ -297,10 +297,10 @@ class Consumer:
                 await asyncio.sleep(0)
 
     async def _work(self) -> None:
-        deadline = self._handling.deadline()
+        worker = self._handling.worker()
         while job := await self._queue.take():
             delivery, message = job
-            await self._handling.handle(delivery, message, deadline)
+            await self._handling.handle(delivery, message, worker)
             self._queue.done(message)
 
     def _note_gap(self, gap: Gap) -> None:
@@ -340,7 +340,7 @@ def _retry(broker: object, promised: Capabilities, retry: RetryPolicy | None) ->
 
 # -- order by key ------------------------------------------------------------------------------------------------
 
-_Job: TypeAlias = tuple[Delivery, Message | DecodingError]
+_Job: TypeAlias = tuple[Delivery, Envelope | DecodingError]
 
 
 class _KeyedQueue:
@@ -355,7 +355,7 @@ class _KeyedQueue:
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._closed = False
 
-    async def put(self, delivery: Delivery, message: Message | DecodingError) -> None:
+    async def put(self, delivery: Delivery, message: Envelope | DecodingError) -> None:
         """Add a delivery, then wait until there is room for another: another consumer could handle it meanwhile."""
         self._size += 1
         self._put(delivery, message)
@@ -363,7 +363,7 @@ class _KeyedQueue:
             self._has_room.clear()
             await self._has_room.wait()
 
-    def _put(self, delivery: Delivery, message: Message | DecodingError) -> None:
+    def _put(self, delivery: Delivery, message: Envelope | DecodingError) -> None:
         key = _key(message)
         if key is not None and key in self._blocked:
             self._blocked[key].append((delivery, message))
@@ -383,7 +383,7 @@ class _KeyedQueue:
             await waiter
         return None
 
-    def done(self, message: Message | DecodingError) -> None:
+    def done(self, message: Envelope | DecodingError) -> None:
         """Mark *message* as handled, and hand out the next delivery with its key."""
         self._size -= 1
         self._has_room.set()
@@ -412,8 +412,8 @@ class _KeyedQueue:
                 return
 
 
-def _key(message: Message | DecodingError) -> str | None:
-    return message.key if isinstance(message, Message) else None
+def _key(message: Envelope | DecodingError) -> str | None:
+    return None if isinstance(message, DecodingError) else message.key
 
 
 # -- signals -----------------------------------------------------------------------------------------------------

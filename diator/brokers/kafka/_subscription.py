@@ -357,9 +357,10 @@ class Subscription(ResilientSubscription):
 
     async def ack(self, delivery: Delivery, /) -> None:
         """Record that the message is finished. The connection commits it together with others."""
-        token = _token(delivery)
-        if not (token.is_settled or token.partition.is_lost):
-            self._finish(token)
+        token: Any = delivery.token  # a `_Token`
+        partition = token.partition
+        if not (token.is_settled or partition.is_lost):
+            self._finish(token, partition)
 
     async def retry(self, delivery: Delivery, after: float, /) -> None:
         """Write the message to the retry topic of its group. Without one, it waits here."""
@@ -413,7 +414,7 @@ class Subscription(ResilientSubscription):
             asyncio.get_running_loop().call_later(self.options.session_timeout, self._redeliver, token, attempt)
             raise
         if not token.is_over:
-            self._finish(token)
+            self._finish(token, token.partition)
 
     def _redeliver(self, token: _Token, attempt: int) -> None:
         """Deliver the message again, unless another try to settle it has succeeded meanwhile."""
@@ -423,8 +424,8 @@ class Subscription(ResilientSubscription):
             self._ready.append((token.partition, token.record, attempt))
             self.wakeup.set()
 
-    def _finish(self, token: _Token) -> None:
-        partition, record = token.partition, token.record
+    def _finish(self, token: _Token, partition: Partition) -> None:
+        record = token.record
         token.is_settled = True
         partition.offsets.finish(record.offset)
         self._settle(partition)
