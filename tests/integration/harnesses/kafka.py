@@ -1,9 +1,11 @@
 """The harnesses of the Kafka transport."""
 
+import gc
 import os
 import ssl
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 
 from diator.brokers.supervisor import ReconnectPolicy
@@ -89,21 +91,24 @@ class KafkaHarness(ServiceHarness):
                 yield proxy
 
     async def crash(self, transport):
-        nowhere = replace(transport._cluster, bootstrap_servers=("127.0.0.1:1",))
+        from diator.brokers.kafka._connection import ReaderConnection
+        from diator.brokers.kafka._group import GroupConnection
 
         async def nothing(*_, **__):
             pass
 
+        nowhere = replace(transport._cluster, bootstrap_servers=("127.0.0.1:1",))
         clients = [transport._service._producer.client] if transport._service._producer else []
         transport._service._cluster = nowhere
-        for subscription in transport._service.subscriptions:
-            connections = subscription._leave.__self__
-            connections._cluster = nowhere
-            connection = connections.latest
-            connection.say_goodbye = nothing
-            if committing := getattr(connection, "_committing", None):
-                committing.cancel()
-            clients.append(connection.consumer._client)
+        subscriptions = {*transport._service.subscriptions}
+        for subscription in subscriptions:
+            subscription._connect = partial(subscription._connect, cluster=nowhere)
+        for connection in gc.get_objects():  # a subscription does not keep its connection
+            if type(connection) in (ReaderConnection, GroupConnection) and connection.subscription in subscriptions:
+                connection.say_goodbye = nothing
+                if committing := getattr(connection, "_committing", None):
+                    committing.cancel()
+                clients.append(connection.consumer._consumer._client)
         for client in clients:
             client._get_conn = nothing
             for connection in client._conns.values():
