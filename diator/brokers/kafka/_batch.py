@@ -1,111 +1,88 @@
-"""What goes to a partition of Kafka at once, and what has to be known of aiokafka's producer for that."""
+"""A batch as aiokafka's producer sees it."""
 
 from __future__ import annotations
 
-import asyncio
-import math
+import time
 from collections.abc import Callable
 from typing import Any
-from uuid import UUID
 
-import msgspec
-from aiokafka import TopicPartition
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
-from diator.brokers.kafka._client import close_client, end_tasks
+from diator.brokers.kafka._unconfirmed import Batch
 
+_builder: Any = DefaultRecordBatchBuilder  # it takes headers without a value too
+_OVERHEAD = 36
+"""
+The most bytes of a record beside its value, where it has neither key nor headers.
 
-class Call(msgspec.Struct):
-    """A message, and who waits for it."""
-
-    place: TopicPartition
-    key: bytes | None
-    value: bytes
-    headers: list[tuple[str, bytes]] | None
-    message_id: UUID | None
-    deadline: float
-    confirmed: asyncio.Future[None]
-    is_alone: bool = False
-    """Whether it goes in a batch of its own: with others it was refused, and which one it was Kafka does not say."""
+One byte of attributes and numbers of variable length: the record's length (5), its timestamp (10) and offset (5), the
+lengths of key and value (5 each) and the count of headers (5).
+"""
+_WITHOUT_LENGTHS = 21
+"""The bytes of these that aiokafka does not count in the size of a record."""
+_NO_LIMIT = 2**31 - 1
 
 
-class Batch:
+def record_size(key: bytes | None, value: bytes, headers: list[tuple[str, bytes]] | None) -> int:
+    """Return how many bytes such a record takes in a batch, at most."""
+    if key is None and not headers:
+        return len(value) + _OVERHEAD
+    return int(_builder.size_of(key, value, headers or [])) + _WITHOUT_LENGTHS
+
+
+class Records:
     """
-    What goes into one partition at once, and has one confirmation.
+    A batch in the queue of aiokafka's producer: the builder of its bytes, and the future of its only message.
 
-    aiokafka takes it for the future of its first message, and knows of no other. Its own `send` does for each message
-    what is done here once, and lets its caller wait where a batch is full.
+    aiokafka's own `send` does for each message what is done here once for each batch, and makes its caller wait while a
+    batch is full. aiokafka takes the batch for one message, whose future is this object. The methods are those that
+    aiokafka calls. The records are written all at once, when the batch is sent. Their timestamp is the time at which
+    the batch was opened.
     """
 
-    def __init__(self, producer: Any, first: Call, settle: Callable[[Batch, BaseException | None], None]) -> None:
-        self.producer = producer
-        self.place = first.place
-        self.calls = [first]
+    # aiokafka takes what `append` returns for the place of the message in the batch.
+    offset = 0
+    timestamp = 0
+
+    def __init__(self, batch: Batch[Any], settle: Callable[[Batch[Any], BaseException | None], None]) -> None:
+        self._batch = batch
         self._settle = settle
-        self._builder = producer.create_batch()
-        self._queued = producer._message_accumulator._append_batch(self._builder, first.place)  # noqa: SLF001
-        self._queued.append(first.key, first.value, None, lambda: self, headers=first.headers)
-        self._queued._ttl = math.inf  # noqa: SLF001  # aiokafka would give up a partition without a leader before its time
+        self._opened_at = int(time.time() * 1000)
+        self._numbering = (-1, -1, 0)
+        self._written: bytearray | None = None
 
-    @property
-    def size(self) -> int:
-        """How many bytes it has."""
-        return int(self._builder.size())
+    # -- as a builder ------------------------------------------------------------------------------------------------
 
-    @property
-    def is_sent(self) -> bool:
-        """Whether it was on its way at least once."""
-        return bool(self._queued.retry_count)
+    def append(self, **_: object) -> Records:
+        return self
 
-    def takes(self, call: Call) -> bool:
-        """Let *call* go with it, if it is not on its way and has room."""
-        # Afterwards aiokafka has counted what is in it, and would give the same numbers to what comes next.
-        if self.is_sent or call.is_alone or self.calls[0].is_alone:
-            return False
-        if self._builder.append(timestamp=None, key=call.key, value=call.value, headers=call.headers) is None:
-            return False
-        self.calls.append(call)
-        return True
+    def record_count(self) -> int:
+        return len(self._batch.calls)
 
-    def take_back(self) -> None:
-        """See that it is never on its way: of an empty one aiokafka sends nothing. It may just go through its queue."""
-        self._queued._builder = self.producer.create_batch()  # noqa: SLF001
-        asyncio.get_running_loop().call_soon(self._leave_queue)
+    def closed(self) -> bool:
+        return not self._batch.is_open
 
-    def _leave_queue(self) -> None:
-        queues = self.producer._message_accumulator._batches  # noqa: SLF001
-        queue = queues.get(self.place, ())
-        if self._queued in queue:
-            queue.remove(self._queued)
-            if not queue:
-                del queues[self.place]
+    def _set_producer_state(self, producer_id: int, producer_epoch: int, base_sequence: int) -> None:
+        # aiokafka has counted the records: one more would get the same number as the first record of the next batch.
+        self._batch.seal()
+        self._numbering = (producer_id, producer_epoch, base_sequence)
 
-    # What aiokafka does with a future:
+    def _build(self) -> bytearray:
+        if self._written is None:  # else it is sent again
+            builder = _builder(2, 0, 0, *self._numbering, _NO_LIMIT)
+            append, timestamp = builder.append, self._opened_at
+            for offset, call in enumerate(self._batch.calls):
+                append(offset, timestamp, call.key, call.value, call.headers or [])
+            self._written = builder.build()
+        return self._written
+
+    # -- as a future -------------------------------------------------------------------------------------------------
 
     def done(self) -> bool:
         return False
 
     def set_result(self, _: object) -> None:
-        self._settle(self, None)
+        self._settle(self._batch, None)
 
     def set_exception(self, error: BaseException) -> None:
-        self._settle(self, error)
-
-
-def sender_of(producer: Any) -> asyncio.Task[None]:
-    """Give the task that does all its work, once it is started."""
-    return producer._sender.sender_task  # type: ignore[no-any-return]  # noqa: SLF001
-
-
-async def tear_down(producer: Any) -> None:
-    """End *producer* without sending what it holds: its own `stop` waits until that is delivered."""
-    sender = producer._sender  # noqa: SLF001
-    # It ends without what it has begun, where that is more than one, and forgets it.
-    sending = [task for task in asyncio.all_tasks() if _is_sending(task.get_coro(), sender)]
-    await end_tasks([sender.sender_task, *sending])
-    await close_client(producer.client)
-
-
-def _is_sending(coroutine: Any, sender: Any) -> bool:
-    if getattr(coroutine, "cr_code", None) is not type(sender)._send_produce_req.__code__:  # noqa: SLF001
-        return False
-    return coroutine.cr_frame is not None and coroutine.cr_frame.f_locals.get("self") is sender
+        self._settle(self._batch, error)

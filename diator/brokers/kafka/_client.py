@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import ssl
+from collections import deque
 from collections.abc import Collection, Coroutine
 from dataclasses import dataclass, field
+from types import CoroutineType
 from typing import Any
 
+from diator._extras import require_internals
 from diator.brokers.kafka._errors import CLIENT_ERRORS
+from diator.brokers.kafka._unconfirmed import Place
 from diator.exceptions import ConfigurationError
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -84,23 +89,6 @@ async def started(starting: Coroutine[Any, Any, None]) -> None:
         await end_tasks([start])
 
 
-async def close_client(client: Any) -> None:
-    """
-    Close the connections of a client of aiokafka, whether or not anybody is at the other end.
-
-    Its own way waits for what was written to be taken. What was worth waiting for was waited for before.
-    """
-    for connection in [*client._conns.values()]:  # noqa: SLF001  # there is no other way to them
-        writer = getattr(connection, "_writer", None)
-        if writer is not None:
-            writer.transport.abort()
-    try:
-        async with asyncio.timeout(1):
-            await client.close()
-    except CLIENT_ERRORS as error:
-        logger.debug("closing connections to Kafka failed: %r", error)
-
-
 async def end_tasks(tasks: Collection[asyncio.Task[Any] | None]) -> None:
     """Cancel *tasks* until they have ended: those of aiokafka wait, once cancelled, for others that may never end."""
     given = {task for task in tasks if task is not None}
@@ -112,3 +100,101 @@ async def end_tasks(tasks: Collection[asyncio.Task[Any] | None]) -> None:
     for task in given:
         if not task.cancelled():
             task.exception()  # it has been seen
+
+
+# -- what aiokafka keeps to itself -----------------------------------------------------------------------------------
+
+# Sending and closing need more of aiokafka than its public part. All names of that kind are used below this line, and
+# by `_batch.Records`, which takes the place of a BatchBuilder.
+INTERNALS = {
+    "aiokafka.client": ("AIOKafkaClient._conns",),
+    "aiokafka.conn": ("AIOKafkaConnection._writer",),
+    "aiokafka.producer.producer": (
+        "AIOKafkaProducer._closed",
+        "AIOKafkaProducer._message_accumulator",
+        "AIOKafkaProducer._sender",
+    ),
+    "aiokafka.producer.sender": ("Sender._send_produce_req", "Sender.sender_task"),
+    "aiokafka.producer.message_accumulator": (
+        "BatchBuilder._build",
+        "BatchBuilder._set_producer_state",
+        "BatchBuilder.append",
+        "BatchBuilder.closed",
+        "BatchBuilder.record_count",
+        "MessageAccumulator._append_batch",
+        "MessageAccumulator._batch_ttl",
+        "MessageAccumulator._batches",
+        "MessageBatch.append",
+        "MessageBatch.is_empty",
+    ),
+    "aiokafka.record.default_records": (
+        "DefaultRecordBatchBuilder.append",
+        "DefaultRecordBatchBuilder.build",
+        "DefaultRecordBatchBuilder.size_of",
+    ),
+}
+require_internals("aiokafka", INTERNALS)
+
+
+async def close_client(client: Any) -> None:
+    """
+    Close the connections of a client of aiokafka, whether or not anybody is at the other end.
+
+    aiokafka's own way waits until the other end has taken what was written. diator has waited before for every answer
+    that is worth it.
+    """
+    for connection in [*client._conns.values()]:  # noqa: SLF001
+        if (writer := connection._writer) is not None:  # noqa: SLF001
+            writer.transport.abort()
+    try:
+        async with asyncio.timeout(1):
+            await client.close()
+    except CLIENT_ERRORS as error:
+        logger.debug("closing connections to Kafka failed: %r", error)
+
+
+def without_own_end(producer: Any) -> Any:
+    """Return *producer*, which keeps a batch until it is sent, and needs no `stop`: see `tear_down`."""
+    producer._message_accumulator._batch_ttl = math.inf  # noqa: SLF001  # else a partition without a leader loses it
+    producer._closed = True  # noqa: SLF001  # else aiokafka warns that nobody has called `stop`
+    return producer
+
+
+def sender_of(producer: Any) -> asyncio.Task[None]:
+    """Return the task that does all the work of a producer that has been started."""
+    return producer._sender.sender_task  # type: ignore[no-any-return]  # noqa: SLF001
+
+
+def enqueue(producer: Any, records: Any, place: Place) -> None:
+    """Queue *records* (see `_batch.Records`) as a batch for *place*, behind the batches that are queued there."""
+    batch = producer._message_accumulator._append_batch(records, place)  # noqa: SLF001
+    batch.append(None, None, None, lambda: records)  # its only message, as far as aiokafka knows
+
+
+def drop_empty(producer: Any, places: Collection[Place]) -> None:
+    """Remove the batches without records from the queues of *places*."""
+    queues = producer._message_accumulator._batches  # noqa: SLF001
+    for place in places:
+        kept = [batch for batch in queues.get(place, ()) if not batch.is_empty()]
+        if kept:
+            queues[place] = deque(kept)
+        else:
+            queues.pop(place, None)
+
+
+async def tear_down(producer: Any) -> None:
+    """End *producer* without sending what it holds. Its own `stop` waits until everything is delivered."""
+    sender = producer._sender  # noqa: SLF001
+    # A cancelled sender waits for one request at most. It forgets its other requests.
+    requests = [task for task in asyncio.all_tasks() if _is_request_of(sender, task.get_coro())]
+    await end_tasks([sender.sender_task, *requests])
+    await close_client(producer.client)
+
+
+def _is_request_of(sender: Any, coroutine: object) -> bool:
+    return (
+        isinstance(coroutine, CoroutineType)
+        and coroutine.cr_code is type(sender)._send_produce_req.__code__  # noqa: SLF001
+        and coroutine.cr_frame is not None
+        and coroutine.cr_frame.f_locals.get("self") is sender
+    )

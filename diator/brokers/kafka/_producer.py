@@ -1,46 +1,43 @@
-"""One producer of aiokafka that many callers use at once, with what it lacks: an end to every call."""
+"""The sending half of the transport: one producer that many callers use at once, with an end to every call."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeAlias
 from uuid import UUID
 
-from aiokafka import AIOKafkaProducer, TopicPartition
-from aiokafka.partitioner import DefaultPartitioner
-
 from diator.brokers.connecting import ClientConnection
-from diator.brokers.kafka._batch import Batch, Call, sender_of, tear_down
-from diator.brokers.kafka._client import Cluster, started
+from diator.brokers.kafka._batch import record_size
+from diator.brokers.kafka._client import Cluster
 from diator.brokers.kafka._errors import CLIENT_ERRORS, NO_RIGHT, TOO_LARGE, refused, send_error
+from diator.brokers.kafka._idempotent import IdempotentProducer
 from diator.brokers.kafka._topics import TopicPolicy, ensure_topics
+from diator.brokers.kafka._unconfirmed import Batch, Call, Place, Unconfirmed
 from diator.brokers.supervisor import close_all
 from diator.exceptions import BrokerClosed, BrokerError, OutcomeUnknown
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-_BATCH = 128 * 1024
-"""Bytes of a batch, until a topic takes less."""
-_STAY = 100
-"""How many messages without a key go to one partition before another is chosen."""
+_BATCH_BYTES = 128 * 1024
 
-_NO_LEADER = (None, -1)
-
-_partition_of_key: Callable[[bytes, Sequence[int], Sequence[int]], int] = DefaultPartitioner()
+_Batch: TypeAlias = Batch[IdempotentProducer]
 
 
 class Producer(ClientConnection):
     """
-    The sending half of the transport.
+    Sends messages through one idempotent producer of aiokafka, and through another one when that breaks.
 
-    It is idempotent: aiokafka repeats a request whose answer was lost, and Kafka knows the repeat by its number and
-    stores it once. Without that, each lost answer would be a second message. The price is that aiokafka then tries for
-    ever. So the deadline is kept here: when the oldest call is overdue, all who wait for what was sent hear *outcome
-    unknown*, and the producer is torn down. What it had not sent goes to the next one, before all that comes later.
+    aiokafka repeats a request whose answer was lost, and Kafka recognises the repeat by its number and stores it once.
+    Otherwise each lost answer would be a duplicate. In return aiokafka tries forever, so the deadlines are kept here.
+    When the oldest call is overdue, the calls whose messages were sent end with `OutcomeUnknown`, and the producer is
+    torn down. The next producer sends what this one had not sent, before all later messages.
+
+    After a message that Kafka refused, aiokafka goes on counting, and Kafka refuses what follows. Then too another
+    producer takes over, and the refused one ends once all its batches are answered.
+
+    Which call is where is the business of `Unconfirmed`. This class only connects, waits and resolves futures.
     """
 
     def __init__(self, cluster: Cluster, policy: TopicPolicy, *, max_in_flight: int) -> None:
@@ -49,22 +46,16 @@ class Producer(ClientConnection):
         self._policy = policy
         self._timeout = cluster.timeout
         self._max_in_flight = max_in_flight
-        self._batch_bytes = _BATCH
-        self._producer: Any = None
-        self._known: set[str] = set()
-        self._stays: dict[str, tuple[TopicPartition, int]] = {}
-        self._latest: dict[TopicPartition, Batch] = {}
-        self._batches: dict[Batch, None] = {}
-        """All that have no verdict, those of retired producers, too."""
-        self._left: list[Call] = []
-        """What a retired producer had not sent, in the order of the calls."""
-        self._handing_on: asyncio.Task[None] | None = None
-        self._in_flight = 0
-        self._freed = asyncio.Event()
-        """Something has ended that somebody may wait for."""
-        self._asked: Any = None
-        """The producer that is just asked where a topic is."""
-        self._sweeper: asyncio.TimerHandle | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._calls = Unconfirmed[IdempotentProducer](max_in_flight=self._max_in_flight, batch_bytes=_BATCH_BYTES)
+        self._current: IdempotentProducer | None = None
+        self._connecting = asyncio.Lock()  # one connects; callers wait for their turn at `_lock`
+        self._handing_over: asyncio.Task[None] | None = None
+        self._room = asyncio.Event()  # set when there may be room for another call
+        self._idle = asyncio.Event()  # set when no call is unconfirmed
+        self._alarm: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
@@ -88,7 +79,7 @@ class Producer(ClientConnection):
         message_id: UUID | None = None,
     ) -> None:
         """
-        Have *value* stored by every replica that is in sync.
+        Send *value*, and return when every replica that is in sync has stored it.
 
         Raises:
             BrokerUnavailable: It was not handed over.
@@ -100,62 +91,36 @@ class Producer(ClientConnection):
         if self.is_closed:
             raise BrokerClosed("this broker is closed", message_id=message_id)
         deadline = loop.time() + self._timeout
-        place = None if self._queued or self._left or self._is_full else self._place(topic, key, partition)
-        if place is None:
-            place = await self._in_turn(topic, key, partition, message_id, deadline)
-        call = Call(place, key, value, headers, message_id, deadline, loop.create_future())
-        self._put(call)
-        self._in_flight += 1
+        calls, producer = self._calls, self._current
+        place = None
+        if producer is not None and not (self._queued or calls.waiting or calls.is_full):
+            place = producer.place(topic, key, partition, may_stay=calls.in_flight > 0)
+        if place is None or producer is None:
+            producer, place = await self._in_turn(topic, key, partition, message_id, deadline)
+        size = record_size(key, value, headers)
+        call = Call(place, key, value, headers, size, message_id, deadline, loop.create_future())
+        if (opened := calls.add(call, producer)) is not None:
+            self._start(opened)
         await call.confirmed
-
-    @property
-    def _is_full(self) -> bool:
-        return self._in_flight >= self._max_in_flight
-
-    def _place(self, topic: str, key: bytes | None, partition: int | None) -> TopicPartition | None:
-        """
-        Choose a partition: the one of *key*. What has no key goes where the one before it went, for a while.
-
-        aiokafka chooses anew for each, so that many callers fill many small batches instead of few large ones. None if
-        it has to be asked where *topic* is: a Kafka that has just started can make the client forget it.
-        """
-        if topic not in self._known:  # by this producer: of another one nothing is known
-            return None
-        cluster = self._producer.client.cluster
-        if key is None and partition is None:
-            place, left = self._stays.get(topic, (None, 0))
-            if place is None or not left or not self._batches or cluster.leader_for_partition(place) in _NO_LEADER:
-                usable = cluster.available_partitions_for_topic(topic) or cluster.partitions_for_topic(topic)
-                if not usable:
-                    return None
-                place, left = TopicPartition(topic, random.choice([*usable])), _STAY  # noqa: S311
-            self._stays[topic] = place, left - 1
-            return place
-        partitions = sorted(cluster.partitions_for_topic(topic) or ())
-        if not partitions:
-            return None
-        if partition is not None:
-            return TopicPartition(topic, min(partition, partitions[-1]))  # others may have created it, with fewer
-        return TopicPartition(topic, _partition_of_key(key or b"", partitions, []))
 
     async def _in_turn(
         self, topic: str, key: bytes | None, partition: int | None, message_id: UUID | None, deadline: float
-    ) -> TopicPartition:
-        """Wait for a producer that knows *topic*, and for room."""
+    ) -> tuple[IdempotentProducer, Place]:
+        """Wait for a producer that knows the partitions of *topic*, and for room."""
         self._queued += 1
         try:
             async with asyncio.timeout_at(deadline), self._lock:
                 while not self.is_closed:
-                    await self._connected()
-                    place = self._place(topic, key, partition)
-                    if place is None:
-                        await ensure_topics(self._cluster, self._policy, [topic])
-                        await self._look_for(topic)
-                    elif self._is_full:
-                        self._freed.clear()
-                        await self._freed.wait()
-                    else:
-                        return place
+                    producer = await self._connected()
+                    if self._calls.is_full:
+                        self._room.clear()
+                        await self._room.wait()
+                        continue
+                    place = producer.place(topic, key, partition, may_stay=self._calls.in_flight > 0)
+                    if place is not None:
+                        return producer, place
+                    await ensure_topics(self._cluster, self._policy, [topic])
+                    await producer.look_up(topic)
                 raise BrokerClosed("this broker is closed")
         except CLIENT_ERRORS as error:
             raise send_error(error, message_id, handed_over=False) from error
@@ -164,207 +129,157 @@ class Producer(ClientConnection):
         finally:
             self._queued -= 1
 
-    async def _connected(self) -> None:
-        """See that there is a producer, and that it has what is left. Called by one at a time."""
-        if self._producer is not None and sender_of(self._producer).done():
-            self._give_up(self._producer, OutcomeUnknown("its sender was cancelled; it may have arrived"))
-        if self._producer is None:
-            await self._background.wait()  # what the one before still has of a key comes first
-            producer = AIOKafkaProducer(
-                **self._cluster.settings(),
-                acks="all",
-                enable_idempotence=True,
-                linger_ms=0,
-                max_batch_size=self._batch_bytes,
-            )
-            producer._closed = True  # noqa: SLF001  # else it complains that nobody has called `stop`: see `tear_down`
-            try:
-                await started(producer.start())
-            except BaseException:
-                await tear_down(producer)
-                raise
-            self._producer = producer
-            sender_of(producer).add_done_callback(partial(self._on_end_of_sender, producer))
-        for topic in {call.place.topic for call in self._left} - self._known:
-            try:
-                await self._look_for(topic)
-            except CLIENT_ERRORS as error:
-                self._tell(self._take_left(topic), error, handed_over=False)
-        if self._producer is not None:
-            for call in self._take_left():
-                self._put(call)
+    async def _connected(self) -> IdempotentProducer:
+        """Return a producer that works, and that has been given all calls that waited for one."""
+        async with self._connecting:
+            while True:
+                if self._current is not None and self._current.has_ended:
+                    self._give_up(self._current, OutcomeUnknown("its sender was cancelled; it may have arrived"))
+                if self._current is None:
+                    await self._background.wait()  # the old producer may still send a message of the same key
+                    self._current = await IdempotentProducer.connect(
+                        self._cluster, batch_bytes=self._calls.batch_bytes, on_failure=self._give_up
+                    )
+                producer = self._current
+                for topic in {call.place[0] for call in self._calls.waiting}:
+                    if not producer.knows(topic):
+                        await self._look_up(producer, topic)
+                if producer is self._current and not producer.has_ended:
+                    for batch in self._calls.hand_over(producer):
+                        self._start(batch)
+                    return producer
 
-    async def _look_for(self, topic: str) -> None:
-        """Have the producer know where *topic* is. It does not end meanwhile: nobody would answer."""
-        producer = self._asked = self._producer
-        if producer is None:
-            return  # it has been retired meanwhile
+    async def _look_up(self, producer: IdempotentProducer, topic: str) -> None:
+        """Look up the partitions of a topic of calls that wait. If that fails, so do these calls."""
         try:
-            await producer.partitions_for(topic)
-        finally:
-            self._asked = None
-            self._freed.set()
-        if producer is self._producer:
-            self._known.add(topic)
+            await producer.look_up(topic)
+        except CLIENT_ERRORS as error:
+            self._fail(self._calls.take_waiting(topic), error, handed_over=False)
 
-    # -- what was sent, and what becomes of it -----------------------------------------------------------------------
+    # -- batches, and how they end -----------------------------------------------------------------------------------
 
-    def _put(self, call: Call) -> None:
-        batch = self._latest.get(call.place)
-        if batch is None or not batch.takes(call):
-            batch = self._latest[call.place] = Batch(self._producer, call, self._settle)
-            self._batches[batch] = None
-            self._sweep_at(call.deadline)
+    def _start(self, batch: _Batch) -> None:
+        batch.producer.send(batch, self._settle)
+        self._wake_at(batch.deadline)
 
-    def _take_back(self, place: TopicPartition | None = None) -> list[Call]:
-        """Give the calls whose messages were not on their way yet, of *place* or of all: now they never will be."""
-        calls: list[Call] = []
-        for batch in [each for each in self._batches if not each.is_sent and place in (None, each.place)]:
-            self._forget(batch)
-            batch.take_back()
-            calls += batch.calls
-        return calls
-
-    def _take_left(self, topic: str | None = None) -> list[Call]:
-        taken = [call for call in self._left if topic in (None, call.place.topic)]
-        self._left = [call for call in self._left if topic not in (None, call.place.topic)]
-        return taken
-
-    def _forget(self, batch: Batch) -> None:
-        del self._batches[batch]
-        if self._latest.get(batch.place) is batch:
-            del self._latest[batch.place]
-
-    def _settle(self, batch: Batch, error: BaseException | None) -> None:
-        """Tell all who wait for *batch*, unless they have been told."""
-        if batch not in self._batches:
-            return
-        if error is not None and sender_of(batch.producer).done():
-            self._give_up(batch.producer, error)
-            return
-        self._forget(batch)
-        if error is not None and len(batch.calls) > 1 and refused(error) and not isinstance(error, NO_RIGHT):
-            # It is not for all of them to hear that. What was sent after it is not sent again before it.
-            if isinstance(error, TOO_LARGE):
-                self._batch_bytes = min(self._batch_bytes, batch.size // 2)
-            for call in batch.calls:
-                call.is_alone = not isinstance(error, TOO_LARGE)
-            self._left[:0] = batch.calls
-        else:
-            self._tell(batch.calls, error, handed_over=True)
-        if error is not None and not isinstance(error, NO_RIGHT):
-            self._retire(batch.producer)
-
-    def _tell(self, calls: Sequence[Call], error: BaseException | None, *, handed_over: bool) -> None:
-        self._in_flight -= len(calls)
-        self._freed.set()
-        for call in calls:
-            if call.confirmed.done():
-                continue  # its caller has gone
-            if error is None:
-                call.confirmed.set_result(None)
-            else:
-                call.confirmed.set_exception(send_error(error, call.message_id, handed_over=handed_over))
-
-    def _sweep_at(self, deadline: float) -> None:
-        """One timer for all calls, instead of one each: for the one that is due first."""
-        if self._sweeper is not None and self._sweeper.when() > deadline:
-            self._sweeper.cancel()
-            self._sweeper = None
-        if self._sweeper is None and self._loop is not None:
-            self._sweeper = self._loop.call_at(deadline, self._sweep)
-
-    def _sweep(self) -> None:
-        """Tell whoever is overdue."""
-        self._sweeper = None
-        now = asyncio.get_running_loop().time()
-        late = TimeoutError(f"it was not sent within {self._timeout:g} s")
-        for batch in [batch for batch in self._batches if batch.calls[0].deadline <= now]:
-            if batch not in self._batches:
-                continue  # it went with one before it
-            if batch.is_sent:
-                why = f"Kafka did not confirm it within {self._timeout:g} s; it may have arrived"
-                self._give_up(batch.producer, OutcomeUnknown(why))
-                continue
-            calls = self._take_back(batch.place)  # in vain its leader is looked for
-            self._tell([call for call in calls if call.deadline <= now], late, handed_over=False)
-            for call in calls:
-                if call.deadline > now:
-                    self._put(call)
-        overdue = [call for call in self._left if call.deadline <= now]
-        self._left = [call for call in self._left if call.deadline > now]
-        self._tell(overdue, late, handed_over=False)
-        deadlines = [call.deadline for call in self._left] + [batch.calls[0].deadline for batch in self._batches]
-        if deadlines:
-            self._sweep_at(min(deadlines))
-
-    def _give_up(self, producer: Any, why: BaseException) -> None:
-        """Tell everybody who waits for what *producer* has sent that nobody knows."""
-        self._retire(producer)
-        for batch in [batch for batch in self._batches if batch.producer is producer]:
-            self._forget(batch)
-            self._tell(batch.calls, why, handed_over=True)
-
-    def _on_end_of_sender(self, producer: Any, sender: asyncio.Task[None]) -> None:
-        """Part with a producer whose work has ended by itself: nobody would take a message from it."""
-        if not sender.cancelled() and (error := sender.exception()) is not None:
+    def _settle(self, batch: _Batch, error: BaseException | None) -> None:
+        """End the calls of *batch*, or try again with those that Kafka may not have meant."""
+        if batch not in self._calls:
+            return  # it was withdrawn, or given up
+        producer = batch.producer
+        if error is None:
+            self._confirm(self._calls.end(batch))
+        elif producer.has_ended:
             self._give_up(producer, error)
-        elif producer is self._producer:
-            self._known.clear()  # somebody has cancelled it; whoever sends next sees to that
+        elif isinstance(error, NO_RIGHT):  # Kafka has not looked at its number
+            self._fail(self._calls.end(batch), error, handed_over=True)
+        else:
+            if len(batch.calls) > 1 and refused(error):
+                self._calls.split(batch, is_too_large=isinstance(error, TOO_LARGE))
+            else:
+                self._fail(self._calls.end(batch), error, handed_over=True)
+            self._retire(producer)
+        self._note_answers(producer)
 
-    def _retire(self, producer: Any) -> None:
-        """
-        Make another producer for what was not sent yet. This one ends when nobody waits for it any more.
+    def _give_up(self, producer: IdempotentProducer, why: BaseException) -> None:
+        """End the calls whose messages *producer* has sent: nobody knows what became of them."""
+        self._retire(producer)
+        self._fail(self._calls.abandon(producer), why, handed_over=True)
+        self._note_answers(producer)
 
-        aiokafka goes on counting after a message that Kafka has refused, so that Kafka refuses what follows it, too.
-        """
-        if producer is self._producer:
-            self._producer = None
-            self._left += self._take_back()
-            for known in (self._known, self._stays, self._latest):
-                known.clear()
-            self._background.start(self._end_of(producer), "the end of a producer")
-        if self._left and (self._handing_on is None or self._handing_on.done()):
-            self._handing_on = asyncio.create_task(self._hand_on(), name="diator: handing on what was not sent")
-        self._freed.set()
+    def _retire(self, producer: IdempotentProducer) -> None:
+        """Have another producer send what this one has not sent. It ends when all that it sent is answered."""
+        if producer is self._current:
+            self._current = None
+            producer.retire()
+            producer.drop(self._calls.retire(producer))
+            self._background.start(self._end(producer), "the end of a producer")
+        self._hand_over_soon()
 
-    async def _hand_on(self) -> None:
-        """See that there is a producer for what is left, or that its callers hear of it."""
-        while self._left:
+    def _note_answers(self, producer: IdempotentProducer) -> None:
+        if producer is not self._current and not self._calls.is_used(producer):
+            producer.answered.set()
+
+    async def _end(self, producer: IdempotentProducer) -> None:
+        if self._calls.is_used(producer):
+            await producer.answered.wait()
+        await producer.close()
+
+    def _confirm(self, calls: Sequence[Call]) -> None:
+        for call in calls:
+            if not call.confirmed.done():  # else its caller has gone
+                call.confirmed.set_result(None)
+        self._note_room()
+
+    def _fail(self, calls: Sequence[Call], error: BaseException, *, handed_over: bool) -> None:
+        for call in calls:
+            if not call.confirmed.done():
+                call.confirmed.set_exception(send_error(error, call.message_id, handed_over=handed_over))
+        self._note_room()
+
+    def _note_room(self) -> None:
+        if not self._calls.is_full:
+            self._room.set()
+        if not self._calls.in_flight:
+            self._idle.set()
+
+    # -- calls that wait for the next producer -----------------------------------------------------------------------
+
+    def _hand_over_soon(self) -> None:
+        if self._calls.waiting and (self._handing_over is None or self._handing_over.done()):
+            self._handing_over = asyncio.create_task(self._hand_over(), name="diator: handing over unsent messages")
+
+    async def _hand_over(self) -> None:
+        """Connect for the sake of the calls that wait, so that they end even if nobody else sends."""
+        while self._calls.waiting:
             try:
-                async with asyncio.timeout(self._timeout), self._lock:
+                async with asyncio.timeout(self._timeout):
                     await self._connected()
             except TimeoutError:
-                continue  # who is overdue has been told
+                continue  # the overdue calls have ended
             except CLIENT_ERRORS as error:
-                self._tell(self._take_left(), error, handed_over=False)
+                self._fail(self._calls.take_waiting(), error, handed_over=False)
 
-    async def _end_of(self, producer: Any) -> None:
-        while self._asked is producer or any(batch.producer is producer for batch in self._batches):
-            self._freed.clear()
-            await self._freed.wait()
-        await tear_down(producer)
+    # -- deadlines ---------------------------------------------------------------------------------------------------
+
+    def _wake_at(self, deadline: float) -> None:
+        """Use one timer for all calls instead of one each, for the earliest deadline."""
+        if self._alarm is not None and self._alarm.when() > deadline:
+            self._alarm.cancel()
+            self._alarm = None
+        if self._alarm is None and self._loop is not None:
+            self._alarm = self._loop.call_at(deadline, self._end_overdue)
+
+    def _end_overdue(self) -> None:
+        self._alarm = None
+        now = asyncio.get_running_loop().time()
+        for producer in self._calls.stuck(now):
+            why = f"Kafka did not confirm it within {self._timeout:g} s; it may have arrived"
+            self._give_up(producer, OutcomeUnknown(why))
+        overdue, withdrawn = self._calls.expire(now)  # the partition still has no leader, or no producer connects
+        self._fail(overdue, TimeoutError(f"it was not sent within {self._timeout:g} s"), handed_over=False)
+        if self._current is not None:
+            self._current.drop(withdrawn)
+        self._hand_over_soon()
+        if (deadline := self._calls.next_deadline()) is not None:
+            self._wake_at(deadline)
+
+    # -- closing -----------------------------------------------------------------------------------------------------
 
     async def _close(self) -> None:
         reading = asyncio.create_task(close_all(self.subscriptions))
         async with self._lock:
-            pass  # those who were there before have a batch now, or a verdict
-        while self._batches or self._left:
-            self._freed.clear()
-            await self._freed.wait()
-        if self._handing_on is not None:
-            self._handing_on.cancel()  # nothing is left to be handed on
-            await asyncio.wait([self._handing_on])
-        producer, self._producer = self._producer, None
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+            pass  # the calls that came before are in a batch now, or have ended
+        while self._calls.in_flight:
+            self._idle.clear()
+            await self._idle.wait()
+        if self._handing_over is not None:
+            self._handing_over.cancel()  # nothing is left to be handed over
+            await asyncio.wait([self._handing_over])
+        if self._alarm is not None:
+            self._alarm.cancel()
+        producer, self._current = self._current, None
         if producer is not None:
-            await tear_down(producer)
+            await producer.close()
         await self._background.wait()
         await reading
-
-    def _reset(self) -> None:
-        self._producer, self._asked, self._handing_on, self._sweeper = None, None, None, None
-        self._in_flight, self._freed = 0, asyncio.Event()
-        for gone in (self._known, self._stays, self._latest, self._batches, self._left):
-            gone.clear()

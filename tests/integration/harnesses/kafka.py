@@ -98,7 +98,7 @@ class KafkaHarness(ServiceHarness):
             pass
 
         nowhere = replace(transport._cluster, bootstrap_servers=("127.0.0.1:1",))
-        clients = [transport._service._producer.client] if transport._service._producer else []
+        clients = [transport._service._current._producer.client] if transport._service._current else []
         transport._service._cluster = nowhere
         subscriptions = {*transport._service.subscriptions}
         for subscription in subscriptions:

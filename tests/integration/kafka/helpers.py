@@ -5,7 +5,7 @@ import json
 from contextlib import asynccontextmanager, suppress
 from time import monotonic
 
-from aiokafka import AIOKafkaConsumer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
 from diator.brokers import Message
 from diator.brokers.base import Topic
@@ -60,8 +60,13 @@ async def all_that_comes(deliveries, *, within=1.0) -> list[int]:
 async def on_its_way(broker) -> None:
     """Wait until all that was sent is: what is sent from then on is in another batch."""
     await asyncio.sleep(0)
-    while not all(batch.is_sent for batch in broker._service._batches):  # noqa: ASYNC110  # there is nothing to wait on
+    while not all(batch.is_sent for batch in broker._service._calls.batches):  # noqa: ASYNC110  # there is nothing to wait on
         await asyncio.sleep(0.01)
+
+
+def client_of(broker) -> AIOKafkaProducer:
+    """The producer of aiokafka that *broker* sends with at present."""
+    return broker._service._current._producer
 
 
 async def stored(servers, name) -> list:
