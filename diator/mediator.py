@@ -12,7 +12,7 @@ from diator.brokers.sending import MessageBroker
 from diator.container import Container
 from diator.container.base import Resolver, Shared
 from diator.events import EventEmitter, EventMap
-from diator.events._emitter import OUTGOING, Outgoing, check_parts
+from diator.events._emitter import OUTGOING, Outgoing, check_parts, described
 from diator.exceptions import ConfigurationError, EventsNotSent, MessagesNotSent
 from diator.middlewares.base import Middleware
 from diator.requests import Request, RequestMap
@@ -74,12 +74,18 @@ class Mediator:
         check_parts(event_map=event_map, container=container, message_broker=message_broker)
         parts: list[tuple[object, Any]] = [(request_map, RequestMap), (event_emitter, (EventEmitter, NoneType))]
         if not all(isinstance(part, kind) for part, kind in parts):
-            raise ConfigurationError("request_map must be a RequestMap, and event_emitter an EventEmitter or None")
+            raise ConfigurationError(
+                "request_map must be a RequestMap, and event_emitter an EventEmitter or None; they are "
+                f"{described(request_map)} and {described(event_emitter)}"
+            )
         middlewares = _checked(middlewares)
         if event_emitter is None:
             event_emitter = EventEmitter(event_map=event_map, message_broker=message_broker)
         elif event_map is not None or message_broker is not None:
-            raise ConfigurationError("pass event_map and message_broker to the EventEmitter, or pass no event_emitter")
+            raise ConfigurationError(
+                "event_emitter was passed together with event_map or message_broker; pass event_map and message_broker "
+                "to the EventEmitter instead"
+            )
         container = Container() if container is None else container
         event_emitter._wire(container)
         self._emitter = event_emitter

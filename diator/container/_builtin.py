@@ -83,7 +83,7 @@ class Container:
             ResolutionError: *type_* is already registered, a parameter has no type hint, or a resource is transient.
         """
         if self.is_registered(type_):
-            raise ResolutionError([name_of(type_)], f"{name_of(type_)} is already registered")
+            raise ResolutionError([name_of(type_)], f"{name_of(type_)} is already registered; register it once")
         recipe = _recipe(type_, factory or type_, lifetime)
         if lifetime == "transient" and recipe.kind == "resource":
             raise ResolutionError(
@@ -94,7 +94,7 @@ class Container:
     def register_instance(self, type_: Callable[..., T], instance: T) -> None:
         """Use *instance* for every *type_*. The container never closes it. ResolutionError if *type_* is registered."""
         if self.is_registered(type_):
-            raise ResolutionError([name_of(type_)], f"{name_of(type_)} is already registered")
+            raise ResolutionError([name_of(type_)], f"{name_of(type_)} is already registered; register it once")
         self._singletons[type_] = instance
 
     def is_registered(self, type_: object) -> bool:
@@ -144,7 +144,9 @@ class Container:
     def _recipe(self, type_: type, path: tuple[type, ...]) -> _Recipe:
         """Return the recipe of *type_*. A type at the start of the path, such as a handler, needs no registration."""
         if type_ in path:
-            raise ResolutionError([*map(name_of, path), name_of(type_)], f"{name_of(type_)} depends on itself")
+            raise ResolutionError(
+                [*map(name_of, path), name_of(type_)], f"{name_of(type_)} depends on itself; break the cycle"
+            )
         if recipe := self._recipes.get(type_):
             return recipe
         if path:
@@ -168,7 +170,10 @@ class Container:
         recipe = self._recipe(type_, path)
         if within == "singleton" and recipe.lifetime == "scoped":
             steps = [*map(name_of, path), name_of(type_)]
-            raise ResolutionError(steps, f"{name_of(type_)} is scoped, and a singleton that outlives it depends on it")
+            problem = (
+                f"{name_of(type_)} is scoped, and a singleton that outlives it depends on it; give both the same lifetime"
+            )
+            raise ResolutionError(steps, problem)
         for needed in self._needs(recipe).values():
             self._check(
                 needed, (*path, type_), within="singleton" if "singleton" in (within, recipe.lifetime) else "transient"

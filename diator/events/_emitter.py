@@ -205,15 +205,16 @@ class EventEmitter:
 def check_parts(*, event_map: object, container: object, message_broker: object) -> None:
     """Check the types of the arguments when an object is made, before any request fails. None: not passed."""
     if not isinstance(event_map, (EventMap, NoneType)):
-        raise ConfigurationError(f"event_map must be an EventMap, and it is {_described(event_map)}")
+        raise ConfigurationError(f"event_map must be an EventMap, and it is {described(event_map)}")
     for name, part, method in (("container", container, "resolve"), ("message_broker", message_broker, "send_message")):
         if part is not None and (isinstance(part, type) or not callable(getattr(part, method, None))):
-            raise ConfigurationError(
-                f"{name} must be an object with `async def {method}`, and it is {_described(part)}"
-            )
+            raise ConfigurationError(f"{name} must be an object with `async def {method}`, and it is {described(part)}")
 
 
-def _described(part: object) -> str:
+def described(part: object) -> str:
+    """Return what *part* is, for the text of an error."""
+    if part is None:
+        return "None"
     return f"the class {name_of(part)}" if isinstance(part, type) else f"a {name_of(type(part))}"
 
 

@@ -192,7 +192,7 @@ def test_a_parameter_without_a_hint_is_refused_at_construction():
 
 @pytest.mark.parametrize("option", [{"event_map": events_of()}, {"message_broker": Recorder()}])
 def test_an_emitter_and_its_parts_cannot_be_passed_together(option):
-    with pytest.raises(ConfigurationError, match="pass event_map and message_broker to the EventEmitter"):
+    with pytest.raises(ConfigurationError, match="event_emitter was passed together with event_map or message_broker"):
         Mediator(requests_of(), event_emitter=EventEmitter(), **option)
 
 

@@ -576,7 +576,7 @@ async def test_a_cycle_shows_its_path(container):
     with pytest.raises(ResolutionError) as caught:
         await container.resolve(Farm)
 
-    assert str(caught.value) == "Hen depends on itself\n  └ Farm\n    └ Hen\n      └ Egg\n        └ Hen"
+    assert str(caught.value) == "Hen depends on itself; break the cycle\n  └ Farm\n    └ Hen\n      └ Egg\n        └ Hen"
 
 
 async def test_a_missing_dependency_shows_its_path(container):
