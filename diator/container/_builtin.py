@@ -170,9 +170,7 @@ class Container:
         recipe = self._recipe(type_, path)
         if within == "singleton" and recipe.lifetime == "scoped":
             steps = [*map(name_of, path), name_of(type_)]
-            problem = (
-                f"{name_of(type_)} is scoped, and a singleton that outlives it depends on it; give both the same lifetime"
-            )
+            problem = f"{name_of(type_)} is scoped, and a singleton depends on it; give both the same lifetime"
             raise ResolutionError(steps, problem)
         for needed in self._needs(recipe).values():
             self._check(

@@ -576,7 +576,9 @@ async def test_a_cycle_shows_its_path(container):
     with pytest.raises(ResolutionError) as caught:
         await container.resolve(Farm)
 
-    assert str(caught.value) == "Hen depends on itself; break the cycle\n  └ Farm\n    └ Hen\n      └ Egg\n        └ Hen"
+    problem, *path = str(caught.value).split("\n")
+    assert problem == "Hen depends on itself; break the cycle"
+    assert path == ["  └ Farm", "    └ Hen", "      └ Egg", "        └ Hen"]
 
 
 async def test_a_missing_dependency_shows_its_path(container):
@@ -658,7 +660,9 @@ def test_a_singleton_cannot_depend_on_a_scoped_type(between):
         container.register(Service)
         container.register(NeedsService, lifetime="singleton")
 
-    with pytest.raises(ResolutionError, match="Api is scoped, and a singleton that outlives it depends on it"):
+    with pytest.raises(
+        ResolutionError, match="Api is scoped, and a singleton depends on it; give both the same lifetime"
+    ):
         mediator_of(handling((between and NeedsService) or Service), container=container)
 
 
