@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, assert_type
 
+import aio_pika
 from redis.asyncio import Redis
+from yarl import URL
 
 from diator.brokers import Message
 from diator.brokers.base import Delivery, Gap, OnGap, ReadableBroker, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.memory import MemoryMessageBroker
+from diator.brokers.rabbitmq import RabbitMQMessageBroker
 from diator.brokers.redis import RedisMessageBroker
 from diator.brokers.redis_streams import RedisStreamMessageBroker
 from diator.consumer import Consumer, Handled, Health
@@ -251,6 +254,18 @@ def construct(client: Redis) -> None:
     RedisMessageBroker.from_url("redis://localhost", timeout="1")  # type: ignore[arg-type]
     RedisStreamMessageBroker.from_url("redis://localhost", durability="forever")  # type: ignore[arg-type]
     RedisStreamMessageBroker.from_url("redis://localhost", "prefix", 30)  # type: ignore[call-arg]
+
+
+async def construct_rabbitmq(url: URL) -> None:
+    """It takes an address, or what aio-pika returns."""
+    RabbitMQMessageBroker("amqp://localhost", "prefix", queue_type="classic")
+    RabbitMQMessageBroker(url)
+    RabbitMQMessageBroker(aio_pika.Connection(url), timeout=1.0)
+    RabbitMQMessageBroker(await aio_pika.connect(url))
+    robust: aio_pika.abc.AbstractRobustConnection = await aio_pika.connect_robust(url)
+    RabbitMQMessageBroker(robust)
+    RabbitMQMessageBroker(b"amqp://localhost")  # type: ignore[arg-type]
+    RabbitMQMessageBroker(object())  # type: ignore[arg-type]
 
 
 # -- consuming -------------------------------------------------------------------------------------------------------

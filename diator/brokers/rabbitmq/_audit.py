@@ -1,4 +1,4 @@
-"""What of RabbitMQ can be looked into by AMQP: whether what is declared is what diator would declare."""
+"""Whether the exchange and the queues in RabbitMQ are declared as diator declares them: what AMQP can show."""
 
 from __future__ import annotations
 
@@ -6,16 +6,8 @@ import asyncio
 from collections.abc import Iterable
 
 from diator.brokers.audit import Finding
-from diator.brokers.rabbitmq._channel import (
-    CLIENT_ERRORS,
-    NOT_ALLOWED,
-    Address,
-    Channel,
-    Frame,
-    Refused,
-    commands,
-    explained,
-)
+from diator.brokers.rabbitmq._channel import ACCESS_REFUSED, CHANNEL_ERRORS, Channel, Refused
+from diator.brokers.rabbitmq._client import Address, Frame, commands, explained
 from diator.brokers.rabbitmq._publisher import topic_exchange
 from diator.brokers.rabbitmq._subscription import Subscription, passively
 from diator.exceptions import BrokerUnavailable
@@ -25,7 +17,7 @@ async def inspect(
     address: Address, prefix: str, subscriptions: Iterable[Subscription], *, timeout: float
 ) -> list[Finding]:
     """
-    Compare what is declared with what *subscriptions* need.
+    Compare the exchange and the queues of *subscriptions* with their declarations.
 
     Raises:
         BrokerUnavailable: RabbitMQ cannot be reached within *timeout* seconds.
@@ -39,7 +31,7 @@ async def inspect(
                 commands.Exchange.Declare(exchange=prefix, passive=True),
                 topic_exchange(prefix),
                 capability="guarantee",
-                missing=None,  # the first message declares it
+                missing=None,  # no finding: the first message declares it
             )
             for subscription in subscriptions:
                 for queue in subscription.queues:
@@ -49,27 +41,27 @@ async def inspect(
                             passively(declaration.queue),
                             declaration,
                             capability="guarantee" if declaration.queue == queue else "dead_letter",
-                            missing=f"the queue {declaration.queue!r} is gone, and what should go there is dropped",
+                            missing=f"the queue {declaration.queue!r} is gone, and its messages are dropped",
                         )
             return findings
-    except CLIENT_ERRORS as error:
-        raise BrokerUnavailable(f"RabbitMQ cannot be looked into ({explained(error)})") from error
+    except CHANNEL_ERRORS as error:
+        raise BrokerUnavailable(f"RabbitMQ cannot be audited ({explained(error)})") from error
     finally:
-        await channel.hang_up()
+        await channel.close()
 
 
 async def _compared(
     channel: Channel, passive: Frame, declaration: Frame, *, capability: str, missing: str | None
 ) -> list[Finding]:
-    """Declare again what is there, which changes nothing: RabbitMQ says what differs."""
+    """Declare what exists again. That changes nothing, and RabbitMQ reports a difference."""
     try:
         if await channel.is_there(passive):
-            await channel.ask_beside(declaration)
+            await channel.ask_aside(declaration)
         elif missing is not None:
             return [Finding(capability=capability, problem=missing, remedy="subscribe again, which declares it")]
     except Refused as error:
-        remedy = "delete it once it is empty, and subscribe again, which declares it"
-        if error.code == NOT_ALLOWED:
-            remedy = "let this user configure what begins with the prefix"
+        remedy = "delete it when it is empty, and subscribe again, which declares it"
+        if error.code == ACCESS_REFUSED:
+            remedy = "permit this user to configure the names that start with the prefix"
         return [Finding(capability=capability, problem=str(error), remedy=remedy)]
     return []

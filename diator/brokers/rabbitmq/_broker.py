@@ -13,39 +13,46 @@ from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
 from diator.brokers.connecting import ServiceBroker
 from diator.brokers.message import Message
 from diator.brokers.rabbitmq._audit import inspect
-from diator.brokers.rabbitmq._channel import Address, Lost
+from diator.brokers.rabbitmq._client import URL, Address, AioPikaConnection
 from diator.brokers.rabbitmq._frames import Publication, header_of
 from diator.brokers.rabbitmq._names import UNUSUAL, routing_key
 from diator.brokers.rabbitmq._publisher import Publisher
-from diator.brokers.rabbitmq._subscription import OF_THE_SERVICE, Connection, QueueType, Subscription
-from diator.brokers.supervisor import CallbackSubscription, ReconnectPolicy, Source
+from diator.brokers.rabbitmq._subscription import RESERVED, QueueType, ReadOptions, Subscription
+from diator.brokers.supervisor import ReconnectPolicy
 from diator.exceptions import BrokerClosed, ConfigurationError, EncodingError
 
+# Headers that RabbitMQ routes by.
 _ROUTING = frozenset({"CC", "BCC"})
-"""Headers that RabbitMQ routes by."""
 
 
 class RabbitMQMessageBroker(ServiceBroker[Publisher]):
     """
     Publishes to a topic exchange of RabbitMQ, and reads queues.
 
-    At least once: a send has returned when RabbitMQ has stored the message in every queue that wants it, and a message
-    is its group's until a member has acknowledged it. A group begins when it first subscribes, and collects from then
-    on. Without a group, a subscription has a queue of its own, that is gone two minutes after its subscriber.
+    At least once: `send_message` returns when RabbitMQ has stored the message in every queue that wants it, and a
+    message belongs to its group until one of its consumers has acknowledged it. A group starts when it first
+    subscribes, and collects messages from then on. A subscription without a group has a queue of its own, which
+    RabbitMQ deletes two minutes after the subscriber is gone.
 
-    A message that no queue wants raises `MessageUnroutable`, unless *mandatory* is switched off; then it is dropped.
+    A message that no queue wants raises `MessageUnroutable`. With *mandatory* switched off, RabbitMQ drops it.
 
-    *url* is `amqp://user:password@host:port/vhost`, or `amqps://…` for TLS, with *ssl_context* if yours is not the
-    system's. *queue_type* `classic` is for services without quorum queues; they do not count deliveries, so that a
-    message which kills its consumers is not found out. *timeout* is in seconds, for each send and for connecting; at
-    most *max_in_flight* messages wait for their confirms. *extra_prefetch* is the number of messages that are
-    prefetched beyond those that are being handled; where a poison message may kill the process, 0
-    protects its neighbours.
+    *url* is an address, `amqp://user:password@host:port/vhost` or `amqps://…` for TLS, as a str or a `yarl.URL`. Or it
+    is a connection of aio-pika: diator connects by itself, with the address, TLS context and client properties of that
+    connection, which stays its owner's and is never closed here. *ssl_context* replaces the system's TLS context for an
+    address with `amqps://`.
+
+    *queue_type* `classic` is for services without quorum queues. They do not count deliveries, so a poison message that
+    crashes its consumers is not recognised. *timeout* is in seconds, for each send and for connecting. At most
+    *max_in_flight* messages wait for their confirms. *extra_prefetch* is the number of messages that are prefetched
+    beyond those that are being handled; with 0, a poison message that crashes the process charges no attempt to others.
+
+    Raises:
+        ConfigurationError: *url* is neither an address nor a connection of aio-pika, or an option is out of its range.
     """
 
     def __init__(
         self,
-        url: str,
+        url: str | URL | AioPikaConnection,
         prefix: str = "diator",
         *,
         ssl_context: ssl.SSLContext | None = None,
@@ -63,22 +70,23 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
             raise ConfigurationError(f"queue_type is quorum or classic, not {queue_type!r:.80}")
         if not prefix or prefix.startswith("amq.") or UNUSUAL.search(prefix):
             raise ConfigurationError(
-                "the prefix names an exchange: letters, digits and _./@,+- and not 'amq.' at its beginning"
+                "the prefix names an exchange: it has letters, digits and _./@,+- and does not start with 'amq.'"
             )
         self._address = Address(url, ssl_context)
-        self._prefix = prefix
         self._timeout = timeout
         self._max_message_bytes = max_message_bytes
         self._mandatory = mandatory
-        self._queue_type: QueueType = queue_type
-        self._extra_prefetch = extra_prefetch
-        self._reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
+        self._options = ReadOptions(
+            prefix=prefix,
+            queue_type=queue_type,
+            extra_prefetch=extra_prefetch,
+            reconnect=reconnect or ReconnectPolicy(connect_timeout=timeout),
+        )
         super().__init__(Publisher(self._address, prefix, timeout=timeout, max_in_flight=max_in_flight))
-        self._subscriptions: set[Subscription] = set()
 
     @property
     def capabilities(self) -> Capabilities:
-        """What RabbitMQ promises, on one node or with quorum queues on several."""
+        """What RabbitMQ promises, on one node, or with quorum queues on several nodes."""
         return Capabilities(
             guarantee="at_least_once",
             receipt="durable",
@@ -87,7 +95,7 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
             redelivery_bound=2.0 * self._address.heartbeat,
             delayed_retry=True,
             dead_letter=True,
-            delivery_count="exact" if self._queue_type == "quorum" else "retries",
+            delivery_count="exact" if self._options.queue_type == "quorum" else "retries",
             ordering="destination",
             distribution=frozenset({"broadcast", "competing"}),
             subscription="durable",
@@ -109,7 +117,7 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         message_id = str(message.message_id)
         header = header_of(message.message_name, message_id, headers, len(body))
         key = routing_key(message.message_type, message.message_name)
-        await self._service.publish(Publication(self._prefix, key, header, body, message_id, self._mandatory))
+        await self._service.publish(Publication(self._options.prefix, key, header, body, message_id, self._mandatory))
 
     @asynccontextmanager
     async def subscribe(
@@ -125,65 +133,31 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         See `ReadableBroker.subscribe`. Each subscription has a connection of its own.
 
         Raises:
-            ConfigurationError: A queue is there with other settings.
-            AccessRefused: The user may not declare or read it.
+            ConfigurationError: A queue exists with other settings.
+            AccessRefused: The user may not declare or read a queue.
         """
-        subscription = Subscription(self._service, self._prefix, topics, group, self._queue_type)
-        subscription.supervised = CallbackSubscription(
-            lambda: self._reading(subscription, prefetch),
-            topics,
-            group,
-            lossy=False,
-            prefetch=prefetch,
-            buffer_size=prefetch + self._extra_prefetch,
-            reconnect=self._reconnect,
-            on_gap=on_gap,
-            registry=self._service.subscriptions,
-            unsettled=lambda: subscription.holds,
-            leave=subscription.leave,
+        subscription = Subscription(
+            self._service, self._address, topics, group, self._options, prefetch=prefetch, on_gap=on_gap
         )
-        self._subscriptions.add(subscription)
-        try:
-            async with subscription.supervised as deliveries:
-                yield deliveries
-        finally:
-            self._subscriptions.discard(subscription)
-
-    @asynccontextmanager
-    async def _reading(self, subscription: Subscription, prefetch: int) -> AsyncGenerator[Source, None]:
-        if self._service.is_closed:
-            raise BrokerClosed("this broker is closed")
-        for tries_left in (2, 1, 0):
-            reading = Connection(subscription, min(prefetch + self._extra_prefetch // len(subscription.queues), 65_535))
-            try:
-                await reading.open(*await self._address.dial("consuming"))
-                try:
-                    await reading.begin()
-                except Lost:
-                    # Of several that create a quorum queue at once, RabbitMQ can fail one with an INTERNAL_ERROR.
-                    if tries_left:
-                        continue
-                    raise
-                yield reading
-                return
-            finally:
-                subscription.release(reading)
+        async with subscription as deliveries:
+            yield deliveries
 
     async def audit(self) -> Sequence[Finding]:
         """
-        See `Auditable.audit`. It compares what this broker and its subscriptions use with what is declared.
+        See `Auditable.audit`. It compares the exchange and the queues of open subscriptions with their declarations.
 
-        AMQP shows neither policies nor the server's configuration: a policy with `max-length`, `message-ttl` or
+        AMQP shows neither policies nor the server's configuration. A policy with `max-length`, `message-ttl` or
         `expires` can drop messages (`rabbitmqctl list_policies`), and a handler that takes longer than the server's
         `consumer_timeout` loses its delivery.
         """
         if self._service.is_closed:
             raise BrokerClosed("this broker is closed")
-        findings = await inspect(self._address, self._prefix, self._subscriptions, timeout=self._timeout)
+        subscriptions = [each for each in self._service.subscriptions if isinstance(each, Subscription)]
+        findings = await inspect(self._address, self._options.prefix, subscriptions, timeout=self._timeout)
         return [*self._service.blocked(), *findings]
 
 
 def _check_headers(message: Message, headers: Mapping[str, str]) -> None:
     for name in headers:
-        if name in _ROUTING or name.startswith(OF_THE_SERVICE):
-            raise EncodingError(f"{message.message_name}.headers", f"{name!r} means something to RabbitMQ or to diator")
+        if name in _ROUTING or name.startswith(RESERVED):
+            raise EncodingError(f"{message.message_name}.headers", f"{name!r} is reserved for RabbitMQ or diator")

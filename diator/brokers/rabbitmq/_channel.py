@@ -1,173 +1,132 @@
 """
 A connection to RabbitMQ with one channel.
 
-aiormq connects, logs in, cuts the stream into frames and keeps the heartbeat. What is said on a channel is said here:
-its own costs a lock, several futures and a task a message, matches returns by `message_id` alone, and when it closes it
-cancels whoever waits, which cannot be told from a cancellation by the program.
+diator speaks the channel itself. aiormq's own costs a lock, several futures and a task for each message. It
+matches returned messages by `message_id` alone. When it closes, it cancels its callers, who cannot tell that from a
+cancellation by the program.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections import deque
 from typing import Any, TypeAlias
 
-from aiormq.connection import Connection, TCPTransportFactory, TLSTransportFactory, TransportFactory
-from aiormq.exceptions import AMQPError
-from pamqp import commands
-from pamqp.base import Frame
-from pamqp.body import ContentBody
-from pamqp.exceptions import PAMQPException
-from pamqp.frame import marshal
-from pamqp.header import ContentHeader
-from yarl import URL
-
-from diator.exceptions import ConfigurationError
-
-__all__ = ["ContentHeader", "Frame", "commands", "marshal"]
+from diator.brokers.rabbitmq._client import (
+    CLIENT_ERRORS,
+    Connection,
+    ContentBody,
+    ContentHeader,
+    Frame,
+    commands,
+    explained,
+    marshal,
+)
 
 Content: TypeAlias = "commands.Basic.Deliver | commands.Basic.Return"
 
-HEARTBEAT = 10
-"""In seconds, unless the address says otherwise. After two without a sign the server counts us as dead."""
-
-_GOODBYE = 2.0
+_CLOSE_TIMEOUT = 2.0
 _MOST_CHANNELS = 1_000
-NOT_ALLOWED, NOT_FOUND, LOCKED, OTHERWISE = 403, 404, 405, 406
-"""Why RabbitMQ closes a channel. Otherwise: it is there with other settings."""
+# Why RabbitMQ closes a channel. PRECONDITION_FAILED: what is declared exists, with other settings.
+ACCESS_REFUSED, NOT_FOUND, RESOURCE_LOCKED, PRECONDITION_FAILED = 403, 404, 405, 406
 
 
 class Lost(ConnectionError):
-    """The connection is gone, or was given up."""
+    """The connection is lost, or was closed here."""
 
 
 class Refused(Exception):
-    """RabbitMQ has closed the channel, and says why."""
+    """
+    RabbitMQ has closed the channel.
+
+    Attributes:
+        code: The reason, as a number of AMQP.
+    """
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
         self.code = code
 
 
-CLIENT_ERRORS = (AMQPError, PAMQPException, OSError, asyncio.TimeoutError, RuntimeError, Refused)
-
-
-class Address:
-    """Where RabbitMQ is, and with which credentials. No `repr` and no error shows them."""
-
-    def __init__(self, url: str, ssl_context: ssl.SSLContext | None) -> None:
-        try:
-            self._url = URL(url)
-            known = self._url.scheme in {"amqp", "amqps"} and bool(self._url.host)
-            self.heartbeat = int(self._url.query.get("heartbeat", HEARTBEAT))
-        except (TypeError, ValueError):
-            known = False
-        if not known:
-            raise ConfigurationError(
-                "that is no address like amqp://user:password@host:5672/vhost, or amqps://…"
-            ) from None
-        if ssl_context is not None and self._url.scheme != "amqps":
-            raise ConfigurationError("an ssl_context needs an address that begins with amqps://")
-        self._ssl_context = ssl_context
-
-    async def dial(self, purpose: str) -> tuple[Connection, asyncio.StreamWriter]:
-        """Connect, and give what is written to beside the connection: aiormq's own way there is a queue of ten."""
-        transport = _KeepingWriter(TLSTransportFactory() if self._url.scheme == "amqps" else TCPTransportFactory())
-        name = f"{self._url.query.get('name', 'diator')}: {purpose}"
-        url = self._url.update_query({"heartbeat": self.heartbeat, "name": name})
-        connection = Connection(url, context=self._ssl_context, transport_factory=transport)
-        try:
-            await connection.connect()
-        except BaseException:  # it runs in a task of aiormq's, which may be done when whoever waits is cancelled
-            if transport.writer is not None:
-                transport.writer.transport.abort()
-            raise
-        assert transport.writer is not None, "it is connected"  # noqa: S101
-        return connection, transport.writer
-
-
-class _KeepingWriter(TransportFactory):
-    writer: asyncio.StreamWriter | None = None
-
-    def __init__(self, made_by: TransportFactory) -> None:
-        self._made_by = made_by
-
-    async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, self.writer = await self._made_by.create(url, **options)
-        return reader, self.writer
+CHANNEL_ERRORS = (*CLIENT_ERRORS, Refused)
 
 
 class Channel:
     """
-    A channel, from `open` until `lost` is called, once. What its connection reads for it, it is handed frame by frame.
+    A channel, from `open` until `lost` is called, once. Its connection hands it every frame that it reads for it.
 
-    What is written in one turn of the event loop goes out in one write.
+    The frames of one turn of the event loop go out in one write.
+
+    Attributes:
+        connection: The connection of aiormq, once it is open.
+        error: Why the channel is closed; None while it is open.
+        frame_max: The size of the largest frame, in bytes, once it is open.
+        last_frame_at: When the last frame arrived, by the clock of the event loop.
     """
 
     NUMBER = 1
 
     def __init__(self, number: int = NUMBER) -> None:
         self.number = number
-        self.frames = self  # where aiormq puts the frames of a channel
+        self.frames = self  # aiormq calls `frames.put` for each frame of a channel
         self.error: Exception | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._unwritten: list[bytes] = []
         self._asked: deque[asyncio.Future[Frame]] = deque()
         self._content: tuple[Content, ContentHeader, bytearray] | None = None
         self._method: Content | None = None
-        self._background = 0
+        self._last_beside = 0
 
     async def open(self, connection: Connection, writer: asyncio.StreamWriter) -> None:
-        """Begin to speak, and to listen."""
+        """Open the channel on *connection*, and receive its frames."""
         self._loop = asyncio.get_running_loop()
         self.connection = connection
         self._writer = writer
         self.frame_max = connection.connection_tune.frame_max or 131_072
-        self.heard = self._loop.time()
-        connection.channels[self.number] = self  # type: ignore[assignment]  # it needs `frames.put` of it, and no more
+        self.last_frame_at = self._loop.time()
+        connection.channels[self.number] = self  # type: ignore[assignment]  # aiormq only uses its `frames.put`
         self._closing = connection.closing
         self._closing.add_done_callback(self._connection_closed)
         await self.ask(commands.Channel.Open())
 
-    # -- speaking ------------------------------------------------------------------------------------------------
+    # -- sending -------------------------------------------------------------------------------------------------
 
     async def ask(self, frame: Frame) -> Any:
-        """Send what has a reply, and give that. Replies come in the order of the questions."""
+        """Send a frame that has a reply, and return that. Replies come in the order of the requests."""
         if self.error is not None:
             raise self.error
         reply = self._loop.create_future()
         self._asked.append(reply)
-        self.say(frame)
+        self.send(frame)
         return await reply
 
-    async def ask_beside(self, frame: Frame) -> None:
-        """Ask on another channel, what RabbitMQ may answer by closing it."""
-        self._background = self._background % _MOST_CHANNELS + 1
-        beside = Channel(self.number + self._background)
+    async def ask_aside(self, frame: Frame) -> None:
+        """Ask on a channel of its own, because RabbitMQ may answer by closing the channel."""
+        self._last_beside = self._last_beside % _MOST_CHANNELS + 1
+        beside = Channel(self.number + self._last_beside)
         if self._writer is not None:
             try:
                 await beside.open(self.connection, self._writer)
                 await beside.ask(frame)
             finally:
-                beside.part()
+                beside.close_channel()
 
     async def is_there(self, declared_passively: Frame) -> bool:
-        """Tell whether that is there."""
+        """Tell whether the queue or exchange of a passive declaration exists."""
         try:
-            await self.ask_beside(declared_passively)
+            await self.ask_aside(declared_passively)
         except Refused as error:
             if error.code == NOT_FOUND:
                 return False
             raise
         return True
 
-    def say(self, frame: Frame) -> None:
-        """Send what has no reply."""
+    def send(self, frame: Frame) -> None:
+        """Send a frame that has no reply."""
         self.write(marshal(frame, self.number))
 
     def write(self, frames: bytes) -> None:
-        """Send with whatever else this turn of the event loop brings."""
+        """Send encoded frames, together with the others of this turn of the event loop."""
         if not self._unwritten:
             self._loop.call_soon(self.flush)
         self._unwritten.append(frames)
@@ -178,50 +137,50 @@ class Channel:
             self._writer.write(b"".join(self._unwritten))
         self._unwritten.clear()
 
-    def part(self) -> None:
-        """Close the channel, and not the connection."""
+    def close_channel(self) -> None:
+        """Close the channel, and leave the connection open."""
         if self._writer is None:
             return
         self._closing.cancel()
         if self.error is None:
-            self.say(commands.Channel.Close(200, "", 0, 0))
+            self.send(commands.Channel.Close(200, "", 0, 0))
 
-    async def hang_up(self) -> None:
-        """Close the channel and the connection: in an orderly way, if the peer takes part in it soon."""
+    async def close(self) -> None:
+        """Close the channel and the connection: in an orderly way, if RabbitMQ takes part in it within 2 seconds."""
         if self._writer is None:
             return
         try:
-            async with asyncio.timeout(_GOODBYE):
+            async with asyncio.timeout(_CLOSE_TIMEOUT):
                 if self.error is None:
                     await self.ask(commands.Channel.Close(200, "", 0, 0))
                 await self.connection.close()
-        except CLIENT_ERRORS:
-            pass  # it is gone already
+        except CHANNEL_ERRORS:
+            pass  # it is lost already
         finally:
-            self.give_up(Lost("the connection was closed"))
+            self.abort(Lost("the connection was closed"))
 
-    def give_up(self, error: Exception) -> None:
-        """Do without the peer."""
+    def abort(self, error: Exception) -> None:
+        """Close the connection at once, because of *error*."""
         self._lose(error)
         if self._writer is not None:
             self._writer.transport.abort()
 
-    # -- listening -----------------------------------------------------------------------------------------------
+    # -- receiving -----------------------------------------------------------------------------------------------
 
     async def put(self, weighted: tuple[int, Any], /) -> None:
-        """Take a frame. aiormq awaits this where it would put it into a queue."""
+        """Receive a frame. aiormq awaits this, where its own channel has a queue."""
         _, frame = weighted
-        self.heard = self._loop.time()
+        self.last_frame_at = self._loop.time()
         if isinstance(frame, ContentBody):
-            self._part(frame.value)
+            self._add_part(frame.value)
         elif isinstance(frame, ContentHeader):
             if self._method is not None:
                 self._content = self._method, frame, bytearray()
-                self._part(b"")
+                self._add_part(b"")
         elif isinstance(frame, (commands.Basic.Deliver, commands.Basic.Return)):
             self._method = frame
         elif isinstance(frame, commands.Channel.Close):
-            self.say(commands.Channel.CloseOk())
+            self.send(commands.Channel.CloseOk())
             self.flush()
             self._lose(Refused(frame.reply_code or 0, frame.reply_text or "no reason"))
         elif not self.take(frame) and self._asked:
@@ -230,16 +189,16 @@ class Channel:
                 reply.set_result(frame)
 
     def take(self, frame: Any) -> bool:
-        """Take what is no reply; say whether it was."""
+        """Handle a frame that is not a reply, and tell whether it was one."""
         return False
 
     def take_content(self, method: Content, header: ContentHeader, body: bytes) -> None:
-        """Take a message."""
+        """Handle a message that was delivered or returned."""
 
     def lost(self, error: Exception) -> None:
-        """Nothing more is heard, and nothing more can be said."""
+        """Handle the end: no frame arrives any more, and none can be sent."""
 
-    def _part(self, part: bytes) -> None:
+    def _add_part(self, part: bytes) -> None:
         if self._content is not None:
             method, header, body = self._content
             body += part
@@ -249,7 +208,7 @@ class Channel:
 
     def _connection_closed(self, closing: asyncio.Future[Any]) -> None:
         if not closing.cancelled():
-            self._lose(Lost(f"the connection is gone ({explained(closing.exception())})"))
+            self._lose(Lost(f"the connection is lost ({explained(closing.exception())})"))
 
     def _lose(self, error: Exception) -> None:
         if self.error is None:
@@ -257,22 +216,6 @@ class Channel:
             for reply in self._asked:
                 if not reply.done():
                     reply.set_exception(error)
-                    reply.exception()  # who asked may have gone
+                    reply.exception()  # the caller may have been cancelled; then asyncio would complain
             self._asked.clear()
             self.lost(error)
-
-
-def is_blocked(connection: Connection) -> bool:
-    """Tell whether RabbitMQ has stopped reading from publishers: an alarm, memory or disk."""
-    waiting = connection.ready()  # aiormq's only way to tell: it returns at once, or when it is over
-    try:
-        waiting.send(None)
-    except StopIteration:
-        return False
-    waiting.close()
-    return True
-
-
-def explained(error: BaseException | None) -> str:
-    """Say what an error of the client is, in one line."""
-    return "closed" if error is None else f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -10,19 +10,8 @@ from uuid import UUID
 
 from diator.brokers.audit import Finding
 from diator.brokers.connecting import ClientConnection
-from diator.brokers.rabbitmq._channel import (
-    CLIENT_ERRORS,
-    NOT_FOUND,
-    Address,
-    Channel,
-    Content,
-    ContentHeader,
-    Lost,
-    Refused,
-    commands,
-    explained,
-    is_blocked,
-)
+from diator.brokers.rabbitmq._channel import CHANNEL_ERRORS, NOT_FOUND, Channel, Content, Lost, Refused
+from diator.brokers.rabbitmq._client import Address, ContentHeader, commands, explained, is_blocked
 from diator.brokers.rabbitmq._frames import Publication
 from diator.brokers.supervisor import close_all
 from diator.exceptions import (
@@ -38,23 +27,22 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _BLOCKED = "RabbitMQ has stopped reading from publishers: a resource alarm, memory or disk"
 _MOST_BYTES = 4 * 1024 * 1024
-_LOOK = 1.0
-"""How often, in seconds, the oldest message in flight is looked at."""
+# How often, in seconds, the oldest message in flight is checked.
+_SWEEP_EVERY = 1.0
 
 
 def topic_exchange(name: str) -> commands.Exchange.Declare:
-    """Ask for the exchange of that name, which stays."""
+    """Return the declaration of the durable topic exchange of that name."""
     return commands.Exchange.Declare(exchange=name, exchange_type="topic", durable=True)
 
 
 class Publisher(ClientConnection):
     """
-    Publishes with confirms, on a connection of its own: an alarm of RabbitMQ holds back everything on it.
+    Publishes with confirms, on a connection of its own: a resource alarm of RabbitMQ blocks all that is on it.
 
     At most *max_in_flight* messages, and about 4 MiB, wait for their confirms; further ones queue for room, in their
-    order. Every call ends within *timeout* seconds, all told. A message that is overdue stays in flight, its outcome
-    unknown, until RabbitMQ answers; if nothing at all was heard meanwhile, the connection is given up. Nothing is sent
-    twice.
+    order. Every call ends within *timeout* seconds. An overdue message raises `OutcomeUnknown`, and stays in flight
+    until RabbitMQ answers. If no frame at all has arrived meanwhile, the connection is closed. Nothing is sent twice.
     """
 
     def __init__(self, address: Address, exchange: str, *, timeout: float, max_in_flight: int) -> None:
@@ -82,7 +70,7 @@ class Publisher(ClientConnection):
             BrokerUnavailable: It was not sent.
             MessageRejected: RabbitMQ refused it.
             MessageUnroutable: No queue wants it, and it is mandatory.
-            OutcomeUnknown: It was sent, and not confirmed.
+            OutcomeUnknown: It was sent and not confirmed.
             BrokerClosed: `aclose` was called before.
         """
         deadline = self._bind_to_running_loop().time() + self.timeout
@@ -94,7 +82,7 @@ class Publisher(ClientConnection):
         await confirmed
 
     def blocked(self) -> Sequence[Finding]:
-        """Tell of an alarm, which holds back every publisher."""
+        """Return a finding if a resource alarm blocks publishers."""
         if self._link is None or not is_blocked(self._link.connection):
             return ()
         return (
@@ -103,11 +91,11 @@ class Publisher(ClientConnection):
 
     async def _close(self) -> None:
         reading = asyncio.create_task(close_all(self.subscriptions))
-        async with self._lock:  # behind those who were there before
+        async with self._lock:  # after the callers that were waiting already
             link, self._link = self._link, None
         if link is not None:
             await link.finish()
-            await link.hang_up()
+            await link.close()
         await self._background.wait()
         await reading
 
@@ -115,7 +103,7 @@ class Publisher(ClientConnection):
         self._link = None
 
     async def _publish_in_turn(self, publication: Publication, deadline: float) -> asyncio.Future[None]:
-        """Wait for a connection with room, and for an earlier message of this id to be answered."""
+        """Wait for a connection with room, and until no other message of this id is in flight."""
         message_id = publication.message_id
         concerned = _uuid(message_id)
         self._queued += 1
@@ -131,13 +119,13 @@ class Publisher(ClientConnection):
         except TimeoutError as error:
             blocked = self._link is not None and is_blocked(self._link.connection)
             raise BrokerUnavailable(
-                _BLOCKED if blocked else f"RabbitMQ took no message within {self.timeout:g} s", message_id=concerned
+                _BLOCKED if blocked else f"RabbitMQ accepted no message within {self.timeout:g} s", message_id=concerned
             ) from error
         finally:
             self._queued -= 1
 
     async def _connected(self, message_id: UUID | None = None) -> _Connection:
-        """Called by one at a time."""
+        """Return the connection, and make it if there is none. Only whoever holds the lock calls this."""
         if self._link is None and not self.is_closed:
             link = _Connection(self._max_in_flight, self._gone)
             try:
@@ -145,14 +133,14 @@ class Publisher(ClientConnection):
                 await link.ask(commands.Confirm.Select())
                 await link.ask(topic_exchange(self._exchange))
             except BaseException as error:
-                self._farewell(link)
+                self._close_soon(link)
                 if isinstance(error, Refused):
                     raise MessageRejected(
-                        f"RabbitMQ refuses the exchange {self._exchange!r} ({error}); it has to be a durable topic "
-                        "exchange, and the user has to be allowed to declare it, or choose another prefix",
+                        f"RabbitMQ refuses the exchange {self._exchange!r} ({error}); it must be a durable topic "
+                        "exchange that the user may declare; else choose another prefix",
                         message_id=message_id,
                     ) from error
-                if isinstance(error, CLIENT_ERRORS) and not isinstance(error, TimeoutError):
+                if isinstance(error, CHANNEL_ERRORS) and not isinstance(error, TimeoutError):
                     raise BrokerUnavailable(
                         f"no connection to RabbitMQ ({explained(error)})", message_id=message_id
                     ) from error
@@ -165,14 +153,14 @@ class Publisher(ClientConnection):
     def _gone(self, link: _Connection) -> None:
         if self._link is link:
             self._link = None
-            self._farewell(link)
+            self._close_soon(link)
 
-    def _farewell(self, link: Channel) -> None:
-        self._background.start(link.hang_up(), "closing a connection to RabbitMQ")
+    def _close_soon(self, link: Channel) -> None:
+        self._background.start(link.close(), "closing a connection to RabbitMQ")
 
 
 class _Call:
-    """A message in flight. Its caller may have gone."""
+    """A message in flight. Its caller may have been cancelled."""
 
     __slots__ = ("confirmed", "deadline", "key", "size", "written")
 
@@ -195,7 +183,12 @@ class _Call:
 
 
 class _Connection(Channel):
-    """A connection while it lives: who waits for which confirm."""
+    """
+    One connection: the messages in flight, and the callers that wait for their confirms.
+
+    Attributes:
+        ids: The messages in flight, by the id in the header. No two of one id are in flight at once.
+    """
 
     def __init__(self, max_in_flight: int, gone: Callable[[_Connection], None]) -> None:
         super().__init__()
@@ -204,7 +197,6 @@ class _Connection(Channel):
         self._tag = 0
         self._waiting: dict[int, _Call] = {}
         self.ids: dict[str, _Call] = {}
-        """Who is in flight, by the id in its header: never two of one."""
         self._bytes = 0
         self._answered = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
@@ -215,13 +207,13 @@ class _Connection(Channel):
         return len(self._waiting) < self._max_in_flight and self._bytes < _MOST_BYTES
 
     async def room(self) -> None:
-        """Wait until a message has been answered, or the connection is gone."""
+        """Wait until a confirm or a returned message has arrived, or the connection is lost."""
         if self.error is None:
             self._answered.clear()
             await self._answered.wait()
 
     def publish(self, publication: Publication, deadline: float) -> asyncio.Future[None]:
-        """Write a message: at once if nothing is on its way, else with whatever this turn of the loop brings."""
+        """Write a message: at once if no confirm is due, else together with the others of this turn of the loop."""
         try:
             frames = publication.frames(self.frame_max)
         except ValueError as error:
@@ -235,7 +227,7 @@ class _Connection(Channel):
         self._bytes += call.size
         self.ids[call.key] = call
         if self._sweeper is None:
-            self._sweeper = self._loop.call_at(min(deadline, now + _LOOK), self._sweep)
+            self._sweeper = self._loop.call_at(min(deadline, now + _SWEEP_EVERY), self._sweep)
         return call.confirmed
 
     async def finish(self) -> None:
@@ -243,7 +235,7 @@ class _Connection(Channel):
         while any(not call.confirmed.done() for call in self._waiting.values()):
             await self.room()
 
-    # -- answers -------------------------------------------------------------------------------------------------
+    # -- confirms and returned messages --------------------------------------------------------------------------
 
     def take(self, frame: Any) -> bool:
         if not isinstance(frame, (commands.Basic.Ack, commands.Basic.Nack)):
@@ -259,7 +251,7 @@ class _Connection(Channel):
             if nacked:
                 call.fail(
                     MessageRejected(
-                        "RabbitMQ refused it (nack); its queue may be full, and set to reject what is too much",
+                        "RabbitMQ refused it (nack); a queue may be full and reject further messages",
                         message_id=call.message_id,
                     )
                 )
@@ -269,11 +261,11 @@ class _Connection(Channel):
         return True
 
     def take_content(self, method: Content, header: ContentHeader, body: bytes) -> None:
-        """A message came back, since no queue wants it. Its confirm follows."""
+        """Fail a message that RabbitMQ returns because no queue wants it. Its confirm follows."""
         if call := self.ids.get(header.properties.message_id or ""):
             call.fail(
                 MessageUnroutable(
-                    f"no queue wants what is routed by {method.routing_key!r}; nobody has subscribed yet, or the "
+                    f"no queue is bound to the routing key {method.routing_key!r}; nobody has subscribed yet, or the "
                     "queues were deleted",
                     message_id=call.message_id,
                 )
@@ -281,22 +273,22 @@ class _Connection(Channel):
             self._answered.set()
 
     def _sweep(self) -> None:
-        """Look at the oldest messages: one timer for all of them, instead of one each."""
+        """Look at the oldest messages. One timer for all messages costs less than one for each."""
         self._sweeper = None
         now = self._loop.time()
         blocked = is_blocked(self.connection)
         if blocked != self._blocked:
             self._blocked = blocked
             logger.warning(_BLOCKED if blocked else "RabbitMQ reads from publishers again")
-        soonest = now + _LOOK
+        soonest = now + _SWEEP_EVERY
         for call in self._waiting.values():
             if call.confirmed.done():
-                continue  # abandoned
+                continue  # it has failed, or its caller was cancelled
             if call.deadline > now:
                 soonest = min(soonest, call.deadline)
                 break
-            if self.heard <= call.written and not blocked:
-                self.give_up(Lost(f"RabbitMQ was silent for {now - call.written:.3g} s"))
+            if self.last_frame_at <= call.written and not blocked:
+                self.abort(Lost(f"RabbitMQ was silent for {now - call.written:.3g} s"))
                 return
             why = _BLOCKED if blocked else "RabbitMQ has not confirmed it in time"
             call.fail(OutcomeUnknown(f"{why}; it may still arrive", message_id=call.message_id))
@@ -305,7 +297,7 @@ class _Connection(Channel):
             self._sweeper = self._loop.call_at(soonest, self._sweep)
 
     def lost(self, error: Exception) -> None:
-        """Tell everybody who waits. Of a single message RabbitMQ has said what is wrong with it, unless it is gone."""
+        """Fail every message in flight. If there is only one, RabbitMQ's reason to close the channel is about it."""
         if self._sweeper is not None:
             self._sweeper.cancel()
         alone = len(self._waiting) == 1
@@ -320,7 +312,7 @@ class _Connection(Channel):
 def _send_error(error: Exception, message_id: UUID | None, *, alone: bool) -> BrokerError:
     if isinstance(error, Refused) and alone:
         if error.code == NOT_FOUND:
-            return BrokerUnavailable(f"{error}; it is declared anew with the next message", message_id=message_id)
+            return BrokerUnavailable(f"{error}; the next message declares it again", message_id=message_id)
         return MessageRejected(f"RabbitMQ refused it ({error})", message_id=message_id)
     return OutcomeUnknown(f"{explained(error)}; it may have arrived", message_id=message_id)
 

@@ -1,125 +1,207 @@
-"""Reading from RabbitMQ: the queues of a subscription, and the connection that consumes them while it lives."""
+"""Reading from RabbitMQ: a subscription and its queues, and one connection that consumes them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Collection, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Collection, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 from uuid import uuid4
 
-from diator.brokers.base import Delivery, Topic
+from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.connecting import BackgroundTasks
 from diator.brokers.rabbitmq._channel import (
-    CLIENT_ERRORS,
-    LOCKED,
-    NOT_ALLOWED,
-    OTHERWISE,
+    ACCESS_REFUSED,
+    CHANNEL_ERRORS,
+    PRECONDITION_FAILED,
+    RESOURCE_LOCKED,
     Channel,
     Content,
-    ContentHeader,
+    Lost,
     Refused,
-    commands,
-    explained,
 )
+from diator.brokers.rabbitmq._client import Address, ContentHeader, commands, explained
 from diator.brokers.rabbitmq._frames import Publication, again
 from diator.brokers.rabbitmq._names import delay_bucket, queue_name, routing_key
 from diator.brokers.rabbitmq._publisher import Publisher, topic_exchange
 from diator.brokers.settling import Acknowledgements, dead_letter_headers
-from diator.brokers.supervisor import MessagesMissed, ResilientSubscription
-from diator.exceptions import AccessRefused, BrokerError, BrokerUnavailable, ConfigurationError
+from diator.brokers.supervisor import MessagesMissed, ReconnectPolicy, ResilientSubscription, Source
+from diator.exceptions import AccessRefused, BrokerClosed, BrokerError, BrokerUnavailable, ConfigurationError
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 QueueType: TypeAlias = Literal["quorum", "classic"]
 
+# The header of a retried message that counts the deliveries before.
 ATTEMPT = "diator-attempt"
-"""The header that counts, on a message which was given back, the deliveries before."""
-OF_THE_SERVICE = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count", ATTEMPT)
-"""How those headers begin that are no program's."""
-_ALONE = "/"
-"""How the names of queues without a group begin, in the place of the group."""
+# How the names of the headers start that RabbitMQ or diator writes, and no program.
+RESERVED = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count", ATTEMPT)
+# What stands in the name of a queue in place of a group, if there is none.
+_NO_GROUP = "/"
 
+# After so many deliveries that nobody settled, RabbitMQ itself dead-letters a message: far above any retry policy.
 _DELIVERY_LIMIT = 1_000
-"""After so many deliveries that nobody settled RabbitMQ puts a message aside by itself: far above any retry policy."""
-_ALONE_EXPIRES = 120.0
-_UNUSED = 600.0
-_GIVEN_BACK_AFTER = 5.0
-_PATIENCE = 2.0
+_NO_GROUP_EXPIRES = 120.0
+_UNUSED_EXPIRES = 600.0
+_REQUEUE_DELAY = 5.0
+_END_TIMEOUT = 2.0
 _LONGEST_REASON = 1024
 _MOST_ATTEMPTS = 1_000_000
+_MOST_PREFETCH = 65_535
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """
+    How the subscriptions of a broker read.
+
+    Attributes:
+        prefix: The name of the exchange, which starts the names of queues.
+        queue_type: The type of a group's queues.
+        extra_prefetch: Messages that are received beyond those that the program may hold.
+        reconnect: How to connect again.
+    """
+
+    prefix: str
+    queue_type: QueueType
+    extra_prefetch: int
+    reconnect: ReconnectPolicy
 
 
 class _Token(NamedTuple):
-    """By what a delivery is known."""
+    """The token of a delivery: its delivery tag, its queue, and its properties."""
 
     tag: int
     queue: str
     header: ContentHeader
 
 
-class Subscription:
-    """One member of a group, or a subscription without one: its queues. It outlives its connections."""
+class Subscription(ResilientSubscription):
+    """
+    The queues of one consumer, of a group or without one, on one connection after another.
+
+    Attributes:
+        publisher: Publishes messages again that are retried or dead-lettered.
+        group: The group; None if the subscription has queues of its own.
+        prefix: The name of the exchange.
+        queues: The queues that it consumes, with their topics.
+        declared: Whether the queues were declared before, so that a missing one is a gap.
+        delay_queues: The queues of delayed retries, and when each was declared, by the clock of the event loop.
+    """
 
     def __init__(
-        self, publisher: Publisher, prefix: str, topics: Collection[Topic], group: str | None, queue_type: QueueType
+        self,
+        publisher: Publisher,
+        address: Address,
+        topics: Collection[Topic],
+        group: str | None,
+        options: ReadOptions,
+        *,
+        prefetch: int,
+        on_gap: OnGap | None,
     ) -> None:
+        super().__init__(
+            topics,
+            group,
+            lossy=False,
+            prefetch=prefetch,
+            buffer_size=prefetch + options.extra_prefetch,
+            reconnect=options.reconnect,
+            on_gap=on_gap,
+            registry=publisher.subscriptions,
+        )
         self.publisher = publisher
-        self.prefix = prefix
+        self._address = address
         self.group = group
-        alone = f"{_ALONE}{uuid4().hex}"
-        self.queues = {queue_name(prefix, topic, alone if group is None else group): topic for topic in topics}
-        self.queue_type: QueueType = "classic" if group is None else queue_type
-        self.holds = 0
-        """How many deliveries its subscription has received that are not settled, given out or not."""
-        self.supervised: ResilientSubscription | None = None
+        self.prefix = options.prefix
+        own = f"{_NO_GROUP}{uuid4().hex}"
+        self.queues = {queue_name(self.prefix, topic, own if group is None else group): topic for topic in topics}
+        self._queue_type: QueueType = "classic" if group is None else options.queue_type
+        self._for_each_queue = min(prefetch + options.extra_prefetch // max(1, len(self.queues)), _MOST_PREFETCH)
         self.declared = False
-        self.waiting: dict[str, float] = {}
-        """Queues for retries, and when each was declared."""
+        self.delay_queues: dict[str, float] = {}
         self._background = BackgroundTasks()
 
-    def dead(self, queue: str) -> str:
-        """Name where what is put aside goes: without a group, all of a topic to one place."""
-        return f"{queue if self.group is not None else queue_name(self.prefix, self.queues[queue], _ALONE)}:dead"
+    @asynccontextmanager
+    async def connect(self) -> AsyncGenerator[Source, None]:
+        """
+        Connect, declare the queues, and consume them.
+
+        Raises:
+            ConfigurationError: A queue exists with other settings.
+            AccessRefused: The user may not declare or read it.
+            MessagesMissed: A queue was there before, and is gone.
+        """
+        if self.publisher.is_closed:
+            raise BrokerClosed("this broker is closed")
+        for tries_left in (2, 1, 0):
+            connection = Connection(self, self._for_each_queue)
+            try:
+                await connection.open(*await self._address.dial("consuming"))
+                try:
+                    await connection.start()
+                except Lost:
+                    # If several clients create a quorum queue at once, RabbitMQ can fail one with an INTERNAL_ERROR.
+                    if tries_left:
+                        continue
+                    raise
+                yield connection
+                return
+            finally:
+                self._end_soon(connection)
+
+    def _end_soon(self, connection: Connection) -> None:
+        """Requeue what the program has not seen, settle the rest, and close the connection, in the background."""
+        unseen = self.remove_prefetched()
+        self.unsettled -= len(unseen)
+        tags = {cast("_Token", delivery.token).tag for delivery in unseen}
+        self._background.start(connection.end(tags), "ending a subscription")
+
+    async def leave(self, prefetched: Collection[Delivery], /) -> None:
+        """Wait until RabbitMQ has every settlement. The end of each connection has requeued what was prefetched."""
+        await self._background.wait()
+
+    # -- the queues ----------------------------------------------------------------------------------------------
 
     def declarations(self, queue: str) -> list[commands.Queue.Declare]:
-        """What has to be there. RabbitMQ compares it with what is."""
+        """Return the declarations of *queue* and of its dead-letter queue. RabbitMQ compares them with what exists."""
         if self.group is None:
-            return [_durable(queue, {"x-queue-type": "classic", "x-expires": int(_ALONE_EXPIRES * 1000)})]
-        limit = {"x-delivery-limit": _DELIVERY_LIMIT} if self.queue_type == "quorum" else {}
-        return [self.declaration_of_dead(queue), _durable(queue, {**limit, **self.passing_on(self.dead(queue))})]
+            return [_durable(queue, {"x-queue-type": "classic", "x-expires": int(_NO_GROUP_EXPIRES * 1000)})]
+        limit = {"x-delivery-limit": _DELIVERY_LIMIT} if self._queue_type == "quorum" else {}
+        dead = self.dead_letter_queue(queue)
+        return [self.dead_letter_declaration(queue), _durable(queue, {**limit, **self.dead_letter_to(dead)})]
 
-    def declaration_of_dead(self, queue: str) -> commands.Queue.Declare:
-        """Without a group, it is declared when there is something to put aside."""
-        return _durable(self.dead(queue), {"x-queue-type": self.queue_type})
+    def dead_letter_queue(self, queue: str) -> str:
+        """Return the dead-letter queue of *queue*. Subscriptions without a group share that of their topic."""
+        return f"{queue if self.group is not None else queue_name(self.prefix, self.queues[queue], _NO_GROUP)}:dead"
 
-    def passing_on(self, queue: str) -> dict[str, Any]:
-        """What has RabbitMQ itself pass messages on to *queue*: with quorum queues, without losing one."""
+    def dead_letter_declaration(self, queue: str) -> commands.Queue.Declare:
+        """Return the declaration of that. Without a group it is declared with the first dead letter."""
+        return _durable(self.dead_letter_queue(queue), {"x-queue-type": self._queue_type})
+
+    def dead_letter_to(self, queue: str) -> dict[str, Any]:
+        """Return the arguments that make RabbitMQ dead-letter to *queue*; a quorum queue loses no message then."""
         safely = {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
         return {
-            "x-queue-type": self.queue_type,
+            "x-queue-type": self._queue_type,
             "x-dead-letter-exchange": "",
             "x-dead-letter-routing-key": queue,
-            **(safely if self.queue_type == "quorum" else {}),
+            **(safely if self._queue_type == "quorum" else {}),
         }
 
-    def release(self, reading: Connection) -> None:
-        """Have what was acknowledged told, and what nobody has seen given back, and close the connection."""
-        unseen = self.supervised.remove_prefetched() if self.supervised else []
-        self.holds -= len(unseen)
-        tags = {cast("_Token", delivery.token).tag for delivery in unseen}
-        self._background.start(reading.end(tags), "ending a subscription")
-
-    async def leave(self, not_given_out: Collection[Delivery]) -> None:
-        """Wait until the service knows. What nobody has seen was given back with the connection that it came by."""
-        await self._background.wait()
+    def delay_declaration(self, queue: str, milliseconds: int) -> commands.Queue.Declare:
+        """Return the declaration of a queue whose messages wait for so long, and then return to *queue*."""
+        # It goes when it is unused, and never while a message waits in it.
+        expires = {"x-message-ttl": milliseconds, "x-expires": milliseconds + int(_UNUSED_EXPIRES * 1000)}
+        return _durable(f"{queue}:retry:{milliseconds}", {**self.dead_letter_to(queue), **expires})
 
 
 class Connection(Channel):
-    """One connection that receives, and how its deliveries are settled."""
+    """One connection that receives, and the settler of its deliveries."""
 
     def __init__(self, subscription: Subscription, prefetch: int) -> None:
         super().__init__()
@@ -127,20 +209,13 @@ class Connection(Channel):
         self._prefetch = prefetch
         self._arrived: deque[Delivery] = deque()
         self._something = asyncio.Event()
-        self._open: dict[int, None] = {}
-        """What is not settled. In the order of its tags, which is that of arrival."""
+        self._open: dict[int, None] = {}  # the tags that are not settled, in the order of their arrival
         self._acked: set[int] = set()
-        self._begun = self._ended = False
-        self._acknowledgements = Acknowledgements[int](self._tell)
+        self._is_consuming = self._has_ended = False
+        self._acknowledgements = Acknowledgements[int](self._send_acks)
 
-    async def begin(self) -> None:
-        """
-        Declare what is to be there, and consume.
-
-        Raises:
-            ConfigurationError: It is there with other settings, or may not be declared or read.
-            MessagesMissed: It was there before, and is not any more.
-        """
+    async def start(self) -> None:
+        """Declare the exchange and the queues, and consume. See `Subscription.connect` for its errors."""
         subscription = self._subscription
         try:
             there = [
@@ -156,20 +231,20 @@ class Connection(Channel):
                 )
             subscription.declared = True
             if not all(there):
-                raise MessagesMissed("RabbitMQ had lost a queue of this subscription; it is declared anew")
-            self._begun = True  # before: cancelled meanwhile, this consumes, and has messages that nobody has seen
+                raise MessagesMissed("RabbitMQ had lost a queue of this subscription; it is declared again")
+            self._is_consuming = True  # already: if this is cancelled now, messages may have arrived nevertheless
             for queue in subscription.queues:
                 await self.ask(commands.Basic.Consume(queue=queue, consumer_tag=queue))
         except Refused as error:
-            if error.code == NOT_ALLOWED:
+            if error.code == ACCESS_REFUSED:
                 raise AccessRefused(
-                    f"RabbitMQ refuses a subscription ({error}); let its user configure, write and read what begins "
-                    f"with {subscription.prefix!r}, and write to the default exchange"
+                    f"RabbitMQ refuses a subscription ({error}); permit its user to configure, write and read the "
+                    f"names that start with {subscription.prefix!r}, and to write to the default exchange"
                 ) from error
-            if error.code in {LOCKED, OTHERWISE}:
+            if error.code in {RESOURCE_LOCKED, PRECONDITION_FAILED}:
                 raise ConfigurationError(
-                    f"RabbitMQ refuses a subscription ({error}); delete what is there with other settings once it is "
-                    "empty, or use another group or prefix, or the queue_type that it has"
+                    f"RabbitMQ refuses a subscription ({error}); delete the queue with other settings when it is "
+                    "empty, use another group or prefix, or the queue_type that the queue has"
                 ) from error
             raise
 
@@ -179,23 +254,23 @@ class Connection(Channel):
         if self.error is not None:
             raise self.error
         given = [self._arrived.popleft() for _ in range(min(most, len(self._arrived)))]
-        self._subscription.holds += len(given)
+        self._subscription.unsettled += len(given)
         if not self._arrived:
             self._something.clear()
         return given
 
     async def probe(self) -> None:
-        """See whether the exchange is there: RabbitMQ does not tell those whose queues have lost it."""
+        """Ask whether the exchange exists: RabbitMQ does not tell a consumer that its queue lost its binding."""
         exchange = self._subscription.prefix
         if await self.is_there(commands.Exchange.Declare(exchange=exchange, passive=True)):
             self._something.set()
         else:
-            self.give_up(MessagesMissed(f"RabbitMQ has no exchange {exchange!r} any more; it is declared anew"))
+            self.abort(MessagesMissed(f"RabbitMQ has lost the exchange {exchange!r}; it is declared again"))
 
     def take(self, frame: Any) -> bool:
         if isinstance(frame, commands.Basic.Cancel):
-            self.give_up(
-                MessagesMissed(f"RabbitMQ has ended the consumer of {frame.consumer_tag!r}: its queue is gone")
+            self.abort(
+                MessagesMissed(f"RabbitMQ has cancelled the consumer of {frame.consumer_tag!r}: its queue is gone")
             )
             return True
         return False
@@ -208,7 +283,7 @@ class Connection(Channel):
         delivery = Delivery(
             topic=self._subscription.queues[queue],
             body=body,
-            headers={name: _text(value) for name, value in headers.items() if not name.startswith(OF_THE_SERVICE)},
+            headers={name: _text(value) for name, value in headers.items() if not name.startswith(RESERVED)},
             attempt=1 + _count(headers.get(ATTEMPT)) + _count(headers.get("x-delivery-count")),
             settler=self,
             token=_Token(tag, queue, header),
@@ -218,29 +293,27 @@ class Connection(Channel):
         self._something.set()
 
     def lost(self, error: Exception) -> None:
-        """Have none of it begun: all that is not settled comes again, some of it elsewhere already."""
+        """Drop what was prefetched: RabbitMQ redelivers it, and may have done so already."""
         self._something.set()
-        if self._subscription.supervised is not None:
-            self._subscription.holds -= len(
-                self._subscription.supervised.remove_prefetched(lambda delivery: delivery.settler is self)
-            )
+        unseen = self._subscription.remove_prefetched(lambda delivery: delivery.settler is self)
+        self._subscription.unsettled -= len(unseen)
 
     # -- settling ------------------------------------------------------------------------------------------------
 
     async def ack(self, delivery: Delivery, /) -> None:
-        """Noted here, and told together with others. On a connection that is gone there is nobody to tell."""
+        """Send the acknowledgement soon, together with others. On a lost connection it has no effect."""
         self._settled(cast("_Token", delivery.token))
 
     async def retry(self, delivery: Delivery, after: float, /) -> None:
-        """Published to the group's queue again, by way of one that keeps it for so long, and then acknowledged."""
+        """Publish to the group's queue again, by way of a queue that holds it for *after* seconds; then acknowledge."""
         token = cast("_Token", delivery.token)
-        with self._giving_back_on_failure(delivery):
+        with self._requeue_on_failure(delivery):
             async with asyncio.timeout(self._subscription.publisher.timeout):
                 queue = token.queue
                 if after > 0:
-                    queue = await self._waiting_room(queue, after)
+                    queue = await self._delay_queue(queue, after)
                 headers = {**_of_program(token.header), ATTEMPT: delivery.attempt}
-                await self._hand_on(again(token.header, headers, delivery.body, queue))
+                await self._publish(again(token.header, headers, delivery.body, queue))
         self._settled(token)
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
@@ -249,48 +322,49 @@ class Connection(Channel):
             delivery, reason[:_LONGEST_REASON], source=token.queue, group=self._subscription.group or ""
         )
         headers = _of_program(token.header) | why
-        with self._giving_back_on_failure(delivery):
+        with self._requeue_on_failure(delivery):
             async with asyncio.timeout(self._subscription.publisher.timeout):
-                dead = self._subscription.dead(token.queue)
+                dead = self._subscription.dead_letter_queue(token.queue)
                 if self._subscription.group is None and self.error is None:
-                    await self.ask_beside(self._subscription.declaration_of_dead(token.queue))
-                await self._hand_on(again(token.header, headers, delivery.body, dead))
+                    await self.ask_aside(self._subscription.dead_letter_declaration(token.queue))
+                await self._publish(again(token.header, headers, delivery.body, dead))
         self._settled(token)
 
-    async def _hand_on(self, publication: Publication) -> None:
+    async def _publish(self, publication: Publication) -> None:
         if self.error is not None:
-            raise BrokerUnavailable("the connection that it came by is gone; it comes again")
+            raise BrokerUnavailable("the connection of the delivery is lost; the message is redelivered")
         await self._subscription.publisher.publish(publication)
 
-    async def _waiting_room(self, queue: str, after: float) -> str:
-        """Declare where messages for *queue* wait. Unused, it goes; it must not while something waits in it."""
-        milliseconds = delay_bucket(after)
-        name = f"{queue}:retry:{milliseconds}"
-        declared = self._subscription.waiting.get(name)
-        if declared is None or self._loop.time() - declared > _UNUSED / 2:
-            expires = {"x-message-ttl": milliseconds, "x-expires": milliseconds + int(_UNUSED * 1000)}
-            await self.ask_beside(_durable(name, {**self._subscription.passing_on(queue), **expires}))
-            self._subscription.waiting[name] = self._loop.time()
+    async def _delay_queue(self, queue: str, after: float) -> str:
+        """Return the queue in which messages for *queue* wait. Declare it, unless that was done a short time ago."""
+        declaration = self._subscription.delay_declaration(queue, delay_bucket(after))
+        name, delay_queues = declaration.queue, self._subscription.delay_queues
+        declared = delay_queues.get(name)
+        if declared is None or self._loop.time() - declared > _UNUSED_EXPIRES / 2:
+            await self.ask_aside(declaration)
+            delay_queues[name] = self._loop.time()
         return name
 
     @contextmanager
-    def _giving_back_on_failure(self, delivery: Delivery) -> Generator[None, None, None]:
-        """What could not be published comes again: after a moment, so that a failing service is not stormed."""
+    def _requeue_on_failure(self, delivery: Delivery) -> Generator[None, None, None]:
+        """Requeue a message that could not be published: after a moment, to spare a service that fails."""
         try:
             yield
-        except (BrokerError, *CLIENT_ERRORS) as error:
-            self._subscription.waiting.clear()
-            self._loop.call_later(_GIVEN_BACK_AFTER, self._give_back, delivery)
+        except (BrokerError, *CHANNEL_ERRORS) as error:
+            self._subscription.delay_queues.clear()
+            self._loop.call_later(_REQUEUE_DELAY, self._requeue, delivery)
             if isinstance(error, BrokerError):
                 raise
-            raise BrokerUnavailable(f"RabbitMQ did not take it, and it comes again ({explained(error)})") from error
+            raise BrokerUnavailable(
+                f"RabbitMQ did not accept the message, which is redelivered ({explained(error)})"
+            ) from error
 
-    def _give_back(self, delivery: Delivery) -> None:
+    def _requeue(self, delivery: Delivery) -> None:
         tag = cast("_Token", delivery.token).tag
         if delivery.outcome is None and tag in self._open:
-            self._forget(tag)  # also where the connection is gone, or nobody would be given anything in its place
-            if self.error is None and not self._ended:
-                self.say(commands.Basic.Nack(tag, requeue=True))
+            self._forget(tag)  # also on a lost connection, so that another delivery takes its place
+            if self.error is None and not self._has_ended:
+                self.send(commands.Basic.Nack(tag, requeue=True))
 
     def _settled(self, token: _Token) -> None:
         if token.tag in self._open:
@@ -300,66 +374,66 @@ class Connection(Channel):
 
     def _forget(self, tag: int) -> None:
         del self._open[tag]
-        self._subscription.holds -= 1
-        if self._subscription.supervised is not None:
-            self._subscription.supervised.notify_settled()
+        self._subscription.unsettled -= 1
+        self._subscription.notify_settled()
 
-    async def _tell(self, _: Sequence[int]) -> None:
+    async def _send_acks(self, _: Sequence[int]) -> None:
         """
-        Acknowledge all up to the oldest that is not settled at once, and each behind it by itself.
+        Acknowledge everything up to the oldest unsettled delivery in one frame, and each later one in its own.
 
-        All that there are by now: RabbitMQ closes a channel on which one is acknowledged that it knows no more.
+        It sends all that have come together by now, and each once: RabbitMQ closes the channel on an unknown tag.
         """
         oldest = next(iter(self._open), None)
         run = [tag for tag in self._acked if oldest is None or tag < oldest]
-        if self.error is None and not self._ended:
+        if self.error is None and not self._has_ended:
             if run:
-                self.say(commands.Basic.Ack(max(run), multiple=True))
+                self.send(commands.Basic.Ack(max(run), multiple=True))
             for tag in sorted(self._acked.difference(run)):
-                self.say(commands.Basic.Ack(tag))
+                self.send(commands.Basic.Ack(tag))
         self._acked.clear()
 
     # -- the end -------------------------------------------------------------------------------------------------
 
     async def end(self, unseen: Collection[int]) -> None:
-        """Stop, have what was acknowledged told, give back what nobody has seen, and close."""
+        """Stop consuming, settle what is due, requeue *unseen* deliveries, and close. It takes 2 seconds at most."""
         subscription = self._subscription
         try:
-            if self.error is None and self._begun:
-                async with asyncio.timeout(_PATIENCE):
+            if self.error is None and self._is_consuming:
+                async with asyncio.timeout(_END_TIMEOUT):
                     for queue in subscription.queues:
                         await self.ask(commands.Basic.Cancel(queue))
                     self._settle_all({*unseen, *(cast("_Token", delivery.token).tag for delivery in self._arrived)})
-                    if subscription.group is None and subscription.supervised and subscription.supervised.is_ending:
+                    if subscription.group is None and subscription.is_ending:
                         for queue in subscription.queues:
                             await self.ask(commands.Queue.Delete(queue=queue))
-        except CLIENT_ERRORS as error:
+        except CHANNEL_ERRORS as error:
             logger.debug("ending a subscription: %s", explained(error))
-        await self.hang_up()
+        await self.close()
 
     def _settle_all(self, unseen: Collection[int]) -> None:
         """
-        Settle all that there are, in as few frames as can be.
+        Settle every delivery, in as few frames as possible.
 
-        Of more than 32 settlements at once, a quorum queue has the channel keep the rest for later, and a channel that
-        is closed forgets them. What was begun and not settled is rejected, which counts it as a delivery; to give back
-        otherwise does not, since RabbitMQ 4.3.
+        If a quorum queue gets more than 32 settlements at once, the channel keeps the rest for later, and loses them
+        when it is closed. Deliveries that the program has seen and not settled are rejected, which counts as
+        a delivery; since RabbitMQ 4.3 a nack does not.
         """
-        self._ended = True
+        self._has_ended = True
         for what, tags in groupby(
             sorted(self._acked.union(self._open)),
-            lambda tag: "acked" if tag in self._acked else "unseen" if tag in unseen else "begun",
+            lambda tag: "acked" if tag in self._acked else "unseen" if tag in unseen else "seen",
         ):
-            if what == "begun":
+            if what == "seen":
                 for tag in tags:
-                    self.say(commands.Basic.Reject(tag, requeue=True))
+                    self.send(commands.Basic.Reject(tag, requeue=True))
             else:
                 last = max(tags)
                 ack, nack = commands.Basic.Ack(last, multiple=True), commands.Basic.Nack(last, multiple=True)
-                self.say(ack if what == "acked" else nack)
+                self.send(ack if what == "acked" else nack)
 
 
 def passively(queue: str) -> commands.Queue.Declare:
+    """Return the declaration that asks whether *queue* exists."""
     return commands.Queue.Declare(queue=queue, passive=True)
 
 
@@ -369,7 +443,7 @@ def _durable(queue: str, arguments: dict[str, Any]) -> commands.Queue.Declare:
 
 def _of_program(header: ContentHeader) -> dict[str, Any]:
     headers = header.properties.headers or {}
-    return {name: value for name, value in headers.items() if not name.startswith(OF_THE_SERVICE)}
+    return {name: value for name, value in headers.items() if not name.startswith(RESERVED)}
 
 
 def _text(value: object) -> str:
@@ -377,5 +451,5 @@ def _text(value: object) -> str:
 
 
 def _count(value: object) -> int:
-    """A header of that name can be anybody's."""
+    """Return the count in a header; 0 if somebody else has written something else into it."""
     return value if isinstance(value, int) and 0 < value < _MOST_ATTEMPTS else 0

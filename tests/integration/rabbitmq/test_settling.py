@@ -176,7 +176,7 @@ async def test_a_foreign_message_without_an_id_is_given_back_and_put_aside_whole
 
 
 async def test_what_cannot_be_put_aside_is_given_back(broker, plain, queue, monkeypatch):
-    monkeypatch.setattr(_subscription, "_GIVEN_BACK_AFTER", 0.2)
+    monkeypatch.setattr(_subscription, "_REQUEUE_DELAY", 0.2)
     async with broker.subscribe([COUNTED], group="readers") as deliveries:
         await broker.send_message(counted(1))
         delivery = await anext(deliveries)
@@ -207,7 +207,7 @@ async def test_settling_is_bounded_where_nobody_answers(behind_proxy, proxy, out
 @pytest.mark.parametrize("outcome", ["retry", "dead_letter"])
 async def test_what_failed_to_be_settled_on_a_lost_connection_keeps_no_place(behind_proxy, proxy, monkeypatch, outcome):
     """It comes again by the next connection, for which it must not count as given out for ever."""
-    monkeypatch.setattr(_subscription, "_GIVEN_BACK_AFTER", 0.2)
+    monkeypatch.setattr(_subscription, "_REQUEUE_DELAY", 0.2)
     await collect(behind_proxy)
     async with behind_proxy.subscribe([COUNTED], group="readers", prefetch=1) as deliveries:
         await behind_proxy.send_message(counted(1))

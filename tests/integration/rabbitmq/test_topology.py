@@ -10,7 +10,7 @@ from aiormq.connection import Connection
 
 from diator.brokers.audit import audit
 from diator.brokers.rabbitmq import RabbitMQMessageBroker, _subscription
-from diator.brokers.rabbitmq._channel import Address
+from diator.brokers.rabbitmq._client import Address
 from diator.exceptions import (
     BrokerUnavailable,
     ConfigurationError,
@@ -22,7 +22,7 @@ from tests.integration.rabbitmq.helpers import COUNTED, RECONNECT, SLACK, become
 async def test_trap_8_a_queue_with_other_settings_is_a_clear_error(broker, plain, queue):
     await plain.declare_queue(queue, durable=True, arguments={"x-queue-type": "classic"})
 
-    with pytest.raises(ConfigurationError, match=r"inequivalent arg 'x-.*delete what is there"):
+    with pytest.raises(ConfigurationError, match=r"inequivalent arg 'x-.*delete the queue"):
         await collect(broker)
 
 
@@ -35,7 +35,7 @@ async def test_a_queue_that_gets_other_settings_while_it_is_read_ends_the_subscr
 
         waiting = asyncio.create_task(anext(deliveries))
         await replace()
-        with pytest.raises(ConfigurationError, match="delete what is there"):
+        with pytest.raises(ConfigurationError, match="delete the queue"):
             await asyncio.wait_for(waiting, RECONNECT.max_delay + SLACK)
 
 

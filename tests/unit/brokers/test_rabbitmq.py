@@ -6,13 +6,15 @@ from uuid import uuid4
 
 import pytest
 
-pytest.importorskip("aiormq")
+pytest.importorskip("aio_pika")
 
+import aio_pika
+import yarl
 from pamqp import commands
 from pamqp.frame import unmarshal
 
 from diator.brokers.base import Topic
-from diator.brokers.rabbitmq import RabbitMQMessageBroker
+from diator.brokers.rabbitmq import RabbitMQMessageBroker, _client
 from diator.brokers.rabbitmq._frames import ContentHeader, Publication, again, header_of
 from diator.brokers.rabbitmq._names import delay_bucket, queue_name, routing_key
 from diator.exceptions import ConfigurationError, EncodingError
@@ -30,14 +32,97 @@ URL = "amqp://guest:swordfish@localhost/"
         "amqp://user:swordfish@localhost:port/",
         "amqp://localhost/?heartbeat=swordfish",
         None,
+        b"amqp://user:swordfish@localhost/",
+        yarl.URL("redis://user:swordfish@localhost/"),
+        {"password": "swordfish"},
+        aio_pika.Connection,
     ],
 )
 def test_a_bad_address_is_refused_and_not_quoted(url):
-    with pytest.raises(ConfigurationError, match="no address like amqp://") as refused:
+    """The error has all forms, and does not show what may be a password."""
+    with pytest.raises(ConfigurationError, match=r"amqp://.* yarl\.URL.* aio-pika") as refused:
         RabbitMQMessageBroker(url)
 
     assert "swordfish" not in str(refused.value)
     assert refused.value.__cause__ is None
+
+
+class Dialled(Exception):
+    """In place of a connection."""
+
+
+@pytest.fixture
+def dialled(monkeypatch):
+    """What aiormq is asked to connect with, instead of connecting."""
+    asked = []
+
+    class NoConnection:
+        def __init__(self, url, **options):
+            asked.append((url, options))
+            raise Dialled
+
+    monkeypatch.setattr(_client, "Connection", NoConnection)
+    return asked
+
+
+async def dial(url, ssl_context=None):
+    with pytest.raises(Dialled):
+        await _client.Address(url, ssl_context).dial("testing")
+
+
+async def test_a_connection_of_aio_pika_lends_what_it_connects_with(dialled):
+    context = ssl.create_default_context()
+    properties = {"connection_name": "billing", "team": "payments"}
+    lent = aio_pika.RobustConnection(
+        yarl.URL("amqps://user:swordfish@localhost/vhost?heartbeat=3&interleave=1&cafile=mine.pem"),
+        ssl_context=context,
+        client_properties=properties,
+    )
+
+    await dial(lent)
+
+    ((url, options),) = dialled
+    assert (url.host, url.user, url.password, url.path) == ("localhost", "user", "swordfish", "/vhost")
+    assert (url.query["heartbeat"], url.query["cafile"]) == ("3", "mine.pem")
+    assert (options.pop("context"), options.pop("interleave")) == (context, 1)
+    assert options.pop("client_properties") == {"connection_name": "billing: testing", "team": "payments"}
+    assert options.keys() == {"transport_factory"}
+    assert RabbitMQMessageBroker(lent).capabilities.redelivery_bound == 6.0
+    assert properties["connection_name"] == "billing"
+
+
+async def test_a_renewed_password_is_used_for_the_next_connection(dialled):
+    lent = aio_pika.Connection(yarl.URL("amqp://user:swordfish@localhost/"))
+    address = _client.Address(lent, None)
+
+    lent.url = lent.url.with_password("herring")  # as its `update_secret` does
+    with pytest.raises(Dialled):
+        await address.dial("testing")
+
+    assert dialled[0][0].password == "herring"
+
+
+@pytest.mark.parametrize(
+    ("url", "name"), [(URL, "diator: testing"), (yarl.URL(f"{URL}?name=billing"), "billing: testing")]
+)
+async def test_a_connection_has_a_name(dialled, url, name):
+    await dial(url)
+
+    assert dialled[0][1]["client_properties"] == {"connection_name": name}
+
+
+async def test_two_tls_contexts_are_refused():
+    lent = aio_pika.Connection(yarl.URL("amqps://localhost/"), ssl_context=ssl.create_default_context())
+
+    with pytest.raises(ConfigurationError, match="do not pass an ssl_context"):
+        RabbitMQMessageBroker(lent, ssl_context=ssl.create_default_context())
+
+
+async def test_a_connection_of_aio_pika_without_an_address_is_refused():
+    lent = aio_pika.Connection(yarl.URL(""))
+
+    with pytest.raises(ConfigurationError, match="not an address of RabbitMQ"):
+        RabbitMQMessageBroker(lent)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,158 @@
+"""
+The client libraries of RabbitMQ: how diator connects with them, and every internal name of them that it uses.
+
+aiormq connects, logs in, cuts the stream into frames and keeps the heartbeat. pamqp encodes and decodes the frames.
+aio-pika is the client that a program may have beside diator: its addresses and connections are understood here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from aiormq.connection import Connection, TCPTransportFactory, TLSTransportFactory, TransportFactory
+from aiormq.exceptions import AMQPError
+from pamqp import commands
+from pamqp.base import Frame
+from pamqp.body import ContentBody
+from pamqp.exceptions import PAMQPException
+from pamqp.frame import marshal
+from pamqp.header import ContentHeader
+from yarl import URL
+
+from diator._extras import require_internals
+from diator.exceptions import ConfigurationError
+
+__all__ = ["URL", "Connection", "ContentBody", "ContentHeader", "Frame", "commands", "marshal"]
+
+# aiormq has no private name that diator uses. These are public, and no documentation promises them.
+INTERNALS = {
+    "aiormq.connection": (
+        "Connection.channels",  # where `Channel.open` registers itself for its frames
+        "Connection.close",
+        "Connection.closing",
+        "Connection.connect",
+        "Connection.connection_tune",
+        "Connection.ready",
+        "TCPTransportFactory.create",
+        "TLSTransportFactory.create",
+        "TransportFactory",
+    ),
+    "aiormq.channel": ("Channel.frames",),  # where aiormq puts the frames of a channel
+}
+require_internals("aiormq", INTERNALS)
+
+CLIENT_ERRORS = (AMQPError, PAMQPException, OSError, asyncio.TimeoutError, RuntimeError)
+
+# In seconds, unless the address says otherwise. After two without a sign of life RabbitMQ closes the connection.
+HEARTBEAT = 10
+
+_FORMS = (
+    "pass an address such as amqp://user:password@host:5672/vhost (amqps:// for TLS), as a str or yarl.URL, "
+    "or a connection of aio-pika"
+)
+# What a connection of aio-pika hands to aiormq beside its URL.
+_OPTIONS = ("client_properties", "context", "happy_eyeballs_delay", "interleave")
+
+
+class AioPikaConnection(Protocol):
+    """A connection of aio-pika, as `aio_pika.connect` and `connect_robust` return it, or one not connected yet."""
+
+    @property
+    def kwargs(self) -> Mapping[str, Any]:
+        """The options that it connects with: the TLS context, and properties of the client."""
+        ...
+
+    async def update_secret(self, new_secret: str, *, reason: str = ..., timeout: float | None = ...) -> Any:
+        """Renew its password; from then on, new connections of diator log in with that, too."""
+        ...
+
+
+class Address:
+    """
+    Where RabbitMQ is, and how to log in. No `repr` and no error shows the credentials.
+
+    Raises:
+        ConfigurationError: *url* is neither an address nor a connection of aio-pika, or there are two TLS contexts.
+
+    Attributes:
+        heartbeat: Seconds between two heartbeats.
+    """
+
+    def __init__(self, url: object, ssl_context: ssl.SSLContext | None) -> None:
+        self._owner = None if isinstance(url, (str, URL)) else _aio_pika_connection(url)
+        self._options: dict[str, Any] = {"context": ssl_context}
+        if self._owner is not None:
+            if ssl_context is not None:
+                raise ConfigurationError("a connection of aio-pika has its own TLS context; do not pass an ssl_context")
+            self._options = {name: self._owner.kwargs[name] for name in _OPTIONS if name in self._owner.kwargs}
+            url = self._owner.url
+        try:
+            self._url = URL(url)  # type: ignore[arg-type]  # else a TypeError
+            is_known = self._url.scheme in {"amqp", "amqps"} and bool(self._url.host)
+            self.heartbeat = int(self._url.query.get("heartbeat", HEARTBEAT))
+        except (TypeError, ValueError):
+            is_known = False
+        if not is_known:
+            # Without its cause, whose text may quote the address and the password in it.
+            raise ConfigurationError(f"this is not an address of RabbitMQ; {_FORMS}") from None
+        if ssl_context is not None and self._url.scheme != "amqps":
+            raise ConfigurationError("an ssl_context needs an address that starts with amqps://")
+
+    async def dial(self, purpose: str) -> tuple[Connection, asyncio.StreamWriter]:
+        """Connect. Return the connection, and the writer behind aiormq's own queue of ten frames."""
+        url = self._url if self._owner is None else URL(self._owner.url)  # which has the renewed password
+        options = dict(self._options)
+        properties = options.pop("client_properties", None) or {}
+        name = url.query.get("name") or properties.get("connection_name") or "diator"
+        properties = {**properties, "connection_name": f"{name}: {purpose}"}
+        url = url.update_query({"heartbeat": self.heartbeat})
+        transport = _KeepingWriter(TLSTransportFactory() if url.scheme == "amqps" else TCPTransportFactory())
+        connection = Connection(url, transport_factory=transport, client_properties=properties, **options)
+        try:
+            await connection.connect()
+        except BaseException:  # aiormq connects in a task of its own, which goes on when this one is cancelled
+            if transport.writer is not None:
+                transport.writer.transport.abort()
+            raise
+        assert transport.writer is not None, "it is connected"  # noqa: S101
+        return connection, transport.writer
+
+
+def _aio_pika_connection(connection: object) -> Any:
+    # A program that has such a connection has imported aio-pika. The others are spared its import, of some 15 ms.
+    from aio_pika.abc import AbstractConnection  # noqa: PLC0415
+
+    if not isinstance(connection, AbstractConnection) or not isinstance(getattr(connection, "url", None), URL):
+        # The error names its type only: its text could be an address, with a password.
+        raise ConfigurationError(f"an object of {type(connection).__name__} is not an address of RabbitMQ; {_FORMS}")
+    return connection
+
+
+class _KeepingWriter(TransportFactory):
+    writer: asyncio.StreamWriter | None = None
+
+    def __init__(self, made_by: TransportFactory) -> None:
+        self._made_by = made_by
+
+    async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, self.writer = await self._made_by.create(url, **options)
+        return reader, self.writer
+
+
+def is_blocked(connection: Connection) -> bool:
+    """Tell whether RabbitMQ has stopped reading from publishers because of a resource alarm: memory or disk."""
+    waiting = connection.ready()  # aiormq shows it in no other way: this returns at once, or when the alarm is over
+    try:
+        waiting.send(None)
+    except StopIteration:
+        return False
+    waiting.close()
+    return True
+
+
+def explained(error: BaseException | None) -> str:
+    """Describe an error of the client in one line."""
+    return "closed" if error is None else f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
