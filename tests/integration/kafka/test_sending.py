@@ -270,7 +270,7 @@ async def test_what_has_to_wait_for_a_full_batch_is_not_passed(broker, name, kaf
 
 async def test_headers_that_are_too_large_are_refused_before_they_are_sent(broker) -> None:
     async def refused(size, **fields) -> None:
-        with pytest.raises(MessageRejected, match=rf"key and headers have {size} bytes, and at most 61,440"):
+        with pytest.raises(MessageRejected, match=rf"key and headers have {size} bytes; at most 61,440"):
             await broker.send_message(message(0, **fields))
 
     async with subscribed(broker) as deliveries:

@@ -123,7 +123,7 @@ async def test_what_retention_took_from_a_group_is_told(broker, name, admin) -> 
         assert await acked(deliveries, 3) == [7, 8, 9]
 
     (gap,) = gaps
-    assert "1 was to be read next, and the oldest is 7" in gap.reason
+    assert "the next offset was 1, and the oldest is 7" in gap.reason
     assert gap.since < gap.until
 
 
