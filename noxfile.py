@@ -82,7 +82,7 @@ def conformance(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Everything in one run: unit, integration, documentation; with coverage."""
     session.install("-e", f".[{CLIENTS}]", *group("tests"))
-    # Without services a third of the code is not reached, which is no failure where none are to be had.
+    # Without services a third of the code is not covered. That is not a failure where no service can be started.
     enough = ["--cov-fail-under=97"] if os.environ.get("DIATOR_REQUIRE_BACKENDS") else []
     session.run("pytest", "--cov", *enough, *session.posargs, env=images(session, *SERVICES))
 

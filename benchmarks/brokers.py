@@ -42,7 +42,7 @@ FLOOD_PER_SECOND = 12_000
 GROWTH = 4.0
 """MiB that a sender or a consumer may grow by from 200,000 messages to a million."""
 MOST_HELD = 500
-"""Deliveries that may be unsettled: 64 that are handled, what is read ahead, and two batches of acknowledgements."""
+"""Deliveries that may be unsettled: 64 in flight, the prefetched ones, and two batches of acknowledgements."""
 DEADLINE = 120.0
 """Seconds that a measurement may take; FastStream drains RabbitMQ for half a minute."""
 

@@ -56,7 +56,7 @@ def turn_of(nodeid: str) -> int:
 
 @cache
 def _conformance(file: str, class_: str, scenario: str) -> str:
-    """Scenarios that break a service, or are let in by a guarded one, start containers: together, each only once."""
+    """Scenarios that break a service, or log in to a guarded one, start containers: together, each only once."""
     module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
     breaking = getattr(getattr(module, class_).harness, "breaking", frozenset())
     facilities = SCENARIOS[scenario].facilities

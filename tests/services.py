@@ -306,7 +306,7 @@ class Services:
         return Service(BACKENDS[backend] if isinstance(backend, str) else backend, self._label)
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Those of *names* that were looked for in vain."""
+        """Return the *names* that were looked for and not found."""
         return [name for name in names if name in self._missing]
 
     def summary(self) -> str:

@@ -73,7 +73,7 @@ class Books:
         return self.sent.keys() - self.handled().keys()
 
     def unexplained(self, told_within: float) -> list[int]:
-        """Numbers that were handled again although each was sent once, and could be acknowledged."""
+        """Return the numbers that were redelivered although each was sent once and could be acknowledged."""
         begun: dict[int, list[float]] = defaultdict(list)
         for at, number in self.begun():
             begun[number].append(at)
@@ -192,7 +192,7 @@ async def test_nothing_is_lost(private, tmp_path, transport) -> None:
     assert books.handled().keys() == {*range(MANY)}
     assert books.unexplained(transport.told_within) == []
     late = books.late()
-    # What each dead member can have held and not begun: what was read ahead, and what waited behind its key.
+    # Messages that each dead consumer may have held unhandled: prefetched, or waiting behind their key.
     assert not late if transport.in_order else len(late) <= 2 * (16 + 16 + 100)
     repeated = sum(books.handled().values()) - MANY
     print(f"{transport.scheme}: {MANY} sent, 0 lost, {repeated} repeated, {len(late)} late")  # noqa: T201

@@ -1,12 +1,12 @@
 """
-The program of the library's first description against a real Redis: as it was written, its slips mended.
+The program of the library's first description against a real Redis: as it was written, with its mistakes fixed.
 
-Mended, each where it says so: colons and `self` that were missing, imports, and the address of Redis, which is the
+Comments mark what was fixed: colons and `self` that were missing, imports, and the address of Redis, which is the
 program's argument here. `MeetingAPI` is the user's own class, which the description leaves out.
 """
 
 import asyncio
-import dataclasses  # mended: this import was missing, and the next five
+import dataclasses  # fixed: this import was missing, and the next five
 import json
 import sys
 from collections.abc import AsyncIterator
@@ -15,11 +15,11 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from redis import asyncio as redis  # mended: the client is meant to be the asynchronous one
+from redis import asyncio as redis  # fixed: the client is meant to be the asynchronous one
 from rodi import Container as ExternalContainer  # using rodi as di-framework
 
 from diator.container.rodi import RodiContainer
-from diator.events import Event, EventEmitter, EventHandler, EventMap, NotificationEvent  # mended: Event
+from diator.events import Event, EventEmitter, EventHandler, EventMap, NotificationEvent  # fixed: Event
 from diator.events.message_brokers.redis import RedisMessageBroker
 from diator.mediator import Mediator
 from diator.middlewares import BaseMiddleware
@@ -42,13 +42,13 @@ class MeetingAPI:  # the user's own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JoinMeetingCommand(Request):  # mended: the colon
+class JoinMeetingCommand(Request):  # fixed: the colon
     meeting_id: int = dataclasses.field(default=1)
     user_id: int = dataclasses.field(default=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReadMeetingQuery(Request):  # mended: the colon
+class ReadMeetingQuery(Request):  # fixed: the colon
     meeting_id: int = dataclasses.field(default=1)
 
 
@@ -130,12 +130,12 @@ def setup_di() -> RodiContainer:
 
 
 class SomeMiddleware(BaseMiddleware):
-    async def process_request(self, request: Request) -> None:  # mended: self, the colon
+    async def process_request(self, request: Request) -> None:  # fixed: self, the colon
         """
         Some logic related to request part of the circle.
         """  # noqa: D200
 
-    async def process_response(self, response: Response) -> None:  # mended: self, the colon
+    async def process_response(self, response: Response) -> None:  # fixed: self, the colon
         """
         Some logic related to response part of the circle.
         """  # noqa: D200
@@ -150,7 +150,7 @@ async def main() -> None:
     request_map.bind(JoinMeetingCommand, JoinMeetingCommandHandler)  # Mapping command to command handler
     request_map.bind(ReadMeetingQuery, ReadMeetingQueryHandler)  # Mapping query to query handler
 
-    redis_client = redis.Redis.from_url(sys.argv[1])  # Creating Async Redis Client  # mended: the address
+    redis_client = redis.Redis.from_url(sys.argv[1])  # Creating Async Redis Client  # fixed: the address
 
     event_emitter = EventEmitter(
         message_broker=RedisMessageBroker(redis_client),

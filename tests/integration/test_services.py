@@ -19,7 +19,7 @@ async def test_redis_answers(redis_url: str) -> None:
         assert await client.ping()
 
 
-async def test_rabbitmq_gives_back_what_was_published(rabbitmq_url: str) -> None:
+async def test_rabbitmq_delivers_a_published_message(rabbitmq_url: str) -> None:
     """RabbitMQ confirms a message and delivers it."""
     async with await aio_pika.connect(rabbitmq_url) as connection:
         channel = await connection.channel()
@@ -31,7 +31,7 @@ async def test_rabbitmq_gives_back_what_was_published(rabbitmq_url: str) -> None
         assert message.body == b"hello"
 
 
-async def test_kafka_gives_back_what_was_produced(kafka_servers: str) -> None:
+async def test_kafka_returns_a_produced_record(kafka_servers: str) -> None:
     """Kafka acknowledges a record and hands it out at its offset."""
     topic = f"test-services-{uuid4()}"
     async with AIOKafkaProducer(bootstrap_servers=kafka_servers, acks="all") as producer:
@@ -46,7 +46,7 @@ async def test_kafka_gives_back_what_was_produced(kafka_servers: str) -> None:
 
 
 async def test_postgres_keeps_what_was_inserted(postgres_url: str) -> None:
-    """PostgreSQL takes a row and gives it back."""
+    """PostgreSQL stores a row and returns it."""
     connection = await asyncpg.connect(postgres_url)
     try:
         await connection.execute("create temporary table greetings (text text)")

@@ -171,7 +171,7 @@ def bind(requests: RequestMap, events: EventMap) -> None:
 
 
 def decorate(requests: RequestMap, events: EventMap) -> None:
-    """The decorators give back what they were given."""
+    """The decorators return their argument."""
     assert_type(requests.handler(ReadLinkHandler), type[ReadLinkHandler])
     assert_type(events.handler(JoinedHandler), type[JoinedHandler])
 

@@ -25,7 +25,7 @@ def name(prefix) -> str:
 
 @pytest.fixture
 async def make(prefix):
-    """Makes brokers with little patience, and closes them."""
+    """Make brokers that reconnect quickly, and close them."""
     async with AsyncExitStack() as stack:
 
         async def make(servers, **options) -> KafkaMessageBroker:

@@ -94,8 +94,8 @@ async def test_what_is_settled_after_its_partition_went_says_nothing(make, kafka
     assert again <= {*range(40)}
 
 
-async def test_no_more_than_a_window_is_read_ahead_of_the_oldest_unfinished(make, kafka_servers) -> None:
-    """And a change of members, which makes aiokafka forget what was paused, does not change that."""
+async def test_prefetch_ends_at_a_window_beyond_the_oldest_unfinished(make, kafka_servers) -> None:
+    """Also after a rebalance, at which aiokafka forgets which partitions were paused."""
     group = f"group-{uuid4().hex}"
     broker = await make(kafka_servers, max_unacked_per_partition=20, extra_prefetch=10, partitions=1, drain_timeout=0.2)
     await send(broker, *range(200))

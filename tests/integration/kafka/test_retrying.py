@@ -47,7 +47,7 @@ async def test_a_retry_outlives_its_member(broker) -> None:
     assert again.headers == delivery.headers == {"colour": "red", "key": "k"}
 
 
-async def test_a_header_of_a_program_is_no_control_header(broker) -> None:
+async def test_a_header_of_a_program_is_not_a_control_header(broker) -> None:
     forged = {"diator-retry-attempt": "99", "diator-retry-due": "9999999999999", "diator-retry-origin": "9:9"}
     await broker.send_message(message(1, headers=forged))
     async with subscribed(broker) as deliveries:

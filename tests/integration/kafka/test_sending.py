@@ -99,12 +99,12 @@ async def test_a_topic_that_is_looked_for_while_a_message_of_another_is_refused(
     await admin.create_topics([NewTopic(name, 1, 1, topic_configs={"max.message.bytes": "3000"})])
     await send(broker, 0)
     async with within(TIMEOUT):
-        verdicts = await asyncio.gather(
+        results = await asyncio.gather(
             broker.send_message(message("x" * 4000)),
             *(broker.send_message(message(number, topic)) for number in range(3) for topic in (other, COUNTED)),
             return_exceptions=True,
         )
-    assert [type(each) for each in verdicts] == [MessageRejected, *[type(None)] * 6]
+    assert [type(each) for each in results] == [MessageRejected, *[type(None)] * 6]
 
 
 async def test_a_compacted_topic_refuses_what_has_no_key_and_nothing_else(broker, name, admin, kafka_servers) -> None:
@@ -119,19 +119,19 @@ async def test_a_compacted_topic_refuses_what_has_no_key_and_nothing_else(broker
     assert [number_in(record) for record in await stored(kafka_servers, name)] == [0, 1, 2, 4, 5, 6]
 
 
-async def test_what_kafka_says_of_one_topic_is_no_verdict_on_another(broker, name, admin, monkeypatch) -> None:
-    """Even if the client does not know what it says."""
+async def test_an_error_of_one_topic_does_not_concern_another(broker, name, admin, monkeypatch) -> None:
+    """Even if the client does not know the error code."""
     monkeypatch.delitem(errors.kafka_errors, 87)
     await admin.create_topics([NewTopic(name, 1, 1, topic_configs={"cleanup.policy": "compact"})])
     others = [Topic("notification_event", f"Other{number}") for number in range(6)]
     await send(broker, 0, key="k")
     await asyncio.gather(*(broker.send_message(message(0, other)) for other in others))
-    verdicts = await asyncio.gather(
+    results = await asyncio.gather(
         broker.send_message(message(1)),
         *(broker.send_message(message(1, other)) for other in others),
         return_exceptions=True,
     )
-    assert [type(each) for each in verdicts] == [OutcomeUnknown, *[type(None)] * 6]
+    assert [type(each) for each in results] == [OutcomeUnknown, *[type(None)] * 6]
 
 
 async def test_what_a_refused_message_was_ahead_of_is_sent_all_the_same(broker, name, admin, kafka_servers) -> None:
@@ -192,9 +192,9 @@ async def test_what_was_not_on_its_way_when_time_ran_out_was_not_sent(make, priv
     first = asyncio.create_task(broker.send_message(message(1)))
     await on_its_way(broker)
     second = asyncio.create_task(broker.send_message(message(2)))
-    verdicts = await asyncio.gather(first, second, return_exceptions=True)
+    results = await asyncio.gather(first, second, return_exceptions=True)
     await asyncio.to_thread(private_kafka.unpause)
-    assert [type(each) for each in verdicts] == [OutcomeUnknown, BrokerUnavailable]
+    assert [type(each) for each in results] == [OutcomeUnknown, BrokerUnavailable]
     await send(broker, 3)
     assert 2 not in number_of_each(await stored(private_kafka.url, name))
 
@@ -251,8 +251,8 @@ async def test_closing_waits_for_no_call_that_found_no_room(make, private_kafka)
     await asyncio.sleep(0)
     async with asyncio.timeout(1.0 + 2 + SLACK):
         await broker.aclose()
-    verdicts = await asyncio.gather(*sending, return_exceptions=True)
-    assert {type(each) for each in verdicts} <= {OutcomeUnknown, BrokerUnavailable, BrokerClosed}
+    results = await asyncio.gather(*sending, return_exceptions=True)
+    assert {type(each) for each in results} <= {OutcomeUnknown, BrokerUnavailable, BrokerClosed}
     await asyncio.to_thread(private_kafka.unpause)
 
 

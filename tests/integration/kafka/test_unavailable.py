@@ -31,13 +31,13 @@ async def test_every_call_ends_when_kafka_freezes(make, private_kafka) -> None:
     await asyncio.to_thread(private_kafka.pause)
 
     async with within(TIMEOUT + SLACK):
-        verdicts = await asyncio.gather(*(broker.send_message(message(n)) for n in range(20)), return_exceptions=True)
+        results = await asyncio.gather(*(broker.send_message(message(n)) for n in range(20)), return_exceptions=True)
     async with within(TIMEOUT + SLACK):
         (refused,) = await asyncio.gather(broker.send_message(message(99)), return_exceptions=True)
     async with within(TIMEOUT + SLACK):
         await broker.aclose()
 
-    assert {type(verdict) for verdict in verdicts} == {OutcomeUnknown}
+    assert {type(result) for result in results} == {OutcomeUnknown}
     assert isinstance(refused, BrokerUnavailable)
     await asyncio.to_thread(private_kafka.unpause)
 
@@ -52,9 +52,9 @@ async def test_closing_takes_no_longer_than_the_calls_that_it_waits_for(make, pr
     await asyncio.sleep(0)
     async with within(TIMEOUT + SLACK):
         await broker.aclose()
-    verdicts = await asyncio.gather(*sending, return_exceptions=True)
+    results = await asyncio.gather(*sending, return_exceptions=True)
     await asyncio.to_thread(private_kafka.unpause)
-    assert [type(each) for each in verdicts] == [OutcomeUnknown, BrokerUnavailable]
+    assert [type(each) for each in results] == [OutcomeUnknown, BrokerUnavailable]
 
 
 async def test_a_producer_that_broke_is_made_anew(make, private_kafka) -> None:

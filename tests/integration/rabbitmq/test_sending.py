@@ -38,7 +38,7 @@ async def test_a_plain_client_reads_properties_headers_and_body(broker, plain, p
     assert json.loads(got.body)["payload"]["number"] == 7
 
 
-async def test_trap_3_what_nobody_wants_is_told(broker):
+async def test_an_unroutable_message_is_reported(broker):
     message = counted()
 
     with pytest.raises(MessageUnroutable, match=r"notification_event\.Counted") as caught:
@@ -54,17 +54,17 @@ async def test_what_nobody_wants_is_dropped_where_the_program_says_so(rabbitmq_u
         assert broker.capabilities.unroutable == "dropped"
 
 
-async def test_trap_4_each_message_of_one_id_hears_its_own_verdict(broker):
-    """A returned message does not say which of those that have its id it was."""
+async def test_each_of_several_messages_with_one_id_has_its_own_send_error(broker):
+    """RabbitMQ returns a message without telling which of the messages with its id it is."""
     await collect(broker)
     one_id = uuid4()
     routed, unroutable = counted(message_id=one_id), counted(topic=OTHER, message_id=one_id)
 
-    verdicts = await asyncio.gather(
+    results = await asyncio.gather(
         *(broker.send_message(each) for each in [unroutable, routed] * 20), return_exceptions=True
     )
 
-    assert [type(verdict) for verdict in verdicts] == [MessageUnroutable, type(None)] * 20
+    assert [type(result) for result in results] == [MessageUnroutable, type(None)] * 20
 
 
 async def test_one_bad_message_among_many_is_named(broker):
@@ -83,29 +83,27 @@ async def test_a_full_queue_refuses(broker, plain, prefix):
     full = await plain.declare_queue(exclusive=True, arguments={"x-max-length": 2, "x-overflow": "reject-publish"})
     await full.bind(prefix, "notification_event.Counted")
 
-    verdicts = await asyncio.gather(*(broker.send_message(counted(n)) for n in range(5)), return_exceptions=True)
+    results = await asyncio.gather(*(broker.send_message(counted(n)) for n in range(5)), return_exceptions=True)
 
-    assert [type(verdict) for verdict in verdicts] == [type(None)] * 2 + [MessageRejected] * 3
+    assert [type(result) for result in results] == [type(None)] * 2 + [MessageRejected] * 3
 
 
-async def test_trap_5_when_the_exchange_is_deleted_each_message_has_a_verdict_and_the_next_is_sent(
-    broker, plain, prefix
-):
+async def test_after_the_exchange_was_deleted_each_message_has_a_result_and_the_next_is_sent(broker, plain, prefix):
     await collect(broker)
     await broker.send_message(counted())
     await plain.exchange_delete(prefix)
 
-    verdicts = await asyncio.gather(*(broker.send_message(counted(n)) for n in range(50)), return_exceptions=True)
+    results = await asyncio.gather(*(broker.send_message(counted(n)) for n in range(50)), return_exceptions=True)
     await collect(broker)  # it binds the queue again
     await broker.send_message(counted())
 
-    assert all(isinstance(verdict, BrokerError) for verdict in verdicts)
+    assert all(isinstance(result, BrokerError) for result in results)
     await plain.exchange_delete(prefix)
     with pytest.raises(BrokerUnavailable):
         await broker.send_message(counted())  # alone, RabbitMQ's answer is about this one: it was not sent
 
 
-async def test_trap_7_a_service_that_is_away_raises_our_errors(behind_proxy, proxy):
+async def test_an_unavailable_service_raises_errors_of_diator(behind_proxy, proxy):
     await collect(behind_proxy)
     proxy.refuse()
     proxy.reset()
@@ -119,7 +117,7 @@ async def test_trap_7_a_service_that_is_away_raises_our_errors(behind_proxy, pro
 
 
 @pytest.mark.timeout(180)
-async def test_trap_6_an_alarm_is_told_in_time_and_what_was_sent_arrives_after_it(private_rabbitmq, caplog):
+async def test_an_alarm_is_told_in_time_and_what_was_sent_arrives_after_it(private_rabbitmq, caplog):
     async with (
         RabbitMQMessageBroker(private_rabbitmq.url, timeout=3.0, reconnect=RECONNECT) as broker,
         broker.subscribe([COUNTED], group="readers") as deliveries,

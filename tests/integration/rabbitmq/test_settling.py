@@ -21,7 +21,7 @@ from diator.retrying import RetryPolicy
 from tests.integration.rabbitmq.helpers import COUNTED, OTHER, SLACK, Counted, become, collect, counted, numbers
 
 
-async def test_trap_1_a_handler_outlives_its_connection_and_the_message_comes_again(behind_proxy, proxy):
+async def test_a_handler_outlives_its_connection_and_the_message_comes_again(behind_proxy, proxy):
     events, handled, cancelled = EventMap(), [], []
 
     @events.handler
@@ -46,7 +46,7 @@ async def test_trap_1_a_handler_outlives_its_connection_and_the_message_comes_ag
 
 
 async def test_what_was_fetched_by_a_lost_connection_is_not_begun(behind_proxy, proxy):
-    """As much as is read ahead waits for a slow handler, and nothing is received meanwhile. It comes again anyway."""
+    """Prefetched messages wait for a slow handler, and nothing is received meanwhile. They are redelivered anyway."""
     topics = (COUNTED, OTHER)
     await collect(behind_proxy, topics)
     await behind_proxy.send_messages([counted(number, topic=topics[number % 2]) for number in range(200)])
@@ -64,7 +64,7 @@ async def test_what_was_fetched_by_a_lost_connection_is_not_begun(behind_proxy, 
             await asyncio.wait_for(anext(deliveries), 0.3)
 
 
-async def test_trap_9_what_always_fails_is_handled_so_often_and_then_put_aside(broker, plain, queue):
+async def test_a_message_that_always_fails_is_tried_so_often_and_then_dead_lettered(broker, plain, queue):
     events, begun = EventMap(), []
 
     @events.handler
@@ -103,7 +103,7 @@ async def test_trap_9_what_always_fails_is_handled_so_often_and_then_put_aside(b
     assert letter.delivery_mode is aio_pika.DeliveryMode.PERSISTENT
 
 
-async def test_trap_10_what_was_fetched_and_not_begun_comes_to_the_next_and_nothing_is_lost(broker):
+async def test_what_was_fetched_and_not_begun_comes_to_the_next_and_nothing_is_lost(broker):
     await collect(broker)
     await broker.send_messages([counted(n) for n in range(100)])
     async with broker.subscribe([COUNTED], group="readers", prefetch=100) as deliveries:
@@ -149,7 +149,7 @@ async def test_several_topics_with_a_backlog_are_all_read(broker):
             assert Counter(await numbers(deliveries, 600)) == Counter([*range(300)] * 2)
 
 
-async def test_a_foreign_message_without_an_id_is_given_back_and_put_aside_whole(broker, plain, queue, prefix):
+async def test_a_foreign_message_without_an_id_is_requeued_and_dead_lettered_whole(broker, plain, queue, prefix):
     async with broker.subscribe([COUNTED], group="readers") as deliveries:
         exchange = await plain.get_exchange(prefix)
         headers = {
@@ -175,7 +175,7 @@ async def test_a_foreign_message_without_an_id_is_given_back_and_put_aside_whole
     assert letter.expiration is None
 
 
-async def test_what_cannot_be_put_aside_is_given_back(broker, plain, queue, monkeypatch):
+async def test_a_message_that_cannot_be_dead_lettered_is_requeued(broker, plain, queue, monkeypatch):
     monkeypatch.setattr(_subscription, "_REQUEUE_DELAY", 0.2)
     async with broker.subscribe([COUNTED], group="readers") as deliveries:
         await broker.send_message(counted(1))
@@ -220,7 +220,7 @@ async def test_what_failed_to_be_settled_on_a_lost_connection_keeps_no_place(beh
         assert await asyncio.wait_for(numbers(deliveries, 1), 5) == [1]
 
 
-async def test_a_subscription_without_a_group_puts_aside(broker, plain, prefix):
+async def test_a_subscription_without_a_group_can_dead_letter(broker, plain, prefix):
     async with broker.subscribe([COUNTED]) as deliveries:
         await broker.send_message(counted(1))
         await (await anext(deliveries)).dead_letter("no good")
@@ -228,7 +228,7 @@ async def test_a_subscription_without_a_group_puts_aside(broker, plain, prefix):
     assert letter.headers["diator-dlq-reason"] == "no good"
 
 
-async def test_beyond_the_delivery_limit_rabbitmq_itself_puts_aside(broker, plain, queue, monkeypatch):
+async def test_beyond_the_delivery_limit_rabbitmq_itself_dead_letters(broker, plain, queue, monkeypatch):
     monkeypatch.setattr(_subscription, "_DELIVERY_LIMIT", 2)
     await collect(broker)
     await broker.send_message(counted(1))

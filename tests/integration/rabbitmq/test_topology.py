@@ -19,7 +19,7 @@ from diator.exceptions import (
 from tests.integration.rabbitmq.helpers import COUNTED, RECONNECT, SLACK, become, collect, counted, numbers
 
 
-async def test_trap_8_a_queue_with_other_settings_is_a_clear_error(broker, plain, queue):
+async def test_a_queue_with_other_settings_is_a_clear_error(broker, plain, queue):
     await plain.declare_queue(queue, durable=True, arguments={"x-queue-type": "classic"})
 
     with pytest.raises(ConfigurationError, match=r"inequivalent arg 'x-.*delete the queue"):
@@ -39,7 +39,7 @@ async def test_a_queue_that_gets_other_settings_while_it_is_read_ends_the_subscr
             await asyncio.wait_for(waiting, RECONNECT.max_delay + SLACK)
 
 
-async def test_trap_2_a_queue_that_is_deleted_is_there_again_and_the_gap_is_told(broker, plain, queue):
+async def test_a_queue_that_is_deleted_is_there_again_and_the_gap_is_told(broker, plain, queue):
     gaps = []
     async with broker.subscribe([COUNTED], group="readers", on_gap=gaps.append) as deliveries:
         await broker.send_message(counted(1))
@@ -77,7 +77,7 @@ async def test_a_queue_that_was_lost_while_nobody_was_connected_is_a_gap(behind_
         assert await numbers(deliveries, 1) == [1]
 
 
-async def test_a_lost_connection_alone_is_no_gap(behind_proxy, proxy):
+async def test_a_lost_connection_alone_is_not_a_gap(behind_proxy, proxy):
     gaps = []
     async with behind_proxy.subscribe([COUNTED], on_gap=gaps.append) as deliveries:
         before = proxy.accepted
@@ -143,11 +143,11 @@ async def test_cancelled_when_it_has_just_connected_it_leaves_no_connection(rabb
     """The client connects in a task of its own, which may be done when whoever waits for it is cancelled."""
     connect, tasks = Connection.connect, asyncio.all_tasks()
 
-    async def connect_in_vain(connection):
+    async def connect_and_cancel(connection):
         await connect(connection)
         raise asyncio.CancelledError
 
-    monkeypatch.setattr(Connection, "connect", connect_in_vain)
+    monkeypatch.setattr(Connection, "connect", connect_and_cancel)
     with pytest.raises(asyncio.CancelledError):
         await Address(rabbitmq_url, None).dial("testing")
 

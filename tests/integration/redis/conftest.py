@@ -48,7 +48,7 @@ def proxied_url(redis_url: str, proxy: FaultProxy, prefix: str) -> str:
 
 @pytest.fixture
 async def proxied(proxied_url: str, prefix: str) -> AsyncIterator[RedisMessageBroker]:
-    """A broker with a connection through the proxy, and little patience."""
+    """A broker with a connection through the proxy, and short delays before it reconnects."""
     async with RedisMessageBroker.from_url(proxied_url, prefix, timeout=TIMEOUT) as broker:
         yield broker
 

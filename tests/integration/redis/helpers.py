@@ -61,12 +61,12 @@ def message(n: int = 0, **fields: Any) -> Message:
 
 
 async def send_all(broker: RedisMessageBroker, *numbers: int) -> Counter[type | None]:
-    """Send these at once; count the verdicts, None being a success. Each says which message it is about."""
+    """Send these at once. Count the results by type: None is a success. Each send error names its message."""
     sent = [message(n) for n in numbers]
-    verdicts = await asyncio.gather(*map(broker.send_message, sent), return_exceptions=True)
-    for verdict, about in zip(verdicts, sent, strict=True):
-        assert verdict is None or verdict.message_id == about.message_id
-    return Counter(verdict and type(verdict) for verdict in verdicts)
+    results = await asyncio.gather(*map(broker.send_message, sent), return_exceptions=True)
+    for result, about in zip(results, sent, strict=True):
+        assert result is None or result.message_id == about.message_id
+    return Counter(result and type(result) for result in results)
 
 
 async def eventually(holds: Callable[[], Awaitable[bool]]) -> None:

@@ -177,15 +177,15 @@ async def test_sentinel(watched: Watched, prefix: str) -> None:
         async with Redis.from_url(f"redis://127.0.0.1:{watched.master}") as master:
             await master.shutdown(nosave=True)
         await asyncio.sleep(0.05)
-        verdicts = [await send_all(broker, 10)]
-        while None not in verdicts[-1]:
+        results = [await send_all(broker, 10)]
+        while None not in results[-1]:
             await asyncio.sleep(0.05)
-            verdicts.append(await send_all(broker, 10))
+            results.append(await send_all(broker, 10))
         async with listening(f"redis://127.0.0.1:{watched.replica}", prefix) as ears:
             assert await broker.publish(message(11)) == 1
             assert await ears.numbers() == [11]
 
-    assert set().union(*verdicts[:-1]) == {BrokerUnavailable}
+    assert set().union(*results[:-1]) == {BrokerUnavailable}
     for each in sentinel.sentinels:
         await each.aclose()
 

@@ -164,16 +164,16 @@ async def test_closing_while_connecting(proxy: FaultProxy, proxied_url: str, pre
         await proxy.heal()
         await asyncio.gather(*closing)
 
-        verdicts = [verdict for send in sends for verdict in await send]
+        results = [result for send in sends for result in await send]
         assert await asyncio.gather(client.ping(), client.ping())
 
     await eventually(lambda: no_connections(ears.client, prefix))
-    assert set(verdicts) <= {None, BrokerClosed, BrokerUnavailable}
-    assert await ears.numbers() == [n for n, verdict in enumerate(verdicts) if verdict is None]
+    assert set(results) <= {None, BrokerClosed, BrokerUnavailable}
+    assert await ears.numbers() == [n for n, result in enumerate(results) if result is None]
 
 
 async def test_a_cancelled_closing_can_be_done_again(proxy: FaultProxy, proxied_url: str, prefix: str) -> None:
-    """Cancelled while it waited, it has not given back the connection; the second one does."""
+    """The cancelled call has not released the connection; the second call does."""
     async with Redis.from_url(proxied_url, max_connections=2) as client, RedisMessageBroker(client, prefix) as broker:
         proxy.withhold(Flow.TO_CLIENT)
         send = asyncio.create_task(send_all(broker, 1))

@@ -135,14 +135,14 @@ async def test_what_was_not_written_is_not_sent(proxy: FaultProxy, proxied: Redi
     assert await ears.numbers() == [0]
 
 
-async def test_every_verdict_is_true(proxy: FaultProxy, proxied: RedisMessageBroker, ears: Ears) -> None:
+async def test_every_result_is_true(proxy: FaultProxy, proxied: RedisMessageBroker, ears: Ears) -> None:
     """Connections break at any moment: confirmed was heard once, not available never, unknown at most once."""
     moments = random.Random(7)  # the same trouble each time
-    verdicts: dict[int, type | None] = {}
+    results: dict[int, type | None] = {}
 
     async def work(worker: int) -> None:
         for n in range(worker * 1000, worker * 1000 + 60):
-            ((verdicts[n],),) = [await send_all(proxied, n)]
+            ((results[n],),) = [await send_all(proxied, n)]
             await asyncio.sleep(moments.random() / 100)
 
     async def trouble() -> None:
@@ -157,11 +157,11 @@ async def test_every_verdict_is_true(proxy: FaultProxy, proxied: RedisMessageBro
     await asyncio.sleep(0.1)
 
     times = Counter(await ears.numbers())
-    assert Counter(verdicts.values()).keys() >= {None, OutcomeUnknown}
-    assert verdicts.keys() == {worker * 1000 + n for worker in range(20) for n in range(60)}
-    assert {times[n] for n, verdict in verdicts.items() if verdict is None} == {1}
-    assert {times[n] for n, verdict in verdicts.items() if verdict is BrokerUnavailable} <= {0}
-    assert {times[n] for n, verdict in verdicts.items() if verdict is OutcomeUnknown} <= {0, 1}
+    assert Counter(results.values()).keys() >= {None, OutcomeUnknown}
+    assert results.keys() == {worker * 1000 + n for worker in range(20) for n in range(60)}
+    assert {times[n] for n, result in results.items() if result is None} == {1}
+    assert {times[n] for n, result in results.items() if result is BrokerUnavailable} <= {0}
+    assert {times[n] for n, result in results.items() if result is OutcomeUnknown} <= {0, 1}
 
 
 async def test_redis_closes_an_idle_connection(broker: RedisMessageBroker, ears: Ears, prefix: str) -> None:
@@ -193,11 +193,11 @@ async def test_a_script_keeps_redis_busy(private_redis: Service, prefix: str) ->
             script = asyncio.create_task(client.eval("while true do end", 0))
             await asyncio.sleep(0.3)
 
-            verdicts = await send_all(broker, 1)
+            results = await send_all(broker, 1)
 
             await client.script_kill()
             assert isinstance((await asyncio.gather(script, return_exceptions=True))[0], Exception)
-            assert verdicts == {BrokerUnavailable: 1}
+            assert results == {BrokerUnavailable: 1}
             assert await send_all(broker, 2) == {None: 1}
 
 
@@ -210,7 +210,7 @@ async def test_redis_takes_no_more_clients(private_redis: Service, prefix: str) 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-async def test_a_dead_connection_is_let_go_with_what_it_has_not_written(
+async def test_a_dead_connection_is_dropped_with_its_unwritten_bytes(
     proxy: FaultProxy, proxied_url: str, prefix: str
 ) -> None:
     """A service that no longer reads does not keep a closed connection, and the bytes that wait for it, alive."""

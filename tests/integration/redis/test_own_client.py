@@ -67,7 +67,7 @@ async def test_any_client_will_do(redis_url: str, prefix: str, ears: Ears, optio
 
 @pytest.mark.parametrize("pool_type", [ConnectionPool, BlockingConnectionPool])
 async def test_a_small_pool(redis_url: str, prefix: str, ears: Ears, pool_type: type[ConnectionPool]) -> None:
-    """One connection is held while the broker is in use, and given back by `aclose`."""
+    """The broker holds one connection while it is in use, and `aclose` releases it."""
     async with Redis.from_pool(pool_type.from_url(redis_url, max_connections=2)) as client:
         async with RedisMessageBroker(client, prefix) as broker:
             assert await send_all(broker, *range(100)) == {None: 100}
@@ -95,7 +95,7 @@ async def test_a_pool_of_one_connection(
 
 @pytest.mark.parametrize("pool_type", [ConnectionPool, BlockingConnectionPool])
 async def test_a_pool_without_a_free_connection(redis_url: str, prefix: str, pool_type: type[ConnectionPool]) -> None:
-    """Nothing can be sent until the program gives one back."""
+    """Nothing can be sent until the program releases a connection."""
     async with Redis.from_pool(pool_type.from_url(redis_url, max_connections=2)) as client:
         broker = RedisMessageBroker(client, prefix, timeout=TIMEOUT)
         async with client.pubsub() as one, client.pubsub() as other:
@@ -152,7 +152,7 @@ async def test_the_program_closes_its_client_too_early(redis_url: str, prefix: s
 async def test_a_client_that_retries_does_not_send_twice(
     proxy: FaultProxy, proxied_url: str, prefix: str, ears: Ears
 ) -> None:
-    """The answer is withheld for longer than the client's patience, and the broker's."""
+    """The answer is withheld for longer than the timeouts of the client and the broker."""
     retry = Retry(ConstantBackoff(0.01), 5)
     async with (
         Redis.from_url(proxied_url, socket_timeout=0.1, retry=retry) as client,

@@ -166,7 +166,7 @@ async def test_several_messages_keep_their_order_where_there_is_no_room(
 
 
 async def test_of_several_messages_those_not_confirmed_are_named(broker: RedisMessageBroker, ears: Ears) -> None:
-    """What can be sent is; the error names the rest, and its cause is the verdict on the first of them."""
+    """The others are sent; the error names the unconfirmed ones, and its cause is the send error of the first."""
     large = Message.create(message_name="user_joined", payload={"n": 0, "text": "x" * 2_000_000})
     larger = Message.create(message_name="user_joined", payload={"n": 0, "text": "x" * 3_000_000})
 

@@ -65,7 +65,7 @@ def proxied_url(redis_url, proxy, prefix) -> str:
 
 @pytest.fixture
 async def make(prefix) -> AsyncIterator:
-    """Makes brokers with little patience, and closes them."""
+    """Make brokers that reconnect quickly, and close them."""
     async with AsyncExitStack() as stack:
 
         async def make(address, **options) -> RedisMessageBroker:
@@ -128,7 +128,7 @@ async def flows_again(broker, deliveries, *, within=5.0) -> None:
 # -- what comes --------------------------------------------------------------------------------------------------
 
 
-async def test_trap_4_on_entry_it_is_ready(broker) -> None:
+async def test_on_entry_it_is_ready(broker) -> None:
     for number in range(50):
         async with broker.subscribe([COUNTED]) as deliveries:
             await send(broker, number)
@@ -193,7 +193,7 @@ async def test_clients_of_the_program(make, redis_url, options) -> None:
 # -- what is missed ----------------------------------------------------------------------------------------------
 
 
-async def test_trap_1_a_slow_reader_is_dropped(make, private_redis, prefix) -> None:
+async def test_a_slow_reader_is_dropped(make, private_redis, prefix) -> None:
     """Redis drops it without a word. It is told, from before what was missed, and the subscription lives on."""
     gaps, body = [], json.dumps({"payload": {"number": 0}, "filling": "x" * 100_000})
     async with Redis.from_url(private_redis.url) as admin:
@@ -210,7 +210,7 @@ async def test_trap_1_a_slow_reader_is_dropped(make, private_redis, prefix) -> N
     assert gap.since <= missed < gap.until
 
 
-async def test_trap_2_a_half_open_connection(make, proxy, proxied_url, broker) -> None:
+async def test_a_half_open_connection(make, proxy, proxied_url, broker) -> None:
     """Noticed by silence. The gap begins before what was missed, although nobody knew of it then."""
     gaps = []
     reader = await make(proxied_url)
@@ -229,7 +229,7 @@ async def test_trap_2_a_half_open_connection(make, proxy, proxied_url, broker) -
     assert gap.since <= missed < gap.until
 
 
-async def test_trap_3_an_outage_longer_than_the_clients_patience(make, proxy, proxied_url, broker) -> None:
+async def test_an_outage_longer_than_the_retries_of_the_client(make, proxy, proxied_url, broker) -> None:
     gaps = []
     async with Redis.from_url(proxied_url, retry=Retry(ConstantBackoff(0.01), 3)) as client:
         reader = await make(client)
@@ -259,7 +259,7 @@ async def test_a_restart_of_the_service(make, private_redis) -> None:
     assert len(gaps) == 1
 
 
-@pytest.mark.parametrize("how", ["CLIENT KILL", "trap 6: RST", "FIN"])
+@pytest.mark.parametrize("how", ["CLIENT KILL", "RST", "FIN"])
 async def test_a_connection_that_is_ended(*, make, proxy, proxied_url, broker, admin, prefix, how) -> None:
     """Again and again: one gap each, and one connection at any time."""
     gaps = []
@@ -293,7 +293,7 @@ async def test_entering_is_bounded_where_nobody_answers(make, proxy, proxied_url
 # -- the consumer ------------------------------------------------------------------------------------------------
 
 
-async def test_trap_9_handlers_that_fail_or_sleep_disturb_nobody(broker) -> None:
+async def test_handlers_that_fail_or_sleep_disturb_nobody(broker) -> None:
     started, handled, outcomes = [], [], []
 
     async def handle(event: Counted) -> None:
@@ -367,7 +367,7 @@ async def connected(admin, prefix) -> int:
     return sum(each["name"] == prefix for each in await admin.client_list())
 
 
-async def test_trap_10_ending_under_traffic(broker, admin, prefix) -> None:
+async def test_ending_under_traffic(broker, admin, prefix) -> None:
     """At once, whatever arrives meanwhile, and no connection stays."""
     before, stop = await connected(admin, prefix), asyncio.Event()
 
@@ -392,7 +392,7 @@ async def test_trap_10_ending_under_traffic(broker, admin, prefix) -> None:
 
 
 @pytest.mark.parametrize("outage", ["refuse", "black_hole", "withhold"])
-async def test_trap_10_ending_in_an_outage(*, make, proxy, proxied_url, broker, admin, prefix, outage) -> None:
+async def test_ending_in_an_outage(*, make, proxy, proxied_url, broker, admin, prefix, outage) -> None:
     before = await connected(admin, prefix)
     reader = await make(proxied_url)
     async with reader.subscribe([COUNTED]):

@@ -56,7 +56,7 @@ def proxied_url(redis_url, proxy) -> str:
 
 @pytest.fixture
 async def make(prefix) -> AsyncIterator:
-    """Makes brokers with little patience, and closes them."""
+    """Make brokers that reconnect quickly, and close them."""
     async with AsyncExitStack() as stack:
 
         async def make(address, **options) -> RedisStreamMessageBroker:

@@ -32,7 +32,7 @@ from tests.integration.redis_streams.helpers import (
 )
 
 
-async def test_trap_1_a_quiet_stream_is_no_broken_connection(make, redis_url, admin, prefix, broker) -> None:
+async def test_a_quiet_stream_is_not_a_broken_connection(make, redis_url, admin, prefix, broker) -> None:
     """Whatever the client's timeout: reads block for longer, or no longer, and none is given up."""
 
     async def connections() -> set[str]:
@@ -61,8 +61,8 @@ async def test_trap_1_a_quiet_stream_is_no_broken_connection(make, redis_url, ad
 
 
 @pytest.mark.parametrize("what", ["the stream", "all of it", "everything"])
-async def test_trap_2_the_stream_is_deleted_while_it_is_read(*, make, private_redis, prefix, caplog, what) -> None:
-    """The group is made again, and the program is told. What was held is settled in vain, and that harms nothing."""
+async def test_the_stream_is_deleted_while_it_is_read(*, make, private_redis, prefix, caplog, what) -> None:
+    """The broker creates the group again and reports a gap. Settling the held deliveries has no effect."""
     gaps = []
     async with Redis.from_url(private_redis.url) as admin:
         broker = await make(private_redis.url)
@@ -121,7 +121,7 @@ async def test_a_connection_that_breaks_loses_nothing(
                 got[number_of(delivery)] += 1
                 await delivery.ack()
         await breaking
-        while True:  # what was acknowledged in vain
+        while True:  # messages whose acknowledgement was lost
             try:
                 await acked(deliveries, 1, within=LEASE + 2)
             except TimeoutError:

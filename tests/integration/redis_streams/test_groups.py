@@ -33,7 +33,7 @@ async def test_without_a_group_nobody_knows_what_was_handled(broker) -> None:
             pass
 
 
-async def test_trap_9_who_comes_after_the_first_message_gets_it(broker) -> None:
+async def test_who_comes_after_the_first_message_gets_it(broker) -> None:
     await send(broker, 1, 2)
     async with subscribed(broker) as deliveries, subscribed(broker, group="mailing") as others:
         await send(broker, 3)
@@ -92,7 +92,7 @@ async def test_order_for_one_member(*, make, proxy, proxied_url, broker) -> None
     assert order == [*range(500)]
 
 
-async def test_trap_10_leaving_with_pending_work_loses_nothing(patient, admin, stream) -> None:
+async def test_leaving_with_pending_work_loses_nothing(patient, admin, stream) -> None:
     """Others get it at once, not when the lease is over. Who leaves with nothing is forgotten; who held much, later."""
     await send(patient, *range(20))
     async with subscribed(patient) as others:
@@ -139,8 +139,8 @@ async def test_members_that_are_gone_are_forgotten(patient, admin, stream, monke
         assert await admin.xinfo_consumers(each, "billing") == []
 
 
-async def test_what_was_never_given_out_is_no_attempt(patient, admin, stream) -> None:
-    """Ten restarts with a message in the read-ahead must not make it look like one that kills its handlers."""
+async def test_a_prefetched_message_does_not_count_as_an_attempt(patient, admin, stream) -> None:
+    """Ten restarts with a prefetched message must not make it a poison message."""
     await send(patient, 1)
     for _ in range(3):
         async with subscribed(patient) as deliveries:

@@ -26,9 +26,7 @@ from tests.integration.redis_streams.helpers import (
 )
 
 
-async def test_trap_3_what_a_dead_member_held_is_finished_by_another(
-    *, make, proxy, proxied_url, broker, admin, stream
-):
+async def test_what_a_dead_member_held_is_finished_by_another(*, make, proxy, proxied_url, broker, admin, stream):
     """Within the lease and two looks. A member that was only cut off does not take it back when it returns."""
     cut_off = await make(proxied_url)
     async with subscribed(cut_off) as deliveries, subscribed(broker) as others:
@@ -56,7 +54,7 @@ async def test_trap_3_what_a_dead_member_held_is_finished_by_another(
         await nothing_comes(deliveries)
 
 
-async def test_trap_4_a_long_handler_keeps_its_lease(make, redis_url, broker, admin, stream) -> None:
+async def test_a_long_handler_keeps_its_lease(make, redis_url, broker, admin, stream) -> None:
     """And so does what waits behind it: three leases long, and each is handled once."""
     handled = Counter()
 
@@ -132,7 +130,7 @@ async def test_what_was_taken_over_is_not_forgotten_when_looking_fails(*, make, 
 
 
 @pytest.mark.usefixtures("quick")
-async def test_what_is_acknowledged_while_it_is_taken_over_is_let_go(
+async def test_a_message_acknowledged_during_a_takeover_is_dropped(
     *, make, redis_url, admin, stream, monkeypatch, caplog
 ) -> None:
     """Its old owner was late, and not dead."""
@@ -183,7 +181,7 @@ async def test_what_could_not_be_settled_comes_again(
 )
 async def test_what_another_has_taken_is_not_settled(patient, admin, stream, settle) -> None:
     """
-    It is settled too late, and by the other one as well: aside, or given back, it would be there twice.
+    It is settled too late, and by the other consumer as well: dead-lettered or requeued, it would exist twice.
 
     Acknowledged, it would be lost with the other one.
     """

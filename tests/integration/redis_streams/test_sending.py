@@ -64,7 +64,7 @@ async def test_a_header_of_any_name(broker, name) -> None:
     ids=str,
 )
 @pytest.mark.usefixtures("quick")
-async def test_trap_7_replies_have_another_shape_for_each_client(*, make, redis_url, admin, stream, options) -> None:
+async def test_replies_have_another_shape_for_each_client(*, make, redis_url, admin, stream, options) -> None:
     """Reading, settling, taking over and trimming, with a client of the program's."""
     async with Redis.from_url(redis_url, **options) as client, AsyncExitStack() as stack:
         broker = await make(client, retention=0.0)
@@ -93,7 +93,7 @@ async def test_trap_7_replies_have_another_shape_for_each_client(*, make, redis_
 
 
 @pytest.mark.parametrize("own_client", [False, True])
-async def test_trap_8_an_entry_is_not_appended_twice(*, make, proxy, proxied_url, admin, stream, own_client) -> None:
+async def test_an_entry_is_not_appended_twice(*, make, proxy, proxied_url, admin, stream, own_client) -> None:
     """The answer is lost: that is what the caller hears, even if the client would have tried again."""
     retry = Retry(ConstantBackoff(0.01), 5)
     async with Redis.from_url(proxied_url, socket_timeout=0.2, retry=retry) as client:

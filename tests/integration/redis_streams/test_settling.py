@@ -92,8 +92,8 @@ async def test_what_a_dead_member_held_is_taken_over_as_it_can_begin(broker, adm
 @pytest.mark.parametrize(
     "late", [lambda each: each.retry(), lambda each: each.dead_letter("too late")], ids=["retry", "dead letter"]
 )
-async def test_whoever_settles_too_late_changes_nothing(broker, admin, stream, late) -> None:
-    """Another member took it over, and has handled it: it must not come back, nor be put aside."""
+async def test_settling_too_late_has_no_effect(broker, admin, stream, late) -> None:
+    """Another consumer took the message over and handled it: it must be neither requeued nor dead-lettered."""
     async with subscribed(broker) as deliveries:
         await send(broker, 1)
         [delivery] = await take(deliveries, 1)
@@ -119,7 +119,7 @@ async def test_a_retry_without_a_delay_waits_for_nothing(broker, admin, stream, 
 
 @pytest.mark.usefixtures("quick")
 async def test_a_crash_after_a_retry_counts_too(broker, admin, stream) -> None:
-    """What was delivered twice, given back, and then lost with its member comes as the fourth."""
+    """A message that was delivered twice, requeued, and then lost with its consumer has attempt 4."""
     again = f"{stream}:billing:again"
     async with subscribed(broker) as deliveries:
         await send(broker, 1)
@@ -156,8 +156,8 @@ async def test_messages_of_one_content_are_retried_one_by_one(broker) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-async def test_topics_of_which_one_is_the_beginning_of_the_other(broker, admin, prefix) -> None:
-    """What is retried or put aside stays where it belongs."""
+async def test_topics_of_which_one_is_a_prefix_of_the_other(broker, admin, prefix) -> None:
+    """Retries and dead letters stay in the keys of their topic."""
     topics = short, long = Topic("notification_event", "user"), Topic("notification_event", "user:joined")
     async with subscribed(broker, *topics) as deliveries:
         await broker.send_message(message(1, long))
@@ -171,8 +171,8 @@ async def test_topics_of_which_one_is_the_beginning_of_the_other(broker, admin, 
 
 
 @pytest.mark.usefixtures("quick")
-async def test_trap_5_poison_is_put_aside_once(make, redis_url, broker, admin, stream) -> None:
-    """After exactly so many attempts, by two members: with reason and provenance, and the original acknowledged."""
+async def test_a_failing_message_is_dead_lettered_once(make, redis_url, broker, admin, stream) -> None:
+    """After exactly so many attempts, by two consumers: with reason and origin, and the original acknowledged."""
     handled, attempts = Counter(), []
 
     def handle(event):
@@ -191,10 +191,10 @@ async def test_trap_5_poison_is_put_aside_once(make, redis_url, broker, admin, s
         [(entry, _)] = await admin.xrange(stream)
         await send(broker, *range(5))
 
-        async def put_aside() -> bool:
+        async def dead_lettered() -> bool:
             return bool(await dead_letters(admin, stream))
 
-        await eventually(put_aside)
+        await eventually(dead_lettered)
         await nothing_left(admin, stream)
         await asyncio.sleep(0.3)
 
@@ -231,7 +231,7 @@ async def test_trap_5_poison_is_put_aside_once(make, redis_url, broker, admin, s
     ids=["no body", "empty", "no text", "no text in a header", "again", "again in MessagePack", "many", "deep"],
 )
 @pytest.mark.usefixtures("quick")
-async def test_a_foreign_entry_is_put_aside(broker, admin, stream, fields, caplog) -> None:
+async def test_a_foreign_entry_is_dead_lettered(broker, admin, stream, fields, caplog) -> None:
     """With a reason, as it was; what comes with it and after it is handled."""
     handled, reasons = [], []
     foreign = await admin.xadd(stream, fields)

@@ -22,9 +22,7 @@ from tests.integration.redis_streams.helpers import (
 )
 
 
-async def test_trap_6_what_was_trimmed_before_it_was_handled(
-    *, make, proxy, proxied_url, broker, admin, stream, caplog
-):
+async def test_what_was_trimmed_before_it_was_handled(*, make, proxy, proxied_url, broker, admin, stream, caplog):
     """Somebody else's XTRIM, on a group that lags: said loudly, and life goes on."""
     gone = await make(proxied_url, extra_prefetch=0)
     async with subscribed(gone, prefetch=5) as deliveries:
@@ -100,8 +98,8 @@ async def test_without_retention_nothing_is_removed(broker, admin, stream) -> No
 
 
 @pytest.mark.parametrize(("prefetch", "ahead"), [(1, 0), (5, 10)])
-async def test_read_ahead_is_bounded(*, make, redis_url, admin, stream, prefetch, ahead) -> None:
-    """Redis has given out that many, and not one more; so others of the group get their share."""
+async def test_prefetch_is_bounded(*, make, redis_url, admin, stream, prefetch, ahead) -> None:
+    """Redis has delivered that many and not one more, so that other consumers of the group have work."""
     broker = await make(redis_url, lease=LONG, extra_prefetch=ahead)
     await send(broker, *range(200))
     async with subscribed(broker, prefetch=prefetch) as deliveries:
@@ -112,7 +110,7 @@ async def test_read_ahead_is_bounded(*, make, redis_url, admin, stream, prefetch
         assert await acked(deliveries, 150) == [*range(10, 160)]
 
 
-async def test_read_ahead_is_bounded_over_all_topics(make, redis_url, admin, prefix) -> None:
+async def test_prefetch_is_bounded_over_all_topics(make, redis_url, admin, prefix) -> None:
     broker = await make(redis_url, lease=LONG, extra_prefetch=2)
     topics = [Topic("notification_event", f"topic-{n}") for n in range(5)]
     for topic in topics:
