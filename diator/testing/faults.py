@@ -1,9 +1,30 @@
 """
 An in-memory broker with scripted faults, for tests of how a program reacts to them.
 
-Each fault is a value: `lost`, `duplicated`, `unavailable` and so on. A test decides in advance which message meets
-which fault, so that it runs the same way every time. The description of each fault names the real situation that it
-imitates.
+Each fault is a value. A test decides in advance which message meets which fault, so that it runs the same way every
+time. A fault with an error makes the send raise it. With any other fault the send succeeds.
+
+Faults of a send, for `FaultyMessageBroker.on_send`:
+
+- `unavailable`: `BrokerUnavailable`, and the message is not sent. The service is down or cannot be reached.
+- `rejected`: `MessageRejected`, and the message is not sent. The service refuses it: a full queue, no permission.
+- `unroutable`: `MessageUnroutable`, and the message reaches nobody. RabbitMQ, or Redis Pub/Sub with `require_receiver`.
+- `unknown_but_sent`: `OutcomeUnknown`, and the message is sent. The connection broke before the confirmation; sending
+  the message again duplicates it.
+- `unknown_and_lost`: `OutcomeUnknown`, and the message is not sent. The connection broke before the message arrived; it
+  is lost unless it is sent again.
+- `lost`: The message is dropped. Nobody was subscribed (Redis Pub/Sub), or the service crashed before storing it.
+- `duplicated`: The message is delivered twice, with one id. It was sent again after an unknown outcome.
+- `reordered`: The message is delivered after the next one. Two senders, two partitions, or a requeued message.
+- `held`: The message is delivered at `FaultyMessageBroker.release`. A queue that lags, a connection that stalls.
+
+A fault of a delivery, for `FaultyMessageBroker.on_delivery`:
+
+- `crashed`: The process crashes after the work and before the acknowledgement: the message is redelivered, as the next
+  attempt. This can happen on every transport that delivers at least once. Here the same consumer continues, in place of
+  a new one.
+
+`no_fault` works for both: it stands for the messages between the faulty ones.
 """
 
 from __future__ import annotations
@@ -70,41 +91,18 @@ class _NoFault(SendFault, DeliveryFault):
 
 
 no_fault: _NoFault = _NoFault("no_fault")
-"""No fault: for the messages between the faulty ones."""
 
 unavailable: SendFault = SendFault("unavailable")
-"""Raise `BrokerUnavailable`; the message is not sent. The service is down or cannot be reached."""
-
 rejected: SendFault = SendFault("rejected")
-"""Raise `MessageRejected`; the message is not sent. The service refuses it: a full queue, a missing permission."""
-
 unroutable: SendFault = SendFault("unroutable")
-"""Raise `MessageUnroutable`; the message reaches nobody. RabbitMQ, or Redis Pub/Sub with `require_receiver`."""
-
 unknown_but_sent: SendFault = SendFault("unknown_but_sent")
-"""Raise `OutcomeUnknown`; the message is sent. The connection broke before the confirmation. A resend duplicates it."""
-
 unknown_and_lost: SendFault = SendFault("unknown_and_lost")
-"""Raise `OutcomeUnknown`; the message is not sent. The connection broke before that. Without a resend it is lost."""
-
 lost: SendFault = SendFault("lost")
-"""Confirm and drop the message: nobody was subscribed (Redis Pub/Sub), or the service crashed before storing it."""
-
 duplicated: SendFault = SendFault("duplicated")
-"""Confirm the message and deliver it twice, with one id: it was resent after an unknown outcome, as an outbox does."""
-
 reordered: SendFault = SendFault("reordered")
-"""Confirm the message and deliver it after the next one: two senders, two partitions, or a requeued message."""
-
 held: SendFault = SendFault("held")
-"""Confirm the message and deliver it at `FaultyMessageBroker.release`: a queue that lags, a connection that stalls."""
 
 crashed: DeliveryFault = DeliveryFault("crashed")
-"""
-Crash the process after the work and before the acknowledgement: the message is redelivered, as the next attempt.
-
-This can happen on every transport that delivers at least once. Here the same consumer continues, in place of a new one.
-"""
 
 F = TypeVar("F", bound=_Fault)
 M = TypeVar("M")

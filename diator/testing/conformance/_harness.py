@@ -162,17 +162,6 @@ class Outages(Protocol):
 Access: TypeAlias = Literal[
     "granted", "unknown authority", "wrong host", "expired", "plain", "wrong password", "may not send", "may not read"
 ]
-"""
-How a broker accesses a guarded service. Each kind differs from "granted" in one respect.
-
-- granted: by TLS with a verified certificate, with the right password and every permission that is needed.
-- unknown authority: the broker does not trust the authority that signed the service's certificate.
-- wrong host: the certificate is for another host than the one that the broker connects to.
-- expired: the service's certificate has expired.
-- plain: the broker does not use TLS.
-- wrong password: of a user that exists.
-- may not send: a user with every permission except sending; may not read: every permission except reading.
-"""
 
 
 class Harness(ABC):
@@ -319,8 +308,18 @@ class Harness(ABC):
         """
         `security`: Return a broker for a service that requires TLS and a known user, with *access*.
 
-        All brokers that this method returns connect to the same service. They use `password` where the password is
-        right.
+        Each kind of access differs from `granted` in one respect:
+
+        - `granted`: by TLS with a verified certificate, with `password` and every permission that is needed.
+        - `unknown authority`: the broker does not trust the authority that signed the service's certificate.
+        - `wrong host`: the certificate is for another host than the one that the broker connects to.
+        - `expired`: the service's certificate has expired.
+        - `plain`: the broker does not use TLS.
+        - `wrong password`: of a user that exists.
+        - `may not send`: a user with every permission except sending.
+        - `may not read`: a user with every permission except reading.
+
+        All brokers that this method returns connect to the same service.
 
         Raises:
             EnvironmentMissing: This service has no such kind of access. The scenario continues without it.
