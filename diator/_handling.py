@@ -40,8 +40,8 @@ class Handled:
             not count deliveries.
         outcome: `acked`: every handler succeeded. `retried`: the message was requeued, with a delay. `dead_lettered`:
             the message is in the dead-letter queue. `given_up`: the message could not be handled and is lost, because
-            the transport has no dead-letter queue. `unsettled`: the handling was cancelled, or the service could not
-            be told the outcome; the transport redelivers the message if it can.
+            the transport has no dead-letter queue. `unsettled`: the handling was cancelled, or the delivery could
+            not be settled; the transport redelivers the message if it can.
         reason: Why the message was not acknowledged; None if it was. It begins with a fixed word and a colon:
             `retries-exhausted`, `permanent`, `undecodable`, `unknown-type` or `poison-message`; or it is `cancelled`,
             `ended by …` or `not settled: …`.
