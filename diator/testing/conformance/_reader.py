@@ -22,8 +22,8 @@ class Reader:
     """
     One subscription of a scenario. The ledger records what it receives under `name`, except for fences.
 
-    A fence is a message that marks a point in the stream. A transport that keeps the order of a topic delivers the fence
-    after everything that was sent before it.
+    A fence is a message that marks a point in the stream. A transport that keeps the order of a topic delivers the
+    fence after everything that was sent before it.
 
     Attributes:
         broker: The broker of the subscription.
