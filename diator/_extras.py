@@ -78,12 +78,12 @@ def _exists(module: str, name: str, attribute: str | None = None) -> bool:
 
 def _has(owner: type, name: str) -> bool:
     """
-    Tell whether objects of *owner* have the attribute *name*.
+    Return whether objects of *owner* have the attribute *name*.
 
-    A method, property, slot or class attribute stands in the table of the class or of a base; an abstract method is a
-    promise only, and does not count. An attribute of an object stands in no table. To build an object and look at it
-    would take a running event loop, and arguments that differ between versions; an annotation can outlive its
-    attribute. So this looks for the assignment itself, in the code of the methods of the class and its bases.
+    Methods, properties, slots and class attributes are in the `__dict__` of the class or a base. An abstract method
+    does not count: it is only a promise. Attributes of objects are in no `__dict__` of a class. Building an object would
+    need a running event loop, and arguments that differ between versions, and an annotation can outlive its attribute.
+    So this function searches the code of the methods of the class and its bases for an assignment.
     """
     for base in owner.__mro__:
         if name in vars(base) and not getattr(vars(base)[name], "__isabstractmethod__", False):
@@ -100,6 +100,8 @@ def _methods(owner: type) -> Iterator[CodeType]:
 
 
 def _assigns(code: CodeType, name: str) -> bool:
-    if name not in code.co_names:  # which has loaded names too, and spares reading most of the code
+    if (
+        name not in code.co_names
+    ):  # `co_names` has names that are only loaded too, but this check skips most of the code
         return False
     return any(step.opname == "STORE_ATTR" and step.argval == name for step in dis.get_instructions(code))

@@ -103,13 +103,13 @@ class IncompatibleClient(DiatorError, ImportError):
     Attributes:
         distribution: The name of the client library, as pip knows it.
         version: Its installed version.
-        attribute: What it lacks, with module and class.
+        attribute: The missing attribute, with its module and class.
     """
 
     def __init__(self, distribution: str, version: str, attribute: str, supported: str) -> None:
         super().__init__(
-            f"{distribution} {version} has no {attribute}, which diator uses; install a version of it that this diator "
-            f"was tested with, by pip install '{supported}', or a newer diator"
+            f"{distribution} {version} has no {attribute}, which diator uses; install a version that this diator was "
+            f"tested with, by pip install '{supported}', or a newer diator"
         )
         self.distribution = distribution
         self.version = version
