@@ -81,9 +81,9 @@ def _has(owner: type, name: str) -> bool:
     Return whether objects of *owner* have the attribute *name*.
 
     Methods, properties, slots and class attributes are in the `__dict__` of the class or a base. An abstract method
-    does not count: it is only a promise. Attributes of objects are in no `__dict__` of a class. Building an object would
-    need a running event loop, and arguments that differ between versions, and an annotation can outlive its attribute.
-    So this function searches the code of the methods of the class and its bases for an assignment.
+    does not count: it is only a promise. Attributes of an object are not there. To build an object would need a running
+    event loop and arguments that differ between versions, and an annotation can outlive its attribute. So this function
+    searches the code of the methods of the class and its bases for an assignment.
     """
     for base in owner.__mro__:
         if name in vars(base) and not getattr(vars(base)[name], "__isabstractmethod__", False):
@@ -100,8 +100,6 @@ def _methods(owner: type) -> Iterator[CodeType]:
 
 
 def _assigns(code: CodeType, name: str) -> bool:
-    if (
-        name not in code.co_names
-    ):  # `co_names` has names that are only loaded too, but this check skips most of the code
+    if name not in code.co_names:  # most code stops here; `co_names` also has names that are only loaded
         return False
     return any(step.opname == "STORE_ATTR" and step.argval == name for step in dis.get_instructions(code))
