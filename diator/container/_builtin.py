@@ -44,8 +44,8 @@ class Container:
 
     There are three lifetimes. *transient*: a new object each time. *scoped*: one object per send, shared by the request
     handler and the domain event handlers. *singleton*: one object per container, built when it is first needed. A
-    resource is a factory that yields or returns a context manager. The container closes a resource when its lifetime
-    ends, at the end of the unit of work or in `aclose`, and the last opened first.
+    factory that yields its object, or returns a context manager, is a resource. The container closes a resource when
+    its lifetime ends: at the end of the unit of work or in `aclose`, the last opened first.
 
     Register everything before the first send. Several tasks of one event loop may resolve objects at once.
     """
