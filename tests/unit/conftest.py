@@ -1,11 +1,30 @@
-"""How hard the property tests try: `HYPOTHESIS_PROFILE` is `default`, `ci` or `nightly`."""
+"""What holds for every unit test: its time is virtual, and the property tests are small by default."""
 
+import asyncio
 import os
+from collections.abc import Callable
 
+import pytest
 from hypothesis import settings
 
-# No deadline: how long one example takes says more about the machine than about the code.
+from tests.unit.virtual_time import VirtualTimeLoop
+
+# `HYPOTHESIS_PROFILE` chooses one. None has a deadline: it would measure the machine.
 settings.register_profile("default", max_examples=20, deadline=None)
 settings.register_profile("ci", max_examples=100, deadline=None)
 settings.register_profile("nightly", max_examples=5_000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture
+def loop_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the library's own measurements follow the clock of the event loop."""
+    for module in ("diator._deadlines", "diator._handling", "diator.consumer"):
+        monkeypatch.setattr(f"{module}.monotonic", lambda: asyncio.get_running_loop().time())
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run a test on virtual time, unless it is marked as `real_time`."""
+    if item.get_closest_marker("real_time"):
+        return {"real time": asyncio.new_event_loop}
+    return {"virtual time": VirtualTimeLoop}

@@ -6,6 +6,8 @@ import pytest
 
 from diator._deadlines import Deadlines
 
+pytestmark = pytest.mark.usefixtures("loop_clock")
+
 
 def running() -> asyncio.Task[object]:
     task = asyncio.current_task()

@@ -15,7 +15,7 @@ from diator.exceptions import BrokerClosed, BrokerUnavailable, ConfigurationErro
 
 PATIENT = ReconnectPolicy(connect_timeout=5, idle_timeout=5, probe_timeout=5, first_delay=0, max_delay=0)
 WATCHFUL = replace(PATIENT, idle_timeout=0.05, probe_timeout=0.05)
-#: Within so many seconds even a busy machine finishes work that has nothing to wait for.
+#: Within so many seconds of virtual time all work is finished that has nothing to wait for.
 PROMPTLY = 0.25
 
 
@@ -270,8 +270,7 @@ async def test_delays_grow_up_to_max_delay(monkeypatch):
         await service.flap()
 
     delays = [later - earlier for earlier, later in pairwise(service.attempts)][1:]
-    for delay, expected in zip(delays, [0.04, 0.08, 0.1, 0.1, 0.1], strict=True):
-        assert expected * 0.9 < delay < expected + 0.08
+    assert delays == pytest.approx([0.04, 0.08, 0.1, 0.1, 0.1])
 
 
 async def test_delays_grow_if_connections_do_not_last(monkeypatch):
@@ -348,6 +347,7 @@ async def test_each_loss_reports_one_gap():
     assert gaps[1].since >= gap.since
 
 
+@pytest.mark.real_time  # a gap has times of day
 async def test_a_gap_lasts_until_the_next_connection():
     gaps = []
 
@@ -360,7 +360,7 @@ async def test_a_gap_lasts_until_the_next_connection():
         await service.flap()
         await asyncio.sleep(0)
 
-    assert 0.1 <= (gaps[0].until - gaps[0].since).total_seconds() < 0.1 + PROMPTLY
+    assert (gaps[0].until - gaps[0].since).total_seconds() >= 0.1
 
 
 async def test_a_service_that_lost_messages_causes_a_gap_even_if_its_connections_lose_none():
@@ -470,7 +470,7 @@ async def test_a_silent_connection_is_probed_and_then_replaced(on_probe, after):
         link = await service.next_link()
         link.put(1)
 
-        assert after * 0.9 < service.attempts[-1] - started < after + PROMPTLY
+        assert service.attempts[-1] - started == pytest.approx(after, abs=0.01)
         assert await take(deliveries, 1) == [1]
     assert dead.probes == 1
 
@@ -478,10 +478,10 @@ async def test_a_silent_connection_is_probed_and_then_replaced(on_probe, after):
 async def test_a_quiet_connection_that_answers_the_probe_is_kept():
     service = Service()
     async with service.supervised(reconnect=WATCHFUL):
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.52)
 
     [link] = service.links
-    assert 3 <= link.probes <= 10
+    assert 8 <= link.probes <= 10
 
 
 async def test_a_busy_connection_is_not_probed():
@@ -633,7 +633,7 @@ async def test_the_end_is_prompt(monkeypatch, busy, raised):
         error = caught
 
     assert error is raised
-    assert asyncio.get_running_loop().time() - ending < PROMPTLY
+    assert asyncio.get_running_loop().time() == ending
     assert service.live == 0
 
 

@@ -1,7 +1,6 @@
 """Tests of the in-memory broker with scripted faults."""
 
 import asyncio
-from time import monotonic
 
 import pytest
 
@@ -338,11 +337,11 @@ async def test_a_retry_does_not_wait():
     broker = FaultyMessageBroker()
     program = Program(broker, fails=[1], retry=RetryPolicy(immediate_retries=0, delayed_retries=3, first_delay=600))
     await joined(broker, 1)
-    began = monotonic()
+    began = asyncio.get_running_loop().time()
 
     await broker.drain(program.consumer)
 
-    assert monotonic() - began < 5
+    assert asyncio.get_running_loop().time() - began < 1
     assert [each.outcome for each in broker.deliveries] == ["retry"] * 3 + ["dead_letter"]
     assert broker.dead_letters[0].attempts == 4
 
@@ -390,12 +389,12 @@ async def test_draining_reports_and_cancels_work_that_never_ends():
         await asyncio.Event().wait()
 
     await joined(broker, 1, 2)
-    began = monotonic()
+    began = asyncio.get_running_loop().time()
 
     with pytest.raises(TimeoutError, match=r"after 0\.05 s, 1 messages are waiting and 1 are not settled"):
         await broker.drain(Consumer(broker, event_map=events), within=0.05)
 
-    assert monotonic() - began < 5
+    assert asyncio.get_running_loop().time() - began < 1
 
 
 async def test_draining_raises_the_error_of_a_consumer():

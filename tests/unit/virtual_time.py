@@ -1,0 +1,40 @@
+"""An event loop whose time passes at once, and only while nothing is left to do: a test does not measure the machine."""
+
+import asyncio
+import selectors
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """
+    An event loop with a clock of its own. Where others wait for the next timer, it sets its clock to that timer's time.
+
+    It waits for files and threads only while it has no timers at all, so that a test with sockets, processes or
+    threads needs the real time: `pytest.mark.real_time`.
+    """
+
+    def __init__(self) -> None:
+        self._now = 1_000.0
+        super().__init__(_Selector(self))
+
+    def time(self) -> float:
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        """Set the clock forward."""
+        self._now += seconds
+
+
+class _Selector(selectors.DefaultSelector):
+    """Never waits where a timer is set."""
+
+    def __init__(self, loop: VirtualTimeLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            return super().select()
+        ready = super().select(0)
+        if not ready:
+            self._loop.advance(timeout)
+        return ready
