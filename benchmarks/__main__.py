@@ -15,6 +15,8 @@ from benchmarks.worker.workloads import WORKLOADS
 
 def main() -> int:
     options = parsed()
+    if options.smoke:
+        return smoke(options)
     match options.benchmark:
         case "imports":
             results = imports.measure()
@@ -39,15 +41,37 @@ def main() -> int:
     return 1 if options.gate and missed(results) else 0
 
 
+def smoke(options: argparse.Namespace) -> int:
+    """Run everything once, as small as can be: it works, and says nothing about speed. Nothing is installed for it."""
+    if options.benchmark == "brokers":
+        here = [name for name, library in BROKER_LIBRARIES.items() if not library.pins]
+        faults = brokers.smoke(
+            options.transports or brokers.TRANSPORTS, options.libraries or here, options.only or brokers.WORKLOADS
+        )
+        print("\n".join(faults) or "every message arrived once, and was acknowledged")
+        return 1 if faults else 0
+    here = [name for name, library in LIBRARIES.items() if not library.pins]
+    ran = comparison.smoke(options.libraries or here, options.only or WORKLOADS)
+    for name in here:
+        if LIBRARIES[name].module and not imports.cost_of(LIBRARIES[name]):
+            raise SystemExit(f"{LIBRARIES[name].module} cannot be imported")
+    for workload in memory.SENT:
+        memory.resident_while_sending(workload, 100)
+    print(f"{ran} workloads, the imports and the memory benchmark ran")
+    return 0
+
+
 def parsed() -> argparse.Namespace:
     kept = argparse.ArgumentParser(add_help=False)
     kept.add_argument("--json", type=Path, metavar="FILE", help="where to keep the results")
     kept.add_argument("--gate", action="store_true", help="fail if a target is missed")
+    smoking = argparse.ArgumentParser(add_help=False)
+    smoking.add_argument("--smoke", action="store_true", help="run everything once, tiny: whether it works")
 
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Without a subcommand: the workloads of all libraries, in one process each.",
-        parents=[kept],
+        parents=[kept, smoking],
     )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", type=chosen_from(WORKLOADS), metavar="W1,W3")
@@ -62,7 +86,7 @@ def parsed() -> argparse.Namespace:
     others = parser.add_subparsers(dest="benchmark", title="other benchmarks")
     others.add_parser("imports", help=imports.__doc__, parents=[kept])
     others.add_parser("memory", help=memory.__doc__, parents=[kept])
-    transports = others.add_parser("brokers", help=brokers.__doc__, parents=[kept])
+    transports = others.add_parser("brokers", help=brokers.__doc__, parents=[kept, smoking])
     transports.add_argument(
         "transports", nargs="*", type=one_of(brokers.TRANSPORTS), metavar="redis streams rabbitmq kafka"
     )

@@ -135,6 +135,9 @@ class Effort:
 
 
 QUICK = Effort(rounds=1, seconds=0.3, messages=2_000, paced=100, flood=20_000)
+SMOKE = Effort(rounds=1, seconds=0.2, messages=200, paced=20, flood=2_000)
+AT_ONCE = 4
+"""How many workloads a smoke test runs at the same time: it measures nothing."""
 
 
 def compare(
@@ -142,6 +145,24 @@ def compare(
 ) -> dict[str, Any]:
     """Measure, print the tables, and give what was measured: transport, workload, library, figures."""
     return asyncio.run(_compare([*transports], [BROKER_LIBRARIES[name] for name in libraries], [*workloads], effort))
+
+
+def smoke(transports: Iterable[str], libraries: Iterable[str], workloads: Iterable[str]) -> list[str]:
+    """Run each workload once with few messages, and return which messages were lost, duplicated or not acknowledged."""
+    return asyncio.run(_smoke([*transports], [BROKER_LIBRARIES[name] for name in libraries], [*workloads]))
+
+
+async def _smoke(transports: list[str], libraries: list[Library], workloads: list[str]) -> list[str]:
+    faults: list[str] = []
+    for service in dict.fromkeys(TRANSPORTS[name].service for name in transports):
+        with running(service) as url:
+            for name in transports:
+                if TRANSPORTS[name].service == service:
+                    measured = _Measuring(TRANSPORTS[name], url, SMOKE)
+                    await measured.once(libraries, workloads)
+                    faults += measured.faults
+                    print(f"{name}: {len(measured.runs)} workloads ran", file=sys.stderr)
+    return faults
 
 
 async def _compare(
@@ -200,6 +221,21 @@ class _Measuring:
                     print(f"\r\033[K{told}, {library.name}", end="", file=sys.stderr, flush=True)
                     self.runs[workload, library.name].append(await self._measure(library, workload))
         print(end="\r\033[K", file=sys.stderr)
+
+    async def once(self, libraries: list[Library], workloads: list[str]) -> None:
+        """Run everything once, several workloads at the same time."""
+        free = asyncio.Semaphore(AT_ONCE)
+
+        async def run(library: Library, workload: str) -> None:
+            async with free:
+                run = self._flood(library) if workload == "M" else self._measure(library, workload)
+                self.runs[workload, library.name].append(await run)
+
+        async with asyncio.TaskGroup() as running:
+            for workload in workloads:
+                for library in libraries:
+                    if workload != "M" or library.name == "diator":
+                        running.create_task(run(library, workload))
 
     async def _measure(self, library: Library, workload: str) -> dict[str, Any]:
         name = f"benchmark-{os.getpid()}-{next(self._numbers)}"
@@ -273,12 +309,34 @@ class _Measuring:
             self.faults.append(f"{what}: {found:,} {counted}, and not {expected:,}")
 
     async def memory(self, library: Library) -> dict[str, Any]:
-        """Send a million messages to a reader that keeps up, and see what both of them keep."""
+        """Show what sender and consumer keep of a million messages."""
+        messages, marks = self._effort.flood, self._marks
+        print(f"{self._transport.class_name} {library.name} M, {messages:,} messages", file=sys.stderr)
+        flooded = await self._flood(library)
+        rows, results = [], {}
+        for side in ("sender", "consumer"):
+            before, after = flooded[side]
+            met = after - before <= GROWTH
+            results[side] = {"resident_mib": [before, after], "met": met}
+            grown = marked(f"{after - before:+.2f}", target=f"{GROWTH}", met=met)
+            rows.append([side, f"{before:.1f}", f"{after:.1f}", grown])
+        if (most_held := flooded["most_held"]) is not None:
+            met = most_held <= MOST_HELD
+            results["held"] = {"most": most_held, "met": met}
+            rows.append(["most held unsettled", "", "", marked(str(most_held), target=str(MOST_HELD), met=met)])
+        show(f"resident MiB in {messages:,} messages", ["", *(f"after {mark:,}" for mark in marks), "growth"], rows)
+        return results
+
+    @property
+    def _marks(self) -> list[int]:
+        return [self._effort.flood // 5, self._effort.flood]
+
+    async def _flood(self, library: Library) -> dict[str, Any]:
+        """Send many messages to a reader that keeps up; return the memory of both, and the most deliveries held."""
         name, what = f"benchmark-{os.getpid()}-flat", f"{self._transport.class_name} {library.name} M"
-        messages, marks = self._effort.flood, [self._effort.flood // 5, self._effort.flood]
+        messages, marks = self._effort.flood, self._marks
         reading = {"messages": messages, "concurrency": HANDLERS, "marks": marks}
         sending = {"messages": messages, "at_once": 100, "per_second": FLOOD_PER_SECOND, "marks": marks}
-        print(f"{what}, {messages:,} messages", file=sys.stderr)
         async with (
             self._transport.look(self._url, self._transport.destination(library, name)) as destination,
             self._worker(library, name, "consume", reading) as reader,
@@ -294,18 +352,7 @@ class _Measuring:
                 most_held = await watching
             self._expect(read["lost"], 0, what, "lost")
             self._expect(read["repeated"], 0, what, "repeated")
-        rows, results = [], {}
-        for side, (before, after) in (("sender", sent["resident_mib"]), ("consumer", read["resident_mib"])):
-            met = after - before <= GROWTH
-            results[side] = {"resident_mib": [before, after], "met": met}
-            grown = marked(f"{after - before:+.2f}", target=f"{GROWTH}", met=met)
-            rows.append([side, f"{before:.1f}", f"{after:.1f}", grown])
-        if most_held is not None:
-            met = most_held <= MOST_HELD
-            results["held"] = {"most": most_held, "met": met}
-            rows.append(["most held unsettled", "", "", marked(str(most_held), target=str(MOST_HELD), met=met)])
-        show(f"resident MiB in {messages:,} messages", ["", *(f"after {mark:,}" for mark in marks), "growth"], rows)
-        return results
+        return {"sender": sent["resident_mib"], "consumer": read["resident_mib"], "most_held": most_held}
 
     @staticmethod
     async def _most_held(destination: Destination) -> int | None:

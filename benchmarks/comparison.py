@@ -71,6 +71,19 @@ class Worker:
         raise SystemExit(f"the worker of {self.library.name!r} stopped; what it said is above")
 
 
+def smoke(names: Iterable[str], workloads: Iterable[str]) -> int:
+    """Run each workload, which its worker verifies; return how many ran."""
+    ran = 0
+    for name in names:
+        with Worker(LIBRARIES[name]) as worker:
+            if worker.missing:
+                raise SystemExit(f"no module {worker.missing!r} here, which {name!r} needs")
+            for workload in set(workloads) & {*worker.workloads}:
+                worker.measure(workload)
+                ran += 1
+    return ran
+
+
 def compare(
     names: Iterable[str], workloads: Iterable[str], *, rounds: int, slices: int
 ) -> dict[str, dict[str, dict[str, Any]]]:

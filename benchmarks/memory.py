@@ -24,13 +24,7 @@ def measure() -> dict[str, Any]:
     """Measure, print the table, and give the MiB of each kind of send."""
     rows, results = [], {}
     for workload, description in SENT.items():
-        with Worker(LIBRARIES["diator"]) as worker:
-            if worker.missing:
-                raise SystemExit(f"no module {worker.missing!r} here")
-            resident = []
-            for share in (0.1, 0.4, 0.5):
-                worker.repeat(workload, round(share * SENDS))
-                resident.append(resident_mib(worker.pid))
+        resident = resident_while_sending(workload, SENDS)
         growth = resident[-1] - resident[0]
         met = growth <= TARGET
         text = marked(f"{growth:+.2f}", target=f"{TARGET}", met=met)
@@ -42,6 +36,18 @@ def measure() -> dict[str, Any]:
         rows,
     )
     return results
+
+
+def resident_while_sending(workload: str, sends: int) -> list[float]:
+    """The MiB at 10 %, at 50 % and at the end."""
+    with Worker(LIBRARIES["diator"]) as worker:
+        if worker.missing:
+            raise SystemExit(f"no module {worker.missing!r} here")
+        resident = []
+        for share in (0.1, 0.4, 0.5):
+            worker.repeat(workload, round(share * sends))
+            resident.append(resident_mib(worker.pid))
+    return resident
 
 
 def resident_mib(pid: int) -> float:
