@@ -1,4 +1,4 @@
-"""The examples against real services."""
+"""The examples against services of the test's own: their prefix may be that of a program of the tester's."""
 
 import socket
 import subprocess
@@ -17,13 +17,13 @@ def meetings(address: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
 
 
-def test_meetings_publishes_to_redis(redis_url):
+def test_meetings_publishes_to_redis(private_redis):
     """The same program, one argument changed; a plain subscriber receives its event."""
-    with redis.Redis.from_url(redis_url) as client, client.pubsub() as subscriber:
+    with redis.Redis.from_url(private_redis.url) as client, client.pubsub() as subscriber:
         subscriber.psubscribe("python_diator_channel:notification_event:UserJoinedNotificationEvent")
         assert subscriber.get_message(timeout=5)["type"] == "psubscribe"
 
-        run = meetings(redis_url)
+        run = meetings(private_redis.url)
         received = subscriber.get_message(timeout=5)
 
     assert (run.returncode, run.stderr) == (0, "")
@@ -42,11 +42,14 @@ def test_meetings_reports_an_unreachable_redis():
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("scheme", ["redis-streams", "amqp", "kafka"])
-def test_meetings_consumes_what_another_process_sends(redis_url, rabbitmq_url, kafka_servers, scheme):
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("scheme", "service"),
+    [("redis-streams", "private_redis"), ("amqp", "private_rabbitmq"), ("kafka", "private_kafka")],
+)
+def test_meetings_consumes_what_another_process_sends(request, scheme, service):
     """The same program twice, on every transport that stores messages for a consumer group."""
-    addresses = {"redis-streams": redis_url.replace("redis", scheme, 1), "amqp": rabbitmq_url, "kafka": kafka_servers}
-    address = f"{scheme}://{addresses[scheme].rpartition('//')[2]}"
+    address = f"{scheme}://{request.getfixturevalue(service).url.rpartition('//')[2]}"
     consumer = subprocess.Popen(
         [sys.executable, "-u", str(MEETINGS), "--broker", address, "--consume"], stdout=subprocess.PIPE, text=True
     )

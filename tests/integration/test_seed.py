@@ -183,6 +183,12 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
+def redis_url(private_redis) -> str:
+    """A server of the test's own: the program's channel may be that of a program of the tester's."""
+    return private_redis.url
+
+
+@pytest.fixture
 async def pubsub(redis_url: str) -> AsyncIterator[redis.client.PubSub]:
     async with redis.Redis.from_url(redis_url) as client, client.pubsub() as pubsub:
         yield pubsub
