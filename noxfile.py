@@ -6,6 +6,7 @@ get their services themselves where they can, and say in their last lines what t
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,13 +16,18 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.11"
-nox.options.sessions = ["lint", "types", "unit", "build", "third_party", "tests"]
+nox.options.sessions = ["lint", "types", "unit", "build", "benchmarks_smoke", "third_party", "tests"]
 nox.options.reuse_venv = "yes"
 
 ROOT = Path(__file__).parent
 PROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PROJECT)
 CLIENTS = ",".join(PROJECT["project"]["optional-dependencies"])
+
+#: How pytest shares out tests with services: nearly all of their time they wait, so more processes than cores.
+AT_ONCE = ("-n", os.environ.get("DIATOR_TEST_PROCESSES", "6"))
+#: What a run shows of its slowest tests.
+SLOWEST = ("--durations=15", "--durations-min=1")
 
 #: The services of the tests: where the address of each may stand, and its public image.
 SERVICES = {
@@ -68,7 +74,7 @@ def integration(session: nox.Session) -> None:
     environment = images(session, *SERVICES)
     if not session.posargs:
         session.run("python", "-m", "tests.integration.publish", env=environment)
-    session.run("pytest", "tests/integration", *session.posargs, env=environment)
+    session.run("pytest", "tests/integration", *AT_ONCE, *SLOWEST, *session.posargs, env=environment)
 
 
 @nox.session
@@ -84,7 +90,7 @@ def tests(session: nox.Session) -> None:
     session.install("-e", f".[{CLIENTS}]", *group("tests"))
     # Without services a third of the code is not covered. That is not a failure where no service can be started.
     enough = ["--cov-fail-under=97"] if os.environ.get("DIATOR_REQUIRE_BACKENDS") else []
-    session.run("pytest", "--cov", *enough, *session.posargs, env=images(session, *SERVICES))
+    session.run("pytest", *AT_ONCE, *SLOWEST, "--cov", *enough, *session.posargs, env=images(session, *SERVICES))
 
 
 @nox.session
@@ -92,6 +98,30 @@ def benchmarks(session: nox.Session) -> None:
     """The numbers of the documentation, measured here."""
     session.install(f".[{CLIENTS}]", *group("bench"))  # the libraries they compare with they install themselves
     session.run("python", "-m", "benchmarks", *session.posargs, env=images(session, *SERVICES))
+
+
+@nox.session
+def benchmarks_smoke(session: nox.Session) -> None:
+    """Every benchmark once and tiny: that it works, and that all messages arrive; nothing is measured."""
+    session.install("-e", f".[{CLIENTS}]", *group("tests"))  # our services, and what the transports are measured with
+    session.run("python", "-m", "benchmarks", "--smoke")
+    session.run("python", "-m", "benchmarks", "brokers", "--smoke", env=images(session, "redis", "rabbitmq", "kafka"))
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """
+    The newest client libraries, whatever versions we allow: what the next release of each will bring.
+
+    Its outcome depends on the day, so that neither `nox` nor CI runs it by itself.
+    """
+    session.install("-e", f".[{CLIENTS}]", *group("tests"))
+    session.install("--upgrade", *unbounded(*PROJECT["project"]["optional-dependencies"]))
+    session.run("python", "-m", "pip", "list")
+    environment = images(session, *SERVICES)
+    session.run("pytest", "tests/unit", *AT_ONCE)
+    longer = "not conformance and not saboteurs and not kills and not writing_a_transport"
+    session.run("pytest", "tests/integration", *AT_ONCE, "-k", longer, *session.posargs, env=environment)
 
 
 @nox.session
@@ -139,6 +169,12 @@ def built(session: nox.Session) -> Path:
 def group(name: str) -> tuple[str, ...]:
     """The requirements of a dependency group."""
     return nox.project.dependency_groups(PROJECT, name)
+
+
+def unbounded(*extras: str) -> list[str]:
+    """The names of the requirements of *extras*, without versions."""
+    wanted = [requirement for extra in extras for requirement in PROJECT["project"]["optional-dependencies"][extra]]
+    return [re.match(r"[\w.-]+(\[[\w,-]+\])?", requirement)[0] for requirement in wanted]
 
 
 def images(session: nox.Session, *services: str) -> dict[str, str]:

@@ -64,7 +64,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     session.config.stash[SERVICES].look_for(asked | required())
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(trylast=True)  # pytest-xdist ends its processes first, which could start containers until then
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A required service that is missing fails the run, even if no test asked for it."""
     services = session.config.stash[SERVICES]

@@ -18,14 +18,12 @@ LONG = (
     "tests/integration/test_kills.py",
     "TestKafka breaks",
     "TestRabbitMQ breaks",
+    "tests/integration/kafka/",
     "tests/integration/test_interoperation.py",
     "TestRedisStreams breaks",
-    "TestRedis breaks",
     "TestKafka",
-    "tests/integration/kafka/",
+    "tests/integration/",
     "Test",
-    "tests/integration/r",
-    "tests/integration",
 )
 
 
@@ -45,7 +43,7 @@ def unit_of(nodeid: str) -> str:
     file, _, name = nodeid.partition("::")
     if "::test_scenario[" in name:
         return _conformance(file, *name.removesuffix("]").split("::test_scenario["))
-    return nodeid if file.startswith("tests/integration/") else file
+    return file
 
 
 def turn_of(nodeid: str) -> int:

@@ -41,11 +41,15 @@ import sys
 sys.stdin.read()
 import docker
 try:
-    containers = docker.from_env().containers.list(all=True, filters={"label": sys.argv[1]})
+    engine = docker.from_env()
 except docker.errors.DockerException:
-    containers = []  # without an engine none was started
-for container in containers:
-    container.remove(force=True, v=True)
+    sys.exit()  # without an engine no container was started
+while containers := engine.containers.list(all=True, filters={"label": sys.argv[1]}, ignore_removed=True):
+    for container in containers:
+        try:
+            container.remove(force=True, v=True)
+        except docker.errors.APIError:
+            pass  # somebody else is removing it
 """
 
 
