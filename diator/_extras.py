@@ -5,24 +5,42 @@ from __future__ import annotations
 import dis
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from types import CodeType, FunctionType
 
-from diator.exceptions import IncompatibleClient, MissingExtra
+from diator.exceptions import DiatorError, IncompatibleClient, MissingExtra
 
 
 def require_extra(module: str, extra: str, library: str) -> None:
+    """Import *library*, which *module* needs. MissingExtra if it is not installed."""
+    with importing(module, extra, library):
+        import_module(library)
+
+
+@contextmanager
+def importing(module: str, extra: str, *libraries: str) -> Generator[None, None, None]:
     """
-    Import *library*, which *module* needs and *extra* installs.
+    Import, inside this context, what *module* needs of client *libraries*, which *extra* installs.
 
     Raises:
-        MissingExtra: The library is not installed.
+        MissingExtra: A library is not installed.
+        IncompatibleClient: A library has no module, class or function of the name that diator imports.
     """
     try:
-        import_module(library)
-    except ModuleNotFoundError as missing:
-        raise MissingExtra(module, extra) from missing
+        yield
+    except ImportError as error:
+        where = error.name or ""
+        library = where.partition(".")[0]
+        if library not in libraries or isinstance(error, DiatorError):
+            raise
+        try:
+            import_module(library)
+        except ModuleNotFoundError:
+            raise MissingExtra(module, extra) from error
+        name = re.match(r"cannot import name '(\w+)'", str(error))  # since Python 3.12 it is an attribute of the error
+        raise _incompatible(library, f"{where}.{name[1]}" if name else where) from error
 
 
 def require_internals(distribution: str, internals: Mapping[str, Sequence[str]]) -> None:
@@ -39,8 +57,7 @@ def require_internals(distribution: str, internals: Mapping[str, Sequence[str]])
     for module, names in internals.items():
         for name in names:
             if not _exists(module, *name.split(".")):
-                installed, wanted = _installed(distribution), supported(distribution)
-                raise IncompatibleClient(distribution, installed, f"{module}.{name}", wanted)
+                raise _incompatible(distribution, f"{module}.{name}")
 
 
 def supported(distribution: str) -> str:
@@ -54,18 +71,23 @@ def supported(distribution: str) -> str:
     for requirement in requirements:
         wanted = requirement.partition(";")[0].strip()
         found = re.match(r"[\w.-]+", wanted)
-        if found and found[0].lower() == distribution.lower():
+        if found and _normalized(found[0]) == _normalized(distribution):
             return wanted
     return distribution
 
 
-def _installed(distribution: str) -> str:
+def _normalized(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def _incompatible(distribution: str, attribute: str) -> IncompatibleClient:
     from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415  # as above
 
     try:
-        return version(distribution)
+        installed = version(distribution)
     except PackageNotFoundError:
-        return "of an unknown version"
+        installed = "of an unknown version"
+    return IncompatibleClient(distribution, installed, attribute, supported(distribution))
 
 
 def _exists(module: str, name: str, attribute: str | None = None) -> bool:

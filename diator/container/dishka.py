@@ -6,13 +6,11 @@ from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TypeVar
 
+from diator._extras import importing
 from diator.container.base import Resolver, Shared
-from diator.exceptions import MissingExtra
 
-try:
+with importing(__name__, "dishka", "dishka"):
     from dishka import AsyncContainer
-except ModuleNotFoundError as _missing:
-    raise MissingExtra(__name__, "dishka") from _missing
 
 T = TypeVar("T")
 

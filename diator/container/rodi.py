@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from diator._extras import require_internals
+from diator._extras import importing, require_internals
 from diator._hints import name_of
 from diator.container.base import Build, Shared
-from diator.exceptions import ConfigurationError, MissingExtra, ResolutionError
+from diator.exceptions import ConfigurationError, ResolutionError
 
-try:
+with importing(__name__, "rodi", "rodi"):
     import rodi
-except ModuleNotFoundError as _missing:
-    raise MissingExtra(__name__, "rodi") from _missing
 
 T = TypeVar("T")
 

@@ -6,10 +6,9 @@ queue for each topic, `<prefix>:<message_type>:<message_name>:<group>`, and besi
 messages, and `…:retry:<ms>` while messages wait there for a delayed retry.
 """
 
-from diator._extras import require_extra as _require_extra
+from diator._extras import importing as _importing
 
-_require_extra("diator.brokers.rabbitmq", "rabbitmq", "aiormq")
-
-from diator.brokers.rabbitmq._broker import RabbitMQMessageBroker  # noqa: E402  # first the check above
+with _importing("diator.brokers.rabbitmq", "rabbitmq", "aiormq", "pamqp", "yarl"):
+    from diator.brokers.rabbitmq._broker import RabbitMQMessageBroker
 
 __all__ = ["RabbitMQMessageBroker"]

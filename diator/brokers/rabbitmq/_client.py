@@ -22,7 +22,7 @@ from pamqp.frame import marshal
 from pamqp.header import ContentHeader
 from yarl import URL
 
-from diator._extras import require_extra, require_internals
+from diator._extras import importing, require_internals
 from diator.exceptions import ConfigurationError
 
 __all__ = ["URL", "Connection", "ContentBody", "ContentHeader", "Frame", "commands", "marshal"]
@@ -122,9 +122,9 @@ class Address:
 
 
 def _aio_pika_connection(connection: object) -> Any:
-    require_extra("diator.brokers.rabbitmq", "rabbitmq", "aio_pika")
     # A program with such a connection has imported aio-pika before. Its import would cost the others some 15 ms.
-    from aio_pika.abc import AbstractConnection  # noqa: PLC0415
+    with importing("diator.brokers.rabbitmq", "rabbitmq", "aio_pika"):
+        from aio_pika.abc import AbstractConnection  # noqa: PLC0415
 
     if not isinstance(connection, AbstractConnection) or not isinstance(getattr(connection, "url", None), URL):
         # The error names its type only: its text could be an address, with a password.
