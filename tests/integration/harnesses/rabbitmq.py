@@ -102,15 +102,16 @@ class RabbitMQHarness(ServiceHarness):
                 self._address.dial = dialled
 
             @asynccontextmanager
-            async def _reading(self, member, prefetch):
-                if member.group is not None:
-                    harness.declared |= {*member.queues, *map(member.dead, member.queues)}
-                async with super()._reading(member, prefetch) as reading:
+            async def subscribe(self, topics, /, *, group=None, prefetch=64, on_gap=None):
+                async with super().subscribe(topics, group=group, prefetch=prefetch, on_gap=on_gap) as deliveries:
+                    for each in self._service.subscriptions:
+                        if each.group is not None:
+                            harness.declared |= {*each.queues, *map(each.dead_letter_queue, each.queues)}
                     if harness.direct != harness.shared:
                         # RabbitMQ stores a new quorum queue only within a second. If it is killed before that, the
                         # queue is lost with its confirmed messages.
                         await asyncio.sleep(1.5)
-                    yield reading
+                    yield deliveries
 
         name = f"{'&' if '?' in url else '?'}name=conformance-{uuid4().hex}"
         # After a kill, RabbitMQ answers before its queues are available.
