@@ -127,14 +127,14 @@ class Context:
         if group is None and "broadcast" not in self.capabilities.distribution:
             named = self.name("-alone")
         name = named or self.name("-subscription")
-        begun = len(self.ledger.received)
+        start = len(self.ledger.received)
         gaps: list[Gap] = []
         async with broker.subscribe(topics, group=named, prefetch=prefetch, on_gap=gaps.append) as deliveries:
             reader = Reader(broker, topics, name, deliveries, gaps=gaps, ledger=self.ledger, limits=self.limits)
             try:
                 yield reader
             finally:
-                for received in self.ledger.received[begun:]:
+                for received in self.ledger.received[start:]:
                     if received.subscription == name and received.delivery.outcome is None:
                         received.abandoned = True
 

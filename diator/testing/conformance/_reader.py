@@ -100,7 +100,7 @@ class Reader:
 
     async def during(self, sending: Coroutine[Any, Any, Any], *, settle: Settle = "ack") -> list[Received]:
         """Read while *sending* runs and up to a fence after it, so that no buffer has to hold everything."""
-        begun = len(self._ledger.received)
+        start = len(self._ledger.received)
 
         async def read() -> None:
             while True:
@@ -112,7 +112,7 @@ class Reader:
         finally:
             await cancelled(reading)
         await self.until_fence(settle=settle)
-        return [received for received in self._ledger.received[begun:] if received.subscription == self.name]
+        return [received for received in self._ledger.received[start:] if received.subscription == self.name]
 
     async def expect_nothing(self) -> None:
         """Raise `Nonconformance` if a delivery arrives within `limits.quiet` seconds."""

@@ -104,8 +104,8 @@ async def apart(ctx: Context) -> None:
         await ctx.send_all(broker, [message])
         (first,) = await one.until_fence()
         if isinstance(first.delivery.headers, dict):
-            first.delivery.headers["a"] = "spoilt"
-        first.delivery.body = b"spoilt"
+            first.delivery.headers["a"] = "changed"
+        first.delivery.body = b"changed"
         (second,) = await two.until_fence()
     ctx.check(second.delivery is not first.delivery, "both subscribers have the same delivery object")
     read = decode(second.delivery.body, max_bytes=2**31, headers=second.delivery.headers)

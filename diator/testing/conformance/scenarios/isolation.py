@@ -23,7 +23,7 @@ async def two_topics(ctx: Context) -> None:
 
 
 @scenario("ISO-02", "Names with a common prefix or a different case are different names")
-async def alike(ctx: Context) -> None:
+async def similar_names(ctx: Context) -> None:
     """Catch prefixes, patterns and case folding where an exact name is meant."""
     broker, base = await ctx.broker(), ctx.name("-a")
     names = (base, f"{base}b", base[:-1], base.upper(), f"{base}.", f"{base}:", f"{base}*")

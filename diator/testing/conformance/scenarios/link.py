@@ -315,8 +315,8 @@ async def cut_within(ctx: Context) -> None:
                 await ctx.within(ctx.limits.recovery, read_while(reader, sending), "noticing the broken connection")
         await receives_again(ctx, reader)
     sent = {each.message.message_id: each.message for each in ctx.ledger.sent}
-    spoilt = [each for each in ctx.ledger.received if each.id is None or each.message != sent.get(each.id)]
-    ctx.same(spoilt, [], "the messages that differ from the sent ones")
+    changed = [each for each in ctx.ledger.received if each.id is None or each.message != sent.get(each.id)]
+    ctx.same(changed, [], "the messages that differ from the sent ones")
 
 
 async def _send_until_cut(ctx: Context, broker: Transport, message: Message, proxy: Proxy, before: int) -> None:

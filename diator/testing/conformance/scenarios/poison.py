@@ -249,7 +249,7 @@ async def fresh_each_time(ctx: Context) -> None:
 
     async def handle(event: Happened) -> None:
         seen.append([*event.tags])
-        event.tags.append("spoilt")
+        event.tags.append("changed")
         if len(seen) < 4:  # noqa: PLR2004
             raise LookupError("again")
 

@@ -38,8 +38,8 @@ async def sizes(ctx: Context) -> None:
         received = await reader.during(ctx.send_all(broker, messages))
     ctx.ledger.compare(reader.name, messages).verify()
     arrived = {each.id: each.message for each in received}
-    spoilt = [len(message.payload_json) for message in messages if arrived[message.message_id] != message]
-    ctx.same(spoilt, [], "the sizes of the messages that did not arrive unchanged")
+    changed = [len(message.payload_json) for message in messages if arrived[message.message_id] != message]
+    ctx.same(changed, [], "the sizes of the messages that did not arrive unchanged")
 
 
 @scenario("SIZ-02", "A message of exactly max_message_bytes is delivered", timeout=30)
