@@ -11,7 +11,7 @@ import logging
 import random
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -414,50 +414,3 @@ def _unavailable(error: BaseException) -> DiatorError:
     unavailable = BrokerUnavailable(f"{type(error).__name__}: {error}")
     unavailable.__cause__ = error
     return unavailable
-
-
-class CallbackSubscription(ResilientSubscription):
-    """The older form, made of functions. It goes when no transport uses it any more."""
-
-    def __init__(
-        self,
-        connect: Callable[[], AbstractAsyncContextManager[Source]],
-        topics: Collection[Topic],
-        group: str | None = None,
-        *,
-        lossy: bool,
-        prefetch: int,
-        buffer_size: int | None = None,
-        reconnect: ReconnectPolicy,
-        on_gap: OnGap | None,
-        registry: set[ResilientSubscription],
-        unsettled: Callable[[], int] = lambda: 0,
-        leave: Callable[[Collection[Delivery]], Awaitable[None]] | None = None,
-    ) -> None:
-        super().__init__(
-            topics,
-            group,
-            lossy=lossy,
-            prefetch=prefetch,
-            buffer_size=buffer_size,
-            reconnect=reconnect,
-            on_gap=on_gap,
-            registry=registry,
-        )
-        self._connect = connect
-        self._unsettled = unsettled
-        self._leave = leave
-
-    @property
-    def unsettled(self) -> int:  # type: ignore[override]
-        """See `ResilientSubscription`."""
-        return self._unsettled()
-
-    def connect(self) -> AbstractAsyncContextManager[Source]:
-        """See `ResilientSubscription.connect`."""
-        return self._connect()
-
-    async def leave(self, not_given_out: Collection[Delivery]) -> None:
-        """See `ResilientSubscription.leave`."""
-        if self._leave is not None:
-            await self._leave(not_given_out)
