@@ -2,8 +2,8 @@
 A connection to RabbitMQ with one channel.
 
 diator speaks the channel itself. aiormq's own costs a lock, several futures and a task for each message. It
-matches returned messages by `message_id` alone. When it closes, it cancels its callers, who cannot tell that from a
-cancellation by the program.
+matches returned messages by `message_id` alone. When it closes, it cancels its callers, who cannot distinguish that
+from a cancellation by the program.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Channel:
         self._asked: deque[asyncio.Future[Frame]] = deque()
         self._content: tuple[Content, ContentHeader, bytearray] | None = None
         self._method: Content | None = None
-        self._last_beside = 0
+        self._last_other = 0
 
     async def open(self, connection: Connection, writer: asyncio.StreamWriter) -> None:
         """Open the channel on *connection*, and receive its frames."""
@@ -102,17 +102,17 @@ class Channel:
 
     async def ask_aside(self, frame: Frame) -> None:
         """Ask on a channel of its own, because RabbitMQ may answer by closing the channel."""
-        self._last_beside = self._last_beside % _MOST_CHANNELS + 1
-        beside = Channel(self.number + self._last_beside)
+        self._last_other = self._last_other % _MOST_CHANNELS + 1
+        other = Channel(self.number + self._last_other)
         if self._writer is not None:
             try:
-                await beside.open(self.connection, self._writer)
-                await beside.ask(frame)
+                await other.open(self.connection, self._writer)
+                await other.ask(frame)
             finally:
-                beside.close_channel()
+                other.close_channel()
 
     async def is_there(self, declared_passively: Frame) -> bool:
-        """Tell whether the queue or exchange of a passive declaration exists."""
+        """Return whether the queue or exchange of a passive declaration exists."""
         try:
             await self.ask_aside(declared_passively)
         except Refused as error:
@@ -189,7 +189,7 @@ class Channel:
                 reply.set_result(frame)
 
     def take(self, frame: Any) -> bool:
-        """Handle a frame that is not a reply, and tell whether it was one."""
+        """Handle a frame that is not a reply. Return whether it was such a frame."""
         return False
 
     def take_content(self, method: Content, header: ContentHeader, body: bytes) -> None:

@@ -2,7 +2,7 @@
 The client libraries of RabbitMQ: how diator connects with them, and every internal name of them that it uses.
 
 aiormq connects, logs in, cuts the stream into frames and keeps the heartbeat. pamqp encodes and decodes the frames.
-aio-pika is the client that a program may have beside diator: its addresses and connections are understood here.
+aio-pika is the client that a program may use besides diator; diator accepts its addresses and connections.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ require_internals("aiormq", INTERNALS)
 
 CLIENT_ERRORS = (AMQPError, PAMQPException, OSError, asyncio.TimeoutError, RuntimeError)
 
-# In seconds, unless the address says otherwise. After two without a sign of life RabbitMQ closes the connection.
+# In seconds, unless the address has another value. RabbitMQ closes a connection that is silent for two of them.
 HEARTBEAT = 10
 
 _FORMS = (
     "pass an address such as amqp://user:password@host:5672/vhost (amqps:// for TLS), as a str or yarl.URL, "
     "or a connection of aio-pika"
 )
-# What a connection of aio-pika hands to aiormq beside its URL.
+# The options that a connection of aio-pika passes to aiormq, besides its URL.
 _OPTIONS = ("client_properties", "context", "happy_eyeballs_delay", "interleave")
 
 
@@ -144,7 +144,7 @@ class _KeepingWriter(TransportFactory):
 
 
 def is_blocked(connection: Connection) -> bool:
-    """Tell whether RabbitMQ has stopped reading from publishers because of a resource alarm: memory or disk."""
+    """Return whether RabbitMQ has stopped reading from publishers because of a resource alarm: memory or disk."""
     waiting = connection.ready()  # aiormq shows it in no other way: this returns at once, or when the alarm is over
     try:
         waiting.send(None)

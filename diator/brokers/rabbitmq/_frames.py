@@ -14,7 +14,7 @@ from diator.brokers.rabbitmq._client import ContentHeader, commands, marshal
 from diator.exceptions import EncodingError
 
 _FRAME = struct.Struct(">BHI")
-# How many bytes a frame has beside its payload.
+# How many bytes a frame has besides its payload.
 _OVERHEAD = 8
 _HEADER = struct.Struct(">HHQH")
 _BASIC = 60

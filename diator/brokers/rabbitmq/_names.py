@@ -23,7 +23,7 @@ def routing_key(message_type: str, message_name: str) -> str:
 
 
 def queue_name(prefix: str, topic: Topic, group: str) -> str:
-    """Return the name of a queue: other parts give another name. EncodingError if it is too long."""
+    """Return the name of a queue, which no queue of other parts has. EncodingError if it is too long."""
     queue = ":".join(UNUSUAL.sub(_escaped, part) for part in (prefix, *topic, group))
     if len(queue.encode()) > _LONGEST - _LONGEST_SUFFIX:
         raise EncodingError(

@@ -86,7 +86,9 @@ class Publisher(ClientConnection):
         if self._link is None or not is_blocked(self._link.connection):
             return ()
         return (
-            Finding(capability="receipt", problem=_BLOCKED, remedy="make room: rabbitmq-diagnostics alarms says where"),
+            Finding(
+                capability="receipt", problem=_BLOCKED, remedy="free memory or disk: see rabbitmq-diagnostics alarms"
+            ),
         )
 
     async def _close(self) -> None:
@@ -125,7 +127,7 @@ class Publisher(ClientConnection):
             self._queued -= 1
 
     async def _connected(self, message_id: UUID | None = None) -> _Connection:
-        """Return the connection, and make it if there is none. Only whoever holds the lock calls this."""
+        """Return the connection, and make it if there is none. The caller holds the lock."""
         if self._link is None and not self.is_closed:
             link = _Connection(self._max_in_flight, self._gone)
             try:
@@ -190,10 +192,10 @@ class _Connection(Channel):
         ids: The messages in flight, by the id in the header. No two of one id are in flight at once.
     """
 
-    def __init__(self, max_in_flight: int, gone: Callable[[_Connection], None]) -> None:
+    def __init__(self, max_in_flight: int, on_lost: Callable[[_Connection], None]) -> None:
         super().__init__()
         self._max_in_flight = max_in_flight
-        self._gone = gone
+        self._on_lost = on_lost
         self._tag = 0
         self._waiting: dict[int, _Call] = {}
         self.ids: dict[str, _Call] = {}
@@ -306,7 +308,7 @@ class _Connection(Channel):
         self._waiting.clear()
         self.ids.clear()
         self._answered.set()
-        self._gone(self)
+        self._on_lost(self)
 
 
 def _send_error(error: Exception, message_id: UUID | None, *, alone: bool) -> BrokerError:

@@ -43,7 +43,7 @@ RESERVED = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x
 # What stands in the name of a queue in place of a group, if there is none.
 _NO_GROUP = "/"
 
-# After so many deliveries that nobody settled, RabbitMQ itself dead-letters a message: far above any retry policy.
+# After this many unsettled deliveries RabbitMQ itself dead-letters a message. It is far above any retry policy.
 _DELIVERY_LIMIT = 1_000
 _NO_GROUP_EXPIRES = 120.0
 _UNUSED_EXPIRES = 600.0
@@ -134,7 +134,7 @@ class Subscription(ResilientSubscription):
         Raises:
             ConfigurationError: A queue exists with other settings.
             AccessRefused: The user may not declare or read it.
-            MessagesMissed: A queue was there before, and is gone.
+            MessagesMissed: A queue existed before, and RabbitMQ had lost it.
         """
         if self.publisher.is_closed:
             raise BrokerClosed("this broker is closed")
@@ -218,7 +218,7 @@ class Connection(Channel):
         """Declare the exchange and the queues, and consume. See `Subscription.connect` for its errors."""
         subscription = self._subscription
         try:
-            there = [
+            exist = [
                 not subscription.declared or await self.is_there(passively(queue)) for queue in subscription.queues
             ]
             await self.ask(topic_exchange(subscription.prefix))
@@ -230,7 +230,7 @@ class Connection(Channel):
                     commands.Queue.Bind(queue=queue, exchange=subscription.prefix, routing_key=routing_key(*topic))
                 )
             subscription.declared = True
-            if not all(there):
+            if not all(exist):
                 raise MessagesMissed("RabbitMQ had lost a queue of this subscription; it is declared again")
             self._is_consuming = True  # already: if this is cancelled now, messages may have arrived nevertheless
             for queue in subscription.queues:
@@ -253,11 +253,11 @@ class Connection(Channel):
             await self._something.wait()
         if self.error is not None:
             raise self.error
-        given = [self._arrived.popleft() for _ in range(min(most, len(self._arrived)))]
-        self._subscription.unsettled += len(given)
+        taken = [self._arrived.popleft() for _ in range(min(most, len(self._arrived)))]
+        self._subscription.unsettled += len(taken)
         if not self._arrived:
             self._something.clear()
-        return given
+        return taken
 
     async def probe(self) -> None:
         """Ask whether the exchange exists: RabbitMQ does not tell a consumer that its queue lost its binding."""
@@ -395,7 +395,7 @@ class Connection(Channel):
     # -- the end -------------------------------------------------------------------------------------------------
 
     async def end(self, unseen: Collection[int]) -> None:
-        """Stop consuming, settle what is due, requeue *unseen* deliveries, and close. It takes 2 seconds at most."""
+        """Stop consuming, settle what is due, requeue *unseen* deliveries, all within 2 seconds; then close."""
         subscription = self._subscription
         try:
             if self.error is None and self._is_consuming:

@@ -210,7 +210,7 @@ def wire_of(connection: RedisConnection) -> Wire:
 
 
 def is_outdated(connection: RedisConnection) -> bool:
-    """Tell whether another connection should be used: its server is about to move, or its credentials were renewed."""
+    """Return whether another connection should be used: its server moves, or its credentials were renewed."""
     return bool(connection.should_reconnect() or connection._re_auth_token)  # type: ignore[no-untyped-call]  # noqa: SLF001
 
 
@@ -221,12 +221,12 @@ def pool_size(client: Client) -> int | None:
 
 
 def sends_by_itself(client: Client) -> bool:
-    """Tell whether *client* has an `execute_command` of its own, as a fake, a cluster and some subclasses have."""
+    """Return whether *client* has an `execute_command` of its own, as a fake, a cluster and some subclasses have."""
     return getattr(type(client), "execute_command", None) is not Client.execute_command
 
 
 def why_not_shared(connection: object) -> str | None:
-    """Say why `CommandConnection` cannot use the ends of *connection*, as `wire_of` returns them; None if it can."""
+    """Return why `CommandConnection` cannot use the ends of *connection*, as `wire_of` returns them; None if it can."""
     name = type(connection).__name__
     if not isinstance(connection, RedisConnection):
         return f"the connections of its pool, {name}, are not redis-py's"

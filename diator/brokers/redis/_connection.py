@@ -128,7 +128,7 @@ class CommandConnection(ClientConnection):
             self._queued -= 1
 
     async def _connected(self, message_id: UUID | None) -> _Connection | None:
-        """Return the connection, and make it if there is none. Only whoever holds the lock calls this."""
+        """Return the connection, and make it if there is none. The caller holds the lock."""
         if not self._closed and self._link is None and self._shares:
             connection = await take_connection(self._client)
             reason = why_not_shared(connection)
@@ -158,7 +158,7 @@ class CommandConnection(ClientConnection):
         await close_connection(self._client, connection)
 
     async def _execute_unshared(self, command: Sequence[bytes], message_id: UUID | None, deadline: float) -> Any:
-        written = self._sends_by_itself  # nobody can see when such a client writes
+        written = self._sends_by_itself  # diator cannot see when such a client writes
         try:
             async with asyncio.timeout_at(deadline), self._borrowing:
                 if self._sends_by_itself:
@@ -210,7 +210,7 @@ class _Connection:
         return len(self._waiting) < self._max_in_flight and self._bytes_in_flight < self._MAX_BYTES_IN_FLIGHT
 
     async def room(self) -> None:
-        """Wait until a reply has come, or the connection is gone."""
+        """Wait until a reply has arrived, or the connection is lost."""
         self._room.clear()
         await self._room.wait()
 
@@ -301,7 +301,7 @@ class _Connection:
         for position, (future, _, _, message_id) in enumerate(self._waiting):
             if not future.done():
                 future.set_exception(send_error(error, message_id, written=position < written))
-            if isinstance(error, NOT_EXECUTED):  # it is the reply to the oldest call, and says nothing of the others
+            if isinstance(error, NOT_EXECUTED):  # the reply to the oldest call; the others have none
                 error = ConnectionError(f"the connection was closed after {type(error).__name__}")
         self._waiting.clear()
         self._unwritten.clear()

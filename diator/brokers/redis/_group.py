@@ -39,7 +39,7 @@ class Group:
         self.consumer = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}".encode()
 
     def key(self, stream: bytes, what: bytes) -> bytes:
-        """Return the key of the stream or sorted set that this group has beside *stream*."""
+        """Return the key of this group's own stream or sorted set *what* for *stream*."""
         return b"%b:%b:%b" % (stream, self.name, what)
 
     async def create(self, streams: Iterable[bytes]) -> list[bytes]:
@@ -109,11 +109,15 @@ class Group:
         await self._run(ACK, [stream], [self.name, self.consumer, b"XDEL" if remove else b"", *ids])
 
     async def retry(self, stream: bytes, id_: bytes, keys: Sequence[bytes], kept: bytes, after: float) -> bool:
-        """Move an entry into the first of *keys*, delayed messages, or with no delay to the second. Tell if it did."""
+        """
+        Move an entry to a key of the group, to be retried. Return whether it did.
+
+        The first of *keys* is for messages that wait, *after* seconds; the second for those that do not.
+        """
         return bool(await self._run(RETRY, [stream, *keys], [self.name, self.consumer, id_, kept, ms(after)]))
 
     async def dead_letter(self, stream: bytes, id_: bytes, dead: bytes, fields: Sequence[bytes]) -> bool:
-        """Move an entry to the stream *dead*, with other *fields*. Tell whether it did."""
+        """Move an entry to the stream *dead*, with other *fields*. Return whether it did."""
         if len(fields) <= _MOST_OF_LUA:
             return bool(await self._run(DEAD_LETTER, [stream, dead], [self.name, self.consumer, id_, *fields]))
         if not await self.still_ours(stream, [id_]):

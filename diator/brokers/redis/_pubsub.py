@@ -83,7 +83,7 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
     @classmethod
     @options_of(__init__)
     def from_url(cls, url: str, /, *args: Any, **options: Any) -> Self:
-        """Make a broker with a client of its own. It is the constructor, under a name that says so."""
+        """Return a broker that makes its own client from *url*, and closes it. The options are those of the class."""
         return cls(url, *args, **options)
 
     async def send_message(self, message: Message, /) -> None:

@@ -128,7 +128,7 @@ class Subscription(ResilientSubscription):
 
     @property
     def is_taking_over(self) -> bool:
-        """Whether it holds entries of a consumer that is gone. There may be more of them."""
+        """Return whether it holds entries of a dead consumer. There may be more of them."""
         return bool(self._suspects)
 
     @asynccontextmanager
@@ -137,7 +137,7 @@ class Subscription(ResilientSubscription):
         Create the group where it is missing, and take a connection of the client's pool for blocking reads.
 
         Raises:
-            MessagesMissed: The group was there before, and is gone.
+            MessagesMissed: The group existed before, and Redis had lost it.
         """
         if self._service.is_closed:
             raise BrokerClosed("this broker is closed")
@@ -302,7 +302,7 @@ class Subscription(ResilientSubscription):
 
     @contextmanager
     def _finding(self) -> Generator[list[Delivery], None, None]:
-        """Collect deliveries in a list. If that fails half-way, nobody gets the list, so the leases must not go on."""
+        """Collect deliveries in a list. If that fails half-way, the program never gets them, and their leases end."""
         found: list[Delivery] = []
         try:
             yield found
