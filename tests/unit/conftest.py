@@ -5,14 +5,15 @@ import os
 from collections.abc import Callable
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.unit.virtual_time import VirtualTimeLoop
 
-# `HYPOTHESIS_PROFILE` chooses one. None has a deadline: it would measure the machine.
-settings.register_profile("default", max_examples=20, deadline=None)
-settings.register_profile("ci", max_examples=100, deadline=None)
-settings.register_profile("nightly", max_examples=5_000, deadline=None)
+# `HYPOTHESIS_PROFILE` chooses one. None of them measures how long an example takes: that depends on the machine.
+_PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", max_examples=20, **_PATIENT)
+settings.register_profile("ci", max_examples=100, **_PATIENT)
+settings.register_profile("nightly", max_examples=5_000, **_PATIENT)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
