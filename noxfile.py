@@ -26,6 +26,8 @@ CLIENTS = ",".join(PROJECT["project"]["optional-dependencies"])
 
 #: How pytest shares out tests with services: nearly all of their time they wait, so more processes than cores.
 AT_ONCE = ("-n", os.environ.get("DIATOR_TEST_PROCESSES", "6"))
+#: What the conformance suite multiplies its deadlines by while other tests run beside it.
+BUSY = {"DIATOR_CONFORMANCE_SCALE": os.environ.get("DIATOR_CONFORMANCE_SCALE", "3")}
 #: What a run shows of its slowest tests.
 SLOWEST = ("--durations=15", "--durations-min=1")
 
@@ -71,7 +73,7 @@ def unit(session: nox.Session, extras: str) -> None:
 def integration(session: nox.Session) -> None:
     """What needs services; without arguments, the reports and the matrix are made anew, too."""
     session.install("-e", f".[{CLIENTS}]", *group("tests"))
-    environment = images(session, *SERVICES)
+    environment = {**BUSY, **images(session, *SERVICES)}
     if not session.posargs:
         session.run("python", "-m", "tests.integration.publish", env=environment)
     session.run("pytest", "tests/integration", *AT_ONCE, *SLOWEST, *session.posargs, env=environment)
@@ -90,7 +92,8 @@ def tests(session: nox.Session) -> None:
     session.install("-e", f".[{CLIENTS}]", *group("tests"))
     # Without services a third of the code is not covered. That is not a failure where no service can be started.
     enough = ["--cov-fail-under=97"] if os.environ.get("DIATOR_REQUIRE_BACKENDS") else []
-    session.run("pytest", *AT_ONCE, *SLOWEST, "--cov", *enough, *session.posargs, env=images(session, *SERVICES))
+    environment = {**BUSY, **images(session, *SERVICES)}
+    session.run("pytest", *AT_ONCE, *SLOWEST, "--cov", *enough, *session.posargs, env=environment)
 
 
 @nox.session
@@ -118,7 +121,7 @@ def newest(session: nox.Session) -> None:
     session.install("-e", f".[{CLIENTS}]", *group("tests"))
     session.install("--upgrade", *unbounded(*PROJECT["project"]["optional-dependencies"]))
     session.run("python", "-m", "pip", "list")
-    environment = images(session, *SERVICES)
+    environment = {**BUSY, **images(session, *SERVICES)}
     session.run("pytest", "tests/unit", *AT_ONCE)
     longer = "not conformance and not saboteurs and not kills and not writing_a_transport"
     session.run("pytest", "tests/integration", *AT_ONCE, "-k", longer, *session.posargs, env=environment)

@@ -55,7 +55,7 @@ class Ledger:
         self._lines.close()
 
 
-async def until(holds, *, within=25.0) -> None:
+async def until(holds, *, within=60.0) -> None:
     """Wait until *holds* is true, which another process brings about."""
     async with asyncio.timeout(within):
         while not holds():  # noqa: ASYNC110  # another process changes the condition

@@ -23,7 +23,7 @@ from tests.integration.harnesses import (
 from tests.integration.publish import REPORTS, TRANSPORTS
 from tests.services import required
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 ADDRESSES = {

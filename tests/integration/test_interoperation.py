@@ -52,7 +52,7 @@ class Heard:
 
     async def ready(self) -> None:
         """Wait until it is subscribed."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not self.consumer.health().receiving:  # noqa: ASYNC110  # it is asked, as by a service's health check
                 await asyncio.sleep(0.01)
 
@@ -69,8 +69,8 @@ async def emit(broker, *users):
 
 
 async def listening(client, channel, count=1):
-    """Wait until so many subscribers or patterns are there."""
-    while sum(number for _, number in await client.pubsub_numsub(channel)) + await client.pubsub_numpat() < count:  # noqa: ASYNC110  # Redis tells nobody
+    """Wait until the channel has so many subscribers."""
+    while sum(number for _, number in await client.pubsub_numsub(channel)) < count:  # noqa: ASYNC110  # Redis tells nobody
         await asyncio.sleep(0.01)
 
 
@@ -95,14 +95,14 @@ async def test_this_one_hears_older_diator(redis_url, prefix, install):
     async with RedisMessageBroker.from_url(redis_url, prefix, older_senders=True) as broker:
         heard = Heard(broker, count=4)
         consuming = asyncio.create_task(heard.consumer.run(signals=False))
+        await heard.ready()
         async with Redis.from_url(redis_url) as client:
-            await listening(client, f"{prefix}:notification_event:UserJoined")
             await client.publish(f"{prefix}:notification_event:{uuid4()}", b"garbage")
             await client.publish(f"{prefix}:notification_event:{uuid4()}", body("SomethingElse", 9))
         async with peers.running(install("older_diator"), "older_diator", "send", redis_url, prefix) as older:
             await peers.ended(older)
         await emit(broker, 3)  # and a newer one all the same, once
-        await asyncio.wait_for(consuming, 10)
+        await asyncio.wait_for(consuming, 60)
 
     assert heard.users == [0, 1, 2, 3]
     assert [handled.outcome for handled in heard.told] == ["acked"] * 4
@@ -135,7 +135,7 @@ async def test_a_plain_client_of_redis(redis_url, prefix):
         consuming = asyncio.create_task(heard.consumer.run(signals=False))
         await listening(client, channel, count=2)
         await client.publish(channel, body("UserJoined", 2))
-        await asyncio.wait_for(consuming, 10)
+        await asyncio.wait_for(consuming, 60)
 
     assert heard.users == [2]
 
@@ -149,7 +149,7 @@ async def test_a_plain_client_of_redis_streams(redis_url, prefix):
 
         await client.xadd(stream, {"body": body("UserJoined", 2), "tenant": "7"})
         heard = Heard(broker, count=2)
-        await asyncio.wait_for(heard.consumer.run(signals=False), 10)
+        await asyncio.wait_for(heard.consumer.run(signals=False), 60)
 
         assert heard.users == [1, 2]
         await client.delete(stream)
@@ -174,7 +174,7 @@ async def test_a_plain_client_of_rabbitmq(rabbitmq_url, prefix):
         await exchange.publish(
             aio_pika.Message(body("UserJoined", 2).encode(), headers={"tenant": "7"}), "notification_event.UserJoined"
         )
-        await asyncio.wait_for(consuming, 10)
+        await asyncio.wait_for(consuming, 60)
         assert consumer.users == [2]
         await exchange.delete()
         for name in ("", ":dead"):
@@ -187,13 +187,13 @@ async def test_a_plain_client_of_kafka(kafka_servers, prefix):
         await emit(broker, 1)
         reader = AIOKafkaConsumer(topic, bootstrap_servers=kafka_servers, auto_offset_reset="earliest")
         async with reader:
-            record = await asyncio.wait_for(anext(reader), 10)
+            record = await asyncio.wait_for(anext(reader), 60)
         assert json.loads(record.value)["payload"]["user_id"] == 1
 
         async with AIOKafkaProducer(bootstrap_servers=kafka_servers) as producer:
             await producer.send_and_wait(topic, body("UserJoined", 2).encode(), headers=[("tenant", b"7")])
         consumer = Heard(broker, count=2)
-        await asyncio.wait_for(consumer.consumer.run(signals=False), 20)
+        await asyncio.wait_for(consumer.consumer.run(signals=False), 60)
         assert sorted(consumer.users) == [1, 2]
 
 
@@ -252,6 +252,6 @@ async def test_this_one_hears_faststream(addresses, prefix, install, transport):
         await heard.ready()
         async with peers.running(python, "faststream_peer", "send", transport, theirs, name) as faststream:
             await peers.ended(faststream, "\n".join(body("UserJoined", user_id) for user_id in range(3)))
-        await asyncio.wait_for(consuming, 20)
+        await asyncio.wait_for(consuming, 60)
 
     assert sorted(heard.users) == [0, 1, 2]

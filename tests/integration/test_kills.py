@@ -173,18 +173,18 @@ async def test_nothing_is_lost(private, tmp_path, transport) -> None:
         consumer = await start()
         sending = asyncio.create_task(send_all(broker, books))
         for thirds in (1, 2):
-            await until(lambda thirds=thirds: len(books.handled()) >= MANY * thirds / 3, within=60)
+            await until(lambda thirds=thirds: len(books.handled()) >= MANY * thirds / 3)
             killed = time()
             await kill(consumer)
             books.outages.append((killed, time()))
             consumer = await start()
-            await until(lambda: books.ledgers[-1].read().ended, within=20)
+            await until(lambda: books.ledgers[-1].read().ended)
             killed = time()
             await asyncio.to_thread(service.kill)
             await asyncio.to_thread(service.start)
             books.outages.append((killed, time() + RECONNECTING))
         await sending
-        await until(lambda: len(books.handled()) == MANY, within=60)
+        await until(lambda: len(books.handled()) == MANY)
         await asyncio.sleep(transport.told_within + 1)
         await asked_to_end(consumer)
 
@@ -240,7 +240,7 @@ MORE = 200
 async def killed_with(service, send) -> None:
     """Have *send* called while *service* is frozen, and then kill it: nobody has read what the client wrote."""
     await asyncio.to_thread(service.pause)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         for _ in range(MORE):
             await send()
     await asyncio.to_thread(service.kill)

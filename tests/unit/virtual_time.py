@@ -1,4 +1,4 @@
-"""An event loop whose time passes at once, and only while nothing is left to do: a test does not measure the machine."""
+"""An event loop whose time passes at once, and only while nothing is left to do. No test measures the machine."""
 
 import asyncio
 import selectors

@@ -201,7 +201,7 @@ async def _bounded(run: Any, seconds: float) -> None:
 async def _no_task_is_left() -> None:
     left = asyncio.all_tasks() - {asyncio.current_task()}
     if left:  # a task that is ending may take a moment
-        _, left = await asyncio.wait(left, timeout=0.25)
+        _, left = await asyncio.wait(left, timeout=2)
     if left:
         names = ", ".join(sorted(getattr(task.get_coro(), "__qualname__", task.get_name()) for task in left))
         raise Nonconformance(f"tasks are still running: {names}")
@@ -209,7 +209,7 @@ async def _no_task_is_left() -> None:
 
 async def _ended(files: set[str], threads: int) -> None:
     """Wait a moment for files and threads that are closing, as after a TLS shutdown or the end of a process."""
-    for _ in range(25):
+    for _ in range(200):
         if open_files() <= files and threading.active_count() <= threads:
             return
         await asyncio.sleep(0.01)

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from diator.brokers.supervisor import ReconnectPolicy
 from diator.testing.conformance import DeadLettered, EnvironmentMissing, Limits
 from diator.testing.fault_proxy import FaultProxy
-from tests.integration.harnesses.service import ServiceHarness
+from tests.integration.harnesses.service import SCALE, ServiceHarness
 from tests.services import BACKENDS
 
 
@@ -23,7 +23,14 @@ class KafkaHarness(ServiceHarness):
     facilities = frozenset({"proxy", "raw", "dead_letters", "crash", "processes", "outages", "topology", "security"})
     # Joining a group and creating a topic take 0.1 s each. The shortest session timeout that Kafka allows is 6 s.
     limits = Limits(
-        scale=4.0, quiet=0.3, redelivery=5.0, timeout=3.0, liveness=10.0, recovery=20.0, lag=2.0, max_delay=1.0
+        scale=4.0 * SCALE,
+        quiet=0.3,
+        redelivery=5.0,
+        timeout=3.0,
+        liveness=10.0,
+        recovery=20.0,
+        lag=2.0 * SCALE,
+        max_delay=1.0,
     )
     password = "swordfish-of-the-kafka-harness"
     in_place = False

@@ -7,6 +7,7 @@ from diator.brokers.capabilities import Capabilities
 from diator.brokers.memory import MemoryMessageBroker, _Entry
 from diator.exceptions import UnsupportedCapability
 from diator.testing.conformance import DeadLettered, Harness, Limits
+from tests.integration.harnesses.service import SCALE
 
 
 class MemoryHarness(Harness):
@@ -14,7 +15,7 @@ class MemoryHarness(Harness):
 
     name = "memory"
     facilities = frozenset({"raw", "dead_letters", "full"})
-    limits = Limits(quiet=0.05, redelivery=1.0)
+    limits = Limits(quiet=0.05, redelivery=1.0, lag=SCALE)
 
     def transport(self):
         return MemoryMessageBroker()

@@ -19,7 +19,7 @@ from uuid import uuid4
 from diator.brokers.supervisor import ReconnectPolicy
 from diator.testing.conformance import DeadLettered, EnvironmentMissing, Limits
 from diator.testing.fault_proxy import FaultProxy
-from tests.integration.harnesses.service import ServiceHarness
+from tests.integration.harnesses.service import SCALE, ServiceHarness
 from tests.services import BACKENDS
 
 
@@ -30,7 +30,9 @@ class RabbitMQHarness(ServiceHarness):
     facilities = frozenset(
         {"proxy", "raw", "dead_letters", "crash", "processes", "outages", "operator", "topology", "alarm", "security"}
     )
-    limits = Limits(scale=2.0, quiet=0.2, redelivery=3.0, timeout=5.0, liveness=6.0, recovery=8.0, max_delay=1.0)
+    limits = Limits(
+        lag=SCALE, scale=2.0 * SCALE, quiet=0.2, redelivery=3.0, timeout=5.0, liveness=6.0, recovery=8.0, max_delay=1.0
+    )
     password = "swordfish-of-the-rabbitmq-harness"
 
     def __init__(self):

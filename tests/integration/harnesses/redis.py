@@ -10,7 +10,7 @@ from uuid import uuid4
 from diator.brokers.supervisor import ReconnectPolicy
 from diator.testing.conformance import DeadLettered, EnvironmentMissing, Limits
 from diator.testing.fault_proxy import FaultProxy
-from tests.integration.harnesses.service import ServiceHarness
+from tests.integration.harnesses.service import SCALE, ServiceHarness
 from tests.services import BACKENDS
 
 
@@ -19,7 +19,9 @@ class RedisHarness(ServiceHarness):
 
     name = backend = "redis"
     facilities = frozenset({"proxy", "raw", "crash", "processes", "outages", "operator", "security"})
-    limits = Limits(scale=2.0, redelivery=3.0, timeout=2.0, liveness=6.0, recovery=5.0, max_delay=1.0)
+    limits = Limits(
+        lag=SCALE, scale=2.0 * SCALE, redelivery=3.0, timeout=2.0, liveness=6.0, recovery=5.0, max_delay=1.0
+    )
     password = "swordfish-of-the-redis-harness"
 
     def start(self):

@@ -1,5 +1,6 @@
 """The base of the harnesses of services: private containers, one to break and two with TLS and users."""
 
+import os
 import ssl
 from abc import abstractmethod
 from contextlib import asynccontextmanager, contextmanager
@@ -9,6 +10,9 @@ from urllib.parse import urlsplit
 
 from diator.testing.conformance import Harness
 from tests.integration.private_services import Certificates, PrivateServices
+
+#: How many times as long as on a machine of its own a run may take. The suite multiplies its deadlines by it itself.
+SCALE = float(os.environ.get("DIATOR_CONFORMANCE_SCALE", "1"))
 
 
 class ServiceHarness(Harness):

@@ -12,9 +12,9 @@ from diator.brokers.base import Topic
 
 COUNTED = Topic("notification_event", "Counted")
 
-TIMEOUT = 2.0
+TIMEOUT = 3.0
 
-SLACK = 1.5
+SLACK = 20.0
 """How much later than promised a busy machine may be."""
 
 
@@ -34,12 +34,12 @@ def subscribed(broker, *topics, group="billing", **options):
     return broker.subscribe(topics or [COUNTED], group=group, **options)
 
 
-async def take(deliveries, count, *, within=8.0) -> list:
+async def take(deliveries, count, *, within=30.0) -> list:
     async with asyncio.timeout(within):
         return [await anext(deliveries) for _ in range(count)]
 
 
-async def acked(deliveries, count, *, within=8.0) -> list[int]:
+async def acked(deliveries, count, *, within=30.0) -> list[int]:
     taken = []
     for _ in range(count):
         (delivery,) = await take(deliveries, 1, within=within)

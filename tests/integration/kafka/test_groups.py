@@ -64,7 +64,7 @@ async def test_members_that_come_and_go_lose_nothing(make, kafka_servers) -> Non
                 other.cancel()
                 await asyncio.wait({other})
         await sending
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while len(handled) < 1_000:  # noqa: ASYNC110  # several members handle them
                 await asyncio.sleep(0.1)
         reading.cancel()
@@ -135,7 +135,7 @@ async def test_ending_while_kafka_is_gone_cancels_nobody(make, private_kafka) ->
             await asyncio.sleep(1.0)
         ended.append(True)
 
-    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
         tasks.create_task(read())
         await asyncio.sleep(0)
 
@@ -152,7 +152,7 @@ async def test_a_reader_without_a_group_misses_nothing_while_it_has_no_connectio
         await send(sender, *range(1, 50))
         await asyncio.sleep(0.5)
         await proxy.heal()
-        came = await acked(deliveries, 49, within=15)
+        came = await acked(deliveries, 49)
 
     assert sorted(came) == [*range(1, 50)]
     assert gaps == []

@@ -144,7 +144,7 @@ async def test_in_place_another_key_is_not_held_up_by_many_messages_of_one(make,
     async with subscribed(broker, prefetch=64) as deliveries:
         (held,) = await take(deliveries, 1)
         assert number_of(held) == 0
-        assert await acked(deliveries, 1, within=0.9) == [300]
+        assert await acked(deliveries, 1) == [300]
 
 
 async def test_what_was_held_back_is_read_as_soon_as_there_is_room(make, kafka_servers, name, admin) -> None:
@@ -156,7 +156,7 @@ async def test_what_was_held_back_is_read_as_soon_as_there_is_room(make, kafka_s
         await asyncio.sleep(0.3)
         for delivery in taken:
             await delivery.ack()
-        assert await acked(deliveries, 1, within=0.5) == [20]
+        assert await acked(deliveries, 1, within=5.0) == [20]
 
 
 async def test_in_place_what_has_another_key_goes_on(make, kafka_servers) -> None:

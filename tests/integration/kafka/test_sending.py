@@ -19,7 +19,6 @@ from diator.exceptions import (
 from tests.integration.kafka.helpers import (
     COUNTED,
     SLACK,
-    TIMEOUT,
     acked,
     client_of,
     message,
@@ -87,7 +86,7 @@ async def test_closing_waits_for_a_batch_that_is_split(broker, name, admin, kafk
     await send(broker, 0, key="k")
     sending = [asyncio.create_task(broker.send_message(message(number, key="k"))) for number in range(1, 50)]
     await asyncio.sleep(0)
-    async with within(TIMEOUT):
+    async with within(SLACK):
         await broker.aclose()
     await asyncio.gather(*sending)
     assert [number_in(record) for record in await stored(kafka_servers, name)] == list(range(50))
@@ -98,7 +97,7 @@ async def test_a_topic_that_is_looked_for_while_a_message_of_another_is_refused(
     other = Topic("notification_event", "Other")
     await admin.create_topics([NewTopic(name, 1, 1, topic_configs={"max.message.bytes": "3000"})])
     await send(broker, 0)
-    async with within(TIMEOUT):
+    async with within(SLACK):
         results = await asyncio.gather(
             broker.send_message(message("x" * 4000)),
             *(broker.send_message(message(number, topic)) for number in range(3) for topic in (other, COUNTED)),
@@ -205,7 +204,7 @@ async def test_a_producer_whose_work_was_cancelled_is_made_anew(broker, name, ka
     sender = client_of(broker)._sender.sender_task
     sender.cancel()
     await asyncio.wait([sender])
-    async with within(TIMEOUT):
+    async with within(SLACK):
         await send(broker, 2)
     assert number_of_each(await stored(kafka_servers, name)) == {1, 2}
 

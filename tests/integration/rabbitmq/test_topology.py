@@ -151,7 +151,7 @@ async def test_cancelled_when_it_has_just_connected_it_leaves_no_connection(rabb
     with pytest.raises(asyncio.CancelledError):
         await Address(rabbitmq_url, None).dial("testing")
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await asyncio.wait(asyncio.all_tasks() - tasks)
 
 

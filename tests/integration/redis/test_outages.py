@@ -17,7 +17,7 @@ from diator.exceptions import (
     OutcomeUnknown,
 )
 from diator.testing.fault_proxy import BOTH, FaultProxy, Flow
-from tests.integration.redis.helpers import TIMEOUT, Ears, listening, message, promised, send_all
+from tests.integration.redis.helpers import SLACK, TIMEOUT, Ears, listening, message, promised, send_all
 from tests.services import Service
 
 
@@ -101,21 +101,22 @@ async def test_refused_connections(proxy: FaultProxy, proxied: RedisMessageBroke
 
 @pytest.mark.parametrize("end", [FaultProxy.cut, FaultProxy.reset])
 async def test_a_connection_ends_with_messages_in_flight(
-    proxy: FaultProxy, proxied: RedisMessageBroker, ears: Ears, end: Callable[[FaultProxy], None]
+    *, proxy: FaultProxy, proxied_url: str, prefix: str, ears: Ears, end: Callable[[FaultProxy], None]
 ) -> None:
     """Everybody hears at once that the outcome is unknown, and nothing is sent twice."""
-    proxy.withhold(Flow.TO_CLIENT)
-    sends = asyncio.create_task(send_all(proxied, *range(100)))
-    await asyncio.sleep(0.1)
-    assert await ears.numbers() == list(range(100))
+    async with RedisMessageBroker.from_url(proxied_url, prefix, timeout=3 * SLACK) as broker:
+        proxy.withhold(Flow.TO_CLIENT)
+        sends = asyncio.create_task(send_all(broker, *range(100)))
+        await asyncio.sleep(0.1)
+        assert await ears.numbers() == list(range(100))
 
-    end(proxy)
-    async with asyncio.timeout(TIMEOUT / 2):
-        assert await sends == {OutcomeUnknown: 100}
-    await proxy.heal()
+        end(proxy)
+        async with asyncio.timeout(SLACK):
+            assert await sends == {OutcomeUnknown: 100}
+        await proxy.heal()
 
-    assert await send_all(proxied, 100) == {None: 1}
-    assert await ears.numbers() == [100]
+        assert await send_all(broker, 100) == {None: 1}
+        assert await ears.numbers() == [100]
 
 
 async def test_what_was_not_written_is_not_sent(proxy: FaultProxy, proxied: RedisMessageBroker, ears: Ears) -> None:

@@ -24,7 +24,7 @@ from diator.exceptions import (
 from diator.mediator import Mediator
 from diator.requests import Request, RequestHandler, RequestMap
 from diator.testing.fault_proxy import FaultProxy, Flow
-from tests.integration.redis.helpers import Ears, connections, listening, message, promised, send_all
+from tests.integration.redis.helpers import SLACK, Ears, connections, listening, message, promised, send_all
 
 
 @pytest.fixture
@@ -227,8 +227,12 @@ async def test_bytes_in_flight_are_bounded(proxy: FaultProxy, proxied_url: str, 
             Message.create(message_name="user_joined", payload={"n": n, "text": "x" * 1_000_000}) for n in range(12)
         ]
         sends = asyncio.gather(*map(broker.send_message, large))
-        await asyncio.sleep(0.3)
-        reached = await ears.numbers()
+        reached: list[int] = []
+        async with asyncio.timeout(SLACK):
+            while len(reached) < 5:
+                reached += await ears.numbers()
+        await asyncio.sleep(0.1)
+        reached += await ears.numbers()
         await proxy.heal()
         await sends
 
@@ -240,7 +244,7 @@ async def test_waiting_for_room_counts_for_the_timeout(
     proxy: FaultProxy, proxied_url: str, prefix: str, ears: Ears
 ) -> None:
     """A call ends within one timeout, whatever it has spent its time on: room, a connection, the answer."""
-    async with RedisMessageBroker.from_url(proxied_url, prefix, timeout=1, max_in_flight=1) as broker:
+    async with RedisMessageBroker.from_url(proxied_url, prefix, timeout=3, max_in_flight=1) as broker:
 
         async def send_and_withhold() -> None:
             await broker.send_message(message(1))
@@ -249,9 +253,9 @@ async def test_waiting_for_room_counts_for_the_timeout(
         proxy.withhold(Flow.TO_CLIENT)
         first = asyncio.create_task(send_and_withhold())
         await asyncio.sleep(0.05)
-        async with asyncio.timeout(1.5):
+        async with asyncio.timeout(5):
             second = asyncio.create_task(send_all(broker, 2))
-            await asyncio.sleep(0.8)
+            await asyncio.sleep(2.4)
             await proxy.heal()
             assert await second == {OutcomeUnknown: 1}
 
@@ -262,13 +266,13 @@ async def test_waiting_for_room_counts_for_the_timeout(
 async def test_connecting_counts_for_the_timeout(proxy: FaultProxy, proxied_url: str, prefix: str) -> None:
     async def connect_slowly(connection: AbstractConnection) -> None:
         await connection.on_connect()
-        await asyncio.sleep(0.8)
+        await asyncio.sleep(2.4)
         proxy.withhold(Flow.TO_CLIENT)
 
     async with Redis.from_url(proxied_url, redis_connect_func=connect_slowly) as client:
-        broker = RedisMessageBroker(client, prefix, timeout=1)
+        broker = RedisMessageBroker(client, prefix, timeout=3)
 
-        async with asyncio.timeout(1.5):
+        async with asyncio.timeout(5):
             assert await send_all(broker, 1) == {OutcomeUnknown: 1}
 
         await broker.aclose()

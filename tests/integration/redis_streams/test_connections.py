@@ -57,7 +57,7 @@ async def test_a_quiet_stream_is_not_a_broken_connection(make, redis_url, admin,
         assert len(before) == 8  # one that reads and one for the rest, each
         await send(broker, 1)
         for deliveries in everyone:
-            assert await acked(deliveries, 1, within=1) == [1]
+            assert await acked(deliveries, 1) == [1]
 
 
 @pytest.mark.parametrize("what", ["the stream", "all of it", "everything"])
@@ -115,7 +115,7 @@ async def test_a_connection_that_breaks_loses_nothing(
         for first in range(0, 500, 50):
             await send(broker, *range(first, first + 50))
             await asyncio.sleep(0.02)
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             while len(got) < 500:
                 delivery = await anext(deliveries)
                 got[number_of(delivery)] += 1
@@ -123,7 +123,7 @@ async def test_a_connection_that_breaks_loses_nothing(
         await breaking
         while True:  # messages whose acknowledgement was lost
             try:
-                await acked(deliveries, 1, within=LEASE + 2)
+                await acked(deliveries, 1, within=LEASE + SLACK)
             except TimeoutError:
                 break
         await nothing_left(admin, stream)
@@ -179,7 +179,7 @@ async def test_what_was_on_its_way_comes_though_fetching_it_fails_once(
 async def test_entering_is_bounded_where_nobody_answers(make, proxy, proxied_url) -> None:
     broker = await make(proxied_url)
     proxy.black_hole()
-    async with asyncio.timeout(TIMEOUT + 0.5):
+    async with asyncio.timeout(TIMEOUT + SLACK):
         with pytest.raises(BrokerUnavailable):
             async with subscribed(broker):
                 pass
@@ -199,7 +199,7 @@ async def test_the_end_is_bounded_in_an_outage(make, proxy, proxied_url, broker,
         await first.ack()
         ending = monotonic()
 
-    assert monotonic() - ending < TIMEOUT + 0.5
+    assert monotonic() - ending < TIMEOUT + SLACK
 
 
 async def test_closing_the_broker_ends_the_subscription(broker) -> None:

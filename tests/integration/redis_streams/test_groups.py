@@ -144,7 +144,7 @@ async def test_a_prefetched_message_does_not_count_as_an_attempt(patient, admin,
     await send(patient, 1)
     for _ in range(3):
         async with subscribed(patient) as deliveries:
-            async with asyncio.timeout(3):
+            async with asyncio.timeout(30):
                 while not deliveries._received:  # noqa: ASYNC110  # it is only looked at
                     await asyncio.sleep(0.01)
     async with subscribed(patient) as deliveries:
@@ -166,7 +166,7 @@ async def test_leaving_under_traffic_strands_nothing(make, redis_url, patient, a
 
     publishing = asyncio.create_task(publish())
     for _ in range(30):
-        async with subscribed(await make(redis_url, lease=LONG)) as deliveries:
+        async with subscribed(await make(redis_url, lease=LONG, timeout=SLACK)) as deliveries:
             await asyncio.sleep(random.uniform(0.005, 0.03))
             got.update(await acked(deliveries, 1))
     stop.set()

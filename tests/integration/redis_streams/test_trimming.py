@@ -85,7 +85,7 @@ async def test_retention_is_about_retries_too(make, redis_url, admin, stream) ->
         async def trimmed() -> bool:
             return await admin.xlen(f"{stream}:billing:again") <= 1
 
-        await eventually(trimmed, within=2)
+        await eventually(trimmed)
 
 
 async def test_without_retention_nothing_is_removed(broker, admin, stream) -> None:
@@ -137,7 +137,7 @@ async def test_nothing_is_kept_of_what_was_settled(broker, admin, stream) -> Non
     """However it was settled."""
     async with subscribed(broker) as deliveries:
         await send(broker, *range(300))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             for _ in range(400):
                 delivery = await anext(deliveries)
                 if number_of(delivery) % 3 == 0 and delivery.attempt == 1:

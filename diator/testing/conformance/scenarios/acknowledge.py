@@ -202,11 +202,12 @@ async def delayed(ctx: Context) -> None:
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
     messages = [ctx.message(topic, number, key=key) for number, key in enumerate(("a", "a", "b"))]
     held_up = messages[1:2] if ctx.capabilities.ordered_retry else []
+    delay = ctx.limits.lag  # time enough for the others, however busy the machine is
     async with ctx.reading(broker, topic, group=group) as reader:
         await ctx.send_all(broker, messages[:1])
         first = await reader.next()
         requeued_at = monotonic()
-        await first.delivery.retry(after=0.3)
+        await first.delivery.retry(after=delay)
         await ctx.send_all(broker, messages[1:])
         between = {each.id for each in await reader.take(2 - len(held_up))}
         again = (await reader.take(1))[0]
@@ -219,8 +220,8 @@ async def delayed(ctx: Context) -> None:
     ctx.same(again.id, messages[0].message_id, "the message delivered after the delay")
     ctx.same(later, [each.message_id for each in held_up], "the messages held up by the delay")
     after = again.at - requeued_at
-    ctx.check(after >= 0.29, f"it was redelivered after {after:.3f} s instead of 0.3 s")  # noqa: PLR2004
-    ctx.check(after < 0.3 + ctx.limits.redelivery, "it was redelivered far too late")
+    ctx.check(after >= delay - 0.01, f"it was redelivered after {after:.3f} s instead of {delay:g} s")
+    ctx.check(after < delay + ctx.limits.redelivery, "it was redelivered far too late")
     ctx.ledger.compare(group, messages).verify()
 
 
