@@ -209,14 +209,15 @@ async def delayed(ctx: Context) -> None:
         requeued_at = monotonic()
         await first.delivery.retry(after=delay)
         await ctx.send_all(broker, messages[1:])
-        between = {each.id for each in await reader.take(2 - len(held_up))}
+        between = await reader.take(2 - len(held_up))
         again = (await reader.take(1))[0]
         later = [each.id for each in await reader.until_fence()]
     ctx.same(
-        between,
+        {each.id for each in between},
         {each.message_id for each in messages[1:] if each not in held_up},
         "the messages delivered during the delay",
     )
+    ctx.check(all(each.at < requeued_at + delay for each in between), "the delay held up messages that it must not")
     ctx.same(again.id, messages[0].message_id, "the message delivered after the delay")
     ctx.same(later, [each.message_id for each in held_up], "the messages held up by the delay")
     after = again.at - requeued_at
