@@ -28,7 +28,7 @@ def test_what_is_finished_in_order_is_committed():
 
 
 def test_a_gap_is_never_committed():
-    """Trap 3 of Kafka: 5 to 9 are done and 4 is running; 4 must come again."""
+    """5 to 9 are done and 4 is running: a commit behind 9 would skip 4, which must come again."""
     partition = taken(*range(4, 10), position=4)
 
     for offset in range(5, 10):
