@@ -10,7 +10,6 @@ from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from diator.brokers.kafka._unconfirmed import Batch
 
-_builder: Any = DefaultRecordBatchBuilder  # it takes headers without a value too
 _OVERHEAD = 36
 """
 The most bytes of a record beside its value, where it has neither key nor headers.
@@ -27,7 +26,8 @@ def record_size(key: bytes | None, value: bytes, headers: list[tuple[str, bytes]
     """Return how many bytes such a record takes in a batch, at most."""
     if key is None and not headers:
         return len(value) + _OVERHEAD
-    return int(_builder.size_of(key, value, headers or [])) + _WITHOUT_LENGTHS
+    size: int = DefaultRecordBatchBuilder.size_of(key, value, [*headers] if headers else [])
+    return size + _WITHOUT_LENGTHS
 
 
 class Records:
@@ -36,8 +36,8 @@ class Records:
 
     aiokafka's own `send` does for each message what is done here once for each batch, and makes its caller wait while a
     batch is full. aiokafka takes the batch for one message, whose future is this object. The methods are those that
-    aiokafka calls. The records are written all at once, when the batch is sent. Their timestamp is the time at which
-    the batch was opened.
+    aiokafka calls. The records are written all at once, whenever the batch is sent. Their timestamp is the time at
+    which the batch was opened.
     """
 
     # aiokafka takes what `append` returns for the place of the message in the batch.
@@ -49,7 +49,6 @@ class Records:
         self._settle = settle
         self._opened_at = int(time.time() * 1000)
         self._numbering = (-1, -1, 0)
-        self._written: bytearray | None = None
 
     # -- as a builder ------------------------------------------------------------------------------------------------
 
@@ -68,13 +67,12 @@ class Records:
         self._numbering = (producer_id, producer_epoch, base_sequence)
 
     def _build(self) -> bytearray:
-        if self._written is None:  # else it is sent again
-            builder = _builder(2, 0, 0, *self._numbering, _NO_LIMIT)
-            append, timestamp = builder.append, self._opened_at
-            for offset, call in enumerate(self._batch.calls):
-                append(offset, timestamp, call.key, call.value, call.headers or [])
-            self._written = builder.build()
-        return self._written
+        builder: Any = DefaultRecordBatchBuilder(2, 0, 0, *self._numbering, _NO_LIMIT)
+        append, timestamp = builder.append, self._opened_at
+        for offset, call in enumerate(self._batch.calls):
+            append(offset, timestamp, call.key, call.value, call.headers or [])
+        written: bytearray = builder.build()
+        return written
 
     # -- as a future -------------------------------------------------------------------------------------------------
 

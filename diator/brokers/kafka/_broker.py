@@ -173,7 +173,7 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
     async def send_message(self, message: Message, /) -> None:
         """See `MessageBroker.send_message`."""
         body = encode(message, max_bytes=self._max_message_bytes)
-        headers: list[tuple[str, bytes]] = []
+        headers: list[tuple[str, bytes]] | None = None
         key = None
         try:
             if message.key is not None:

@@ -1,4 +1,4 @@
-"""The client of Kafka: how it is made, and how it ends without hanging."""
+"""The clients of aiokafka: their settings, how they end without hanging, and what diator uses of their inside."""
 
 from __future__ import annotations
 
@@ -23,14 +23,24 @@ logger: logging.Logger = logging.getLogger(__name__)
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 
-# At this level aiokafka logs whole requests and responses. Payloads are in no log, whatever a program listens to.
+# At the level DEBUG aiokafka logs whole requests and responses. Payloads must not get into logs at any level.
 for _name in ("aiokafka.conn", "aiokafka.producer.producer"):
     logging.getLogger(_name).addFilter(lambda record: record.levelno > logging.DEBUG)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Where Kafka is, and who we are there. Its `repr` has no password."""
+    """
+    Where Kafka is, and how to log in.
+
+    Its `repr` shows neither user nor password.
+
+    Attributes:
+        bootstrap_servers: Addresses of the form `host:port`; one that answers is enough.
+        timeout: Seconds within which a call must end.
+        ssl_context: For TLS. None means no TLS.
+        sasl_mechanism: How *username* and *password* are checked. None means no login.
+    """
 
     bootstrap_servers: tuple[str, ...]
     timeout: float
@@ -43,19 +53,21 @@ class Cluster:
         if not self.bootstrap_servers or not all(
             re.fullmatch(r"\[?[^/@\s]+:\d{1,5}", each) for each in self.bootstrap_servers
         ):
-            # Not what was given: somebody may have taken it for an URL, with a password in it.
-            raise ConfigurationError("this is no address of Kafka; it has the form host:port, or host:port,host:port")
+            # Without the value: it may be a URL with a password in it.
+            raise ConfigurationError("bootstrap_servers is not of the form host:port, or host:port,host:port")
         if self.ssl_context is not None and not isinstance(self.ssl_context, ssl.SSLContext):
-            raise ConfigurationError("ssl_context is an ssl.SSLContext, such as ssl.create_default_context() makes")
+            raise ConfigurationError(
+                "ssl_context must be an ssl.SSLContext, such as ssl.create_default_context() returns"
+            )
         if self.sasl_mechanism is not None and self.sasl_mechanism not in _MECHANISMS:
-            raise ConfigurationError(f"sasl_mechanism is one of {', '.join(_MECHANISMS)}")
+            raise ConfigurationError(f"sasl_mechanism must be one of {', '.join(_MECHANISMS)}")
         if len({self.sasl_mechanism is None, self.username is None, self.password is None}) > 1:
-            raise ConfigurationError("sasl_mechanism, username and password belong together; give all of them, or none")
+            raise ConfigurationError("sasl_mechanism, username and password belong together; pass all of them, or none")
 
     def settings(self, *, request_timeout: float | None = None) -> dict[str, Any]:
-        """Give what every client of aiokafka is made with."""
+        """Return the arguments for a client of aiokafka."""
         over = "SASL_" if self.sasl_mechanism else ""
-        # One address that does not answer leaves time for the next.
+        # An address that does not answer must leave time for the next one.
         bounded = self.timeout / len(self.bootstrap_servers) if request_timeout is None else request_timeout
         return {
             "bootstrap_servers": [*self.bootstrap_servers],
@@ -69,16 +81,17 @@ class Cluster:
         }
 
 
-# -- ends that do not hang, and forget nothing ---------------------------------------------------------------------
+# -- starting and ending tasks -------------------------------------------------------------------------------------
 
 _LEAVING_THE_START = 0.5
 
 
 async def started(starting: Coroutine[Any, Any, None]) -> None:
     """
-    Await *starting*, which connects a client. Whoever is cancelled meanwhile lets it end, for half a second at most.
+    Await *starting*, which connects a client. If the caller is cancelled, wait half a second for it, then cancel it.
 
-    aiokafka forgets a connection on which it asks about the cluster while it is cancelled: nobody could close it.
+    aiokafka forgets a connection if it is cancelled while it asks for the cluster's metadata. Nobody could close that
+    connection.
     """
     start = asyncio.create_task(starting)
     try:
@@ -90,7 +103,11 @@ async def started(starting: Coroutine[Any, Any, None]) -> None:
 
 
 async def end_tasks(tasks: Collection[asyncio.Task[Any] | None]) -> None:
-    """Cancel *tasks* until they have ended: those of aiokafka wait, once cancelled, for others that may never end."""
+    """
+    Cancel *tasks* again and again until they have ended.
+
+    A task of aiokafka that is cancelled once may wait for another task, which may never end.
+    """
     given = {task for task in tasks if task is not None}
     running = {task for task in given if not task.done()}
     while running:
@@ -99,7 +116,7 @@ async def end_tasks(tasks: Collection[asyncio.Task[Any] | None]) -> None:
         _, running = await asyncio.wait(running, timeout=0.05)
     for task in given:
         if not task.cancelled():
-            task.exception()  # it has been seen
+            task.exception()  # else asyncio logs that nobody looked at it
 
 
 # -- what aiokafka keeps to itself -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Errors of the client, and of Kafka, as diator's."""
+"""The errors of aiokafka and of Kafka, translated into diator's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diator.exceptions import BrokerError, BrokerUnavailable, MessageRejected, O
 
 
 class InvalidRecord(errors.BrokerResponseError):  # type: ignore[misc]  # aiokafka comes without types
-    """What aiokafka does not know by itself: a message without a key for a compacted topic, for one."""
+    """An error of Kafka that aiokafka does not know, such as for a message without a key in a compacted topic."""
 
     errno = 87
     message = "INVALID_RECORD"
@@ -21,8 +21,8 @@ class InvalidRecord(errors.BrokerResponseError):  # type: ignore[misc]  # aiokaf
 
 errors.kafka_errors.setdefault(InvalidRecord.errno, InvalidRecord)
 
-# Beside its own errors the client lets through what the network and a broken connection do to it, and the assertions
-# and lookups of what it has forgotten meanwhile.
+# aiokafka raises more than its own errors: those of the network, and failed assertions and lookups where it has lost a
+# connection or forgotten a topic in the meantime.
 CLIENT_ERRORS = (
     errors.KafkaError,
     errors.ConsumerStoppedError,
@@ -50,18 +50,22 @@ _BROKEN_PRODUCER = (
 
 
 def send_error(error: BaseException, message_id: UUID | None, *, handed_over: bool) -> BrokerError:
-    """Translate an error of the client, its cause. *handed_over*: whether the message may have left by then."""
+    """
+    Return the send error for one message, with *error* as its cause.
+
+    *handed_over* tells whether the message may have been sent before the error.
+    """
     if isinstance(error, BrokerError):
         return own_error(error, message_id)
-    told = _translated(error, message_id, handed_over=handed_over)
-    told.__cause__ = error
-    return told
+    translated = _translated(error, message_id, handed_over=handed_over)
+    translated.__cause__ = error
+    return translated
 
 
 def _translated(error: BaseException, message_id: UUID | None, *, handed_over: bool) -> BrokerError:
     problem = f"{type(error).__name__}: {error}"
     if isinstance(error, TOO_LARGE):
-        remedy = "raise max.message.bytes of its topic, or send less"
+        remedy = "raise max.message.bytes of its topic, or send a smaller message"
         return MessageRejected(f"Kafka refused it as too large ({problem}); {remedy}", message_id=message_id)
     if refused(error):
         return MessageRejected(f"Kafka refused it ({problem})", message_id=message_id)
@@ -71,7 +75,7 @@ def _translated(error: BaseException, message_id: UUID | None, *, handed_over: b
 
 
 def refused(error: BaseException) -> bool:
-    """Whether Kafka has answered, and would answer the same again."""
+    """Tell whether *error* is an answer of Kafka, which would answer in the same way again."""
     if isinstance(error, NO_RIGHT):
         return True
     return (

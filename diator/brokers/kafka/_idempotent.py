@@ -16,10 +16,20 @@ from diator.brokers.kafka._client import Cluster, drop_empty, enqueue, sender_of
 from diator.brokers.kafka._unconfirmed import Batch
 
 _STAY = 100
-"""How many messages without a key go to one partition before another is chosen."""
+"""How many messages without a key go to one partition before another one is chosen."""
 _NO_LEADER = (None, -1)
 
 _partition_of_key: Callable[[bytes, Sequence[int], Sequence[int]], int] = DefaultPartitioner()
+
+
+class _Stay:
+    """Where the messages without a key of a topic go at present, and how many more go there."""
+
+    __slots__ = ("left", "place")
+
+    def __init__(self, place: TopicPartition) -> None:
+        self.place = place
+        self.left = _STAY
 
 
 class IdempotentProducer:
@@ -36,20 +46,15 @@ class IdempotentProducer:
         self._cluster = producer.client.cluster
         self._sender = sender_of(producer)
         self._known: set[str] = set()
-        self._stays: dict[str, tuple[TopicPartition, int]] = {}
+        self._stays: dict[str, _Stay] = {}
         self._asking = asyncio.Lock()
         self._is_retired = False
 
     @classmethod
-    async def connect(
-        cls, cluster: Cluster, *, batch_bytes: int, on_failure: Callable[[Self, BaseException], None]
-    ) -> Self:
+    async def connect(cls, cluster: Cluster, *, on_failure: Callable[[Self, BaseException], None]) -> Self:
         """Return a producer that is connected. *on_failure* is called if its work ends with an error."""
-        producer = without_own_end(
-            AIOKafkaProducer(
-                **cluster.settings(), acks="all", enable_idempotence=True, linger_ms=0, max_batch_size=batch_bytes
-            )
-        )
+        settings = cluster.settings()
+        producer = without_own_end(AIOKafkaProducer(**settings, acks="all", enable_idempotence=True, linger_ms=0))
         try:
             await started(producer.start())
         except BaseException:
@@ -72,7 +77,7 @@ class IdempotentProducer:
 
     # -- where a message goes ----------------------------------------------------------------------------------------
 
-    def place(self, topic: str, key: bytes | None, partition: int | None, *, may_stay: bool) -> TopicPartition | None:
+    def place(self, topic: str, key: bytes | None, partition: int | None, may_stay: bool) -> TopicPartition | None:  # noqa: FBT001
         """
         Choose the partition of a message: that of its *key*. Messages without a key stay in one partition for a while.
 
@@ -84,15 +89,20 @@ class IdempotentProducer:
         if topic not in self._known:
             return None
         if key is None and partition is None:
-            place, left = self._stays.get(topic, (None, 0))
-            if place is None or not left or not may_stay or self._cluster.leader_for_partition(place) in _NO_LEADER:
+            stay = self._stays.get(topic)
+            if (
+                stay is None
+                or not stay.left
+                or not may_stay
+                or self._cluster.leader_for_partition(stay.place) in _NO_LEADER
+            ):
                 usable = self._cluster.available_partitions_for_topic(topic)
                 usable = usable or self._cluster.partitions_for_topic(topic)
                 if not usable:
                     return None
-                place, left = TopicPartition(topic, random.choice([*usable])), _STAY  # noqa: S311
-            self._stays[topic] = place, left - 1
-            return place
+                stay = self._stays[topic] = _Stay(TopicPartition(topic, random.choice([*usable])))  # noqa: S311
+            stay.left -= 1
+            return stay.place
         partitions = sorted(self._cluster.partitions_for_topic(topic) or ())
         if not partitions:
             return None

@@ -13,23 +13,23 @@ _LONGEST_NAME = 249
 
 class Names:
     """
-    The topics of one prefix: `<prefix>.<message_type>.<message_name>`, and those of each group beside it.
+    The names of the topics of one prefix: `<prefix>.<message_type>.<message_name>`, and of each group's own topics.
 
-    Kafka allows letters, digits, `.`, `_` and `-`. Everything else, and `-` itself, is written as `-` and two
-    hexadecimal digits for each byte, so that different names stay apart. A `.` is allowed in the name of a message
-    only: elsewhere it ends a part.
+    Kafka allows letters, digits, `.`, `_` and `-`. Any other character, and `-` itself, becomes `-` and two hexadecimal
+    digits for each of its bytes, so that different names stay different. A `.` stays only in the name of a message:
+    elsewhere it separates two parts.
     """
 
     def __init__(self, prefix: str) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._-]+", prefix):
             raise ConfigurationError(
-                "a prefix has letters, digits, `.`, `_` and `-` only: it begins the names of Kafka topics"
+                "prefix must have only letters, digits, `.`, `_` and `-`: the names of Kafka topics begin with it"
             )
         self.prefix = prefix
         self._known: dict[Topic, str] = {}
 
     def topic(self, topic: Topic) -> str:
-        """Name the topic that has the messages of *topic*. MessageRejected if Kafka has no room for that name."""
+        """Return the name of *topic* in Kafka. MessageRejected if the name is too long for Kafka."""
         name = self._known.get(topic)
         if name is None:
             name = f"{self.prefix}.{_escaped(topic.message_type, '_')}.{_escaped(topic.message_name, '._')}"
@@ -37,11 +37,11 @@ class Names:
         return name
 
     def group(self, group: str) -> str:
-        """Name a group: two prefixes of one cluster, such as those of two environments, must not disturb each other."""
+        """Return the name of *group* in Kafka. It has the prefix, so that two environments can share a cluster."""
         return f"{self.prefix}.{group}"
 
     def beside(self, topic: str, group: str | None, what: str) -> str:
-        """Name what a group has beside *topic*: `RETRY` or `DEAD`. No message can have such a name."""
+        """Return the name of a group's own topic beside *topic*: *what* is `RETRY` or `DEAD`."""
         return _checked(f"{topic}.{_escaped(group, '_')}{what}" if group is not None else f"{topic}{what}")
 
 
@@ -52,7 +52,7 @@ def _escaped(text: str, allowed: str) -> str:
             each if plain.match(each) else "".join(f"-{byte:02x}" for byte in each.encode()) for each in text
         )
     except UnicodeEncodeError as error:
-        raise MessageRejected(f"a name is no valid Unicode ({error.reason})") from error
+        raise MessageRejected(f"a name is not valid Unicode ({error.reason})") from error
 
 
 def _checked(name: str) -> str:

@@ -94,7 +94,7 @@ class Producer(ClientConnection):
         calls, producer = self._calls, self._current
         place = None
         if producer is not None and not (self._queued or calls.waiting or calls.is_full):
-            place = producer.place(topic, key, partition, may_stay=calls.in_flight > 0)
+            place = producer.place(topic, key, partition, calls.in_flight > 0)
         if place is None or producer is None:
             producer, place = await self._in_turn(topic, key, partition, message_id, deadline)
         size = record_size(key, value, headers)
@@ -116,7 +116,7 @@ class Producer(ClientConnection):
                         self._room.clear()
                         await self._room.wait()
                         continue
-                    place = producer.place(topic, key, partition, may_stay=self._calls.in_flight > 0)
+                    place = producer.place(topic, key, partition, self._calls.in_flight > 0)
                     if place is not None:
                         return producer, place
                     await ensure_topics(self._cluster, self._policy, [topic])
@@ -137,9 +137,7 @@ class Producer(ClientConnection):
                     self._give_up(self._current, OutcomeUnknown("its sender was cancelled; it may have arrived"))
                 if self._current is None:
                     await self._background.wait()  # the old producer may still send a message of the same key
-                    self._current = await IdempotentProducer.connect(
-                        self._cluster, batch_bytes=self._calls.batch_bytes, on_failure=self._give_up
-                    )
+                    self._current = await IdempotentProducer.connect(self._cluster, on_failure=self._give_up)
                 producer = self._current
                 for topic in {call.place[0] for call in self._calls.waiting}:
                     if not producer.knows(topic):

@@ -1,4 +1,4 @@
-"""Kafka topics: which ones there have to be, and how a missing topic is created."""
+"""Kafka topics: which must exist, and how a missing topic is created."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from diator.exceptions import MessageRejected
 
 @dataclass(frozen=True, kw_only=True)
 class TopicPolicy:
-    """How topics are created, if they are."""
+    """
+    Whether missing topics are created, and how.
+
+    Attributes:
+        create: Whether missing topics are created.
+        partitions: How many partitions a new topic gets.
+        replication_factor: How many copies of each partition. None means as many as there are brokers, at most three.
+        max_message_bytes: The largest body that a new topic must accept.
+    """
 
     create: bool
     partitions: int
@@ -29,20 +37,21 @@ class TopicPolicy:
     max_message_bytes: int
 
     def partitions_of(self, topic: str) -> int:
-        """How many partitions *topic* gets: a retry topic has one for each range of delays."""
+        """Return how many partitions *topic* gets. A retry topic has one for each delay bucket."""
         if topic.endswith(RETRY):
             return len(DELAYS) + 1
         return 1 if topic.endswith(DEAD) else self.partitions
 
     def replicas(self, brokers: int) -> int:
-        """As many as there are brokers, three at most, unless it was said."""
+        """Return how many copies a partition gets in a cluster of so many *brokers*."""
         return self.replication_factor or max(1, min(3, brokers))
 
     def configs(self, topic: str, replicas: int) -> dict[str, str]:
         """
-        Give the settings of *topic*: what is confirmed survives the loss of a broker, where there are three.
+        Return the settings of a new *topic*.
 
-        What was put aside stays until somebody removes it.
+        With three replicas, a confirmed message survives the loss of a broker. A dead-letter topic keeps its messages
+        until somebody deletes them.
         """
         configs = {"min.insync.replicas": "2"} if replicas > 2 else {}  # noqa: PLR2004
         if self.max_message_bytes > MAX_KAFKA_BYTES:
@@ -53,30 +62,30 @@ class TopicPolicy:
 
 
 HEADERS_BYTES = 64 * 1024
-"""What is left for the headers and the key of a message, beside its body."""
+"""How many bytes the headers and the key of a message may take, beside its body."""
 MAX_HEADERS_BYTES = HEADERS_BYTES - 4 * 1024
-"""How much of that a program may fill; a dead letter has more to say."""
+"""How many of these a program may use. A dead letter needs the rest for its own headers."""
 MAX_KAFKA_BYTES = 1024 * 1024 - HEADERS_BYTES
-"""How large a body fits into what Kafka takes unless it is told otherwise."""
+"""The largest body that fits into a message of Kafka's default size."""
 _ALREADY_THERE = 36
 _UNKNOWN_TOPIC = 3
 _BEYOND = 2**63 - 1
-"""An offset that no message has."""
+"""An offset that no message has, for a read that finds nothing."""
 
 
 async def ensure_topics(
     cluster: Cluster, policy: TopicPolicy, wanted: Collection[str], *, reading: Collection[str] = ()
 ) -> None:
     """
-    See that the *wanted* topics are there; the missing ones are created as the *policy* says.
+    Return when the *wanted* topics exist. Create the missing ones as *policy* says.
 
-    What is new, or to be read, has leaders then. A sender does not wait for those of its other partitions.
-
-    aiokafka's own `create_topics` raises nothing when Kafka refuses: it has to be looked at. Those of *reading* may be
-    read, else it raises what Kafka says.
+    With *reading*, or after a creation, all partitions have leaders then. A sender does not wait for the leaders of
+    partitions that it may not need. This also checks that the topics of *reading* may be read.
 
     Raises:
-        MessageRejected: One is missing, and is not to be or cannot be created; it says why, or with which command.
+        MessageRejected: A topic is missing, and *policy* forbids to create it, or Kafka refused. The text has the
+            reason, or the command that creates the topic.
+        KafkaError: The cluster does not answer, or refuses access.
     """
     client = AIOKafkaClient(**cluster.settings())
     try:
@@ -86,7 +95,7 @@ async def ensure_topics(
         if missing and not policy.create:
             replicas = policy.replicas(len(client.cluster.brokers()))
             commands = "; ".join(_command(cluster, policy, name, replicas) for name in missing)
-            raise MessageRejected(f"a topic is missing, and create_topics is off; create it: {commands}")
+            raise MessageRejected(f"a topic is missing, and create_topics is off; create it with: {commands}")
         if missing:
             await _create(client, policy, missing, within=cluster.timeout)
         while missing or (leaderless and (is_new or reading)):
@@ -99,8 +108,8 @@ async def ensure_topics(
 
 
 async def _look_for(client: Any, topics: Collection[str]) -> tuple[list[str], list[str]]:
-    """Those of *topics* that are missing, and those that have a partition without a leader. It creates none."""
-    # aiokafka's own question would: a broker with `auto.create.topics.enable` takes it for a wish.
+    """Return which of *topics* are missing, and which have a partition without a leader. Create none."""
+    # aiokafka's own request creates missing topics, where a broker has `auto.create.topics.enable`.
     request = MetadataRequest([*topics], allow_auto_topic_creation=False)
     response = await client.send(client.get_random_node(), request)
     missing: list[str] = []
@@ -117,7 +126,7 @@ async def _look_for(client: Any, topics: Collection[str]) -> tuple[list[str], li
 
 
 async def _try_to_read(client: Any, topics: Collection[str]) -> None:
-    """Read where nothing is: Kafka looks at rights first, and only a reader is told that it has none."""
+    """Read at an offset without messages. Kafka checks permissions first, and reports a missing one to readers only."""
     request = FetchRequest(0, 0, 1, 0, [(topic, [(0, _BEYOND, 1)]) for topic in topics])
     response = await client.send(client.get_random_node(), request)
     for name, partitions in response.topics:
@@ -134,6 +143,7 @@ async def _create(client: Any, policy: TopicPolicy, missing: Collection[str], *,
     ]
     controller = client.cluster.controller
     node = client.get_random_node() if controller is None else controller.nodeId
+    # aiokafka's own `create_topics` raises nothing when Kafka refuses.
     request = CreateTopicsRequest(requests, timeout=round(within * 1000), validate_only=False)
     response = await client.send(node, request)
     for name, error_code, message in response.topic_errors:

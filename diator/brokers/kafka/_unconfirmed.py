@@ -124,11 +124,6 @@ class Unconfirmed(Generic[P]):
         return self.in_flight >= self._max_in_flight
 
     @property
-    def batch_bytes(self) -> int:
-        """How many bytes a batch may have: less than at first if a topic has refused batches as too large."""
-        return self._batch_bytes
-
-    @property
     def batches(self) -> list[Batch[P]]:
         """The batches that have not ended, the oldest first."""
         return [*self._batches]

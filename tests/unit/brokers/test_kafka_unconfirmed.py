@@ -66,6 +66,13 @@ def test_a_batch_takes_nothing_once_it_is_sent():
     assert [len(batch.calls) for batch in (sent, other)] == [1, 1]
 
 
+def test_a_message_that_goes_alone_joins_no_batch_and_no_message_joins_it():
+    alone = call()
+    alone.is_alone = True
+    first, second, third = added(table(), [call(), alone, call()])
+    assert [len(batch.calls) for batch in (first, second, third)] == [1, 1, 1]
+
+
 def test_the_end_of_a_batch_ends_its_calls_and_the_next_message_opens_another():
     unconfirmed, several = table(), calls(2)
     (batch,) = added(unconfirmed, several)
@@ -118,6 +125,13 @@ def test_a_retired_producer_keeps_what_it_has_sent_and_the_next_one_gets_the_res
     assert (batch.producer, batch.calls, unconfirmed.waiting) == (SECOND, several, [])
 
 
+def test_retiring_a_producer_leaves_the_batches_of_another_one():
+    unconfirmed = table()
+    first, second = added(unconfirmed, calls(1, HERE)), added(unconfirmed, calls(1, THERE), SECOND)
+    assert unconfirmed.retire(FIRST) == first
+    assert unconfirmed.batches == second
+
+
 def test_a_producer_is_used_while_one_of_its_batches_has_not_ended():
     unconfirmed = table()
     (batch,) = added(unconfirmed, calls(1))
@@ -160,15 +174,28 @@ def test_a_batch_that_is_too_large_is_sent_in_halves_before_what_came_after_it()
     unconfirmed.split(batch, is_too_large=True)
     unconfirmed.retire(FIRST)
     assert unconfirmed.waiting == [*refused, *later]
-    assert unconfirmed.batch_bytes == 20
     assert [len(each.calls) for each in unconfirmed.hand_over(SECOND)] == [2, 2, 1]
+
+
+def test_a_batch_that_is_refused_later_still_goes_before_what_came_after_it():
+    """Two partitions are under way, and both are refused."""
+    unconfirmed, there, later = table(), calls(2, THERE), calls(1, THERE)
+    here, first = added(unconfirmed, [*calls(2, HERE), *there])
+    here.seal()
+    first.seal()
+    added(unconfirmed, later)
+    unconfirmed.split(here, is_too_large=True)
+    unconfirmed.retire(FIRST)
+    unconfirmed.split(first, is_too_large=True)
+    assert [each for each in unconfirmed.waiting if each.place == THERE] == [*there, *later]
 
 
 def test_batches_never_grow_again():
     unconfirmed = table(batch_bytes=20)
     (batch,) = added(unconfirmed, [call(size=100)])
     unconfirmed.split(batch, is_too_large=True)
-    assert unconfirmed.batch_bytes == 20
+    unconfirmed.hand_over(SECOND)
+    assert [len(each.calls) for each in added(unconfirmed, calls(3), SECOND)] == [2, 1]
 
 
 def test_each_message_of_a_refused_batch_goes_alone():
@@ -215,10 +242,11 @@ def test_overdue_calls_that_were_not_sent_end_and_the_others_of_their_partition_
     assert unconfirmed.in_flight == 3
 
 
-def test_what_was_sent_does_not_expire():
+def test_what_was_sent_does_not_expire_nor_what_is_behind_it():
     unconfirmed = table()
     (batch,) = added(unconfirmed, calls(1, deadline=1.0))
     batch.seal()
+    added(unconfirmed, calls(1, deadline=3.0))
     assert unconfirmed.expire(2.0) == ([], [])
 
 
@@ -267,7 +295,7 @@ class AnyOrder(RuleBasedStateMachine):
         return [batch for batch in self.unconfirmed.batches if batch.is_sent]
 
     @precondition(lambda self: self.producer is not None and not self.unconfirmed.waiting)
-    @rule(partition=st.integers(0, 1), size=st.integers(1, 40), patience=st.integers(1, 5))
+    @rule(partition=st.integers(0, 1), size=st.sampled_from([5, 10, 40]), patience=st.integers(1, 5))
     def send(self, partition, size, patience):
         self.number += 1
         new = call(("topic", partition), size=size, deadline=self.now + patience, name=b"%d" % self.number)
