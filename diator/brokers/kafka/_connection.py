@@ -38,6 +38,7 @@ class Connection(ABC):
         self.consumer = consumer
         self.partitions: dict[TopicPartition, Partition] = {}
         self.generation = 0
+        self._paused: dict[TopicPartition, Partition] = {}
         self._was_answered = False
         self._was_connected = True
         self._next_check = 0.0
@@ -61,8 +62,11 @@ class Connection(ABC):
                 return []
             if ready := subscription.take_ready(most):
                 return ready
-            await self._check_now_and_then()
-            self._pause_and_resume()
+            if (now := asyncio.get_running_loop().time()) >= self._next_check:
+                self._next_check = now + _CHECK_EVERY
+                await self.check()
+            if self._paused:
+                self._resume()
             try:
                 if (deliveries := await self._take(most)) is None:
                     # The client could wait by itself. It would then also take the messages, and so fetch the next ones
@@ -90,25 +94,28 @@ class Connection(ABC):
             for place, of_partition in records.items():
                 if partition := self.partitions.get(place):
                     self.subscription.accept(partition, of_partition, deliveries)
+                    if partition.is_too_far:
+                        self._pause(place, partition)
         return deliveries if records else None
 
-    def _pause_and_resume(self) -> None:
-        """Fetch nothing of a partition that is too far. The client forgets this with every assignment."""
-        if not self.is_assigned:
-            return
-        for place, partition in self.partitions.items():
-            if partition.is_too_far != partition.is_paused:
-                if partition.is_paused:
-                    self.consumer.resume(place)
-                else:
-                    self.consumer.pause(place)
-                partition.is_paused = not partition.is_paused
+    def _begin_assignment(self) -> None:
+        """Forget what belonged to the earlier assignment. The client forgets what was paused, too."""
+        self.generation += 1
+        self._paused.clear()
 
-    async def _check_now_and_then(self) -> None:
-        now = asyncio.get_running_loop().time()
-        if now >= self._next_check:
-            self._next_check = now + _CHECK_EVERY
-            await self.check()
+    def _pause(self, place: TopicPartition, partition: Partition) -> None:
+        """Fetch nothing more of a partition that is too far."""
+        self.consumer.pause(place)
+        partition.is_paused = True
+        self._paused[place] = partition
+
+    def _resume(self) -> None:
+        """Fetch from paused partitions again that are not too far any more."""
+        for place, partition in [*self._paused.items()]:
+            if not partition.is_too_far:
+                del self._paused[place]
+                self.consumer.resume(place)
+                partition.is_paused = False
 
     async def check(self) -> None:
         """
@@ -148,6 +155,8 @@ class Connection(ABC):
                 )
                 self.partitions[place] = self.subscription.partition(place, Offsets(oldest))
                 self.consumer.seek(place, oldest)
+                if self._paused.pop(place, None):
+                    self.consumer.resume(place)
 
     async def probe(self) -> None:
         """
@@ -198,7 +207,7 @@ class ReaderConnection(Connection):
             # A partition that is newer than the subscription is read from its beginning.
             begins = self.consumer.oldest_offsets if self.subscription.has_begun else self.consumer.end_offsets
             self.subscription.read_alone(await begins(new))
-        self.generation += 1
+        self._begin_assignment()
         self.consumer.assign(places)
         for place in places:
             self.consumer.seek(place, known[place].offsets.next)

@@ -8,7 +8,7 @@ can wait for ever, and they raise cancellations that nobody asked for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -149,7 +149,7 @@ class KafkaConsumer:
         """Fetch from a paused partition again."""
         self._consumer.resume(place)
 
-    async def take(self, most: int) -> Mapping[TopicPartition, Sequence[Record]]:
+    def take(self, most: int) -> Awaitable[Mapping[TopicPartition, Sequence[Record]]]:
         """
         Return at most *most* of the records that were fetched already, by partition. It waits for no others.
 
@@ -159,7 +159,7 @@ class KafkaConsumer:
             if type(result) is FetchResult and (parsing := result._partition_records) is not None:  # noqa: SLF001
                 # The client would copy each parsed record into another one of 11 fields, at twice the time of parsing.
                 parsing._consumer_record = _as_parsed  # noqa: SLF001
-        records: Mapping[TopicPartition, Sequence[Record]] = await self._consumer.getmany(max_records=most)
+        records: Awaitable[Mapping[TopicPartition, Sequence[Record]]] = self._consumer.getmany(max_records=most)
         return records
 
     def fetched(self) -> asyncio.Future[None]:

@@ -96,7 +96,7 @@ class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[mi
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # aiokafka awaits a coroutine
         """Wait until the deliveries of *revoked* are settled, for `drain_timeout` at most, and commit."""
         self._assigned.clear()
-        self.generation += 1
+        self._begin_assignment()
         ours = {partition for place, partition in self.partitions.items() if place in revoked}
         await self.subscription.drain(ours)
         await self._commit()
