@@ -1,4 +1,4 @@
-"""What in a Kafka weakens what the transport promises. It asks, and changes nothing."""
+"""Which settings of a Kafka cluster weaken a promise of the transport. The audit only reads them."""
 
 from __future__ import annotations
 
@@ -21,33 +21,35 @@ from diator.brokers.kafka._topics import HEADERS_BYTES, TopicPolicy
 
 _DAY_MS = 24 * 60 * 60 * 1000
 _WEEK_MINUTES = 7 * 24 * 60
-_COPIES = 3
+_REPLICAS = 3
+#: Stands for the topic in a remedy until it is known how many topics have the same problem.
 _TOPIC = "…"
-"""In a remedy, until it is known for how many topics it is."""
 
 
 async def inspect(cluster: Cluster, policy: TopicPolicy, prefix: str) -> list[Finding]:
-    """Look at the brokers, and at all topics that are there of *prefix*."""
+    """Return the findings about the cluster, one of its brokers, and every topic of *prefix*."""
     client = AIOKafkaClient(**cluster.settings())
     try:
         await started(client.bootstrap())
         node = client.get_random_node()
         response = await client.send(node, MetadataRequest(None, allow_auto_topic_creation=False))
-        copies = {
+        replicas = {
             name: min((len(partition[3]) for partition in partitions), default=0)
             for error_code, name, _, partitions in response.topics
             if not error_code and name.startswith(f"{prefix}.")
         }
         brokers = [broker[0] for broker in response.brokers]
-        found = [*_of_the_cluster(len(brokers), policy)]
+        found = [*_cluster_findings(len(brokers), policy)]
         if brokers:
-            found += _of_a_broker(await _described(client, brokers[0], ConfigResourceType.BROKER, [str(brokers[0])]))
-        described = await _described(client, node, ConfigResourceType.TOPIC, [*copies])
+            found += _broker_findings(
+                await _described(client, brokers[0], ConfigResourceType.BROKER, [str(brokers[0])])
+            )
+        described = await _described(client, node, ConfigResourceType.TOPIC, [*replicas])
         topics: dict[Finding, list[str]] = {}
         for name, settings in sorted(described.items()):
-            for finding in _of_a_topic(name, copies[name], settings, policy):
+            for finding in _topic_findings(name, replicas[name], settings, policy):
                 topics.setdefault(finding, []).append(name)
-        return [*found, *(_with_its_topics(finding, names) for finding, names in topics.items())]
+        return [*found, *(_with_topics(finding, names) for finding, names in topics.items())]
     finally:
         await close_client(client)
 
@@ -55,7 +57,7 @@ async def inspect(cluster: Cluster, policy: TopicPolicy, prefix: str) -> list[Fi
 async def _described(
     client: Any, node: Any, kind: ConfigResourceType, names: Collection[str]
 ) -> dict[str, Mapping[str, str] | str]:
-    """Give the settings of each of *names*, or why they are not to be had."""
+    """Return the settings of each of *names*, or the name of the error that hides them."""
     if not names:
         return {}
     request = DescribeConfigsRequest(resources=[(int(kind), name, None) for name in names], include_synonyms=False)
@@ -68,16 +70,16 @@ async def _described(
     }
 
 
-def _of_the_cluster(brokers: int, policy: TopicPolicy) -> Iterator[Finding]:
-    if policy.create and policy.replicas(brokers) < _COPIES:
+def _cluster_findings(brokers: int, policy: TopicPolicy) -> Iterator[Finding]:
+    if policy.create and policy.replicas(brokers) < _REPLICAS:
         yield Finding(
             capability="durability",
-            problem=f"topics are created with {policy.replicas(brokers)} copies, for the cluster has {brokers} brokers",
-            remedy="have three brokers at least, and replication_factor=3",
+            problem=f"topics are created with {policy.replicas(brokers)} replicas; the cluster has {brokers} brokers",
+            remedy="run at least three brokers and set replication_factor=3",
         )
 
 
-def _of_a_broker(described: Mapping[str, Mapping[str, str] | str]) -> Iterator[Finding]:
+def _broker_findings(described: Mapping[str, Mapping[str, str] | str]) -> Iterator[Finding]:
     for name, settings in described.items():
         if isinstance(settings, str):
             yield _hidden(f"broker {name}", settings, "DescribeConfigs on the cluster")
@@ -85,91 +87,94 @@ def _of_a_broker(described: Mapping[str, Mapping[str, str] | str]) -> Iterator[F
         if int(settings.get("offsets.retention.minutes", _WEEK_MINUTES)) < _WEEK_MINUTES:
             yield Finding(
                 capability="subscription",
-                problem=f"offsets.retention.minutes is {settings['offsets.retention.minutes']}: by then a group "
-                "without members has forgotten what it handled, and gets it all again",
-                remedy=f"set it to {_WEEK_MINUTES} (a week) at least, and longer than any group is ever away",
+                problem=f"offsets.retention.minutes is {settings['offsets.retention.minutes']}: a group that has no "
+                "consumers for that long loses its offsets, and receives every message again",
+                remedy=f"set it to at least {_WEEK_MINUTES} (a week), and above the longest downtime of any group",
             )
         if int(settings.get("offset.metadata.max.bytes", MAX_COMMIT_METADATA)) < MAX_COMMIT_METADATA:
             yield Finding(
                 capability="delivery_count",
-                problem=f"offset.metadata.max.bytes is {settings['offset.metadata.max.bytes']}: where there is no room "
-                "beside a commit, what was finished above it is repeated, and attempts are counted anew",
-                remedy=f"set it to {MAX_COMMIT_METADATA} at least, which is its default",
+                problem=f"offset.metadata.max.bytes is {settings['offset.metadata.max.bytes']}: commits have no room "
+                "for their metadata, so messages above the committed offset are redelivered after a rebalance, and "
+                "their attempts are counted from 1 again",
+                remedy=f"set it to at least {MAX_COMMIT_METADATA}, which is its default",
             )
         if settings.get("auto.create.topics.enable") == "true":
             yield Finding(
                 capability="durability",
-                problem="auto.create.topics.enable is true: a topic that was deleted comes back by itself, with one "
-                "copy of each message unless default.replication.factor says otherwise",
+                problem="auto.create.topics.enable is true: Kafka creates a deleted topic again by itself, with one "
+                "replica unless default.replication.factor is higher",
                 remedy="set it to false",
             )
 
 
-def _of_a_topic(name: str, copies: int, settings: Mapping[str, str] | str, policy: TopicPolicy) -> Iterator[Finding]:
-    """Without the name of the topic: many have the same."""
-    if copies < _COPIES:
+def _topic_findings(
+    name: str, replicas: int, settings: Mapping[str, str] | str, policy: TopicPolicy
+) -> Iterator[Finding]:
+    """Yield the findings about one topic, without its name: many topics have the same findings."""
+    if replicas < _REPLICAS:
         yield Finding(
             capability="durability",
-            problem=f"copies of each message: {copies}, so that what is lost with a broker's disk is lost",
+            problem=f"replicas: {replicas}; messages are lost when the disks of that many brokers are lost",
             remedy=f"reassign the partitions of {_TOPIC} to three brokers (kafka-reassign-partitions.sh)",
         )
     if isinstance(settings, str):
         yield _hidden("these topics", settings, f"DescribeConfigs on the topic {_TOPIC}")
         return
     set_to = f"kafka-configs.sh --alter --topic {_TOPIC} --add-config"
-    if int(settings.get("min.insync.replicas", 1)) < 2:  # noqa: PLR2004  # a second copy is what is meant by safe
+    if int(settings.get("min.insync.replicas", 1)) < 2:  # noqa: PLR2004  # a second copy makes a message safe
         yield Finding(
             capability="receipt",
-            problem="min.insync.replicas is below 2: a message is confirmed while there is one copy of it",
+            problem="min.insync.replicas is below 2: a message is confirmed when only one replica has stored it",
             remedy=f"{set_to} min.insync.replicas=2",
         )
     if settings.get("unclean.leader.election.enable") == "true":
         yield Finding(
             capability="durability",
-            problem="unclean.leader.election.enable is true: a copy that lacks what was confirmed may take over",
+            problem="unclean.leader.election.enable is true: a replica that lacks confirmed messages may take over",
             remedy=f"{set_to} unclean.leader.election.enable=false",
         )
     if "compact" in settings.get("cleanup.policy", ""):
         yield Finding(
             capability="guarantee",
-            problem="cleanup.policy is compact: of the messages of one key all but the last are removed, read or not",
+            problem="cleanup.policy is compact: Kafka removes all messages of a key but the last, read or not",
             remedy=f"{set_to} cleanup.policy=delete",
         )
-    yield from _of_its_retention(name, settings, set_to)
+    yield from _retention_findings(name, settings, set_to)
     if (most := int(settings.get("max.message.bytes", 0))) < policy.max_message_bytes:
         yield Finding(
             capability="max_message_bytes",
-            problem=f"max.message.bytes is {most:,}, and this broker's max_message_bytes {policy.max_message_bytes:,}",
+            problem=f"max.message.bytes is {most:,}, below max_message_bytes={policy.max_message_bytes:,}",
             remedy=f"{set_to} max.message.bytes={policy.max_message_bytes + HEADERS_BYTES}",
         )
 
 
-def _of_its_retention(name: str, settings: Mapping[str, str], set_to: str) -> Iterator[Finding]:
+def _retention_findings(name: str, settings: Mapping[str, str], set_to: str) -> Iterator[Finding]:
     kept_ms, kept_bytes = int(settings.get("retention.ms", -1)), int(settings.get("retention.bytes", -1))
     if name.endswith(DEAD):
         if kept_ms >= 0 or kept_bytes >= 0:
             yield Finding(
                 capability="dead_letter",
-                problem="retention removes what was put aside, whether or not anybody has looked at it",
+                problem="retention removes dead letters, whether or not anybody has read them",
                 remedy=f"{set_to} retention.ms=-1,retention.bytes=-1",
             )
         return
     if 0 <= kept_ms < _DAY_MS:
         yield Finding(
             capability="subscription",
-            problem=f"messages are kept for {kept_ms / 1000:g} s: a group that is away for longer misses some",
+            problem=f"messages are kept for {kept_ms / 1000:g} s: a group without consumers for longer misses messages",
             remedy=f"{set_to} retention.ms={7 * _DAY_MS}",
         )
     if kept_bytes >= 0:
         yield Finding(
             capability="subscription",
-            problem=f"{kept_bytes:,} bytes of a partition are kept: a burst removes what was not read yet",
+            problem=f"{kept_bytes:,} bytes of a partition are kept: a burst removes messages that were not read yet",
             remedy=f"{set_to} retention.bytes=-1",
         )
 
 
-def _with_its_topics(finding: Finding, names: Sequence[str]) -> Finding:
-    """One for all topics that have the same: somebody is to read them."""
+def _with_topics(finding: Finding, names: Sequence[str]) -> Finding:
+    """Return one finding for all topics that have the same problem, so that the list stays short."""
     remedy = finding.remedy.replace(_TOPIC, names[0]) if len(names) == 1 else f"for each: {finding.remedy}"
     return replace(finding, problem=f"{listed(names)}: {finding.problem}", remedy=remedy)
 
@@ -177,6 +182,6 @@ def _with_its_topics(finding: Finding, names: Sequence[str]) -> Finding:
 def _hidden(what: str, why: str, right: str) -> Finding:
     return Finding(
         capability="durability",
-        problem=f"the settings of {what} may not be looked at ({why}), so nobody knows what they weaken",
-        remedy=f"allow {right}",
+        problem=f"this user may not read the settings of {what} ({why}), so they were not checked",
+        remedy=f"grant it {right}",
     )
