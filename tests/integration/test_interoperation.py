@@ -77,7 +77,7 @@ async def listening(client, channel, count=1):
 # -- older diator ------------------------------------------------------------------------------------------------
 
 
-async def test_older_diator_hears_this_one(redis_url, prefix, install):
+async def test_an_older_diator_receives_from_this_version(redis_url, prefix, install):
     """By its pattern, which the name of the message fits as its id did."""
     async with (
         RedisMessageBroker.from_url(redis_url, prefix) as broker,
@@ -90,7 +90,7 @@ async def test_older_diator_hears_this_one(redis_url, prefix, install):
     assert heard == [["UserJoined", str(user_id)] for user_id in (1, 2, 3)]
 
 
-async def test_this_one_hears_older_diator(redis_url, prefix, install):
+async def test_this_version_receives_from_an_older_diator(redis_url, prefix, install):
     """Where it is told to: the channels of older senders end in the id of the message."""
     async with RedisMessageBroker.from_url(redis_url, prefix, older_senders=True) as broker:
         heard = Heard(broker, count=4)
@@ -220,7 +220,7 @@ def addresses(redis_url, rabbitmq_url, kafka_servers):
 
 
 @pytest.mark.parametrize("transport", ELSEWHERE)
-async def test_faststream_hears_this_one(addresses, prefix, install, transport):
+async def test_faststream_receives_from_this_version(addresses, prefix, install, transport):
     ours, theirs = addresses[transport]
     name = ELSEWHERE[transport](prefix)
     python = install("faststream_peer")
@@ -241,7 +241,7 @@ async def test_faststream_hears_this_one(addresses, prefix, install, transport):
 
 
 @pytest.mark.parametrize("transport", ["redis", "rabbitmq", "kafka"])
-async def test_this_one_hears_faststream(addresses, prefix, install, transport):
+async def test_this_version_receives_from_faststream(addresses, prefix, install, transport):
     """Over Redis without the envelope that it puts around everything else. To a stream it sends only its own field."""
     ours, theirs = addresses[transport]
     name = ELSEWHERE[transport](prefix)

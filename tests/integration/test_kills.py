@@ -199,7 +199,7 @@ async def test_nothing_is_lost(private, tmp_path, transport) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda transport: transport.scheme)
-async def test_whoever_acknowledges_first_loses(private, tmp_path, transport) -> None:
+async def test_acknowledging_before_handling_loses_messages(private, tmp_path, transport) -> None:
     """The same death of a consumer, whose deliveries were acknowledged when they were received."""
     address, prefix, books = address_of(transport, private(transport.backend)), f"kills-{uuid4().hex[:8]}", Books()
 

@@ -224,7 +224,7 @@ async def test_it_prints_what_it_does(redis_url: str) -> None:
     ]
 
 
-async def test_its_event_is_heard_on_its_channel(redis_url: str, pubsub: redis.client.PubSub) -> None:
+async def test_its_event_is_received_on_its_channel(redis_url: str, pubsub: redis.client.PubSub) -> None:
     """The JSON of the description: four keys in this order, ids that agree; and timestamps that are aware."""
     await pubsub.subscribe("python_diator_channel:notification_event:UserJoinedNotificationEvent")
     await pubsub.get_message(timeout=5)
@@ -242,7 +242,7 @@ async def test_its_event_is_heard_on_its_channel(redis_url: str, pubsub: redis.c
     assert await pubsub.get_message(timeout=0.1) is None
 
 
-async def test_its_event_is_heard_by_pattern(redis_url: str, pubsub: redis.client.PubSub) -> None:
+async def test_its_event_is_received_by_pattern(redis_url: str, pubsub: redis.client.PubSub) -> None:
     await pubsub.psubscribe("python_diator_channel:notification_event:*")
     await pubsub.get_message(timeout=5)
 

@@ -24,7 +24,7 @@ async def committed(servers, group) -> dict:
         await admin.close()
 
 
-async def test_what_is_committed_is_the_lowest_that_is_not_finished(broker, kafka_servers, name) -> None:
+async def test_the_commit_is_the_lowest_unfinished_offset(broker, kafka_servers, name) -> None:
     group = f"group-{uuid4().hex}"
     await send(broker, *range(10), key="k")
     async with subscribed(broker, group=group) as deliveries:

@@ -7,7 +7,7 @@ from uuid import uuid4
 from tests.integration.kafka.helpers import acked, all_that_comes, message, number_of, send, subscribed, take
 
 
-async def test_work_that_was_begun_ends_before_its_partition_goes_to_another(broker) -> None:
+async def test_running_handlers_finish_before_their_partition_is_reassigned(broker) -> None:
     group = f"group-{uuid4().hex}"
     await send(broker, *range(40))
     async with subscribed(broker, group=group, prefetch=40) as one:
@@ -38,7 +38,7 @@ async def acked_until_cancelled(deliveries) -> None:
         await acked(deliveries, 1, within=60)
 
 
-async def test_members_that_come_and_go_lose_nothing(make, kafka_servers) -> None:
+async def test_no_message_is_lost_while_consumers_join_and_leave(make, kafka_servers) -> None:
     """Eight changes of members while messages come: whatever was fetched, and given to nobody, comes again."""
     group, broker = f"group-{uuid4().hex}", await make(kafka_servers, drain_timeout=1.0)
     handled: Counter[int] = Counter()
@@ -73,7 +73,7 @@ async def test_members_that_come_and_go_lose_nothing(make, kafka_servers) -> Non
     assert sum(handled.values()) - 1_000 <= 4  # at each cancellation, one may have been handled and not acknowledged
 
 
-async def test_what_is_settled_after_its_partition_went_says_nothing(make, kafka_servers) -> None:
+async def test_settling_after_the_partition_is_lost_has_no_effect(make, kafka_servers) -> None:
     """It is another's by then, who may be at a later or an earlier place."""
     group, broker = f"group-{uuid4().hex}", await make(kafka_servers, drain_timeout=0.3)
     await asyncio.gather(*(send(broker, number, key=str(number)) for number in range(40)))
@@ -112,7 +112,7 @@ async def test_prefetch_ends_at_a_window_beyond_the_oldest_unfinished(make, kafk
         assert 0 < len(await all_that_comes(deliveries)) <= 20 + 10 + 10
 
 
-async def test_a_connection_that_is_begun_is_not_forgotten(make, proxy, proxied) -> None:
+async def test_a_connection_that_is_being_opened_is_closed_too(make, proxy, proxied) -> None:
     """What aiokafka opens it forgets, if whoever wants it is cancelled while it asks about the cluster."""
     proxy.delay(0.02)
     for steps in range(10):
@@ -124,7 +124,7 @@ async def test_a_connection_that_is_begun_is_not_forgotten(make, proxy, proxied)
         await broker.aclose()
 
 
-async def test_ending_while_kafka_is_gone_cancels_nobody(make, private_kafka) -> None:
+async def test_ending_while_kafka_is_away_cancels_no_caller(make, private_kafka) -> None:
     broker, ended = await make(private_kafka.url), []
     await send(broker, 0)
 

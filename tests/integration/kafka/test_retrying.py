@@ -34,7 +34,7 @@ async def test_a_retry_is_never_early_and_waits_behind_none_that_is_due_later(br
     assert [*came] == [4, 3, 2, 1, 0]
 
 
-async def test_a_retry_outlives_its_member(broker) -> None:
+async def test_a_requeued_message_outlives_its_consumer(broker) -> None:
     group = f"group-{uuid4().hex}"
     await broker.send_message(message(7, key="k", headers={"colour": "red"}))
     async with subscribed(broker, group=group) as deliveries:
@@ -59,7 +59,7 @@ async def test_a_header_of_a_program_is_not_a_control_header(broker) -> None:
     assert (again.attempt, again.headers) == (2, forged)
 
 
-async def test_what_somebody_else_put_into_a_retry_topic_is_delivered(broker, kafka_servers, name) -> None:
+async def test_a_foreign_record_in_a_retry_topic_is_delivered(broker, kafka_servers, name) -> None:
     async with subscribed(broker) as deliveries, AIOKafkaProducer(bootstrap_servers=kafka_servers) as producer:
         for headers in ([], [("diator-retry-attempt", b"x")] * 3, [("a", b"1"), ("b", None), ("c", b"-")]):
             await producer.send_and_wait(f"{name}.billing-retry", b"foreign", headers=headers)
@@ -68,7 +68,7 @@ async def test_what_somebody_else_put_into_a_retry_topic_is_delivered(broker, ka
     assert bodies == [b"foreign"] * 3
 
 
-async def test_a_dead_letter_says_where_it_came_from(broker, kafka_servers, name) -> None:
+async def test_a_dead_letter_names_its_origin(broker, kafka_servers, name) -> None:
     await broker.send_message(message(7, key="k", headers={"colour": "red"}))
     async with subscribed(broker) as deliveries:
         (delivery,) = await take(deliveries, 1)
@@ -105,7 +105,7 @@ async def test_a_record_without_a_value_is_an_empty_body(broker, kafka_servers, 
     assert letter.key == b"k"
 
 
-async def test_in_place_attempts_outlive_their_member(make, kafka_servers) -> None:
+async def test_in_place_attempts_outlive_the_consumer(make, kafka_servers) -> None:
     broker = await make(kafka_servers, retry_in_place=True)
     await send(broker, *range(3), key="k")
     counted = []
@@ -118,7 +118,7 @@ async def test_in_place_attempts_outlive_their_member(make, kafka_servers) -> No
     assert counted == [(0, 1), (0, 2), (0, 3)]
 
 
-async def test_in_place_attempts_of_what_waits_behind_another_are_kept(make, kafka_servers) -> None:
+async def test_in_place_attempts_of_a_message_behind_another_are_kept(make, kafka_servers) -> None:
     broker = await make(kafka_servers, retry_in_place=True)
     await send(broker, 0, 1, key="k")
     async with subscribed(broker) as deliveries:
@@ -147,7 +147,7 @@ async def test_in_place_another_key_is_not_held_up_by_many_messages_of_one(make,
         assert await acked(deliveries, 1) == [300]
 
 
-async def test_what_was_held_back_is_read_as_soon_as_there_is_room(make, kafka_servers, name, admin) -> None:
+async def test_held_back_messages_are_read_as_soon_as_there_is_room(make, kafka_servers, name, admin) -> None:
     await admin.create_topics([NewTopic(name, 1, 1)])
     broker = await make(kafka_servers, max_unacked_per_partition=10, extra_prefetch=0)
     await send(broker, *range(100), key="k")
@@ -159,7 +159,7 @@ async def test_what_was_held_back_is_read_as_soon_as_there_is_room(make, kafka_s
         assert await acked(deliveries, 1, within=5.0) == [20]
 
 
-async def test_in_place_what_has_another_key_goes_on(make, kafka_servers) -> None:
+async def test_in_place_messages_of_another_key_are_delivered(make, kafka_servers) -> None:
     broker = await make(kafka_servers, retry_in_place=True, partitions=1)
     async with subscribed(broker) as deliveries:
         await send(broker, 0, 1, key="a")

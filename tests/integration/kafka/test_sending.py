@@ -32,7 +32,7 @@ from tests.integration.kafka.helpers import (
 )
 
 
-async def test_what_is_sent_at_once_without_a_key_stays_together(make, kafka_servers, name) -> None:
+async def test_messages_without_a_key_that_are_sent_at_once_share_a_batch(make, kafka_servers, name) -> None:
     """In few large batches, and in its order; aiokafka would choose a partition for each."""
     broker = await make(kafka_servers, partitions=4)
     for _ in range(3):
@@ -45,7 +45,7 @@ async def test_what_is_sent_at_once_without_a_key_stays_together(make, kafka_ser
     assert {end % 50 for end in ends.values()} == {0}
 
 
-async def test_what_kafka_refuses_spoils_nothing_that_follows(broker, name, admin) -> None:
+async def test_a_refusal_does_not_affect_later_messages(broker, name, admin) -> None:
     small = {"max.message.bytes": "1000"}
     await admin.create_topics([NewTopic(name, 1, 1, topic_configs=small)])
     await send(broker, 1)
@@ -57,7 +57,7 @@ async def test_what_kafka_refuses_spoils_nothing_that_follows(broker, name, admi
         assert await acked(deliveries, 4) == [1, 2, 3, 4]
 
 
-async def test_what_is_too_large_only_together_is_sent_in_smaller_batches(broker, name, admin, kafka_servers) -> None:
+async def test_a_batch_that_is_too_large_is_split(broker, name, admin, kafka_servers) -> None:
     """And what is too large by itself is all that is refused: none hears of a batch that others were in."""
     small = {"max.message.bytes": "3000"}
     await admin.create_topics([NewTopic(name, 2, 1, topic_configs=small)])
@@ -106,7 +106,7 @@ async def test_a_topic_that_is_looked_for_while_a_message_of_another_is_refused(
     assert [type(each) for each in results] == [MessageRejected, *[type(None)] * 6]
 
 
-async def test_a_compacted_topic_refuses_what_has_no_key_and_nothing_else(broker, name, admin, kafka_servers) -> None:
+async def test_a_compacted_topic_refuses_only_messages_without_a_key(broker, name, admin, kafka_servers) -> None:
     """Kafka refuses the whole batch, and says nothing of which one it was."""
     await admin.create_topics([NewTopic(name, 1, 1, topic_configs={"cleanup.policy": "compact"})])
     await send(broker, 0, key="k")
@@ -133,7 +133,7 @@ async def test_an_error_of_one_topic_does_not_concern_another(broker, name, admi
     assert [type(each) for each in results] == [OutcomeUnknown, *[type(None)] * 6]
 
 
-async def test_what_a_refused_message_was_ahead_of_is_sent_all_the_same(broker, name, admin, kafka_servers) -> None:
+async def test_messages_behind_a_refused_one_are_sent(broker, name, admin, kafka_servers) -> None:
     """The client would count on, Kafka refuse what follows, and everybody hear that nobody knows."""
     small = {"max.message.bytes": "5000"}
     await admin.create_topics([NewTopic(name, 1, 1, topic_configs=small)])
@@ -147,7 +147,7 @@ async def test_what_a_refused_message_was_ahead_of_is_sent_all_the_same(broker, 
     assert [number_in(record) for record in await stored(kafka_servers, name)] == list(range(6))
 
 
-async def test_what_waits_behind_a_repeat_is_not_sent_before_it(
+async def test_messages_behind_a_resent_one_are_not_sent_before_it(
     broker, name, admin, kafka_servers, monkeypatch
 ) -> None:
     """One partition refuses a message while another has lost its leader: the producer is parted with, and repeats."""
@@ -184,7 +184,7 @@ async def test_what_waits_behind_a_repeat_is_not_sent_before_it(
     assert [number_in(record) for record in records if record.key == keys[1].encode()] == [1, 2, 3, 4, 5]
 
 
-async def test_what_was_not_on_its_way_when_time_ran_out_was_not_sent(make, private_kafka, name) -> None:
+async def test_an_expired_message_that_was_not_in_flight_is_not_sent(make, private_kafka, name) -> None:
     broker = await make(private_kafka.url, partitions=1)
     await send(broker, 0)
     await asyncio.to_thread(private_kafka.pause)
@@ -198,7 +198,7 @@ async def test_what_was_not_on_its_way_when_time_ran_out_was_not_sent(make, priv
     assert 2 not in number_of_each(await stored(private_kafka.url, name))
 
 
-async def test_a_producer_whose_work_was_cancelled_is_made_anew(broker, name, kafka_servers) -> None:
+async def test_a_producer_whose_task_was_cancelled_is_replaced(broker, name, kafka_servers) -> None:
     """The client's work is a task like any other, for a program that cancels all."""
     await send(broker, 1)
     sender = client_of(broker)._sender.sender_task
@@ -210,7 +210,7 @@ async def test_a_producer_whose_work_was_cancelled_is_made_anew(broker, name, ka
 
 
 @pytest.mark.parametrize("has_something", [True, False])
-async def test_a_producer_that_ends_by_itself_is_made_anew(broker, name, kafka_servers, has_something, caplog) -> None:
+async def test_a_producer_that_ends_by_itself_is_replaced(broker, name, kafka_servers, has_something, caplog) -> None:
     await send(broker, 1)
     producer = client_of(broker)
 
@@ -255,7 +255,7 @@ async def test_closing_waits_for_no_call_that_found_no_room(make, private_kafka)
     await asyncio.to_thread(private_kafka.unpause)
 
 
-async def test_what_has_to_wait_for_a_full_batch_is_not_passed(broker, name, kafka_servers) -> None:
+async def test_messages_that_wait_for_a_full_batch_keep_their_order(broker, name, kafka_servers) -> None:
     await broker.send_message(message(0, key="k"))
     sending = []
     for number in range(1, 60):

@@ -60,7 +60,7 @@ async def test_topics_that_are_there_need_no_right_to_create(make, kafka_servers
     assert len(await stored(kafka_servers, f"{name}.billing-dlq")) == 1
 
 
-async def test_what_kafka_refuses_to_create_is_told(make, kafka_servers, name) -> None:
+async def test_a_topic_that_kafka_refuses_to_create_is_an_error(make, kafka_servers, name) -> None:
     """The client's `create_topics` raises nothing: the refusal is in the answer."""
     broker = await make(kafka_servers, replication_factor=9)
 
@@ -78,7 +78,7 @@ async def test_two_names_that_kafka_takes_for_one_are_refused(broker) -> None:
         await broker.send_message(message(0, Topic("notification_event", "a_b")))
 
 
-async def test_topics_are_created_as_was_said(make, kafka_servers, name, admin) -> None:
+async def test_topics_are_created_with_the_given_options(make, kafka_servers, name, admin) -> None:
     broker = await make(kafka_servers, partitions=3, max_message_bytes=3_000_000)
     async with subscribed(broker) as deliveries:
         await broker.send_message(Message.create(message_name="Counted", payload={"number": 0, "pad": "x" * 2_900_000}))
@@ -110,7 +110,7 @@ async def test_partitions_that_are_added_are_read(make, kafka_servers, name, adm
         assert sorted(await acked(deliveries, 2)) == [1, 2]
 
 
-async def test_what_retention_took_from_a_group_is_told(broker, name, admin) -> None:
+async def test_messages_that_retention_removed_are_a_gap(broker, name, admin) -> None:
     group, gaps = f"group-{uuid4().hex}", []
     await send(broker, 0, key="k")
     async with subscribed(broker, group=group) as deliveries:
@@ -127,7 +127,7 @@ async def test_what_retention_took_from_a_group_is_told(broker, name, admin) -> 
     assert gap.since < gap.until
 
 
-async def test_what_was_deleted_from_under_a_reader_without_a_group_is_told(make, kafka_servers, name, admin) -> None:
+async def test_messages_deleted_before_a_reader_without_a_group_are_a_gap(make, kafka_servers, name, admin) -> None:
     gaps, broker = [], await make(kafka_servers, extra_prefetch=0)
     await send(broker, 0, key="k")
     async with subscribed(broker, group=None, prefetch=1, on_gap=gaps.append) as deliveries:
@@ -179,7 +179,7 @@ async def place_of_everything(admin, name) -> TopicPartition:
     return place
 
 
-async def test_the_audit_finds_what_weakens_a_promise(broker, name, admin) -> None:
+async def test_the_audit_reports_settings_that_weaken_a_capability(broker, name, admin) -> None:
     configs = {
         "min.insync.replicas": "1",
         "unclean.leader.election.enable": "true",

@@ -57,7 +57,7 @@ async def test_closing_takes_no_longer_than_the_calls_that_it_waits_for(make, pr
     assert [type(each) for each in results] == [OutcomeUnknown, BrokerUnavailable]
 
 
-async def test_a_producer_that_broke_is_made_anew(make, private_kafka) -> None:
+async def test_a_broken_producer_is_replaced(make, private_kafka) -> None:
     broker = await make(private_kafka.url)
     await send(broker, 0)
     await asyncio.to_thread(private_kafka.pause)
@@ -86,7 +86,7 @@ async def test_a_message_whose_confirmation_is_lost_is_stored_once(make, proxy, 
     assert [json.loads(each.value)["payload"]["number"] for each in await stored(private_kafka.url, name)] == [0, 1]
 
 
-async def test_an_address_at_which_nobody_listens_is_told_at_once(prefix) -> None:
+async def test_an_address_that_refuses_connections_fails_at_once(prefix) -> None:
     broker = KafkaMessageBroker("127.0.0.1:1", prefix)
 
     async with within(SLACK):

@@ -47,7 +47,7 @@ async def test_an_unroutable_message_is_reported(broker):
     assert caught.value.message_id == message.message_id
 
 
-async def test_what_nobody_wants_is_dropped_where_the_program_says_so(rabbitmq_url, prefix):
+async def test_unroutable_messages_are_dropped_if_the_program_says_so(rabbitmq_url, prefix):
     async with RabbitMQMessageBroker(rabbitmq_url, prefix, mandatory=False) as broker:
         await broker.send_message(counted())
 
@@ -117,7 +117,7 @@ async def test_an_unavailable_service_raises_errors_of_diator(behind_proxy, prox
 
 
 @pytest.mark.timeout(180)
-async def test_an_alarm_is_told_in_time_and_what_was_sent_arrives_after_it(private_rabbitmq, caplog):
+async def test_an_alarm_is_reported_in_time_and_the_message_arrives_after_it(private_rabbitmq, caplog):
     async with (
         RabbitMQMessageBroker(private_rabbitmq.url, timeout=3.0, reconnect=RECONNECT) as broker,
         broker.subscribe([COUNTED], group="readers") as deliveries,
@@ -147,7 +147,7 @@ async def test_headers_that_mean_something_to_rabbitmq_are_refused(broker):
             await broker.send_message(counted(headers={name: "1"}))
 
 
-async def test_headers_that_do_not_fit_are_refused_and_cost_nobody_else(broker):
+async def test_headers_that_are_too_large_are_refused_alone(broker):
     await collect(broker)
     sends = [broker.send_message(counted(headers={"h": "x" * 140_000})), broker.send_message(counted())]
 

@@ -45,7 +45,7 @@ async def test_a_handler_outlives_its_connection_and_the_message_comes_again(beh
     assert [(each.outcome, each.attempt) for each in outcomes] == [("acked", 1), ("acked", 2)]
 
 
-async def test_what_was_fetched_by_a_lost_connection_is_not_begun(behind_proxy, proxy):
+async def test_messages_prefetched_by_a_lost_connection_are_not_handed_out(behind_proxy, proxy):
     """Prefetched messages wait for a slow handler, and nothing is received meanwhile. They are redelivered anyway."""
     topics = (COUNTED, OTHER)
     await collect(behind_proxy, topics)
@@ -103,7 +103,7 @@ async def test_a_message_that_always_fails_is_tried_so_often_and_then_dead_lette
     assert letter.delivery_mode is aio_pika.DeliveryMode.PERSISTENT
 
 
-async def test_what_was_fetched_and_not_begun_comes_to_the_next_and_nothing_is_lost(broker):
+async def test_prefetched_messages_go_to_the_next_consumer(broker):
     await collect(broker)
     await broker.send_messages([counted(n) for n in range(100)])
     async with broker.subscribe([COUNTED], group="readers", prefetch=100) as deliveries:
@@ -191,7 +191,7 @@ async def test_a_message_that_cannot_be_dead_lettered_is_requeued(broker, plain,
 
 
 @pytest.mark.parametrize(("outcome", "group"), [("retry", "readers"), ("dead_letter", None)])
-async def test_settling_is_bounded_where_nobody_answers(behind_proxy, proxy, outcome, group):
+async def test_settling_has_a_time_limit(behind_proxy, proxy, outcome, group):
     """Also where a queue has to be declared first, on the connection that it came by."""
     async with behind_proxy.subscribe([COUNTED], group=group) as deliveries:
         await behind_proxy.send_message(counted(1))
@@ -205,7 +205,7 @@ async def test_settling_is_bounded_where_nobody_answers(behind_proxy, proxy, out
 
 
 @pytest.mark.parametrize("outcome", ["retry", "dead_letter"])
-async def test_what_failed_to_be_settled_on_a_lost_connection_keeps_no_place(behind_proxy, proxy, monkeypatch, outcome):
+async def test_a_delivery_of_a_lost_connection_occupies_no_prefetch_slot(behind_proxy, proxy, monkeypatch, outcome):
     """It comes again by the next connection, for which it must not count as given out for ever."""
     monkeypatch.setattr(_subscription, "_REQUEUE_DELAY", 0.2)
     await collect(behind_proxy)

@@ -39,7 +39,7 @@ async def test_a_queue_that_gets_other_settings_while_it_is_read_ends_the_subscr
             await asyncio.wait_for(waiting, RECONNECT.max_delay + SLACK)
 
 
-async def test_a_queue_that_is_deleted_is_there_again_and_the_gap_is_told(broker, plain, queue):
+async def test_a_deleted_queue_is_declared_again_and_reported_as_a_gap(broker, plain, queue):
     gaps = []
     async with broker.subscribe([COUNTED], group="readers", on_gap=gaps.append) as deliveries:
         await broker.send_message(counted(1))
@@ -53,7 +53,7 @@ async def test_a_queue_that_is_deleted_is_there_again_and_the_gap_is_told(broker
     assert "queue is gone" in gaps[0].reason
 
 
-async def test_an_exchange_that_is_deleted_is_there_again_and_the_gap_is_told(broker, plain, prefix):
+async def test_a_deleted_exchange_is_declared_again_and_reported_as_a_gap(broker, plain, prefix):
     """Nobody tells those whose queues were bound to it."""
     gaps = []
     async with broker.subscribe([COUNTED], group="readers", on_gap=gaps.append) as deliveries:
@@ -64,7 +64,7 @@ async def test_an_exchange_that_is_deleted_is_there_again_and_the_gap_is_told(br
         assert await numbers(deliveries, 1) == [2]
 
 
-async def test_a_queue_that_was_lost_while_nobody_was_connected_is_a_gap(behind_proxy, proxy, plain, queue):
+async def test_a_queue_lost_while_no_consumer_was_connected_is_a_gap(behind_proxy, proxy, plain, queue):
     gaps = []
     async with behind_proxy.subscribe([COUNTED], group="readers", on_gap=gaps.append) as deliveries:
         proxy.refuse()
@@ -95,13 +95,13 @@ async def test_a_subscription_without_a_group_takes_its_queue_along(broker, rabb
         await broker.send_message(counted())
 
 
-async def test_an_audit_of_what_diator_declared_finds_nothing(broker):
+async def test_an_audit_of_declared_queues_reports_nothing(broker):
     async with broker.subscribe([COUNTED], group="readers"):
         await broker.send_message(counted())
         assert await audit(broker) == []
 
 
-async def test_an_audit_finds_what_is_gone_or_otherwise(broker, plain, queue, prefix):
+async def test_an_audit_reports_missing_and_different_queues(broker, plain, queue, prefix):
     async with broker.subscribe([COUNTED], group="readers"):
         await plain.queue_delete(f"{queue}:dead")
         await plain.declare_queue(f"{queue}:dead", durable=True, arguments={"x-queue-type": "classic"})

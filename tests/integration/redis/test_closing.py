@@ -15,7 +15,7 @@ from diator.testing.fault_proxy import FaultProxy, Flow
 from tests.integration.redis.helpers import Ears, eventually, listening, message, no_connections, promised, send_all
 
 
-async def test_a_cancelled_send_affects_nobody_else(proxy: FaultProxy, proxied_url: str, prefix: str) -> None:
+async def test_a_cancelled_send_affects_no_other(proxy: FaultProxy, proxied_url: str, prefix: str) -> None:
     """It ends at once, and the answers that come later still reach those they belong to."""
     async with listening(proxied_url, prefix), RedisMessageBroker.from_url(proxied_url, prefix) as broker:
 
@@ -35,7 +35,7 @@ async def test_a_cancelled_send_affects_nobody_else(proxy: FaultProxy, proxied_u
         assert await asyncio.gather(*map(publish, range(20))) == [0, 1] * 10
 
 
-async def test_cancelling_whoever_connects(proxy: FaultProxy, proxied_url: str, prefix: str, ears: Ears) -> None:
+async def test_cancelling_the_call_that_connects(proxy: FaultProxy, proxied_url: str, prefix: str, ears: Ears) -> None:
     """Callers that wait for the same connection do not depend on the one that makes it."""
     proxy.withhold(Flow.TO_CLIENT)
     broker = RedisMessageBroker.from_url(proxied_url, prefix, timeout=5)

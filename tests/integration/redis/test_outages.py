@@ -57,7 +57,7 @@ async def test_redis_is_down_for_a_while(private_redis: Service, prefix: str) ->
             assert await ears.numbers() == [1, 2]
 
 
-async def test_a_frozen_redis_answers_nobody(private_redis: Service, prefix: str) -> None:
+async def test_a_frozen_redis(private_redis: Service, prefix: str) -> None:
     async with RedisMessageBroker.from_url(private_redis.url, prefix, timeout=TIMEOUT) as broker:
         await asyncio.to_thread(private_redis.pause)
         async with promised():
@@ -119,7 +119,7 @@ async def test_a_connection_ends_with_messages_in_flight(
         assert await ears.numbers() == [100]
 
 
-async def test_what_was_not_written_is_not_sent(proxy: FaultProxy, proxied: RedisMessageBroker, ears: Ears) -> None:
+async def test_an_unwritten_message_is_not_sent(proxy: FaultProxy, proxied: RedisMessageBroker, ears: Ears) -> None:
     """The connection is lost in the very turn of the event loop in which messages are sent."""
     proxy.withhold(Flow.TO_CLIENT)
     first = asyncio.create_task(send_all(proxied, 0))

@@ -79,7 +79,7 @@ async def test_headers_and_key_travel_in_the_body(broker: RedisMessageBroker, ea
     assert json.loads(body)["headers"] == {"traceparent": "00-ab-cd-01", "key": "meeting-7"}
 
 
-async def test_what_is_too_large_is_not_sent(redis_url: str, prefix: str, ears: Ears) -> None:
+async def test_a_message_that_is_too_large_is_not_sent(redis_url: str, prefix: str, ears: Ears) -> None:
     """The limit is the length of the whole body, and itself still allowed."""
     async with RedisMessageBroker.from_url(redis_url, prefix) as unlimited:
         await unlimited.send_message(message(1))
@@ -93,7 +93,7 @@ async def test_what_is_too_large_is_not_sent(redis_url: str, prefix: str, ears: 
     assert await ears.numbers() == [3]
 
 
-async def test_what_one_task_sends_keeps_its_order(broker: RedisMessageBroker, ears: Ears) -> None:
+async def test_messages_of_one_task_keep_their_order(broker: RedisMessageBroker, ears: Ears) -> None:
     for n in range(200):
         await broker.send_message(message(n))
 

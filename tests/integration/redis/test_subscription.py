@@ -281,7 +281,7 @@ async def test_a_connection_that_is_ended(*, make, proxy, proxied_url, broker, a
     assert {gap.reason.partition(":")[0] for gap in gaps} <= {"ConnectionError", "ConnectionResetError"}
 
 
-async def test_entering_is_bounded_where_nobody_answers(make, proxy, proxied_url) -> None:
+async def test_entering_has_a_time_limit(make, proxy, proxied_url) -> None:
     broker = await make(proxied_url)
     proxy.black_hole()
     async with asyncio.timeout(1 + SLACK):
@@ -293,7 +293,7 @@ async def test_entering_is_bounded_where_nobody_answers(make, proxy, proxied_url
 # -- the consumer ------------------------------------------------------------------------------------------------
 
 
-async def test_handlers_that_fail_or_sleep_disturb_nobody(broker) -> None:
+async def test_handlers_that_fail_or_sleep_affect_no_others(broker) -> None:
     started, handled, outcomes = [], [], []
 
     async def handle(event: Counted) -> None:

@@ -131,7 +131,7 @@ async def test_a_connection_that_breaks_loses_nothing(
     assert got.keys() == {*range(500)}
 
 
-async def test_what_was_on_its_way_comes_with_the_next_connection(make, proxy, proxied_url, broker) -> None:
+async def test_messages_in_flight_are_delivered_by_the_next_connection(make, proxy, proxied_url, broker) -> None:
     """It is this member's already: nobody has to wait until its own lease is over."""
     reader = await make(proxied_url, lease=LONG)
     async with subscribed(reader) as deliveries:
@@ -145,7 +145,7 @@ async def test_what_was_on_its_way_comes_with_the_next_connection(make, proxy, p
         assert sorted(await acked(deliveries, 2, within=2 + SLACK)) == [1, 2]
 
 
-async def test_what_was_on_its_way_comes_though_fetching_it_fails_once(
+async def test_messages_in_flight_are_delivered_although_claiming_them_fails_once(
     *, make, proxy, proxied_url, admin, stream, monkeypatch
 ) -> None:
     """The next connection breaks too, when the first of two was fetched. It must not count as given out for ever."""
@@ -176,7 +176,7 @@ async def test_what_was_on_its_way_comes_though_fetching_it_fails_once(
     assert claims > 2
 
 
-async def test_entering_is_bounded_where_nobody_answers(make, proxy, proxied_url) -> None:
+async def test_entering_has_a_time_limit(make, proxy, proxied_url) -> None:
     broker = await make(proxied_url)
     proxy.black_hole()
     async with asyncio.timeout(TIMEOUT + SLACK):

@@ -27,7 +27,7 @@ from tests.integration.redis_streams.helpers import (
 )
 
 
-async def test_without_a_group_nobody_knows_what_was_handled(broker) -> None:
+async def test_without_a_group_no_progress_is_stored(broker) -> None:
     with pytest.raises(UnsupportedCapability, match="group"):
         async with subscribed(broker, group=None):
             pass
@@ -45,7 +45,7 @@ async def test_who_comes_after_the_first_message_gets_it(broker) -> None:
         assert await acked(deliveries, 1) == [4]
 
 
-async def test_members_share_and_groups_do_not(make, redis_url, broker) -> None:
+async def test_consumers_share_messages_and_groups_do_not(make, redis_url, broker) -> None:
     got = {name: Counter() for name in ("billing 1", "billing 2", "mailing")}
 
     async def read(broker, name) -> None:
@@ -75,7 +75,7 @@ async def test_members_share_and_groups_do_not(make, redis_url, broker) -> None:
     assert min(got["billing 1"].total(), got["billing 2"].total()) > 20
 
 
-async def test_order_for_one_member(*, make, proxy, proxied_url, broker) -> None:
+async def test_one_consumer_receives_in_order(*, make, proxy, proxied_url, broker) -> None:
     """Of the first deliveries, also over connections that break."""
     reader = await make(proxied_url, lease=LONG)
     order = []
@@ -124,7 +124,7 @@ async def test_a_broker_that_is_closed_leaves_first(make, redis_url, patient, ad
     await nothing_left(admin, stream)
 
 
-async def test_members_that_are_gone_are_forgotten(patient, admin, stream, monkeypatch) -> None:
+async def test_consumers_that_left_are_removed(patient, admin, stream, monkeypatch) -> None:
     async with subscribed(patient) as deliveries:
         await send(patient, 1)
         await take(deliveries, 1)

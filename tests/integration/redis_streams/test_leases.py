@@ -26,7 +26,7 @@ from tests.integration.redis_streams.helpers import (
 )
 
 
-async def test_what_a_dead_member_held_is_finished_by_another(*, make, proxy, proxied_url, broker, admin, stream):
+async def test_another_consumer_claims_the_messages_of_a_dead_one(*, make, proxy, proxied_url, broker, admin, stream):
     """Within the lease and two looks. A member that was only cut off does not take it back when it returns."""
     cut_off = await make(proxied_url)
     async with subscribed(cut_off) as deliveries, subscribed(broker) as others:
@@ -85,7 +85,7 @@ async def test_a_lost_lease_is_not_stolen_back(make, redis_url, admin, stream) -
 
 
 @pytest.mark.usefixtures("quick")
-async def test_what_is_behind_many_that_are_held_is_found_too(*, make, redis_url, broker, admin, stream) -> None:
+async def test_messages_behind_many_pending_ones_are_found(*, make, redis_url, broker, admin, stream) -> None:
     """Redis looks at ten pending entries for each that is asked for; behind them is more."""
     reader = await make(redis_url, extra_prefetch=0)
     await admin.xgroup_create(stream, "billing", "0", mkstream=True)
@@ -108,7 +108,7 @@ async def test_what_is_behind_many_that_are_held_is_found_too(*, make, redis_url
 
 
 @pytest.mark.usefixtures("quick")
-async def test_what_was_taken_over_is_not_forgotten_when_looking_fails(*, make, redis_url, admin, stream, monkeypatch):
+async def test_claimed_messages_are_not_lost_if_claiming_fails(*, make, redis_url, admin, stream, monkeypatch):
     """The connection breaks between taking over and hearing how often each was delivered."""
     broker = await make(redis_url)
     await send(broker, 1, 2, 3)
@@ -153,7 +153,7 @@ async def test_a_message_acknowledged_during_a_takeover_is_dropped(
 
 
 @pytest.mark.parametrize("outcome", ["dead_letter", "retry"])
-async def test_what_could_not_be_settled_comes_again(
+async def test_a_message_that_could_not_be_settled_is_redelivered(
     *, make, proxy, proxied_url, broker, admin, stream, outcome
 ) -> None:
     """It failed while the service was away. It is nobody's then, and must not stay this member's for ever."""
@@ -179,7 +179,7 @@ async def test_what_could_not_be_settled_comes_again(
     [lambda each: each.ack(), lambda each: each.retry(), lambda each: each.dead_letter("bad")],
     ids=["ack", "retry", "dead letter"],
 )
-async def test_what_another_has_taken_is_not_settled(patient, admin, stream, settle) -> None:
+async def test_a_message_that_another_claimed_is_not_settled(patient, admin, stream, settle) -> None:
     """
     It is settled too late, and by the other consumer as well: dead-lettered or requeued, it would exist twice.
 
@@ -201,7 +201,7 @@ async def test_what_another_has_taken_is_not_settled(patient, admin, stream, set
 
 
 @pytest.mark.parametrize("outcome", ["dead_letter", "retry"])
-async def test_what_is_settled_again_since_the_reply_was_lost_is_settled_once(
+async def test_settling_again_after_a_lost_reply_settles_once(
     *, make, redis_url, admin, stream, monkeypatch, outcome
 ) -> None:
     execute, settled = CommandConnection.execute, 0

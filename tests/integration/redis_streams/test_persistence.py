@@ -106,7 +106,7 @@ async def test_a_server_that_is_set_well_has_no_findings(url):
         assert await audit(broker, requires=STORED) == []
 
 
-async def test_what_may_not_be_looked_at_is_a_finding(server, url):
+async def test_missing_permission_is_a_finding(server, url):
     """Managed services keep their configuration to themselves."""
     await server.acl_setuser("app", enabled=True, passwords=["+secret"], keys="*", commands=["+@all", "-config"])
     async with RedisStreamMessageBroker.from_url(url.replace("//", "//app:secret@")) as broker:
@@ -130,7 +130,7 @@ async def test_followers_that_need_not_have_a_message_are_a_finding(url):
     assert problems == [problem]
 
 
-async def test_what_it_does_not_take_for_now_may_be_sent_again(server, url):
+async def test_a_temporary_refusal_may_be_resent(server, url):
     """As long as the replicas that the audit asks for are away, it refuses every write."""
     async with RedisStreamMessageBroker.from_url(url) as broker:
         await server.config_set("min-replicas-to-write", "1")

@@ -70,7 +70,7 @@ async def test_a_retry_comes_when_it_is_due(broker, admin, stream) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-async def test_what_a_dead_member_held_is_taken_over_as_it_can_begin(broker, admin, stream) -> None:
+async def test_messages_of_a_dead_consumer_are_claimed_as_slots_free_up(broker, admin, stream) -> None:
     """One of it may be what killed that member. What has not been begun is not to be counted with it."""
     await send(broker, *range(10))
     await admin.xgroup_create(stream, "billing", "0")

@@ -22,7 +22,7 @@ from tests.integration.redis_streams.helpers import (
 )
 
 
-async def test_what_was_trimmed_before_it_was_handled(*, make, proxy, proxied_url, broker, admin, stream, caplog):
+async def test_a_message_trimmed_before_it_was_handled(*, make, proxy, proxied_url, broker, admin, stream, caplog):
     """Somebody else's XTRIM, on a group that lags: said loudly, and life goes on."""
     gone = await make(proxied_url, extra_prefetch=0)
     async with subscribed(gone, prefetch=5) as deliveries:
@@ -46,7 +46,7 @@ async def test_what_was_trimmed_before_it_was_handled(*, make, proxy, proxied_ur
 
 
 @pytest.mark.usefixtures("quick")
-async def test_retention_removes_what_every_group_has_done_with(make, redis_url, admin, stream) -> None:
+async def test_retention_removes_messages_that_every_group_has_finished(make, redis_url, admin, stream) -> None:
     """And nothing else: not what a group has yet to read, nor what a member holds."""
     broker = await make(redis_url, lease=LONG, retention=0.2)
     await admin.xgroup_create(stream, "slow", "0", mkstream=True)
@@ -133,7 +133,7 @@ async def test_no_more_than_prefetch_are_given_out_and_not_settled(patient) -> N
 
 
 @pytest.mark.usefixtures("quick")
-async def test_nothing_is_kept_of_what_was_settled(broker, admin, stream) -> None:
+async def test_settled_deliveries_leave_nothing_behind(broker, admin, stream) -> None:
     """However it was settled."""
     async with subscribed(broker) as deliveries:
         await send(broker, *range(300))

@@ -37,7 +37,7 @@ def test_different_topics_have_different_names(one, other):
     assert names.topic(one) != names.topic(other)
 
 
-def test_what_kafka_does_not_allow_is_written_in_what_it_does():
+def test_characters_that_kafka_does_not_allow_are_encoded():
     assert Names("p").topic(Topic("t", "a/b *")) == "p.t.a-2fb-20-2a"
 
 
@@ -94,7 +94,7 @@ def test_an_unknown_option_is_refused():
         KafkaMessageBroker("localhost:9092", acks=1)
 
 
-def test_security_is_what_was_said():
+def test_security_follows_the_options():
     context = ssl.create_default_context()
     login = {"sasl_mechanism": "SCRAM-SHA-256", "username": "u", "password": SECRET}
 
@@ -126,13 +126,13 @@ def test_dead_letters_are_kept():
     assert policy.configs(f"p.t.N.g{DEAD}", 1) == {"retention.ms": "-1"}
 
 
-def test_a_topic_takes_what_the_broker_promises():
+def test_a_topic_accepts_the_largest_message_of_the_broker():
     policy = TopicPolicy(create=True, partitions=4, replication_factor=1, max_message_bytes=5_000_000)
 
     assert int(policy.configs("p.t.N", 1)["max.message.bytes"]) > 5_000_000
 
 
-def test_members_wait_for_each_other_longer_than_a_drain_and_a_join_is_not_broken_off():
+def test_a_rebalance_waits_longer_than_a_drain():
     options = KafkaMessageBroker("a:1", drain_timeout=120.0)._options
     settings = consumer_settings(Cluster(bootstrap_servers=("a:1",), timeout=1.0), options, "group")
 

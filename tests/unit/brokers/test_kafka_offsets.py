@@ -18,7 +18,7 @@ def test_nothing_taken_is_nothing_to_commit():
     assert Offsets(7).progress() == (7, "")
 
 
-def test_what_is_finished_in_order_is_committed():
+def test_offsets_finished_in_order_are_committed():
     partition = taken(5, 6, 7, position=5)
 
     partition.finish(5)
@@ -48,7 +48,7 @@ def test_holes_are_no_obstacle():
     assert partition.progress() == (12, "")
 
 
-def test_what_was_finished_above_is_not_delivered_again():
+def test_offsets_finished_above_the_commit_are_not_redelivered():
     partition = taken(*range(10))
     for offset in (0, 3, 4, 7, 9):
         partition.finish(offset)
@@ -58,7 +58,7 @@ def test_what_was_finished_above_is_not_delivered_again():
     assert [offset for offset in range(1, 12) if later.take(offset)] == [1, 2, 5, 6, 8, 10, 11]
 
 
-def test_what_an_earlier_member_wrote_is_written_again_until_it_was_read():
+def test_the_state_of_an_earlier_consumer_is_written_until_it_was_read():
     partition = taken(*range(20))
     for offset in range(10, 20):
         partition.finish(offset)
@@ -72,7 +72,7 @@ def test_what_an_earlier_member_wrote_is_written_again_until_it_was_read():
     assert [offset for offset in range(1, 22) if third.take(offset)] == [*range(1, 10), 20, 21]
 
 
-def test_a_hole_in_the_middle_of_what_was_written_stays_one():
+def test_an_unfinished_offset_between_finished_ones_stays_unfinished():
     partition = taken(*range(20))
     for offset in range(10, 20):
         partition.finish(offset)
@@ -85,7 +85,7 @@ def test_a_hole_in_the_middle_of_what_was_written_stays_one():
     assert [offset for offset in range(22) if third.take(offset)] == [*range(10), 20, 21]
 
 
-def test_attempts_outlive_a_change_of_members():
+def test_attempts_outlive_a_rebalance():
     partition = taken(0, 1, 2)
     assert partition.requeue(1) == 2
     assert partition.requeue(1) == 3
@@ -96,7 +96,7 @@ def test_attempts_outlive_a_change_of_members():
     assert [later.take(1), later.take(2)] == [3, 1]
 
 
-def test_attempts_of_what_was_not_read_yet_are_kept():
+def test_attempts_of_unread_messages_are_kept():
     partition = taken(0, 1, 2)
     partition.requeue(2)
     second = Offsets(*partition.progress())
@@ -113,7 +113,7 @@ def test_an_offset_is_taken_once():
     assert [partition.take(0), partition.take(1), partition.take(2)] == [0, 0, 1]
 
 
-def test_finishing_what_is_not_there_changes_nothing():
+def test_finishing_an_unknown_offset_changes_nothing():
     partition = taken(0)
 
     partition.finish(99)
@@ -124,13 +124,13 @@ def test_finishing_what_is_not_there_changes_nothing():
 @pytest.mark.parametrize(
     "written", ["", "1", "2 3+4", "other", '{"owner": "other"}', "1 x+y", "1 5+", "1 3", "1 :", " "]
 )
-def test_what_another_program_wrote_says_nothing(written):
+def test_metadata_of_another_program_is_ignored(written):
     partition = Offsets(10, written)
 
     assert [partition.take(offset) for offset in (10, 13, 14, 15)] == [1, 1, 1, 1]
 
 
-def test_what_there_is_no_room_for_comes_again():
+def test_state_without_room_is_redelivered():
     """Kafka takes 4,096 characters beside a commit, and refuses the commit if there are more."""
     partition = taken(*range(20_000))
     for offset in range(1, 20_000, 2):

@@ -149,7 +149,7 @@ def test_the_bound_of_redelivery_is_two_heartbeats():
     assert RabbitMQMessageBroker(f"{URL}?heartbeat=3").capabilities.redelivery_bound == 6.0
 
 
-def test_what_is_promised_follows_the_options():
+def test_capabilities_follow_the_options():
     default = RabbitMQMessageBroker(URL).capabilities
     weaker = RabbitMQMessageBroker(URL, queue_type="classic", mandatory=False).capabilities
 
@@ -215,7 +215,7 @@ def test_delays_are_rounded_up_by_a_third_at_most():
     assert len({delay_bucket(seconds / 10) for seconds in range(10, 36_000)}) < 50
 
 
-def test_what_is_no_text_in_a_header_is_written_again_as_it_came():
+def test_header_values_that_are_not_text_keep_their_form():
     """At any depth: what RabbitMQ hands over as `bytes`, where another client wrote no UTF-8, pamqp does not write."""
     headers = {"list": [b"\xff", {"in": b"\xfe"}], "alone": b"\xfd", "text": "t"}
     handed_on = again(ContentHeader(0, 2, commands.Basic.Properties()), headers, b"{}", "somewhere")
