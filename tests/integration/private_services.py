@@ -1,4 +1,4 @@
-"""Services that belong to a harness alone: broken by the scenarios of faults, or guarded."""
+"""Private services of a harness: the ones that scenarios break, and the guarded ones."""
 
 import asyncio
 import subprocess
@@ -18,7 +18,7 @@ class PrivateServices:
         self._running: dict[str, PrivateService] = {}
 
     def get(self, name: str, backend: str | Backend) -> "PrivateService":
-        """Give the one that is called *name*; start it from *backend* if there is none. Blocks."""
+        """Return the service called *name*; start it from *backend* if there is none. Blocks."""
         if name not in self._running:
             try:
                 self._running[name] = PrivateService(self._services.private(backend))
@@ -37,7 +37,7 @@ class PrivateServices:
 
 
 class PrivateService:
-    """A container as the suite breaks it: `Outages`, and what makes the next scenario find it whole."""
+    """A container that implements `Outages` and is repaired before the next scenario."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -73,7 +73,7 @@ class PrivateService:
 
     @asynccontextmanager
     async def breakable(self):
-        """Lend it to a scenario."""
+        """Let a scenario break it, and repair it afterwards."""
         try:
             yield self
         finally:
@@ -97,9 +97,9 @@ class PrivateService:
 
 class Certificates:
     """
-    An authority for one run, and what it signed for 127.0.0.1: `server` is good, `expired` was. Each is a file's stem.
+    A certificate authority for one run and its certificates for 127.0.0.1, by file stems: `server` and `expired`.
 
-    `ca.pem` is the authority's own certificate, and `other.pem` that of another one.
+    `ca.pem` is the authority's own certificate, `other.pem` that of another authority.
     """
 
     def __init__(self) -> None:

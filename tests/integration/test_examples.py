@@ -1,4 +1,4 @@
-"""The examples against services of the test's own: their prefix may be that of a program of the tester's."""
+"""The examples against private services: a program of the tester's may use the same prefix."""
 
 import socket
 import subprocess

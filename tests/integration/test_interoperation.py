@@ -1,4 +1,4 @@
-"""What diator sends, others read; what they send in the documented form, diator consumes. With real clients."""
+"""Other libraries read what diator sends, and diator consumes what they send in the documented form."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from diator.events import EventEmitter, EventMap, NotificationEvent
 from tests import peers
 from tests.integration.transports import broker_for
 
-pytestmark = pytest.mark.timeout(180)  # the first one installs the others
+pytestmark = pytest.mark.timeout(180)  # the first test installs the other libraries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class UserJoined(NotificationEvent):
 
 @pytest.fixture(scope="session")
 def install(pytestconfig):
-    """Gives the interpreter of a peer."""
+    """Return a function that returns the interpreter of a peer."""
     cache = pytestconfig.cache.mkdir("peers")
     return lambda peer: peers.interpreter(peer, cache)
 
@@ -40,7 +40,7 @@ def prefix():
 
 
 class Heard:
-    """A consumer at work, and the users it heard of."""
+    """A consumer, and the users of the events that it received."""
 
     def __init__(self, broker, *, count=3):
         self.users: list[int] = []
@@ -53,7 +53,7 @@ class Heard:
     async def ready(self) -> None:
         """Wait until it is subscribed."""
         async with asyncio.timeout(60):
-            while not self.consumer.health().receiving:  # noqa: ASYNC110  # it is asked, as by a service's health check
+            while not self.consumer.health().receiving:  # noqa: ASYNC110  # as a health check of a service does
                 await asyncio.sleep(0.01)
 
     async def _handle(self, event: UserJoined) -> None:
@@ -70,7 +70,7 @@ async def emit(broker, *users):
 
 async def listening(client, channel, count=1):
     """Wait until the channel has so many subscribers."""
-    while sum(number for _, number in await client.pubsub_numsub(channel)) < count:  # noqa: ASYNC110  # Redis tells nobody
+    while sum(number for _, number in await client.pubsub_numsub(channel)) < count:  # noqa: ASYNC110  # Redis sends no event for it
         await asyncio.sleep(0.01)
 
 
@@ -78,7 +78,7 @@ async def listening(client, channel, count=1):
 
 
 async def test_an_older_diator_receives_from_this_version(redis_url, prefix, install):
-    """By its pattern, which the name of the message fits as its id did."""
+    """The older version subscribes to a pattern, which matches the message's name as it matched its id."""
     async with (
         RedisMessageBroker.from_url(redis_url, prefix) as broker,
         peers.running(install("older_diator"), "older_diator", "hear", redis_url, prefix) as older,
@@ -91,7 +91,7 @@ async def test_an_older_diator_receives_from_this_version(redis_url, prefix, ins
 
 
 async def test_this_version_receives_from_an_older_diator(redis_url, prefix, install):
-    """Where it is told to: the channels of older senders end in the id of the message."""
+    """With `older_senders=True`: the channels of older senders end in the message's id."""
     async with RedisMessageBroker.from_url(redis_url, prefix, older_senders=True) as broker:
         heard = Heard(broker, count=4)
         consuming = asyncio.create_task(heard.consumer.run(signals=False))
@@ -101,7 +101,7 @@ async def test_this_version_receives_from_an_older_diator(redis_url, prefix, ins
             await client.publish(f"{prefix}:notification_event:{uuid4()}", body("SomethingElse", 9))
         async with peers.running(install("older_diator"), "older_diator", "send", redis_url, prefix) as older:
             await peers.ended(older)
-        await emit(broker, 3)  # and a newer one all the same, once
+        await emit(broker, 3)  # an event of this version is received too, once
         await asyncio.wait_for(consuming, 60)
 
     assert heard.users == [0, 1, 2, 3]
@@ -109,7 +109,7 @@ async def test_this_version_receives_from_an_older_diator(redis_url, prefix, ins
 
 
 def body(name: str, user_id: int) -> str:
-    """A message, as docs/brokers.md describes it, by somebody who has read no more than that."""
+    """Return a message as docs/brokers.md describes it."""
     event_id = str(uuid4())
     payload = {"event_id": event_id, "event_timestamp": "2026-03-07T09:26:02Z", "user_id": user_id}
     message = {"message_type": "notification_event", "message_name": name, "message_id": event_id, "payload": payload}
@@ -156,7 +156,7 @@ async def test_a_plain_client_of_redis_streams(redis_url, prefix):
 
 
 async def test_a_plain_client_of_rabbitmq(rabbitmq_url, prefix):
-    """Another queue of the exchange hears everything; what is published to the exchange is consumed."""
+    """Another queue of the exchange receives all messages; messages published to the exchange are consumed."""
     async with RabbitMQMessageBroker(rabbitmq_url, prefix) as broker, await aio_pika.connect(rabbitmq_url) as client:
         channel = await client.channel()
         exchange = await channel.declare_exchange(prefix, "topic", durable=True)
@@ -205,12 +205,12 @@ ELSEWHERE = {
     "rabbitmq": lambda prefix: f"{prefix}/notification_event.UserJoined",
     "kafka": lambda prefix: f"{prefix}.notification_event.UserJoined",
 }
-"""Where FastStream finds what diator sends."""
+"""Where FastStream finds diator's messages."""
 
 
 @pytest.fixture
 def addresses(redis_url, rabbitmq_url, kafka_servers):
-    """As diator is told them, and as FastStream is."""
+    """Addresses in diator's form and in FastStream's."""
     return {
         "redis": (redis_url, redis_url),
         "redis-streams": (redis_url.replace("redis", "redis-streams", 1), redis_url),
@@ -226,7 +226,7 @@ async def test_faststream_receives_from_this_version(addresses, prefix, install,
     python = install("faststream_peer")
     async with broker_for(ours, prefix) as broker:
         if transport == "kafka":
-            await emit(broker, 0)  # the topic is there
+            await emit(broker, 0)  # creates the topic
         async with peers.running(python, "faststream_peer", "hear", transport, theirs, name) as faststream:
             assert await peers.said(faststream) == ["ready"]
             if transport == "redis":
@@ -242,7 +242,7 @@ async def test_faststream_receives_from_this_version(addresses, prefix, install,
 
 @pytest.mark.parametrize("transport", ["redis", "rabbitmq", "kafka"])
 async def test_this_version_receives_from_faststream(addresses, prefix, install, transport):
-    """Over Redis without the envelope that it puts around everything else. To a stream it sends only its own field."""
+    """Over Redis it sends without its envelope. To a stream FastStream writes only its own field."""
     ours, theirs = addresses[transport]
     name = ELSEWHERE[transport](prefix)
     python = install("faststream_peer")

@@ -1,8 +1,8 @@
 """
 SIGKILL of the consumer and of the service, at one third and at two thirds of 10,000 messages.
 
-Every message is accounted for: how often it was sent, when each handler began and ended, when what was killed. With one
-protection taken away the same books show a loss, so that they are known to find one.
+The books record how often each message was sent, when each handler began and ended, and when a process was killed.
+Tests without one of the protections show that the books find a loss.
 """
 
 import asyncio
@@ -27,27 +27,27 @@ pytestmark = pytest.mark.timeout(240)
 
 MANY, KEYS = 10_000, 16
 AHEAD = 1_500
-"""How many messages the sender may be ahead of the handlers, so that every kill strikes while it sends."""
+"""How many messages the sender may be ahead of the handlers, so that each kill happens while it sends."""
 RECONNECTING = 0.5
-"""Within how many seconds a consumer has heard that the service is back."""
+"""Seconds until a consumer has noticed that the service is back."""
 QUIET = 3.0
-"""For how many seconds nothing has to come before nothing is coming."""
+"""Seconds without a message after which no more is expected."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transport:
-    """What of a transport decides how its books are read."""
+    """The properties of a transport that the evaluation depends on."""
 
     scheme: str
     backend: str
     told_within: float
-    """Within how many seconds an acknowledgement has reached the service. What was handled since may come again."""
+    """Seconds until an acknowledgement has reached the service. Messages handled after that may be redelivered."""
     in_order: bool = True
-    """Whether what a dead consumer held comes before what it had not received."""
+    """Whether pending messages of a dead consumer come before unread ones."""
 
 
 TRANSPORTS = [
-    # What a member held comes again when its lease is over; meanwhile others read on.
+    # Pending messages of a dead consumer are redelivered when their lease expires; meanwhile others read on.
     Transport(scheme="redis-streams", backend="redis", told_within=1.0, in_order=False),
     Transport(scheme="amqp", backend="rabbitmq", told_within=1.0),
     Transport(scheme="kafka", backend="kafka", told_within=2.0),
@@ -56,12 +56,12 @@ TRANSPORTS = [
 
 @dataclass(kw_only=True)
 class Books:
-    """Everything that happened."""
+    """The record of everything that happened."""
 
     sent: Counter[int] = field(default_factory=Counter)
     ledgers: list[Ledger] = field(default_factory=list)
     outages: list[tuple[float, float]] = field(default_factory=list)
-    """When somebody was killed, and when he was there again."""
+    """When a process was killed, and when it was back."""
 
     def handled(self) -> Counter[int]:
         return sum((ledger.read().handled for ledger in self.ledgers), Counter())
@@ -85,11 +85,11 @@ class Books:
         return unexplained
 
     def _cut_off(self, begun: float, told_within: float) -> bool:
-        """Whether what was begun then could not be acknowledged."""
+        """Whether a message whose handler began at *begun* could not be acknowledged."""
         return any(killed <= begun + told_within and begun <= back for killed, back in self.outages)
 
     def late(self) -> set[int]:
-        """Numbers that were first begun after a later one of their key."""
+        """Return the numbers that were first handled after a later one of their key."""
         furthest: dict[int, int] = {}
         late, seen = set(), set()
         for _, number in self.begun():
@@ -106,7 +106,7 @@ def message(number: int) -> Message:
 
 
 async def send_all(broker, books: Books, many: int = MANY) -> None:
-    """Send every number below *many*, of each key one after the other, each again until it is confirmed."""
+    """Send all numbers below *many*, those of one key in order, each until it is confirmed."""
     handled = 0
 
     async def look() -> None:
@@ -141,7 +141,7 @@ async def send_all(broker, books: Books, many: int = MANY) -> None:
 
 @pytest.fixture
 def private(pytestconfig):
-    """Makes a service of this test's own."""
+    """Return a function that starts a private service."""
     services = []
 
     def private(backend):
@@ -159,7 +159,7 @@ def address_of(transport: Transport, service) -> str:
 
 @pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda transport: transport.scheme)
 async def test_nothing_is_lost(private, tmp_path, transport) -> None:
-    """Neither by the death of consumers, nor by that of the service; what comes twice was in flight at one of them."""
+    """No message is lost when consumers or the service die, and each duplicate was in flight at a death."""
     service = private(transport.backend)
     address, prefix, books = address_of(transport, service), f"kills-{uuid4().hex[:8]}", Books()
 
@@ -200,7 +200,7 @@ async def test_nothing_is_lost(private, tmp_path, transport) -> None:
 
 @pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda transport: transport.scheme)
 async def test_acknowledging_before_handling_loses_messages(private, tmp_path, transport) -> None:
-    """The same death of a consumer, whose deliveries were acknowledged when they were received."""
+    """A consumer that acknowledges on receipt dies in the same way."""
     address, prefix, books = address_of(transport, private(transport.backend)), f"kills-{uuid4().hex[:8]}", Books()
 
     async with (
@@ -209,7 +209,7 @@ async def test_acknowledging_before_handling_loses_messages(private, tmp_path, t
     ):
         sending = asyncio.create_task(send_all(broker, books, 400))
         await until(lambda: len(first.read().ended) >= 48)
-        await asyncio.sleep(0.2)  # those that run now: acknowledged, and not at their end
+        await asyncio.sleep(0.2)  # the running handlers have acknowledged and not finished
         await kill(killed)
         await sending
         async with consuming(address, prefix, tmp_path) as (successor, second):
@@ -221,7 +221,7 @@ async def test_acknowledging_before_handling_loses_messages(private, tmp_path, t
 
 
 async def test_a_redis_that_stores_nothing_loses(private) -> None:
-    """What was confirmed, and the service died with it."""
+    """Confirmed messages are gone after the service's death."""
     service, prefix = private("redis"), f"kills-{uuid4().hex[:8]}"
     async with Redis.from_url(service.url) as client:
         await client.config_set("appendonly", "no")
@@ -238,7 +238,7 @@ MORE = 200
 
 
 async def killed_with(service, send) -> None:
-    """Have *send* called while *service* is frozen, and then kill it: nobody has read what the client wrote."""
+    """Call *send* while *service* is frozen, and then kill the service, which has not read what the client wrote."""
     await asyncio.to_thread(service.pause)
     async with asyncio.timeout(60):
         for _ in range(MORE):
@@ -248,7 +248,7 @@ async def killed_with(service, send) -> None:
 
 
 async def test_a_rabbitmq_that_confirms_nothing_loses(private) -> None:
-    """What its client took, and nobody waited for."""
+    """Messages that the client accepted without a confirmation are gone."""
     service = private("rabbitmq")
     async with await aio_pika.connect(service.url) as client:
         channel = await client.channel(publisher_confirms=False)

@@ -184,7 +184,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def redis_url(private_redis) -> str:
-    """A server of the test's own: the program's channel may be that of a program of the tester's."""
+    """A private server: a program of the tester's may use the same channel."""
     return private_redis.url
 
 
@@ -195,7 +195,7 @@ async def pubsub(redis_url: str) -> AsyncIterator[redis.client.PubSub]:
 
 
 async def run(redis_url: str) -> str:
-    """Run the program as its user would, and give what it prints. It has nothing to complain about."""
+    """Run the program as its user would, without warnings, and return its output."""
     program = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-W", "ignore:datetime.datetime.utcnow:DeprecationWarning", __file__, redis_url),
@@ -225,7 +225,7 @@ async def test_it_prints_what_it_does(redis_url: str) -> None:
 
 
 async def test_its_event_is_received_on_its_channel(redis_url: str, pubsub: redis.client.PubSub) -> None:
-    """The JSON of the description: four keys in this order, ids that agree; and timestamps that are aware."""
+    """The JSON has four keys in the described order, equal ids and an aware timestamp."""
     await pubsub.subscribe("python_diator_channel:notification_event:UserJoinedNotificationEvent")
     await pubsub.get_message(timeout=5)
 

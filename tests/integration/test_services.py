@@ -32,7 +32,7 @@ async def test_rabbitmq_delivers_a_published_message(rabbitmq_url: str) -> None:
 
 
 async def test_kafka_returns_a_produced_record(kafka_servers: str) -> None:
-    """Kafka acknowledges a record and hands it out at its offset."""
+    """Kafka acknowledges a record and returns it at its offset."""
     topic = f"test-services-{uuid4()}"
     async with AIOKafkaProducer(bootstrap_servers=kafka_servers, acks="all") as producer:
         sent = await producer.send_and_wait(topic, b"hello")
@@ -71,7 +71,7 @@ async def test_a_private_redis_comes_back_at_its_address(private_redis: Service)
 
 
 async def test_a_private_redis_can_be_frozen(private_redis: Service) -> None:
-    """A frozen service keeps its connections and answers once it goes on."""
+    """A frozen service keeps its connections and responds after it is resumed."""
     async with Redis.from_url(private_redis.url, socket_timeout=None) as client:
         await client.ping()
 
@@ -85,7 +85,7 @@ async def test_a_private_redis_can_be_frozen(private_redis: Service) -> None:
 
 
 def test_services_end_by_themselves(redis_url: str) -> None:
-    """Who has services of his own ends with them, and with no others of this process."""
+    """Closing one set of services removes its containers and no others."""
     services = Services()
     try:
         own = services.private("redis").url

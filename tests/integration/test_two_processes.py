@@ -1,4 +1,4 @@
-"""A process sends, another consumes: what its end, and the end of its connection, do to messages."""
+"""One process sends and another consumes: what happens to messages when the consumer or its connection ends."""
 
 import asyncio
 from collections import Counter
@@ -38,7 +38,7 @@ def message(number) -> Message:
 
 @pytest.mark.parametrize("scheme", ["redis", "redis-streams"])
 async def test_a_consumer_is_asked_to_end(admin, redis_url, prefix, tmp_path, scheme) -> None:
-    """It finishes what it has begun, and nothing else; of a stream, the next one gets the rest at once."""
+    """It finishes the running handlers, and nothing else; the next consumer of a stream gets the rest at once."""
     address = f"{redis_url.replace('redis', scheme, 1)}?client_name={prefix}"
     async with broker_for(address, prefix) as broker, AsyncExitStack() as stack:
         first, before = await stack.enter_async_context(consuming(address, prefix, tmp_path, seconds=0.5))
@@ -57,7 +57,7 @@ async def test_a_consumer_is_asked_to_end(admin, redis_url, prefix, tmp_path, sc
 
 
 async def test_a_subscriber_is_cut_off_under_load(admin, redis_url, prefix, tmp_path) -> None:
-    """What was missed is lost: the log and the program are told of it, and of when."""
+    """Missed messages are lost: the log and `on_gap` report the time of the gap."""
     times: dict[int, tuple[float, float]] = {}
     address = f"{redis_url}?client_name={prefix}"
     async with (
@@ -93,8 +93,8 @@ async def test_a_subscriber_is_cut_off_under_load(admin, redis_url, prefix, tmp_
 
 
 async def listening(admin, prefix, count) -> None:
-    """Wait until so many connections are there: each broker of this prefix sends by one, and reads by another."""
+    """Wait for *count* connections: each broker with this prefix has one that sends and one that reads."""
     async with asyncio.timeout(60):
-        while sum(each["name"] == prefix for each in await admin.client_list()) < count:  # noqa: ASYNC110  # no more can be known
+        while sum(each["name"] == prefix for each in await admin.client_list()) < count:  # noqa: ASYNC110  # Redis shows no more
             await asyncio.sleep(0.01)
     await asyncio.sleep(0.1)

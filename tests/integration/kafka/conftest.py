@@ -19,7 +19,7 @@ def prefix() -> str:
 
 @pytest.fixture
 def name(prefix) -> str:
-    """What the topic is called in Kafka."""
+    """The name of the topic in Kafka."""
     return f"{prefix}.notification_event.Counted"
 
 

@@ -1,4 +1,4 @@
-"""What the tests of Kafka share."""
+"""Helpers of the tests of Kafka."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ COUNTED = Topic("notification_event", "Counted")
 TIMEOUT = 3.0
 
 SLACK = 20.0
-"""How much later than promised a busy machine may be."""
+"""Seconds that a busy machine may need in addition; a longer wait means that something hangs."""
 
 
 def message(number, topic=COUNTED, **fields) -> Message:
@@ -49,7 +49,7 @@ async def acked(deliveries, count, *, within=30.0) -> list[int]:
 
 
 async def all_that_comes(deliveries, *, within=1.0) -> list[int]:
-    """Take and acknowledge until nothing comes any more."""
+    """Take and acknowledge deliveries until none arrives for *within* seconds."""
     taken: list[int] = []
     with suppress(TimeoutError):
         while True:
@@ -58,19 +58,19 @@ async def all_that_comes(deliveries, *, within=1.0) -> list[int]:
 
 
 async def on_its_way(broker) -> None:
-    """Wait until all that was sent is: what is sent from then on is in another batch."""
+    """Wait until every batch is in flight, so that later messages are in another batch."""
     await asyncio.sleep(0)
-    while not all(batch.is_sent for batch in broker._service._calls.batches):  # noqa: ASYNC110  # there is nothing to wait on
+    while not all(batch.is_sent for batch in broker._service._calls.batches):  # noqa: ASYNC110  # no event reports it
         await asyncio.sleep(0.01)
 
 
 def client_of(broker) -> AIOKafkaProducer:
-    """The producer of aiokafka that *broker* sends with at present."""
+    """Return the current aiokafka producer of *broker*."""
     return broker._service._current._producer
 
 
 async def stored(servers, name) -> list:
-    """Every record of the topic *name*, as plain aiokafka reads it."""
+    """Return all records of the topic *name*, read by plain aiokafka."""
     async with AIOKafkaConsumer(name, bootstrap_servers=servers, auto_offset_reset="earliest") as consumer:
         ends = await consumer.end_offsets(consumer.assignment())
         return [await consumer.getone() for _ in range(sum(ends.values()))]

@@ -45,7 +45,7 @@ async def test_the_commit_is_the_lowest_unfinished_offset(broker, kafka_servers,
 async def test_offsets_are_committed_where_kafka_refuses_their_metadata(
     make, kafka_servers, monkeypatch, caplog
 ) -> None:
-    monkeypatch.setattr("diator.brokers.kafka._offsets.MAX_COMMIT_METADATA", 100_000)  # more than Kafka takes
+    monkeypatch.setattr("diator.brokers.kafka._offsets.MAX_COMMIT_METADATA", 100_000)  # more than Kafka accepts
     broker, group = await make(kafka_servers, max_unacked_per_partition=2000), f"group-{uuid4().hex}"
     await send(broker, *range(2000), key="k")
     async with subscribed(broker, group=group, prefetch=2000) as deliveries:

@@ -14,11 +14,11 @@ async def test_running_handlers_finish_before_their_partition_is_reassigned(brok
         held = await take(one, 40)
         joining = asyncio.create_task(take_from_new_member(broker, group))
         await asyncio.sleep(0.6)
-        assert not joining.done()  # it waits for the work of the other
+        assert not joining.done()  # it waits for the handlers of the other consumer
 
         for delivery in held:
             await delivery.ack()
-        # By their keys they are in all partitions; without, the client may put them all into one.
+        # With keys the messages are in all partitions; without keys the client may put all into one.
         await broker.send_messages([message(number, key=str(number)) for number in range(40, 80)])
         mine = asyncio.create_task(acked_until_cancelled(one))
         others = await joining
@@ -39,7 +39,7 @@ async def acked_until_cancelled(deliveries) -> None:
 
 
 async def test_no_message_is_lost_while_consumers_join_and_leave(make, kafka_servers) -> None:
-    """Eight changes of members while messages come: whatever was fetched, and given to nobody, comes again."""
+    """Eight rebalances under traffic: prefetched messages that were not handed out are redelivered."""
     group, broker = f"group-{uuid4().hex}", await make(kafka_servers, drain_timeout=1.0)
     handled: Counter[int] = Counter()
 
@@ -65,16 +65,16 @@ async def test_no_message_is_lost_while_consumers_join_and_leave(make, kafka_ser
                 await asyncio.wait({other})
         await sending
         async with asyncio.timeout(60):
-            while len(handled) < 1_000:  # noqa: ASYNC110  # several members handle them
+            while len(handled) < 1_000:  # noqa: ASYNC110  # several consumers handle them
                 await asyncio.sleep(0.1)
         reading.cancel()
 
     assert {*handled} == {*range(1_000)}
-    assert sum(handled.values()) - 1_000 <= 4  # at each cancellation, one may have been handled and not acknowledged
+    assert sum(handled.values()) - 1_000 <= 4  # each cancellation may leave one handled message unacknowledged
 
 
 async def test_settling_after_the_partition_is_lost_has_no_effect(make, kafka_servers) -> None:
-    """It is another's by then, who may be at a later or an earlier place."""
+    """The partition belongs to another consumer by then, which may be at another offset."""
     group, broker = f"group-{uuid4().hex}", await make(kafka_servers, drain_timeout=0.3)
     await asyncio.gather(*(send(broker, number, key=str(number)) for number in range(40)))
     async with subscribed(broker, group=group, prefetch=40) as one:
@@ -95,7 +95,7 @@ async def test_settling_after_the_partition_is_lost_has_no_effect(make, kafka_se
 
 
 async def test_prefetch_ends_at_a_window_beyond_the_oldest_unfinished(make, kafka_servers) -> None:
-    """Also after a rebalance, at which aiokafka forgets which partitions were paused."""
+    """It stays paused after a rebalance, in which aiokafka forgets the paused partitions."""
     group = f"group-{uuid4().hex}"
     broker = await make(kafka_servers, max_unacked_per_partition=20, extra_prefetch=10, partitions=1, drain_timeout=0.2)
     await send(broker, *range(200))
@@ -107,13 +107,13 @@ async def test_prefetch_ends_at_a_window_beyond_the_oldest_unfinished(make, kafk
         assert await acked(deliveries, 1)
         async with subscribed(broker, group=group):
             pass
-        await asyncio.sleep(1.0)  # they have shared out the partitions twice
+        await asyncio.sleep(1.0)  # two rebalances are over
         (oldest,) = await take(deliveries, 1)
         assert 0 < len(await all_that_comes(deliveries)) <= 20 + 10 + 10
 
 
 async def test_a_connection_that_is_being_opened_is_closed_too(make, proxy, proxied) -> None:
-    """What aiokafka opens it forgets, if whoever wants it is cancelled while it asks about the cluster."""
+    """The client forgets a connection if the task that opens it is cancelled during the metadata request."""
     proxy.delay(0.02)
     for steps in range(10):
         broker = await make(proxied)

@@ -12,7 +12,7 @@ from tests.integration.kafka.helpers import acked, message, number_of, send, sto
 
 
 async def test_a_retry_is_never_early_and_waits_behind_none_that_is_due_later(broker) -> None:
-    """They are in one partition of the retry topic, those that are due last in front."""
+    """They are in one partition of the retry topic; the ones that are due last are in front."""
     delays = [0.9, 0.7, 0.5, 0.3, 0.1]
     await send(broker, *range(len(delays)))
     came: dict[int, float] = {}

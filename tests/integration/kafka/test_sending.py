@@ -33,7 +33,7 @@ from tests.integration.kafka.helpers import (
 
 
 async def test_messages_without_a_key_that_are_sent_at_once_share_a_batch(make, kafka_servers, name) -> None:
-    """In few large batches, and in its order; aiokafka would choose a partition for each."""
+    """They go in few large batches and keep their order; aiokafka would choose a partition for each message."""
     broker = await make(kafka_servers, partitions=4)
     for _ in range(3):
         await send(broker, *range(50))
@@ -58,7 +58,7 @@ async def test_a_refusal_does_not_affect_later_messages(broker, name, admin) -> 
 
 
 async def test_a_batch_that_is_too_large_is_split(broker, name, admin, kafka_servers) -> None:
-    """And what is too large by itself is all that is refused: none hears of a batch that others were in."""
+    """Only the message that is too large by itself is refused; the others of its batch are not affected."""
     small = {"max.message.bytes": "3000"}
     await admin.create_topics([NewTopic(name, 2, 1, topic_configs=small)])
     messages = [message("x" * 4000 if number == 30 else number, key=f"key {number % 4}") for number in range(200)]
@@ -93,7 +93,7 @@ async def test_closing_waits_for_a_batch_that_is_split(broker, name, admin, kafk
 
 
 async def test_a_topic_that_is_looked_for_while_a_message_of_another_is_refused(broker, name, admin) -> None:
-    """Nobody would answer a question of a producer that has ended."""
+    """A closed producer would never answer the metadata request."""
     other = Topic("notification_event", "Other")
     await admin.create_topics([NewTopic(name, 1, 1, topic_configs={"max.message.bytes": "3000"})])
     await send(broker, 0)
@@ -107,7 +107,7 @@ async def test_a_topic_that_is_looked_for_while_a_message_of_another_is_refused(
 
 
 async def test_a_compacted_topic_refuses_only_messages_without_a_key(broker, name, admin, kafka_servers) -> None:
-    """Kafka refuses the whole batch, and says nothing of which one it was."""
+    """Kafka refuses the whole batch without naming the message."""
     await admin.create_topics([NewTopic(name, 1, 1, topic_configs={"cleanup.policy": "compact"})])
     await send(broker, 0, key="k")
     messages = [message(number, key=None if number == 3 else f"key {number}") for number in range(1, 7)]
@@ -119,7 +119,7 @@ async def test_a_compacted_topic_refuses_only_messages_without_a_key(broker, nam
 
 
 async def test_an_error_of_one_topic_does_not_concern_another(broker, name, admin, monkeypatch) -> None:
-    """Even if the client does not know the error code."""
+    """It does so even if the client does not know the error code."""
     monkeypatch.delitem(errors.kafka_errors, 87)
     await admin.create_topics([NewTopic(name, 1, 1, topic_configs={"cleanup.policy": "compact"})])
     others = [Topic("notification_event", f"Other{number}") for number in range(6)]
@@ -134,7 +134,7 @@ async def test_an_error_of_one_topic_does_not_concern_another(broker, name, admi
 
 
 async def test_messages_behind_a_refused_one_are_sent(broker, name, admin, kafka_servers) -> None:
-    """The client would count on, Kafka refuse what follows, and everybody hear that nobody knows."""
+    """Otherwise the client would skip a sequence number, and Kafka would refuse the next batch."""
     small = {"max.message.bytes": "5000"}
     await admin.create_topics([NewTopic(name, 1, 1, topic_configs=small)])
     await broker.send_message(message(0, key="k"))
@@ -150,7 +150,7 @@ async def test_messages_behind_a_refused_one_are_sent(broker, name, admin, kafka
 async def test_messages_behind_a_resent_one_are_not_sent_before_it(
     broker, name, admin, kafka_servers, monkeypatch
 ) -> None:
-    """One partition refuses a message while another has lost its leader: the producer is parted with, and repeats."""
+    """One partition refuses a message while another has lost its leader: the producer is replaced while it resends."""
     await admin.create_topics([NewTopic(name, 2, 1, topic_configs={"max.message.bytes": "5000"})])
     await send(broker, 0)
     producer = client_of(broker)
@@ -171,14 +171,14 @@ async def test_messages_behind_a_resent_one_are_not_sent_before_it(
     keys = {DefaultPartitioner()(b"key %d" % number, [0, 1], []): f"key {number}" for number in range(8)}
     refused = asyncio.create_task(broker.send_message(message("x" * 9_000, key=keys[0])))
     following = [asyncio.create_task(broker.send_message(message(1, key=keys[1])))]
-    while not left_out:  # noqa: ASYNC110  # until they are on their way
+    while not left_out:  # noqa: ASYNC110  # until they are in flight
         await asyncio.sleep(0)
     following += [asyncio.create_task(broker.send_message(message(number, key=keys[1]))) for number in range(2, 6)]
 
     with pytest.raises(MessageRejected):
         await refused
     left = [each for batches in producer._message_accumulator._batches.values() for each in batches]
-    assert all(each.is_empty() for each in left)  # else it would send them, where it has several brokers
+    assert all(each.is_empty() for each in left)  # otherwise it would send them, in a cluster of several brokers
     await asyncio.gather(*following)
     records = await stored(kafka_servers, name)
     assert [number_in(record) for record in records if record.key == keys[1].encode()] == [1, 2, 3, 4, 5]
@@ -199,7 +199,7 @@ async def test_an_expired_message_that_was_not_in_flight_is_not_sent(make, priva
 
 
 async def test_a_producer_whose_task_was_cancelled_is_replaced(broker, name, kafka_servers) -> None:
-    """The client's work is a task like any other, for a program that cancels all."""
+    """A program that cancels all tasks cancels the client's task too."""
     await send(broker, 1)
     sender = client_of(broker)._sender.sender_task
     sender.cancel()
@@ -230,7 +230,7 @@ async def test_a_producer_that_ends_by_itself_is_replaced(broker, name, kafka_se
 
 
 async def test_a_topic_that_the_client_has_forgotten_is_looked_for_again(broker, name) -> None:
-    """An answer of a broker that has just started may not have it yet."""
+    """The metadata of a broker that has just started may lack the topic."""
     await send(broker, 1)
     del client_of(broker).client.cluster._partitions[name]
     await send(broker, 2)
@@ -239,13 +239,13 @@ async def test_a_topic_that_the_client_has_forgotten_is_looked_for_again(broker,
 
 
 async def test_closing_waits_for_no_call_that_found_no_room(make, private_kafka) -> None:
-    """A batch is full, and Kafka does not answer."""
+    """A batch is full, and Kafka does not respond."""
     broker = await make(private_kafka.url, timeout=1.0)
     await send(broker, 0)
     await asyncio.to_thread(private_kafka.pause)
     big = [message(number, headers={"big": "x" * 20_000}, key="k") for number in range(30)]
     sending = [asyncio.create_task(broker.send_message(each)) for each in big[:6]]
-    await asyncio.sleep(0.3)  # whoever waits behind them is overdue later than they are
+    await asyncio.sleep(0.3)  # so that later messages expire later
     sending += [asyncio.create_task(broker.send_message(each)) for each in big[6:]]
     await asyncio.sleep(0)
     async with asyncio.timeout(1.0 + 2 + SLACK):
@@ -276,13 +276,13 @@ async def test_headers_that_are_too_large_are_refused_before_they_are_sent(broke
         await asyncio.gather(
             send(broker, 1, 2),
             refused("70,003", headers={"big": "x" * 70_000}),
-            refused("80,003", key="x" * 40_000),  # it is the record's key, and a header
+            refused("80,003", key="x" * 40_000),  # the key is sent twice: as the record's key and as a header
         )
         assert sorted(await acked(deliveries, 2)) == [1, 2]
 
 
 async def test_5000_callers_at_once_are_not_much_slower_than_one_batch(make, kafka_servers) -> None:
-    broker = await make(kafka_servers, timeout=30.0)  # a busy machine may need more than the usual two seconds
+    broker = await make(kafka_servers, timeout=30.0)  # a busy machine may need more than the usual timeout
     await send(broker, 0)
     messages = [message(number) for number in range(5_000)]
 

@@ -53,7 +53,7 @@ async def test_topics_that_are_there_need_no_right_to_create(make, kafka_servers
     async with subscribed(broker) as deliveries:
         await send(broker, 0)
         (delivery,) = await take(deliveries, 1)
-        await delivery.retry(after=2.0)  # of six partitions, only one is there
+        await delivery.retry(after=2.0)  # the retry topic has only one of six partitions
         (again,) = await take(deliveries, 1)
         await again.dead_letter("no good")
 
@@ -61,7 +61,7 @@ async def test_topics_that_are_there_need_no_right_to_create(make, kafka_servers
 
 
 async def test_a_topic_that_kafka_refuses_to_create_is_an_error(make, kafka_servers, name) -> None:
-    """The client's `create_topics` raises nothing: the refusal is in the answer."""
+    """The client's `create_topics` does not raise: the refusal is in the response."""
     broker = await make(kafka_servers, replication_factor=9)
 
     with pytest.raises(MessageRejected, match=r"cannot be created \(InvalidReplicationFactorError"):
@@ -71,7 +71,7 @@ async def test_a_topic_that_kafka_refuses_to_create_is_an_error(make, kafka_serv
 
 
 async def test_two_names_that_kafka_takes_for_one_are_refused(broker) -> None:
-    """Its metrics write `.` and `_` alike."""
+    """Kafka's metrics do not distinguish `.` from `_`."""
     await broker.send_message(message(0, Topic("notification_event", "a.b")))
 
     with pytest.raises(MessageRejected, match="collides"):
@@ -166,7 +166,7 @@ async def test_a_topic_that_was_deleted_and_made_again_is_a_gap(broker, name, ad
 
 
 async def place_of_everything(admin, name) -> TopicPartition:
-    """The one partition that messages of one key are in."""
+    """Return the partition that contains the messages."""
     consumer = AIOKafkaConsumer(bootstrap_servers=admin._client._bootstrap_servers)
     await consumer.start()
     try:

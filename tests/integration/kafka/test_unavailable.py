@@ -1,4 +1,4 @@
-"""Kafka is away, freezes, or knows no such server."""
+"""Kafka is unreachable, is frozen, or refuses connections."""
 
 import asyncio
 import json
@@ -48,7 +48,7 @@ async def test_closing_takes_no_longer_than_the_calls_that_it_waits_for(make, pr
     await asyncio.to_thread(private_kafka.pause)
     sending = [asyncio.create_task(broker.send_message(message(1)))]
     await on_its_way(broker)
-    sending.append(asyncio.create_task(broker.send_message(message(2))))  # it is not on its way
+    sending.append(asyncio.create_task(broker.send_message(message(2))))  # it is not in flight
     await asyncio.sleep(0)
     async with within(TIMEOUT + SLACK):
         await broker.aclose()
@@ -71,12 +71,12 @@ async def test_a_broken_producer_is_replaced(make, private_kafka) -> None:
 
 
 async def test_a_message_whose_confirmation_is_lost_is_stored_once(make, proxy, proxied, name, private_kafka) -> None:
-    """The client sends it again by itself. Kafka knows the repeat by its number."""
+    """The client resends it by itself. Kafka recognises the duplicate by its sequence number."""
     broker = await make(proxied, timeout=5.0)
     await send(broker, 0, key="k")
     proxy.withhold(Flow.TO_CLIENT)
     sending = asyncio.create_task(broker.send_message(message(1, key="k")))
-    while len(await stored(private_kafka.url, name)) == 1:  # noqa: ASYNC110  # its confirmation is withheld then
+    while len(await stored(private_kafka.url, name)) == 1:  # noqa: ASYNC110  # until it is stored; its confirmation is withheld
         await asyncio.sleep(0.05)
     proxy.reset()
     await proxy.heal()

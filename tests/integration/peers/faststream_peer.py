@@ -1,8 +1,8 @@
 """
 FastStream, in an environment of its own: `faststream_peer.py send|hear TRANSPORT ADDRESS NAME`.
 
-NAME is what is sent to or heard from: a channel, a stream, a topic, or `exchange/routing key`. What it hears it prints,
-a line each; what it sends are the lines of its standard input.
+NAME is a channel, a stream, a topic, or `exchange/routing key`. The program prints each message that it receives on a
+line, and sends the lines of its standard input.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from faststream.redis.parser import MessageFormat
 
 
 class Plain(MessageFormat):
-    """Nothing but the body, as everybody but FastStream reads and writes it."""
+    """Read and write the plain body, without FastStream's envelope."""
 
     @classmethod
     async def encode(cls, **parts: Any) -> bytes:
@@ -51,7 +51,7 @@ async def hear(transport: str, address: str, name: str) -> None:
 
     @subscriber
     async def handle(body: dict[str, Any]) -> None:
-        if "body" in body:  # a stream's entry, of which FastStream knows no field
+        if "body" in body:  # a stream's entry, whose fields FastStream does not know
             body = json.loads(body["body"])
         print(body["message_name"], json.dumps(body["payload"]), flush=True)
 

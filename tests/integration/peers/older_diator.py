@@ -1,4 +1,4 @@
-"""diator 0.1.2, in an environment of its own: `older_diator.py send|hear URL PREFIX`. It sends three, or hears all."""
+"""diator 0.1.2 in its own environment: `older_diator.py send|hear URL PREFIX` sends three events, or receives all."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ async def send(client: Redis, prefix: str) -> None:
 
 
 async def hear(client: Redis, prefix: str) -> None:
-    """It has no consumer: its users listened by pattern, as here."""
+    """Subscribe to a pattern, as users of this version did: it has no consumer."""
     async with client.pubsub() as subscription:
         await subscription.psubscribe(f"{prefix}:notification_event:*")
         async for heard in subscription.listen():

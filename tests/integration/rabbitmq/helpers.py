@@ -1,4 +1,4 @@
-"""What the tests of RabbitMQ share."""
+"""Helpers of the tests of RabbitMQ."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ OTHER = Topic("notification_event", "Other")
 RECONNECT = ReconnectPolicy(connect_timeout=5.0, idle_timeout=1.0, probe_timeout=2.0, max_delay=0.5)
 
 SLACK = 20.0
-"""How much later than promised a busy machine may be."""
+"""Seconds that a busy machine may need in addition; a longer wait means that something hangs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +33,14 @@ def counted(number=0, *, topic=COUNTED, message_id=None, **options) -> Message:
 
 
 async def collect(broker, topics=(COUNTED,)):
-    """Have the group be there."""
+    """Declare the group's queue."""
     async with broker.subscribe(topics, group="readers"):
         pass
 
 
 async def become(count, at_least):
     async with asyncio.timeout(10):
-        while count() < at_least:  # noqa: ASYNC110  # nobody tells
+        while count() < at_least:  # noqa: ASYNC110  # no event reports it
             await asyncio.sleep(0.01)
 
 

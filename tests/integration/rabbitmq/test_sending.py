@@ -55,7 +55,7 @@ async def test_unroutable_messages_are_dropped_if_the_program_says_so(rabbitmq_u
 
 
 async def test_each_of_several_messages_with_one_id_has_its_own_send_error(broker):
-    """RabbitMQ returns a message without telling which of the messages with its id it is."""
+    """RabbitMQ returns a message without saying which of the messages with the same id it is."""
     await collect(broker)
     one_id = uuid4()
     routed, unroutable = counted(message_id=one_id), counted(topic=OTHER, message_id=one_id)
@@ -94,13 +94,13 @@ async def test_after_the_exchange_was_deleted_each_message_has_a_result_and_the_
     await plain.exchange_delete(prefix)
 
     results = await asyncio.gather(*(broker.send_message(counted(n)) for n in range(50)), return_exceptions=True)
-    await collect(broker)  # it binds the queue again
+    await collect(broker)  # this binds the queue again
     await broker.send_message(counted())
 
     assert all(isinstance(result, BrokerError) for result in results)
     await plain.exchange_delete(prefix)
     with pytest.raises(BrokerUnavailable):
-        await broker.send_message(counted())  # alone, RabbitMQ's answer is about this one: it was not sent
+        await broker.send_message(counted())  # it is sent alone, so RabbitMQ's answer is about it: it was not sent
 
 
 async def test_an_unavailable_service_raises_errors_of_diator(behind_proxy, proxy):
@@ -130,7 +130,7 @@ async def test_an_alarm_is_reported_in_time_and_the_message_arrives_after_it(pri
             await broker.send_message(counted(2))
 
         assert monotonic() - began < 3.0 + SLACK
-        assert await numbers(deliveries, 1) == [1]  # readers are served
+        assert await numbers(deliveries, 1) == [1]  # consumers still receive
         assert [finding.capability for finding in await audit(broker)] == ["receipt"]
         await asyncio.to_thread(private_rabbitmq.run, "rabbitmqctl set_vm_memory_high_watermark 0.6")
         assert await numbers(deliveries, 1) == [2]

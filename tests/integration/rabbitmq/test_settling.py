@@ -121,7 +121,7 @@ async def test_prefetched_messages_go_to_the_next_consumer(broker):
 
 
 async def test_acknowledgements_out_of_order_keep_the_channel(behind_proxy, proxy):
-    """A lower tag after a higher one that meant all before it closes the channel."""
+    """RabbitMQ closes the channel if a lower delivery tag follows a higher one acknowledged with `multiple`."""
     await collect(behind_proxy)
     await behind_proxy.send_messages([counted(n) for n in range(300)])
     async with behind_proxy.subscribe([COUNTED], group="readers", prefetch=64) as deliveries:
@@ -141,7 +141,7 @@ async def test_acknowledgements_out_of_order_keep_the_channel(behind_proxy, prox
 
 
 async def test_several_topics_with_a_backlog_are_all_read(broker):
-    """Each has a prefetch of its own, so that more arrives than the subscription has asked for."""
+    """Each queue has its own prefetch limit, so more messages arrive than the subscription has asked for."""
     await collect(broker, (COUNTED, OTHER))
     await broker.send_messages([counted(n, topic=topic) for n in range(300) for topic in (COUNTED, OTHER)])
     async with broker.subscribe([COUNTED, OTHER], group="readers", prefetch=1) as deliveries:
@@ -192,7 +192,7 @@ async def test_a_message_that_cannot_be_dead_lettered_is_requeued(broker, plain,
 
 @pytest.mark.parametrize(("outcome", "group"), [("retry", "readers"), ("dead_letter", None)])
 async def test_settling_has_a_time_limit(behind_proxy, proxy, outcome, group):
-    """Also where a queue has to be declared first, on the connection that it came by."""
+    """It works even if the queue has to be declared first, on the connection that delivered the message."""
     async with behind_proxy.subscribe([COUNTED], group=group) as deliveries:
         await behind_proxy.send_message(counted(1))
         delivery = await anext(deliveries)
@@ -206,7 +206,7 @@ async def test_settling_has_a_time_limit(behind_proxy, proxy, outcome, group):
 
 @pytest.mark.parametrize("outcome", ["retry", "dead_letter"])
 async def test_a_delivery_of_a_lost_connection_occupies_no_prefetch_slot(behind_proxy, proxy, monkeypatch, outcome):
-    """It comes again by the next connection, for which it must not count as given out for ever."""
+    """The next connection redelivers it, so it must not occupy a prefetch slot forever."""
     monkeypatch.setattr(_subscription, "_REQUEUE_DELAY", 0.2)
     await collect(behind_proxy)
     async with behind_proxy.subscribe([COUNTED], group="readers", prefetch=1) as deliveries:

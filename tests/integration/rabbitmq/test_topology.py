@@ -54,7 +54,7 @@ async def test_a_deleted_queue_is_declared_again_and_reported_as_a_gap(broker, p
 
 
 async def test_a_deleted_exchange_is_declared_again_and_reported_as_a_gap(broker, plain, prefix):
-    """Nobody tells those whose queues were bound to it."""
+    """RabbitMQ does not notify the consumers whose queues were bound to it."""
     gaps = []
     async with broker.subscribe([COUNTED], group="readers", on_gap=gaps.append) as deliveries:
         await plain.exchange_delete(prefix)
@@ -140,7 +140,7 @@ async def test_nothing_is_left_when_it_is_closed(rabbitmq_url, prefix):
 
 
 async def test_cancelled_when_it_has_just_connected_it_leaves_no_connection(rabbitmq_url, monkeypatch):
-    """The client connects in a task of its own, which may be done when whoever waits for it is cancelled."""
+    """The client connects in its own task, which may finish just when the waiting caller is cancelled."""
     connect, tasks = Connection.connect, asyncio.all_tasks()
 
     async def connect_and_cancel(connection):
@@ -156,7 +156,7 @@ async def test_cancelled_when_it_has_just_connected_it_leaves_no_connection(rabb
 
 
 async def test_cancelled_as_it_begins_to_consume_it_ends_at_once(broker, monkeypatch):
-    """RabbitMQ does not answer who closes a channel on which it has not yet confirmed a consumer."""
+    """RabbitMQ does not answer a close of a channel on which it has not yet confirmed a consumer."""
     ask, consuming = _subscription.Connection.ask, asyncio.Event()
 
     async def noticed(reading, frame):

@@ -1,4 +1,4 @@
-"""What the tests of sending through Redis Pub/Sub share."""
+"""Helpers of the tests of Redis Pub/Sub."""
 
 import asyncio
 import json
@@ -16,10 +16,10 @@ from diator.brokers import Message
 from diator.brokers.redis import RedisMessageBroker
 
 TIMEOUT = 1.0
-"""Of the brokers whose Redis is in trouble, in seconds."""
+"""The timeout of brokers whose Redis is in trouble, in seconds."""
 
 SLACK = 20.0
-"""How much later than promised a busy machine may be."""
+"""Seconds that a busy machine may need in addition; a longer wait means that something hangs."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Ears:
     prefix: str
 
     async def heard(self) -> list[tuple[str, bytes]]:
-        """All that was published since the last call, in its order: channel and body."""
+        """Return all messages published since the last call, in order: channel and body."""
         mark = f"{self.prefix}:notification_event:{uuid4()}"
         await self.client.publish(mark, b"")
         heard: list[tuple[str, bytes]] = []
@@ -44,7 +44,7 @@ class Ears:
             heard.append((channel, found["data"]))
 
     async def numbers(self) -> list[int]:
-        """The numbers in what `heard` gives."""
+        """Return the numbers of the messages that `heard` returns."""
         return [json.loads(body)["payload"]["n"] for _, body in await self.heard()]
 
 
@@ -71,17 +71,17 @@ async def send_all(broker: RedisMessageBroker, *numbers: int) -> Counter[type | 
 
 async def eventually(holds: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(30):
-        while not await holds():  # noqa: ASYNC110  # no event tells what Redis knows
+        while not await holds():  # noqa: ASYNC110  # Redis sends no event for it
             await asyncio.sleep(0.01)
 
 
 async def connections(client: Redis, name: str) -> int:
-    """How many connections of this name Redis has."""
+    """Return how many connections of this name Redis has."""
     return sum(each["name"] == name for each in await client.client_list())
 
 
 def promised(timeout: float = TIMEOUT) -> asyncio.Timeout:
-    """What stands in here must be over when it was promised to be."""
+    """Fail if the body does not end within its promised time."""
     return asyncio.timeout(timeout + SLACK)
 
 

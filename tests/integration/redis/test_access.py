@@ -55,7 +55,7 @@ async def test_a_user_and_a_password(redis_url: str, prefix: str, ears: Ears, us
 
 
 async def test_a_wrong_password(redis_url: str, prefix: str, user: str) -> None:
-    """The error says that it is about authentication, and does not say the password."""
+    """The error names authentication, and does not contain the password."""
     broker = RedisMessageBroker.from_url(as_user(redis_url, user, "s3cr3t"), prefix)
 
     with pytest.raises(BrokerUnavailable, match=r"(?i)authentication|wrongpass") as raised:
@@ -66,7 +66,7 @@ async def test_a_wrong_password(redis_url: str, prefix: str, user: str) -> None:
 
 
 async def test_a_channel_that_the_user_may_not_publish_to(redis_url: str, prefix: str, ears: Ears, user: str) -> None:
-    """A refusal, with Redis's reason. The connection is as good as before."""
+    """The message is refused with Redis's reason. The connection stays usable."""
     sent = message()
     url = as_user(redis_url, user, user)
     async with RedisMessageBroker.from_url(url, f"other-{prefix}") as broker:
@@ -100,7 +100,7 @@ async def certificate(private_redis: Service, tmp_path: Path) -> Path:
 
 
 async def test_tls(private_redis: Service, certificate: Path, prefix: str) -> None:
-    """Encrypted with a certificate that is checked; one that nobody vouches for is refused."""
+    """The certificate is verified; one without a trusted authority is refused."""
     url = private_redis.url.replace("redis://", "rediss://")
     trusted = RedisMessageBroker.from_url(f"{url}?ssl_ca_certs={certificate}", prefix, timeout=5)
     untrusted = RedisMessageBroker.from_url(url, prefix, timeout=5)
@@ -116,7 +116,7 @@ async def test_tls(private_redis: Service, certificate: Path, prefix: str) -> No
 
 @dataclass(frozen=True)
 class Watched:
-    """Two Redis, of which a sentinel takes care: their ports."""
+    """The ports of two Redis servers and of the sentinel that watches them."""
 
     master: int
     replica: int
@@ -160,7 +160,7 @@ def free_ports(count: int) -> list[int]:
 
 
 async def test_sentinel(watched: Watched, prefix: str) -> None:
-    """When the master dies, messages go to the one that the sentinels have appointed, once they have."""
+    """After the master's death messages go to the master that the sentinels appoint."""
     sentinel = Sentinel([("127.0.0.1", watched.sentinel)], socket_timeout=1)
 
     async def knows_both() -> bool:
@@ -212,7 +212,7 @@ def cluster(redis_url: str) -> Iterator[int]:
 
 @pytest.mark.parametrize("broker_type", [RedisMessageBroker, RedisStreamMessageBroker])
 async def test_a_cluster_sends_and_does_not_subscribe(cluster: int, prefix: str, broker_type: Any) -> None:
-    """A cluster has no connection of which a subscription could take hold, and the error says so."""
+    """A cluster client has no connection for a subscription, and the error says so."""
     topic = Topic("notification_event", "user_joined")
 
     async def is_ready() -> bool:

@@ -16,7 +16,7 @@ from tests.integration.redis.helpers import Ears, eventually, listening, message
 
 
 async def test_a_cancelled_send_affects_no_other(proxy: FaultProxy, proxied_url: str, prefix: str) -> None:
-    """It ends at once, and the answers that come later still reach those they belong to."""
+    """The cancelled call ends at once, and later replies still reach the right callers."""
     async with listening(proxied_url, prefix), RedisMessageBroker.from_url(proxied_url, prefix) as broker:
 
         def publish(n: int) -> asyncio.Task[int]:
@@ -54,7 +54,7 @@ async def test_cancelling_the_call_that_connects(proxy: FaultProxy, proxied_url:
 async def test_a_cancelled_caller_leaves_its_room_to_the_next(
     proxy: FaultProxy, proxied_url: str, prefix: str, ears: Ears
 ) -> None:
-    """Cancelled in the moment in which it was given room, it does not take the room with it."""
+    """A call that is cancelled just when it gets a slot releases the slot."""
     async with RedisMessageBroker.from_url(proxied_url, prefix, max_in_flight=1) as broker:
 
         async def send_and_cancel_second() -> None:
@@ -153,7 +153,7 @@ async def test_closing_an_idle_broker_while_redis_is_dead(proxy: FaultProxy, pro
 
 
 async def test_closing_while_connecting(proxy: FaultProxy, proxied_url: str, prefix: str, ears: Ears) -> None:
-    """A connection that comes about after all is not kept, and whoever waited for it hears the truth."""
+    """A connection that is established late is closed, and its callers get the right error."""
     proxy.withhold(Flow.TO_CLIENT)
     async with Redis.from_url(proxied_url, max_connections=2) as client:
         brokers = RedisMessageBroker.from_url(proxied_url, prefix), RedisMessageBroker(client, prefix)

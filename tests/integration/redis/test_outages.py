@@ -35,7 +35,7 @@ async def test_redis_restarts_between_two_messages(private_redis: Service, prefi
 
 
 async def test_redis_is_down_for_a_while(private_redis: Service, prefix: str) -> None:
-    """What is sent while it is down is not sent, and said so in time; a program can start without Redis."""
+    """Sends fail in time while Redis is down, and are not sent later; a program can start without Redis."""
     async with RedisMessageBroker.from_url(private_redis.url, prefix, timeout=TIMEOUT) as broker:
         await asyncio.to_thread(private_redis.kill)
         sent = message()
@@ -73,7 +73,7 @@ async def test_a_frozen_redis(private_redis: Service, prefix: str) -> None:
 async def test_a_half_open_connection(
     proxy: FaultProxy, proxied: RedisMessageBroker, ears: Ears, flows: tuple[Flow, ...]
 ) -> None:
-    """The network swallows everything: first on the connection there is, then on each new one, until it heals."""
+    """The network loses all data: on the open connection, then on each new one, until it heals."""
     proxy.black_hole(*flows)
     async with promised():
         assert await send_all(proxied, *range(10)) == {OutcomeUnknown: 10}
@@ -103,7 +103,7 @@ async def test_refused_connections(proxy: FaultProxy, proxied: RedisMessageBroke
 async def test_a_connection_ends_with_messages_in_flight(
     *, proxy: FaultProxy, proxied_url: str, prefix: str, ears: Ears, end: Callable[[FaultProxy], None]
 ) -> None:
-    """Everybody hears at once that the outcome is unknown, and nothing is sent twice."""
+    """All callers get OutcomeUnknown at once, and nothing is sent twice."""
     async with RedisMessageBroker.from_url(proxied_url, prefix, timeout=3 * SLACK) as broker:
         proxy.withhold(Flow.TO_CLIENT)
         sends = asyncio.create_task(send_all(broker, *range(100)))
@@ -120,7 +120,7 @@ async def test_a_connection_ends_with_messages_in_flight(
 
 
 async def test_an_unwritten_message_is_not_sent(proxy: FaultProxy, proxied: RedisMessageBroker, ears: Ears) -> None:
-    """The connection is lost in the very turn of the event loop in which messages are sent."""
+    """The connection is lost in the same iteration of the event loop in which messages are sent."""
     proxy.withhold(Flow.TO_CLIENT)
     first = asyncio.create_task(send_all(proxied, 0))
     await asyncio.sleep(0.1)
@@ -137,8 +137,8 @@ async def test_an_unwritten_message_is_not_sent(proxy: FaultProxy, proxied: Redi
 
 
 async def test_every_result_is_true(proxy: FaultProxy, proxied: RedisMessageBroker, ears: Ears) -> None:
-    """Connections break at any moment: confirmed was heard once, not available never, unknown at most once."""
-    moments = random.Random(7)  # the same trouble each time
+    """Connections break at random: confirmed messages arrive once, unsent ones never, unknown ones at most once."""
+    moments = random.Random(7)  # the same moments in each run
     results: dict[int, type | None] = {}
 
     async def work(worker: int) -> None:
@@ -187,7 +187,7 @@ async def test_an_idle_connection_is_reset(proxy: FaultProxy, proxied: RedisMess
 
 
 async def test_a_script_keeps_redis_busy(private_redis: Service, prefix: str) -> None:
-    """Redis refuses for the moment: that says nothing against the message."""
+    """The refusal is temporary and not about the message."""
     async with Redis.from_url(private_redis.url, socket_timeout=None) as client:
         await client.config_set("busy-reply-threshold", 50)
         async with RedisMessageBroker.from_url(private_redis.url, prefix) as broker:
@@ -214,7 +214,7 @@ async def test_redis_takes_no_more_clients(private_redis: Service, prefix: str) 
 async def test_a_dead_connection_is_dropped_with_its_unwritten_bytes(
     proxy: FaultProxy, proxied_url: str, prefix: str
 ) -> None:
-    """A service that no longer reads does not keep a closed connection, and the bytes that wait for it, alive."""
+    """A closed connection and its unwritten bytes are released, even if the service no longer reads."""
 
     def established() -> int:
         rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()]

@@ -50,7 +50,7 @@ from tests.integration.redis.helpers import (
     ],
 )
 async def test_any_client_will_do(redis_url: str, prefix: str, ears: Ears, options: dict[str, Any]) -> None:
-    """The broker uses it beside the program and leaves it usable: before, meanwhile and after."""
+    """The program can use its client before, while and after the broker uses it."""
     async with Redis.from_url(redis_url, client_name=prefix, **options) as client:
         assert await client.ping()
         async with RedisMessageBroker(client, prefix) as broker:
@@ -82,7 +82,7 @@ async def test_a_small_pool(redis_url: str, prefix: str, ears: Ears, pool_type: 
 async def test_a_pool_of_one_connection(
     redis_url: str, prefix: str, ears: Ears, pool_type: type[ConnectionPool]
 ) -> None:
-    """The broker does not keep the only one to itself, and its callers do not take it from each other."""
+    """The broker returns the pool's only connection, and its callers share it."""
     async with Redis.from_pool(pool_type.from_url(redis_url, max_connections=1)) as client:
         async with RedisMessageBroker(client, prefix) as broker:
             assert await send_all(broker, *range(100)) == {None: 100}
@@ -112,7 +112,7 @@ async def test_a_pool_without_a_free_connection(redis_url: str, prefix: str, poo
 async def test_a_pooled_connection_that_redis_has_closed(
     redis_url: str, prefix: str, ears: Ears, protocol: int
 ) -> None:
-    """With RESP3, redis-py hands it out as if it were alive (its issue 4252)."""
+    """With RESP3, redis-py hands out the closed connection (its issue 4252)."""
     async with Redis.from_url(redis_url, protocol=protocol, client_name=prefix) as client:
         own = await client.client_id()
         await ears.client.client_kill_filter(_id=str(own))
@@ -136,7 +136,7 @@ async def test_closing_leaves_the_programs_connections_alone(redis_url: str, pre
 
 
 async def test_the_program_closes_its_client_too_early(redis_url: str, prefix: str, ears: Ears) -> None:
-    """That costs the connection in use, and no more."""
+    """Only the connection in use is lost."""
     client = Redis.from_url(redis_url, client_name=prefix)
     async with RedisMessageBroker(client, prefix) as broker:
         await broker.send_message(message(1))
@@ -199,7 +199,7 @@ async def test_a_fake_redis(prefix: str) -> None:
 
 
 async def test_a_client_with_commands_of_its_own(proxy: FaultProxy, proxied_url: str, prefix: str, ears: Ears) -> None:
-    """A subclass that does something to every command, tracing for example, is not gone around."""
+    """The broker does not bypass a subclass that changes every command, for example for tracing."""
     commands: list[object] = []
 
     class Traced(Redis):
@@ -221,7 +221,7 @@ async def test_a_client_with_commands_of_its_own(proxy: FaultProxy, proxied_url:
     assert sorted(await ears.numbers()) == list(range(12))
 
 
-# -- a slower way is announced -----------------------------------------------------------------------------------
+# -- the slow path is logged -------------------------------------------------------------------------------------
 
 
 def slower(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
@@ -288,7 +288,7 @@ async def test_an_ordinary_client_announces_nothing(
     assert slower(caplog) == []
 
 
-# -- what it is constructed with ---------------------------------------------------------------------------------
+# -- constructor arguments ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("broker_type", [RedisMessageBroker, RedisStreamMessageBroker])

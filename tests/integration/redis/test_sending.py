@@ -29,7 +29,7 @@ from tests.integration.redis.helpers import SLACK, Ears, connections, listening,
 
 @pytest.fixture
 def writes(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """What the process hands to the system with PUBLISH in it, each call by itself."""
+    """The data of each socket write that contains PUBLISH."""
     written: list[bytes] = []
     send = socket.socket.send
 
@@ -43,7 +43,7 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 async def test_channel_and_body(broker: RedisMessageBroker, ears: Ears, prefix: str) -> None:
-    """The channel says what it is about; the body is one JSON object of four keys."""
+    """The channel names the event; the body is one JSON object with four keys."""
     sent = Message.create(message_name="user_joined", payload={"user_id": 7, "name": "Zoë"})
 
     await broker.send_message(sent)
@@ -80,7 +80,7 @@ async def test_headers_and_key_travel_in_the_body(broker: RedisMessageBroker, ea
 
 
 async def test_a_message_that_is_too_large_is_not_sent(redis_url: str, prefix: str, ears: Ears) -> None:
-    """The limit is the length of the whole body, and itself still allowed."""
+    """The limit counts the whole body; a body of exactly that length is allowed."""
     async with RedisMessageBroker.from_url(redis_url, prefix) as unlimited:
         await unlimited.send_message(message(1))
     size = len((await ears.heard())[0][1])
@@ -101,7 +101,7 @@ async def test_messages_of_one_task_keep_their_order(broker: RedisMessageBroker,
 
 
 async def test_every_task_gets_its_own_receipts(broker: RedisMessageBroker, ears: Ears) -> None:
-    """Fifty tasks at once: each send its own answer, everything delivered once, the order of each task kept."""
+    """With fifty tasks each send gets its own reply, each message arrives once, and each task's order is kept."""
 
     async def work(worker: int) -> list[int]:
         receipts = []
@@ -152,7 +152,7 @@ async def test_several_messages_go_out_in_their_order(broker: RedisMessageBroker
 async def test_several_messages_keep_their_order_where_there_is_no_room(
     redis_url: str, prefix: str, ears: Ears, max_in_flight: int, others: int
 ) -> None:
-    """More messages than may be in flight: first with a connection that is yet to be made, then with one there is."""
+    """More messages than may be in flight: first while the connection is being opened, then with an open one."""
 
     async def send_others() -> None:
         for _ in range(100):
@@ -195,7 +195,7 @@ async def test_concurrent_callers_share_a_connection_and_its_writes(
 
 
 async def test_a_lone_message_is_not_delayed(broker: RedisMessageBroker, writes: list[bytes]) -> None:
-    """It is written in the turn of the event loop in which it is sent."""
+    """It is written in the iteration of the event loop in which it is sent."""
     for _ in range(3):
         send = asyncio.create_task(broker.send_message(message()))
         await asyncio.sleep(0)
@@ -206,7 +206,7 @@ async def test_a_lone_message_is_not_delayed(broker: RedisMessageBroker, writes:
 
 
 async def test_messages_in_flight_are_bounded(proxy: FaultProxy, proxied_url: str, prefix: str, ears: Ears) -> None:
-    """While no answer comes, no more than `max_in_flight` messages reach Redis; the others wait and then go."""
+    """While Redis does not respond, at most `max_in_flight` messages reach it; the others are sent afterwards."""
     async with RedisMessageBroker.from_url(proxied_url, prefix, max_in_flight=4) as broker:
         proxy.withhold(Flow.TO_CLIENT)
         sends = asyncio.gather(*(broker.send_message(message(n)) for n in range(20)))
@@ -243,7 +243,7 @@ async def test_bytes_in_flight_are_bounded(proxy: FaultProxy, proxied_url: str, 
 async def test_waiting_for_room_counts_for_the_timeout(
     proxy: FaultProxy, proxied_url: str, prefix: str, ears: Ears
 ) -> None:
-    """A call ends within one timeout, whatever it has spent its time on: room, a connection, the answer."""
+    """A call ends within one timeout, including the wait for a slot, for a connection and for the reply."""
     async with RedisMessageBroker.from_url(proxied_url, prefix, timeout=3, max_in_flight=1) as broker:
 
         async def send_and_withhold() -> None:
@@ -282,7 +282,7 @@ async def test_connecting_counts_for_the_timeout(proxy: FaultProxy, proxied_url:
 async def test_a_request_is_done_even_if_redis_is_away(
     proxy: FaultProxy, proxied: RedisMessageBroker, ears: Ears, count: int
 ) -> None:
-    """The error has the answer and the events; sent again, they are the same messages."""
+    """The error has the response and the events; resent, they are the same messages."""
 
     class UserJoined(NotificationEvent):
         pass

@@ -29,7 +29,7 @@ COUNTED = Topic("notification_event", "Counted")
 ONCE = RetryPolicy(immediate_retries=0, delayed_retries=0)
 RECONNECT = ReconnectPolicy(connect_timeout=1, idle_timeout=0.3, probe_timeout=0.3, max_delay=0.3)
 SLACK = 20.0
-"""How much later than promised a busy machine may be."""
+"""Seconds that a busy machine may need in addition; a longer wait means that something hangs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def number_of(delivery) -> int:
 
 
 async def take(deliveries, count, *, within=30.0) -> list[int]:
-    """Take and acknowledge *count*; what they say."""
+    """Take and acknowledge *count* deliveries, and return their numbers."""
     numbers = []
     async with asyncio.timeout(within):
         for _ in range(count):
@@ -106,12 +106,12 @@ async def take(deliveries, count, *, within=30.0) -> list[int]:
 
 async def eventually(holds, *, within=30.0) -> None:
     async with asyncio.timeout(within):
-        while not await holds():  # noqa: ASYNC110  # no event tells what Redis knows
+        while not await holds():  # noqa: ASYNC110  # Redis sends no event for it
             await asyncio.sleep(0.01)
 
 
 async def flows_again(broker, deliveries, *, within=30.0) -> None:
-    """Send until something sent from now on comes."""
+    """Send messages until one of them arrives."""
     async with asyncio.timeout(within):
         number = 1_000_000
         while True:
@@ -125,7 +125,7 @@ async def flows_again(broker, deliveries, *, within=30.0) -> None:
             return
 
 
-# -- what comes --------------------------------------------------------------------------------------------------
+# -- deliveries --------------------------------------------------------------------------------------------------
 
 
 async def test_on_entry_it_is_ready(broker) -> None:
@@ -136,7 +136,7 @@ async def test_on_entry_it_is_ready(broker) -> None:
 
 
 async def test_several_topics_and_subscriptions(broker) -> None:
-    """Everybody gets everything of what he asked for, and nothing else, in the order of sending."""
+    """Each subscription receives all messages of its topics, and no others, in order."""
     topics = one, two, other = [Topic("notification_event", name) for name in ("one", "two:three", "one:two")]
     async with broker.subscribe([one, two]) as first, broker.subscribe(topics) as second:
         for number in range(30):
@@ -175,7 +175,7 @@ async def test_groups_are_refused_with_the_remedy(broker) -> None:
     ids=str,
 )
 async def test_clients_of_the_program(make, redis_url, options) -> None:
-    """Also when nothing comes for a while, and the service is asked whether it is still there."""
+    """They work too when no message arrives for a while and the connection is probed."""
     gaps = []
     async with Redis.from_url(redis_url, **options) as client:
         broker = await make(client)
@@ -190,11 +190,11 @@ async def test_clients_of_the_program(make, redis_url, options) -> None:
     assert gaps == []
 
 
-# -- what is missed ----------------------------------------------------------------------------------------------
+# -- gaps --------------------------------------------------------------------------------------------------------
 
 
 async def test_a_slow_reader_is_dropped(make, private_redis, prefix) -> None:
-    """Redis drops it without a word. It is told, from before what was missed, and the subscription lives on."""
+    """Redis closes its connection. The gap begins before the first missed message, and the subscription goes on."""
     gaps, body = [], json.dumps({"payload": {"number": 0}, "filling": "x" * 100_000})
     async with Redis.from_url(private_redis.url) as admin:
         await admin.config_set("client-output-buffer-limit", "pubsub 200000 0 0")
@@ -211,7 +211,7 @@ async def test_a_slow_reader_is_dropped(make, private_redis, prefix) -> None:
 
 
 async def test_a_half_open_connection(make, proxy, proxied_url, broker) -> None:
-    """Noticed by silence. The gap begins before what was missed, although nobody knew of it then."""
+    """The idle timeout detects it. The gap begins before the first missed message."""
     gaps = []
     reader = await make(proxied_url)
     async with reader.subscribe([COUNTED], on_gap=gaps.append) as deliveries:
@@ -245,7 +245,7 @@ async def test_an_outage_longer_than_the_retries_of_the_client(make, proxy, prox
 
     [gap] = gaps
     assert before <= gap.since <= gap.until <= datetime.now(UTC)
-    assert 2 <= (gap.until - gap.since).total_seconds() < 2 + 1 + SLACK  # from when it was last heard
+    assert 2 <= (gap.until - gap.since).total_seconds() < 2 + 1 + SLACK  # since the last data from Redis
 
 
 async def test_a_restart_of_the_service(make, private_redis) -> None:
@@ -261,7 +261,7 @@ async def test_a_restart_of_the_service(make, private_redis) -> None:
 
 @pytest.mark.parametrize("how", ["CLIENT KILL", "RST", "FIN"])
 async def test_a_connection_that_is_ended(*, make, proxy, proxied_url, broker, admin, prefix, how) -> None:
-    """Again and again: one gap each, and one connection at any time."""
+    """Each loss reports one gap, and there is one connection at any time."""
     gaps = []
     reader = await make(proxied_url)
 
@@ -324,7 +324,7 @@ async def test_handlers_that_fail_or_sleep_affect_no_others(broker) -> None:
 
 
 async def test_foreign_garbage(broker, admin, prefix, caplog) -> None:
-    """Each is given up with a reason, nothing of it is in the log, and the next message is handled."""
+    """Each is dropped with a reason, the log does not contain its data, and the next message is handled."""
     handled, reasons = [], []
 
     async def handle(event: Counted) -> None:
@@ -351,7 +351,7 @@ async def test_foreign_garbage(broker, admin, prefix, caplog) -> None:
 
 
 async def until_subscribed(broker) -> None:
-    """Something that nobody can handle, until somebody hears it."""
+    """Publish messages that no handler accepts, until a subscriber receives one."""
 
     async def heard() -> bool:
         client = broker._client
@@ -368,7 +368,7 @@ async def connected(admin, prefix) -> int:
 
 
 async def test_ending_under_traffic(broker, admin, prefix) -> None:
-    """At once, whatever arrives meanwhile, and no connection stays."""
+    """The subscription ends at once although messages arrive, and leaves no connection open."""
     before, stop = await connected(admin, prefix), asyncio.Event()
 
     async def publish() -> None:
@@ -415,7 +415,7 @@ async def test_ending_in_an_outage(*, make, proxy, proxied_url, broker, admin, p
 
 @pytest.mark.parametrize("own_client", [False, True])
 async def test_closing_the_broker_ends_the_subscription(make, redis_url, own_client) -> None:
-    """Whoever's the client is."""
+    """It ends with the program's own client too."""
     async with Redis.from_url(redis_url) as client:
         broker = await make(client if own_client else redis_url)
         async with broker.subscribe([COUNTED]) as deliveries:

@@ -17,7 +17,7 @@ from tests.integration.redis_streams.helpers import LEASE, LONG, TIMEOUT
 
 @pytest.fixture
 def quick(monkeypatch) -> None:
-    """Look often for what others left behind, and for what is due."""
+    """Look often for expired leases and for due messages."""
     monkeypatch.setattr(_subscription, "SCAN_EVERY", 0.1)
 
 

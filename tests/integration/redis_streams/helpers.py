@@ -1,4 +1,4 @@
-"""What the tests of Redis Streams share."""
+"""Helpers of the tests of Redis Streams."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ LONG = 60.0
 TIMEOUT = 2.0
 
 SLACK = 20.0
-"""How much later than promised a busy machine may be."""
+"""Seconds that a busy machine may need in addition; a longer wait means that something hangs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ async def take(deliveries, count, *, within=30.0) -> list[Delivery]:
 
 
 async def acked(deliveries, count, *, within=30.0) -> list[int]:
-    """Take and acknowledge *count* of them; what they say."""
+    """Take and acknowledge *count* deliveries, and return their numbers."""
     numbers = []
     async with asyncio.timeout(within):
         for _ in range(count):
@@ -88,7 +88,7 @@ async def consuming(broker, handle, **options):
 
 async def eventually(holds, *, within=30.0) -> None:
     async with asyncio.timeout(within):
-        while not await holds():  # noqa: ASYNC110  # no event tells what Redis knows
+        while not await holds():  # noqa: ASYNC110  # Redis sends no event for it
             await asyncio.sleep(0.01)
 
 

@@ -33,7 +33,7 @@ from tests.integration.redis_streams.helpers import (
 
 
 async def test_a_quiet_stream_is_not_a_broken_connection(make, redis_url, admin, prefix, broker) -> None:
-    """Whatever the client's timeout: reads block for longer, or no longer, and none is given up."""
+    """No read fails, whether the client's timeout is shorter or longer than a blocking read."""
 
     async def connections() -> set[str]:
         return {each["id"] for each in await admin.client_list() if each["name"] == prefix}
@@ -54,7 +54,7 @@ async def test_a_quiet_stream_is_not_a_broken_connection(make, redis_url, admin,
         await asyncio.sleep(8)
 
         assert await connections() == before
-        assert len(before) == 8  # one that reads and one for the rest, each
+        assert len(before) == 8  # each broker has one that reads and one for commands
         await send(broker, 1)
         for deliveries in everyone:
             assert await acked(deliveries, 1) == [1]
@@ -91,7 +91,7 @@ async def test_the_stream_is_deleted_while_it_is_read(*, make, private_redis, pr
 async def test_a_connection_that_breaks_loses_nothing(
     *, make, proxy, proxied_url, broker, admin, stream, fault
 ) -> None:
-    """In the middle of replies too. What was on its way then comes again when the lease is over."""
+    """Connections break in the middle of replies too. Messages in flight are redelivered when their lease expires."""
     got = Counter()
     reader = await make(proxied_url)
 
@@ -132,7 +132,7 @@ async def test_a_connection_that_breaks_loses_nothing(
 
 
 async def test_messages_in_flight_are_delivered_by_the_next_connection(make, proxy, proxied_url, broker) -> None:
-    """It is this member's already: nobody has to wait until its own lease is over."""
+    """The message is pending for this consumer already, so it is not delayed by its lease."""
     reader = await make(proxied_url, lease=LONG)
     async with subscribed(reader) as deliveries:
         await asyncio.sleep(0.1)
@@ -148,7 +148,7 @@ async def test_messages_in_flight_are_delivered_by_the_next_connection(make, pro
 async def test_messages_in_flight_are_delivered_although_claiming_them_fails_once(
     *, make, proxy, proxied_url, admin, stream, monkeypatch
 ) -> None:
-    """The next connection breaks too, when the first of two was fetched. It must not count as given out for ever."""
+    """The next connection breaks too, after it claimed the first of two, which must not occupy a slot forever."""
     execute, claims = CommandConnection.execute, 0
 
     async def fail_once(self, *command, **options):
@@ -164,7 +164,7 @@ async def test_messages_in_flight_are_delivered_although_claiming_them_fails_onc
     async with subscribed(reader, prefetch=1) as deliveries:
         await asyncio.sleep(0.1)
         proxy.withhold(Flow.TO_CLIENT)
-        async with admin.pipeline(transaction=True) as both:  # so that one reply has them
+        async with admin.pipeline(transaction=True) as both:  # so that both are in one reply
             for number in (1, 2):
                 both.xadd(stream, {"body": encode(message(number), max_bytes=1000)})
             await both.execute()
@@ -187,7 +187,7 @@ async def test_entering_has_a_time_limit(make, proxy, proxied_url) -> None:
 
 @pytest.mark.parametrize("outage", ["refuse", "black_hole"])
 async def test_the_end_is_bounded_in_an_outage(make, proxy, proxied_url, broker, outage) -> None:
-    """One timeout for all that is left to say."""
+    """One timeout limits all remaining commands."""
     reader = await make(proxied_url)
     topics = [COUNTED, *(Topic("notification_event", f"other-{n}") for n in range(5))]
     async with subscribed(reader, *topics) as deliveries:

@@ -76,7 +76,7 @@ async def test_consumers_share_messages_and_groups_do_not(make, redis_url, broke
 
 
 async def test_one_consumer_receives_in_order(*, make, proxy, proxied_url, broker) -> None:
-    """Of the first deliveries, also over connections that break."""
+    """The order holds for first deliveries, over broken connections too."""
     reader = await make(proxied_url, lease=LONG)
     order = []
     async with subscribed(reader) as deliveries:
@@ -86,14 +86,14 @@ async def test_one_consumer_receives_in_order(*, make, proxy, proxied_url, broke
             if first in (100, 300):
                 await asyncio.sleep(0.1)
                 proxy.cut()
-                await asyncio.sleep(0.1)  # what Redis gives to a connection that is gone comes later
+                await asyncio.sleep(0.1)  # messages that Redis sent to a dead connection arrive later
         order += await acked(deliveries, 250)
 
     assert order == [*range(500)]
 
 
 async def test_leaving_with_pending_work_loses_nothing(patient, admin, stream) -> None:
-    """Others get it at once, not when the lease is over. Who leaves with nothing is forgotten; who held much, later."""
+    """Others get the messages before the lease expires. A consumer that held none is removed at once, others later."""
     await send(patient, *range(20))
     async with subscribed(patient) as others:
         async with subscribed(patient) as deliveries:
@@ -107,7 +107,7 @@ async def test_leaving_with_pending_work_loses_nothing(patient, admin, stream) -
 
 
 async def test_a_broker_that_is_closed_leaves_first(make, redis_url, patient, admin, stream) -> None:
-    """What was acknowledged a moment ago is told, and the rest is others' at once, though the context goes on."""
+    """The last acknowledgements are sent, and others get the rest at once, although the context goes on."""
     other = await make(redis_url, lease=LONG)
     await send(patient, *range(10))
     async with subscribed(other, prefetch=2) as deliveries:
@@ -145,7 +145,7 @@ async def test_a_prefetched_message_does_not_count_as_an_attempt(patient, admin,
     for _ in range(3):
         async with subscribed(patient) as deliveries:
             async with asyncio.timeout(30):
-                while not deliveries._received:  # noqa: ASYNC110  # it is only looked at
+                while not deliveries._received:  # noqa: ASYNC110  # nothing is received
                     await asyncio.sleep(0.01)
     async with subscribed(patient) as deliveries:
         [delivery] = await take(deliveries, 1)
@@ -155,7 +155,7 @@ async def test_a_prefetched_message_does_not_count_as_an_attempt(patient, admin,
 
 
 async def test_leaving_under_traffic_strands_nothing(make, redis_url, patient, admin, stream) -> None:
-    """Nor what Redis gave to the reader that was just going."""
+    """Messages that Redis sends to a leaving consumer are not lost either."""
     got, sent, stop = Counter(), 0, asyncio.Event()
 
     async def publish() -> None:
@@ -184,7 +184,7 @@ async def test_leaving_under_traffic_strands_nothing(make, redis_url, patient, a
 
 
 async def test_leaving_one_topic_that_is_gone_leaves_the_others_too(patient, admin, prefix) -> None:
-    """A stream that was deleted keeps nobody from what was held of another."""
+    """A deleted stream does not delay the pending messages of another."""
     gone, kept = Topic("notification_event", "gone"), Topic("notification_event", "kept")
     async with subscribed(patient, gone, kept) as deliveries:
         await patient.send_message(message(1, kept))

@@ -27,7 +27,7 @@ from tests.integration.redis_streams.helpers import (
 
 
 async def test_another_consumer_claims_the_messages_of_a_dead_one(*, make, proxy, proxied_url, broker, admin, stream):
-    """Within the lease and two looks. A member that was only cut off does not take it back when it returns."""
+    """It takes the lease and two scans. A consumer that was only disconnected does not claim them back."""
     cut_off = await make(proxied_url)
     async with subscribed(cut_off) as deliveries, subscribed(broker) as others:
         await asyncio.sleep(0.1)
@@ -55,7 +55,7 @@ async def test_another_consumer_claims_the_messages_of_a_dead_one(*, make, proxy
 
 
 async def test_a_long_handler_keeps_its_lease(make, redis_url, broker, admin, stream) -> None:
-    """And so does what waits behind it: three leases long, and each is handled once."""
+    """Messages behind it keep theirs too: for three leases, and each is handled once."""
     handled = Counter()
 
     def handle(event):
@@ -86,7 +86,7 @@ async def test_a_lost_lease_is_not_stolen_back(make, redis_url, admin, stream) -
 
 @pytest.mark.usefixtures("quick")
 async def test_messages_behind_many_pending_ones_are_found(*, make, redis_url, broker, admin, stream) -> None:
-    """Redis looks at ten pending entries for each that is asked for; behind them is more."""
+    """XAUTOCLAIM looks at ten pending entries for each one that it is asked for; there are more behind them."""
     reader = await make(redis_url, extra_prefetch=0)
     await admin.xgroup_create(stream, "billing", "0", mkstream=True)
     await send(broker, *range(31))
@@ -109,7 +109,7 @@ async def test_messages_behind_many_pending_ones_are_found(*, make, redis_url, b
 
 @pytest.mark.usefixtures("quick")
 async def test_claimed_messages_are_not_lost_if_claiming_fails(*, make, redis_url, admin, stream, monkeypatch):
-    """The connection breaks between taking over and hearing how often each was delivered."""
+    """The connection breaks between claiming and the reply with the delivery counts."""
     broker = await make(redis_url)
     await send(broker, 1, 2, 3)
     await admin.xgroup_create(stream, "billing", "0")
@@ -133,7 +133,7 @@ async def test_claimed_messages_are_not_lost_if_claiming_fails(*, make, redis_ur
 async def test_a_message_acknowledged_during_a_takeover_is_dropped(
     *, make, redis_url, admin, stream, monkeypatch, caplog
 ) -> None:
-    """Its old owner was late, and not dead."""
+    """Its previous consumer was slow, not dead."""
     execute = CommandConnection.execute
 
     async def acknowledged_first(self, *command, **options):
@@ -156,7 +156,7 @@ async def test_a_message_acknowledged_during_a_takeover_is_dropped(
 async def test_a_message_that_could_not_be_settled_is_redelivered(
     *, make, proxy, proxied_url, broker, admin, stream, outcome
 ) -> None:
-    """It failed while the service was away. It is nobody's then, and must not stay this member's for ever."""
+    """Settling failed while Redis was away. The message must not stay pending for this consumer forever."""
     reader = await make(proxied_url)
     async with subscribed(reader) as deliveries:
         await send(broker, 1)

@@ -1,4 +1,4 @@
-"""What a Redis server keeps is asked of the server: before a promise is made of it, and by the audit."""
+"""The broker and the audit ask the Redis server whether it persists messages."""
 
 import asyncio
 import re
@@ -19,7 +19,7 @@ STORED = Capabilities(durability="crash")
 
 @pytest.fixture
 async def server(private_redis):
-    """A Redis of this test's own, to be set as it likes; it begins with `appendonly yes` and no snapshots."""
+    """A private Redis that the test may configure; it starts with `appendonly yes` and without snapshots."""
     async with Redis.from_url(private_redis.url, protocol=2) as client:
         yield client
 
@@ -68,7 +68,7 @@ async def test_a_promise_that_the_server_does_not_keep_is_refused(server, url, s
 
 
 async def test_a_promise_holds(url, private_redis):
-    """What was confirmed is there after the death of the process."""
+    """Confirmed messages survive the death of the process."""
     async with RedisStreamMessageBroker.from_url(url, durability="crash") as broker:
         sent = [message() for _ in range(100)]
         await broker.send_messages(sent)
@@ -107,7 +107,7 @@ async def test_a_server_that_is_set_well_has_no_findings(url):
 
 
 async def test_missing_permission_is_a_finding(server, url):
-    """Managed services keep their configuration to themselves."""
+    """Managed services do not allow CONFIG GET."""
     await server.acl_setuser("app", enabled=True, passwords=["+secret"], keys="*", commands=["+@all", "-config"])
     async with RedisStreamMessageBroker.from_url(url.replace("//", "//app:secret@")) as broker:
         [finding] = await audit(broker, requires=STORED)
@@ -116,12 +116,12 @@ async def test_missing_permission_is_a_finding(server, url):
 
 
 async def test_followers_that_need_not_have_a_message_are_a_finding(url):
-    """A failover goes to one of them."""
+    """A failover promotes one of them."""
     address = urlsplit(url)
     _, follower = await asyncio.open_connection(address.hostname, address.port)
     follower.write(b"PSYNC ? -1\r\n")
     async with RedisStreamMessageBroker.from_url(url) as broker:
-        while not (problems := [finding.problem for finding in await audit(broker)]):  # noqa: ASYNC110  # only asking tells
+        while not (problems := [finding.problem for finding in await audit(broker)]):  # noqa: ASYNC110  # only an audit shows it
             await asyncio.sleep(0.01)
     follower.close()
     await follower.wait_closed()
@@ -131,7 +131,7 @@ async def test_followers_that_need_not_have_a_message_are_a_finding(url):
 
 
 async def test_a_temporary_refusal_may_be_resent(server, url):
-    """As long as the replicas that the audit asks for are away, it refuses every write."""
+    """While the replicas that the audit recommends are away, Redis refuses every write."""
     async with RedisStreamMessageBroker.from_url(url) as broker:
         await server.config_set("min-replicas-to-write", "1")
         with pytest.raises(BrokerUnavailable, match="NOREPLICAS"):

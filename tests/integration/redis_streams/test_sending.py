@@ -41,7 +41,7 @@ async def test_headers_and_key_are_fields(broker, admin, stream) -> None:
 
 @pytest.mark.parametrize("name", ["body", "again", "message_id", "", "diator-dlq-reason"])
 async def test_a_header_of_any_name(broker, name) -> None:
-    """What a program calls its headers is its own affair, and never takes the place of the message."""
+    """A program may choose any header names; they never replace a field of the message."""
     await broker.send_message(sent := message(1, headers={name: "said"}))
 
     async with subscribed(broker) as deliveries:
@@ -65,7 +65,7 @@ async def test_a_header_of_any_name(broker, name) -> None:
 )
 @pytest.mark.usefixtures("quick")
 async def test_replies_have_another_shape_for_each_client(*, make, redis_url, admin, stream, options) -> None:
-    """Reading, settling, taking over and trimming, with a client of the program's."""
+    """Reading, settling, claiming and trimming work with the program's own client."""
     async with Redis.from_url(redis_url, **options) as client, AsyncExitStack() as stack:
         broker = await make(client, retention=0.0)
         await send(broker, 1, 2, 3)
@@ -94,7 +94,7 @@ async def test_replies_have_another_shape_for_each_client(*, make, redis_url, ad
 
 @pytest.mark.parametrize("own_client", [False, True])
 async def test_an_entry_is_not_appended_twice(*, make, proxy, proxied_url, admin, stream, own_client) -> None:
-    """The answer is lost: that is what the caller hears, even if the client would have tried again."""
+    """The reply is lost, and the caller gets OutcomeUnknown even if the client would retry."""
     retry = Retry(ConstantBackoff(0.01), 5)
     async with Redis.from_url(proxied_url, socket_timeout=0.2, retry=retry) as client:
         broker = await make(client if own_client else proxied_url)

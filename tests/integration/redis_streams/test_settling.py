@@ -52,7 +52,7 @@ async def test_acknowledgements_travel_together(make, private_redis, stream) -> 
 
 @pytest.mark.usefixtures("quick")
 async def test_a_retry_comes_when_it_is_due(broker, admin, stream) -> None:
-    """Not before, as the next attempt, with all that it was sent with, to whoever is there then."""
+    """It is not redelivered before, has the next attempt number and all its data, and goes to any consumer."""
     await broker.send_message(sent := message(1, key="meeting-7", headers={"a": "b", "c": "d"}))
     failed = 0.0
     for attempt in range(1, 6):
@@ -71,7 +71,7 @@ async def test_a_retry_comes_when_it_is_due(broker, admin, stream) -> None:
 
 @pytest.mark.usefixtures("quick")
 async def test_messages_of_a_dead_consumer_are_claimed_as_slots_free_up(broker, admin, stream) -> None:
-    """One of it may be what killed that member. What has not been begun is not to be counted with it."""
+    """One of them may have crashed that consumer. Messages that it had not started are not charged an attempt."""
     await send(broker, *range(10))
     await admin.xgroup_create(stream, "billing", "0")
     await admin.xreadgroup("billing", "dead", {stream: ">"}, count=10)
@@ -106,7 +106,7 @@ async def test_settling_too_late_has_no_effect(broker, admin, stream, late) -> N
 
 
 async def test_a_retry_without_a_delay_waits_for_nothing(broker, admin, stream, monkeypatch) -> None:
-    """Not even for the next look at what is due."""
+    """It does not wait for the next scan for due messages."""
     monkeypatch.setattr(_subscription, "SCAN_EVERY", 3.0)
     async with subscribed(broker) as deliveries:
         await send(broker, 1)
@@ -134,7 +134,7 @@ async def test_a_crash_after_a_retry_counts_too(broker, admin, stream) -> None:
 
 
 async def test_many_retries_that_are_due_at_once_come_at_once(broker) -> None:
-    """Whatever made so many fail at the same time, they do not come back one hundred a second."""
+    """Many messages that failed together are not redelivered at only a hundred a second."""
     async with subscribed(broker, prefetch=500) as deliveries:
         await send(broker, *range(500))
         for delivery in await take(deliveries, 500):
@@ -145,7 +145,7 @@ async def test_many_retries_that_are_due_at_once_come_at_once(broker) -> None:
 
 @pytest.mark.usefixtures("quick")
 async def test_messages_of_one_content_are_retried_one_by_one(broker) -> None:
-    """Two that are the same to the last byte are two, also while they wait."""
+    """Two identical messages stay two while they wait."""
     twice = message(1)
     async with subscribed(broker) as deliveries:
         await broker.send_messages([twice, twice])
@@ -172,7 +172,7 @@ async def test_topics_of_which_one_is_a_prefix_of_the_other(broker, admin, prefi
 
 @pytest.mark.usefixtures("quick")
 async def test_a_failing_message_is_dead_lettered_once(make, redis_url, broker, admin, stream) -> None:
-    """After exactly so many attempts, by two consumers: with reason and origin, and the original acknowledged."""
+    """After the exact number of attempts, by two consumers, with reason and origin; the original is acknowledged."""
     handled, attempts = Counter(), []
 
     def handle(event):
@@ -232,7 +232,7 @@ async def test_a_failing_message_is_dead_lettered_once(make, redis_url, broker, 
 )
 @pytest.mark.usefixtures("quick")
 async def test_a_foreign_entry_is_dead_lettered(broker, admin, stream, fields, caplog) -> None:
-    """With a reason, as it was; what comes with it and after it is handled."""
+    """It keeps its body and gets a reason; messages beside and behind it are handled."""
     handled, reasons = [], []
     foreign = await admin.xadd(stream, fields)
     await send(broker, 1)

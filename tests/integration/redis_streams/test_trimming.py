@@ -23,7 +23,7 @@ from tests.integration.redis_streams.helpers import (
 
 
 async def test_a_message_trimmed_before_it_was_handled(*, make, proxy, proxied_url, broker, admin, stream, caplog):
-    """Somebody else's XTRIM, on a group that lags: said loudly, and life goes on."""
+    """Another program's XTRIM on a lagging group is logged as an error, and the subscription goes on."""
     gone = await make(proxied_url, extra_prefetch=0)
     async with subscribed(gone, prefetch=5) as deliveries:
         await send(broker, *range(20))
@@ -47,7 +47,7 @@ async def test_a_message_trimmed_before_it_was_handled(*, make, proxy, proxied_u
 
 @pytest.mark.usefixtures("quick")
 async def test_retention_removes_messages_that_every_group_has_finished(make, redis_url, admin, stream) -> None:
-    """And nothing else: not what a group has yet to read, nor what a member holds."""
+    """It removes nothing else: neither unread nor pending messages."""
     broker = await make(redis_url, lease=LONG, retention=0.2)
     await admin.xgroup_create(stream, "slow", "0", mkstream=True)
     await send(broker, *range(10))
@@ -134,7 +134,7 @@ async def test_no_more_than_prefetch_are_given_out_and_not_settled(patient) -> N
 
 @pytest.mark.usefixtures("quick")
 async def test_settled_deliveries_leave_nothing_behind(broker, admin, stream) -> None:
-    """However it was settled."""
+    """Each way of settling counts."""
     async with subscribed(broker) as deliveries:
         await send(broker, *range(300))
         async with asyncio.timeout(60):
