@@ -96,3 +96,20 @@ async def test_after_close_nothing_is_cancelled():
     deadlines.close()
 
     await task
+
+
+async def test_a_deadline_is_entered_again_and_again_and_each_block_has_its_own_time():
+    deadline = Deadlines(0.05).limit(running())
+    for _ in range(3):
+        with deadline:
+            await asyncio.sleep(0.03)
+
+    for _ in range(2):
+        with pytest.raises(TimeoutError), deadline:
+            await asyncio.sleep(10)
+    await asyncio.sleep(0.1)  # outside of a block nothing is cancelled
+
+    running().cancel()
+    with pytest.raises(asyncio.CancelledError), deadline:
+        await asyncio.sleep(0)  # cancelled by other code, and not a timeout because an earlier block was one
+    running().uncancel()

@@ -15,7 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diator.brokers import Message
-from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode, headers_with_key, payload_decoder, payload_encoder
+from diator.brokers.codec import (
+    MAX_MESSAGE_BYTES,
+    decode,
+    decode_envelope,
+    encode,
+    headers_with_key,
+    payload_decoder,
+    payload_encoder,
+)
 from diator.events import ECSTEvent, EventEmitter, NotificationEvent
 from diator.exceptions import DecodingError, EncodingError, MessageTooLarge
 from tests.unit.doubles import Recorder
@@ -160,6 +168,19 @@ def test_headers_of_the_service_take_precedence_over_headers_in_the_body():
     message = decode(encode(HEADERS, headers_in_body=True), headers={"trace": "0-2", "key": "8"})
 
     assert (message.headers, message.key) == ({"trace": "0-2"}, "8")
+
+
+@pytest.mark.parametrize("in_service", [{}, {"key": "of the service"}, {"key": "", "trace": "t"}, {"trace": "t"}])
+@pytest.mark.parametrize("in_body", [None, {"key": "of the body"}, {"other": "o"}])
+def test_an_envelope_has_what_the_message_has(in_service, in_body):
+    headers = {} if in_body is None else {"headers": in_body}
+    body = json.dumps({"message_type": "t", "message_name": "N", "message_id": str(EVENT_ID), "payload": {}, **headers})
+
+    message = decode(body.encode(), headers=in_service)
+    envelope = decode_envelope(body.encode(), max_bytes=MAX_MESSAGE_BYTES, headers=in_service)
+
+    fields = ("message_type", "message_name", "message_id", "payload_json", "key")
+    assert [getattr(envelope, name) for name in fields] == [getattr(message, name) for name in fields]
 
 
 def test_unknown_keys_are_ignored():

@@ -804,3 +804,17 @@ async def test_at_most_prefetch_deliveries_are_handed_out_and_unsettled():
 def test_a_prefetch_below_one_is_refused():
     with pytest.raises(ConfigurationError, match="prefetch"):
         Service().supervised(prefetch=0)
+
+
+async def test_without_waiting_only_what_may_be_handed_out_is_received():
+    service = Service()
+    async with service.supervised(prefetch=2, buffer_size=4) as deliveries:
+        assert deliveries.receive_nowait() is None
+        service.links[0].put(1, 2, 3)
+        await asyncio.sleep(0.01)
+        deliveries.unsettled = 3
+
+        assert [int(deliveries.receive_nowait().body) for _ in range(2)] == [1, 2]
+        assert deliveries.receive_nowait() is None
+        deliveries.unsettled -= 2
+    assert deliveries.receive_nowait() is None

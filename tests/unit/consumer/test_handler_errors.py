@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from diator.container import Container
-from diator.events import EventEmitter, Events
+from diator.events import EventEmitter, EventHandler, Events
 from diator.exceptions import (
     BrokerUnavailable,
 )
@@ -36,6 +36,51 @@ async def test_raised_events_are_handled_and_sent_before_the_acknowledgement():
     await consume(broker, raising, on_noticed)
 
     assert broker.log == ["noticed", ("send", "MeetingChanged"), ("ack",)]
+
+
+class OnJoined(EventHandler[UserJoined]):
+    """A class. Alone and without middlewares it is called in one coroutine, otherwise in several."""
+
+    error: Exception | None = None
+
+    async def handle(self, event: UserJoined) -> None:
+        self.events.extend([Noticed(), MeetingChanged()])
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("middlewares", [[], [BaseMiddleware()]], ids=["alone", "with a middleware"])
+async def test_a_handler_class_raises_events_too(middlewares):
+    async def on_noticed(event: Noticed, events: Events) -> None:
+        broker.log.append("noticed")
+        events.append(Greeted())
+
+    broker = Scripted(body_of(JOIN))
+    await consume(broker, OnJoined, on_noticed, middlewares=middlewares)
+
+    assert broker.log == ["noticed", ("send", "MeetingChanged"), ("ack",)]
+
+
+@pytest.mark.parametrize("middlewares", [[], [BaseMiddleware()]], ids=["alone", "with a middleware"])
+async def test_a_handler_class_that_fails_is_named_and_sends_nothing(middlewares):
+    class Failing(OnJoined):
+        error = LookupError()
+
+    broker = Scripted(body_of(JOIN))
+    [handled] = await consume(broker, Failing, retry=ONCE, middlewares=middlewares)
+
+    assert [what for what, *_ in broker.log] == ["dead_letter"]
+    assert handled.error is Failing.error
+    [note] = handled.error.__notes__
+    assert "Failing, which handles UserJoined" in note
+
+
+@pytest.mark.parametrize("middlewares", [[], [BaseMiddleware()]], ids=["alone", "with a middleware"])
+async def test_if_sending_what_a_handler_class_raised_fails_the_delivery_is_retried(middlewares):
+    broker = Scripted(body_of(JOIN), failing={"send": BrokerUnavailable("it is away")})
+    [handled] = await consume(broker, OnJoined, retry=quick(delayed_retries=1), middlewares=middlewares)
+
+    assert (broker.log, handled.reason) == ([("retry",)], "retries-exhausted: BrokerUnavailable")
 
 
 async def test_raised_events_go_through_the_emitter_that_is_passed():
