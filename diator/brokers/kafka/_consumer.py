@@ -19,8 +19,43 @@ from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssigno
 from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
+from diator._extras import require_internals
 from diator.brokers.kafka._client import Cluster, close_client, end_tasks, started
 from diator.brokers.kafka._topics import HEADERS_BYTES
+
+INTERNALS = {
+    "aiokafka.client": ("AIOKafkaClient._conns", "AIOKafkaClient._wait_on_metadata"),
+    "aiokafka.consumer.consumer": (
+        "AIOKafkaConsumer._client",
+        "AIOKafkaConsumer._closed",
+        "AIOKafkaConsumer._coordinator",
+        "AIOKafkaConsumer._fetcher",
+        "AIOKafkaConsumer._subscription",
+    ),
+    "aiokafka.consumer.fetcher": (
+        "FetchResult._partition_records",
+        "Fetcher._create_fetch_waiter",
+        "Fetcher._fetch_task",
+        "Fetcher._pending_tasks",
+        "Fetcher._records",
+        "PartitionRecords._consumer_record",
+    ),
+    "aiokafka.consumer.group_coordinator": (
+        "GroupCoordinator._commit_refresh_task",
+        "GroupCoordinator._coordination_task",
+        "GroupCoordinator._do_commit_offsets",
+        "GroupCoordinator._heartbeat_task",
+        "GroupCoordinator.check_errors",
+        "GroupCoordinator.coordinator_id",
+        "GroupCoordinator.ensure_coordinator_known",
+        "GroupCoordinator.fetch_committed_offsets",
+        "GroupCoordinator.group_id",
+        "GroupCoordinator.member_id",
+        "NoGroupCoordinator._reset_committed_task",
+    ),
+    "aiokafka.consumer.subscription_state": ("Subscription.assignment", "SubscriptionState.subscription"),
+}
+require_internals("aiokafka", INTERNALS)
 
 
 @dataclass(frozen=True, kw_only=True)
