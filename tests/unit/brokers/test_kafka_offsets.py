@@ -1,4 +1,4 @@
-"""The watermark: what is committed of a partition, and what is known of it by the member that comes next."""
+"""What is committed of a partition, and what the next consumer knows from it."""
 
 import pytest
 from hypothesis import given
@@ -28,7 +28,7 @@ def test_offsets_finished_in_order_are_committed():
 
 
 def test_a_gap_is_never_committed():
-    """5 to 9 are done and 4 is running: a commit behind 9 would skip 4, which must come again."""
+    """5 to 9 are done and 4 is running: a commit of 10 would skip 4, which must be redelivered."""
     partition = taken(*range(4, 10), position=4)
 
     for offset in range(5, 10):
@@ -39,7 +39,7 @@ def test_a_gap_is_never_committed():
 
 
 def test_holes_are_no_obstacle():
-    """A compacted topic, and one with transactions, has offsets that never come."""
+    """A compacted topic, and a topic with transactions, has offsets without a message."""
     partition = taken(3, 8, 11, position=1)
 
     for offset in (3, 8, 11):
@@ -131,7 +131,7 @@ def test_metadata_of_another_program_is_ignored(written):
 
 
 def test_state_without_room_is_redelivered():
-    """Kafka takes 4,096 characters beside a commit, and refuses the commit if there are more."""
+    """Kafka accepts 4,096 characters of metadata, and refuses a commit with more."""
     partition = taken(*range(20_000))
     for offset in range(1, 20_000, 2):
         partition.finish(offset)
@@ -146,9 +146,9 @@ def test_state_without_room_is_redelivered():
     assert again < {*range(20_000)}
 
 
-@given(st.lists(st.tuples(st.sampled_from(["take", "finish", "give back", "next member"]), st.integers(0, 30))))
-def test_nothing_is_lost_and_nothing_finished_comes_again(steps):
-    """Whatever is done, in whatever order, by however many members."""
+@given(st.lists(st.tuples(st.sampled_from(["take", "finish", "requeue", "rebalance"]), st.integers(0, 30))))
+def test_no_message_is_lost_and_no_finished_one_is_redelivered(steps):
+    """In any order of steps, over any number of rebalances."""
     partition = Offsets(0)
     finished: set[int] = set()
     attempts: dict[int, int] = {}
@@ -162,7 +162,7 @@ def test_nothing_is_lost_and_nothing_finished_comes_again(steps):
                 assert attempt == attempts.get(expected, 1)
                 out[expected] = attempt
             expected += 1
-        elif step == "next member":
+        elif step == "rebalance":
             lowest, written = partition.progress()
             assert all(offset in finished for offset in range(lowest))
             partition, out, expected = Offsets(lowest, written), {}, lowest
@@ -177,5 +177,5 @@ def test_nothing_is_lost_and_nothing_finished_comes_again(steps):
 
 
 @pytest.mark.parametrize(("after", "where"), [(0.0, 0), (1.0, 0), (1.01, 1), (15.0, 2), (256.0, 4), (9e9, len(DELAYS))])
-def test_a_retry_waits_among_delays_like_its_own(after, where):
+def test_a_retry_waits_in_the_bucket_of_its_delay(after, where):
     assert delay_bucket(after) == where
