@@ -1,8 +1,8 @@
 """
-The one door: what people and CI run. ``nox -l`` lists it.
+The sessions that people and CI run. ``nox -l`` lists them.
 
-``lint``, ``types``, ``unit`` and ``build`` need nothing but Python; ``integration`` and ``tests``
-get their services themselves where they can, and say in their last lines what they went without.
+``lint``, ``types``, ``unit`` and ``build`` need only Python. The other sessions start their services if they can; the
+last lines of a test run name the missing ones.
 """
 
 import os
@@ -24,14 +24,14 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PROJECT)
 CLIENTS = ",".join(PROJECT["project"]["optional-dependencies"])
 
-#: How pytest shares out tests with services: nearly all of their time they wait, so more processes than cores.
+#: Tests with services mostly wait, so there are more processes than cores.
 AT_ONCE = ("-n", os.environ.get("DIATOR_TEST_PROCESSES", "6"))
-#: What the conformance suite multiplies its deadlines by while other tests run beside it.
+#: The conformance suite multiplies its deadlines by this, since other tests run beside it.
 BUSY = {"DIATOR_CONFORMANCE_SCALE": os.environ.get("DIATOR_CONFORMANCE_SCALE", "3")}
-#: What a run shows of its slowest tests.
+#: Print the slowest tests.
 SLOWEST = ("--durations=15", "--durations-min=1")
 
-#: The services of the tests: where the address of each may stand, and its public image.
+#: The services of the tests: the variable of each address, and the public image.
 SERVICES = {
     "redis": ("DIATOR_TEST_REDIS_URL", "redis:8"),
     "rabbitmq": ("DIATOR_TEST_RABBITMQ_URL", "rabbitmq:4-management"),
@@ -42,7 +42,7 @@ SERVICES = {
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style and spelling."""
+    """Check style and spelling."""
     session.install(*group("lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
@@ -51,7 +51,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Both type checkers on the library and on its use; every public name has a type."""
+    """Run both type checkers on the library and on its use. Every public name must have a type."""
     session.install("-e", f".[{CLIENTS}]", *group("types"))
     session.run("mypy")
     session.run("pyright")
@@ -61,7 +61,7 @@ def types(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 @nox.parametrize("extras", ["without", "with"])
 def unit(session: nox.Session, extras: str) -> None:
-    """What needs no service; without extras it proves that the core loads no client library."""
+    """Run the tests without services. Without extras they show that the core imports no client library."""
     if extras == "with":
         session.install("-e", f".[{CLIENTS}]", *group("tests"))
     else:
@@ -71,7 +71,7 @@ def unit(session: nox.Session, extras: str) -> None:
 
 @nox.session
 def integration(session: nox.Session) -> None:
-    """What needs services; without arguments, the reports and the matrix are made anew, too."""
+    """Run the tests with services. Without arguments, write the reports and the matrix, too."""
     session.install("-e", f".[{CLIENTS}]", *group("tests"))
     environment = {**BUSY, **images(session, *SERVICES)}
     if not session.posargs:
@@ -81,14 +81,14 @@ def integration(session: nox.Session) -> None:
 
 @nox.session
 def conformance(session: nox.Session) -> None:
-    """The reports and the matrix of the documentation, made anew; after `--` the names of transports."""
+    """Write the reports and the matrix of the documentation; after `--` the names of transports."""
     session.install("-e", f".[{CLIENTS}]", *group("tests"))
     session.run("python", "-m", "tests.integration.publish", *session.posargs, env=images(session, *SERVICES))
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Everything in one run: unit, integration, documentation; with coverage."""
+    """Run all tests and the documentation, with coverage."""
     session.install("-e", f".[{CLIENTS}]", *group("tests"))
     # Without services a third of the code is not covered. That is not a failure where no service can be started.
     enough = ["--cov-fail-under=97"] if os.environ.get("DIATOR_REQUIRE_BACKENDS") else []
@@ -98,15 +98,15 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def benchmarks(session: nox.Session) -> None:
-    """The numbers of the documentation, measured here."""
-    session.install(f".[{CLIENTS}]", *group("bench"))  # the libraries they compare with they install themselves
+    """Measure the numbers of the documentation on this machine."""
+    session.install(f".[{CLIENTS}]", *group("bench"))  # they install the compared libraries themselves
     session.run("python", "-m", "benchmarks", *session.posargs, env=images(session, *SERVICES))
 
 
 @nox.session
 def benchmarks_smoke(session: nox.Session) -> None:
-    """Every benchmark once and tiny: that it works, and that all messages arrive; nothing is measured."""
-    session.install("-e", f".[{CLIENTS}]", *group("tests"))  # our services, and what the transports are measured with
+    """Run each benchmark once, tiny: it works, and all messages arrive. Nothing is measured."""
+    session.install("-e", f".[{CLIENTS}]", *group("tests"))  # `tests.services`, and the clients
     session.run("python", "-m", "benchmarks", "--smoke")
     session.run("python", "-m", "benchmarks", "brokers", "--smoke", env=images(session, "redis", "rabbitmq", "kafka"))
 
@@ -114,9 +114,9 @@ def benchmarks_smoke(session: nox.Session) -> None:
 @nox.session
 def newest(session: nox.Session) -> None:
     """
-    The newest client libraries, whatever versions we allow: what the next release of each will bring.
+    Test with the newest client libraries, without our ceilings.
 
-    Its outcome depends on the day, so that neither `nox` nor CI runs it by itself.
+    The outcome depends on the day, so neither `nox` nor CI runs this session.
     """
     session.install("-e", f".[{CLIENTS}]", *group("tests"))
     session.install("--upgrade", *unbounded(*PROJECT["project"]["optional-dependencies"]))
@@ -129,7 +129,7 @@ def newest(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """The wheel and the sdist; a program runs with the wheel alone, far from the checkout."""
+    """Build the wheel and the sdist, and run a program with the wheel alone, outside of the checkout."""
     session.install("build", "twine")
     dist = built(session)
     session.run("twine", "check", "--strict", *map(str, dist.iterdir()))
@@ -145,8 +145,8 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def third_party(session: nox.Session) -> None:
-    """A transport of somebody else's and the suite that proves it, with wheels alone, far from the checkout."""
-    session.install("build", *group("tests"))  # it is here that the service is looked for
+    """Test a third-party transport with the conformance suite, with wheels alone, outside of the checkout."""
+    session.install("build", *group("tests"))  # `tests/services.py` runs in this environment
     (wheel,) = built(session).glob("*.whl")
     with tempfile.TemporaryDirectory() as elsewhere:
         example = Path(shutil.copytree(ROOT / "examples" / "third-party-transport", f"{elsewhere}/example"))
@@ -154,7 +154,7 @@ def third_party(session: nox.Session) -> None:
         session.run("python", "-m", "venv", f"{elsewhere}/venv")
         python = f"{elsewhere}/venv/bin/python"
         session.run(python, "-m", "pip", "install", "--quiet", f"{wheel}[testing]", example, *needs, external=True)
-        shutil.rmtree(example / "diator_postgres")  # what is tested is what was installed
+        shutil.rmtree(example / "diator_postgres")  # so that the installed package is tested
         with session.chdir(example):
             with_postgres = ["python", ROOT / "tests" / "services.py", "postgres", "--"]
             environment = {**images(session, "postgres"), "PYTHONPATH": None}
@@ -162,7 +162,7 @@ def third_party(session: nox.Session) -> None:
 
 
 def built(session: nox.Session) -> Path:
-    """Where the wheel and the sdist are, built now."""
+    """Build the wheel and the sdist, and return their folder."""
     dist = Path(session.create_tmp()) / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     session.run("python", "-m", "build", "--outdir", str(dist), silent=True)
@@ -170,30 +170,29 @@ def built(session: nox.Session) -> Path:
 
 
 def group(name: str) -> tuple[str, ...]:
-    """The requirements of a dependency group."""
+    """Return the requirements of a dependency group."""
     return nox.project.dependency_groups(PROJECT, name)
 
 
 def unbounded(*extras: str) -> list[str]:
-    """The names of the requirements of *extras*, without versions."""
+    """Return the names of the requirements of *extras*, without versions."""
     wanted = [requirement for extra in extras for requirement in PROJECT["project"]["optional-dependencies"][extra]]
     return [re.match(r"[\w.-]+(\[[\w,-]+\])?", requirement)[0] for requirement in wanted]
 
 
 def images(session: nox.Session, *services: str) -> dict[str, str]:
     """
-    Environment that names images for *services*.
+    Return environment variables that name images for *services*.
 
-    What the caller's environment names is taken as it is. For the rest: the public images, where
-    they can be had; else, on a Debian machine, our own, built from packages; else nothing, and the
-    tests say so.
+    Services that the environment names already are left out. For the others: the public images if they can be pulled;
+    otherwise, on a Debian machine, images that are built from packages; otherwise nothing, and the tests report it.
     """
     wanted = {
         name: image
         for name, (address, image) in SERVICES.items()
         if name in services and not {address, f"DIATOR_{name.upper()}_IMAGE"} & os.environ.keys()
     }
-    # Where we have built images before, there were none to be had.
+    # If we have built images before, the public ones were not available.
     built = docker("image", "inspect", "localhost/diator/debian:trixie")
     if not wanted or (not built and docker("info") and all(map(at_hand, wanted.values()))):
         return {}
@@ -207,12 +206,12 @@ def images(session: nox.Session, *services: str) -> dict[str, str]:
 
 
 def at_hand(image: str) -> bool:
-    """Whether a public image is here, or can be pulled."""
+    """Return whether a public image is present, or can be pulled."""
     return docker("image", "inspect", image) or docker("pull", image)
 
 
 def docker(*arguments: str) -> bool:
-    """Whether a container engine is there and does as it is told."""
+    """Return whether a container engine runs the command successfully."""
     if not shutil.which("docker"):
         return False
     return not subprocess.run(["docker", *arguments], check=False, capture_output=True).returncode

@@ -1,4 +1,4 @@
-"""Addresses of services for the tests that ask for them, and what holds for every test."""
+"""Fixtures for the services, and checks of every test."""
 
 import asyncio
 import os
@@ -9,7 +9,7 @@ import pytest
 
 from tests.services import MissingService, Service, Services, required
 
-#: Which service a fixture stands for.
+#: The service of each fixture.
 FIXTURES = {
     "redis_url": "redis",
     "rabbitmq_url": "rabbitmq",
@@ -18,13 +18,13 @@ FIXTURES = {
 }
 Found = TypeVar("Found")
 
-# Who writes scenarios is not spared by their being new.
+# In this repository new scenarios count.
 os.environ["DIATOR_CONFORMANCE_STRICT"] = "1"
 SERVICES = pytest.StashKey[Services]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin a run that has looked for nothing yet. The processes of pytest-xdist have one set of services."""
+    """Prepare the services of the run, which the processes of pytest-xdist share."""
     try:
         required()
     except ValueError as error:
@@ -34,20 +34,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Have each process of pytest-xdist use the services of the run."""
+    """Pass the services of the run to a process of pytest-xdist."""
     node.workerinput["services"] = node.config.stash[SERVICES].share()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Share the tests out by the services that they need."""
+    """Distribute the tests by the services that they need."""
     from tests.scheduling import ByService  # noqa: PLC0415  # pytest-xdist is there
 
     return ByService(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Have the processes of pytest-xdist begin with what takes long."""
+    """Let the processes of pytest-xdist start with the long tests."""
     if hasattr(config, "workerinput"):
         from tests.scheduling import turn_of  # noqa: PLC0415
 
@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """Bring up what the collected tests ask for: all at once, outside of any test's time limit."""
+    """Start all services that the collected tests need, outside of any test's time limit."""
     if session.config.option.collectonly:
         return
     fixtures = {name for item in session.items for name in item.fixturenames}
@@ -64,9 +64,9 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     session.config.stash[SERVICES].look_for(asked | required())
 
 
-@pytest.hookimpl(trylast=True)  # pytest-xdist ends its processes first, which could start containers until then
+@pytest.hookimpl(trylast=True)  # after pytest-xdist has ended its processes, which may start containers
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A required service that is missing fails the run, even if no test asked for it."""
+    """Fail the run if a required service is missing, even if no test needs it."""
     services = session.config.stash[SERVICES]
     services.close()
     if session.exitstatus == pytest.ExitCode.OK and services.missing(required()):
@@ -74,37 +74,37 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say in one line which services took part."""
+    """Print one line about the services."""
     terminalreporter.write_line(config.stash[SERVICES].summary())
 
 
 @pytest.fixture(scope="session")
 def redis_url(pytestconfig: pytest.Config) -> str:
-    """A Redis that all tests share: keep to names of your own."""
+    """The address of a Redis that all tests share: use your own names."""
     return found(pytestconfig.stash[SERVICES].url, "redis")
 
 
 @pytest.fixture(scope="session")
 def rabbitmq_url(pytestconfig: pytest.Config) -> str:
-    """A RabbitMQ that all tests share: keep to names of your own."""
+    """The address of a RabbitMQ that all tests share: use your own names."""
     return found(pytestconfig.stash[SERVICES].url, "rabbitmq")
 
 
 @pytest.fixture(scope="session")
 def kafka_servers(pytestconfig: pytest.Config) -> str:
-    """A Kafka that all tests share: keep to names of your own."""
+    """The address of a Kafka that all tests share: use your own names."""
     return found(pytestconfig.stash[SERVICES].url, "kafka")
 
 
 @pytest.fixture(scope="session")
 def postgres_url(pytestconfig: pytest.Config) -> str:
-    """A PostgreSQL that all tests share: keep to names of your own."""
+    """The address of a PostgreSQL that all tests share: use your own names."""
     return found(pytestconfig.stash[SERVICES].url, "postgres")
 
 
 @pytest.fixture
 def private_redis(pytestconfig: pytest.Config) -> Iterator[Service]:
-    """A Redis for this test alone, which may stop it, start it again, freeze it and kill it."""
+    """A Redis for one test, which may configure, stop, restart, freeze and kill it."""
     service = found(pytestconfig.stash[SERVICES].private, "redis")
     yield service
     service.remove()
@@ -112,7 +112,7 @@ def private_redis(pytestconfig: pytest.Config) -> Iterator[Service]:
 
 @pytest.fixture
 def private_rabbitmq(pytestconfig: pytest.Config) -> Iterator[Service]:
-    """A RabbitMQ for this test alone, which may set off its alarms."""
+    """A RabbitMQ for one test, which may trigger its alarms."""
     service = found(pytestconfig.stash[SERVICES].private, "rabbitmq")
     yield service
     service.remove()
@@ -120,14 +120,14 @@ def private_rabbitmq(pytestconfig: pytest.Config) -> Iterator[Service]:
 
 @pytest.fixture
 def private_kafka(pytestconfig: pytest.Config) -> Iterator[Service]:
-    """A Kafka for this test alone. A proxy before its port `behind` has to listen at its port `proxied`."""
+    """A Kafka for one test. A proxy in front of its port `behind` has to listen at its port `proxied`."""
     service = found(pytestconfig.stash[SERVICES].private, "kafka")
     yield service
     service.remove()
 
 
 def found(look: Callable[[str], Found], name: str) -> Found:
-    """What *look* finds; else the test is skipped, or fails if the service is required."""
+    """Return the result of *look*; skip the test if the service is missing, or fail it if the service is required."""
     try:
         return look(name)
     except MissingService as error:
@@ -137,7 +137,7 @@ def found(look: Callable[[str], Found], name: str) -> Found:
 
 @pytest.fixture(autouse=True)
 async def no_task_left_behind() -> AsyncIterator[None]:
-    """What a test starts, it ends: no task outlives it (what is just ending may take a moment)."""
+    """Fail a test that leaves a task running. A task that is just ending may take a moment."""
     before = asyncio.all_tasks()
     yield
     left = asyncio.all_tasks() - before - {asyncio.current_task()}

@@ -1,4 +1,4 @@
-"""Other libraries, and older versions of this one, each in an environment of its own: they would not fit into ours."""
+"""Other libraries and older versions of diator, each in its own environment."""
 
 import asyncio
 import fcntl
@@ -18,12 +18,12 @@ PROGRAMS = Path(__file__).parent / "integration" / "peers"
 
 
 def interpreter(peer: str, cache: Path) -> Path:
-    """The Python that has *peer* installed; installs it, where *cache* has not got it yet."""
+    """Return the Python with *peer* installed; install it in *cache* if it is not there yet."""
     folder = cache / f"{peer}-{sys.implementation.cache_tag}"
     python, installed = folder / "bin" / "python", folder / "installed"
     wanted = "\n".join(PINS[peer])
     with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # tests of several processes may want it at the same time
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests in several processes may need it at the same time
         if not installed.exists() or installed.read_text() != wanted:
             venv.create(folder, clear=True, with_pip=True)
             command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PINS[peer]]
@@ -34,8 +34,8 @@ def interpreter(peer: str, cache: Path) -> Path:
 
 @asynccontextmanager
 async def running(python: Path, peer: str, *arguments: str) -> AsyncIterator[Process]:
-    """The program of *peer* at work; what is left of it at the end is killed."""
-    # Isolated, so that it finds its own libraries and none of ours.
+    """Run the program of *peer*, and kill it at the end if it still runs."""
+    # Isolated, so that it imports its own libraries and none of ours.
     process = await asyncio.create_subprocess_exec(
         python, "-I", PROGRAMS / f"{peer}.py", *arguments, stdin=PIPE, stdout=PIPE
     )
@@ -48,13 +48,13 @@ async def running(python: Path, peer: str, *arguments: str) -> AsyncIterator[Pro
 
 
 async def ended(process: Process, given: str = "") -> None:
-    """Give it its input, and wait until it has done its work."""
+    """Write its input, and wait until it has finished."""
     await process.communicate(given.encode())
     assert process.returncode == 0
 
 
 async def said(process: Process) -> list[str]:
-    """The words of its next line."""
+    """Return the words of its next line."""
     async with asyncio.timeout(20):
         line = await process.stdout.readline()
     assert line, "it has ended"

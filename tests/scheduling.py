@@ -1,8 +1,8 @@
 """
-How pytest-xdist shares the tests out among processes.
+How pytest-xdist distributes the tests among processes.
 
-Tests that use one thing, such as a service that they break, run in one process, one after the other. Units that take
-long start first, so that no process is left with one of them at the end.
+Tests that break the same service form a unit, which runs in one process. Long units start first, so that no process is
+left with one at the end.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from diator.testing.conformance import SCENARIOS
 
-#: What the names of long units begin with, the longest first.
+#: The beginnings of the names of long units, the longest first.
 LONG = (
     "tests/integration/test_kills.py",
     "TestKafka breaks",
@@ -28,7 +28,7 @@ LONG = (
 
 
 class ByService(LoadScopeScheduling):
-    """Shares out the units of `unit_of`, in the order of the collected tests."""
+    """Distributes the units of `unit_of`, in the order of the collected tests."""
 
     def __init__(self, config: Any, log: Any = None) -> None:
         super().__init__(config, log)
@@ -39,7 +39,7 @@ class ByService(LoadScopeScheduling):
 
 
 def unit_of(nodeid: str) -> str:
-    """Return the name of the tests that run in the same process as the one of *nodeid*."""
+    """Return the name of the unit of the test *nodeid*."""
     file, _, name = nodeid.partition("::")
     if "::test_scenario[" in name:
         return _conformance(file, *name.removesuffix("]").split("::test_scenario["))

@@ -1,7 +1,7 @@
 """
-The services that integration tests talk to: found by address, else started in containers.
+The services of the integration tests: found by their address in the environment, otherwise started in containers.
 
-``python tests/services.py redis postgres -- COMMAND`` runs a command with the addresses in its environment.
+``python tests/services.py redis postgres -- COMMAND`` runs a command with their addresses in its environment.
 """
 
 import asyncio
@@ -24,18 +24,18 @@ from tempfile import mkdtemp
 from threading import Lock
 from uuid import uuid4
 
-# testcontainers reads these when it is imported. Its reaper is an image that would have to be
-# pulled; `_REAPER` below does that work. Loopback, even where the tests run in a container.
+# testcontainers reads these variables when it is imported. Its own reaper is an image that would have to be pulled;
+# `_REAPER` below does the same work. Addresses are loopback ones even if the tests run in a container.
 os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
 os.environ.setdefault("TESTCONTAINERS_HOST_OVERRIDE", "127.0.0.1")
 os.environ.setdefault("TESTCONTAINERS_CONNECTION_MODE", "docker_host")
 
-#: Seconds until a fresh container must answer (Java, cold, on a busy laptop), and a given address.
+#: Seconds until a new container must respond (a cold JVM on a busy laptop), and until a given address must.
 STARTING, ANSWERING = 90, 10
 
-#: The label of containers, whose value is one for each `Services`: two of a process do not end together.
+#: The label of the containers. Its value names the run, so that closing one `Services` removes no others.
 _LABEL = "diator-tests"
-#: Removes the containers of that label as soon as the process lets go of the pipe, even if it was killed.
+#: Removes the containers with that label as soon as the process closes the pipe, even if the process was killed.
 _REAPER = """
 import sys
 sys.stdin.read()
@@ -54,12 +54,12 @@ while containers := engine.containers.list(all=True, filters={"label": sys.argv[
 
 
 class MissingService(Exception):
-    """A service is not to be had here; the text says why."""
+    """A service is not available; the text says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """A service: where its address may stand, what container gives it, what proves it answers."""
+    """A service: the variable of its address, its container, and the probe that shows that it responds."""
 
     name: str
     variable: str
@@ -68,7 +68,7 @@ class Backend:
     port: int | None = None  # inside the container; None: the same as outside
     command: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
-    frugal: Mapping[str, str] = field(default_factory=dict)  # environment to start fast with, and run slower later
+    frugal: Mapping[str, str] = field(default_factory=dict)  # environment with which it starts fast and runs slower
     probe: Callable[[str], Awaitable[object]]
 
 
@@ -116,7 +116,7 @@ BACKENDS = {
             image=os.environ.get("DIATOR_REDIS_IMAGE", "redis:8"),
             url="redis://127.0.0.1:{port}/0",
             port=6379,
-            # What was answered survives a kill: the log is written before the answer is.
+            # Confirmed writes survive a kill: Redis writes the log before it replies.
             command="redis-server --save '' --appendonly yes",
             probe=_probe_redis,
         ),
@@ -132,13 +132,13 @@ BACKENDS = {
             name="kafka",
             variable="DIATOR_TEST_KAFKA_SERVERS",
             image=os.environ.get("DIATOR_KAFKA_IMAGE", "apache/kafka:4.3.1"),
-            # Clients are sent on to the advertised address: one port, inside and outside.
+            # Kafka redirects clients to the advertised address, so the port is the same inside and outside.
             url="127.0.0.1:{port}",
-            # Complete, since the public image drops all its defaults once one of these is given.
+            # All settings, since the public image drops its defaults once one of them is given.
             environment={
                 "KAFKA_NODE_ID": "1",
                 "KAFKA_PROCESS_ROLES": "broker,controller",
-                # A proxy has to stand where clients are sent to: who comes through `behind` is sent to `proxied`.
+                # A proxy must listen at the advertised address: clients of `behind` are redirected to `proxied`.
                 "KAFKA_LISTENERS": "PLAINTEXT://:{port},PROXIED://:{behind},CONTROLLER://:9093",
                 "KAFKA_ADVERTISED_LISTENERS": "PLAINTEXT://127.0.0.1:{port},PROXIED://127.0.0.1:{proxied}",
                 "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT",
@@ -152,7 +152,7 @@ BACKENDS = {
                 "KAFKA_SHARE_COORDINATOR_STATE_TOPIC_MIN_ISR": "1",
                 "KAFKA_GROUP_INITIAL_REBALANCE_DELAY_MS": "0",
             },
-            # Half of the processor time until it answers; a test's Kafka lives for minutes.
+            # It takes half of the processor time to start, and a Kafka of the tests lives for minutes.
             frugal={
                 "KAFKA_JVM_PERFORMANCE_OPTS": "-XX:+UseSerialGC -XX:TieredStopAtLevel=1",
                 "KAFKA_HEAP_OPTS": "-Xms128m -Xmx512m",
@@ -174,12 +174,12 @@ BACKENDS = {
 
 class Service:
     """
-    A service in a container of its own, on a loopback port that it keeps for life.
+    A service in its own container, on a loopback port that never changes.
 
-    Where clients are sent on to an advertised address, as by Kafka, the port `behind` advertises the port `proxied`,
-    at which nobody listens: there a proxy can stand.
+    If the service redirects clients to an advertised address, as Kafka does, the port `behind` advertises the port
+    `proxied`, at which a test may start a proxy.
 
-    Every method blocks until it has taken effect: a coroutine calls it by ``asyncio.to_thread``.
+    Each method blocks until it has taken effect, so a coroutine calls it with ``asyncio.to_thread``.
     """
 
     def __init__(self, backend: Backend, label: str) -> None:
@@ -205,39 +205,39 @@ class Service:
         self._wait()
 
     def start(self) -> None:
-        """Start the service again, with the data it had, and wait until it answers."""
+        """Restart the service with its data, and wait until it responds."""
         self._container.start()
         self._wait()
 
     def stop(self) -> None:
-        """Stop the service in an orderly way."""
+        """Stop the service gracefully."""
         self._container.stop()
 
     def kill(self) -> None:
-        """End the service at once, as a power cut would."""
+        """Kill the service, as a power cut would."""
         self._container.kill()
         self._container.wait()
 
     def pause(self) -> None:
-        """Freeze the service: connections stay open, nobody answers."""
+        """Freeze the service: its connections stay open, and it does not respond."""
         self._container.pause()
 
     def unpause(self) -> None:
-        """Let a frozen service go on."""
+        """Resume a frozen service."""
         self._container.unpause()
 
     def run(self, command: str) -> None:
-        """Run *command* in the container, which has to succeed."""
+        """Run *command* in the container, and raise `RuntimeError` if it fails."""
         code, output = self._container.exec_run(command)
         if code:
             raise RuntimeError(f"{command}: {output.decode(errors='replace')}")
 
     def let_go(self) -> None:
-        """Close what the engine's client keeps open; it opens it again when it is needed."""
+        """Close the connection to the container engine; the next call opens it again."""
         self._container.client.close()
 
     def remove(self) -> None:
-        """Remove the container and its data, in whatever state it is."""
+        """Remove the container and its data, in any state."""
         self._container.remove(force=True, v=True)
 
     def _wait(self) -> None:
@@ -293,7 +293,7 @@ class Services:
         return self._urls[name]
 
     def look_for(self, names: Iterable[str]) -> None:
-        """Find several services at the same time; who is missing is told by `url`."""
+        """Look for several services at the same time. `url` raises for the missing ones."""
         with ThreadPoolExecutor() as threads:
             for found in [threads.submit(self.url, name) for name in names]:
                 with suppress(MissingService):
@@ -301,10 +301,10 @@ class Services:
 
     def private(self, backend: str | Backend) -> Service:
         """
-        A service for one test alone, that it may break: one of `BACKENDS` by its name, or another.
+        Start a service for one test, which may break it. *backend* is a name in `BACKENDS`, or a backend.
 
         Raises:
-            MissingService: No container can be had.
+            MissingService: No container can be started.
         """
         self._prepare()
         return Service(BACKENDS[backend] if isinstance(backend, str) else backend, self._label)
@@ -314,7 +314,7 @@ class Services:
         return [name for name in names if name in self._missing]
 
     def summary(self) -> str:
-        """One line: which services took part, which are missing and why, which nobody asked for."""
+        """Return one line: the services that took part, the missing ones with the reason, and the unused ones."""
         for name in BACKENDS:
             self._read(name)
         took_part = [f"{name} ({source})" for name, source in sorted(self._sources.items())]
@@ -325,7 +325,7 @@ class Services:
         return "services: " + "; ".join(said)
 
     def close(self) -> None:
-        """Remove every container that was started here."""
+        """Remove all containers of this run."""
         for name in BACKENDS:
             self._read(name)
         if self._reaper:
@@ -336,7 +336,7 @@ class Services:
 
     @contextmanager
     def _found_by_any_process(self, name: str) -> Iterator[None]:
-        """Let one process of the run at a time look for a service, and the others know what it found."""
+        """Let one process at a time look for a service, and share the result with the other processes."""
         if self._folder is None:
             yield
             return
@@ -348,7 +348,7 @@ class Services:
             self._note(name).write_text(json.dumps(found))
 
     def _read(self, name: str) -> None:
-        """Take over what a process of this run found."""
+        """Read the result of another process of this run."""
         if self._folder is None or not self._note(name).exists():
             return
         found = json.loads(self._note(name).read_text())
@@ -373,22 +373,22 @@ class Services:
             self._urls[backend.name], self._sources[backend.name] = url, source
 
     def _prepare(self) -> None:
-        """Make sure, once, that an engine answers and that our containers will not outlive us."""
+        """Check once that a container engine responds, and that the containers will be removed at the end."""
         with self._preparing:
             if self._engine is None:
                 self._engine = _engine_answers()
             if not self._engine:
                 raise MissingService("no container engine answers")
-            if not self._is_borrowed:  # else the run's reaper removes them
+            if not self._is_borrowed:  # otherwise the run's reaper removes them
                 self._reaper = self._reaper or _reaper(self._label)
 
 
 def required() -> set[str]:
     """
-    The services without which a run counts as failed, from the environment.
+    Return the services that `DIATOR_REQUIRE_BACKENDS` requires: without them a run fails.
 
     Raises:
-        ValueError: There is no such service.
+        ValueError: It names an unknown service.
     """
     names = set(os.environ.get("DIATOR_REQUIRE_BACKENDS", "").replace(",", " ").split())
     if unknown := names - BACKENDS.keys():
@@ -405,7 +405,7 @@ def _engine_answers() -> bool:
         answers = False
     else:
         answers = True
-    # The client leaves its socket open when nobody answers; no test is to be blamed for it.
+    # The client leaves its socket open if no engine responds. That warning must not fail a test.
     with warnings.catch_warnings(action="ignore", category=ResourceWarning):
         gc.collect()
     return answers
@@ -415,12 +415,12 @@ def _reaper(label: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-c", _REAPER, f"{_LABEL}={label}"],
         stdin=subprocess.PIPE,
-        start_new_session=True,  # an interrupt from the keyboard is not for it
+        start_new_session=True,  # so that an interrupt from the keyboard does not end it
     )
 
 
 def wait_for(backend: Backend, url: str, *, within: float) -> None:
-    """Return when the service answers in its own protocol. Never shows the address's password."""
+    """Wait until the service responds in its own protocol. Errors do not contain the password of *url*."""
 
     async def ask() -> None:
         refusal: BaseException | None = None
@@ -432,23 +432,23 @@ def wait_for(backend: Backend, url: str, *, within: float) -> None:
                             return await backend.probe(url)
                     except ImportError:
                         raise
-                    except Exception as error:  # each client says "not yet" in its own words
+                    except Exception as error:  # each client has its own errors
                         refusal = error
                     await asyncio.sleep(0.1)
         except TimeoutError:
             reason = type(refusal).__name__
             raise TimeoutError(f"no answer within {within} s, {reason}") from refusal
 
-    # In a thread of its own, so that the caller may be in a running event loop.
+    # In its own thread, so that the caller may be in a running event loop.
     with ThreadPoolExecutor(1) as thread:
         thread.submit(asyncio.run, ask()).result()
 
 
 def _free_port() -> int:
     """
-    Return a port at which nobody listens, of those that no system hands out by itself.
+    Return a free port outside of the ephemeral range.
 
-    Otherwise any connection of another test could be given the port of a container that is stopped for a moment.
+    Otherwise the system could assign the port of a container that is stopped for a moment to another connection.
     """
     for port in random.sample(range(20_000, 32_768), 100):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -457,7 +457,7 @@ def _free_port() -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command with the addresses of services in its environment, as far as they are to be had or required."""
+    """Run a command with the addresses of the available services in its environment; required ones must be there."""
     names, command = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
     services, found = Services(), {}
     try:

@@ -1,4 +1,4 @@
-"""What holds for every unit test: its time is virtual, and the property tests are small by default."""
+"""Unit tests run on virtual time, and the property tests are small by default."""
 
 import asyncio
 import os

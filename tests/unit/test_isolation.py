@@ -1,4 +1,4 @@
-"""No test touches what it has not made: commands for a whole server go to a server of the test's own."""
+"""Tests use their own names on a shared server, and a private server for commands that affect all of it."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ import pytest
 
 INTEGRATION = Path(__file__).parents[1] / "integration"
 MODULES = sorted(INTEGRATION.rglob("*.py"))
-#: What changes, empties or ends a whole server, or breaks the connections of others.
+#: Commands that configure, empty or stop a whole server, or close connections of others.
 FOR_A_WHOLE_SERVER = re.compile(
     r"\bflush_?(all|db)\b|\bswapdb\b|config_(set|resetstat|rewrite)\b|config['\"], ['\"](set|resetstat|rewrite)"
     r"|(script|function)_?['\", ]*(flush|kill)\b|client_pause\b|client_kill\(|client_kill_filter\((?!_id=)"
@@ -16,7 +16,7 @@ FOR_A_WHOLE_SERVER = re.compile(
     r"|rabbitmqctl|alter_configs",
     re.IGNORECASE,
 )
-#: Where the server is the test's own, although no fixture's name says so.
+#: Functions with a private server, although no fixture's name shows it.
 OWN = {
     "harnesses/rabbitmq.py::alarm",  # inside of `private`
     "harnesses/redis.py::alarm",  # likewise
@@ -25,7 +25,7 @@ OWN = {
 
 
 def functions_of(tree):
-    """Each outermost function, and each method of a class."""
+    """Yield the functions of a module, and the methods of its classes."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
@@ -38,7 +38,7 @@ def parameters_of(function):
 
 
 def has_a_server_of_its_own(name, parameters):
-    """Whether *name* is given a private service, by itself or by a fixture that it asks for."""
+    """Return whether *name* requests a private service, itself or through its fixtures."""
     asked = {name}
     while more := {each for one in asked for each in parameters.get(one, ())} - asked:
         asked |= more
@@ -46,7 +46,7 @@ def has_a_server_of_its_own(name, parameters):
 
 
 def offences(source, fixtures=""):
-    """The functions of *source* that do something to a whole server which others may use."""
+    """Yield the functions of *source* with a command for a whole server that others may use."""
     functions = [*functions_of(ast.parse(fixtures)), *functions_of(ast.parse(source))]
     parameters = {each.name: parameters_of(each) for each in functions}
     for function in functions_of(ast.parse(source)):
@@ -56,7 +56,7 @@ def offences(source, fixtures=""):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(INTEGRATION).as_posix())
-def test_commands_for_a_whole_server_go_to_a_private_one(path):
+def test_commands_for_a_whole_server_need_a_private_one(path):
     conftest = path.with_name("conftest.py")
     fixtures = conftest.read_text() if conftest.exists() else ""
     name = path.relative_to(INTEGRATION).as_posix()
