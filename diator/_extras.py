@@ -13,12 +13,6 @@ from types import CodeType, FunctionType
 from diator.exceptions import DiatorError, IncompatibleClient, MissingExtra
 
 
-def require_extra(module: str, extra: str, library: str) -> None:
-    """Import *library*, which *module* needs. MissingExtra if it is not installed."""
-    with importing(module, extra, library):
-        import_module(library)
-
-
 @contextmanager
 def importing(module: str, extra: str, *libraries: str) -> Generator[None, None, None]:
     """

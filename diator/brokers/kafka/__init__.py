@@ -6,10 +6,9 @@ group adds topics of its own: `….<group>-retry` for messages that wait for a d
 dead-lettered messages.
 """
 
-from diator._extras import require_extra as _require_extra
+from diator._extras import importing as _importing
 
-_require_extra("diator.brokers.kafka", "kafka", "aiokafka")
-
-from diator.brokers.kafka._broker import KafkaMessageBroker  # noqa: E402  # first the check above
+with _importing("diator.brokers.kafka", "kafka", "aiokafka"):
+    from diator.brokers.kafka._broker import KafkaMessageBroker
 
 __all__ = ["KafkaMessageBroker"]
