@@ -50,7 +50,7 @@ def internals_of(client, module):
 
 #: Private names that diator's own modules use of each other.
 OWN = {*PROJECT["tool"]["ruff"]["lint"]["flake8-self"]["extend-ignore-names"]}
-#: The other modules that can have objects of a client library. tests/unit/test_layers.py checks that no more import one.
+#: The other modules that can have objects of a client library: tests/unit/test_layers.py checks that no more do.
 UNGUARDED = sorted(
     {
         *(path for service in ("kafka", "rabbitmq", "redis") for path in (ROOT / "brokers" / service).glob("*.py")),
