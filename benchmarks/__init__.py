@@ -1,1 +1,1 @@
-"""What diator costs, as ratios to the same work written by hand."""
+"""Benchmarks of diator, as ratios to hand-written code."""

@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def smoke(options: argparse.Namespace) -> int:
-    """Run everything once, as small as can be: it works, and says nothing about speed. Nothing is installed for it."""
+    """Run each benchmark once, tiny: it works. The run measures nothing and installs nothing."""
     if options.benchmark == "brokers":
         here = [name for name, library in BROKER_LIBRARIES.items() if not library.pins]
         faults = brokers.smoke(
@@ -113,7 +113,7 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
 
 
 def missed(results: object) -> bool:
-    """Whether `met` is false anywhere in it."""
+    """Return whether *results* contain a missed target."""
     if isinstance(results, dict):
         return results.get("met") is False or any(missed(value) for value in results.values())
     return False

@@ -38,26 +38,26 @@ DRAINING = {"C1": (1, 0.0), "C64": (64, 0.0), "C64s": (64, 0.002)}
 PER_SECOND = 200
 HANDLERS = 64
 FLOOD_PER_SECOND = 12_000
-"""What the reader keeps up with: Redis drops one of Pub/Sub that does not."""
+"""A rate that the reader can follow: Redis disconnects a slower Pub/Sub reader."""
 GROWTH = 4.0
 """MiB that a sender or a consumer may grow by from 200,000 messages to a million."""
 MOST_HELD = 500
 """Deliveries that may be unsettled: 64 in flight, the prefetched ones, and two batches of acknowledgements."""
 DEADLINE = 120.0
-"""Seconds that a measurement may take; FastStream drains RabbitMQ for half a minute."""
+"""The time limit of a measurement in seconds; FastStream needs half a minute to drain RabbitMQ."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transport:
-    """A transport: its service, where diator's messages go, and what is good enough."""
+    """A transport: its service, the destination of diator's messages, and the targets."""
 
     service: str
     class_name: str
     look: Callable[[str, str], AbstractAsyncContextManager[Destination]]
     diator: str
-    """What diator calls the place that is named *name*."""
+    """diator's name for the destination *name*."""
     keeps: bool = True
-    """Whether messages wait in it for a reader that comes later."""
+    """Whether it stores messages for later readers."""
     targets: Mapping[str, tuple[float, float]]
     """The lowest ratios of diator to the plain client and to FastStream."""
 
@@ -123,13 +123,13 @@ SLOWER = {"p50_ms": 1.1, "p99_ms": 1.5}
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How much is done."""
+    """The size of each measurement."""
 
     rounds: int = 3
     seconds: float = 1.5
-    """How long each publishing measurement lasts."""
+    """The duration of each publishing measurement."""
     messages: int = 20_000
-    """How many are drained."""
+    """How many messages are drained."""
     paced: int = 800
     flood: int = 1_000_000
 
@@ -137,13 +137,13 @@ class Effort:
 QUICK = Effort(rounds=1, seconds=0.3, messages=2_000, paced=100, flood=20_000)
 SMOKE = Effort(rounds=1, seconds=0.2, messages=200, paced=20, flood=2_000)
 AT_ONCE = 4
-"""How many workloads a smoke test runs at the same time: it measures nothing."""
+"""How many workloads a smoke run runs at the same time."""
 
 
 def compare(
     transports: Iterable[str], libraries: Iterable[str], workloads: Iterable[str], effort: Effort
 ) -> dict[str, Any]:
-    """Measure, print the tables, and give what was measured: transport, workload, library, figures."""
+    """Measure, print the tables, and return the figures by transport, workload and library."""
     return asyncio.run(_compare([*transports], [BROKER_LIBRARIES[name] for name in libraries], [*workloads], effort))
 
 
@@ -255,7 +255,7 @@ class _Measuring:
         async with self._worker(library, name, "publish", options) as worker:
             run = await worker.reply()
         if self._transport.class_name == "PubSub":
-            # A reader would share the cores with what is measured. So as many callers send once more, to one.
+            # A reader would share the cores with the measured process, so the callers send once more, to one reader.
             sent = 512
             async with destinations.heard(self._url, self._transport.destination(library, name)) as bodies:
                 await self._fill(library, name, sent, callers)
@@ -279,7 +279,7 @@ class _Measuring:
         async with self._worker(library, name, "consume", options) as worker:
             await worker.reply()
             if not self._transport.keeps:
-                # The reader sleeps while the messages come, so that they wait for it in the service.
+                # The reader is stopped while the messages arrive, so that they wait in the service.
                 worker.process.send_signal(signal.SIGSTOP)
                 try:
                     await self._fill(library, name, messages)
@@ -309,7 +309,7 @@ class _Measuring:
             self.faults.append(f"{what}: {found:,} {counted}, and not {expected:,}")
 
     async def memory(self, library: Library) -> dict[str, Any]:
-        """Show what sender and consumer keep of a million messages."""
+        """Measure and show the memory of sender and consumer over a million messages."""
         messages, marks = self._effort.flood, self._marks
         print(f"{self._transport.class_name} {library.name} M, {messages:,} messages", file=sys.stderr)
         flooded = await self._flood(library)
@@ -356,7 +356,7 @@ class _Measuring:
 
     @staticmethod
     async def _most_held(destination: Destination) -> int | None:
-        """How many deliveries were given out and not acknowledged, at most; None where the service does not tell."""
+        """Return the highest number of unsettled deliveries, or None if the service does not report it."""
         most = None
         with suppress(asyncio.CancelledError):
             while True:
@@ -386,7 +386,7 @@ class _Measuring:
             await process.stdin.drain()
             yield Worker(process)
             async with asyncio.timeout(DEADLINE):
-                await process.wait()  # what it has not acknowledged goes back when it has ended
+                await process.wait()  # its unacknowledged messages are requeued when it has ended
         finally:
             if process.returncode is None:
                 process.kill()
@@ -396,7 +396,7 @@ class _Measuring:
 def table(
     name: str, transport: Transport, runs: Mapping[tuple[str, str], list[dict[str, Any]]], workloads: list[str]
 ) -> dict[str, Any]:
-    """Print the figures of one transport, and give them."""
+    """Print the figures of one transport, and return them."""
     libraries = [library for library in BROKER_LIBRARIES if any(key[1] == library for key in runs)]
     others = [library for library in libraries if library != "diator"] if "diator" in libraries else []
     rows, results = [], {}

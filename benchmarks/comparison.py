@@ -1,4 +1,4 @@
-"""The workloads of all libraries, each slice beside a slice of the same work written by hand."""
+"""The workloads of all libraries; each slice runs beside a slice of hand-written code."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from benchmarks.worker.workloads import WORKLOADS
 
 SLICE_SECONDS = 0.002
 NEWER_PYTHON = 1.2
-"""Later than 3.11, Python has sped up the hand-written code most: targets are so much wider."""
+"""Since Python 3.12 hand-written code has gained most, so the targets are wider by this factor."""
 
 
 class Pair(NamedTuple):
-    """The microseconds that one call took in two neighbouring slices."""
+    """The microseconds of one call in two neighbouring slices."""
 
     library: float
     by_hand: float
@@ -72,7 +72,7 @@ class Worker:
 
 
 def smoke(names: Iterable[str], workloads: Iterable[str]) -> int:
-    """Run each workload, which its worker verifies; return how many ran."""
+    """Run each workload, which its worker verifies, and return their number."""
     ran = 0
     for name in names:
         with Worker(LIBRARIES[name]) as worker:
@@ -87,7 +87,7 @@ def smoke(names: Iterable[str], workloads: Iterable[str]) -> int:
 def compare(
     names: Iterable[str], workloads: Iterable[str], *, rounds: int, slices: int
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Measure, print the table, and give what was measured: library, workload, figures."""
+    """Measure, print the table, and return the figures by library and workload."""
     libraries = [LIBRARIES[name] for name in names]
     pairs: dict[tuple[str, str], list[Pair]] = defaultdict(list)
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What the services have of the messages: so that no measurement counts in which one was lost, or is still there."""
+"""The messages in the services, to check that no measurement lost a message or left one unacknowledged."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any, Protocol
 GROUP = "benchmark"
 PARTITIONS = 4
 SOON = 5.0
-"""Seconds that a service has to count what it was told."""
+"""Seconds until a service must show the right count."""
 
 
 class Destination(Protocol):
-    """Where the messages of one measurement go, looked at with the plain client. Leaving it removes what is there."""
+    """The destination of one measurement, seen by the plain client. On exit it is removed."""
 
     async def stored(self) -> int:
-        """How many messages are there."""
+        """Return the number of messages."""
 
     async def left(self) -> int:
-        """How many were not acknowledged."""
+        """Return the number of unacknowledged messages."""
 
     async def held(self) -> int | None:
-        """How many were given out and are not acknowledged; None where the service does not tell."""
+        """Return the number of unsettled deliveries, or None if the service does not report it."""
 
 
 @asynccontextmanager
 async def pubsub(_url: str, _name: str) -> AsyncGenerator[Destination, None]:
-    """Redis Pub/Sub keeps nothing: there is nothing to look at."""
+    """Redis Pub/Sub stores no messages."""
     yield _Nothing()
 
 
@@ -45,8 +45,8 @@ class _Nothing:
 
 @asynccontextmanager
 async def heard(url: str, channel: str) -> AsyncGenerator[list[bytes], None]:
-    """What comes on a channel of Redis Pub/Sub meanwhile, and for a moment after."""
-    from redis.asyncio import Redis  # noqa: PLC0415  # each service's client only where it is asked for
+    """Collect the messages of a Redis Pub/Sub channel, until a moment after the body."""
+    from redis.asyncio import Redis  # noqa: PLC0415  # each client is imported only for its service
 
     bodies: list[bytes] = []
 
@@ -70,7 +70,7 @@ async def streams(url: str, name: str) -> AsyncGenerator[Destination, None]:
     from redis.asyncio import Redis  # noqa: PLC0415  # as above
 
     async with Redis.from_url(url) as client:
-        # At the oldest message; FastStream would begin at the newest.
+        # Start at the oldest message; FastStream would start at the newest.
         await client.xgroup_create(name, GROUP, id="0", mkstream=True)
         try:
             yield _Stream(client, name)
@@ -105,12 +105,12 @@ async def rabbitmq(url: str, name: str) -> AsyncGenerator[Destination, None]:
         finally:
             async with connection.channel() as channel:
                 await channel.queue_delete(name)
-                await channel.queue_delete(f"{name}:dead")  # diator's; of the others there is none
+                await channel.queue_delete(f"{name}:dead")  # only diator has one
                 await channel.exchange_delete(name.partition(":")[0])
 
 
 class _Queue:
-    """Its consumer is gone: what that has not acknowledged waits again."""
+    """A queue without a consumer, to which unacknowledged messages have returned."""
 
     def __init__(self, connection: Any, name: str) -> None:
         self._connection, self._name = connection, name
@@ -157,7 +157,7 @@ class _Topic:
     async def _count(self, *, committed: bool) -> int:
         from aiokafka import AIOKafkaConsumer, TopicPartition  # noqa: PLC0415  # as above
 
-        # diator's groups begin with the prefix, as its topics do.
+        # The names of diator's groups begin with the prefix, as those of its topics do.
         prefix, dot, _ = self._name.partition(".")
         group = f"{prefix}{dot}{GROUP}" if dot else GROUP
         async with AIOKafkaConsumer(
@@ -171,9 +171,9 @@ class _Topic:
 
 
 async def soon(count: Callable[[], Awaitable[int]], expected: int) -> int:
-    """What *count* gives once it is *expected*, or after a while in which it was not."""
+    """Wait until *count* returns *expected*, and return the last count."""
     loop = asyncio.get_running_loop()
     end = loop.time() + SOON
-    while (found := await count()) != expected and loop.time() < end:  # noqa: ASYNC110  # the service tells only who asks
+    while (found := await count()) != expected and loop.time() < end:  # noqa: ASYNC110  # the service sends no event for it
         await asyncio.sleep(0.05)
     return found

@@ -1,4 +1,4 @@
-"""The libraries, their versions, and the environments they are installed in."""
+"""The libraries, their versions, and their environments."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ class Library:
     """
     A row of the table.
 
-    Without *pins* it is measured as it is installed in the running environment. *targets* are the
-    highest ratios that are good enough, on Python 3.11.
+    Without *pins* it is measured as installed in the running environment. *targets* are the highest
+    acceptable ratios, on Python 3.11.
     """
 
     name: str
     adapter: str
     worker: str = "worker"
-    """The folder of the program that measures it."""
+    """The folder of the measuring program."""
     module: str = ""
     pins: tuple[str, ...] = ()
     targets: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def command(self) -> list[str]:
-        """Start its worker with this."""
+        """Return the command that starts its worker."""
         worker = str(Path(__file__).parent / self.worker)
-        # Isolated, so that nothing but the pinned libraries is found, whatever PYTHONPATH says.
+        # Isolated, so that it imports only the pinned libraries, whatever PYTHONPATH contains.
         return [self.python, *(["-I"] if self.pins else []), worker, self.adapter]
 
     @property
     def python(self) -> str:
-        """The interpreter that has it installed; installs it if need be."""
+        """Return the interpreter with the library installed; install it if necessary."""
         if not self.pins:
             return sys.executable
         folder = CACHE / self.adapter.partition(":")[0]
@@ -111,7 +111,7 @@ LIBRARIES = {
 
 
 def _as_here(*names: str) -> tuple[str, ...]:
-    """Pin the clients at the versions of the running environment, which the others are measured with."""
+    """Pin the clients to the versions of the running environment, which the other libraries use too."""
     return tuple(f"{name}=={metadata.version(name)}" for name in names if _is_installed(name))
 
 
@@ -135,4 +135,4 @@ BROKER_LIBRARIES = {
         ),
     ]
 }
-"""Of the plain clients and diator it is measured what is installed in the running environment."""
+"""The plain clients and diator are measured as installed in the running environment."""

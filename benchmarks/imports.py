@@ -1,4 +1,4 @@
-"""What importing costs beyond what asyncio imports anyway."""
+"""The cost of an import beyond asyncio's own imports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROCESSES = 9
 
 
 def measure() -> dict[str, Any]:
-    """Measure, print the table, and give milliseconds and modules of each library."""
+    """Measure, print the table, and return milliseconds and modules of each library."""
     libraries = [library for library in LIBRARIES.values() if library.module]
     runs: dict[str, list[tuple[float, int]]] = {library.name: [] for library in libraries}
     for _ in range(PROCESSES):
@@ -51,11 +51,11 @@ def measure() -> dict[str, Any]:
 
 
 def cost_of(library: Library) -> tuple[float, int] | None:
-    """Milliseconds and modules of one import in a fresh process."""
+    """Return milliseconds and modules of one import in a new process."""
     isolated = ["-I"] if library.pins else []
     statement = f"import asyncio; import {library.module}"
     command = [library.python, *isolated, "-X", "importtime", "-c", statement]
-    # With bytecode, as in any program, even where the environment asks for none to be written.
+    # With bytecode, as in any program, even if the environment disables it.
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(CACHE / "bytecode")}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

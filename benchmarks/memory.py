@@ -1,4 +1,4 @@
-"""Whether sending leaves anything behind: resident memory while a million requests are sent."""
+"""Resident memory while a million requests are sent."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SENT = {
     "notify": "command, 1 notification event to a broker that discards",
 }
 TARGET = 0.5
-"""MiB that may be added between a tenth and the end; an object a send would be tens of MiB."""
+"""MiB by which memory may grow after the first tenth; one object for each send would be tens of MiB."""
 
 
 def measure() -> dict[str, Any]:
-    """Measure, print the table, and give the MiB of each kind of send."""
+    """Measure, print the table, and return the MiB of each kind of send."""
     rows, results = [], {}
     for workload, description in SENT.items():
         resident = resident_while_sending(workload, SENDS)
@@ -39,7 +39,7 @@ def measure() -> dict[str, Any]:
 
 
 def resident_while_sending(workload: str, sends: int) -> list[float]:
-    """The MiB at 10 %, at 50 % and at the end."""
+    """Return the MiB at 10 %, at 50 % and at the end."""
     with Worker(LIBRARIES["diator"]) as worker:
         if worker.missing:
             raise SystemExit(f"no module {worker.missing!r} here")

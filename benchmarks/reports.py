@@ -1,4 +1,4 @@
-"""Tables to read and JSON to keep."""
+"""Tables and JSON files of results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MET, MISSED = "✓", "✗"
 
 
 def marked(text: str, *, target: str, met: bool) -> str:
-    """Add to a cell whether its target is met, and which it is if not."""
+    """Add a mark to a cell that shows whether its target is met, and the target if not."""
     return f"{text} {MET}" if met else f"{text} {MISSED} {target}"
 
 
@@ -49,7 +49,7 @@ def _show_plain(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) 
 
 
 def keep(file: Path, results: dict[str, Any]) -> None:
-    """Write *results*, and what they were measured on, without the name of the machine."""
+    """Write *results* and a description of the machine, without its name."""
     file.parent.mkdir(parents=True, exist_ok=True)
     measured_on = {
         "python": platform.python_version(),
@@ -64,7 +64,7 @@ def keep(file: Path, results: dict[str, Any]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    """What takes part from the running environment; the others are pinned."""
+    """Return the versions in the running environment; the other libraries are pinned."""
     versions = {}
     for name in ("diator", "msgspec", "orjson", "redis", "hiredis", "rodi"):
         try:

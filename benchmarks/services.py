@@ -1,4 +1,4 @@
-"""The services that messages go through: by address, else in containers on the host's network, bound to loopback."""
+"""The services: by their address, otherwise in containers on the host's network, bound to loopback."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from contextlib import contextmanager
 from tests.services import BACKENDS, Backend, wait_for
 
 STARTING = 120
-"""Seconds until a fresh container must answer."""
+"""Seconds until a new container must respond."""
 
 
 @contextmanager
 def running(name: str) -> Generator[str, None, None]:
     """
-    Give the address of a service: that of its variable in the environment, else of a container for this run alone.
+    Return the address of a service: the one in the environment, otherwise that of a container for this run.
 
-    A published port would halve what a round trip reaches, so the container has no network of its own.
+    The container uses the host's network, since a published port would halve the rate of round trips.
     """
     backend = BACKENDS[name]
     if address := os.environ.get(backend.variable):
@@ -40,7 +40,7 @@ def running(name: str) -> Generator[str, None, None]:
     )
     container = started.stdout.strip()
     try:
-        logging.disable(logging.ERROR)  # the clients say of each attempt that nobody answers yet
+        logging.disable(logging.ERROR)  # the clients log each failed attempt
         try:
             wait_for(backend, address, within=STARTING)
         finally:
@@ -60,14 +60,14 @@ def _rabbitmq(_: Backend, port: int) -> tuple[dict[str, str], list[str]]:
         "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
         "RABBITMQ_NODE_PORT": str(port),
         "RABBITMQ_DIST_PORT": str(_free_port()),
-        "RABBITMQ_ENABLED_PLUGINS_FILE": "/tmp/no-plugins",  # whose ports may be taken
+        "RABBITMQ_ENABLED_PLUGINS_FILE": "/tmp/no-plugins",  # their ports may be in use
     }
     return environment, []
 
 
 def _kafka(backend: Backend, port: int) -> tuple[dict[str, str], list[str]]:
     controller, behind = _free_port(), _free_port()
-    ports = {"port": port, "behind": behind, "proxied": behind}  # here nobody is behind a proxy
+    ports = {"port": port, "behind": behind, "proxied": behind}  # no client is behind a proxy here
     environment = {
         **{key: value.format(**ports) for key, value in backend.environment.items()},
         "KAFKA_LISTENERS": f"PLAINTEXT://127.0.0.1:{port},PROXIED://127.0.0.1:{behind},CONTROLLER://127.0.0.1:{controller}",

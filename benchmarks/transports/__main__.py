@@ -1,5 +1,5 @@
 """
-One library on one transport, in a process of its own. The first line of its input says what to do.
+One library on one transport, in its own process. The first line of its input is its order.
 
 Run as a folder, as `worker` is: a library with an environment of its own must not find the checkout.
 """
@@ -15,7 +15,7 @@ from measuring import WORKLOADS
 
 
 async def main(adapter: str) -> None:
-    # Only replies may reach the parent; whatever a library prints goes where it disturbs nobody.
+    # Only replies may reach the parent, so the output of a library goes to standard error.
     replies, sys.stdout = sys.stdout, sys.stderr
     order = json.loads(sys.stdin.readline())
     module, opened = importlib.import_module(f"{adapter}_{order['service']}"), order["transport"]

@@ -1,4 +1,4 @@
-"""The event and its message, as a program without a library writes them: a dataclass and orjson."""
+"""The event and its message in a program without a library: a dataclass and orjson."""
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime

@@ -1,7 +1,7 @@
 """
-What is measured, whatever the library: publishing, draining, and the time from one process to another.
+The measurements of every library: publishing, draining, and latency between two processes.
 
-Neither side is spared: the same event is made, written, read and handled by all.
+Every library creates, encodes, decodes and handles the same event.
 """
 
 import asyncio
@@ -22,25 +22,25 @@ Finished = Callable[[], Awaitable[None]]
 
 
 class Transport(Protocol):
-    """What each library does, as its documentation does it. Entering connects, and declares what messages wait in."""
+    """One library, used as its documentation shows. Entering connects and declares the destination."""
 
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(self, *_: object) -> None: ...
 
     async def send(self, number: int) -> None:
-        """Make the event of that number, and return when the service has confirmed it."""
+        """Send the event *number*, and return when the service has confirmed it."""
 
     def consuming(self, handle: Handle, settled: Settled, concurrency: int) -> AbstractAsyncContextManager[Finished]:
         """
         Handle each event, acknowledge it, and then call *settled*.
 
-        On entry it is ready to receive. Gives what to wait for until the service knows of every acknowledgement.
+        On entry it is ready to receive. The result waits until the service has received every acknowledgement.
         """
 
 
 async def publish(transport: Transport, reply: Reply, *, callers: int, seconds: float) -> None:
-    """So many tasks, each of which waits for the receipt of its message before it sends the next."""
+    """Publish from *callers* tasks, each of which awaits its receipt before it sends the next message."""
     sent = 0
 
     async def call(end: float) -> None:
@@ -53,7 +53,7 @@ async def publish(transport: Transport, reply: Reply, *, callers: int, seconds: 
         end = perf_counter() + seconds
         await asyncio.gather(*(call(end) for _ in range(callers)))
 
-    await all_call(seconds / 5)  # the connections, of which a pool makes many
+    await all_call(seconds / 5)  # opens the connections
     unmeasured, started, used = sent, perf_counter(), process_time()
     await all_call(seconds)
     measured, took, used = sent - unmeasured, perf_counter() - started, process_time() - used
@@ -61,7 +61,7 @@ async def publish(transport: Transport, reply: Reply, *, callers: int, seconds: 
 
 
 async def fill(transport: Transport, reply: Reply, *, callers: int, messages: int) -> None:
-    """Send so many messages, numbered from 0."""
+    """Send *messages* messages, numbered from 0."""
     numbers = iter(range(messages))
 
     async def call() -> None:
@@ -73,7 +73,7 @@ async def fill(transport: Transport, reply: Reply, *, callers: int, messages: in
 
 
 async def pace(transport: Transport, reply: Reply, *, messages: int, per_second: float) -> None:
-    """Send so many messages at a rate, each at its moment, however long another one takes."""
+    """Send *messages* messages at a fixed rate, however long each send takes."""
     started = perf_counter()
     async with asyncio.TaskGroup() as sending:
         for number in range(messages):
@@ -85,7 +85,7 @@ async def pace(transport: Transport, reply: Reply, *, messages: int, per_second:
 async def flood(
     transport: Transport, reply: Reply, *, messages: int, at_once: int, per_second: float, marks: Sequence[int]
 ) -> None:
-    """Send so many messages, several at once, at no more than a rate; at each of the *marks*, look at the memory."""
+    """Send *messages* messages, several at once, at a limited rate, and measure the memory at each of the *marks*."""
     resident = []
     for first in range(0, messages, at_once):
         due = perf_counter() + at_once / per_second
@@ -105,9 +105,9 @@ async def consume(
     marks: Sequence[int] = (),
 ) -> None:
     """
-    Handle so many messages, from the first call of the handler until the service knows the last acknowledgement.
+    Handle *messages* messages. The clock runs from the first handler until the last acknowledgement is received.
 
-    Handlers wait *pause* seconds. At each of the *marks* (numbers of messages) the memory is looked at.
+    Handlers wait *pause* seconds. The memory is measured at each of the *marks* (numbers of messages).
     """
     times = bytearray(messages)
     waited: list[float] = []
@@ -162,7 +162,7 @@ WORKLOADS = {"publish": publish, "fill": fill, "pace": pace, "flood": flood, "co
 
 
 async def nothing() -> None:
-    """What there is to wait for where each acknowledgement was awaited."""
+    """Return at once: each acknowledgement was awaited already."""
 
 
 async def end(task: asyncio.Task[None]) -> None:

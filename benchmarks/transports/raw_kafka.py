@@ -1,4 +1,4 @@
-"""aiokafka as its documentation uses it: acks=all, idempotent, a commit after each batch that was handled."""
+"""aiokafka as its documentation uses it: acks=all, idempotent, a commit after each handled batch."""
 
 import asyncio
 from collections.abc import AsyncGenerator

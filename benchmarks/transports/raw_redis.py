@@ -14,7 +14,7 @@ GROUP = "benchmark"
 
 class PubSub:
     def __init__(self, url: str, name: str) -> None:
-        # The default pool opens a connection for each concurrent call and fails when it has too many.
+        # The default pool opens a connection for each concurrent call and fails at its limit.
         self._client = Redis.from_pool(BlockingConnectionPool.from_url(url, max_connections=100))
         self._name = name
 

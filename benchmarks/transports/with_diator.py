@@ -1,4 +1,4 @@
-"""What diator does alike on every transport: an emitter sends, a consumer runs the handlers of an event map."""
+"""diator on every transport: an emitter sends, and a consumer runs the handlers of an event map."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -54,7 +54,7 @@ class Diator:
         events.bind(UserJoined, OnUserJoined)
         consumer = Consumer(self.broker, event_map=events, group=self.group, concurrency=concurrency)
         running = asyncio.create_task(consumer.run())
-        while not consumer.health().receiving:  # noqa: ASYNC110  # that is how it is asked
+        while not consumer.health().receiving:  # noqa: ASYNC110  # as a health check does
             await asyncio.sleep(0.01)
         yield finished
         await finished()

@@ -13,4 +13,4 @@ class RabbitMQ(Diator):
     async def __aenter__(self) -> Self:
         await super().__aenter__()
         async with self.broker.subscribe({Topic("notification_event", "UserJoined")}, group=self.group):
-            return self  # now its queue is there
+            return self  # its queue is declared now

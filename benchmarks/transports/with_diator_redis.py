@@ -13,5 +13,5 @@ class PubSub(Diator):
 
 class Streams(Diator):
     def broker_for(self, url: str, name: str) -> RedisStreamMessageBroker:
-        # What was handled is removed after some seconds only where a million messages go through.
+        # Trimming of handled messages after some seconds matters only in the flood of a million.
         return RedisStreamMessageBroker.from_url(url, name, retention=2.0 if name.endswith("-flat") else None)

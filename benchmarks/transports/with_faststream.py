@@ -1,4 +1,4 @@
-"""What FastStream does alike on every transport. It publishes a dictionary and handles a model of pydantic."""
+"""FastStream on every transport. It publishes a dictionary and handles a pydantic model."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -53,9 +53,9 @@ class FastStream:
         @self.subscriber(broker, concurrency)
         async def on_user_joined(event: UserJoined) -> None:
             await handle(event)
-            settled()  # it acknowledges after that, so its clock stops a little early
+            settled()  # it acknowledges afterwards, so its clock stops a little early
 
         await broker.start()
         yield nothing
-        await asyncio.sleep(0.2)  # until the last acknowledgement is told
+        await asyncio.sleep(0.2)  # until the last acknowledgement is sent
         await broker.stop()

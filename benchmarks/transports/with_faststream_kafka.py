@@ -17,7 +17,7 @@ class Kafka(FastStream):
         await self.broker.publish(event, topic=self.name)
 
     def subscriber(self, broker: KafkaBroker, concurrency: int) -> Any:
-        # Workers that acknowledge after handling are as many consumers: no more of them work than there are partitions.
+        # Each worker that acknowledges after handling is a consumer, so no more of them work than there are partitions.
         return broker.subscriber(
             self.name,
             group_id=GROUP,

@@ -6,7 +6,7 @@ from with_faststream import FastStream
 
 class RabbitMQ(FastStream):
     def broker_for(self, concurrency: int) -> RabbitBroker:
-        # The prefetch is its only limit of concurrency.
+        # The prefetch limit is its only limit of concurrency.
         channel = Channel(prefetch_count=concurrency, on_return_raises=True)
         return RabbitBroker(self.url, default_channel=channel, logger=None)
 

@@ -7,7 +7,7 @@ from with_faststream import GROUP, FastStream
 
 class PubSub(FastStream):
     def broker_for(self, concurrency: int) -> RedisBroker:
-        # With the default pool of 100 it fails when 512 call at once.
+        # With the default pool of 100 connections it fails at 512 concurrent calls.
         return RedisBroker(self.url, max_connections=1000, logger=None)
 
     async def publish(self, event: dict[str, Any]) -> None:
@@ -22,6 +22,6 @@ class Streams(PubSub):
         await self.broker.publish(event, stream=self.name)
 
     def subscriber(self, broker: RedisBroker, concurrency: int) -> Any:
-        # Without a number it reads the whole stream at once.
+        # Without a limit it reads the whole stream at once.
         stream = StreamSub(self.name, group=GROUP, consumer="member", max_records=100)
         return broker.subscriber(stream=stream, max_workers=concurrency)

@@ -1,5 +1,5 @@
 """
-One library in its own process, beside the hand-written code; a pipe tells it what to do.
+One library in its own process, beside the hand-written code. It reads its orders from a pipe.
 
 Run as a folder (`python benchmarks/worker with_kerux:workloads`), which leaves the checkout off the
 import path: an older diator has an environment of its own and must not find the new one.
@@ -19,7 +19,7 @@ from workloads import Repeat
 
 
 async def serve(adapter: str) -> None:
-    # Only replies may reach the parent; whatever a library prints goes where it disturbs nobody.
+    # Only replies may reach the parent, so the output of a library goes to standard error.
     replies, sys.stdout = sys.stdout, sys.stderr
     reply = functools.partial(print, file=replies, flush=True)
 
@@ -32,7 +32,7 @@ async def serve(adapter: str) -> None:
     reference = by_hand.workloads()
     for workload in [*measured.values(), *reference.values()]:
         await workload.verify()
-    # The collector stays on, and need not go through the thousands of types of W5 again and again.
+    # The garbage collector stays on, without scanning the thousands of types of W5 again and again.
     gc.collect()
     gc.freeze()
     reply(json.dumps({"workloads": list(measured)}))
@@ -51,15 +51,15 @@ async def serve(adapter: str) -> None:
         for side in random.sample(list(by_side), k=2):
             repeat, sends = by_side[side].repeat, by_side[side].sends
             if repeat not in repetitions:
-                # A thousand types are gone through once: again and again, without anything else in
-                # between, would keep all of them in the processor's caches, as no program does.
+                # A thousand types are used once: repeating them alone would keep all of them in the
+                # processor's caches, which does not happen in a program.
                 repetitions[repeat] = 1 if sends > 1 else await repetitions_in(order["seconds"], repeat)
             microseconds[side] = await seconds_each(repeat, repetitions[repeat]) / sends * 1e6
         reply(json.dumps(microseconds))
 
 
 async def repetitions_in(seconds: float, repeat: Repeat) -> int:
-    """How often *repeat* can be done in about *seconds*, once it is warm."""
+    """Return how often *repeat* runs in about *seconds*, once it is warm."""
     times = 1
     while times * (each := await seconds_each(repeat, times)) < 10 * seconds:
         times *= 2

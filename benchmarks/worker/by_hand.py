@@ -1,4 +1,4 @@
-"""The same work written by hand: what every library is compared with."""
+"""The hand-written code that every library is compared with."""
 
 import asyncio
 import json
@@ -49,7 +49,7 @@ class ReadLink:
     meeting_id: int
 
 
-@dataclass(frozen=True, kw_only=True)  # what is made while handling is made of the same kind of class on both sides
+@dataclass(frozen=True, kw_only=True)  # both sides create instances of the same kind of class
 class MeetingLink:
     meeting_id: int
     link: str

@@ -73,7 +73,7 @@ class UserJoined(NotificationEvent):
 
 
 class DeclaresEvents(RequestHandler):
-    """Has a list of events behind a property."""
+    """Return events from a property."""
 
     def __init__(self, tally: Tally) -> None:
         self._tally = tally
@@ -85,7 +85,7 @@ class DeclaresEvents(RequestHandler):
 
 
 class DeclaresNoEvents(RequestHandler):
-    """Leaves the events to the base class."""
+    """Use the events of the base class."""
 
     def __init__(self, tally: Tally) -> None:
         self._tally = tally
@@ -140,7 +140,7 @@ class AlsoJoinedHandler(JoinedHandler):
 
 
 class EncodingBroker:
-    """Keeps the last message as it would have travelled and forgets the others."""
+    """Encode each message and keep the last one."""
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
@@ -168,7 +168,7 @@ def container_of_our_own(_: Sequence[type], tally: Tally) -> Container:
 
 
 def container_of_rodi(handler_types: Sequence[type], tally: Tally) -> Resolver:
-    # Here, so that the other rows do without rodi.
+    # Imported here, so that the other rows work without rodi.
     import rodi  # noqa: PLC0415
 
     from diator.container.rodi import RodiContainer  # noqa: PLC0415

@@ -132,7 +132,7 @@ class UserJoined(NotificationEvent):
 
 
 class EncodingBroker:
-    """Encodes as the library's own Redis broker does and keeps the bytes."""
+    """Encode like the library's own Redis broker and keep the bytes."""
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox

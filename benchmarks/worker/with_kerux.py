@@ -1,4 +1,4 @@
-"""kerux: handlers from factories, as the hand-written code too builds one for every request."""
+"""kerux with handlers from factories, since the hand-written code builds one for each request too."""
 
 import asyncio
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ class Joined(Notification):
 
 
 class AnnouncingJoinHandler:
-    """Publishes by itself: kerux collects no events."""
+    """Publish by itself, since kerux collects no events."""
 
     def __init__(self, tally: Tally, mediator: Mediator) -> None:
         self._tally = tally

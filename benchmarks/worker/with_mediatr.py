@@ -1,4 +1,4 @@
-"""mediatr: it has no events, and its handlers and behaviours are those of the whole process."""
+"""mediatr, which has no events; its handlers and behaviours are global to the process."""
 
 import asyncio
 from collections.abc import Callable
@@ -89,7 +89,7 @@ def sending_through_behaviors(send: Send, join: Join, tally: Tally) -> Workload:
         return await proceed()
 
     async def repeat(times: int) -> object:
-        # Present only while W3 runs: every send of every request looks through all of them.
+        # Registered only while W3 runs: each send goes through all of them.
         __behaviors__[Join] = [pass_through] * 3
         for _ in range(times):
             result = await send(join)

@@ -130,7 +130,7 @@ class UserJoined(cqrs.NotificationEvent[UserJoinedPayload]):
 
 
 class EncodingBroker(MessageBroker):
-    """Encodes as the library's own brokers do and keeps the bytes."""
+    """Encode like the library's own brokers and keep the bytes."""
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox

@@ -1,11 +1,9 @@
 """
-What is measured, whatever the library.
+The workloads of every library.
 
-A workload repeats one thing in a loop of its own: a loop that calls a passed-in function would add
-that call to both sides and draw every ratio towards one.
+Each workload has its own loop: a loop that calls a passed-in function would add that call to both sides
+and draw every ratio towards one.
 """
-
-# what a library hands over has that library's types
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -39,9 +37,9 @@ CONCURRENT = 1_000
 
 class Tally:
     """
-    Counts the calls of everything that can be called. Every handler is built with it.
+    Counts the calls of all handlers, which are constructed with it.
 
-    Telling it is the handlers' whole work, on both sides of every comparison.
+    Calling `note` is the only work of a handler, on both sides of every comparison.
     """
 
     def __init__(self) -> None:
@@ -54,14 +52,14 @@ class Tally:
 
 
 class Outbox:
-    """The bytes of the last message that reached a broker."""
+    """The bytes of the last message that a broker received."""
 
     body = b""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Something to repeat, with what must be true after it."""
+    """A function to repeat, and the checks of its result."""
 
     repeat: Repeat
     returns: Callable[[Any], bool]
@@ -70,7 +68,7 @@ class Workload:
     sends: int = 1
 
     async def verify(self) -> None:
-        """Raise unless a few repetitions return and call what they should."""
+        """Raise unless a few repetitions return the right result and call the right handlers."""
         before, repetitions = self.tally.calls, 3
 
         result = await self.repeat(repetitions)
@@ -158,16 +156,16 @@ def is_the_link(response: Any) -> bool:
 
 
 def carries(event: Any) -> Callable[[bytes], bool]:
-    """Whether a message holds *event*; some write its id without hyphens."""
+    """Return a check whether a message contains *event*; some libraries write its id without hyphens."""
     parts = [event.event_id.hex, str(USER_ID), str(MEETING_ID), NICKNAME]
     return lambda body: all(part in body.decode().replace("-", "") for part in parts)
 
 
 def copy_of(handler_type: type[Handler], number: int) -> type[Handler]:
     """
-    The class once more, its code included.
+    Return a copy of the class with its own code.
 
-    A thousand subclasses that share one `handle` would be as easy on the caches as one class.
+    A thousand subclasses that share one `handle` would need no more of the caches than one class.
     """
     namespace = {
         name: code_and_all(value) if isinstance(value, FunctionType) else value
