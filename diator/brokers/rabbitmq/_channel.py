@@ -18,8 +18,10 @@ from diator.brokers.rabbitmq._client import (
     ContentBody,
     ContentHeader,
     Frame,
+    attach,
     commands,
     explained,
+    frame_max,
     marshal,
 )
 
@@ -68,7 +70,7 @@ class Channel:
 
     def __init__(self, number: int = NUMBER) -> None:
         self.number = number
-        self.frames = self  # aiormq calls `frames.put` for each frame of a channel
+        self.frames = self  # see `attach`
         self.error: Exception | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._unwritten: list[bytes] = []
@@ -82,10 +84,9 @@ class Channel:
         self._loop = asyncio.get_running_loop()
         self.connection = connection
         self._writer = writer
-        self.frame_max = connection.connection_tune.frame_max or 131_072
+        self.frame_max = frame_max(connection)
         self.last_frame_at = self._loop.time()
-        connection.channels[self.number] = self  # type: ignore[assignment]  # aiormq only uses its `frames.put`
-        self._closing = connection.closing
+        self._closing = attach(connection, self.number, self)
         self._closing.add_done_callback(self._connection_closed)
         await self.ask(commands.Channel.Open())
 

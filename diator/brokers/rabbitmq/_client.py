@@ -30,7 +30,7 @@ __all__ = ["URL", "Connection", "ContentBody", "ContentHeader", "Frame", "comman
 # aiormq has no private name that diator uses. These are public, and no documentation promises them.
 INTERNALS = {
     "aiormq.connection": (
-        "Connection.channels",  # where `Channel.open` registers itself for its frames
+        "Connection.channels",
         "Connection.close",
         "Connection.closing",
         "Connection.connect",
@@ -40,7 +40,7 @@ INTERNALS = {
         "TLSTransportFactory.create",
         "TransportFactory",
     ),
-    "aiormq.channel": ("Channel.frames",),  # where aiormq puts the frames of a channel
+    "aiormq.channel": ("Channel.frames",),
 }
 require_internals("aiormq", INTERNALS)
 
@@ -141,6 +141,22 @@ class _KeepingWriter(TransportFactory):
     async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, self.writer = await self._made_by.create(url, **options)
         return reader, self.writer
+
+
+def attach(connection: Connection, number: int, channel: object) -> asyncio.Future[Any]:
+    """
+    Make aiormq await `frames.put` of *channel* for each frame of channel *number*.
+
+    Return a future that is done when the connection ends, with its error if it has one.
+    """
+    connection.channels[number] = channel  # type: ignore[assignment]  # aiormq only uses its `frames.put`
+    closing: asyncio.Future[Any] = connection.closing
+    return closing
+
+
+def frame_max(connection: Connection) -> int:
+    """Return the size of the largest frame, in bytes, on which both sides have agreed."""
+    return connection.connection_tune.frame_max or 131_072
 
 
 def is_blocked(connection: Connection) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from inspect import Signature, signature
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
@@ -207,6 +208,28 @@ def wire_of(connection: RedisConnection) -> Wire:
     writer: asyncio.StreamWriter = connection._writer  # type: ignore[assignment]  # noqa: SLF001
     parser: Any = connection._parser  # noqa: SLF001
     return Wire(writer.write, parser.read_response, writer.transport.abort)
+
+
+async def exchange(connection: RedisConnection, *command: bytes) -> Any:
+    """Send *command*, and return its reply undecoded, within the timeouts of the client."""
+    await connection.send_command(*command)
+    return await connection.read_response(disable_decoding=True)
+
+
+def send_command(connection: RedisConnection, *command: bytes | str) -> Awaitable[None]:
+    """Send *command* and no health check before it, whose reply `read_reply` would take for that of *command*."""
+    return connection.send_command(*command, check_health=False)
+
+
+def read_reply(connection: RedisConnection, *, push: bool = False) -> Awaitable[Any]:
+    """
+    Wait for the next reply, however long that takes, and return it undecoded. With *push*, return pushed messages, too.
+
+    Cancelled half-way through a reply, this loses nothing: the parts stay in the parser.
+    """
+    return connection.read_response(
+        disable_decoding=True, timeout=math.inf, disconnect_on_error=False, push_request=push
+    )
 
 
 def is_outdated(connection: RedisConnection) -> bool:

@@ -16,6 +16,7 @@ from diator.brokers.redis._client import (
     Client,
     RedisConnection,
     close_connection,
+    exchange,
     is_outdated,
     pool_size,
     release_connection,
@@ -168,8 +169,7 @@ class CommandConnection(ClientConnection):
                 connection = await take_connection(self._client)
                 try:
                     written = True
-                    await connection.send_command(*command)
-                    return await connection.read_response(disable_decoding=True)
+                    return await exchange(connection, *command)
                 finally:
                     await release_connection(self._client, connection)
         except CLIENT_ERRORS as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -21,7 +20,9 @@ from diator.brokers.redis._client import (
     client_of,
     close_connection,
     options_of,
+    read_reply,
     require_pool,
+    send_command,
     send_error,
     take_connection,
 )
@@ -193,8 +194,8 @@ class Subscription(ResilientSubscription):
             source = Connection(connection, self._channels, self._patterns)
             try:
                 if self._patterns:
-                    await connection.send_command("PSUBSCRIBE", *self._patterns, check_health=False)
-                await connection.send_command("SUBSCRIBE", *self._channels, check_health=False)
+                    await send_command(connection, "PSUBSCRIBE", *self._patterns)
+                await send_command(connection, "SUBSCRIBE", *self._channels)
                 while not source.is_ready:
                     await source.receive(0)
             except CLIENT_ERRORS as error:
@@ -224,10 +225,7 @@ class Connection:
         return self._confirmed >= self._wanted
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:  # Redis sends messages one by one
-        # Cancelled half-way through a reply, this loses nothing: the parts stay in the parser.
-        reply: Any = await self._connection.read_response(
-            disable_decoding=True, timeout=math.inf, disconnect_on_error=False, push_request=True
-        )
+        reply = await read_reply(self._connection, push=True)
         kind, *rest = reply if isinstance(reply, list) else [reply]
         if kind == b"message":
             channel, body = rest
@@ -251,7 +249,7 @@ class Connection:
         return topic if topic in self._topics.values() else None
 
     async def probe(self) -> None:
-        await self._connection.send_command("PING", check_health=False)  # `receive` reads the reply
+        await send_command(self._connection, "PING")  # `receive` reads the reply
 
     async def ack(self, delivery: Delivery, /) -> None:
         pass  # there is nothing to acknowledge

@@ -14,7 +14,15 @@ from typing import cast
 import msgspec
 
 from diator.brokers.base import Delivery, OnGap, Topic
-from diator.brokers.redis._client import Client, RedisConnection, close_connection, require_pool, take_connection
+from diator.brokers.redis._client import (
+    Client,
+    RedisConnection,
+    close_connection,
+    read_reply,
+    require_pool,
+    send_command,
+    take_connection,
+)
 from diator.brokers.redis._connection import CommandConnection
 from diator.brokers.redis._group import Group, ms
 from diator.brokers.settling import Acknowledgements, dead_letter_headers
@@ -379,11 +387,10 @@ class Connection:
             await self._subscription.trim()
         streams, block = self._to_ask(most)
         count = max(1, min(most, 100) // len(streams))  # for each stream
-        await self._connection.send_command(
-            *self._command, b"%d" % count, *block, b"STREAMS", *streams, *[b">"] * len(streams), check_health=False
-        )
+        last = [b">"] * len(streams)
+        await send_command(self._connection, *self._command, b"%d" % count, *block, b"STREAMS", *streams, *last)
         # BLOCK ends after a second at the latest, so a peer that is silent for longer is dead.
-        reply = await self._connection.read_response(disable_decoding=True, timeout=math.inf, disconnect_on_error=False)
+        reply = await read_reply(self._connection)
         self._empty = 0 if reply else self._empty + 1
         answered = [*(reply.items() if isinstance(reply, dict) else reply or ())]
         if len(streams) > 1 and len(answered) == 1 and len(answered[0][1]) == count:
