@@ -48,8 +48,8 @@ class Source(Protocol):
         Wait for deliveries and return at most *limit* of them; an empty list if the service sent anything else.
 
         Each return counts as a sign of life of the service. The call is cancelled when the subscription ends, and when
-        the connection counts as dead. If it has already taken messages from the service by then, the transport has to
-        give them back, or to return them from the next connection.
+        the connection counts as dead. If it has already taken messages from the service by then, the transport must
+        requeue them, or return them from the next connection.
 
         Raises:
             Exception: The connection is lost. Any error of the client library will do.

@@ -49,9 +49,9 @@ _NO_GROUP_EXPIRES = 120.0
 _UNUSED_EXPIRES = 600.0
 _REQUEUE_DELAY = 5.0
 _END_TIMEOUT = 2.0
-_LONGEST_REASON = 1024
-_MOST_ATTEMPTS = 1_000_000
-_MOST_PREFETCH = 65_535
+_MAX_REASON_LENGTH = 1024
+_MAX_ATTEMPT = 1_000_000
+_MAX_PREFETCH = 65_535
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ class Subscription(ResilientSubscription):
         own = f"{_NO_GROUP}{uuid4().hex}"
         self.queues = {queue_name(self.prefix, topic, own if group is None else group): topic for topic in topics}
         self._queue_type: QueueType = "classic" if group is None else options.queue_type
-        self._for_each_queue = min(prefetch + options.extra_prefetch // max(1, len(self.queues)), _MOST_PREFETCH)
+        self._for_each_queue = min(prefetch + options.extra_prefetch // max(1, len(self.queues)), _MAX_PREFETCH)
         self.declared = False
         self.delay_queues: dict[str, float] = {}
         self._background = BackgroundTasks()
@@ -319,7 +319,7 @@ class Connection(Channel):
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         token = cast("_Token", delivery.token)
         why = dead_letter_headers(
-            delivery, reason[:_LONGEST_REASON], source=token.queue, group=self._subscription.group or ""
+            delivery, reason[:_MAX_REASON_LENGTH], source=token.queue, group=self._subscription.group or ""
         )
         headers = _of_program(token.header) | why
         with self._requeue_on_failure(delivery):
@@ -452,4 +452,4 @@ def _text(value: object) -> str:
 
 def _count(value: object) -> int:
     """Return the count in a header; 0 if somebody else has written something else into it."""
-    return value if isinstance(value, int) and 0 < value < _MOST_ATTEMPTS else 0
+    return value if isinstance(value, int) and 0 < value < _MAX_ATTEMPT else 0

@@ -81,7 +81,7 @@ class Group:
         return [id_ for id_ in ids if id_ in ours]
 
     async def renew(self, stream: bytes, ids: Sequence[bytes], *options: bytes, idle_ms: int) -> None:
-        """Set for how long *ids* count as idle, and *options* of XCLAIM. It is no delivery, and not counted as one."""
+        """Set for how long *ids* count as idle, and *options* of XCLAIM. Redis does not count it as a delivery."""
         if ids:
             claim = (b"XCLAIM", stream, self.name, self.consumer, b"0", *ids, b"IDLE", b"%d" % idle_ms)
             await self.execute(*claim, *options, b"JUSTID")

@@ -184,7 +184,7 @@ async def test_only_the_refused_message_fails_and_the_others_keep_their_order(se
     assert kafka.stored == [b"1", b"3", b"4"]
 
 
-async def test_a_missing_permission_is_no_reason_for_another_producer(sender, kafka):
+async def test_a_missing_permission_does_not_replace_the_producer(sender, kafka):
     tasks = start(sender, b"1", b"2")
     producer = await kafka.producer(0)
     producer.take_off()

@@ -298,7 +298,7 @@ async def test_a_reordered_message_without_a_next_one_is_delivered_at_last():
     assert program.numbers == [1, 2]
 
 
-async def test_a_message_is_handled_again_after_a_crash():
+async def test_a_message_is_redelivered_after_a_crash():
     broker = FaultyMessageBroker()
     program = Program(broker)
     broker.on_delivery(crashed, of=UserJoined)

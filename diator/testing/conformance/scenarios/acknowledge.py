@@ -77,7 +77,7 @@ async def retry_comes_again(ctx: Context) -> None:
     ctx.ledger.compare(group, messages).verify()
 
 
-@scenario("ACK-04", "A message whose handler fails is handled again", needs=_LATER)
+@scenario("ACK-04", "A message whose handler fails is redelivered", needs=_LATER)
 async def failure_is_retried(ctx: Context) -> None:
     """Catch a failure that acknowledges the message."""
     broker = await ctx.broker()
