@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from typing import TypeAlias
 from uuid import UUID
@@ -17,8 +16,6 @@ from diator.brokers.kafka._topics import TopicPolicy, ensure_topics
 from diator.brokers.kafka._unconfirmed import Batch, Call, Place, Unconfirmed
 from diator.brokers.supervisor import close_all
 from diator.exceptions import BrokerClosed, BrokerError, OutcomeUnknown
-
-logger: logging.Logger = logging.getLogger(__name__)
 
 _BATCH_BYTES = 128 * 1024
 

@@ -166,6 +166,19 @@ async def test_what_was_not_sent_in_time_was_not_sent(sender, kafka):
     assert kafka.stored == [b"2"]
 
 
+async def test_each_call_ends_at_its_own_deadline(sender, kafka):
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    first = start(sender, b"1")
+    await kafka.producer(0)
+    await asyncio.sleep(3.0)
+    second = start(sender, b"2", partition=1)
+    assert await kinds(first) == [BrokerUnavailable]
+    assert loop.time() - started == pytest.approx(TIMEOUT, abs=0.1)
+    assert await kinds(second) == [BrokerUnavailable]
+    assert loop.time() - started == pytest.approx(TIMEOUT + 3.0, abs=0.1)
+
+
 async def test_only_the_refused_message_fails_and_the_others_keep_their_order(sender, kafka):
     tasks = start(sender, b"1", b"bad", b"3")
     first = await kafka.producer(0)
@@ -182,6 +195,17 @@ async def test_only_the_refused_message_fails_and_the_others_keep_their_order(se
     second.answer()
     assert await kinds([*tasks, *later]) == [type(None), MessageRejected, type(None), type(None)]
     assert kafka.stored == [b"1", b"3", b"4"]
+
+
+async def test_a_batch_that_may_be_stored_is_not_sent_again(sender, kafka):
+    tasks = start(sender, b"1", b"2")
+    producer = await kafka.producer(0)
+    producer.take_off()
+    producer.answer(errors.OutOfOrderSequenceNumber())
+    assert await kinds(tasks) == [OutcomeUnknown, OutcomeUnknown]
+    await asyncio.sleep(1.0)
+    assert producer.is_closed  # its numbers are of no use any more
+    assert len(kafka.producers) == 1
 
 
 async def test_a_missing_permission_does_not_replace_the_producer(sender, kafka):
@@ -287,7 +311,9 @@ async def test_waiting_calls_fail_when_no_producer_connects(sender, kafka):
     producer.take_off()
     kafka.error = errors.KafkaConnectionError("nobody listens")
     producer.answer(errors.InvalidTopicError())
+    started = asyncio.get_running_loop().time()
     assert await kinds(tasks) == [BrokerUnavailable, BrokerUnavailable]
+    assert asyncio.get_running_loop().time() - started < 1.0  # not only at their deadline
 
 
 async def test_a_connection_that_takes_too_long_ends_the_calls_at_their_deadline(sender, kafka):
@@ -376,6 +402,19 @@ async def test_closing_waits_for_the_unconfirmed_calls_and_refuses_later_ones(se
     assert not closing.done()
     with pytest.raises(BrokerClosed):
         await sender.send("topic", b"2")
+    producer.take_off()
+    producer.answer()
+    await closing
+    assert await results(tasks) == [None]
+    assert producer.is_closed
+
+
+async def test_closing_waits_for_a_call_that_is_still_connecting(sender, kafka):
+    kafka.delay = 1.0
+    tasks = start(sender, b"1")
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(sender.aclose())
+    producer = await kafka.producer(0)
     producer.take_off()
     producer.answer()
     await closing
