@@ -16,13 +16,16 @@ from diator.testing.conformance import SCENARIOS
 #: The beginnings of the names of long units, the longest first.
 LONG = (
     "tests/integration/test_kills.py",
-    "TestKafka breaks",
     "TestRabbitMQ breaks",
+    "TestKafka breaks",
+    "tests/integration/test_saboteurs.py",
     "tests/integration/kafka/",
-    "tests/integration/test_interoperation.py",
-    "TestRedisStreams breaks",
+    "TestRabbitMQ FLT",
     "TestKafka",
     "tests/integration/",
+    "TestRabbitMQ",
+    "tests/unit/brokers/test_codec.py",
+    "tests/unit/test_layers.py",
     "Test",
 )
 

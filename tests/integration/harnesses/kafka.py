@@ -26,7 +26,7 @@ class KafkaHarness(ServiceHarness):
         scale=4.0 * SCALE,
         quiet=0.3,
         redelivery=5.0,
-        timeout=3.0,
+        timeout=5.0,
         liveness=10.0,
         recovery=20.0,
         lag=2.0 * SCALE,
@@ -61,7 +61,7 @@ class KafkaHarness(ServiceHarness):
         return KafkaMessageBroker(
             servers,
             "conformance",
-            timeout=3.0,
+            timeout=self.limits.timeout,
             session_timeout=6.0,
             heartbeat_interval=0.1,
             drain_timeout=10.0,

@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 from uuid import uuid4
 
-from tests.integration.kafka.helpers import acked, all_that_comes, message, number_of, send, subscribed, take
+from tests.integration.kafka.helpers import SLACK, acked, all_that_comes, message, number_of, send, subscribed, take
 
 
 async def test_running_handlers_finish_before_their_partition_is_reassigned(broker) -> None:
@@ -112,8 +112,9 @@ async def test_prefetch_ends_at_a_window_beyond_the_oldest_unfinished(make, kafk
         assert 0 < len(await all_that_comes(deliveries)) <= 20 + 10 + 10
 
 
-async def test_a_connection_that_is_being_opened_is_closed_too(make, proxy, proxied) -> None:
+async def test_a_connection_that_is_being_opened_is_closed_too(make, proxy, proxied, monkeypatch) -> None:
     """The client forgets a connection if the task that opens it is cancelled during the metadata request."""
+    monkeypatch.setattr("diator.brokers.kafka._client._LEAVING_THE_START", SLACK)
     proxy.delay(0.02)
     for steps in range(10):
         broker = await make(proxied)
