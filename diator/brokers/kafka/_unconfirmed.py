@@ -46,8 +46,10 @@ class Batch(Generic[P]):
 
     Attributes:
         producer: The producer that sends the batch.
+        place: The partition that the batch goes to.
         calls: Its messages in their order, at least one. None are left once the batch was withdrawn.
         size: How many bytes the messages take, at most.
+        room: How many bytes the batch may have. A first message may have more.
         is_open: Whether the batch may take another message.
         is_sent: Whether the producer has begun to send it, so that its messages may have arrived.
     """

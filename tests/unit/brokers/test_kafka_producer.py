@@ -291,7 +291,7 @@ async def test_no_call_passes_those_that_wait_for_the_next_producer(sender, kafk
     assert [value for value in kafka.stored if value != b"3"] == [b"1", b"2", b"4"]
 
 
-async def test_a_call_that_finds_no_room_in_time_was_not_sent(make, kafka):
+async def test_a_call_takes_the_room_of_a_call_that_ended_at_its_deadline(make, kafka):
     sender = make(max_in_flight=1)
     first = start(sender, b"1")
     await kafka.producer(0)
