@@ -39,6 +39,7 @@ class Connection(ABC):
         self.partitions: dict[TopicPartition, Partition] = {}
         self.generation = 0
         self._paused: dict[TopicPartition, Partition] = {}
+        self._has_returned = False
         self._was_answered = False
         self._was_connected = True
         self._next_check = 0.0
@@ -55,6 +56,9 @@ class Connection(ABC):
     async def receive(self, most: int, /) -> Sequence[Delivery]:
         """See `Source.receive`."""
         subscription = self.subscription
+        if self._has_returned:
+            self._has_returned = False
+            await asyncio.sleep(0)  # a handler that waits for these messages begins before the client is asked again
         while True:
             subscription.wakeup.clear()
             if self._was_answered:
@@ -65,14 +69,14 @@ class Connection(ABC):
             if (now := asyncio.get_running_loop().time()) >= self._next_check:
                 self._next_check = now + _CHECK_EVERY
                 await self.check()
-            if self._paused:
-                self._resume()
+            self._resume()
             try:
                 if (deliveries := await self._take(most)) is None:
                     # The client could wait by itself. It would then also take the messages, and so fetch the next ones
                     # before the handler of the first has begun.
                     await subscription.wakeup.wait(self.consumer.fetched, within=self._wait_bound)
                 elif deliveries:
+                    self._has_returned = True
                     return deliveries
             except errors.OffsetOutOfRangeError as error:
                 await self._skip_lost_messages(error)

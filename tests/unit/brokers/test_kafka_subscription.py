@@ -63,6 +63,7 @@ class Client:
 
     def __init__(self):
         self.records = []
+        self.asked = 0
         self.paused = []
         self.resumed = []
         self.waiting = asyncio.Event()
@@ -74,6 +75,7 @@ class Client:
             self.has_fetched.set_result(None)
 
     async def take(self, most):
+        self.asked += 1
         taken, self.records = self.records[:most], self.records[most:]
         return {PLACE: taken} if taken else {}
 
@@ -189,6 +191,21 @@ async def test_records_that_arrive_during_the_wait_are_delivered_at_once():
         await it.take(0)
 
         assert asyncio.get_running_loop().time() - began < 0.5
+
+
+async def test_a_waiting_consumer_has_its_message_before_the_client_is_asked_again():
+    async with reading() as it:
+
+        async def receive_one():
+            await anext(it.subscription)
+            return it.client.asked
+
+        receiving = asyncio.create_task(receive_one())
+        await it.client.waiting.wait()
+        asked = it.client.asked
+        it.client.fetch(Record(0))
+
+        assert await receiving == asked + 1
 
 
 # -- settling ----------------------------------------------------------------------------------------------------
