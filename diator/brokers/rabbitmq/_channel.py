@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 from diator.brokers.rabbitmq._client import (
@@ -134,9 +135,12 @@ class Channel:
 
     def flush(self) -> None:
         """Send now."""
-        if self._unwritten and self.error is None and self._writer is not None:
-            self._writer.write(b"".join(self._unwritten))
+        frames = b"".join(self._unwritten)
         self._unwritten.clear()
+        if frames and self.error is None and self._writer is not None:
+            # A write raises RuntimeError once aiormq has ended its half of the connection. Reading reports the loss.
+            with suppress(RuntimeError):
+                self._writer.write(frames)
 
     def close_channel(self) -> None:
         """Close the channel, and leave the connection open."""

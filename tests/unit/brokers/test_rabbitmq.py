@@ -1,5 +1,6 @@
 """What of RabbitMQ needs no RabbitMQ: addresses, names, and what is written for a message."""
 
+import asyncio
 import ssl
 from datetime import UTC, datetime
 from uuid import uuid4
@@ -15,6 +16,7 @@ from pamqp.frame import unmarshal
 
 from diator.brokers.base import Topic
 from diator.brokers.rabbitmq import RabbitMQMessageBroker, _client
+from diator.brokers.rabbitmq._channel import Channel
 from diator.brokers.rabbitmq._frames import ContentHeader, Publication, again, header_of
 from diator.brokers.rabbitmq._names import delay_bucket, queue_name, routing_key
 from diator.exceptions import ConfigurationError, EncodingError
@@ -222,3 +224,22 @@ def test_header_values_that_are_not_text_keep_their_form():
     frame = b"\x02\x00\x01" + len(handed_on.header).to_bytes(4) + handed_on.header + b"\xce"
     read = unmarshal(frame)[2].properties.headers
     assert read == {"list": [b"\xff", {"in": b"\xfe"}], "alone": b"\xfd", "text": "t"}
+
+
+async def test_a_write_to_a_half_closed_connection_does_not_block_later_ones():
+    """A writer raises RuntimeError after the end of its half; the loss itself is reported by reading."""
+    written = []
+
+    class HalfClosed:
+        def write(self, frames):
+            if frames == b"1":
+                raise RuntimeError("Cannot call write() after write_eof()")
+            written.append(frames)
+
+    channel = Channel()
+    channel._loop, channel._writer = asyncio.get_running_loop(), HalfClosed()
+    for frames in (b"1", b"2"):
+        channel.write(frames)
+        await asyncio.sleep(0)
+
+    assert written == [b"2"]
