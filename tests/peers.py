@@ -47,13 +47,13 @@ async def running(python: Path, peer: str, *arguments: str) -> AsyncIterator[Pro
         await process.communicate()
 
 
-async def ended(process: Process, given: str = "") -> None:
+async def finished(process: Process, given: str = "") -> None:
     """Write its input, and wait until it has finished."""
     await process.communicate(given.encode())
     assert process.returncode == 0
 
 
-async def said(process: Process) -> list[str]:
+async def next_line(process: Process) -> list[str]:
     """Return the words of its next line."""
     async with asyncio.timeout(20):
         line = await process.stdout.readline()

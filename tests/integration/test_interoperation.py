@@ -39,16 +39,16 @@ def prefix():
     return f"interoperation-{uuid4().hex[:12]}"
 
 
-class Heard:
+class Receiver:
     """A consumer, and the users of the events that it received."""
 
     def __init__(self, broker, *, count=3):
         self.users: list[int] = []
-        self.told = []
+        self.reports = []
         self._count = count
         event_map = EventMap()
         event_map.bind(UserJoined, self._handle)
-        self.consumer = Consumer(broker, event_map=event_map, on_handled=self.told.append)
+        self.consumer = Consumer(broker, event_map=event_map, on_handled=self.reports.append)
 
     async def ready(self) -> None:
         """Wait until it is subscribed."""
@@ -81,31 +81,31 @@ async def test_an_older_diator_receives_from_this_version(redis_url, prefix, ins
     """The older version subscribes to a pattern, which matches the message's name as it matched its id."""
     async with (
         RedisMessageBroker.from_url(redis_url, prefix) as broker,
-        peers.running(install("older_diator"), "older_diator", "hear", redis_url, prefix) as older,
+        peers.running(install("older_diator"), "older_diator", "receive", redis_url, prefix) as older,
     ):
-        assert await peers.said(older) == ["ready"]
+        assert await peers.next_line(older) == ["ready"]
         await emit(broker, 1, 2, 3)
-        heard = [await peers.said(older) for _ in range(3)]
+        received = [await peers.next_line(older) for _ in range(3)]
 
-    assert heard == [["UserJoined", str(user_id)] for user_id in (1, 2, 3)]
+    assert received == [["UserJoined", str(user_id)] for user_id in (1, 2, 3)]
 
 
 async def test_this_version_receives_from_an_older_diator(redis_url, prefix, install):
     """With `older_senders=True`: the channels of older senders end in the message's id."""
     async with RedisMessageBroker.from_url(redis_url, prefix, older_senders=True) as broker:
-        heard = Heard(broker, count=4)
-        consuming = asyncio.create_task(heard.consumer.run(signals=False))
-        await heard.ready()
+        received = Receiver(broker, count=4)
+        consuming = asyncio.create_task(received.consumer.run(signals=False))
+        await received.ready()
         async with Redis.from_url(redis_url) as client:
             await client.publish(f"{prefix}:notification_event:{uuid4()}", b"garbage")
             await client.publish(f"{prefix}:notification_event:{uuid4()}", body("SomethingElse", 9))
         async with peers.running(install("older_diator"), "older_diator", "send", redis_url, prefix) as older:
-            await peers.ended(older)
+            await peers.finished(older)
         await emit(broker, 3)  # an event of this version is received too, once
         await asyncio.wait_for(consuming, 60)
 
-    assert heard.users == [0, 1, 2, 3]
-    assert [handled.outcome for handled in heard.told] == ["acked"] * 4
+    assert received.users == [0, 1, 2, 3]
+    assert [handled.outcome for handled in received.reports] == ["acked"] * 4
 
 
 def body(name: str, user_id: int) -> str:
@@ -131,13 +131,13 @@ async def test_a_plain_client_of_redis(redis_url, prefix):
         await emit(broker, 1)
         assert json.loads((await subscription.get_message(timeout=5))["data"])["payload"]["user_id"] == 1
 
-        heard = Heard(broker, count=1)
-        consuming = asyncio.create_task(heard.consumer.run(signals=False))
+        received = Receiver(broker, count=1)
+        consuming = asyncio.create_task(received.consumer.run(signals=False))
         await listening(client, channel, count=2)
         await client.publish(channel, body("UserJoined", 2))
         await asyncio.wait_for(consuming, 60)
 
-    assert heard.users == [2]
+    assert received.users == [2]
 
 
 async def test_a_plain_client_of_redis_streams(redis_url, prefix):
@@ -148,10 +148,10 @@ async def test_a_plain_client_of_redis_streams(redis_url, prefix):
         assert json.loads(entry[b"body"])["payload"]["user_id"] == 1
 
         await client.xadd(stream, {"body": body("UserJoined", 2), "tenant": "7"})
-        heard = Heard(broker, count=2)
-        await asyncio.wait_for(heard.consumer.run(signals=False), 60)
+        received = Receiver(broker, count=2)
+        await asyncio.wait_for(received.consumer.run(signals=False), 60)
 
-        assert heard.users == [1, 2]
+        assert received.users == [1, 2]
         await client.delete(stream)
 
 
@@ -163,12 +163,12 @@ async def test_a_plain_client_of_rabbitmq(rabbitmq_url, prefix):
         queue = await channel.declare_queue(exclusive=True)
         await queue.bind(exchange, "notification_event.UserJoined")
         await emit(broker, 1)
-        heard = await queue.get(timeout=5)
-        assert json.loads(heard.body)["payload"]["user_id"] == 1
-        assert (heard.content_type, heard.type) == ("application/json", "UserJoined")
-        assert heard.message_id == json.loads(heard.body)["message_id"]
+        received = await queue.get(timeout=5)
+        assert json.loads(received.body)["payload"]["user_id"] == 1
+        assert (received.content_type, received.type) == ("application/json", "UserJoined")
+        assert received.message_id == json.loads(received.body)["message_id"]
 
-        consumer = Heard(broker, count=1)
+        consumer = Receiver(broker, count=1)
         consuming = asyncio.create_task(consumer.consumer.run(signals=False))
         await consumer.ready()
         await exchange.publish(
@@ -192,7 +192,7 @@ async def test_a_plain_client_of_kafka(kafka_servers, prefix):
 
         async with AIOKafkaProducer(bootstrap_servers=kafka_servers) as producer:
             await producer.send_and_wait(topic, body("UserJoined", 2).encode(), headers=[("tenant", b"7")])
-        consumer = Heard(broker, count=2)
+        consumer = Receiver(broker, count=2)
         await asyncio.wait_for(consumer.consumer.run(signals=False), 60)
         assert sorted(consumer.users) == [1, 2]
 
@@ -227,17 +227,17 @@ async def test_faststream_receives_from_this_version(addresses, prefix, install,
     async with broker_for(ours, prefix) as broker:
         if transport == "kafka":
             await emit(broker, 0)  # creates the topic
-        async with peers.running(python, "faststream_peer", "hear", transport, theirs, name) as faststream:
-            assert await peers.said(faststream) == ["ready"]
+        async with peers.running(python, "faststream_peer", "receive", transport, theirs, name) as faststream:
+            assert await peers.next_line(faststream) == ["ready"]
             if transport == "redis":
                 async with Redis.from_url(theirs) as client:
                     await listening(client, name)
             await emit(broker, 1, 2, 3)
             count = 4 if transport == "kafka" else 3
-            heard = [await peers.said(faststream) for _ in range(count)]
+            received = [await peers.next_line(faststream) for _ in range(count)]
 
-    assert {name for name, _ in heard} == {"UserJoined"}
-    assert sorted(json.loads(payload)["user_id"] for _, payload in heard)[-3:] == [1, 2, 3]
+    assert {name for name, _ in received} == {"UserJoined"}
+    assert sorted(json.loads(payload)["user_id"] for _, payload in received)[-3:] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("transport", ["redis", "rabbitmq", "kafka"])
@@ -247,11 +247,11 @@ async def test_this_version_receives_from_faststream(addresses, prefix, install,
     name = ELSEWHERE[transport](prefix)
     python = install("faststream_peer")
     async with broker_for(ours, prefix) as broker:
-        heard = Heard(broker)
-        consuming = asyncio.create_task(heard.consumer.run(signals=False))
-        await heard.ready()
+        received = Receiver(broker)
+        consuming = asyncio.create_task(received.consumer.run(signals=False))
+        await received.ready()
         async with peers.running(python, "faststream_peer", "send", transport, theirs, name) as faststream:
-            await peers.ended(faststream, "\n".join(body("UserJoined", user_id) for user_id in range(3)))
+            await peers.finished(faststream, "\n".join(body("UserJoined", user_id) for user_id in range(3)))
         await asyncio.wait_for(consuming, 60)
 
-    assert sorted(heard.users) == [0, 1, 2]
+    assert sorted(received.users) == [0, 1, 2]

@@ -1,5 +1,5 @@
 """
-FastStream, in an environment of its own: `faststream_peer.py send|hear TRANSPORT ADDRESS NAME`.
+FastStream, in an environment of its own: `faststream_peer.py send|receive TRANSPORT ADDRESS NAME`.
 
 NAME is a channel, a stream, a topic, or `exchange/routing key`. The program prints each message that it receives on a
 line, and sends the lines of its standard input.
@@ -46,7 +46,7 @@ def hearing(transport: str, address: str, name: str) -> Any:
             return broker, broker.subscriber(name, group_id=f"{name}.faststream", auto_offset_reset="earliest")
 
 
-async def hear(transport: str, address: str, name: str) -> None:
+async def receive(transport: str, address: str, name: str) -> None:
     broker, subscriber = hearing(transport, address, name)
 
     @subscriber
@@ -80,4 +80,4 @@ async def send(transport: str, address: str, name: str) -> None:
                     await broker.publish(body, name, headers={"tenant": "7"})
 
 
-asyncio.run({"send": send, "hear": hear}[sys.argv[1]](*sys.argv[2:]))
+asyncio.run({"send": send, "receive": receive}[sys.argv[1]](*sys.argv[2:]))

@@ -1,4 +1,4 @@
-"""diator 0.1.2 in its own environment: `older_diator.py send|hear URL PREFIX` sends three events, or receives all."""
+"""diator 0.1.2 in its own environment: `older_diator.py send|receive URL PREFIX` sends three events or receives all."""
 
 import asyncio
 import json
@@ -24,21 +24,21 @@ async def send(client: Redis, prefix: str) -> None:
         await emitter.emit(UserJoined(user_id=user_id))
 
 
-async def hear(client: Redis, prefix: str) -> None:
+async def receive(client: Redis, prefix: str) -> None:
     """Subscribe to a pattern, as users of this version did: it has no consumer."""
     async with client.pubsub() as subscription:
         await subscription.psubscribe(f"{prefix}:notification_event:*")
-        async for heard in subscription.listen():
-            if heard["type"] == "psubscribe":
+        async for received in subscription.listen():
+            if received["type"] == "psubscribe":
                 print("ready", flush=True)
                 continue
-            message = Message(**json.loads(heard["data"]))
+            message = Message(**json.loads(received["data"]))
             print(message.message_name, message.payload["user_id"], flush=True)
 
 
 async def main(what: str, url: str, prefix: str) -> None:
     async with Redis.from_url(url) as client:
-        await {"send": send, "hear": hear}[what](client, prefix)
+        await {"send": send, "receive": receive}[what](client, prefix)
 
 
 asyncio.run(main(*sys.argv[1:]))
