@@ -170,6 +170,7 @@ async def test_a_handler_that_cancels_itself_fails(where):
     assert runs == {"handler": ["one"], "one of two": ["one", "other"], "middleware": []}[where] * 4
 
 
+@pytest.mark.usefixtures("loop_clock")
 async def test_a_handler_that_hangs_fails_after_its_timeout():
     cancelled = []
 
