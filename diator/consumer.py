@@ -280,7 +280,7 @@ class Consumer:
         self, deliveries: AsyncIterator[Delivery], admit: Callable[[Delivery], Awaitable[None]]
     ) -> None:
         """Pass each delivery to *admit*. `stop` cancels only the wait for the next delivery, never *admit*."""
-        task, number = self._waiting, 0
+        task, self._waiting, number = self._waiting, None, 0
         # Where nothing has to be waited for, a coroutine and a cancellable wait would cost a thirtieth.
         receive_nowait: Callable[[], Delivery | None] = getattr(deliveries, "receive_nowait", lambda: None)
         while not self._stopping.is_set():

@@ -68,6 +68,24 @@ async def test_stopping_finishes_the_running_handlers_and_starts_no_others(concu
     assert await left_in(broker, 5 - concurrency) == [1] * (5 - concurrency)
 
 
+async def test_stopping_finishes_a_handler_whose_delivery_was_not_waited_for():
+    class Prefetched(Scripted):
+        def receive_nowait(self):
+            return self.delivery(self.script.popleft()) if self.script else None
+
+    slow, broker = Slow(), Prefetched(body_of(UserJoined()), body_of(UserJoined()))
+    consumer, reports = consumer_of(broker, slow)
+    run = asyncio.create_task(consumer.run(signals=False))
+    await until(lambda: slow.begun)
+
+    consumer.stop()
+    await asyncio.sleep(0.005)
+    slow.gate.set()
+    await run
+
+    assert (slow.done, outcomes(reports), len(broker.script)) == ([1], ["acked"], 1)
+
+
 async def test_prefetched_messages_return_to_the_group():
     gate, begun = asyncio.Event(), []
 
