@@ -19,6 +19,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._now
 
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        """Wait for the threads without a time limit, which would be over at once."""
+        await super().shutdown_default_executor()
+
     def advance(self, seconds: float) -> None:
         """Set the clock forward."""
         self._now += seconds

@@ -4,6 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytest.importorskip("aiokafka")
+
 from diator.brokers.kafka._offsets import DELAYS, Offsets, delay_bucket
 
 

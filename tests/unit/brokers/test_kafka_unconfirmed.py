@@ -2,9 +2,12 @@
 
 from collections import defaultdict
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+pytest.importorskip("aiokafka")
 
 from diator.brokers.kafka._unconfirmed import Batch, Call, Unconfirmed
 
