@@ -10,6 +10,7 @@ from diator.brokers.audit import Finding
 from diator.brokers.memory import MemoryMessageBroker
 from diator.brokers.message import Message
 from diator.events import EventEmitter, EventMap
+from diator.exceptions import MissingExtra
 from diator.retrying import RetryPolicy
 
 
@@ -36,22 +37,24 @@ def test_an_old_module_cannot_be_imported(module):
 
 
 def kafka(**options: Any) -> object:
-    broker = pytest.importorskip("diator.brokers.kafka").KafkaMessageBroker
+    broker = pytest.importorskip("diator.brokers.kafka", exc_type=MissingExtra).KafkaMessageBroker
     return broker(**{"bootstrap_servers": "localhost:9092"} | options)
 
 
 def rabbitmq(**options: Any) -> object:
-    return pytest.importorskip("diator.brokers.rabbitmq").RabbitMQMessageBroker("amqp://localhost/", **options)
+    return pytest.importorskip("diator.brokers.rabbitmq", exc_type=MissingExtra).RabbitMQMessageBroker(
+        "amqp://localhost/", **options
+    )
 
 
 def redis(**options: Any) -> object:
-    return pytest.importorskip("diator.brokers.redis").RedisMessageBroker.from_url(
+    return pytest.importorskip("diator.brokers.redis", exc_type=MissingExtra).RedisMessageBroker.from_url(
         "redis://localhost:6379/0", **options
     )
 
 
 def redis_streams(**options: Any) -> object:
-    module = pytest.importorskip("diator.brokers.redis_streams")
+    module = pytest.importorskip("diator.brokers.redis_streams", exc_type=MissingExtra)
     return module.RedisStreamMessageBroker.from_url("redis://localhost:6379/0", **options)
 
 
