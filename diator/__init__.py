@@ -1,5 +1,5 @@
 """
-A CQRS mediator whose events travel through any message broker.
+A CQRS mediator that sends integration events through any message broker.
 
 Import names from these modules; this package re-exports none of them:
 

@@ -40,14 +40,14 @@ _CANCEL_TIMEOUT = 5.0
 @dataclass(frozen=True, kw_only=True)
 class Health:
     """
-    The state of a consumer, for a health check. Judge by progress: a service that answers a ping may still be stuck.
+    The state of a consumer, for a health check. Check its progress: a service that answers a ping may still be stuck.
 
     Attributes:
         receiving: Whether `Consumer.run` receives deliveries: it has subscribed, and `stop` was not called.
         connected: Whether the subscription is connected; true on a transport that cannot report this.
         since_last_progress: Seconds since a delivery was finished, or since the consumer was made.
         in_flight: How many deliveries are being handled.
-        oldest_in_flight: Seconds for which the oldest of these has been handled; 0 if there are none.
+        oldest_in_flight: For how many seconds the oldest of these deliveries has been handled; 0 if there are none.
         gaps: How often messages may have been missed.
     """
 
@@ -64,9 +64,9 @@ class Consumer:
     Receives integration events from a transport, and calls the handlers that *event_map* binds to them.
 
     The consumer settles a delivery after its last handler. It acknowledges the message if every handler succeeded.
-    Otherwise it retries the message as *retry* says, and then dead-letters it with a reason. It dead-letters a message
-    at once if the message cannot be decoded, or if its type has no handler. Where the transport has no dead-letter
-    queue, the message is lost, and the consumer logs an error.
+    Otherwise it retries the message as *retry* specifies, and then dead-letters it with a reason. It dead-letters a
+    message at once if the message cannot be decoded, or if its type has no handler. Where the transport has no
+    dead-letter queue, the message is lost, and the consumer logs an error.
 
     A delivery stays unsettled if its handling was cancelled or the process died. The transport then redelivers the
     message if it can. So a handler may be called twice for one message and should be idempotent.
@@ -77,25 +77,25 @@ class Consumer:
         broker: The transport to read from. The consumer does not close it.
         event_map: The handlers. The consumer subscribes to every integration event that has one.
         container: Builds the handlers. Default: diator's own `Container`.
-        group: The consumer group. The consumers of one group share the messages, so name it after the service: two
-            services in one group would take messages from each other. Default: `diator`, or no group where the
-            transport has none; then every consumer receives every message.
-        concurrency: How many deliveries are prefetched and handled at once. Messages with the same key are handled one
-            after the other, in the order in which they were delivered.
+        group: The consumer group. The consumers of one group share the messages, so name it after the program: two
+            programs in one group would take messages from each other. Default: `diator`; on a transport without groups
+            there is no group, and every consumer receives every message.
+        concurrency: How many deliveries are handled at once. Messages with the same key are handled one after the
+            other, in the order in which they were delivered.
         middlewares: Surround the handlers of each event; the first is the outermost.
         event_emitter: Handles or sends the events that handlers raise, before the delivery is acknowledged. Default:
             an emitter with *event_map*, *container* and *broker*.
         retry: How often a failing message is retried. Default: `RetryPolicy()`, with `delayed_retries=0` where the
             transport has no delayed retries.
         requires: Further capabilities that the transport has to promise.
-        handler_timeout: How long the handlers of one delivery may take, in seconds, in each attempt. Then they are
-            cancelled, and the attempt fails with `TimeoutError`.
+        handler_timeout: How long the handlers of one delivery may take, in seconds, in each attempt. After that the
+            consumer cancels the handlers, and the attempt fails with `TimeoutError`.
         drain_timeout: How long `run` waits for deliveries in flight after `stop`, in seconds.
-        on_handled: Called with the outcome of each delivery, for metrics. The consumer logs an error that it raises.
-        on_gap: Called when messages may have been missed. The consumer logs an error that it raises.
+        on_handled: Called with the outcome of each delivery, for metrics. The consumer logs an error of this function.
+        on_gap: Called when messages may have been missed. The consumer logs an error of this function.
 
     Raises:
-        UnsupportedCapability: The transport does not promise what an option needs.
+        UnsupportedCapability: The transport does not promise a capability that an option needs.
         ResolutionError: *container* can never build a handler.
         EncodingError: An event cannot be decoded from JSON by the annotations of its class.
         ConfigurationError: *event_map* has no handler for an integration event, or an option is out of range.

@@ -1,7 +1,7 @@
 """
-Every error of diator. They share one root, `DiatorError`, and have a built-in second parent where one fits.
+Every error of diator. All derive from `DiatorError`; some also derive from a built-in error, such as `ValueError`.
 
-A *send error* concerns one message and says whether the message may have arrived:
+A *send error* concerns one message and states whether the message may have arrived:
 
 =====================  ===========================================================================================
 `BrokerUnavailable`    not sent: the broker has no connection; sending the message again is safe
@@ -174,7 +174,7 @@ class EventsNotSent(DiatorError):
     `__cause__` is the send error of the first of `events`. The later ones were not confirmed or not tried.
 
     Attributes:
-        response: The handler's response. It survives although the broker was unavailable.
+        response: The response of the handler, which the program can still return to its caller.
         events: The unconfirmed events, in the order in which they were raised.
     """
 

@@ -24,8 +24,8 @@ class RetryPolicy:
     In each delivery the consumer calls the handlers again up to *immediate_retries* times, without requeueing the
     message. Then it requeues the message with a delay, up to *delayed_retries* times. Then it dead-letters the message.
     So the handlers run at most `(immediate_retries + 1) * (delayed_retries + 1)` times, unless a consumer crashes. The
-    service counts the deliveries, so this holds for any number of consumers. On a transport without delayed retries
-    only the immediate ones are made.
+    service counts the deliveries, so the limit holds for any number of consumers. On a transport without delayed
+    retries, the consumer makes immediate retries only.
 
     The delay grows exponentially: `first_delay * backoff_factor ** n`, at most `max_delay`. Half of every pause and
     delay is random (jitter), so that messages which failed together are not retried together. Times are in seconds.
@@ -38,8 +38,8 @@ class RetryPolicy:
         backoff_factor: How much longer each delay is than the one before; at least 1.
         max_delay: The limit of the delay.
         max_crashes: How many deliveries, beyond `max_attempts`, may end unsettled, such as by a crash of the consumer.
-            At the next delivery the message counts as a poison message: no handler is called, and the consumer
-            dead-letters it.
+            At the next delivery the message counts as a poison message: the consumer dead-letters it without calling a
+            handler.
         permanent: Errors that are not retried. The consumer dead-letters the message at once.
 
     Raises:

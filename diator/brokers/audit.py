@@ -1,7 +1,7 @@
 """
-Checks a running service for settings that weaken what its transport promises.
+Check a running service for settings that weaken a promise of its transport.
 
-A program runs the audit when it starts, so that it learns of such a setting before a message is lost.
+A program runs the audit when it starts, so that it detects such a setting before a message is lost.
 """
 
 from __future__ import annotations

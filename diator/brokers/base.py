@@ -31,7 +31,7 @@ class Topic(NamedTuple):
 
     Attributes:
         message_type: The kind of the message, such as `notification_event`.
-        message_name: The registered name of the message.
+        message_name: The wire name of the event.
     """
 
     message_type: str
@@ -42,9 +42,9 @@ class Settler(Protocol):
     """
     The transport's side of a delivery: it reports each outcome to the service.
 
-    `Delivery` calls one of these methods, once. It calls one again, the same or another, only after a call has failed.
-    Each method keeps the promises of the method of `Delivery` with the same name, raises the errors that its docstring
-    lists, and ends within the broker's `timeout`.
+    `Delivery` calls one of these methods, once. Only after a call has failed does it make another call, of any of these
+    methods. Each method keeps the promises of the method of `Delivery` with the same name, raises the errors that the
+    docstring there lists, and ends within the broker's `timeout`.
 
     A call that fails settles nothing: the service redelivers the message, after `Capabilities.redelivery_bound` at the
     latest. Settling too late has no effect either: if another consumer already has the message, or if the
@@ -78,7 +78,7 @@ class Delivery(msgspec.Struct, kw_only=True, eq=False):  # a dataclass with slot
         headers: The service's own headers, including the key; empty if the transport has none.
         attempt: 1 for the first delivery of this message to its group; always 1 if the transport does not count.
         settler: The transport's side, which the three methods call.
-        token: The transport's opaque handle, such as a tag, an offset or an entry id. Nobody else uses or logs it.
+        token: Identifies the delivery for its settler: a tag, an offset or an entry id. Only the transport uses it.
         outcome: How the delivery was settled: `ack`, `retry` or `dead_letter`; None while it is unsettled.
     """
 
@@ -200,9 +200,9 @@ class ReadableBroker(MessageBroker, Protocol):
         every subscription receives each message. All consumers of a group subscribe to the same topics. A group exists
         for each topic separately, and no group's settlements affect another group.
 
-        Start: On entry the subscription is ready: it delivers every message that is confirmed from now on. A new
-        group starts where `Capabilities.replay` says. From then on it collects messages, if `Capabilities.subscription`
-        is `durable`. A subscription without a group starts at its entry.
+        Start: On entry the subscription is ready: it delivers every message that is confirmed from now on.
+        `Capabilities.replay` defines where a new group starts. From then on the group collects messages, if
+        `Capabilities.subscription` is `durable`. A subscription without a group starts at its entry.
 
         Prefetch: At most *prefetch* deliveries are handed out and unsettled at any time, if the transport has
         backpressure. The transport may receive some more in advance, but it leaves enough messages for the other
@@ -214,11 +214,11 @@ class ReadableBroker(MessageBroker, Protocol):
         Waiting: A cancelled wait for the next delivery loses no message.
 
         Reconnecting: The iterator reconnects by itself, with exponential backoff and jitter. It calls *on_gap*
-        whenever messages may have been missed in the meantime. It ends only when its context ends, or with an error
-        that reconnecting cannot fix: `BrokerClosed`, or a `ConfigurationError` if the service's settings have changed.
+        whenever messages may have been missed meanwhile. It ends only when its context ends, or with an error that
+        reconnecting cannot fix: `BrokerClosed`, or a `ConfigurationError` if the service's settings have changed.
 
-        End: The end of the context waits for one thing only: that the settlements reach the service. Deliveries
-        that are unsettled become available to other consumers at once, if `Capabilities.redelivery` contains `close`.
+        End: The end of the context waits only until the settlements have reached the service. Deliveries that are
+        unsettled become available to other consumers at once, if `Capabilities.redelivery` contains `close`.
         A message that was prefetched and never handed out was not delivered, so it is not charged an attempt. An error
         that is raised inside the context leaves it unchanged.
 

@@ -18,7 +18,7 @@ _SEND_ERRORS = {BrokerClosed, BrokerUnavailable, MessageRejected, OutcomeUnknown
 
 class BatchSender(Generic[T]):
     """
-    Combines concurrent sends into batches, because one round trip each would dominate a sender's time.
+    Combines concurrent sends into batches, because a round trip for each message would dominate a sender's time.
 
     *send_batch* is called with the waiting items, in the order of the calls, and with a deadline in the time of the
     event loop's clock: *timeout* seconds after the first of these calls. It must end by then. One batch is sent at a

@@ -29,9 +29,9 @@ class Capabilities:
     """
     What a transport promises, or what a program needs.
 
-    Each field defaults to its weakest level, so that a transport promises, and a program needs, only what it declares.
-    The levels are ordered from weak to strong; a level includes the promises of all weaker ones. If a program asks for
-    something that its transport does not promise, `require` raises an error. A transport never does something weaker
+    Each field defaults to its weakest level, so that a transport promises, and a program needs, only declared levels.
+    The levels are ordered from weak to strong; a level includes the promises of all weaker levels. If a program needs a
+    level that its transport does not promise, `require` raises an error. A transport never does something weaker
     instead.
 
     Attributes:
@@ -58,9 +58,9 @@ class Capabilities:
             every message that it had prefetched may count as delivered.
         ordering: Where first deliveries keep the order of the sends, for one consumer. `key`: among the messages with
             the same `Message.key`. `destination`: among all messages of one topic. A redelivery may come later.
-        ordered_retry: Whether a requeued message is redelivered before the messages behind it. These are the messages
-            with the same key, and they wait; a message without a key holds back nothing. So the order of first
-            deliveries is also the order in which the work is done.
+        ordered_retry: Whether a requeued message is redelivered before the later messages with the same key. These
+            messages wait for it, so the messages of a key are handled in the order of their first deliveries. No
+            message waits for a message without a key.
         distribution: Who receives a message. `broadcast`: every subscription without a group. `competing`: one consumer
             of each group.
         subscription: What happens to messages while a group has no consumer. `ephemeral`: the group misses them.
@@ -71,12 +71,12 @@ class Capabilities:
             subscription.
         durability: What confirmed messages survive. `none`: nothing. `restart`: an orderly restart of the service.
             `crash`: the death of the service's process.
-        unroutable: What happens to a message that no group or subscription is waiting for. `dropped`: it is lost.
+        unroutable: What happens to a message when no group or subscription exists for it. `dropped`: it is lost.
             `retained`: it is kept; see `replay`. `reported`: the send raises `MessageUnroutable`.
         headers: Where headers are sent. `envelope`: inside the body. `native`: as the service's own headers.
         backpressure: How a slow consumer limits the flow. `none`: messages that it cannot take are lost, and *prefetch*
-            limits nothing. `prefetch`: the service sends no more than so many unsettled messages. `pull`: the service
-            sends only what the consumer asks for.
+            limits nothing. `prefetch`: the service sends at most *prefetch* unsettled messages. `pull`: the service
+            sends only messages that the consumer asks for.
         max_message_bytes: The size limit of an encoded message, in bytes. A message of exactly this size is delivered;
             one byte more raises `MessageTooLarge`.
         multi_process: Whether senders and consumers may run in different processes. This needs a `network`, even if

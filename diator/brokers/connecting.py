@@ -62,7 +62,7 @@ class ClientConnection(ABC):
         """
         Refuse new calls, wait for the outstanding answers, and close the connection.
 
-        A second call waits for the same end. If a caller is cancelled, the closing continues.
+        A second call waits for the end of the first. If a caller is cancelled, the closing continues.
         """
         self._bind_to_running_loop()
         if self._closing is None:

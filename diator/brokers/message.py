@@ -25,7 +25,7 @@ class Message:
 
     Attributes:
         message_type: `notification_event`, `ecst_event`, or a type that the program defines.
-        message_name: The registered name of what happened.
+        message_name: The wire name of the event.
         message_id: The id of the message; a duplicate has the same id.
         payload_json: A JSON object, encoded as UTF-8.
         key: Messages with the same key keep their order, if the transport keeps any order.

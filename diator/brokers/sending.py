@@ -41,7 +41,7 @@ class MessageBroker(Protocol):
 
     async def send_message(self, message: Message, /) -> None:
         """
-        Publish *message*. Return when the service has confirmed it, as strongly as `Capabilities.receipt` says.
+        Publish *message*. Return when the service has confirmed it, as strongly as `Capabilities.receipt` promises.
 
         Each `BrokerError` has the `message_id`.
 
@@ -61,7 +61,7 @@ class BatchMessageBroker(Protocol):
     """
     A broker that can also send several messages in one batch.
 
-    This half is optional: to a broker without `send_messages`, diator passes messages one at a time.
+    `send_messages` is optional: to a broker without it, diator passes messages one at a time.
     """
 
     async def send_messages(self, messages: Sequence[Message], /) -> None:

@@ -23,7 +23,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 class Acknowledgements(Generic[T]):
     """
-    Sends acknowledgements to the service in batches, because one round trip each would dominate a consumer's time.
+    Sends acknowledgements in batches, because a round trip for each message would dominate a consumer's time.
 
     *send* is called with the added items, in their order: as soon as there are 100, and otherwise 2 ms after the first
     one. It runs in the background, and several calls may overlap. If it raises a `BrokerError`, the error is logged;

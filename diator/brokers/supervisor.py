@@ -68,7 +68,7 @@ class Source(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class ReconnectPolicy:
     """
-    When a subscription gives up its connection, and how long it waits before it reconnects. All times are in seconds.
+    When a subscription closes its connection, and how long it waits before it reconnects. All times are in seconds.
 
     Attributes:
         connect_timeout: The time limit for connecting, until the connection is ready to receive.
@@ -100,9 +100,9 @@ class ResilientSubscription(ABC):
     """
     A subscription that reconnects whenever its connection breaks. It has at most one connection at any time.
 
-    Each transport derives its subscription from this class. It writes `connect`, and also `leave` if the service must
-    learn how deliveries were settled. Everything that outlives one connection is an attribute of that subclass. The
-    private attributes of this class begin with `_`; a subclass must not reuse their names.
+    Each transport derives its subscription from this class. The subclass writes `connect`, and also `leave` if the end
+    of a subscription must send settlements to the service. All state that outlives one connection belongs to the
+    subclass. The private attributes of this class begin with `_`; a subclass must not reuse their names.
 
     Entering the subscription connects. If that fails, entering raises `BrokerUnavailable`, or the error of diator that
     `connect` raised. From then on the subscription is an iterator of deliveries. Iteration ends with an error in two
@@ -114,7 +114,7 @@ class ResilientSubscription(ABC):
     Args:
         topics: The topics that it reads. Logs name the subscription by *topics* and *group*.
         group: Its consumer group; None for a subscription without a group.
-        lossy: Whether messages are missed while there is no connection. If so, it calls *on_gap* after it reconnected.
+        lossy: Whether messages are missed while there is no connection. If so, *on_gap* is called after a reconnect.
         prefetch: How many deliveries may be handed out and unsettled. At this number it hands out no further one.
         buffer_size: How many deliveries it receives before the program asks for them; by default *prefetch*. They
             outlive the connection.
@@ -372,7 +372,7 @@ class ResilientSubscription(ABC):
 
     def _complete_until(self) -> float:
         """
-        Return until when certainly nothing was missed, in the event loop's time.
+        Return the time until which certainly nothing was missed, on the event loop's clock.
 
         Messages that the service had queued for a slow reader are lost together with the connection.
         """

@@ -62,7 +62,7 @@ _SCOPES = object()
 
 def builder(container: Resolver, type_: type[T]) -> tuple[Build[T] | None, BuildLater[T]]:
     """
-    Return two functions that build *type_* with *container*: a plain one, or None, and a coroutine function.
+    Return two functions that build *type_* with *container*: a plain function, or None, and a coroutine function.
 
     Call the second one inside `scopes`, which closes the scopes that it opens.
     """

@@ -19,7 +19,7 @@ class DishkaContainer:
     """
     Resolves handlers from a dishka container, in one request scope for each send.
 
-    The handlers must be provided there. *container* stays its owner's; diator never closes it.
+    The handlers must be provided there. The program owns *container*, and diator never closes it.
     """
 
     def __init__(self, container: AsyncContainer) -> None:

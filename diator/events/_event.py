@@ -44,7 +44,7 @@ def _now() -> datetime:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NotificationEvent(Event):
     """
-    An integration event that reports what happened and carries identifiers only. It travels through the broker.
+    An integration event that reports what happened and contains identifiers only. It is sent through the broker.
 
     Derive dataclasses from it. Derive other classes from `Event`, and declare `message_type`, `event_id` and
     `event_timestamp` in them.
@@ -67,7 +67,7 @@ class NotificationEvent(Event):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ECSTEvent(Event):
     """
-    An integration event that carries the new state (event-carried state transfer). It travels through the broker.
+    An integration event that contains the new state (event-carried state transfer). It is sent through the broker.
 
     Its attributes are those of `NotificationEvent`.
     """

@@ -1,4 +1,4 @@
-"""Middlewares: code that surrounds every handler."""
+"""Middlewares: code around the handling of each request or delivery."""
 
 from diator.middlewares.base import BaseMiddleware, Handle, Middleware
 from diator.middlewares.logging import LoggingMiddleware

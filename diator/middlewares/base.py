@@ -13,7 +13,7 @@ Handle: TypeAlias = Callable[[Any], Awaitable[Any]]
 
 class Middleware(Protocol):
     """
-    Surrounds a handler: a function, or an object with `__call__`, as `async (message, handle) -> response`.
+    Surrounds handlers: a function, or an object with `__call__`, as `async (message, handle) -> response`.
 
     A middleware may act before and after `await handle(message)`, pass on another message of the same type, return a
     response of its own, or call `handle` again after an error. Each call of `handle` builds a new handler. diator

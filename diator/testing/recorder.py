@@ -14,7 +14,7 @@ E = TypeVar("E")
 
 class Recorder:
     """
-    A broker that records the messages it is sent, for tests of a mediator. A `FaultyMessageBroker` has one too.
+    A broker that records the messages of a program, for tests. `FaultyMessageBroker.sent` is such a recorder, too.
 
     The methods decode events from the recorded messages, as another program would. `one` and `none` raise an
     `AssertionError` that shows the recorded events.

@@ -1,7 +1,7 @@
 """
 The conformance suite: scenarios that prove the contract of a transport against any implementation.
 
-The author of a transport writes a `Harness`, which tells the suite how to make a broker, and pytest runs the scenarios:
+The author of a transport writes a `Harness`, which makes a broker for the suite, and pytest runs the scenarios:
 
     class NatsHarness(Harness):
         name = "nats"

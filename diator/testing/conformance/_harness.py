@@ -108,7 +108,7 @@ class Proxy(Protocol):
         """Hold back all data until `heal`."""
 
     def black_hole(self, *flows: Flow) -> None:
-        """Lose all data, and the ends of connections too, without telling either side."""
+        """Lose all data, and the ends of connections too: neither side notices it."""
 
     def delay(self, seconds: float, jitter: float) -> None:
         """Delay each piece of data by *seconds*, plus or minus up to *jitter*, in order, until `heal`."""
@@ -139,8 +139,8 @@ class Outages(Protocol):
     """
     A service that belongs to one scenario and can be broken.
 
-    `start` and `resume` return when the service answers, the other methods when it does not answer any more. The
-    address of the service stays the same. A method whose effect is there already does nothing.
+    `start` and `resume` return when the service answers, the other methods when it no longer answers. The address of
+    the service stays the same. A method does nothing if the service is already in the state that the method causes.
     """
 
     async def stop(self) -> None:
@@ -170,7 +170,7 @@ class Harness(ABC):
 
     The suite makes a harness without arguments. Every name that the suite uses is new, so that the service may be
     shared. Leave a method that the environment does not support as it is here: the scenarios that need it are not run,
-    and the report says so.
+    and the report lists them.
 
     Attributes:
         name: The name of the transport in the report.
