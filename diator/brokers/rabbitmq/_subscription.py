@@ -30,7 +30,7 @@ from diator.brokers.rabbitmq._names import delay_bucket, queue_name, routing_key
 from diator.brokers.rabbitmq._publisher import Publisher, topic_exchange
 from diator.brokers.settling import Acknowledgements, dead_letter_headers
 from diator.brokers.supervisor import MessagesMissed, ReconnectPolicy, ResilientSubscription, Source
-from diator.exceptions import AccessRefused, BrokerClosed, BrokerError, BrokerUnavailable, ConfigurationError
+from diator.exceptions import AccessRefused, BrokerClosed, BrokerUnavailable, ConfigurationError, DiatorError
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -350,10 +350,10 @@ class Connection(Channel):
         """Requeue a message that could not be published: after a moment, to spare a service that fails."""
         try:
             yield
-        except (BrokerError, *CHANNEL_ERRORS) as error:
+        except (DiatorError, *CHANNEL_ERRORS) as error:
             self._subscription.delay_queues.clear()
             self._loop.call_later(_REQUEUE_DELAY, self._requeue, delivery)
-            if isinstance(error, BrokerError):
+            if isinstance(error, DiatorError):  # a UsageError is a RuntimeError, as some of the client's errors are
                 raise
             raise BrokerUnavailable(
                 f"RabbitMQ did not accept the message, which is redelivered ({explained(error)})"

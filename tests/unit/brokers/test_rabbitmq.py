@@ -3,6 +3,7 @@
 import asyncio
 import ssl
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
@@ -14,12 +15,13 @@ import yarl
 from pamqp import commands
 from pamqp.frame import unmarshal
 
-from diator.brokers.base import Topic
+from diator.brokers.base import Delivery, Topic
 from diator.brokers.rabbitmq import RabbitMQMessageBroker, _client
 from diator.brokers.rabbitmq._channel import Channel
 from diator.brokers.rabbitmq._frames import ContentHeader, Publication, again, header_of
 from diator.brokers.rabbitmq._names import delay_bucket, queue_name, routing_key
-from diator.exceptions import ConfigurationError, EncodingError
+from diator.brokers.rabbitmq._subscription import Connection, _Token
+from diator.exceptions import ConfigurationError, EncodingError, UsageError
 
 URL = "amqp://guest:swordfish@localhost/"
 
@@ -243,3 +245,25 @@ async def test_a_write_to_a_half_closed_connection_does_not_block_later_ones():
         await asyncio.sleep(0)
 
     assert written == [b"2"]
+
+
+async def test_a_retry_by_a_broker_of_another_event_loop_is_reported_as_that_and_the_message_is_requeued():
+    class Elsewhere:
+        timeout = 1.0
+
+        async def publish(self, publication):
+            raise UsageError("this broker is in use in another event loop")
+
+    subscription = SimpleNamespace(publisher=Elsewhere(), delay_queues={}, unsettled=1, notify_settled=lambda: None)
+    connection = Connection(subscription, 1)
+    connection._loop = asyncio.get_running_loop()
+    connection._open[7] = None
+    token = _Token(7, "queue", ContentHeader(0, 2, commands.Basic.Properties()))
+    topic = Topic("notification_event", "Counted")
+    delivery = Delivery(topic=topic, body=b"{}", headers={}, attempt=1, settler=connection, token=token)
+
+    with pytest.raises(UsageError, match="another event loop"):
+        await delivery.retry()
+
+    await asyncio.sleep(6)
+    assert (subscription.unsettled, delivery.outcome) == (0, None)
