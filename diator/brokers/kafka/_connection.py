@@ -186,9 +186,10 @@ class Connection(ABC):
         try:
             async with asyncio.timeout(within):
                 await self.say_goodbye()
-        except CLIENT_ERRORS as error:
+        except (asyncio.CancelledError, *CLIENT_ERRORS) as error:  # the client also cancels whoever calls it
             logger.warning("Kafka did not learn that a consumer left: %s: %s", type(error).__name__, error)
-        await self.consumer.end()
+        finally:
+            await self.consumer.end()
 
     async def say_goodbye(self) -> None:  # noqa: B027  # without a group there is nothing to do
         """Send Kafka what it must know before the connection ends."""

@@ -1,7 +1,7 @@
 """A subscription to Kafka and its connection, without Kafka: the client and the producer do what the test says."""
 
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -338,3 +338,22 @@ async def test_no_payload_is_in_what_a_log_may_show_of_a_delivery():
         (delivery,) = await it.take(0)
 
     assert "swordfish" not in f"{delivery!r} {delivery.token!r}"
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, ConnectionError, TimeoutError, RuntimeError])
+async def test_the_client_ends_whatever_its_goodbye_raises(error):
+    """aiokafka cancels whoever calls it when a connection breaks, which is not a cancellation by the program."""
+    ended = []
+
+    class Ending(Client):
+        async def end(self):
+            ended.append(True)
+
+    class Leaving(OneConnection):
+        async def say_goodbye(self):
+            raise error
+
+    with suppress(RuntimeError):
+        await Leaving(Reading().subscription, Ending()).end(within=1.0)
+
+    assert ended == [True]
