@@ -342,7 +342,7 @@ async def test_no_payload_is_in_what_a_log_may_show_of_a_delivery():
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError, ConnectionError, TimeoutError, RuntimeError])
 async def test_the_client_ends_whatever_its_goodbye_raises(error):
-    """aiokafka cancels whoever calls it when a connection breaks, which is not a cancellation by the program."""
+    """A connection that breaks makes aiokafka cancel its callers, which is not a cancellation by the program."""
     ended = []
 
     class Ending(Client):
