@@ -37,38 +37,38 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
 
     A subscription with a group is a consumer of a Kafka consumer group. A new group begins at the oldest message, and
     messages wait for it while it has no consumer. A subscription without a group receives every message from its entry
-    on. It commits nothing, but knows where it was: losing its connection loses no message.
+    on. It commits nothing, but remembers its position: a lost connection loses no message.
 
-    Delivery is at least once. The group commits the oldest unfinished message of each partition, and beside it which
-    later ones are finished. Kafka notices a crashed consumer after *session_timeout*. Whenever a consumer joins, leaves
-    or crashes, the group rebalances: each consumer finishes the deliveries that it has begun, within *drain_timeout*,
-    and the partitions are assigned anew.
+    Delivery is at least once. The group commits the offset of the oldest unfinished message of each partition, and, in
+    the metadata, the later messages that are finished. Kafka notices a crashed consumer after *session_timeout*.
+    Whenever a consumer joins, leaves or crashes, the group rebalances: each consumer finishes its deliveries in flight,
+    within *drain_timeout*, and Kafka assigns the partitions anew.
 
-    A requeued message waits in a topic of its group, `….<group>-retry`, and later messages overtake it. With
-    *retry_in_place* it waits in its partition, and later messages of its key wait behind it.
+    A requeued message waits in a topic of its group, `….<group>-retry`, and later messages are handled meanwhile. With
+    *retry_in_place* the message waits in its partition, and later messages with its key wait behind it.
 
     Args:
-        bootstrap_servers: `host:port`, or several with commas between them.
+        bootstrap_servers: `host:port`, or several, separated by commas.
         prefix: The first part of all topic names and group names.
         timeout: Seconds within which every call ends.
-        max_message_bytes: The largest encoded message. The default fits into Kafka's own default, with its headers.
-        max_in_flight: How many messages may be unconfirmed. Further calls wait.
+        max_message_bytes: The size limit of an encoded message. With headers, the default fits Kafka's own default.
+        max_in_flight: How many messages may be unconfirmed. Further sends wait.
         ssl_context: For TLS. None connects without TLS.
         sasl_mechanism: `PLAIN`, `SCRAM-SHA-256` or `SCRAM-SHA-512`, with *username* and *password*.
         username: For *sasl_mechanism*.
         password: For *sasl_mechanism*.
         create_topics: Whether to create missing topics. If not, an error shows the command that creates them.
-        partitions: How many partitions a created topic has. As many consumers of a group can share it.
+        partitions: How many partitions a created topic has. At most as many consumers of a group can share the topic.
         replication_factor: How many replicas a created topic has. None is one for each Kafka broker, at most three.
-            With three, a message is confirmed when two have stored it (`min.insync.replicas`).
-        session_timeout: After how many seconds without a heartbeat Kafka takes a consumer for dead.
-        heartbeat_interval: Every how many seconds a consumer sends a heartbeat, and learns of a rebalance.
-        drain_timeout: How many seconds a rebalance waits for deliveries that were begun.
-        max_unacked_per_partition: How far a partition is read beyond its oldest unfinished message.
-        extra_prefetch: How many deliveries a subscription receives beyond its prefetch.
-        retry_in_place: Whether a requeued message keeps its place among the messages of its key.
-        metadata_max_age: Every how many seconds to look for new topics and partitions.
-        reconnect: The time limits and delays of reconnecting. By default it connects within *timeout*.
+            With three, a message is confirmed only if at least two have stored it (`min.insync.replicas`).
+        session_timeout: Seconds without a heartbeat after which a consumer counts as dead.
+        heartbeat_interval: Seconds between two heartbeats of a consumer. A heartbeat also detects a rebalance.
+        drain_timeout: How many seconds a rebalance waits for deliveries in flight.
+        max_unacked_per_partition: How many messages a partition is read beyond its oldest unfinished message.
+        extra_prefetch: How many deliveries a subscription prefetches beyond those that are being handled.
+        retry_in_place: Whether a requeued message keeps its place among the messages with its key.
+        metadata_max_age: Seconds between two searches for new topics and partitions.
+        reconnect: The time limits and delays of reconnecting. By default, a connection has *timeout* to connect.
 
     Raises:
         ConfigurationError: An option is out of its range, or options contradict each other.

@@ -29,25 +29,24 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
     """
     Publishes to a topic exchange of RabbitMQ, and reads queues.
 
-    At least once: `send_message` returns when RabbitMQ has stored the message in every queue that wants it, and a
-    message belongs to its group until one of its consumers has acknowledged it. A group starts when it first
-    subscribes, and collects messages from then on. A subscription without a group has a queue of its own, which
-    RabbitMQ deletes two minutes after the subscriber is gone.
+    At least once: `send_message` returns when RabbitMQ has stored the message in every queue that is bound for it. A
+    message belongs to its group until one of the group's consumers has acknowledged it. A group starts when it first
+    subscribes, and collects messages from then on. A subscription without a group has a queue of its own. The queue is
+    deleted when the subscription ends, or two minutes after its connection was lost.
 
-    A message that no queue wants raises `MessageUnroutable`. With *mandatory* switched off, RabbitMQ drops it.
+    A message for which no queue is bound raises `MessageUnroutable`. With `mandatory=False`, RabbitMQ drops it.
 
-    *url* is an address, `amqp://user:password@host:port/vhost` or `amqps://…` for TLS, as a str or a `yarl.URL`. Or it
-    is a connection of aio-pika: diator connects by itself, with the address, TLS context and client properties of that
-    connection, which stays its owner's and is never closed here. *ssl_context* replaces the system's TLS context for an
-    address with `amqps://`.
+    *url* is a URL, `amqp://user:password@host:port/vhost` or `amqps://…` for TLS, as a str or a `yarl.URL`. Or it is a
+    connection of aio-pika: the broker opens connections of its own, with the URL, TLS context and client properties of
+    that connection, and never closes it. *ssl_context* replaces the system's TLS context for a URL with `amqps://`.
 
-    *queue_type* `classic` is for services without quorum queues. They do not count deliveries, so a poison message that
-    crashes its consumers is not recognised. *timeout* is in seconds, for each send and for connecting. At most
-    *max_in_flight* messages wait for their confirms. *extra_prefetch* is the number of messages that are prefetched
-    beyond those that are being handled; with 0, a poison message that crashes the process charges no attempt to others.
+    *queue_type* `classic` is for services without quorum queues. Classic queues do not count deliveries, so a poison
+    message is not recognised. *timeout* is in seconds, for each send and for connecting. At most *max_in_flight*
+    messages wait for their confirms. *extra_prefetch* is the number of messages that are prefetched beyond those that
+    are being handled; with 0, a poison message does not charge an attempt to other messages.
 
     Raises:
-        ConfigurationError: *url* is neither an address nor a connection of aio-pika, or an option is out of its range.
+        ConfigurationError: *url* is neither a URL nor a connection of aio-pika, or an option is out of its range.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 The client libraries of RabbitMQ: how diator connects with them, and every internal name of them that it uses.
 
 aiormq connects, logs in, cuts the stream into frames and keeps the heartbeat. pamqp encodes and decodes the frames.
-aio-pika is the client that a program may use besides diator; diator accepts its addresses and connections.
+aio-pika is the client that a program may use besides diator; diator accepts its URLs and connections.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ require_internals("aiormq", INTERNALS)
 
 CLIENT_ERRORS = (AMQPError, PAMQPException, OSError, asyncio.TimeoutError, RuntimeError)
 
-# In seconds, unless the address has another value. RabbitMQ closes a connection that is silent for two of them.
+# In seconds, unless the URL has another value. RabbitMQ closes a connection that is silent for two of them.
 HEARTBEAT = 10
 
 _FORMS = (
-    "pass an address such as amqp://user:password@host:5672/vhost (amqps:// for TLS), as a str or yarl.URL, "
+    "pass a URL such as amqp://user:password@host:5672/vhost (amqps:// for TLS), as a str or yarl.URL, "
     "or a connection of aio-pika"
 )
 # The options that a connection of aio-pika passes to aiormq, besides its URL.
@@ -75,7 +75,7 @@ class Address:
     Where RabbitMQ is, and how to log in. No `repr` and no error shows the credentials.
 
     Raises:
-        ConfigurationError: *url* is neither an address nor a connection of aio-pika, or there are two TLS contexts.
+        ConfigurationError: *url* is neither a URL nor a connection of aio-pika, or there are two TLS contexts.
 
     Attributes:
         heartbeat: Seconds between two heartbeats.
@@ -96,10 +96,10 @@ class Address:
         except (TypeError, ValueError):
             is_known = False
         if not is_known:
-            # Without its cause, whose text may quote the address and the password in it.
-            raise ConfigurationError(f"this is not an address of RabbitMQ; {_FORMS}") from None
+            # Without its cause, whose text may quote the URL and the password in it.
+            raise ConfigurationError(f"this is not a URL of RabbitMQ; {_FORMS}") from None
         if ssl_context is not None and self._url.scheme != "amqps":
-            raise ConfigurationError("an ssl_context needs an address that starts with amqps://")
+            raise ConfigurationError("an ssl_context needs a URL that starts with amqps://")
 
     async def dial(self, purpose: str) -> tuple[Connection, asyncio.StreamWriter]:
         """Connect. Return the connection, and the writer behind aiormq's own queue of ten frames."""
@@ -127,8 +127,8 @@ def _aio_pika_connection(connection: object) -> Any:
         from aio_pika.abc import AbstractConnection  # noqa: PLC0415
 
     if not isinstance(connection, AbstractConnection) or not isinstance(getattr(connection, "url", None), URL):
-        # The error names its type only: its text could be an address, with a password.
-        raise ConfigurationError(f"an object of {type(connection).__name__} is not an address of RabbitMQ; {_FORMS}")
+        # The error names its type only: its text could be a URL with a password.
+        raise ConfigurationError(f"an object of {type(connection).__name__} is not a URL of RabbitMQ; {_FORMS}")
     return connection
 
 

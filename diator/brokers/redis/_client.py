@@ -34,7 +34,7 @@ B = TypeVar("B")
 C = TypeVar("C")
 
 _FORMS = (
-    "pass a redis.asyncio.Redis, or an address such as redis://user:password@host:port/db (rediss:// for TLS, unix:// "
+    "pass a redis.asyncio.Redis, or a URL such as redis://user:password@host:port/db (rediss:// for TLS, unix:// "
     "for a socket), with the special characters of a password percent-encoded and options of redis-py after a '?'"
 )
 
@@ -77,19 +77,19 @@ def options_of(
 
 def client_of(client: object, *, timeout: float) -> tuple[Client, bool]:
     """
-    Return the client that a broker uses, and whether the broker owns it: it closes only a client that was made here.
+    Return the client that a broker uses, and whether the broker owns it: a broker closes only a client that it owns.
 
     Raises:
-        ConfigurationError: *client* is neither an asynchronous client nor an address.
+        ConfigurationError: *client* is neither an asynchronous client nor a URL.
     """
     if isinstance(client, str):
         return _client_from_url(client, timeout=timeout), True
     if isinstance(client, (redis.Redis, redis.RedisCluster)):
         raise ConfigurationError(f"this Redis client is synchronous; {_FORMS}")
     if isinstance(client, type) or not callable(getattr(client, "execute_command", None)):
-        # The error names its type only: its text could be an address, with a password.
+        # The error names its type only: its text could be a URL with a password.
         what = f"the class {client.__name__}" if isinstance(client, type) else f"an object of {type(client).__name__}"
-        raise ConfigurationError(f"{what} is neither a Redis client nor an address; {_FORMS}")
+        raise ConfigurationError(f"{what} is neither a Redis client nor a URL; {_FORMS}")
     return cast("Client", client), False  # or something that sends commands like it: a fake, a cluster
 
 
@@ -113,8 +113,8 @@ def _client_from_url(url: str, *, timeout: float) -> Client:
         )
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # no I/O; it refuses unknown options
     except (ValueError, TypeError):
-        # Without its cause, whose text quotes the address and the password in it.
-        raise ConfigurationError(f"this is not an address of Redis; {_FORMS}") from None
+        # Without its cause, whose text quotes the URL and the password in it.
+        raise ConfigurationError(f"this is not a URL of Redis; {_FORMS}") from None
     return client
 
 
@@ -142,7 +142,7 @@ async def close_connection(client: Client, connection: RedisConnection) -> None:
     """
     Close *connection* at once, and return it to the pool of *client*. Nothing of value may be on its way.
 
-    redis-py alone would start to close it: with TLS it then waits for the peer's goodbye, after `aclose` has returned.
+    redis-py alone would only start to close: with TLS it waits for the peer's closing message after `aclose` has ended.
     """
     writer = connection._writer  # noqa: SLF001
     if isinstance(writer, asyncio.StreamWriter):  # else it is closed already, or belongs to a fake

@@ -37,23 +37,24 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
     """
     Sends each message to the channel `<channel_prefix>:<message_type>:<message_name>` of Redis Pub/Sub.
 
-    At most once: Redis passes a message to the subscribers of that moment and keeps nothing. Its confirmation says that
-    Redis has passed the message on, not that a subscriber received it.
+    At most once: Redis passes a message to the subscribers of that moment and keeps nothing. A confirmed message was
+    passed on by Redis; it may still not have reached a subscriber.
 
-    *client* is a `redis.asyncio.Redis`, or an address: `redis://…`, `rediss://…` or `unix://…`. A client stays its
-    owner's: the broker holds one connection of its pool while in use, `aclose` returns that, and nothing closes the
-    client. From an address the broker makes a client of its own, which `aclose` closes.
+    *client* is a `redis.asyncio.Redis`, or a URL: `redis://…`, `rediss://…` or `unix://…`. The broker uses one
+    connection of a client's pool, and `aclose` returns this connection; the broker never closes the client. From a URL
+    the broker makes a client of its own, which `aclose` closes.
 
     *timeout* bounds every call, in seconds. *max_message_bytes* bounds the encoded message. *max_in_flight* bounds the
-    messages that wait for Redis's reply; further ones wait for room. With *require_receiver* a message that nobody
+    messages that wait for Redis's reply; further sends wait for room. With *require_receiver* a message that nobody
     received raises `MessageUnroutable`; Redis counts the receivers on the node to which the message was sent.
 
     A subscription takes a connection of its own from the pool, prefetches at most *extra_prefetch* messages, and
-    reconnects as *reconnect* says. With *older_senders* it also receives from diator 0.1, whose channels end in the id
-    of the message instead of its name: the subscription then looks for the name in every message of that type.
+    reconnects as *reconnect* specifies. With *older_senders* it also receives the messages of diator 0.1, whose
+    channels end in the id of the message instead of its name: the subscription then looks for the name in every message
+    of that type.
 
     Raises:
-        ConfigurationError: *client* is neither an asynchronous client nor an address, or an option is out of its range.
+        ConfigurationError: *client* is neither an asynchronous client nor a URL, or an option is out of its range.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What Redis Pub/Sub promises: little, and all of it at once."""
+        """What Redis Pub/Sub promises."""
         return Capabilities(
             guarantee="at_most_once",
             receipt="accepted",
@@ -128,7 +129,7 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
         See `ReadableBroker.subscribe`. Every subscription receives every message that is sent while it is connected.
 
         Redis closes the connection of a subscriber that is too slow (`client-output-buffer-limit pubsub`). As after any
-        other lost connection, *on_gap* is called when there is a new one.
+        other lost connection, *on_gap* is called when the subscription has reconnected.
         """
         if group is not None:
             remedy = "leave the group out, or use Redis Streams"
@@ -209,7 +210,7 @@ class Connection:
     """
     One connection that is subscribed. It is also the settler of its deliveries: Pub/Sub has nothing to settle.
 
-    redis-py's `PubSub` is of no use here: it reconnects by itself, and the program does not learn what it missed.
+    It does not use redis-py's `PubSub`, which reconnects by itself and does not report the missed messages.
     """
 
     def __init__(

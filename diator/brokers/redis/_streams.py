@@ -29,18 +29,18 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
     others take over its messages when its *lease* (seconds) is over; a consumer that lives renews its lease, however
     long a handler takes. A group starts at the oldest message, and collects messages while it has no consumer.
 
-    What Redis keeps of confirmed messages depends on its configuration: with `appendonly yes` they survive a crash of
-    its process. *durability* states what you have configured. It becomes one of the capabilities, and the broker checks
-    it before it sends or reads: if the server keeps less, it raises `UnsupportedCapability`.
+    The configuration of Redis decides whether confirmed messages survive: with `appendonly yes` they survive a crash of
+    the Redis process. *durability* states this configuration, and becomes one of the capabilities. The broker checks
+    the server before it sends or receives. If the server keeps less, the broker raises `UnsupportedCapability`.
 
-    Nothing is removed from a stream without *retention* (seconds). With it, an entry is removed when it is older and
-    every group has acknowledged it.
+    Without *retention* (seconds), the broker removes nothing from a stream. With *retention*, it removes an entry that
+    is older and that every group has acknowledged.
 
     *client* and the other options are those of `RedisMessageBroker`; *extra_prefetch* is the number of messages that
     are prefetched, under this consumer's lease, beyond those that are being handled.
 
     Raises:
-        ConfigurationError: *client* is neither an asynchronous client nor an address, or an option is out of its range.
+        ConfigurationError: *client* is neither an asynchronous client nor a URL, or an option is out of its range.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What Redis Streams promise. The durability is the one that this broker was constructed with."""
+        """What Redis Streams promise. The durability is the argument of the constructor."""
         return Capabilities(
             guarantee="at_least_once",
             receipt="accepted",
@@ -128,7 +128,7 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
         prefetch: int = 64,
         on_gap: OnGap | None = None,
     ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
-        """See `ReadableBroker.subscribe`. It needs a *group*: Redis keeps what was handled for groups only."""
+        """See `ReadableBroker.subscribe`. A *group* is required: Redis records acknowledgements for groups only."""
         if group is None:
             broadcast = Capabilities(distribution=frozenset({"broadcast"}))
             remedy = "name a group, one for each service, or use Redis Pub/Sub"

@@ -125,7 +125,7 @@ async def test_two_tls_contexts_are_refused():
 async def test_a_connection_of_aio_pika_without_an_address_is_refused():
     lent = aio_pika.Connection(yarl.URL(""))
 
-    with pytest.raises(ConfigurationError, match="not an address of RabbitMQ"):
+    with pytest.raises(ConfigurationError, match="not a URL of RabbitMQ"):
         RabbitMQMessageBroker(lent)
 
 
