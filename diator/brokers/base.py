@@ -187,7 +187,7 @@ class ReadableBroker(MessageBroker, Protocol):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Return what this transport promises: known without a connection, and constant while the broker exists."""
+        """The promises of this transport, known without a connection, and constant while the broker exists."""
         ...
 
     def subscribe(

@@ -1,4 +1,4 @@
-"""What a transport promises, as ordered levels, which a program compares with its needs at start-up."""
+"""The promises of a transport, as ordered levels. A program compares them with its needs at start-up."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Distribution: TypeAlias = AbstractSet[Literal["broadcast", "competing"]]
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
     """
-    What a transport promises, or what a program needs.
+    The promises of a transport, or the needs of a program.
 
     Each field defaults to its weakest level, so that a transport promises, and a program needs, only declared levels.
     The levels are ordered from weak to strong; a level includes the promises of all weaker levels. If a program needs a
@@ -116,7 +116,7 @@ class Capabilities:
 
     def missing(self, needed: Capabilities) -> list[str]:
         """
-        Return what *needed* asks for and these capabilities do not promise, each as `name (has, needed is needs)`.
+        Return the capabilities that are *needed* and not promised here, each as `name (has, needed is needs)`.
 
         The list is empty if these capabilities cover *needed*. It has the order of the fields.
         """
@@ -146,11 +146,11 @@ _LEVELS: dict[str, tuple[str, ...]] = {
 
 def require(broker: object, promised: Capabilities, needed: Capabilities, *, for_: str, remedy: str) -> None:
     """
-    Check that what *broker* has *promised* covers what is *needed*.
+    Check that the capabilities that *broker* has *promised* cover the *needed* ones.
 
     Raises:
-        UnsupportedCapability: Something is missing. The error lists it, and names the call that needs it (*for_*) and
-            what the program can do instead (*remedy*).
+        UnsupportedCapability: A capability is missing. The error lists the missing capabilities, and names the call
+            that needs them (*for_*) and the alternative for the program (*remedy*).
     """
     if lacks := promised.missing(needed):
         raise UnsupportedCapability(type(broker).__name__, lacks, why=for_, remedy=remedy)

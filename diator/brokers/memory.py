@@ -1,7 +1,7 @@
 """
 A message broker inside the process.
 
-It is complete: the shortest program that keeps the whole contract, and the reference for the other transports.
+It is the shortest implementation of the whole contract, and the reference for the other transports.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class MemoryMessageBroker:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Return what this broker promises."""
+        """The promises of this broker."""
         return Capabilities(
             guarantee="at_least_once",
             receipt="accepted",

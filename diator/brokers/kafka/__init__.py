@@ -1,9 +1,9 @@
 """
 Kafka. Needs the extra `kafka`.
 
-One topic for each kind and name of messages, `<prefix>.<message_type>.<message_name>`, which all groups share. Each
-group adds topics of its own: `….<group>-retry` for messages that wait for a delayed retry, `….<group>-dlq` for
-dead-lettered messages.
+Messages of one type and name have one topic in Kafka, `<prefix>.<message_type>.<message_name>`, which all groups share.
+Each group also has topics of its own: `….<group>-retry` for messages that wait for a delayed retry, and
+`….<group>-dlq` for dead-lettered messages.
 """
 
 from diator._extras import importing as _importing

@@ -145,7 +145,7 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What this transport promises."""
+        """The promises of this transport."""
         options = self._options
         return Capabilities(
             guarantee="at_least_once",

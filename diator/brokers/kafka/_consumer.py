@@ -64,7 +64,7 @@ class ReadOptions:
     How a subscription reads: options of its broker. Times are in seconds.
 
     Attributes:
-        session_timeout: After how long without a heartbeat Kafka takes a consumer for dead.
+        session_timeout: The time without a heartbeat after which a consumer counts as dead.
         heartbeat_interval: How often a consumer sends a heartbeat.
         drain_timeout: How long a rebalance waits for the deliveries of a partition that goes to another consumer.
         max_unacked_per_partition: How far a partition is read beyond its oldest unsettled message.

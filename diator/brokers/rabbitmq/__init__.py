@@ -1,9 +1,10 @@
 """
 RabbitMQ. Needs the extra `rabbitmq`.
 
-One durable topic exchange, named by the prefix, to which messages go by `<message_type>.<message_name>`. A group has a
-queue for each topic, `<prefix>:<message_type>:<message_name>:<group>`. The queue `…:dead` holds its dead-lettered
-messages, and `…:retry:<ms>` the messages that wait for a delayed retry.
+Messages are published to one durable topic exchange, named by the prefix, with the routing key
+`<message_type>.<message_name>`. A group has a queue for each topic, `<prefix>:<message_type>:<message_name>:<group>`.
+The queue `…:dead` contains the dead-lettered messages of the group, and the queues `…:retry:<ms>` contain the messages
+that wait for a delayed retry.
 """
 
 from diator._extras import importing as _importing

@@ -85,7 +85,7 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What RabbitMQ promises, on one node, or with quorum queues on several nodes."""
+        """The promises of RabbitMQ, on one node, or with quorum queues on several nodes."""
         return Capabilities(
             guarantee="at_least_once",
             receipt="durable",

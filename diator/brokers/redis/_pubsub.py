@@ -103,7 +103,7 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What Redis Pub/Sub promises."""
+        """The promises of Redis Pub/Sub."""
         return Capabilities(
             guarantee="at_most_once",
             receipt="accepted",

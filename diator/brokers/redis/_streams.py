@@ -84,7 +84,7 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What Redis Streams promise. The durability is the argument of the constructor."""
+        """The promises of Redis Streams. The durability is the argument of the constructor."""
         return Capabilities(
             guarantee="at_least_once",
             receipt="accepted",
