@@ -340,7 +340,7 @@ class Handling:
         self, route: Route, message: Envelope, deadline: Deadline, failed: BaseException | None
     ) -> tuple[str | None, BaseException | None]:
         """
-        Judge how the first run ended, and repeat it as the retry policy says.
+        Check the result of the first run, and retry as the retry policy specifies.
 
         Return the reason of the last failure and its error; None and None after success.
         """

@@ -182,7 +182,7 @@ class Connection(ABC):
         self.subscription.wakeup.set()
 
     async def end(self, *, within: float) -> None:
-        """End the connection, whatever state it is in. Saying goodbye to Kafka takes *within* seconds at most."""
+        """End the connection, whatever state it is in. Leaving the group takes at most *within* seconds."""
         try:
             async with asyncio.timeout(within):
                 await self.say_goodbye()

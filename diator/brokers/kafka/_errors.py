@@ -53,7 +53,7 @@ def send_error(error: BaseException, message_id: UUID | None, *, handed_over: bo
     """
     Return the send error for one message, with *error* as its cause.
 
-    *handed_over* tells whether the message may have been sent before the error.
+    *handed_over*: whether the message may have been sent before the error.
     """
     if isinstance(error, BrokerError):
         return own_error(error, message_id)

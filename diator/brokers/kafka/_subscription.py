@@ -483,11 +483,11 @@ def _origin(partition: Partition, record: Record) -> str:
 @dataclass(frozen=True)
 class _Control:
     """
-    What a message in a retry topic says about its retry.
+    The headers of a message in a retry topic that control its retry.
 
     Attributes:
         attempt: Which attempt its next delivery is.
-        due: When that is due, in milliseconds since 1970.
+        due: When the next delivery is due, in milliseconds since 1970.
         origin: Its first partition and its offset there, with a colon between.
         headers: Its other headers.
     """

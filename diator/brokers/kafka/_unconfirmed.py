@@ -10,7 +10,7 @@ from uuid import UUID
 import msgspec
 
 P = TypeVar("P")
-"""A producer. The table only tells one from another."""
+"""A producer. The table only distinguishes producers."""
 
 Place: TypeAlias = tuple[str, int]
 """A topic and the number of its partition: what aiokafka calls a TopicPartition."""
@@ -76,7 +76,7 @@ class Batch(Generic[P]):
         self.is_sent = True
 
     def take(self, call: Call) -> bool:
-        """Add *call*, and tell whether the batch had room for it."""
+        """Add *call*, and return whether the batch had room for it."""
         size = self.size + call.size
         if size > self.room or call.is_alone:
             return False

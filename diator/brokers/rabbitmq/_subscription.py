@@ -260,7 +260,7 @@ class Connection(Channel):
         return taken
 
     async def probe(self) -> None:
-        """Ask whether the exchange exists: RabbitMQ does not tell a consumer that its queue lost its binding."""
+        """Ask whether the exchange exists: RabbitMQ does not notify a consumer whose queue has lost its binding."""
         exchange = self._subscription.prefix
         if await self.is_there(commands.Exchange.Declare(exchange=exchange, passive=True)):
             self._something.set()

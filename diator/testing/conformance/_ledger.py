@@ -175,7 +175,7 @@ class Ledger:
 
 
 def fate_of(error: BaseException) -> Fate:
-    """Return what *error* of a send says about the message. Only a broker error of diator can say that it failed."""
+    """Return the fate of a message whose send raised *error*. Only a broker error of diator can mean that it failed."""
     if isinstance(error, OutcomeUnknown) or not isinstance(error, BrokerError):
         return "indeterminate"
     return "failed"
