@@ -120,7 +120,7 @@ def _client_from_url(url: str, *, timeout: float) -> Client:
 
 def require_pool(client: Client) -> None:
     """Raise ConfigurationError if *client* has no pool to take a connection from: such a client can only send."""
-    if pool_size(client) is None:
+    if _pool_of(client) is None:
         raise ConfigurationError(
             f"a {type(client).__name__} has no connection pool, which a subscription needs, so this broker can only "
             "send; subscribe with a broker on a redis.asyncio.Redis"
@@ -144,8 +144,7 @@ async def close_connection(client: Client, connection: RedisConnection) -> None:
 
     redis-py alone would only start to close: with TLS it waits for the peer's closing message after `aclose` has ended.
     """
-    writer = connection._writer  # noqa: SLF001
-    if isinstance(writer, asyncio.StreamWriter):  # else it is closed already, or belongs to a fake
+    if (writer := _writer_of(connection)) is not None:
         writer.transport.abort()
     await connection.disconnect(nowait=True)
     await client.connection_pool.release(connection)
@@ -238,9 +237,13 @@ def is_outdated(connection: RedisConnection) -> bool:
 
 
 def pool_size(client: Client) -> int | None:
-    """Return how many connections the pool of *client* may have; None if the client has no pool, or several."""
-    pool = getattr(client, "connection_pool", None)  # public; a cluster has one for each node, elsewhere
-    return None if pool is None else pool.max_connections
+    """Return how many connections the pool of *client* may have; None if no one pool limits them."""
+    pool = _pool_of(client)
+    return pool.max_connections if isinstance(pool, redis.asyncio.ConnectionPool) else None  # else a fake's
+
+
+def _pool_of(client: Client) -> object | None:
+    return getattr(client, "connection_pool", None)  # public; a cluster has one for each node, elsewhere
 
 
 def sends_by_itself(client: Client) -> bool:
@@ -255,6 +258,12 @@ def why_not_shared(connection: object) -> str | None:
         return f"the connections of its pool, {name}, are not redis-py's"
     if type(connection).send_packed_command is not RedisConnection.send_packed_command:
         return f"the connections of its pool, {name}, send commands in a way of their own"
-    if not isinstance(connection._writer, asyncio.StreamWriter):  # noqa: SLF001
+    if _writer_of(connection) is None:
         return f"the connections of its pool, {name}, do not write to an asyncio.StreamWriter"
     return None
+
+
+def _writer_of(connection: object) -> asyncio.StreamWriter | None:
+    """Return the writer of *connection*; None if it is closed already, or belongs to a fake."""
+    writer = connection._writer if isinstance(connection, RedisConnection) else None  # noqa: SLF001
+    return writer if isinstance(writer, asyncio.StreamWriter) else None

@@ -14,6 +14,7 @@ from redis.asyncio import BlockingConnectionPool, Connection, ConnectionPool, Re
 from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
 
+from diator.brokers.base import Topic
 from diator.brokers.redis import RedisMessageBroker
 from diator.brokers.redis_streams import RedisStreamMessageBroker
 from diator.exceptions import (
@@ -250,6 +251,43 @@ async def test_a_client_that_sends_in_its_own_way_is_announced_once(caplog: pyte
         RedisMessageBroker(client)
 
     assert slower(caplog) == [("INFO", "Traced has an execute_command of its own")]
+
+
+async def test_a_fake_client_needs_only_the_methods_that_are_called() -> None:
+    class Fake:
+        """A client and its pool, which has no limit, and its only connection, which has no writer."""
+
+        def __init__(self) -> None:
+            self.connection_pool = self
+            self.sent: list[Any] = []
+            self.released: list[object] = []
+
+        async def execute_command(self, *command: Any) -> int:
+            self.sent.append(command[0])
+            return 1
+
+        async def get_connection(self) -> Any:
+            return self
+
+        async def send_command(self, *command: Any, **_: Any) -> None:
+            self.replies = asyncio.Queue[Any]()
+            self.replies.put_nowait([b"subscribe", command[1], 1])
+
+        async def read_response(self, **_: Any) -> Any:
+            return await self.replies.get()
+
+        async def disconnect(self, **_: Any) -> None: ...
+
+        async def release(self, connection: object) -> None:
+            self.released.append(connection)
+
+    fake: Any = Fake()
+    broker = RedisMessageBroker(fake)
+    async with broker.subscribe([Topic("notification_event", "Counted")]):
+        await broker.send_message(message(1))
+    await broker.aclose()
+
+    assert (fake.sent, fake.released) == (["PUBLISH"], [fake])
 
 
 async def test_a_fake_client_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
