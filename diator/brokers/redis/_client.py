@@ -251,6 +251,14 @@ def sends_by_itself(client: Client) -> bool:
     return getattr(type(client), "execute_command", None) is not Client.execute_command
 
 
+def execute_by_itself(client: Any, name: bytes, *arguments: bytes) -> Awaitable[Any]:
+    """Send a command by the `execute_command` of *client*, and return its reply as it is."""
+    # As text, redis-py would know the name, and parse the reply into a shape that depends on version and protocol.
+    # A cluster has to know it, to find the node that the command goes to.
+    reply: Awaitable[Any] = client.execute_command(name if isinstance(client, Client) else name.decode(), *arguments)
+    return reply
+
+
 def why_not_shared(connection: object) -> str | None:
     """Return why `CommandConnection` cannot use the ends of *connection*, as `wire_of` returns them; None if it can."""
     name = type(connection).__name__

@@ -17,6 +17,7 @@ from diator.brokers.redis._client import (
     RedisConnection,
     close_connection,
     exchange,
+    execute_by_itself,
     is_outdated,
     pool_size,
     release_connection,
@@ -163,9 +164,7 @@ class CommandConnection(ClientConnection):
         try:
             async with asyncio.timeout_at(deadline), self._borrowing:
                 if self._sends_by_itself:
-                    name, *arguments = command
-                    # The name as text: a cluster looks up by it to which node the command goes.
-                    return await self._client.execute_command(name.decode(), *arguments)  # type: ignore[no-untyped-call]
+                    return await execute_by_itself(self._client, *command)
                 connection = await take_connection(self._client)
                 try:
                     written = True

@@ -218,7 +218,7 @@ async def test_a_client_with_commands_of_its_own(proxy: FaultProxy, proxied_url:
             assert await send_all(broker, 11) == {None: 1}
         assert await send_all(broker, 12) == {BrokerClosed: 1}
 
-    assert Counter(commands)["PUBLISH"] == 12
+    assert Counter(commands)[b"PUBLISH"] == 12
     assert sorted(await ears.numbers()) == list(range(12))
 
 

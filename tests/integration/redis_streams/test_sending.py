@@ -66,9 +66,28 @@ async def test_a_header_of_any_name(broker, name) -> None:
 @pytest.mark.usefixtures("quick")
 async def test_replies_have_another_shape_for_each_client(*, make, redis_url, admin, stream, options) -> None:
     """Reading, settling, claiming and trimming work with the program's own client."""
-    async with Redis.from_url(redis_url, **options) as client, AsyncExitStack() as stack:
+    await check_all_replies(make, Redis.from_url(redis_url, **options), admin, stream)
+
+
+class Traced(Redis):
+    """A client with an `execute_command` of its own, which the broker must not bypass."""
+
+    async def execute_command(self, *args, **options):
+        return await super().execute_command(*args, **options)
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+@pytest.mark.usefixtures("quick")
+async def test_a_client_with_commands_of_its_own_parses_no_reply(*, make, redis_url, admin, stream, protocol) -> None:
+    await check_all_replies(make, Traced.from_url(redis_url, protocol=protocol), admin, stream)
+
+
+async def check_all_replies(make, client, admin, stream) -> None:
+    """Read, settle, claim and trim with *client*, and close it."""
+    async with client, AsyncExitStack() as stack:
         broker = await make(client, retention=0.0)
-        await send(broker, 1, 2, 3)
+        for number in (1, 2, 3):  # one by one: `Traced` sends concurrent messages on several connections
+            await send(broker, number)
         await admin.xgroup_create(stream, "billing", "0")
         await admin.xreadgroup("billing", "gone", {stream: ">"}, count=1)
         deliveries = await stack.enter_async_context(subscribed(broker))
