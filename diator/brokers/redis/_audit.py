@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from diator.brokers.audit import Finding
 from diator.brokers.capabilities import Durability
-from diator.exceptions import AccessRefused, MessageRejected
+from diator.exceptions import AccessRefused, ConfigurationError, MessageRejected
 
 Execute: TypeAlias = Callable[..., Awaitable[Any]]
 
@@ -49,7 +49,12 @@ async def findings(execute: Execute) -> list[Finding]:
 
 
 async def _info(execute: Execute, section: bytes) -> dict[str, str]:
-    text: bytes = await execute(b"INFO", section)
+    text: object = await execute(b"INFO", section)
+    if not isinstance(text, bytes):  # a cluster client parses it, and has several servers
+        raise ConfigurationError(
+            "diator cannot ask the servers of this client what they keep; use durability='none' with a cluster, and "
+            "check appendonly, appendfsync and maxmemory-policy of each server"
+        )
     return {name: value for line in text.decode().splitlines() for name, colon, value in [line.partition(":")] if colon}
 
 

@@ -228,3 +228,7 @@ async def test_a_cluster_sends_and_does_not_subscribe(cluster: int, prefix: str,
             await broker.subscribe([topic], group=None if broker_type is RedisMessageBroker else "g").__aenter__()
         if broker_type is RedisStreamMessageBroker:
             assert await client.xlen(f"{prefix}:notification_event:user_joined") == 10
+            with pytest.raises(ConfigurationError, match="durability='none' with a cluster"):
+                await RedisStreamMessageBroker(client, prefix, durability="crash").send_message(message(10))
+            with pytest.raises(ConfigurationError, match="maxmemory-policy of each server"):
+                await broker.audit()
