@@ -40,7 +40,8 @@ class RetryPolicy:
         max_crashes: How many deliveries, beyond `max_attempts`, may end unsettled, such as by a crash of the consumer.
             At the next delivery the message counts as a poison message: the consumer dead-letters it without calling a
             handler.
-        permanent: Errors that are not retried. The consumer dead-letters the message at once.
+        permanent: A tuple of the classes of errors that are not retried. The consumer dead-letters the message at
+            once. The value replaces the default, so name `PermanentError` too.
 
     Raises:
         ConfigurationError: A count or a time is negative, or *backoff_factor* is below 1.
