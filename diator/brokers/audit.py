@@ -54,7 +54,8 @@ async def audit(broker: object, *, requires: Capabilities | None = None) -> list
     Return the settings of *broker*'s service that weaken its promises; an empty list if there are none.
 
     With *requires*, return only the findings about capabilities that *requires* asks for. A broker that is not
-    `Auditable`, such as the one in memory, has no service to check and so no findings.
+    `Auditable`, such as the one in memory or that of Redis Pub/Sub, has nothing to check and so no findings. An empty
+    list does not prove that the broker makes a promise: `Consumer(requires=…)` checks this.
 
     Raises:
         BrokerUnavailable: The service cannot be reached within the broker's `timeout`.
