@@ -43,8 +43,8 @@ class Handled:
             the transport has no dead-letter queue. `unsettled`: the handling was cancelled, or the delivery could
             not be settled; the transport redelivers the message if it can.
         reason: Why the message was not acknowledged; None if it was. It begins with a fixed word and a colon:
-            `retries-exhausted`, `permanent`, `undecodable`, `unknown-type` or `poison-message`; or it is `cancelled`,
-            `ended by …` or `not settled: …`.
+            `retries-exhausted` (with `retried`, the immediate retries), `permanent`, `undecodable`, `unknown-type` or
+            `poison-message`; or it is `cancelled`, `ended by …` or `not settled: …`.
         error: The error of the last attempt; None if there was none.
         seconds: How long the handling took, with its immediate retries.
     """
@@ -395,11 +395,13 @@ class Handling:
     def _report(self, handled: Handled) -> None:
         if handled.outcome == "retried":
             name, message_id, attempt = handled.topic.message_name, handled.message_id, handled.attempt
-            logger.warning("%s %s failed (%s); requeued for attempt %d", name, message_id, handled.reason, attempt + 1)
+            failure = name_of(type(handled.error))
+            logger.warning("%s %s failed (%s); requeued for attempt %d", name, message_id, failure, attempt + 1)
         if handled.outcome in ("dead_lettered", "given_up"):
-            lost = " and is lost: this transport cannot dead-letter it" if handled.outcome == "given_up" else ""
+            kept = handled.outcome == "dead_lettered"
+            end = "is dead-lettered" if kept else "is lost: this transport cannot dead-letter it"
             name, message_id = handled.topic.message_name, handled.message_id
-            logger.error("%s %s was not handled%s (%s)", name, message_id, lost, handled.reason)
+            logger.error("%s %s was not handled and %s (%s)", name, message_id, end, handled.reason)
         if self._on_handled is not None:
             try:
                 self._on_handled(handled)
