@@ -308,7 +308,7 @@ class ResilientSubscription(ABC):
                 if isinstance(error, asyncio.CancelledError) and receiver.cancelling():
                     raise  # otherwise the client library cancelled its own work, and nobody cancelled this subscription
                 if not ready.done():
-                    ready.set_exception(_unavailable(error))
+                    ready.set_exception(_unavailable(error, self._name))
                     return
                 if isinstance(error, (BrokerClosed, ConfigurationError, UsageError)):
                     self._end_error = error
@@ -408,9 +408,9 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
-def _unavailable(error: BaseException) -> DiatorError:
+def _unavailable(error: BaseException, name: str) -> DiatorError:
     if isinstance(error, DiatorError):
         return error
-    unavailable = BrokerUnavailable(f"{type(error).__name__}: {error}")
+    unavailable = BrokerUnavailable(f"{name} cannot start ({_reason(error)})")
     unavailable.__cause__ = error
     return unavailable

@@ -54,7 +54,9 @@ class Cluster:
             re.fullmatch(r"\[?[^/@\s]+:\d{1,5}", each) for each in self.bootstrap_servers
         ):
             # Without the value: it may be a URL with a password in it.
-            raise ConfigurationError("bootstrap_servers is not of the form host:port, or host:port,host:port")
+            raise ConfigurationError(
+                "bootstrap_servers must be one string of the form host:port, or host:port,host:port"
+            )
         if self.ssl_context is not None and not isinstance(self.ssl_context, ssl.SSLContext):
             raise ConfigurationError(
                 "ssl_context must be an ssl.SSLContext, such as ssl.create_default_context() returns"

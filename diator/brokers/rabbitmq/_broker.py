@@ -64,9 +64,9 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         reconnect: ReconnectPolicy | None = None,
     ) -> None:
         if extra_prefetch < 0 or max_in_flight < 1 or timeout <= 0:
-            raise ConfigurationError("extra_prefetch is at least 0, max_in_flight at least 1, and timeout above 0")
+            raise ConfigurationError("extra_prefetch must be at least 0, max_in_flight at least 1, and timeout above 0")
         if queue_type not in {"quorum", "classic"}:
-            raise ConfigurationError(f"queue_type is quorum or classic, not {queue_type!r:.80}")
+            raise ConfigurationError(f"queue_type must be quorum or classic, not {queue_type!r:.80}")
         if not prefix or prefix.startswith("amq.") or UNUSUAL.search(prefix):
             raise ConfigurationError(
                 "the prefix names an exchange: it has letters, digits and _./@,+- and does not start with 'amq.'"

@@ -71,7 +71,7 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
         reconnect: ReconnectPolicy | None = None,
     ) -> None:
         if extra_prefetch < 1 or max_in_flight < 1 or timeout <= 0:
-            raise ConfigurationError("extra_prefetch and max_in_flight are at least 1, and timeout is above 0")
+            raise ConfigurationError("extra_prefetch and max_in_flight must be at least 1, and timeout above 0")
         self._client, owned = client_of(client, timeout=timeout)
         self._prefix = channel_prefix
         self._max_message_bytes = max_message_bytes

@@ -59,7 +59,7 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
     ) -> None:
         if extra_prefetch < 0 or max_in_flight < 1 or timeout <= 0 or lease <= 0:
             raise ConfigurationError(
-                "extra_prefetch is at least 0, max_in_flight at least 1, timeout and lease above 0"
+                "extra_prefetch must be at least 0, max_in_flight at least 1, and timeout and lease above 0"
             )
         self._client, owned = client_of(client, timeout=timeout)
         self._prefix = prefix
