@@ -400,8 +400,8 @@ class Handling:
         if handled.outcome in ("dead_lettered", "given_up"):
             kept = handled.outcome == "dead_lettered"
             end = "is dead-lettered" if kept else "is lost: this transport cannot dead-letter it"
-            name, message_id = handled.topic.message_name, handled.message_id or "with an unreadable id"
-            logger.error("%s %s was not handled and %s (%s)", name, message_id, end, handled.reason)
+            name, which = handled.topic.message_name, handled.message_id or "with an unreadable id"
+            logger.error("%s %s was not handled and %s (%s)", name, which, end, handled.reason)
         if self._on_handled is not None:
             try:
                 self._on_handled(handled)
