@@ -65,6 +65,11 @@ class RetryPolicy:
             raise ConfigurationError(
                 f"{self} is invalid: counts and times must not be negative, and backoff_factor must be at least 1"
             )
+        classes: object = self.permanent  # a list would fail much later, when the first handler fails
+        if not isinstance(classes, tuple) or not all(isinstance(each, type) for each in classes):
+            raise ConfigurationError(
+                f"permanent must be a tuple of exception classes, such as (PermanentError, OSError), not {classes!r}"
+            )
 
     @property
     def max_attempts(self) -> int:

@@ -100,3 +100,10 @@ def test_a_program_names_its_own_permanent_errors():
     assert policy.is_permanent(KeyError())
     assert policy.is_permanent(Hopeless())
     assert not RetryPolicy(permanent=()).is_permanent(Hopeless())
+
+
+@pytest.mark.parametrize("permanent", [[LookupError], LookupError, (LookupError(),), ("LookupError",), None])
+def test_permanent_must_be_a_tuple_of_classes(permanent):
+    """A list would pass until the first handler fails, and then end the consumer."""
+    with pytest.raises(ConfigurationError, match="permanent must be a tuple of exception classes"):
+        RetryPolicy(permanent=permanent)

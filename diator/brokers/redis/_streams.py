@@ -64,7 +64,7 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
         self._client, owned = client_of(client, timeout=timeout)
         self._prefix = prefix
         self._max_message_bytes = max_message_bytes
-        self._durability: Durability = durability
+        self._durability: Durability = Capabilities(durability=durability).durability  # refuses an unknown level
         self._is_verified = durability == "none"
         self._options = ReadOptions(
             lease=lease,
