@@ -19,6 +19,7 @@ from diator.brokers.codec import Envelope
 from diator.container import Container
 from diator.container.base import Resolver
 from diator.events import EventEmitter, EventMap
+from diator.events._emitter import described
 from diator.exceptions import BrokerUnavailable, ConfigurationError, DecodingError, UsageError
 from diator.middlewares.base import Middleware
 from diator.retrying import RetryPolicy
@@ -123,6 +124,7 @@ class Consumer:
                 f"concurrency must be at least 1, handler_timeout above 0 and drain_timeout at least 0; they are "
                 f"{concurrency}, {handler_timeout} and {drain_timeout}"
             )
+        _check_types(broker, event_map, retry, requires)
         promised = broker.capabilities
         if requires is not None:
             remedy = "use a transport that does, or ask for less"
@@ -311,6 +313,20 @@ class Consumer:
                 self._on_gap(gap)
             except Exception:
                 logger.exception("on_gap failed")
+
+
+def _check_types(broker: object, event_map: object, retry: object, requires: object) -> None:
+    """Check the arguments when the consumer is made, so that a mistake is not an AttributeError somewhere inside."""
+    if isinstance(broker, type) or not callable(getattr(broker, "subscribe", None)):
+        raise ConfigurationError(f"broker must be a transport with `subscribe`, and it is {described(broker)}")
+    parts: list[tuple[str, object, type, bool]] = [
+        ("event_map", event_map, EventMap, True),
+        ("retry", retry, RetryPolicy, False),
+        ("requires", requires, Capabilities, False),
+    ]
+    for name, part, kind, is_needed in parts:
+        if not isinstance(part, kind) and (is_needed or part is not None):
+            raise ConfigurationError(f"{name} must be of the type {kind.__name__}, and it is {described(part)}")
 
 
 # -- options that depend on the capabilities of the transport ----------------------------------------------------

@@ -7,8 +7,8 @@ import pytest
 
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES
-from diator.brokers.memory import _Subscription
-from diator.consumer import DEFAULT_GROUP
+from diator.brokers.memory import MemoryMessageBroker, _Subscription
+from diator.consumer import DEFAULT_GROUP, Consumer
 from diator.events import NotificationEvent
 from diator.exceptions import (
     BrokerUnavailable,
@@ -18,6 +18,7 @@ from diator.exceptions import (
     UnsupportedCapability,
 )
 from diator.retrying import PermanentError, RetryPolicy
+from diator.testing import Recorder
 from tests.unit.consumer.helpers import CANARY, JOIN, consume, consumer_of, on_joined, outcomes, quick
 from tests.unit.doubles import (
     FULL,
@@ -29,6 +30,7 @@ from tests.unit.doubles import (
     Unencodable,
     UserJoined,
     body_of,
+    events_of,
     holding,
     running,
     until,
@@ -103,6 +105,26 @@ async def test_there_is_a_default_group_where_the_transport_has_groups(capabilit
 def test_options_out_of_range_are_refused(option):
     with pytest.raises(ConfigurationError, match="concurrency must be at least 1"):
         consumer_of(Scripted(), on_joined, **option)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("broker", "redis://localhost"),
+        ("broker", Recorder()),
+        ("broker", MemoryMessageBroker),
+        ("event_map", None),
+        ("event_map", [on_joined]),
+        ("retry", 3),
+        ("requires", {"at_least_once"}),
+    ],
+    ids=str,
+)
+def test_an_argument_of_the_wrong_type_is_named(name, wrong):
+    arguments = {"broker": Scripted(), "event_map": events_of(on_joined), name: wrong}
+
+    with pytest.raises(ConfigurationError, match=f"^{name} must be"):
+        Consumer(**arguments)
 
 
 def test_handlers_that_can_never_work_are_refused_at_construction():
