@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, TypeVar
 
@@ -16,6 +17,8 @@ FIXTURES = {
     "kafka_servers": "kafka",
     "postgres_url": "postgres",
 }
+#: The address in the repr of an object: the processes of pytest-xdist must all see the same names.
+ADDRESS = re.compile(r"\b0x[0-9a-f]{8,}")
 Found = TypeVar("Found")
 
 # In this repository new scenarios count.
@@ -47,7 +50,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Let the processes of pytest-xdist start with the long tests."""
+    """Refuse names that differ from run to run; let the processes of pytest-xdist start with the long tests."""
+    if unstable := [item.nodeid for item in items if ADDRESS.search(item.nodeid)]:
+        raise pytest.UsageError(f"an address in memory in the name of a test: give its parameters ids: {unstable}")
     if hasattr(config, "workerinput"):
         from tests.scheduling import turn_of  # noqa: PLC0415
 

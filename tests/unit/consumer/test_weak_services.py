@@ -118,7 +118,7 @@ def test_options_out_of_range_are_refused(option):
         ("retry", 3),
         ("requires", {"at_least_once"}),
     ],
-    ids=str,
+    ids=["broker-url", "broker-recorder", "broker-class", "event-map-none", "event-map-list", "retry", "requires"],
 )
 def test_an_argument_of_the_wrong_type_is_named(name, wrong):
     arguments = {"broker": Scripted(), "event_map": events_of(on_joined), name: wrong}
