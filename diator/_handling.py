@@ -13,6 +13,7 @@ from uuid import UUID
 from diator._deadlines import Deadline, Deadlines
 from diator._handlers import PreparedHandler
 from diator._hints import name_of
+from diator._text import printable
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.codec import Envelope, decode_envelope, payload_decoder
 from diator.container.base import Build, Resolver, Shared, scopes
@@ -376,7 +377,8 @@ class Handling:
                     return "acked", None
                 return await self._settle_failed(delivery, reason), reason
             except Exception as error:  # noqa: BLE001  # a transport may raise anything
-                logger.warning("a delivery of %s could not be settled: %r", delivery.topic.message_name, error)
+                name = printable(delivery.topic.message_name)
+                logger.warning("a delivery of %s could not be settled: %s", name, printable(repr(error)))
                 failed = f"not settled: {name_of(type(error))}"
             await asyncio.sleep(pause)
         return "unsettled", failed if reason is None else f"{failed} ({reason})"
@@ -393,17 +395,22 @@ class Handling:
         return "given_up"
 
     def _report(self, handled: Handled) -> None:
-        if handled.outcome == "retried":
-            name, message_id, attempt = handled.topic.message_name, handled.message_id, handled.attempt
-            failure = name_of(type(handled.error))
-            logger.warning("%s %s failed (%s); requeued for attempt %d", name, message_id, failure, attempt + 1)
-        if handled.outcome in ("dead_lettered", "given_up"):
-            kept = handled.outcome == "dead_lettered"
-            end = "is dead-lettered" if kept else "is lost: this transport cannot dead-letter it"
-            name, which = handled.topic.message_name, handled.message_id or "with an unreadable id"
-            logger.error("%s %s was not handled and %s (%s)", name, which, end, handled.reason)
+        if handled.outcome != "acked":
+            self._log(handled)
         if self._on_handled is not None:
             try:
                 self._on_handled(handled)
             except Exception:
                 logger.exception("on_handled failed")
+
+    def _log(self, handled: Handled) -> None:
+        name, reason = printable(handled.topic.message_name), printable(handled.reason or "")
+        if handled.outcome == "retried":
+            message_id, attempt = handled.message_id, handled.attempt
+            failure = printable(name_of(type(handled.error)))
+            logger.warning("%s %s failed (%s); requeued for attempt %d", name, message_id, failure, attempt + 1)
+        if handled.outcome in ("dead_lettered", "given_up"):
+            kept = handled.outcome == "dead_lettered"
+            end = "is dead-lettered" if kept else "is lost: this transport cannot dead-letter it"
+            which = handled.message_id or "with an unreadable id"
+            logger.error("%s %s was not handled and %s (%s)", name, which, end, reason)

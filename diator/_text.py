@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_LIMIT = 3
+#: The most characters of a text for a log line, or for the reason of a dead letter.
+MAX_CHARACTERS = 1024
+_MAX_NAMES = 3
 
 
 def listed(names: Sequence[str]) -> str:
     """Return the first *names* as one text, and how many more there are."""
-    further = f" and {len(names) - _LIMIT} more" if len(names) > _LIMIT else ""
-    return f"{', '.join(names[:_LIMIT])}{further}"
+    further = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return f"{', '.join(names[:_MAX_NAMES])}{further}"
+
+
+def printable(text: str) -> str:
+    """
+    Return *text* as one line that is safe in a log, a header and a terminal.
+
+    Whatever is not printable is escaped: control characters, line breaks, marks that change the direction of the text,
+    lone surrogates. A text of more than 1,024 characters is cut, and ends in an ellipsis.
+    """
+    if len(text) <= MAX_CHARACTERS and text.isprintable():
+        return text
+    start = text[: MAX_CHARACTERS + 1]  # escaping makes no text shorter, so the rest would be cut anyway
+    escaped = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in start)
+    return escaped if len(escaped) <= MAX_CHARACTERS else f"{escaped[: MAX_CHARACTERS - 1]}…"

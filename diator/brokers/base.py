@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol, Self, TypeAlias
 
 import msgspec
 
+from diator._text import printable
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.sending import MessageBroker
 from diator.exceptions import AlreadySettled
@@ -72,11 +73,17 @@ class Delivery(msgspec.Struct, kw_only=True, eq=False):  # a dataclass with slot
     The service then redelivers the message, as `Capabilities.redelivery` says. The body is not decoded yet and may
     contain anything. Each redelivery is a new object, and each subscription has its own objects.
 
+    The transport passes a message on as it came: a requeued or dead-lettered message has the same body and the same
+    headers, byte for byte, and the transport only adds its own. What one of its own headers says (an attempt, a due
+    time) counts only where the transport wrote it itself, such as in a retry queue of the group, and within its own
+    limits. The transport ignores such a header of a sender.
+
     Attributes:
         topic: The topic that the message came from: one of the subscription's topics, whatever the body contains.
         body: The body as the service stores it; empty if it has none.
         headers: The service's own headers, including the key; empty if the transport has none.
-        attempt: 1 for the first delivery of this message to its group; always 1 if the transport does not count.
+        attempt: 1 for the first delivery of this message to its group, whatever its headers say; always 1 if the
+            transport does not count.
         settler: The transport's side, which the three methods call.
         token: Identifies the delivery for its settler: a tag, an offset or an entry id. Only the transport uses it.
         outcome: How the delivery was settled: `ack`, `retry` or `dead_letter`; None while it is unsettled.
@@ -118,6 +125,8 @@ class Delivery(msgspec.Struct, kw_only=True, eq=False):  # a dataclass with slot
 
         Raises:
             UnsupportedCapability: The transport cannot requeue, or cannot requeue with a delay.
+            MessageRejected, EncodingError: The service will never take this message as a retry; dead-letter it.
+            BrokerError: The message could not be requeued; it will be redelivered.
         """
         await self._settle("retry", self.settler.retry, after)
 
@@ -127,11 +136,16 @@ class Delivery(msgspec.Struct, kw_only=True, eq=False):  # a dataclass with slot
 
         Return when the dead letter is safely stored. Only then is the message removed from its group.
 
+        The transport receives *reason* as one line of at most 1,024 printable characters: whatever else it contains is
+        escaped or cut. If the service refuses the dead letter as it is, the transport stores it in a smaller form:
+        first without the headers that cannot be written, then without the body. Headers of the dead letter say what is
+        missing (`diator-dlq-omitted`), and where the message lay.
+
         Raises:
             UnsupportedCapability: The transport has no dead-letter queue.
             BrokerError: The message could not be dead-lettered; it will be redelivered.
         """
-        await self._settle("dead_letter", self.settler.dead_letter, reason)
+        await self._settle("dead_letter", self.settler.dead_letter, printable(reason))
 
     async def _settle(self, outcome: str, settle: Callable[..., Awaitable[None]], *how: object) -> None:
         if self.outcome is not None:
@@ -151,11 +165,8 @@ class Delivery(msgspec.Struct, kw_only=True, eq=False):  # a dataclass with slot
                 f"do not settle it again by {outcome}()"
             )
 
-    def __repr__(self) -> str:  # without the body: it may end in a log
-        return (
-            f"Delivery(topic={self.topic!r}, headers={self.headers!r}, attempt={self.attempt!r}, "
-            f"outcome={self.outcome!r})"
-        )
+    def __repr__(self) -> str:  # without the body and the headers: it may end in a log
+        return f"Delivery(topic={self.topic!r}, attempt={self.attempt!r}, outcome={self.outcome!r})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +218,10 @@ class ReadableBroker(MessageBroker, Protocol):
         Prefetch: At most *prefetch* deliveries are handed out and unsettled at any time, if the transport has
         backpressure. The transport may receive some more in advance, but it leaves enough messages for the other
         consumers of the group.
+
+        Isolation: No message stops another one. A message that the transport cannot deliver (metadata that cannot be
+        decoded, a body that is too large) is dead-lettered by itself, with a reason that contains nothing of the
+        message, and the next message is delivered. It costs neither the connection nor a place in *prefetch*.
 
         Several subscriptions: One broker can have any number of them, to the same topics or to others. No
         subscription delays or ends another.

@@ -49,7 +49,6 @@ _NO_GROUP_EXPIRES = 120.0
 _UNUSED_EXPIRES = 600.0
 _REQUEUE_DELAY = 5.0
 _END_TIMEOUT = 2.0
-_MAX_REASON_LENGTH = 1024
 _MAX_ATTEMPT = 1_000_000
 _MAX_PREFETCH = 65_535
 
@@ -318,9 +317,7 @@ class Connection(Channel):
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         token = cast("_Token", delivery.token)
-        why = dead_letter_headers(
-            delivery, reason[:_MAX_REASON_LENGTH], source=token.queue, group=self._subscription.group or ""
-        )
+        why = dead_letter_headers(delivery, reason, source=token.queue, group=self._subscription.group or "")
         headers = _of_program(token.header) | why
         with self._requeue_on_failure(delivery):
             async with asyncio.timeout(self._subscription.publisher.timeout):

@@ -447,10 +447,25 @@ async def test_closing_ends_every_wait(wait):
             pass
 
 
-def test_the_repr_of_a_delivery_contains_neither_its_body_nor_its_token():
-    delivery = Delivery(topic=COUNTED, body=b"hunter2", headers={}, attempt=1, settler=None, token=[b"hunter2"])
+def test_the_repr_of_a_delivery_contains_nothing_of_the_message():
+    delivery = Delivery(
+        topic=COUNTED, body=b"hunter2", headers={"hunter2": "hunter2"}, attempt=1, settler=None, token=[b"hunter2"]
+    )
 
     assert "hunter2" not in repr(delivery)
+
+
+async def test_a_transport_receives_a_reason_of_one_bounded_printable_line():
+    class Keeping:
+        async def dead_letter(self, delivery, reason, /):
+            reasons.append(reason)
+
+    reasons = []
+    for reason in ("line\nforged: \x1b[2J", "x" * 5_000, "short"):
+        delivery = Delivery(topic=COUNTED, body=b"", headers={}, attempt=1, settler=Keeping())
+        await delivery.dead_letter(reason)
+
+    assert reasons == [r"line\nforged: \x1b[2J", "x" * 1_023 + "…", "short"]
 
 
 async def test_consumers_of_one_group_receive_only_their_topics():

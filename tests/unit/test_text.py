@@ -1,0 +1,46 @@
+"""Text for logs and for the reasons of dead letters."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diator._text import MAX_CHARACTERS, printable
+
+#: `st.text()` has no surrogates; a sender's JSON can contain them all the same.
+ANY_TEXT = st.text(st.characters(codec=None))
+
+
+@given(ANY_TEXT)
+def test_a_text_becomes_one_printable_line_that_can_be_encoded(text):
+    shown = printable(text)
+
+    assert shown.isprintable()
+    assert len(shown) <= MAX_CHARACTERS
+    shown.encode()
+    assert printable(shown) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("", ""),
+        ("Anna, Œuvre, 東京, 🎉", "Anna, Œuvre, 東京, 🎉"),
+        ("a\r\nb\tc", r"a\r\nb\tc"),
+        ("\x1b[2J\x00\x7f\x85", r"\x1b[2J\x00\x7f\x85"),
+        ("\u2028\u202e", r"\u2028\u202e"),
+        ("\ud800", r"\ud800"),
+    ],
+    ids=ascii,
+)
+def test_what_is_not_printable_is_escaped(text, shown):
+    assert printable(text) == shown
+
+
+@pytest.mark.parametrize("character", ["x", "\n", "\ud800"], ids=ascii)
+def test_a_long_text_is_cut_visibly(character):
+    assert printable("x" * MAX_CHARACTERS) == "x" * MAX_CHARACTERS
+
+    cut = printable(character * 1_000_000)
+
+    assert len(cut) == MAX_CHARACTERS
+    assert cut.endswith("…")
