@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 #: The most characters of a text for a log line, or for the reason of a dead letter.
 MAX_CHARACTERS = 1024
 _MAX_NAMES = 3
+_CREDENTIALS = re.compile(r"//[^/\s]*@")
 
 
 def listed(names: Sequence[str]) -> str:
@@ -27,3 +29,24 @@ def printable(text: str) -> str:
     start = text[: MAX_CHARACTERS + 1]  # escaping makes no text shorter, so the rest would be cut anyway
     escaped = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in start)
     return escaped if len(escaped) <= MAX_CHARACTERS else f"{escaped[: MAX_CHARACTERS - 1]}…"
+
+
+def without_credentials(text: str) -> str:
+    """Return *text* without the user and the password of any URL in it."""
+    return _CREDENTIALS.sub("//", text)
+
+
+def explained(error: BaseException, *, within: float | None = None) -> str:
+    """
+    Describe an error of a client library in one line that is never empty and shows no credentials.
+
+    *within* is the time limit in seconds, if there was one.
+    """
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    name, text = type(error).__name__, printable(" ".join(without_credentials(str(error)).split()))
+    if not text and isinstance(error, TimeoutError):
+        return "no answer in time" if within is None else f"no answer within {within:g} s"
+    if text.startswith(name):  # as the errors of aiokafka do
+        return text
+    return f"{name}: {text}" if text else name

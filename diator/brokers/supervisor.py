@@ -18,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Protocol, Self
 
-from diator._text import listed
+from diator._text import explained, listed
 from diator.brokers.base import Delivery, Gap, OnGap, Topic
 from diator.exceptions import BrokerClosed, BrokerUnavailable, ConfigurationError, DiatorError, UsageError
 
@@ -316,7 +316,7 @@ class ResilientSubscription(ABC):
                     return
                 self.connected = False
                 missed = missed or isinstance(error, MessagesMissed)
-                reason = _reason(error)
+                reason = explained(error)
                 logger.warning("%s has no connection (%s); reconnecting", self._name, reason)
                 behind = loop.time() - max(since, self._complete_until()) if connected else 0.0
                 lost = lost or (datetime.now(UTC) - timedelta(seconds=behind), reason)
@@ -402,15 +402,9 @@ def _log_name(topics: Collection[Topic], group: str | None) -> str:
     return f"the subscription{of} to {listed(sorted({topic.message_name for topic in topics}))}"
 
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, TimeoutError) and not str(error):
-        return "the service did not respond"
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
-
-
 def _unavailable(error: BaseException, name: str) -> DiatorError:
     if isinstance(error, DiatorError):
         return error
-    unavailable = BrokerUnavailable(f"{name} cannot start ({_reason(error)})")
+    unavailable = BrokerUnavailable(f"{name} cannot start ({explained(error)})")
     unavailable.__cause__ = error
     return unavailable

@@ -66,6 +66,11 @@ class Cluster:
         if len({self.sasl_mechanism is None, self.username is None, self.password is None}) > 1:
             raise ConfigurationError("sasl_mechanism, username and password belong together; pass all of them, or none")
 
+    @property
+    def where(self) -> str:
+        """The addresses."""
+        return ",".join(self.bootstrap_servers)
+
     def settings(self, *, request_timeout: float | None = None) -> dict[str, Any]:
         """Return the arguments for a client of aiokafka."""
         over = "SASL_" if self.sasl_mechanism else ""

@@ -10,6 +10,7 @@ from typing import Any
 
 from aiokafka import TopicPartition, errors
 
+from diator._text import explained
 from diator.brokers.base import Delivery
 from diator.brokers.kafka._consumer import KafkaConsumer
 from diator.brokers.kafka._errors import CLIENT_ERRORS
@@ -187,7 +188,7 @@ class Connection(ABC):
             async with asyncio.timeout(within):
                 await self.say_goodbye()
         except (asyncio.CancelledError, *CLIENT_ERRORS) as error:  # the client also cancels whoever calls it
-            logger.warning("Kafka did not learn that a consumer left: %s: %s", type(error).__name__, error)
+            logger.warning("Kafka did not learn that a consumer left: %s", explained(error, within=within))
         finally:
             await self.consumer.end()
 

@@ -7,6 +7,7 @@ from uuid import UUID
 
 from aiokafka import errors
 
+from diator._text import explained
 from diator.brokers.batching import own_error
 from diator.exceptions import BrokerError, BrokerUnavailable, MessageRejected, OutcomeUnknown
 
@@ -63,7 +64,7 @@ def send_error(error: BaseException, message_id: UUID | None, *, handed_over: bo
 
 
 def _translated(error: BaseException, message_id: UUID | None, *, handed_over: bool) -> BrokerError:
-    problem = f"{type(error).__name__}: {error}"
+    problem = explained(error)
     if isinstance(error, TOO_LARGE):
         remedy = "raise max.message.bytes of its topic, or send a smaller message"
         return MessageRejected(f"Kafka refused it as too large ({problem}); {remedy}", message_id=message_id)

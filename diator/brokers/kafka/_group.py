@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from aiokafka import ConsumerRebalanceListener, TopicPartition, errors
 from aiokafka.structs import OffsetAndMetadata
 
+from diator._text import explained
 from diator.brokers.kafka._client import Cluster, end_tasks
 from diator.brokers.kafka._connection import Connection, ReaderConnection
 from diator.brokers.kafka._consumer import KafkaConsumer
@@ -62,7 +63,7 @@ async def connected(
 
 
 def _access_refused(error: Exception) -> AccessRefused:
-    problem = f"{type(error).__name__}: {error}"
+    problem = explained(error)
     remedy = "grant its user DESCRIBE and READ on its topics and READ on its group (kafka-acls.sh)"
     return AccessRefused(f"Kafka refuses a subscription ({problem}); {remedy}")
 
@@ -158,7 +159,7 @@ class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[mi
             logger.warning("%s", _NO_METADATA)
             return await self._commit()
         except CLIENT_ERRORS as error:
-            logger.warning("a commit failed and is tried again: %s: %s", type(error).__name__, error)
+            logger.warning("a commit failed and is tried again: %s", explained(error, within=_COMMIT_TIMEOUT))
             return False
         for partition, now in progress.values():
             partition.committed = now

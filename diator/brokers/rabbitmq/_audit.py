@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
+from diator._text import explained
 from diator.brokers.audit import Finding
 from diator.brokers.rabbitmq._channel import ACCESS_REFUSED, CHANNEL_ERRORS, Channel, Refused
-from diator.brokers.rabbitmq._client import Address, Frame, commands, explained
+from diator.brokers.rabbitmq._client import Address, Frame, commands
 from diator.brokers.rabbitmq._publisher import topic_exchange
 from diator.brokers.rabbitmq._subscription import Subscription, passively
 from diator.exceptions import BrokerUnavailable
@@ -45,7 +46,7 @@ async def inspect(
                         )
             return findings
     except CHANNEL_ERRORS as error:
-        raise BrokerUnavailable(f"RabbitMQ cannot be audited ({explained(error)})") from error
+        raise BrokerUnavailable(f"RabbitMQ cannot be audited ({explained(error, within=timeout)})") from error
     finally:
         await channel.close()
 

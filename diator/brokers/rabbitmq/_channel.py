@@ -13,6 +13,7 @@ from collections import deque
 from contextlib import suppress
 from typing import Any, TypeAlias
 
+from diator._text import explained
 from diator.brokers.rabbitmq._client import (
     CLIENT_ERRORS,
     Connection,
@@ -21,7 +22,6 @@ from diator.brokers.rabbitmq._client import (
     Frame,
     attach,
     commands,
-    explained,
     frame_max,
     marshal,
 )
@@ -213,7 +213,8 @@ class Channel:
 
     def _connection_closed(self, closing: asyncio.Future[Any]) -> None:
         if not closing.cancelled():
-            self._lose(Lost(f"the connection is lost ({explained(closing.exception())})"))
+            error = closing.exception()
+            self._lose(Lost(f"the connection is lost ({'closed' if error is None else explained(error)})"))
 
     def _lose(self, error: Exception) -> None:
         if self.error is None:

@@ -23,6 +23,7 @@ from pamqp.header import ContentHeader
 from yarl import URL
 
 from diator._extras import importing, require_internals
+from diator._text import without_credentials
 from diator.exceptions import ConfigurationError
 
 __all__ = ["URL", "Connection", "ContentBody", "ContentHeader", "Frame", "commands", "marshal"]
@@ -79,6 +80,7 @@ class Address:
 
     Attributes:
         heartbeat: Seconds between two heartbeats.
+        where: The address, without credentials and options.
     """
 
     def __init__(self, url: object, ssl_context: ssl.SSLContext | None) -> None:
@@ -100,6 +102,7 @@ class Address:
             raise ConfigurationError(f"this is not a URL of RabbitMQ; {_FORMS}") from None
         if ssl_context is not None and self._url.scheme != "amqps":
             raise ConfigurationError("an ssl_context needs a URL that starts with amqps://")
+        self.where: str = without_credentials(str(self._url.with_query(None)))
 
     async def dial(self, purpose: str) -> tuple[Connection, asyncio.StreamWriter]:
         """Connect. Return the connection, and the writer behind aiormq's own queue of ten frames."""
@@ -168,8 +171,3 @@ def is_blocked(connection: Connection) -> bool:
         return False
     waiting.close()
     return True
-
-
-def explained(error: BaseException | None) -> str:
-    """Describe an error of the client in one line."""
-    return "closed" if error is None else f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
+from diator._text import explained
 from diator.brokers.audit import Finding
 from diator.brokers.connecting import ClientConnection
 from diator.brokers.rabbitmq._channel import CHANNEL_ERRORS, NOT_FOUND, Channel, Content, Lost, Refused
-from diator.brokers.rabbitmq._client import Address, ContentHeader, commands, explained, is_blocked
+from diator.brokers.rabbitmq._client import Address, ContentHeader, commands, is_blocked
 from diator.brokers.rabbitmq._frames import Publication
 from diator.brokers.supervisor import close_all
 from diator.exceptions import (

@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 from uuid import uuid4
 
+from diator._text import explained
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.connecting import BackgroundTasks
 from diator.brokers.rabbitmq._channel import (
@@ -24,7 +25,7 @@ from diator.brokers.rabbitmq._channel import (
     Lost,
     Refused,
 )
-from diator.brokers.rabbitmq._client import Address, ContentHeader, commands, explained
+from diator.brokers.rabbitmq._client import Address, ContentHeader, commands
 from diator.brokers.rabbitmq._frames import Publication, again
 from diator.brokers.rabbitmq._names import delay_bucket, queue_name, routing_key
 from diator.brokers.rabbitmq._publisher import Publisher, topic_exchange
@@ -353,7 +354,8 @@ class Connection(Channel):
             if isinstance(error, DiatorError):  # a UsageError is a RuntimeError, as some of the client's errors are
                 raise
             raise BrokerUnavailable(
-                f"RabbitMQ did not accept the message, which is redelivered ({explained(error)})"
+                f"RabbitMQ did not accept the message, which is redelivered "
+                f"({explained(error, within=self._subscription.publisher.timeout)})"
             ) from error
 
     def _requeue(self, delivery: Delivery) -> None:

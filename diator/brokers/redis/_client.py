@@ -17,6 +17,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from diator._extras import require_internals
+from diator._text import explained
 from diator.exceptions import (
     AccessRefused,
     BrokerError,
@@ -107,15 +108,25 @@ def _client_from_url(url: str, *, timeout: float) -> Client:
             decode_responses=False,
             socket_timeout=timeout,
             socket_connect_timeout=timeout,
-            socket_keepalive=True,
             retry=Retry(NoBackoff(), 0),
             client_name="diator",
+            **({} if url.startswith("unix:") else {"socket_keepalive": True}),
         )
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # no I/O; it refuses unknown options
     except (ValueError, TypeError):
         # Without its cause, whose text quotes the URL and the password in it.
         raise ConfigurationError(f"this is not a URL of Redis; {_FORMS}") from None
     return client
+
+
+def where(client: Client) -> str:
+    """Return the address that *client* connects to, without credentials."""
+    options = getattr(_pool_of(client), "connection_kwargs", {})
+    if "path" in options:
+        return f"unix://{options['path']}"
+    if "host" in options:
+        return f"{options['host']}:{options.get('port', 6379)}/{options.get('db') or 0}"
+    return f"the servers of {type(client).__name__}"  # a fake, a cluster, or what Sentinel names
 
 
 def require_pool(client: Client) -> None:
@@ -157,7 +168,7 @@ def send_error(error: BaseException, message_id: UUID | None, *, written: bool) 
     """Translate an error of the client. *written*: whether the command may have left when it happened."""
     if isinstance(error, BrokerError):
         return error
-    problem = f"{type(error).__name__}: {error}"
+    problem = explained(error).partition(", with args beginning")[0]  # which may be a message
     if isinstance(error, redis_errors.NoPermissionError) and message_id is None:
         return AccessRefused(f"Redis refuses a subscription ({problem}); permit it to this user with ACL SETUSER")
     if isinstance(error, NOT_EXECUTED) or str(error).startswith(_NOT_NOW) or not written:
