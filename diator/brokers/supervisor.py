@@ -124,7 +124,6 @@ class ResilientSubscription(ABC):
             open.
 
     Attributes:
-        connected: Whether there is a connection now.
         unsettled: How many deliveries of this subscription are not settled, handed out or not. The transport counts
             them. After it has lowered the count it calls `notify_settled`. A transport without settlement leaves it at
             0.
@@ -161,7 +160,7 @@ class ResilientSubscription(ABC):
         self._has_room = asyncio.Event()
         self._last_received_at = 0.0
         self._caught_up_at = 0.0
-        self.connected: bool = False
+        self._has_connection = False
         self._end_error: DiatorError | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -230,6 +229,11 @@ class ResilientSubscription(ABC):
         return delivery
 
     @property
+    def connected(self) -> bool:
+        """Return whether there is a connection now that receives what the subscription is due."""
+        return self._has_connection
+
+    @property
     def is_ending(self) -> bool:
         """Return whether the subscription is ending, so that it does not reconnect any more."""
         return self._ending is not None
@@ -295,7 +299,7 @@ class ResilientSubscription(ABC):
                 async with asyncio.timeout(self._reconnect.connect_timeout) as connecting, self.connect() as source:
                     connecting.reschedule(None)
                     since, connected = loop.time(), True
-                    self.connected = True
+                    self._has_connection = True
                     if not ready.done():
                         ready.set_result(None)
                     if lost is not None:
@@ -314,7 +318,7 @@ class ResilientSubscription(ABC):
                     self._end_error = error
                     self._changed.set()
                     return
-                self.connected = False
+                self._has_connection = False
                 missed = missed or isinstance(error, MessagesMissed)
                 reason = explained(error)
                 logger.warning("%s has no connection (%s); reconnecting", self._name, reason)

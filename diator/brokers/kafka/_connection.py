@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aiokafka import TopicPartition, errors
@@ -40,6 +40,7 @@ class Connection(ABC):
         self.partitions: dict[TopicPartition, Partition] = {}
         self.generation = 0
         self._paused: dict[TopicPartition, Partition] = {}
+        self._unread = set[TopicPartition]()  # what is read from its beginning, wherever that is
         self._has_returned = False
         self._was_answered = False
         self._was_connected = True
@@ -48,11 +49,6 @@ class Connection(ABC):
     @abstractmethod
     async def begin(self) -> None:
         """Read the topics of the subscription from now on."""
-
-    @property
-    def is_assigned(self) -> bool:
-        """Whether it knows its partitions, and where each of them begins."""
-        return True
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:
         """See `Source.receive`."""
@@ -91,7 +87,7 @@ class Connection(ABC):
 
     async def _take(self, most: int) -> list[Delivery] | None:
         """Return deliveries of the messages that the client has already fetched; None if it has none."""
-        if not self.is_assigned:
+        if not self.subscription.is_assigned:
             return None
         generation, deliveries = self.generation, list[Delivery]()
         records = await self.consumer.take(most)
@@ -107,6 +103,12 @@ class Connection(ABC):
         """Forget what belonged to the earlier assignment. The client forgets what was paused, too."""
         self.generation += 1
         self._paused.clear()
+
+    def _read_from_beginning(self, place: TopicPartition) -> None:
+        """Read *place* from its oldest message. Kafka is not asked where that is: there may be no leader to answer."""
+        self.partitions[place] = self.subscription.partition(place, Offsets(0))
+        self._unread.add(place)
+        self.consumer.seek(place, 0)
 
     def _pause(self, place: TopicPartition, partition: Partition) -> None:
         """Fetch nothing more of a partition that is too far."""
@@ -153,11 +155,13 @@ class Connection(ABC):
         for place, offset in wanted.items():
             if place in self.partitions:
                 oldest = (await self.consumer.oldest_offsets([place]))[place]
-                self.subscription.report_lost_messages(
-                    self.partitions[place].read_until,
-                    f"messages of {place.topic}, partition {place.partition}, are gone: the next offset was {offset}, "
-                    f"and the oldest is {oldest}; retention was faster than its reader, or the topic was deleted",
-                )
+                if offset or place not in self._unread:
+                    self.subscription.report_lost_messages(
+                        self.partitions[place].read_until,
+                        f"messages of {place.topic}, partition {place.partition}, are gone: the next offset was "
+                        f"{offset}, and the oldest is {oldest}; retention was faster than its reader, or the topic was "
+                        "deleted",
+                    )
                 self.partitions[place] = self.subscription.partition(place, Offsets(oldest))
                 self.consumer.seek(place, oldest)
                 if self._paused.pop(place, None):
@@ -165,19 +169,11 @@ class Connection(ABC):
 
     async def probe(self) -> None:
         """
-        Ask the leader of each partition where it ends; without partitions, ask about the topics. See `Source.probe`.
+        Ask any broker about the topics. See `Source.probe`.
 
-        If a partition has more messages, only their arrival is a sign of life.
+        A partition without a leader does not answer, and the other partitions are read all the same.
         """
-        places: Collection[TopicPartition] = ()
-        if self.is_assigned:
-            places = [place for place, partition in self.partitions.items() if not partition.is_paused]
-        if places:
-            ends = await self.consumer.end_offsets(places)
-            for place in places:
-                if place in self.partitions and ends[place] > await self.consumer.position(place):
-                    return
-        elif not await self.consumer.refresh_metadata():
+        if not await self.consumer.refresh_metadata():
             raise ConnectionError("no broker of Kafka answers")
         self._was_answered = True
         self.subscription.wakeup.set()
@@ -209,15 +205,16 @@ class ReaderConnection(Connection):
         for topic_name in self.subscription.topic_names:
             numbers = await self.consumer.partitions_of(topic_name)
             places += [TopicPartition(topic_name, number) for number in numbers]
-        if new := [place for place in places if place not in known]:
-            # A partition that is newer than the subscription is read from its beginning.
-            begins = self.consumer.oldest_offsets if self.subscription.has_begun else self.consumer.end_offsets
-            self.subscription.read_alone(await begins(new))
+        if not self.subscription.has_begun:
+            self.subscription.read_alone(await self.consumer.end_offsets(places))
         self._begin_assignment()
         self.consumer.assign(places)
         for place in places:
-            self.consumer.seek(place, known[place].offsets.next)
-            known[place].is_paused = False
+            if place in known:
+                self.consumer.seek(place, known[place].offsets.next)
+                known[place].is_paused = False
+            else:  # it is newer than the subscription
+                self._read_from_beginning(place)
 
     async def check(self) -> None:
         """Check the connection, and read partitions that were added."""

@@ -204,8 +204,13 @@ class KafkaConsumer:
 
     # -- the group -----------------------------------------------------------------------------------------------
 
-    def subscribe(self, topics: Collection[str], listener: ConsumerRebalanceListener) -> None:
-        """Read *topics* from now on, as a consumer of the group. *listener* learns which partitions come and go."""
+    def join(self, topics: Collection[str], listener: ConsumerRebalanceListener, *, member_id: str) -> None:
+        """
+        Read *topics* from now on, as a consumer of the group. *listener* learns which partitions come and go.
+
+        *member_id* is empty for a new consumer. If Kafka does not know it any more, this consumer is a new one, too.
+        """
+        self._consumer._coordinator.member_id = member_id  # noqa: SLF001
         self._consumer.subscribe([*topics], listener=listener)
 
     async def wait_for_group(self, assigned: asyncio.Event, *, within: float) -> None:
@@ -223,7 +228,22 @@ class KafkaConsumer:
             await asyncio.wait(tasks, timeout=within, return_when=asyncio.FIRST_COMPLETED)
         finally:
             waiting.cancel()
-        coordinator.check_errors()
+        self.check_group()
+
+    def check_group(self) -> None:
+        """
+        Check that the client still tries to be in the group.
+
+        Raises:
+            KafkaError: Kafka refuses this consumer. The client waits until somebody has looked at this error.
+        """
+        self._consumer._coordinator.check_errors()  # noqa: SLF001
+
+    @property
+    def member_id(self) -> str:
+        """The name of this consumer in the group."""
+        member_id: str = self._consumer._coordinator.member_id  # noqa: SLF001
+        return member_id
 
     def assignment(self) -> Collection[TopicPartition]:
         """Return the partitions that this consumer has now."""

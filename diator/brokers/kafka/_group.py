@@ -27,6 +27,7 @@ _COMMIT_EVERY = 0.2
 _COMMIT_TIMEOUT = 5.0
 _MAX_COMMIT_DELAY = 5.0
 _GOODBYE_TIMEOUT = 5.0
+_LAST_COMMIT_TIMEOUT = 1.0  # of a link that is given up, and the next one has to wait
 
 _NO_METADATA = (
     "Kafka refuses the metadata of a commit, for offset.metadata.max.bytes is below 4,096; raise it. Until then, "
@@ -59,7 +60,8 @@ async def connected(
     except NO_RIGHT as error:
         raise _access_refused(error) from error
     finally:
-        await subscription.release(connection.end(within=min(cluster.timeout, _GOODBYE_TIMEOUT)))
+        goodbye = _GOODBYE_TIMEOUT if subscription.is_ending else _LAST_COMMIT_TIMEOUT
+        await subscription.release(connection.end(within=min(cluster.timeout, goodbye)))
 
 
 def _access_refused(error: Exception) -> AccessRefused:
@@ -74,9 +76,11 @@ class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[mi
     def __init__(self, subscription: Subscription, consumer: KafkaConsumer) -> None:
         super().__init__(subscription, consumer)
         self._assigned = asyncio.Event()
+        subscription.is_assigned = False
         self._assigned_at = asyncio.get_running_loop().time()
         self._committing: asyncio.Task[None] | None = None
         self._commits_metadata = True
+        self._failure: Exception | None = None
 
     async def begin(self) -> None:
         """
@@ -85,18 +89,13 @@ class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[mi
         The subscription is ready even if the other consumers take their time, and it has no partitions yet: what is
         sent from now on is for its group. Giving up would only cause another rebalance.
         """
-        self.consumer.subscribe(self.subscription.topic_names, self)
+        self.consumer.join(self.subscription.topic_names, self, member_id=self.subscription.member_id)
         self._committing = asyncio.create_task(self._keep_committing(), name="diator: committing")
         await self.consumer.wait_for_group(self._assigned, within=self.subscription.options.assignment_timeout)
 
-    @property
-    def is_assigned(self) -> bool:
-        """Whether it knows its partitions, and where each of them begins."""
-        return self._assigned.is_set()
-
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # aiokafka awaits a coroutine
         """Wait until the deliveries of *revoked* are settled, for `drain_timeout` at most, and commit."""
-        self._assigned.clear()
+        self.subscription.is_assigned = False
         self._begin_assignment()
         ours = {partition for place, partition in self.partitions.items() if place in revoked}
         await self.subscription.drain(ours)
@@ -106,24 +105,32 @@ class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[mi
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # aiokafka awaits a coroutine
         """Begin each partition where the group left it; where the group never was, at its oldest message."""
-        committed = await self.consumer.committed(assigned)
-        new = [place for place in assigned if place not in committed or committed[place].offset < 0]
-        oldest = await self.consumer.oldest_offsets(new) if new else {}
+        try:
+            committed = await self.consumer.committed(assigned)
+        except CLIENT_ERRORS as error:  # the client would only log it
+            self._failure = error
+            self.subscription.wakeup.set()
+            return
         for place in assigned:
-            if place in oldest:
-                offsets = Offsets(oldest[place])
-                self.consumer.seek(place, oldest[place])
-            else:
+            if place in committed:
+                self._unread.discard(place)
                 offsets = Offsets(committed[place].offset, committed[place].metadata or "")
-            self.partitions[place] = self.subscription.partition(place, offsets)
+                self.partitions[place] = self.subscription.partition(place, offsets)
+            else:
+                self._read_from_beginning(place)
+        self.subscription.member_id = self.consumer.member_id
+        self.subscription.is_assigned = True
         self._assigned.set()
         self.subscription.wakeup.set()
 
     async def check(self) -> None:
         """Check the connection, and that a rebalance ends."""
         await super().check()
+        self.consumer.check_group()
+        if self._failure is not None:
+            raise self._failure
         now = asyncio.get_running_loop().time()
-        if self._assigned.is_set():
+        if self.subscription.is_assigned:
             self._assigned_at = now
         elif now - self._assigned_at > self.subscription.options.rebalance_bound:
             raise BrokerUnavailable("the group has not assigned any partitions, nor said that there are none for it")
@@ -132,7 +139,7 @@ class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[mi
         delay = _COMMIT_EVERY
         while True:
             await asyncio.sleep(delay)
-            if self._assigned.is_set():
+            if self.subscription.is_assigned:
                 delay = _COMMIT_EVERY if await self._commit() else min(_MAX_COMMIT_DELAY, 2 * delay)
 
     async def _commit(self) -> bool:
@@ -166,12 +173,18 @@ class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[mi
         return True
 
     async def say_goodbye(self) -> None:
-        """Commit, and leave the group, so that its partitions go to other consumers at once."""
+        """
+        Commit. At the end of the subscription, leave the group, so that its partitions go to other consumers at once.
+
+        Before that, the next connection continues as the same member of the group, so that nobody has to rebalance.
+        """
         try:
             if self._committing is not None:
                 await end_tasks([self._committing])
-            if self._assigned.is_set():
+            if self.subscription.is_assigned:
                 await self._commit()
         finally:
+            self.subscription.is_assigned = False
             self.subscription.lose(self.partitions.values())
-        await self.consumer.leave_group()
+        if self.subscription.is_ending or not self.subscription.member_id:
+            await self.consumer.leave_group()

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeAlias, cast
 
@@ -161,6 +161,9 @@ class Subscription(ResilientSubscription):
         wakeup: Wakes the connection: something is ready or due, or a partition has room again.
         alone: Without a group: the partitions, and how far each is read, whatever becomes of the connection.
         has_begun: Without a group: whether it began to read. What is created after that is read from its beginning.
+        member_id: Its name in the group; empty until it has had partitions. With it, the next connection is the same
+            consumer to the group. As a stranger it would wait until the session of the lost connection ends.
+        is_assigned: Whether it knows which partitions it has, and where each of them begins.
     """
 
     def __init__(
@@ -177,6 +180,9 @@ class Subscription(ResilientSubscription):
         reconnect: ReconnectPolicy,
         connect: Connect,
     ) -> None:
+        if group is not None:  # what its session survives, its connection survives
+            bound = max(reconnect.probe_timeout, options.session_timeout - reconnect.idle_timeout)
+            reconnect = replace(reconnect, probe_timeout=bound)
         super().__init__(
             topics,
             group,
@@ -208,6 +214,8 @@ class Subscription(ResilientSubscription):
         self.wakeup = Wakeup()
         self.alone: dict[TopicPartition, Partition] = {}
         self.has_begun = False
+        self.member_id = ""
+        self.is_assigned = group is None
         self._settled = asyncio.Event()
         self._ready: deque[tuple[Partition, Record, int]] = deque()  # to be delivered without asking Kafka
         self._delayed: list[tuple[float, int, Partition, Record, int]] = []  # a heap, by when each is due
@@ -215,6 +223,11 @@ class Subscription(ResilientSubscription):
         self._background = BackgroundTasks()
 
     # -- connections ---------------------------------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        """Return whether there is a connection, and it has its partitions or knows that there are none for it."""
+        return super().connected and self.is_assigned
 
     def connect(self) -> AbstractAsyncContextManager[Source]:
         """See `ResilientSubscription.connect`."""

@@ -79,8 +79,8 @@ async def ensure_topics(
     """
     Return when the *wanted* topics exist. Create the missing ones as *policy* says.
 
-    With *reading*, or after a creation, all partitions have leaders then. A sender does not wait for the leaders of
-    partitions that it may not need. This also checks that the topics of *reading* may be read.
+    After a creation, all partitions have leaders then. Nobody waits for a partition that has lost its leader, since the
+    others can be used. This also checks that the topics of *reading* may be read.
 
     Raises:
         MessageRejected: A topic is missing, and *policy* forbids to create it, or Kafka refused. The text has the
@@ -98,7 +98,7 @@ async def ensure_topics(
             raise MessageRejected(f"a topic is missing, and create_topics is off; create it with: {commands}")
         if missing:
             await _create(client, policy, missing, within=cluster.timeout)
-        while missing or (leaderless and (is_new or reading)):
+        while missing or (leaderless and is_new):
             await asyncio.sleep(0.02)
             missing, leaderless = await _look_for(client, wanted)
         if reading:

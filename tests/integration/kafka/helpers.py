@@ -5,7 +5,7 @@ import json
 from contextlib import asynccontextmanager, suppress
 from time import monotonic
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from diator.brokers import Message
 from diator.brokers.base import Topic
@@ -89,3 +89,17 @@ def number_in(record) -> int:
 
 def number_of_each(records) -> set[int]:
     return {number_in(record) for record in records}
+
+
+async def place_of_everything(admin, name) -> TopicPartition:
+    """Return the partition that contains the messages."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=admin._client._bootstrap_servers)
+    await consumer.start()
+    try:
+        places = [TopicPartition(name, number) for number in range(4)]
+        await consumer._client._wait_on_metadata(name)
+        ends = await consumer.end_offsets(places)
+    finally:
+        await consumer.stop()
+    (place,) = [place for place, end in ends.items() if end]
+    return place

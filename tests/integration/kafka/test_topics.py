@@ -7,7 +7,7 @@ from collections import Counter
 from uuid import uuid4
 
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaProducer
 from aiokafka.admin import NewPartitions, NewTopic, RecordsToDelete
 
 from diator.brokers import Message
@@ -24,6 +24,7 @@ from tests.integration.kafka.helpers import (
     all_that_comes,
     message,
     number_of,
+    place_of_everything,
     send,
     stored,
     subscribed,
@@ -163,20 +164,6 @@ async def test_a_topic_that_was_deleted_and_made_again_is_a_gap(broker, name, ad
 
     assert len(gaps) == 1
     assert "deleted" in gaps[0].reason
-
-
-async def place_of_everything(admin, name) -> TopicPartition:
-    """Return the partition that contains the messages."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=admin._client._bootstrap_servers)
-    await consumer.start()
-    try:
-        places = [TopicPartition(name, number) for number in range(4)]
-        await consumer._client._wait_on_metadata(name)
-        ends = await consumer.end_offsets(places)
-    finally:
-        await consumer.stop()
-    (place,) = [place for place, end in ends.items() if end]
-    return place
 
 
 async def test_the_audit_reports_settings_that_weaken_a_capability(broker, name, admin) -> None:

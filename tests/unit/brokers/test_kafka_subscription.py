@@ -60,6 +60,7 @@ class Client:
     """Has fetched *records*, of one partition."""
 
     is_connected = True
+    answers = True
 
     def __init__(self):
         self.records = []
@@ -84,6 +85,14 @@ class Client:
         self.has_fetched = asyncio.get_running_loop().create_future()
         return self.has_fetched
 
+    async def refresh_metadata(self):
+        if not self.answers:
+            await asyncio.Event().wait()
+        return True
+
+    async def end_offsets(self, places):
+        await asyncio.Event().wait()  # a partition has no leader
+
     def has_topic(self, topic):
         return True
 
@@ -97,6 +106,7 @@ class Client:
 class OneConnection(Connection):
     async def begin(self):
         self.partitions[PLACE] = self.subscription.partition(PLACE, Offsets(0))
+        self.subscription.is_assigned = True
 
     async def say_goodbye(self):
         pass
@@ -105,7 +115,8 @@ class OneConnection(Connection):
 class Reading:
     """A subscription that is open, and its parts."""
 
-    def __init__(self, **options):
+    def __init__(self, *, reconnect=None, **options):
+        self.connections = 0
         self.client, self.producer = Client(), Producer()
         self.subscription = Subscription(
             [ORDERS],
@@ -116,12 +127,13 @@ class Reading:
             options=ReadOptions(**OPTIONS | options),
             names=Names("shop"),
             producer=self.producer,
-            reconnect=ReconnectPolicy(),
+            reconnect=reconnect or ReconnectPolicy(),
             connect=self.connect,
         )
 
     @asynccontextmanager
     async def connect(self, subscription):
+        self.connections += 1
         self.connection = OneConnection(subscription, self.client)
         await self.connection.begin()
         yield self.connection
@@ -206,6 +218,37 @@ async def test_a_waiting_consumer_has_its_message_before_the_client_is_asked_aga
         it.client.fetch(Record(0))
 
         assert await receiving == asked + 1
+
+
+# -- the connection ------------------------------------------------------------------------------------------------
+
+QUICK = ReconnectPolicy(idle_timeout=0.02, probe_timeout=0.02, first_delay=0.01, max_delay=0.01)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+async def test_any_answer_of_kafka_is_a_sign_of_life(answers):
+    """A partition without a leader answers nothing, and must not cost the connection of the others."""
+    async with reading(reconnect=QUICK) as it:
+        it.client.answers = answers
+        await asyncio.sleep(0.5)
+
+    assert (it.connections == 1) == answers
+
+
+async def test_a_link_is_given_up_no_earlier_than_the_session():
+    async with reading(reconnect=QUICK, session_timeout=0.5) as it:
+        it.client.answers = False
+        await asyncio.sleep(0.4)
+        assert it.connections == 1
+        await asyncio.sleep(0.4)
+        assert it.connections == 2
+
+
+async def test_a_subscription_without_its_partitions_is_not_connected():
+    async with reading() as it:
+        assert it.subscription.connected
+        it.subscription.is_assigned = False
+        assert not it.subscription.connected
 
 
 # -- settling ----------------------------------------------------------------------------------------------------
