@@ -22,8 +22,10 @@ from diator._text import explained, listed
 from diator.brokers.base import Delivery, Gap, OnGap, Topic
 from diator.exceptions import BrokerClosed, BrokerUnavailable, ConfigurationError, DiatorError, UsageError
 
-# After so many seconds without data, the reader has caught up: it has received everything that was stored for it.
-_CAUGHT_UP_AFTER = 0.05
+# While a lossy subscription receives messages, it probes its connection so often, in seconds. The answer comes after
+# all messages that were sent before the probe, so it proves that none of them was missed. Silence proves nothing: the
+# link or this process may have stood still, and messages that the service had queued are lost with the connection.
+_PROVE_EVERY = 1.0
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -59,6 +61,9 @@ class Source(Protocol):
     async def probe(self) -> None:
         """
         Ask the service for a sign of life, such as the answer to a ping. `receive` returns when it arrives.
+
+        If the subscription is *lossy*, the service answers in order: after every message that was sent before the
+        probe. `receive` returns an empty list for the answer and for nothing else.
 
         This method may do nothing if `receive` returns by itself more often than `ReconnectPolicy.idle_timeout`.
         """
@@ -159,7 +164,8 @@ class ResilientSubscription(ABC):
         self._changed = asyncio.Event()
         self._has_room = asyncio.Event()
         self._last_received_at = 0.0
-        self._caught_up_at = 0.0
+        self._complete_until = 0.0
+        self._probed_at: deque[float] = deque()  # the probes without an answer
         self._has_connection = False
         self._end_error: DiatorError | None = None
         self._receiver: asyncio.Task[None] | None = None
@@ -322,7 +328,7 @@ class ResilientSubscription(ABC):
                 missed = missed or isinstance(error, MessagesMissed)
                 reason = explained(error)
                 logger.warning("%s has no connection (%s); reconnecting", self._name, reason)
-                behind = loop.time() - max(since, self._complete_until()) if connected else 0.0
+                behind = loop.time() - max(since, self._complete_until) if connected else 0.0
                 lost = lost or (datetime.now(UTC) - timedelta(seconds=behind), reason)
             if connected and loop.time() - since > self._reconnect.reset_after:
                 failures = 0
@@ -331,7 +337,8 @@ class ResilientSubscription(ABC):
 
     async def _receive_from(self, source: Source) -> None:
         """Receive until the connection is lost, or until it counts as dead."""
-        self._note_received()
+        self._last_received_at = self._complete_until = asyncio.get_running_loop().time()
+        self._probed_at.clear()
         self._has_room.set()
         async with asyncio.timeout(None) as deadline:
             watching = asyncio.create_task(self._watch(source, deadline), name="diator: watching for silence")
@@ -345,7 +352,9 @@ class ResilientSubscription(ABC):
                     if deliveries := await source.receive(room):
                         self._received.extend(deliveries)
                         self._changed.set()
-                    self._note_received()
+                    elif self._probed_at:
+                        self._complete_until = self._probed_at.popleft()
+                    self._last_received_at = asyncio.get_running_loop().time()
             finally:
                 await _cancel(watching)
 
@@ -355,33 +364,33 @@ class ResilientSubscription(ABC):
         while True:
             quiet = loop.time() - self._last_received_at
             if quiet < policy.idle_timeout or not self._has_room.is_set():  # it sent something, or the buffer is full
-                await asyncio.sleep(max(policy.idle_timeout - quiet, policy.probe_timeout / 10))
+                pause = max(policy.idle_timeout - quiet, policy.probe_timeout / 10)
+                await asyncio.sleep(min(pause, _PROVE_EVERY) if self._lossy else pause)
+                if self._lossy and self._must_prove():
+                    await self._probe(source)
                 continue
             asked = loop.time()
-            try:
-                async with asyncio.timeout(policy.probe_timeout):
-                    await source.probe()
+            if await self._probe(source):
                 await asyncio.sleep(policy.probe_timeout - (loop.time() - asked))
-            except Exception as error:  # noqa: BLE001  # any error means that there was no sign of life
-                logger.debug("probing the connection failed: %r", error)
             if self._last_received_at < asked and self._has_room.is_set():
                 deadline.reschedule(loop.time())
                 return
 
-    def _note_received(self) -> None:
-        now = asyncio.get_running_loop().time()
-        if now - self._last_received_at > _CAUGHT_UP_AFTER:
-            self._caught_up_at = now
-        self._last_received_at = now
+    def _must_prove(self) -> bool:
+        proved, now = self._complete_until, asyncio.get_running_loop().time()
+        return self._last_received_at > proved and now - proved >= _PROVE_EVERY and not self._probed_at
 
-    def _complete_until(self) -> float:
-        """
-        Return the time until which certainly nothing was missed, on the event loop's clock.
-
-        Messages that the service had queued for a slow reader are lost together with the connection.
-        """
-        waited = asyncio.get_running_loop().time() - self._last_received_at > _CAUGHT_UP_AFTER
-        return self._last_received_at if waited else self._caught_up_at
+    async def _probe(self, source: Source) -> bool:
+        """Return whether the probe was sent."""
+        if self._lossy:
+            self._probed_at.append(asyncio.get_running_loop().time())
+        try:
+            async with asyncio.timeout(self._reconnect.probe_timeout):
+                await source.probe()
+        except Exception as error:  # noqa: BLE001  # any error means that there was no sign of life
+            logger.debug("probing the connection failed: %r", error)
+            return False
+        return True
 
 
 async def close_all(subscriptions: Collection[ResilientSubscription]) -> None:

@@ -226,15 +226,18 @@ class Connection:
         return self._confirmed >= self._wanted
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:  # Redis sends messages one by one
-        reply = await read_reply(self._connection, push=True)
-        kind, *rest = reply if isinstance(reply, list) else [reply]
-        if kind == b"message":
-            channel, body = rest
-            return [Delivery(topic=self._topics[channel], body=body, headers={}, attempt=1, settler=self)]
-        if kind == b"pmessage":
+        while True:
+            reply = await read_reply(self._connection, push=True)
+            kind, *rest = reply if isinstance(reply, list) else [reply]
+            if kind == b"message":
+                channel, body = rest
+                return [Delivery(topic=self._topics[channel], body=body, headers={}, attempt=1, settler=self)]
+            if kind != b"pmessage":
+                break
             _, channel, body = rest
             topic = None if channel in self._topics else self._topic_of(body)  # else its channel delivers it, too
-            return [Delivery(topic=topic, body=body, headers={}, attempt=1, settler=self)] if topic else []
+            if topic is not None:
+                return [Delivery(topic=topic, body=body, headers={}, attempt=1, settler=self)]
         if kind in {b"subscribe", b"psubscribe"}:
             self._confirmed.add(rest[0])
         return []

@@ -449,6 +449,26 @@ async def test_the_gap_of_a_dead_connection_begins_when_it_last_received():
     assert (gaps[0].since - last_received).total_seconds() < WATCHFUL.idle_timeout
 
 
+async def test_the_gap_begins_with_the_last_probe_that_was_answered():
+    """Silence proves nothing: a message may wait at a service, a link or a process that stands still."""
+    gaps = []
+    service = Service()
+    async with service.supervised(reconnect=replace(WATCHFUL, idle_timeout=60), on_gap=gaps.append) as deliveries:
+        [link] = service.links
+        await asyncio.sleep(0.5)
+        link.put(1)
+        await asyncio.sleep(1)
+        link.on_probe = send_without_answer
+        link.put(2)
+        await take(deliveries, 2)
+        await asyncio.sleep(2)
+        await service.flap()
+        await asyncio.sleep(0)
+
+    assert link.probes == 2
+    assert (gaps[0].until - gaps[0].since).total_seconds() == pytest.approx(2.5, abs=0.1)
+
+
 # -- dead connections ------------------------------------------------------------------------------------------------
 
 
