@@ -264,6 +264,8 @@ class Handling:
 
     def read(self, delivery: Delivery) -> Envelope | DecodingError:
         """Return the decoded message of *delivery*, or the error: `handle` dead-letters a message that has one."""
+        if delivery.unreadable is not None:
+            return DecodingError(delivery.unreadable)
         try:
             return decode_envelope(delivery.body, max_bytes=self._max_message_bytes, headers=delivery.headers)
         except DecodingError as error:

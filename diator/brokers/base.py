@@ -87,6 +87,8 @@ class Delivery(msgspec.Struct, kw_only=True, eq=False):  # a dataclass with slot
         settler: The transport's side, which the three methods call.
         token: Identifies the delivery for its settler: a tag, an offset or an entry id. Only the transport uses it.
         outcome: How the delivery was settled: `ack`, `retry` or `dead_letter`; None while it is unsettled.
+        unreadable: What of the service's own metadata, or of the form of the body, the transport cannot read; None if
+            nothing. It contains nothing of the message. A consumer dead-letters such a message.
     """
 
     topic: Topic
@@ -96,6 +98,7 @@ class Delivery(msgspec.Struct, kw_only=True, eq=False):  # a dataclass with slot
     settler: Settler
     token: object = None
     outcome: str | None = None
+    unreadable: str | None = None
 
     async def ack(self) -> None:
         """

@@ -14,15 +14,13 @@ from diator.brokers.connecting import ServiceBroker
 from diator.brokers.message import Message
 from diator.brokers.rabbitmq._audit import inspect
 from diator.brokers.rabbitmq._client import URL, Address, AioPikaConnection
+from diator.brokers.rabbitmq._content import RESERVED, ROUTING
 from diator.brokers.rabbitmq._frames import Publication, header_of
 from diator.brokers.rabbitmq._names import UNUSUAL, routing_key
 from diator.brokers.rabbitmq._publisher import Publisher
-from diator.brokers.rabbitmq._subscription import RESERVED, QueueType, ReadOptions, Subscription
+from diator.brokers.rabbitmq._subscription import QueueType, ReadOptions, Subscription
 from diator.brokers.supervisor import ReconnectPolicy
 from diator.exceptions import BrokerClosed, ConfigurationError, EncodingError
-
-# Headers that RabbitMQ routes by.
-_ROUTING = frozenset({"CC", "BCC"})
 
 
 class RabbitMQMessageBroker(ServiceBroker[Publisher]):
@@ -158,5 +156,5 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
 
 def _check_headers(message: Message, headers: Mapping[str, str]) -> None:
     for name in headers:
-        if name in _ROUTING or name.startswith(RESERVED):
+        if name in ROUTING or name.startswith(RESERVED):
             raise EncodingError(f"{message.message_name}.headers", f"{name!r} is reserved for RabbitMQ or diator")

@@ -16,18 +16,24 @@ from typing import Any, TypeAlias
 from diator._text import explained
 from diator.brokers.rabbitmq._client import (
     CLIENT_ERRORS,
+    CONTENT_BODY,
+    CONTENT_HEADER,
+    FRAME,
     Connection,
-    ContentBody,
-    ContentHeader,
     Frame,
     attach,
     commands,
+    detach,
     frame_max,
     marshal,
+    unmarshal,
 )
+from diator.brokers.rabbitmq._content import Deliver
 
-Content: TypeAlias = "commands.Basic.Deliver | commands.Basic.Return"
+Content: TypeAlias = "Deliver | commands.Basic.Return"
 
+# What the payload of a `Basic.Deliver` begins with: the numbers of its class and its method.
+_DELIVER = b"\x00\x3c\x00\x3c"
 _CLOSE_TIMEOUT = 2.0
 _MOST_CHANNELS = 1_000
 # Why RabbitMQ closes a channel. PRECONDITION_FAILED: what is declared exists, with other settings.
@@ -71,13 +77,14 @@ class Channel:
 
     def __init__(self, number: int = NUMBER) -> None:
         self.number = number
-        self.frames = self  # see `attach`
         self.error: Exception | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._unwritten: list[bytes] = []
         self._asked: deque[asyncio.Future[Frame]] = deque()
-        self._content: tuple[Content, ContentHeader, bytearray] | None = None
         self._method: Content | None = None
+        self._header = b""
+        self._parts: list[bytes] = []
+        self._missing = 0
         self._last_other = 0
 
     async def open(self, connection: Connection, writer: asyncio.StreamWriter) -> None:
@@ -147,6 +154,7 @@ class Channel:
         if self._writer is None:
             return
         self._closing.cancel()
+        detach(self.connection, self.number)
         if self.error is None:
             self.send(commands.Channel.Close(200, "", 0, 0))
 
@@ -172,17 +180,22 @@ class Channel:
 
     # -- receiving -----------------------------------------------------------------------------------------------
 
-    async def put(self, weighted: tuple[int, Any], /) -> None:
-        """Receive a frame. aiormq awaits this, where its own channel has a queue."""
-        _, frame = weighted
+    def take_frame(self, kind: int, frame: bytes, /) -> None:
+        """Take a frame of this channel. The connection calls this for each."""
         self.last_frame_at = self._loop.time()
-        if isinstance(frame, ContentBody):
-            self._add_part(frame.value)
-        elif isinstance(frame, ContentHeader):
-            if self._method is not None:
-                self._content = self._method, frame, bytearray()
-                self._add_part(b"")
-        elif isinstance(frame, (commands.Basic.Deliver, commands.Basic.Return)):
+        payload = frame[FRAME.size : -1]
+        if kind == CONTENT_BODY:
+            self._add_part(payload)
+        elif kind == CONTENT_HEADER:
+            self._header, self._parts, self._missing = payload, [], int.from_bytes(payload[4:12])
+            self._add_part(b"")
+        elif payload.startswith(_DELIVER):
+            self._method = Deliver.read(payload)
+        else:
+            self._take_method(unmarshal(frame)[2])
+
+    def _take_method(self, frame: Any) -> None:
+        if isinstance(frame, commands.Basic.Return):
             self._method = frame
         elif isinstance(frame, commands.Channel.Close):
             self.send(commands.Channel.CloseOk())
@@ -197,19 +210,18 @@ class Channel:
         """Handle a frame that is not a reply. Return whether it was such a frame."""
         return False
 
-    def take_content(self, method: Content, header: ContentHeader, body: bytes) -> None:
-        """Handle a message that was delivered or returned."""
+    def take_content(self, method: Content, header: bytes, body: bytes) -> None:
+        """Handle a message that was delivered or returned; *header* is the payload of its content header frame."""
 
     def lost(self, error: Exception) -> None:
         """Handle the end: no frame arrives any more, and none can be sent."""
 
     def _add_part(self, part: bytes) -> None:
-        if self._content is not None:
-            method, header, body = self._content
-            body += part
-            if len(body) >= header.body_size:
-                self._content = None
-                self.take_content(method, header, bytes(body))
+        self._parts.append(part)
+        self._missing -= len(part)
+        if self._missing <= 0 and self._method is not None:
+            method, self._method = self._method, None
+            self.take_content(method, self._header, b"".join(self._parts))
 
     def _connection_closed(self, closing: asyncio.Future[Any]) -> None:
         if not closing.cancelled():

@@ -1,7 +1,7 @@
 """
 The client libraries of RabbitMQ: how diator connects with them, and every internal name of them that it uses.
 
-aiormq connects, logs in, cuts the stream into frames and keeps the heartbeat. pamqp encodes and decodes the frames.
+aiormq connects, logs in and keeps the heartbeat. pamqp encodes and decodes the frames, except for those of messages.
 aio-pika is the client that a program may use besides diator; diator accepts its URLs and connections.
 """
 
@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import struct
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from aiormq.connection import Connection, TCPTransportFactory, TLSTransportFactory, TransportFactory
-from aiormq.exceptions import AMQPError
+from aiormq.exceptions import AMQPError, InvalidFrameError
 from pamqp import commands
 from pamqp.base import Frame
-from pamqp.body import ContentBody
 from pamqp.exceptions import PAMQPException
-from pamqp.frame import marshal
-from pamqp.header import ContentHeader
+from pamqp.frame import marshal, unmarshal
+from pamqp.heartbeat import Heartbeat
 from yarl import URL
 
 from diator._extras import importing, require_internals
 from diator._text import without_credentials
 from diator.exceptions import ConfigurationError
 
-__all__ = ["URL", "Connection", "ContentBody", "ContentHeader", "Frame", "commands", "marshal"]
+__all__ = ["URL", "Connection", "Frame", "commands", "marshal", "unmarshal"]
 
 # aiormq has no private name that diator uses. These are public, and no documentation promises them.
 INTERNALS = {
@@ -41,9 +41,17 @@ INTERNALS = {
         "TLSTransportFactory.create",
         "TransportFactory",
     ),
-    "aiormq.channel": ("Channel.frames",),
 }
 require_internals("aiormq", INTERNALS)
+
+FRAME = struct.Struct(">BHI")
+FRAME_END = b"\xce"
+# How many bytes a frame has besides its payload.
+FRAME_OVERHEAD = FRAME.size + len(FRAME_END)
+METHOD, CONTENT_HEADER, CONTENT_BODY, _HEARTBEATS = 1, 2, 3, 8
+_KINDS = frozenset({METHOD, CONTENT_HEADER, CONTENT_BODY, _HEARTBEATS})
+_HEARTBEAT = Heartbeat().marshal()
+_READ_SIZE = 256 * 1024
 
 CLIENT_ERRORS = (AMQPError, PAMQPException, OSError, asyncio.TimeoutError, RuntimeError)
 
@@ -112,8 +120,9 @@ class Address:
         name = url.query.get("name") or properties.get("connection_name") or "diator"
         properties = {**properties, "connection_name": f"{name}: {purpose}"}
         url = url.update_query({"heartbeat": self.heartbeat})
-        transport = _KeepingWriter(TLSTransportFactory() if url.scheme == "amqps" else TCPTransportFactory())
+        transport = _Transport(TLSTransportFactory() if url.scheme == "amqps" else TCPTransportFactory())
         connection = Connection(url, transport_factory=transport, client_properties=properties, **options)
+        transport.channels = connection.channels
         try:
             await connection.connect()
         except BaseException:  # aiormq connects in a task of its own, which goes on when this one is cancelled
@@ -135,26 +144,95 @@ def _aio_pika_connection(connection: object) -> Any:
     return connection
 
 
-class _KeepingWriter(TransportFactory):
+class Receiver(Protocol):
+    """A channel, as the connection sees it."""
+
+    def take_frame(self, kind: int, frame: bytes, /) -> None:
+        """Take a whole frame, of *kind* method, header or body."""
+        ...
+
+
+class _Transport(TransportFactory):
+    """Makes what aiormq reads from and writes to, and keeps the writer."""
+
     writer: asyncio.StreamWriter | None = None
 
     def __init__(self, made_by: TransportFactory) -> None:
         self._made_by = made_by
+        self.channels: Mapping[int, Any] = {}
 
     async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, self.writer = await self._made_by.create(url, **options)
-        return reader, self.writer
+        return cast("asyncio.StreamReader", _Reader(reader, self.channels)), self.writer
 
 
-def attach(connection: Connection, number: int, channel: object) -> asyncio.Future[Any]:
+class _Reader:
     """
-    Make aiormq await `frames.put` of *channel* for each frame of channel *number*.
+    The reader of aiormq, which reads the frames of the connection itself. Those of a channel go to the channel.
+
+    aiormq decodes every frame that it reads, and ends the connection at what pamqp cannot decode: a property, or
+    a routing key. RabbitMQ would then redeliver that message for ever. Where aiormq does not see the frames of
+    a channel, it sees a heartbeat as a sign of life.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, channels: Mapping[int, Receiver]) -> None:
+        self._reader = reader
+        self._channels = channels
+        self._arrived = bytearray()
+        self._for_aiormq = b""
+
+    def at_eof(self) -> bool:
+        return not self._for_aiormq and self._reader.at_eof()
+
+    async def readexactly(self, size: int) -> bytes:
+        """Return the next bytes for aiormq. Its `FrameReceiver.get_frame` reads by this method and by no other."""
+        while not self._for_aiormq:
+            arrived = await self._reader.read(_READ_SIZE)
+            if not arrived:
+                raise asyncio.IncompleteReadError(bytes(self._arrived), size)
+            self._arrived += arrived
+            self._take_frames()
+        taken, self._for_aiormq = self._for_aiormq[:size], self._for_aiormq[size:]
+        return taken
+
+    def _take_frames(self) -> None:
+        at, end = 0, len(self._arrived)
+        with memoryview(self._arrived) as arrived:
+            while end - at >= FRAME_OVERHEAD:
+                kind, number, size = FRAME.unpack_from(arrived, at)
+                if kind not in _KINDS:  # not AMQP, or another version of it: aiormq says so
+                    self._for_aiormq, at = bytes(arrived), end
+                    break
+                after = at + size + FRAME_OVERHEAD
+                if after > end:
+                    break
+                frame = bytes(arrived[at:after])
+                if frame[-1:] != FRAME_END:
+                    raise InvalidFrameError(frame[: FRAME.size])
+                at = after
+                if not number:
+                    self._for_aiormq += frame
+                elif (channel := self._channels.get(number)) is not None:
+                    channel.take_frame(kind, frame)
+        del self._arrived[:at]
+        if at and not self._for_aiormq:
+            self._for_aiormq = _HEARTBEAT
+
+
+def attach(connection: Connection, number: int, channel: Receiver) -> asyncio.Future[Any]:
+    """
+    Hand each frame of channel *number* to *channel*.
 
     Return a future that is done when the connection ends, with its error if it has one.
     """
-    connection.channels[number] = channel  # type: ignore[assignment]  # aiormq only uses its `frames.put`
+    connection.channels[number] = channel  # type: ignore[assignment]  # aiormq uses it for frames that it sees
     closing: asyncio.Future[Any] = connection.closing
     return closing
+
+
+def detach(connection: Connection, number: int) -> None:
+    """Ignore the frames of channel *number* from now on."""
+    connection.channels.pop(number, None)
 
 
 def frame_max(connection: Connection) -> int:

@@ -12,7 +12,8 @@ from diator._text import explained
 from diator.brokers.audit import Finding
 from diator.brokers.connecting import ClientConnection
 from diator.brokers.rabbitmq._channel import CHANNEL_ERRORS, NOT_FOUND, Channel, Content, Lost, Refused
-from diator.brokers.rabbitmq._client import Address, ContentHeader, commands, is_blocked
+from diator.brokers.rabbitmq._client import Address, commands, is_blocked
+from diator.brokers.rabbitmq._content import Properties
 from diator.brokers.rabbitmq._frames import Publication
 from diator.brokers.supervisor import close_all
 from diator.exceptions import (
@@ -263,9 +264,9 @@ class _Connection(Channel):
         self._answered.set()
         return True
 
-    def take_content(self, method: Content, header: ContentHeader, body: bytes) -> None:
+    def take_content(self, method: Content, header: bytes, body: bytes) -> None:
         """Fail a message that RabbitMQ returns because no queue wants it. Its confirm follows."""
-        if call := self.ids.get(header.properties.message_id or ""):
+        if isinstance(method, commands.Basic.Return) and (call := self.ids.get(Properties(header).key)):
             call.fail(
                 MessageUnroutable(
                     f"no queue is bound to the routing key {method.routing_key!r}; nobody has subscribed yet, or the "
@@ -316,8 +317,15 @@ def _send_error(error: Exception, message_id: UUID | None, *, alone: bool) -> Br
     if isinstance(error, Refused) and alone:
         if error.code == NOT_FOUND:
             return BrokerUnavailable(f"{error}; the next message declares it again", message_id=message_id)
-        return MessageRejected(f"RabbitMQ refused it ({error})", message_id=message_id)
+        refused = MessageRejected(f"RabbitMQ refused it ({error})", message_id=message_id)
+        refused.__cause__ = error
+        return refused
     return OutcomeUnknown(f"{explained(error)}; it may have arrived", message_id=message_id)
+
+
+def is_refused_for_good(error: MessageRejected) -> bool:
+    """Return whether RabbitMQ refuses the message itself. A nack, which has no cause, means that a queue is full."""
+    return error.__cause__ is not None
 
 
 def _uuid(text: str) -> UUID | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Collection, Generator, Sequence
+from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 from uuid import uuid4
 
-from diator._text import explained
+from diator._text import explained, printable
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.connecting import BackgroundTasks
 from diator.brokers.rabbitmq._channel import (
@@ -25,22 +25,26 @@ from diator.brokers.rabbitmq._channel import (
     Lost,
     Refused,
 )
-from diator.brokers.rabbitmq._client import Address, ContentHeader, commands
+from diator.brokers.rabbitmq._client import Address, commands
+from diator.brokers.rabbitmq._content import ATTEMPT, DELIVERY_COUNT, OMITTED, Deliver, Properties
 from diator.brokers.rabbitmq._frames import Publication, again
 from diator.brokers.rabbitmq._names import delay_bucket, queue_name, routing_key
-from diator.brokers.rabbitmq._publisher import Publisher, topic_exchange
+from diator.brokers.rabbitmq._publisher import Publisher, is_refused_for_good, topic_exchange
 from diator.brokers.settling import Acknowledgements, dead_letter_headers
 from diator.brokers.supervisor import MessagesMissed, ReconnectPolicy, ResilientSubscription, Source
-from diator.exceptions import AccessRefused, BrokerClosed, BrokerUnavailable, ConfigurationError, DiatorError
+from diator.exceptions import (
+    AccessRefused,
+    BrokerClosed,
+    BrokerUnavailable,
+    ConfigurationError,
+    DiatorError,
+    MessageRejected,
+)
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 QueueType: TypeAlias = Literal["quorum", "classic"]
 
-# The header of a retried message that counts the deliveries before.
-ATTEMPT = "diator-attempt"
-# How the names of the headers start that RabbitMQ or diator writes, and no program.
-RESERVED = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count", ATTEMPT)
 # What stands in the name of a queue in place of a group, if there is none.
 _NO_GROUP = "/"
 
@@ -51,6 +55,10 @@ _UNUSED_EXPIRES = 600.0
 _REQUEUE_DELAY = 5.0
 _END_TIMEOUT = 2.0
 _MAX_ATTEMPT = 1_000_000
+# Values of the content-encoding that mean a compression.
+_COMPRESSED = frozenset({"br", "bzip2", "compress", "deflate", "gzip", "lz4", "snappy", "x-gzip", "zstd"})
+# For these reasons RabbitMQ itself dead-letters a message. If somebody moves it back, its attempts start again.
+_DEAD_LETTERED = ("rejected", "delivery_limit")
 _MAX_PREFETCH = 65_535
 
 
@@ -73,11 +81,12 @@ class ReadOptions:
 
 
 class _Token(NamedTuple):
-    """The token of a delivery: its delivery tag, its queue, and its properties."""
+    """The token of a delivery: its delivery tag, its queue, its properties, and whether it came by an exchange."""
 
     tag: int
     queue: str
-    header: ContentHeader
+    properties: Properties
+    by_exchange: bool
 
 
 class Subscription(ResilientSubscription):
@@ -90,6 +99,7 @@ class Subscription(ResilientSubscription):
         prefix: The name of the exchange.
         queues: The queues that it consumes, with their topics.
         declared: Whether the queues were declared before, so that a missing one is a gap.
+        counts_deliveries: Whether its queues count deliveries.
         delay_queues: The queues of delayed retries, and when each was declared, by the clock of the event loop.
     """
 
@@ -121,6 +131,7 @@ class Subscription(ResilientSubscription):
         own = f"{_NO_GROUP}{uuid4().hex}"
         self.queues = {queue_name(self.prefix, topic, own if group is None else group): topic for topic in topics}
         self._queue_type: QueueType = "classic" if group is None else options.queue_type
+        self.counts_deliveries = self._queue_type == "quorum"
         self._for_each_queue = min(prefetch + options.extra_prefetch // max(1, len(self.queues)), _MAX_PREFETCH)
         self.declared = False
         self.delay_queues: dict[str, float] = {}
@@ -170,7 +181,8 @@ class Subscription(ResilientSubscription):
     def declarations(self, queue: str) -> list[commands.Queue.Declare]:
         """Return the declarations of *queue* and of its dead-letter queue. RabbitMQ compares them with what exists."""
         if self.group is None:
-            return [_durable(queue, {"x-queue-type": "classic", "x-expires": int(_NO_GROUP_EXPIRES * 1000)})]
+            expires = {"x-expires": int(_NO_GROUP_EXPIRES * 1000)}
+            return [_durable(queue, {**expires, **self.dead_letter_to(self.dead_letter_queue(queue))})]
         limit = {"x-delivery-limit": _DELIVERY_LIMIT} if self._queue_type == "quorum" else {}
         dead = self.dead_letter_queue(queue)
         return [self.dead_letter_declaration(queue), _durable(queue, {**limit, **self.dead_letter_to(dead)})]
@@ -275,22 +287,35 @@ class Connection(Channel):
             return True
         return False
 
-    def take_content(self, method: Content, header: ContentHeader, body: bytes) -> None:
-        if not isinstance(method, commands.Basic.Deliver):
+    def take_content(self, method: Content, header: bytes, body: bytes) -> None:
+        if not isinstance(method, Deliver):
             return
-        queue, tag = method.consumer_tag or "", method.delivery_tag or 0
-        headers = header.properties.headers or {}
+        properties, queue = Properties(header), method.consumer_tag
         delivery = Delivery(
             topic=self._subscription.queues[queue],
             body=body,
-            headers={name: _text(value) for name, value in headers.items() if not name.startswith(RESERVED)},
-            attempt=1 + _count(headers.get(ATTEMPT)) + _count(headers.get("x-delivery-count")),
+            headers=properties.headers(),
+            attempt=1 + self._deliveries_before(method, properties),
             settler=self,
-            token=_Token(tag, queue, header),
+            token=_Token(method.delivery_tag, queue, properties, method.exchange != b""),
+            unreadable=_why_unreadable(properties, body),
         )
-        self._open[tag] = None
+        self._open[method.delivery_tag] = None
         self._arrived.append(delivery)
         self._something.set()
+
+    def _deliveries_before(self, method: Deliver, properties: Properties) -> int:
+        """
+        Return how often the message was delivered before.
+
+        Only what diator or RabbitMQ has written counts: a retry comes by the default exchange, and a quorum queue
+        counts the deliveries of a message that it redelivers.
+        """
+        is_retried = method.exchange == b"" and properties.header("x-last-death-reason") not in _DEAD_LETTERED
+        retried = properties.count(ATTEMPT) if is_retried else 0
+        is_counted = method.redelivered and self._subscription.counts_deliveries
+        redelivered = properties.count(DELIVERY_COUNT) if is_counted else 0
+        return min(retried, _MAX_ATTEMPT) + min(redelivered, _DELIVERY_LIMIT)
 
     def lost(self, error: Exception) -> None:
         """Drop what was prefetched: RabbitMQ redelivers it, and may have done so already."""
@@ -312,21 +337,51 @@ class Connection(Channel):
                 queue = token.queue
                 if after > 0:
                     queue = await self._delay_queue(queue, after)
-                headers = {**_of_program(token.header), ATTEMPT: delivery.attempt}
-                await self._publish(again(token.header, headers, delivery.body, queue))
+                await self._publish(
+                    again(token.properties, {ATTEMPT: delivery.attempt}, delivery.body, queue, deaths=token.by_exchange)
+                )
         self._settled(token)
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
+        """Publish to the dead-letter queue, and then acknowledge; or let RabbitMQ dead-letter what it does not take."""
         token = cast("_Token", delivery.token)
         why = dead_letter_headers(delivery, reason, source=token.queue, group=self._subscription.group or "")
-        headers = _of_program(token.header) | why
         with self._requeue_on_failure(delivery):
             async with asyncio.timeout(self._subscription.publisher.timeout):
-                dead = self._subscription.dead_letter_queue(token.queue)
                 if self._subscription.group is None and self.error is None:
                     await self.ask_aside(self._subscription.dead_letter_declaration(token.queue))
-                await self._publish(again(token.header, headers, delivery.body, dead))
-        self._settled(token)
+                stored = await self._store_dead_letter(delivery, why)
+        if stored:
+            self._settled(token)
+        elif token.tag in self._open:
+            name = printable(delivery.topic.message_name)
+            logger.warning("RabbitMQ itself dead-letters a message of %s, without the reason (%s)", name, reason)
+            self._forget(token.tag)
+            self.send(commands.Basic.Reject(token.tag, requeue=False))
+
+    async def _store_dead_letter(self, delivery: Delivery, why: Mapping[str, str]) -> bool:
+        """Publish a dead letter: as it came, or else without its headers. Return False if RabbitMQ refuses both."""
+        token = cast("_Token", delivery.token)
+        dead, unreadable = self._subscription.dead_letter_queue(token.queue), token.properties.unreadable
+        for with_headers, omitted in (True, unreadable), (False, {*unreadable, "headers"}):
+            headers = {**why, OMITTED: ", ".join(sorted(omitted))} if omitted else why
+            publication = again(
+                token.properties,
+                headers,
+                delivery.body,
+                dead,
+                deaths=token.by_exchange,
+                only_readable=True,
+                with_headers=with_headers,
+            )
+            try:
+                await self._publish(publication)
+            except MessageRejected as error:
+                if not is_refused_for_good(error):
+                    raise
+            else:
+                return True
+        return False
 
     async def _publish(self, publication: Publication) -> None:
         if self.error is not None:
@@ -348,10 +403,11 @@ class Connection(Channel):
         """Requeue a message that could not be published: after a moment, to spare a service that fails."""
         try:
             yield
-        except (DiatorError, *CHANNEL_ERRORS) as error:
+        except Exception as error:  # whatever it is, the message must not keep its place
             self._subscription.delay_queues.clear()
             self._loop.call_later(_REQUEUE_DELAY, self._requeue, delivery)
-            if isinstance(error, DiatorError):  # a UsageError is a RuntimeError, as some of the client's errors are
+            may_pass = isinstance(error, MessageRejected) and not is_refused_for_good(error)
+            if isinstance(error, DiatorError) and not may_pass:
                 raise
             raise BrokerUnavailable(
                 f"RabbitMQ did not accept the message, which is redelivered "
@@ -440,15 +496,10 @@ def _durable(queue: str, arguments: dict[str, Any]) -> commands.Queue.Declare:
     return commands.Queue.Declare(queue=queue, durable=True, arguments=arguments)
 
 
-def _of_program(header: ContentHeader) -> dict[str, Any]:
-    headers = header.properties.headers or {}
-    return {name: value for name, value in headers.items() if not name.startswith(RESERVED)}
-
-
-def _text(value: object) -> str:
-    return value.decode(errors="replace") if isinstance(value, (bytes, bytearray)) else str(value)
-
-
-def _count(value: object) -> int:
-    """Return the count in a header; 0 if somebody else has written something else into it."""
-    return value if isinstance(value, int) and 0 < value < _MAX_ATTEMPT else 0
+def _why_unreadable(properties: Properties, body: bytes) -> str | None:
+    if properties.unreadable:
+        return f"these properties of RabbitMQ cannot be decoded: {', '.join(properties.unreadable)}"
+    encoding = properties.text("content-encoding").lower()
+    if encoding in _COMPRESSED and not body.startswith(b"{"):
+        return f"the body is compressed ({encoding}), and diator does not decompress it"
+    return None

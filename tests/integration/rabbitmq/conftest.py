@@ -9,8 +9,9 @@ import aio_pika
 import pytest
 
 from diator.brokers.rabbitmq import RabbitMQMessageBroker
+from diator.brokers.rabbitmq._client import Address, commands
 from diator.testing.fault_proxy import FaultProxy
-from tests.integration.rabbitmq.helpers import COUNTED, OTHER, RECONNECT
+from tests.integration.rabbitmq.helpers import COUNTED, OTHER, RECONNECT, Raw
 
 
 @pytest.fixture
@@ -31,6 +32,16 @@ async def prefix(rabbitmq_url) -> AsyncIterator[str]:
                 await channel.queue_delete(f"{prefix}:{':'.join(topic)}:{queue}")
             await channel.queue_delete(f"{prefix}:{':'.join(topic)}:/:dead")
         await channel.exchange_delete(prefix)
+
+
+@pytest.fixture
+async def raw(rabbitmq_url) -> AsyncIterator[Raw]:
+    """A channel with confirms that writes and reads raw properties."""
+    channel = Raw()
+    await channel.open(*await Address(rabbitmq_url, None).dial("testing"))
+    await channel.ask(commands.Confirm.Select())
+    yield channel
+    await channel.close()
 
 
 @pytest.fixture

@@ -8,6 +8,9 @@ from uuid import uuid4
 
 from diator.brokers import Message
 from diator.brokers.base import Topic
+from diator.brokers.rabbitmq._channel import Channel
+from diator.brokers.rabbitmq._client import commands
+from diator.brokers.rabbitmq._frames import Publication
 from diator.brokers.supervisor import ReconnectPolicy
 from diator.events import NotificationEvent
 
@@ -51,3 +54,62 @@ async def numbers(deliveries, count) -> list[int]:
         taken.append(json.loads(delivery.body)["payload"]["number"])
         await delivery.ack()
     return taken
+
+
+# -- raw messages: what no client library writes -------------------------------------------------------------------
+
+HEADERS, DELIVERY_MODE, REPLY_TO, EXPIRATION, MESSAGE_ID, TIMESTAMP, USER_ID = (
+    1 << bit for bit in (13, 12, 9, 8, 7, 6, 4)
+)
+
+
+def short(text: bytes) -> bytes:
+    return bytes([len(text)]) + text
+
+
+def sized(content: bytes) -> bytes:
+    return len(content).to_bytes(4) + content
+
+
+def text(value: bytes) -> bytes:
+    return b"S" + sized(value)
+
+
+def table(*entries: tuple[bytes, bytes]) -> bytes:
+    return sized(b"".join(short(name) + value for name, value in entries))
+
+
+class Raw(Channel):
+    """A channel that publishes and reads messages whose properties are any bytes: flags, and what follows them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._answers: asyncio.Queue[object] = asyncio.Queue()
+
+    async def publish(self, exchange: str, routing_key: str, flags: int, properties: bytes, body: bytes) -> None:
+        """Publish, and wait for the confirm."""
+        header = (60).to_bytes(2) + bytes(2) + len(body).to_bytes(8) + flags.to_bytes(2) + properties
+        self.write(Publication(exchange, routing_key, header, body, "", mandatory=False).frames(self.frame_max))
+        answer = await asyncio.wait_for(self._answers.get(), SLACK)
+        assert isinstance(answer, commands.Basic.Ack), answer
+
+    async def get(self, queue: str) -> tuple[bytes, bytes]:
+        """Wait for the next message of *queue* and remove it. Return its flags and properties, and its body."""
+        await self.ask(commands.Basic.Consume(queue=queue, consumer_tag=queue, no_ack=True))
+        try:
+            header, body = await asyncio.wait_for(self._answers.get(), SLACK)
+        finally:
+            await self.ask(commands.Basic.Cancel(queue))
+        return header[12:], body
+
+    def take(self, frame: object) -> bool:
+        if isinstance(frame, commands.Basic.Ack | commands.Basic.Nack):
+            self._answers.put_nowait(frame)
+            return True
+        return False
+
+    def take_content(self, method: object, header: bytes, body: bytes) -> None:
+        self._answers.put_nowait((header, body))
+
+    def lost(self, error: Exception) -> None:
+        self._answers.put_nowait(error)

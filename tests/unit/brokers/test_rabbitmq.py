@@ -18,7 +18,8 @@ from pamqp.frame import unmarshal
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.rabbitmq import RabbitMQMessageBroker, _client
 from diator.brokers.rabbitmq._channel import Channel
-from diator.brokers.rabbitmq._frames import ContentHeader, Publication, again, header_of
+from diator.brokers.rabbitmq._content import Properties
+from diator.brokers.rabbitmq._frames import Publication, header_of
 from diator.brokers.rabbitmq._names import delay_bucket, queue_name, routing_key
 from diator.brokers.rabbitmq._subscription import Connection, _Token
 from diator.exceptions import ConfigurationError, EncodingError, UsageError
@@ -219,15 +220,6 @@ def test_delays_are_rounded_up_by_a_third_at_most():
     assert len({delay_bucket(seconds / 10) for seconds in range(10, 36_000)}) < 50
 
 
-def test_header_values_that_are_not_text_keep_their_form():
-    """At any depth: what RabbitMQ hands over as `bytes`, where another client wrote no UTF-8, pamqp does not write."""
-    headers = {"list": [b"\xff", {"in": b"\xfe"}], "alone": b"\xfd", "text": "t"}
-    handed_on = again(ContentHeader(0, 2, commands.Basic.Properties()), headers, b"{}", "somewhere")
-    frame = b"\x02\x00\x01" + len(handed_on.header).to_bytes(4) + handed_on.header + b"\xce"
-    read = unmarshal(frame)[2].properties.headers
-    assert read == {"list": [b"\xff", {"in": b"\xfe"}], "alone": b"\xfd", "text": "t"}
-
-
 async def test_a_write_to_a_half_closed_connection_does_not_block_later_ones():
     """A writer raises RuntimeError after the end of its half; the loss itself is reported by reading."""
     written = []
@@ -258,7 +250,7 @@ async def test_a_retry_by_a_broker_of_another_event_loop_is_reported_as_that_and
     connection = Connection(subscription, 1)
     connection._loop = asyncio.get_running_loop()
     connection._open[7] = None
-    token = _Token(7, "queue", ContentHeader(0, 2, commands.Basic.Properties()))
+    token = _Token(7, "queue", Properties(header_of("Counted", str(uuid4()), {}, 2)), by_exchange=True)
     topic = Topic("notification_event", "Counted")
     delivery = Delivery(topic=topic, body=b"{}", headers={}, attempt=1, settler=connection, token=token)
 
