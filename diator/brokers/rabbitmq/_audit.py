@@ -36,7 +36,7 @@ async def inspect(
             )
             for subscription in subscriptions:
                 for queue in subscription.queues:
-                    for declaration in subscription.declarations(queue):
+                    for declaration in subscription.declarations(queue, channel.version):
                         findings += await _compared(
                             channel,
                             passively(declaration.queue),

@@ -25,6 +25,7 @@ from diator.brokers.rabbitmq._client import (
     commands,
     detach,
     frame_max,
+    major_version,
     marshal,
     unmarshal,
 )
@@ -70,6 +71,7 @@ class Channel:
         connection: The connection of aiormq, once it is open.
         error: Why the channel is closed; None while it is open.
         frame_max: The size of the largest frame, in bytes, once it is open.
+        version: The major version of RabbitMQ, once it is open.
         last_frame_at: When the last frame arrived, by the clock of the event loop.
     """
 
@@ -93,6 +95,7 @@ class Channel:
         self.connection = connection
         self._writer = writer
         self.frame_max = frame_max(connection)
+        self.version = major_version(connection)
         self.last_frame_at = self._loop.time()
         self._closing = attach(connection, self.number, self)
         self._closing.add_done_callback(self._connection_closed)

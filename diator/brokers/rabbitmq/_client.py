@@ -37,6 +37,7 @@ INTERNALS = {
         "Connection.connect",
         "Connection.connection_tune",
         "Connection.ready",
+        "Connection.server_properties",
         "TCPTransportFactory.create",
         "TLSTransportFactory.create",
         "TransportFactory",
@@ -238,6 +239,12 @@ def detach(connection: Connection, number: int) -> None:
 def frame_max(connection: Connection) -> int:
     """Return the size of the largest frame, in bytes, on which both sides have agreed."""
     return connection.connection_tune.frame_max or 131_072
+
+
+def major_version(connection: Connection) -> int:
+    """Return the first number of the version of RabbitMQ; 0 if it is another service, which tells none."""
+    version = str(connection.server_properties.get("version", "")).partition(".")[0]
+    return int(version) if version.isdecimal() else 0
 
 
 def is_blocked(connection: Connection) -> bool:

@@ -50,6 +50,7 @@ _NO_GROUP = "/"
 
 # After this many unsettled deliveries RabbitMQ itself dead-letters a message. It is far above any retry policy.
 _DELIVERY_LIMIT = 1_000
+_FIRST_WITH_A_LIMIT = 4
 _NO_GROUP_EXPIRES = 120.0
 _UNUSED_EXPIRES = 600.0
 _REQUEUE_DELAY = 5.0
@@ -178,22 +179,28 @@ class Subscription(ResilientSubscription):
 
     # -- the queues ----------------------------------------------------------------------------------------------
 
-    def declarations(self, queue: str) -> list[commands.Queue.Declare]:
+    def declarations(self, queue: str, version: int) -> list[commands.Queue.Declare]:
         """Return the declarations of *queue* and of its dead-letter queue. RabbitMQ compares them with what exists."""
+        own = self.declaration(queue)
+        return [own] if self.group is None else [self.dead_letter_declaration(queue, version), own]
+
+    def declaration(self, queue: str) -> commands.Queue.Declare:
+        """Return the declaration of *queue*."""
         if self.group is None:
             expires = {"x-expires": int(_NO_GROUP_EXPIRES * 1000)}
-            return [_durable(queue, {**expires, **self.dead_letter_to(self.dead_letter_queue(queue))})]
+            return _durable(queue, {**expires, **self.dead_letter_to(self.dead_letter_queue(queue))})
         limit = {"x-delivery-limit": _DELIVERY_LIMIT} if self._queue_type == "quorum" else {}
-        dead = self.dead_letter_queue(queue)
-        return [self.dead_letter_declaration(queue), _durable(queue, {**limit, **self.dead_letter_to(dead)})]
+        return _durable(queue, {**limit, **self.dead_letter_to(self.dead_letter_queue(queue))})
 
     def dead_letter_queue(self, queue: str) -> str:
         """Return the dead-letter queue of *queue*. Subscriptions without a group share that of their topic."""
         return f"{queue if self.group is not None else queue_name(self.prefix, self.queues[queue], _NO_GROUP)}:dead"
 
-    def dead_letter_declaration(self, queue: str) -> commands.Queue.Declare:
+    def dead_letter_declaration(self, queue: str, version: int) -> commands.Queue.Declare:
         """Return the declaration of that. Without a group it is declared with the first dead letter."""
-        return _durable(self.dead_letter_queue(queue), {"x-queue-type": self._queue_type})
+        # Since version 4, RabbitMQ deletes a message at the 20th look, unless a quorum queue has no limit.
+        no_limit = {"x-delivery-limit": -1} if self._queue_type == "quorum" and version >= _FIRST_WITH_A_LIMIT else {}
+        return _durable(self.dead_letter_queue(queue), {"x-queue-type": self._queue_type, **no_limit})
 
     def dead_letter_to(self, queue: str) -> dict[str, Any]:
         """Return the arguments that make RabbitMQ dead-letter to *queue*; a quorum queue loses no message then."""
@@ -236,8 +243,9 @@ class Connection(Channel):
             await self.ask(topic_exchange(subscription.prefix))
             await self.ask(commands.Basic.Qos(prefetch_count=self._prefetch))
             for queue, topic in subscription.queues.items():
-                for declaration in subscription.declarations(queue):
-                    await self.ask(declaration)
+                if subscription.group is not None:
+                    await self._declare_dead_letter_queue(queue)
+                await self.ask(subscription.declaration(queue))
                 await self.ask(
                     commands.Queue.Bind(queue=queue, exchange=subscription.prefix, routing_key=routing_key(*topic))
                 )
@@ -259,6 +267,16 @@ class Connection(Channel):
                     "empty, use another group or prefix, or the queue_type that the queue has"
                 ) from error
             raise
+
+    async def _declare_dead_letter_queue(self, queue: str) -> None:
+        """Declare the dead-letter queue of *queue*, or use the one that is there: it may have dead letters."""
+        declaration = self._subscription.dead_letter_declaration(queue, self.version)
+        try:
+            await self.ask_aside(declaration)
+        except Refused as error:
+            if error.code != PRECONDITION_FAILED:
+                raise
+            logger.warning("%s; the dead-letter queue is used as it is, and audit() has the remedy", error)
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:
         while not self._something.is_set():
@@ -349,7 +367,7 @@ class Connection(Channel):
         with self._requeue_on_failure(delivery):
             async with asyncio.timeout(self._subscription.publisher.timeout):
                 if self._subscription.group is None and self.error is None:
-                    await self.ask_aside(self._subscription.dead_letter_declaration(token.queue))
+                    await self._declare_dead_letter_queue(token.queue)
                 stored = await self._store_dead_letter(delivery, why)
         if stored:
             self._settled(token)

@@ -176,3 +176,33 @@ async def test_cancelled_as_it_begins_to_consume_it_ends_at_once(broker, monkeyp
         entering.cancel()
         await asyncio.wait({entering})
         assert monotonic() - began < 1
+
+
+async def test_a_dead_letter_survives_any_number_of_looks(broker, plain, queue):
+    """The management page returns a message to its queue at each look; RabbitMQ 4 counts that."""
+    async with broker.subscribe([COUNTED], group="readers") as deliveries:
+        await broker.send_message(counted(1))
+        await (await anext(deliveries)).dead_letter("no good")
+    dead = await plain.get_queue(f"{queue}:dead")
+    for _ in range(30):
+        await (await dead.get()).nack(requeue=True)
+
+    assert await dead.get(no_ack=True)
+
+
+async def test_a_dead_letter_queue_of_before_is_used_and_the_audit_names_it(broker, plain, queue, caplog):
+    """It has RabbitMQ's limit of deliveries."""
+    await plain.declare_queue(f"{queue}:dead", durable=True, arguments={"x-queue-type": "quorum"})
+
+    async with broker.subscribe([COUNTED], group="readers") as deliveries:
+        await broker.send_message(counted(1))
+        await (await anext(deliveries)).dead_letter("no good")
+        (finding,) = await audit(broker)
+
+    assert (await plain.get_queue(f"{queue}:dead")).declaration_result.message_count == 1
+    assert finding.capability == "dead_letter"
+    assert "x-delivery-limit" in finding.problem
+    assert f"{queue}:dead" in finding.problem
+    assert [
+        each.message for each in caplog.records if "x-delivery-limit" in each.message and "as it is" in each.message
+    ]
