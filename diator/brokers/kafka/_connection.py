@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from aiokafka import TopicPartition, errors
 
 from diator._text import explained
 from diator.brokers.base import Delivery
+from diator.brokers.kafka._client import end_tasks
 from diator.brokers.kafka._consumer import KafkaConsumer
 from diator.brokers.kafka._errors import CLIENT_ERRORS
 from diator.brokers.kafka._offsets import Offsets
@@ -39,6 +40,7 @@ class Connection(ABC):
         self.consumer = consumer
         self.partitions: dict[TopicPartition, Partition] = {}
         self.generation = 0
+        self._watching: asyncio.Task[None] | None = None
         self._paused: dict[TopicPartition, Partition] = {}
         self._unread = set[TopicPartition]()  # what is read from its beginning, wherever that is
         self._has_returned = False
@@ -46,9 +48,20 @@ class Connection(ABC):
         self._was_connected = True
         self._next_check = 0.0
 
+    async def start(self) -> None:
+        """Connect, and read the topics of the subscription from now on."""
+        await self.consumer.start()
+        await self._find_recreated()
+        await self.begin()
+        self._watching = asyncio.create_task(self._watch_topics(), name="diator: watching topics")
+
     @abstractmethod
     async def begin(self) -> None:
-        """Read the topics of the subscription from now on."""
+        """Begin to read the topics of the subscription."""
+
+    @abstractmethod
+    async def start_over(self, topic_names: Collection[str]) -> None:
+        """Read these topics, which were deleted and created again, from their beginning."""
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:
         """See `Source.receive`."""
@@ -106,9 +119,14 @@ class Connection(ABC):
 
     def _read_from_beginning(self, place: TopicPartition) -> None:
         """Read *place* from its oldest message. Kafka is not asked where that is: there may be no leader to answer."""
-        self.partitions[place] = self.subscription.partition(place, Offsets(0))
         self._unread.add(place)
-        self.consumer.seek(place, 0)
+        self._read_from(place, 0)
+
+    def _read_from(self, place: TopicPartition, offset: int) -> None:
+        self.partitions[place] = self.subscription.partition(place, Offsets(offset))
+        self.consumer.seek(place, offset)
+        if self._paused.pop(place, None):
+            self.consumer.resume(place)
 
     def _pause(self, place: TopicPartition, partition: Partition) -> None:
         """Fetch nothing more of a partition that is too far."""
@@ -142,18 +160,57 @@ class Connection(ABC):
 
     def _deleted(self, topic_name: str) -> BrokerUnavailable:
         """Report the messages of a deleted topic as lost. Reconnecting creates the topic, or is refused."""
-        lost = [partition for partition in self.partitions.values() if partition.place.topic == topic_name]
+        self.subscription.topic_ids.pop(topic_name, None)
         reason = f"the topic {topic_name} was deleted"
-        self.subscription.report_lost_messages(min((partition.read_until for partition in lost), default=0), reason)
-        for partition in lost:
-            self.subscription.alone.pop(partition.place, None)
+        self._forget(topic_name, reason)
         return BrokerUnavailable(reason)
+
+    def _forget(self, topic_name: str, reason: str) -> None:
+        """Report the messages of a topic as lost. Settling a delivery of it has no effect any more."""
+        lost = [partition for partition in self.partitions.values() if partition.place.topic == topic_name]
+        self.subscription.report_lost_messages(min((partition.read_until for partition in lost), default=0), reason)
+        self.subscription.lose(lost)
+        for partition in lost:
+            del self.partitions[partition.place]
+
+    async def _watch_topics(self) -> None:
+        """
+        Look for topics that were deleted and created again, whenever the client had a reason to ask about its topics.
+
+        The new topic may have a message at the offset that is read next, so that nothing else would show it.
+        """
+        while True:
+            await self.consumer.metadata_changed.wait()
+            self.consumer.metadata_changed.clear()
+            try:
+                if recreated := await self._find_recreated():
+                    self.generation += 1  # what the client is returning now is of the old topic
+                    await self.start_over(recreated)
+                    self.subscription.wakeup.set()
+            except CLIENT_ERRORS as error:
+                logger.debug("looking at the ids of topics failed: %r", error)
+                self.consumer.metadata_changed.set()
+            await asyncio.sleep(_CHECK_EVERY)
+
+    async def _find_recreated(self) -> Collection[str]:
+        """Return the topics that were deleted and created again. Their messages are reported as lost."""
+        known, ids = self.subscription.topic_ids, await self.consumer.topic_ids(self.subscription.topic_names)
+        recreated = [name for name, topic_id in ids.items() if known.get(name, topic_id) != topic_id]
+        known.update(ids)
+        for name in recreated:
+            self._forget(name, f"the topic {name} was deleted and created again")
+        if recreated:
+            await self.consumer.refresh_metadata()  # the client may have found that there is no such topic
+        return recreated
 
     async def _skip_lost_messages(self, error: Any) -> None:
         """Read on at the oldest message of each partition that does not have the next offset any more."""
         wanted: Mapping[TopicPartition, int] = error.args[0]
+        recreated = await self._find_recreated()
+        if recreated:
+            await self.start_over(recreated)
         for place, offset in wanted.items():
-            if place in self.partitions:
+            if place in self.partitions and place.topic not in recreated:
                 oldest = (await self.consumer.oldest_offsets([place]))[place]
                 if offset or place not in self._unread:
                     self.subscription.report_lost_messages(
@@ -162,10 +219,7 @@ class Connection(ABC):
                         f"{offset}, and the oldest is {oldest}; retention was faster than its reader, or the topic was "
                         "deleted",
                     )
-                self.partitions[place] = self.subscription.partition(place, Offsets(oldest))
-                self.consumer.seek(place, oldest)
-                if self._paused.pop(place, None):
-                    self.consumer.resume(place)
+                self._read_from(place, oldest)
 
     async def probe(self) -> None:
         """
@@ -180,6 +234,7 @@ class Connection(ABC):
 
     async def end(self, *, within: float) -> None:
         """End the connection, whatever state it is in. Leaving the group takes at most *within* seconds."""
+        await end_tasks([self._watching])
         try:
             async with asyncio.timeout(within):
                 await self.say_goodbye()
@@ -195,9 +250,16 @@ class Connection(ABC):
 class ReaderConnection(Connection):
     """A connection without a group. It reads every partition, and commits nothing: the subscription knows how far."""
 
+    def __init__(self, subscription: Subscription, consumer: KafkaConsumer) -> None:
+        super().__init__(subscription, consumer)
+        self.partitions = subscription.alone
+
     async def begin(self) -> None:
         """Read each partition where the subscription is; at first at its end."""
-        self.partitions = self.subscription.alone
+        await self._assign()
+
+    async def start_over(self, topic_names: Collection[str]) -> None:  # they are not in `partitions` now
+        """See `Connection.start_over`."""
         await self._assign()
 
     async def _assign(self) -> None:

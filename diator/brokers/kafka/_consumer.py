@@ -21,6 +21,7 @@ from aiokafka.structs import OffsetAndMetadata
 
 from diator._extras import require_internals
 from diator.brokers.kafka._client import Cluster, close_client, end_tasks, started
+from diator.brokers.kafka._topic_ids import TopicIds, topic_ids
 from diator.brokers.kafka._topics import HEADERS_BYTES
 
 INTERNALS = {
@@ -106,15 +107,25 @@ class Record(Protocol):
 
 
 class KafkaConsumer:
-    """A consumer of aiokafka. Its errors are the client's: see `CLIENT_ERRORS`."""
+    """
+    A consumer of aiokafka. Its errors are the client's: see `CLIENT_ERRORS`.
+
+    Attributes:
+        metadata_changed: Set when the client has asked about the topics again, as it does after most errors.
+    """
 
     def __init__(self, cluster: Cluster, options: ReadOptions, group_id: str | None) -> None:
+        self.metadata_changed = asyncio.Event()
         self._group_id = group_id
         self._consumer: Any = AIOKafkaConsumer(**consumer_settings(cluster, options, group_id))
 
     async def start(self) -> None:
         """Connect."""
         await started(self._consumer.start())
+        self._consumer._client.cluster.add_listener(self._note_metadata)  # noqa: SLF001
+
+    def _note_metadata(self, _: object) -> None:
+        self.metadata_changed.set()
 
     async def end(self) -> None:
         """End the tasks of the client and close its connections, in whatever state it is. It does not leave a group."""
@@ -150,6 +161,10 @@ class KafkaConsumer:
     async def refresh_metadata(self) -> bool:
         """Ask Kafka about the topics that are read. Return whether it answered."""
         return bool(await self._consumer._client.force_metadata_update())  # noqa: SLF001  # the public way asks for all
+
+    async def topic_ids(self, topics: Collection[str]) -> TopicIds:
+        """Ask Kafka for the ids of *topics*."""
+        return await topic_ids(self._consumer._client, topics)  # noqa: SLF001
 
     async def oldest_offsets(self, places: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
         """Return the offset of the oldest message of each partition."""

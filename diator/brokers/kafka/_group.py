@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncGenerator, Collection
 from contextlib import asynccontextmanager
 
@@ -29,6 +30,7 @@ _MAX_COMMIT_DELAY = 5.0
 _GOODBYE_TIMEOUT = 5.0
 _LAST_COMMIT_TIMEOUT = 1.0  # of a link that is given up, and the next one has to wait
 
+_TOPIC_ID = re.compile(r"[0-9a-f]{32}")
 _NO_METADATA = (
     "Kafka refuses the metadata of a commit, for offset.metadata.max.bytes is below 4,096; raise it. Until then, "
     "messages that were finished above the committed offset are delivered again after a rebalance, and attempts are "
@@ -54,8 +56,7 @@ async def connected(
     kind = ReaderConnection if subscription.group_id is None else GroupConnection
     connection = kind(subscription, consumer)
     try:
-        await consumer.start()
-        await connection.begin()
+        await connection.start()
         yield connection
     except NO_RIGHT as error:
         raise _access_refused(error) from error
@@ -93,6 +94,13 @@ class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[mi
         self._committing = asyncio.create_task(self._keep_committing(), name="diator: committing")
         await self.consumer.wait_for_group(self._assigned, within=self.subscription.options.assignment_timeout)
 
+    async def start_over(self, topic_names: Collection[str]) -> None:
+        """See `Connection.start_over`."""
+        if self.subscription.is_assigned:
+            for place in self.consumer.assignment():
+                if place.topic in topic_names:
+                    self._read_from_beginning(place)
+
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # aiokafka awaits a coroutine
         """Wait until the deliveries of *revoked* are settled, for `drain_timeout` at most, and commit."""
         self.subscription.is_assigned = False
@@ -112,16 +120,36 @@ class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[mi
             self.subscription.wakeup.set()
             return
         for place in assigned:
-            if place in committed:
-                self._unread.discard(place)
-                offsets = Offsets(committed[place].offset, committed[place].metadata or "")
-                self.partitions[place] = self.subscription.partition(place, offsets)
-            else:
+            offsets = self._offsets(place, committed[place]) if place in committed else None
+            if offsets is None:
                 self._read_from_beginning(place)
+            else:
+                self._unread.discard(place)
+                self.partitions[place] = self.subscription.partition(place, offsets)
         self.subscription.member_id = self.consumer.member_id
         self.subscription.is_assigned = True
         self._assigned.set()
         self.subscription.wakeup.set()
+
+    def _offsets(self, place: TopicPartition, committed: OffsetAndMetadata) -> Offsets | None:
+        """
+        Return where the group is in a partition, or None if that was committed for an earlier topic of the same name.
+
+        Kafka deletes commits together with their topic, but a consumer that does not know it yet commits once more.
+        """
+        metadata = committed.metadata or ""
+        topic_id, _, progress = metadata.partition(" ")
+        if not _TOPIC_ID.fullmatch(topic_id):
+            return Offsets(committed.offset, metadata)  # another program's, or of a Kafka without ids
+        if topic_id == self._topic_id(place):
+            return Offsets(committed.offset, progress)
+        reason = f"the offset of {place.topic}, partition {place.partition}, is of a topic that was deleted meanwhile"
+        self.subscription.report_lost_messages(0, reason)
+        return None
+
+    def _topic_id(self, place: TopicPartition) -> str:
+        topic_id = self.subscription.topic_ids.get(place.topic)
+        return "" if topic_id is None else topic_id.hex
 
     async def check(self) -> None:
         """Check the connection, and that a rebalance ends."""
@@ -153,7 +181,7 @@ class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[mi
         if not progress:
             return True
         offsets = {
-            place: OffsetAndMetadata(lowest, metadata if self._commits_metadata else "")
+            place: OffsetAndMetadata(lowest, f"{self._topic_id(place)} {metadata}" if self._commits_metadata else "")
             for place, (_, (lowest, metadata)) in progress.items()
         }
         try:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 MAX_COMMIT_METADATA = 4_096
 """How many characters of metadata Kafka stores with a commit: the default of `offset.metadata.max.bytes`."""
+TOPIC_ID_LENGTH = 32 + 1
+"""How many of these characters the id of the topic takes, which stands before `Offsets.progress`."""
 _VERSION = "1"
 
 
@@ -97,7 +99,7 @@ def _format(lowest: int, done: list[range], attempts: dict[int, int]) -> str:
     tried = [f"{offset - lowest}:{attempt}" for offset, attempt in sorted(attempts.items())]
     finished = [f"{each.start - lowest}+{len(each)}" for each in done]
     parts = [_VERSION, *tried, *finished]
-    room, kept = MAX_COMMIT_METADATA, 0
+    room, kept = MAX_COMMIT_METADATA - TOPIC_ID_LENGTH, 0
     while kept < len(parts) and (room := room - len(parts[kept]) - 1) >= 0:
         kept += 1
     return " ".join(parts[:kept])

@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeAlias, cast
+from uuid import UUID
 
 import msgspec
 from aiokafka import TopicPartition
@@ -159,6 +160,7 @@ class Subscription(ResilientSubscription):
         dead_letter_topics: The Kafka topics that get its dead letters.
         options: How it reads.
         wakeup: Wakes the connection: something is ready or due, or a partition has room again.
+        topic_ids: The id of each topic that it reads, by its name, when it last looked.
         alone: Without a group: the partitions, and how far each is read, whatever becomes of the connection.
         has_begun: Without a group: whether it began to read. What is created after that is read from its beginning.
         member_id: Its name in the group; empty until it has had partitions. With it, the next connection is the same
@@ -212,6 +214,7 @@ class Subscription(ResilientSubscription):
         self.topic_names: Sequence[str] = [*self._topics, *self._sources]
         self.dead_letter_topics: Collection[str] = self._dead_letter_topics.values()
         self.wakeup = Wakeup()
+        self.topic_ids: dict[str, UUID] = {}
         self.alone: dict[TopicPartition, Partition] = {}
         self.has_begun = False
         self.member_id = ""

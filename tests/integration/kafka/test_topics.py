@@ -7,8 +7,8 @@ from collections import Counter
 from uuid import uuid4
 
 import pytest
-from aiokafka import AIOKafkaProducer
-from aiokafka.admin import NewPartitions, NewTopic, RecordsToDelete
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic, RecordsToDelete
 
 from diator.brokers import Message
 from diator.brokers.audit import audit
@@ -207,3 +207,75 @@ async def test_the_audit_of_a_closed_broker_is_refused(make, kafka_servers) -> N
 
     with pytest.raises(BrokerClosed):
         await broker.audit()
+
+
+@pytest.mark.parametrize("group", ["billing", None])
+async def test_a_topic_that_has_outgrown_the_deleted_one_is_read_from_its_beginning(
+    make, proxy, private_kafka, name, group
+) -> None:
+    """The reader's next offset is 5, and the new topic has a message there: only its id shows what it is."""
+    reader, sender, gaps = await make(f"{proxy.host}:{proxy.port}"), await make(private_kafka.url, partitions=1), []
+    await send(sender, 0)
+    async with subscribed(reader, group=group, on_gap=gaps.append) as deliveries:
+        await send(sender, *range(1, 5))
+        assert set(await acked(deliveries, 4 if group is None else 5)) >= {*range(1, 5)}
+        await asyncio.sleep(0.5)
+        proxy.withhold()
+        await recreated(private_kafka.url, name)
+        await send(await make(private_kafka.url), *range(100, 120))
+        await proxy.heal()
+
+        assert {*await acked(deliveries, 20)} >= {*range(100, 105)}
+        assert {*range(105, 120)} >= {*await all_that_comes(deliveries)}
+
+    (gap,) = gaps
+    assert f"{name} was deleted and created again" in gap.reason
+
+
+async def test_an_offset_of_a_deleted_topic_is_not_an_offset_of_the_new_one(broker, kafka_servers, name) -> None:
+    """A consumer that does not know that its topic was deleted commits once more, to the new topic."""
+    group, gaps = f"group-{uuid4().hex}", []
+    await send(broker, *range(5), key="k")
+    async with subscribed(broker, group=group) as deliveries:
+        assert await acked(deliveries, 5) == [*range(5)]
+    committed = await committed_offsets(kafka_servers, broker._names.group(group), name)
+    assert {each.offset for each in committed.values()} == {5}
+    await recreated(kafka_servers, name, partitions=4)
+    assert await committed_offsets(kafka_servers, broker._names.group(group), name) == {}
+    await commit(kafka_servers, broker._names.group(group), committed)
+    await send(broker, *range(100, 110), key="k")
+
+    async with subscribed(broker, group=group, on_gap=gaps.append) as deliveries:
+        assert await acked(deliveries, 10) == [*range(100, 110)]
+
+    (gap,) = gaps
+    assert "is of a topic that was deleted" in gap.reason
+
+
+async def recreated(servers, name, partitions=1) -> None:
+    """Delete the topic and create it again."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers)
+    await admin.start()
+    try:
+        await admin.delete_topics([name])
+        async with asyncio.timeout(20):
+            while (await admin.create_topics([NewTopic(name, partitions, 1)])).topic_errors[0][1]:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+    finally:
+        await admin.close()
+
+
+async def committed_offsets(servers, group, name) -> dict:
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers)
+    await admin.start()
+    try:
+        offsets = await admin.list_consumer_group_offsets(group)
+    finally:
+        await admin.close()
+    return {place: offset for place, offset in offsets.items() if place.topic == name and offset.offset >= 0}
+
+
+async def commit(servers, group, offsets) -> None:
+    async with AIOKafkaConsumer(bootstrap_servers=servers, group_id=group, enable_auto_commit=False) as consumer:
+        consumer.assign([*offsets])
+        await consumer.commit(offsets)

@@ -65,6 +65,8 @@ class Client:
     def __init__(self):
         self.records = []
         self.asked = 0
+        self.ids = {}
+        self.metadata_changed = asyncio.Event()
         self.paused = []
         self.resumed = []
         self.waiting = asyncio.Event()
@@ -84,6 +86,9 @@ class Client:
         self.waiting.set()
         self.has_fetched = asyncio.get_running_loop().create_future()
         return self.has_fetched
+
+    async def topic_ids(self, topics):
+        return self.ids
 
     async def refresh_metadata(self):
         if not self.answers:
@@ -107,6 +112,9 @@ class OneConnection(Connection):
     async def begin(self):
         self.partitions[PLACE] = self.subscription.partition(PLACE, Offsets(0))
         self.subscription.is_assigned = True
+
+    async def start_over(self, topic_names):
+        pass
 
     async def say_goodbye(self):
         pass
