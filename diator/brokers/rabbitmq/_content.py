@@ -11,7 +11,6 @@ import struct
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
-from uuid import uuid4
 
 # What the payload of a content header frame begins with: class, weight, size of the body, and flags.
 HEADER = struct.Struct(">HHQH")
@@ -44,11 +43,11 @@ ATTEMPT = "diator-attempt"
 # The header in which a quorum queue counts the deliveries that nobody settled.
 DELIVERY_COUNT = "x-delivery-count"
 # The header by which a returned message is recognised if it has no message-id.
-_PUBLICATION_ID = "diator-publication-id"
+PUBLICATION_ID = "diator-publication-id"
 # How the names of the headers start that RabbitMQ adds when it dead-letters a message.
 _DEATHS = (b"x-death", b"x-first-death-", b"x-last-death-")
 # How the names of the headers start that RabbitMQ or diator writes, and no program.
-RESERVED = (*(name.decode() for name in _DEATHS), DELIVERY_COUNT, "x-acquired-count", ATTEMPT, _PUBLICATION_ID)
+RESERVED = (*(name.decode() for name in _DEATHS), DELIVERY_COUNT, "x-acquired-count", ATTEMPT, PUBLICATION_ID)
 _RESERVED = tuple(name.encode() for name in RESERVED)
 # Headers that RabbitMQ routes by.
 ROUTING = frozenset({"CC", "BCC"})
@@ -150,8 +149,8 @@ class Properties:
         return 0
 
     def text(self, name: str) -> str:
-        """Return the property of this name, which is a text; empty if there is none."""
-        return self._fields.get(name, b"\0")[1:].decode(errors="replace")
+        """Return the property of this name, which is a text; empty if there is none that can be decoded."""
+        return "" if name in self.unreadable else self._fields.get(name, b"\0")[1:].decode()
 
     def header(self, name: str) -> str:
         """Return the header of this name as a text; empty if there is none."""
@@ -159,8 +158,8 @@ class Properties:
 
     @property
     def key(self) -> str:
-        """Return what a returned message is recognised by: its message-id, or what `again` has added in its place."""
-        return self.text("message-id") if "message-id" in self._fields else self.header(_PUBLICATION_ID)
+        """Return what a returned message is recognised by: its message-id, or else the header in its place."""
+        return self.text("message-id") or self.header(PUBLICATION_ID)
 
     def again(
         self,
@@ -187,15 +186,15 @@ class Properties:
         left_out = self.unreadable if only_readable else ()
         fields = {name: field for name, field in self._fields.items() if name not in left_out}
         headers = {name.encode(): _value(text) for name, text in added.items()}
-        if "message-id" not in fields:
-            headers[_PUBLICATION_ID.encode()] = _value(uuid4().hex)
         for acted_upon in ("expiration", "user-id"):
             if field := fields.pop(acted_upon, None):
                 headers[_ORIGINAL + acted_upon.encode()] = _long_text(field[1:])
+        entries = [*headers.items()]
         for name, value, readable in self._headers if with_headers else ():
-            if (readable or not only_readable) and (kept := _name_again(name, deaths=deaths)) is not None:
-                headers.setdefault(kept, value)
-        table = b"".join(b"%c%b%b" % (len(name), name, value) for name, value in headers.items())
+            kept = _name_again(name, deaths=deaths) if readable or not only_readable else None
+            if kept is not None and kept not in headers:
+                entries.append((kept, value))
+        table = b"".join(b"%c%b%b" % (len(name), name, value) for name, value in entries)
         fields |= {"delivery-mode": _PERSISTENT, "headers": len(table).to_bytes(4) + table}
         flags = sum(_FLAGS[name] for name in fields)
         return HEADER.pack(BASIC, 0, size, flags) + b"".join(fields[name] for name in _FLAGS if name in fields)
@@ -203,8 +202,8 @@ class Properties:
 
 def _name_again(name: bytes, *, deaths: bool) -> bytes | None:
     """Return the name under which a header is published again; None if it is not."""
-    if name in _ROUTING or (deaths and name.startswith(_DEATHS)):
-        return (_ORIGINAL + name)[:_LONGEST_NAME]
+    if name in _ROUTING or (deaths and name.startswith(_DEATHS) and len(name) <= _LONGEST_NAME - len(_ORIGINAL)):
+        return _ORIGINAL + name
     return None if name.startswith(_RESERVED) else name
 
 

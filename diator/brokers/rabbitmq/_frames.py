@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from time import time
 from typing import NamedTuple
+from uuid import uuid4
 
 from diator.brokers.rabbitmq._channel import Channel
 from diator.brokers.rabbitmq._client import (
@@ -17,7 +18,7 @@ from diator.brokers.rabbitmq._client import (
     commands,
     marshal,
 )
-from diator.brokers.rabbitmq._content import BASIC, HEADER, Properties
+from diator.brokers.rabbitmq._content import BASIC, HEADER, PUBLICATION_ID, Properties
 from diator.exceptions import EncodingError
 
 _FLAGS = 1 << 15 | 1 << 12 | 1 << 7 | 1 << 6 | 1 << 5  # content_type, delivery_mode, message_id, timestamp, type
@@ -95,8 +96,11 @@ def _short(text: str, most: int) -> bytes:
 
 
 def again(
-    properties: Properties, headers: Mapping[str, str | int], body: bytes, queue: str, **how: bool
+    properties: Properties, added: Mapping[str, str | int], body: bytes, queue: str, **which: bool
 ) -> Publication:
-    """Make a publication to *queue* of a received message, with *headers* besides its own; see `Properties.again`."""
-    header = properties.again(len(body), headers, **how)
-    return Publication("", queue, header, body, Properties(header).key, mandatory=True)
+    """Make a publication to *queue* of a received message, with the headers *added*; see `Properties.again`."""
+    key = properties.text("message-id")
+    if not key:
+        key = uuid4().hex
+        added = {**added, PUBLICATION_ID: key}
+    return Publication("", queue, properties.again(len(body), added, **which), body, key, mandatory=True)

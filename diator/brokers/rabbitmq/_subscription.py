@@ -187,8 +187,7 @@ class Subscription(ResilientSubscription):
     def declaration(self, queue: str) -> commands.Queue.Declare:
         """Return the declaration of *queue*."""
         if self.group is None:
-            expires = {"x-expires": int(_NO_GROUP_EXPIRES * 1000)}
-            return _durable(queue, {**expires, **self.dead_letter_to(self.dead_letter_queue(queue))})
+            return _durable(queue, {"x-queue-type": "classic", "x-expires": int(_NO_GROUP_EXPIRES * 1000)})
         limit = {"x-delivery-limit": _DELIVERY_LIMIT} if self._queue_type == "quorum" else {}
         return _durable(queue, {**limit, **self.dead_letter_to(self.dead_letter_queue(queue))})
 
@@ -378,7 +377,12 @@ class Connection(Channel):
             self.send(commands.Basic.Reject(token.tag, requeue=False))
 
     async def _store_dead_letter(self, delivery: Delivery, why: Mapping[str, str]) -> bool:
-        """Publish a dead letter: as it came, or else without its headers. Return False if RabbitMQ refuses both."""
+        """
+        Publish a dead letter: as it came, or else without its headers. Return False if RabbitMQ refuses both.
+
+        Without a group that is an error, and the message is redelivered: its queue has no dead-letter exchange, which
+        only a user who may publish can declare.
+        """
         token = cast("_Token", delivery.token)
         dead, unreadable = self._subscription.dead_letter_queue(token.queue), token.properties.unreadable
         for with_headers, omitted in (True, unreadable), (False, {*unreadable, "headers"}):
@@ -395,7 +399,8 @@ class Connection(Channel):
             try:
                 await self._publish(publication)
             except MessageRejected as error:
-                if not is_refused_for_good(error):
+                is_last = not with_headers and self._subscription.group is None
+                if is_last or not is_refused_for_good(error):
                     raise
             else:
                 return True

@@ -5,6 +5,7 @@ import gzip
 import json
 import struct
 from collections import Counter
+from contextlib import contextmanager
 
 import aio_pika
 import pytest
@@ -265,24 +266,41 @@ async def test_headers_that_leave_no_room_for_the_reason_are_left_out(broker, ra
     assert kept_body == body
 
 
-@pytest.mark.parametrize("group", ["readers", None])
-async def test_what_rabbitmq_refuses_to_store_again_it_dead_letters_itself(broker, raw, prefix, group, caplog):
-    async def refuse(publisher, publication):
-        raise MessageRejected("too large") from ValueError()
-
-    async with broker.subscribe([COUNTED], group=group, prefetch=1) as deliveries:
+async def test_what_rabbitmq_refuses_to_store_again_it_dead_letters_itself(broker, raw, prefix, queue, caplog):
+    async with broker.subscribe([COUNTED], group="readers", prefetch=1) as deliveries:
         await raw.publish(prefix, ROUTING_KEY, HEADERS, ODD, b"poison")
         delivery = await anext(deliveries)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Publisher, "publish", refuse)
+        with refusing():
             await delivery.dead_letter("no good")
         await broker.send_message(counted(1))
         assert await asyncio.wait_for(numbers(deliveries, 1), SLACK) == [1]
 
-    kept, body = await raw.get(f"{prefix}:{':'.join(COUNTED)}:{group or '/'}:dead")
+    kept, body = await raw.get(f"{queue}:dead")
     assert body == b"poison"
     assert Properties(bytes(12) + kept).header("x-last-death-reason") == "rejected"
     assert "itself dead-letters" in caplog.text
+
+
+async def test_what_rabbitmq_refuses_to_store_again_comes_again_without_a_group(broker, monkeypatch):
+    monkeypatch.setattr(_subscription, "_REQUEUE_DELAY", 0.1)
+    async with broker.subscribe([COUNTED], prefetch=1) as deliveries:
+        await broker.send_message(counted(1))
+        delivery = await anext(deliveries)
+        with refusing(), pytest.raises(MessageRejected):
+            await delivery.dead_letter("no good")
+        assert await asyncio.wait_for(numbers(deliveries, 1), SLACK) == [1]
+
+
+@contextmanager
+def refusing():
+    """RabbitMQ refuses every message, as those that are larger than its `max_message_size`."""
+
+    async def refuse(publisher, publication):
+        raise MessageRejected("too large") from ValueError()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Publisher, "publish", refuse)
+        yield
 
 
 async def test_a_body_that_is_compressed_is_named_as_such(broker, raw, prefix):

@@ -14,7 +14,7 @@ from pamqp import commands
 from pamqp.header import ContentHeader
 
 from diator.brokers.rabbitmq._content import Deliver, Properties
-from diator.brokers.rabbitmq._frames import header_of
+from diator.brokers.rabbitmq._frames import again, header_of
 
 HEADERS, DELIVERY_MODE, EXPIRATION, MESSAGE_ID, TIMESTAMP, USER_ID = (1 << bit for bit in (13, 12, 8, 7, 6, 4))
 
@@ -233,7 +233,6 @@ def test_what_rabbitmq_would_act_upon_has_another_name():
 
     expected = table_of(
         (b"diator-attempt", b"l" + (3).to_bytes(8)),
-        (b"diator-publication-id", text(Properties(again).key.encode())),
         (b"diator-original-expiration", text(b"60000")),
         (b"diator-original-user-id", text(b"somebody")),
         (b"diator-original-CC", elsewhere),
@@ -251,10 +250,13 @@ def test_deaths_that_rabbitmq_has_written_are_dropped():
     )
 
 
-def test_a_name_that_is_too_long_with_its_new_beginning_is_cut():
-    came = header(headers=table_of((b"x-death" + b"n" * 248, b"V")))
+def test_a_name_that_would_be_too_long_with_its_new_beginning_is_dropped():
+    longest, too_long = b"x-death" + b"n" * 232, b"x-death" + b"n" * 233
+    came = header(headers=table_of((longest, b"V"), (too_long, b"V")), message_id=ID)
 
-    assert Properties(Properties(came).again(2, {}, deaths=True)).unreadable == []
+    assert Properties(came).again(2, {}, deaths=True) == header(
+        headers=table_of((b"diator-original-" + longest, b"V")), delivery_mode=b"\x02", message_id=ID
+    )
 
 
 def test_a_dead_letter_lacks_what_cannot_be_decoded_and_nothing_else():
@@ -281,13 +283,20 @@ def test_a_dead_letter_can_lack_its_headers():
     assert (again.headers(), again.key) == ({"diator-dlq-reason": "r"}, "id")
 
 
-def test_a_message_without_an_id_is_recognised_by_a_header():
-    came = Properties(header())
+@pytest.mark.parametrize("properties", [{}, {"message_id": short(b"\xff")}, {"message_id": short(b"")}])
+def test_a_message_without_an_id_is_recognised_by_a_header(properties):
+    came = Properties(header(headers=table_of((b"diator-publication-id", text(b"forged"))), **properties))
 
-    first, second = (Properties(came.again(2, {}, deaths=True)).key for _ in range(2))
+    first, second = (again(came, {}, b"{}", "queue", deaths=True) for _ in range(2))
 
-    assert came.key == ""
-    assert len({first, second, ""}) == 3
+    assert first.message_id != second.message_id
+    assert (Properties(first.header).key, Properties(second.header).key) == (first.message_id, second.message_id)
+
+
+def test_a_message_with_an_id_is_recognised_by_that():
+    publication = again(Properties(header(message_id=ID)), {}, b"{}", "queue", deaths=True)
+
+    assert (publication.message_id, Properties(publication.header).key) == ("id", "id")
 
 
 def test_added_headers_replace_those_of_the_same_name():
