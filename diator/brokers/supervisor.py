@@ -20,7 +20,14 @@ from typing import Protocol, Self
 
 from diator._text import explained, listed
 from diator.brokers.base import Delivery, Gap, OnGap, Topic
-from diator.exceptions import BrokerClosed, BrokerUnavailable, ConfigurationError, DiatorError, UsageError
+from diator.exceptions import (
+    AccessRefused,
+    BrokerClosed,
+    BrokerUnavailable,
+    ConfigurationError,
+    DiatorError,
+    UsageError,
+)
 
 # While a lossy subscription receives messages, it probes its connection so often, in seconds. The answer comes after
 # all messages that were sent before the probe, so it proves that none of them was missed. Silence proves nothing: the
@@ -112,7 +119,7 @@ class ResilientSubscription(ABC):
     Entering the subscription connects. If that fails, entering raises `BrokerUnavailable`, or the error of diator that
     `connect` raised. From then on the subscription is an iterator of deliveries. Iteration ends with an error in two
     cases: `BrokerClosed` when the broker is closed, and a `ConfigurationError` or `UsageError` of `connect`, which
-    reconnecting cannot fix.
+    reconnecting cannot fix. A later `AccessRefused` does not end it: a password may be changed while programs run.
 
     When the subscription ends, with its context or with its broker, it calls `leave` once, after its last connection.
 
@@ -320,7 +327,10 @@ class ResilientSubscription(ABC):
                 if not ready.done():
                     ready.set_exception(_unavailable(error, self._name))
                     return
-                if isinstance(error, (BrokerClosed, ConfigurationError, UsageError)):
+                if isinstance(error, (BrokerClosed, ConfigurationError, UsageError)) and not isinstance(
+                    error,
+                    AccessRefused,  # passwords and permissions are changed while programs run
+                ):
                     self._end_error = error
                     self._changed.set()
                     return

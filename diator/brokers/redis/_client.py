@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Awaitable, Callable
 from inspect import Signature, signature
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import redis
@@ -23,6 +25,7 @@ from diator.exceptions import (
     BrokerError,
     BrokerUnavailable,
     ConfigurationError,
+    DiatorError,
     MessageRejected,
     OutcomeUnknown,
 )
@@ -39,17 +42,22 @@ _FORMS = (
     "for a socket), with the special characters of a password percent-encoded and options of redis-py after a '?'"
 )
 
-NOT_EXECUTED = (
+# Redis did not execute the command, and will execute it later, or another server will to which the address leads then.
+_NOT_NOW = (
     redis_errors.BusyLoadingError,
     redis_errors.ReadOnlyError,
+    redis_errors.ClusterDownError,
     redis_errors.MasterDownError,
     redis_errors.TryAgainError,
-    redis_errors.AuthenticationError,
+    redis_errors.AskError,  # and MovedError: another node of a cluster has the key
     redis_errors.MaxConnectionsError,
-    redis_errors.OutOfMemoryError,  # for now: consumers and expiry make room
+    redis_errors.OutOfMemoryError,  # consumers and expiry make room
 )
-# Replies with these prefixes are temporary, too: a script is running, replicas are missing, the disk fails.
-_NOT_NOW = ("BUSY ", "NOREPLICAS ", "MISCONF ")
+# The same, for replies that have no class: a script is running, replicas are missing, the disk fails, the server has
+# become a replica, the group was deleted.
+_NOT_NOW_PREFIXES = ("BUSY ", "NOREPLICAS ", "MISCONF ", "UNBLOCKED ", "NOGROUP ")
+# redis-py raises these replies as if the connection were lost. It is not: the replies after them arrive.
+REPLIES = (redis_errors.BusyLoadingError, redis_errors.AuthenticationError)
 # redis-py also lets through what a broken connection does to its own code (its issues 3546 and 4287): AttributeError
 # and TypeError because the writer is gone, RuntimeError of a closed transport.
 CLIENT_ERRORS = (redis_errors.RedisError, OSError, asyncio.TimeoutError, AttributeError, TypeError, RuntimeError)
@@ -102,6 +110,7 @@ def _client_from_url(url: str, *, timeout: float) -> Client:
     speaks RESP2: with RESP3, redis-py 8 does not notice that an idle connection was closed (its issue 4252).
     """
     try:
+        _check_url(url)
         client = redis.asyncio.Redis.from_url(
             url,
             protocol=2,
@@ -109,23 +118,31 @@ def _client_from_url(url: str, *, timeout: float) -> Client:
             socket_timeout=timeout,
             socket_connect_timeout=timeout,
             retry=Retry(NoBackoff(), 0),
-            client_name="diator",
             **({} if url.startswith("unix:") else {"socket_keepalive": True}),
         )
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # no I/O; it refuses unknown options
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, redis_errors.RedisError):
         # Without its cause, whose text quotes the URL and the password in it.
         raise ConfigurationError(f"this is not a URL of Redis; {_FORMS}") from None
     return client
 
 
+def _check_url(url: str) -> None:
+    """Raise ValueError for what redis-py would ignore, so that the program used another port or another database."""
+    url.encode()  # refuses a lone surrogate
+    parts = urlsplit(url)
+    if parts.port == 0 or (parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path, re.ASCII)):
+        raise ValueError
+
+
 def where(client: Client) -> str:
     """Return the address that *client* connects to, without credentials."""
-    options = getattr(_pool_of(client), "connection_kwargs", {})
+    pool = _pool_of(client)
+    options = getattr(pool, "connection_kwargs", {})
     if "path" in options:
         return f"unix://{options['path']}"
-    if "host" in options:
-        return f"{options['host']}:{options.get('port', 6379)}/{options.get('db') or 0}"
+    if "host" in options or type(pool) is redis.asyncio.ConnectionPool:
+        return f"{options.get('host', 'localhost')}:{options.get('port', 6379)}/{options.get('db') or 0}"
     return f"the servers of {type(client).__name__}"  # a fake, a cluster, or what Sentinel names
 
 
@@ -142,6 +159,15 @@ async def take_connection(client: Client) -> RedisConnection:
     """Take a connection from the pool of *client*: what TLS, Sentinel and credentials need is the client's business."""
     connection: RedisConnection = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
     return connection
+
+
+async def subscribing_connection(client: Client, *, within: float) -> RedisConnection:
+    """Take a connection for a subscription. It raises an error of diator, *within* so many seconds."""
+    try:
+        async with asyncio.timeout(within):
+            return await take_connection(client)
+    except CLIENT_ERRORS as error:
+        raise connect_error(error, client, None, within=within) from error
 
 
 async def release_connection(client: Client, connection: RedisConnection) -> None:
@@ -168,14 +194,40 @@ def send_error(error: BaseException, message_id: UUID | None, *, written: bool) 
     """Translate an error of the client. *written*: whether the command may have left when it happened."""
     if isinstance(error, BrokerError):
         return error
-    problem = explained(error).partition(", with args beginning")[0]  # which may be a message
+    problem = _problem(error)
+    if isinstance(error, redis_errors.AuthenticationError):
+        remedy = "check the user and the password of the URL or of the client"
+        return AccessRefused(f"Redis does not let this user in ({problem}); {remedy}", message_id=message_id)
     if isinstance(error, redis_errors.NoPermissionError) and message_id is None:
-        return AccessRefused(f"Redis refuses a subscription ({problem}); permit it to this user with ACL SETUSER")
-    if isinstance(error, NOT_EXECUTED) or str(error).startswith(_NOT_NOW) or not written:
+        return AccessRefused(f"Redis refuses a command ({problem}); permit it to this user with ACL SETUSER")
+    if not written or _is_temporary(error):
         return BrokerUnavailable(f"Redis is not available ({problem})", message_id=message_id)
     if isinstance(error, redis_errors.ResponseError):
         return MessageRejected(f"Redis refused it ({problem})", message_id=message_id)
     return OutcomeUnknown(f"the connection to Redis failed ({problem}); it may have arrived", message_id=message_id)
+
+
+def connect_error(error: BaseException, client: Client, message_id: UUID | None, *, within: float) -> DiatorError:
+    """Translate an error of connecting, *within* so many seconds. Nothing was sent."""
+    if isinstance(error, DiatorError):
+        return error
+    at, problem = where(client), _problem(error, within=within)
+    if isinstance(error, (redis_errors.AuthenticationError, redis_errors.NoPermissionError)):
+        remedy = "check the user, the password, and the user's permissions"
+        return AccessRefused(f"Redis at {at} does not let this user in ({problem}); {remedy}", message_id=message_id)
+    if isinstance(error, redis_errors.ResponseError) and not _is_temporary(error):
+        return ConfigurationError(f"Redis at {at} refuses the connection's settings ({problem}); correct the URL")
+    if isinstance(error, (redis_errors.InvalidResponse, TimeoutError)):
+        problem += "; if that lasts, check that a Redis listens there, and with or without TLS as the URL says"
+    return BrokerUnavailable(f"Redis at {at} is not available ({problem})", message_id=message_id)
+
+
+def _is_temporary(error: BaseException) -> bool:
+    return isinstance(error, _NOT_NOW) or str(error).startswith(_NOT_NOW_PREFIXES)
+
+
+def _problem(error: BaseException, *, within: float | None = None) -> str:
+    return explained(error, within=within).partition(", with args beginning")[0]  # which may be a message
 
 
 # -- internals of redis-py ---------------------------------------------------------------------------------------

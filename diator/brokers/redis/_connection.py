@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
@@ -12,10 +13,11 @@ from uuid import UUID
 from diator.brokers.connecting import ClientConnection
 from diator.brokers.redis._client import (
     CLIENT_ERRORS,
-    NOT_EXECUTED,
+    REPLIES,
     Client,
     RedisConnection,
     close_connection,
+    connect_error,
     exchange,
     execute_by_itself,
     is_outdated,
@@ -28,9 +30,14 @@ from diator.brokers.redis._client import (
     wire_of,
 )
 from diator.brokers.supervisor import close_all
-from diator.exceptions import BrokerClosed
+from diator.exceptions import AccessRefused, BrokerClosed, BrokerError, BrokerUnavailable, MessageRejected
 
 logger: logging.Logger = logging.getLogger(__name__)
+
+# A connection whose server cannot execute commands now is replaced, but not before this age, in seconds.
+_MIN_AGE = 1.0
+# How often the role of the server is asked for while messages are sent, in seconds.
+_ROLE_EVERY = 0.1
 
 
 class CommandConnection(ClientConnection):
@@ -65,6 +72,8 @@ class CommandConnection(ClientConnection):
         elif connections == 1:  # and the program needs that itself
             self._do_not_share("the client's pool has only one connection")
         self._link: _Connection | None = None
+        self._is_replica = False
+        self._ask_role_at = 0.0
         self._closed = False  # unlike `is_closed`, not while subscriptions are still ending
 
     async def open(self) -> None:
@@ -77,7 +86,7 @@ class CommandConnection(ClientConnection):
                 if link is None:
                     await self._client.ping()
         except CLIENT_ERRORS as error:
-            raise send_error(error, None, written=False) from error
+            raise connect_error(error, self._client, None, within=self._timeout) from error
 
     async def execute(self, *command: bytes, message_id: UUID | None = None) -> Any:
         """
@@ -99,8 +108,35 @@ class CommandConnection(ClientConnection):
             else:
                 reply = await self._call_in_turn(command, message_id, deadline)
         except CLIENT_ERRORS as error:
-            raise send_error(error, message_id, written=False) from error
+            raise connect_error(error, self._client, message_id, within=self._timeout) from error
         return await (self._execute_unshared(command, message_id, deadline) if reply is None else reply)
+
+    def is_replica(self) -> bool:
+        """
+        Return whether the server was a replica when it was last asked, and ask again in the background.
+
+        A server that becomes a replica keeps its connections, and only writes fail there. A publish does not.
+        """
+        now = asyncio.get_running_loop().time()
+        if now >= self._ask_role_at and self._shares:
+            self._ask_role_at = now + _ROLE_EVERY
+            self._background.start(self._ask_role(), "asking Redis for its role")
+        return self._is_replica
+
+    async def _ask_role(self) -> None:
+        try:
+            role = (await self.execute(b"ROLE"))[0]
+        except (AccessRefused, MessageRejected) as error:
+            self._ask_role_at = math.inf
+            logger.info(
+                "senders do not notice when Redis becomes a replica, since it does not tell its role: %s", error
+            )
+        except BrokerError as error:
+            logger.debug("Redis did not tell its role: %s", error)
+        else:
+            self._is_replica = role == b"slave"
+            if self._is_replica and self._link is not None:
+                self._link.renew()
 
     async def _close(self) -> None:
         await close_all(self.subscriptions)  # which still send commands here
@@ -166,13 +202,18 @@ class CommandConnection(ClientConnection):
                 if self._sends_by_itself:
                     return await execute_by_itself(self._client, *command)
                 connection = await take_connection(self._client)
+                keep = False
                 try:
                     written = True
-                    return await exchange(connection, *command)
+                    reply = await exchange(connection, *command)
+                    keep = True
                 finally:
-                    await release_connection(self._client, connection)
+                    await (release_connection if keep else close_connection)(self._client, connection)
+                return reply
         except CLIENT_ERRORS as error:
-            raise send_error(error, message_id, written=written) from error
+            if not written:
+                raise connect_error(error, self._client, message_id, within=self._timeout) from error
+            raise send_error(error, message_id, written=True) from error
 
 
 class _Connection:
@@ -200,6 +241,7 @@ class _Connection:
         self._room = asyncio.Event()
         self._idle = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
+        self._may_retire_at = self._loop.time() + _MIN_AGE
         self._write, self._read, self._abort = wire_of(connection)
         self._broken: Exception | None = None
         self._reader = self._loop.create_task(self._read_replies(), name="diator: replies from Redis")
@@ -227,6 +269,11 @@ class _Connection:
         self._waiting.append((reply, deadline, len(command), message_id))
         self._bytes_in_flight += len(command)
         return reply
+
+    def renew(self) -> None:
+        """Let another connection take over, unless this one has just been made."""
+        if self._loop.time() >= self._may_retire_at:
+            self._retire(self)
 
     async def finish(self) -> None:
         """Wait for the replies that are due, and close the connection."""
@@ -264,7 +311,11 @@ class _Connection:
     async def _read_replies(self) -> None:
         try:
             while True:
-                self._settle(await self._read(disable_decoding=True))
+                try:
+                    reply = await self._read(disable_decoding=True)
+                except REPLIES as error:
+                    reply = error
+                self._settle(reply)
         except CLIENT_ERRORS as error:
             self._broken = error
         except asyncio.CancelledError:
@@ -283,9 +334,12 @@ class _Connection:
     def _settle(self, reply: Any) -> None:
         future, _, size, message_id = self._waiting.popleft()
         self._bytes_in_flight -= size
+        error = send_error(reply, message_id, written=True) if isinstance(reply, Exception) else None
+        if isinstance(error, (BrokerUnavailable, AccessRefused)):
+            self.renew()  # the address may lead to another server by now, such as the new primary
         if not future.done():  # its caller may have been cancelled
-            if isinstance(reply, Exception):
-                future.set_exception(send_error(reply, message_id, written=True))
+            if error is not None:
+                future.set_exception(error)
             else:
                 future.set_result(reply)
         self._room.set()
@@ -300,8 +354,6 @@ class _Connection:
         for position, (future, _, _, message_id) in enumerate(self._waiting):
             if not future.done():
                 future.set_exception(send_error(error, message_id, written=position < written))
-            if isinstance(error, NOT_EXECUTED):  # the reply to the oldest call; the others have none
-                error = ConnectionError(f"the connection was closed after {type(error).__name__}")
         self._waiting.clear()
         self._unwritten.clear()
         self._room.set()  # a caller that waits for room now looks for another connection

@@ -24,11 +24,18 @@ from diator.brokers.redis._client import (
     require_pool,
     send_command,
     send_error,
-    take_connection,
+    subscribing_connection,
 )
 from diator.brokers.redis._connection import CommandConnection
 from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, Source
-from diator.exceptions import BrokerClosed, ConfigurationError, DecodingError, MessageUnroutable, UnsupportedCapability
+from diator.exceptions import (
+    BrokerClosed,
+    ConfigurationError,
+    DecodingError,
+    MessageUnroutable,
+    OutcomeUnknown,
+    UnsupportedCapability,
+)
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -97,6 +104,11 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
         body = encode(message, max_bytes=self._max_message_bytes, headers_in_body=True)
         channel = self._channel(Topic(message.message_type, message.message_name))
         receivers: int = await self._service.execute(b"PUBLISH", channel, body, message_id=message.message_id)
+        if self._service.is_replica():
+            raise OutcomeUnknown(
+                "Redis has become a replica, which passes a message to its own clients only; the broker connects anew",
+                message_id=message.message_id,
+            )
         if self._require_receiver and not receivers:
             raise MessageUnroutable("nobody is subscribed to its channel", message_id=message.message_id)
         return receivers
@@ -190,7 +202,7 @@ class Subscription(ResilientSubscription):
         """Take a connection of the client's pool, and wait until Redis has confirmed every channel."""
         if self._service.is_closed:
             raise BrokerClosed("this broker is closed")
-        connection = await take_connection(self._client)
+        connection = await subscribing_connection(self._client, within=self._reconnect.connect_timeout)
         try:
             source = Connection(connection, self._channels, self._patterns)
             try:

@@ -21,7 +21,7 @@ from diator.brokers.redis._client import (
     read_reply,
     require_pool,
     send_command,
-    take_connection,
+    subscribing_connection,
 )
 from diator.brokers.redis._connection import CommandConnection
 from diator.brokers.redis._group import Group, ms
@@ -156,7 +156,7 @@ class Subscription(ResilientSubscription):
             raise MessagesMissed(f"Redis had lost {created[0].decode()}, or its group; both are there again")
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._keep_renewing(), name="diator: renewing leases")
-        connection = await take_connection(self._client)
+        connection = await subscribing_connection(self._client, within=self._reconnect.connect_timeout)
         try:
             yield Connection(connection, self)
         finally:

@@ -11,7 +11,7 @@ import pytest
 
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.supervisor import MessagesMissed, ReconnectPolicy, ResilientSubscription, close_all
-from diator.exceptions import BrokerClosed, BrokerUnavailable, ConfigurationError, MessageRejected
+from diator.exceptions import AccessRefused, BrokerClosed, BrokerUnavailable, ConfigurationError, MessageRejected
 
 PATIENT = ReconnectPolicy(connect_timeout=5, idle_timeout=5, probe_timeout=5, first_delay=0, max_delay=0)
 WATCHFUL = replace(PATIENT, idle_timeout=0.05, probe_timeout=0.05)
@@ -683,6 +683,18 @@ async def test_an_error_that_reconnecting_cannot_fix_ends_the_iterator(error):
             assert raised.value is error
 
     assert len(service.attempts) == 3
+
+
+async def test_a_permission_that_is_refused_later_does_not_end_the_iterator():
+    """A password or a permission may be changed while programs run, first here or first there."""
+    service = Service(None, AccessRefused("a wrong password"), None)
+    async with service.supervised() as deliveries:
+        service.links[0].put(1, ConnectionError())
+        assert await take(deliveries, 1) == [1]
+        while len(service.links) < 2:  # noqa: ASYNC110  # nothing reports it
+            await asyncio.sleep(0.1)
+        service.links[1].put(2)
+        assert await take(deliveries, 1) == [2]
 
 
 async def test_connected_shows_whether_there_is_a_connection():
