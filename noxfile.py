@@ -87,6 +87,15 @@ def conformance(session: nox.Session) -> None:
 
 
 @nox.session
+def interoperation(session: nox.Session) -> None:
+    """Exchange messages with other libraries, and with programs in other languages if their toolchains are there."""
+    session.install("-e", f".[{CLIENTS}]", *group("tests"))
+    files = [f"tests/integration/test_{name}.py" for name in ("interoperation", "other_languages")]
+    environment = {**BUSY, **images(session, "redis", "rabbitmq", "kafka")}
+    session.run("pytest", *files, "-n", str(len(files)), *SLOWEST, *session.posargs, env=environment)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run all tests and the documentation, with coverage."""
     session.install("-e", f".[{CLIENTS}]", *group("tests"))

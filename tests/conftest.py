@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from tests import peers
 from tests.services import MissingService, Service, Services, required
 
 #: The service of each fixture.
@@ -30,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Prepare the services of the run, which the processes of pytest-xdist share."""
     try:
         required()
+        peers.required()
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
     config.stash[SERVICES] = Services(shared=getattr(config, "workerinput", {}).get("services"))

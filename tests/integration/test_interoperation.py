@@ -29,9 +29,9 @@ class UserJoined(NotificationEvent):
 
 @pytest.fixture(scope="session")
 def install(pytestconfig):
-    """Return a function that returns the interpreter of a peer."""
+    """Return a function that returns the command of a peer."""
     cache = pytestconfig.cache.mkdir("peers")
-    return lambda peer: peers.interpreter(peer, cache)
+    return lambda peer: peers.command(peer, cache)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ async def test_an_older_diator_receives_from_this_version(redis_url, prefix, ins
     """The older version subscribes to a pattern, which matches the message's name as it matched its id."""
     async with (
         RedisMessageBroker.from_url(redis_url, prefix) as broker,
-        peers.running(install("older_diator"), "older_diator", "receive", redis_url, prefix) as older,
+        peers.running(*install("older_diator"), "receive", redis_url, prefix) as older,
     ):
         assert await peers.next_line(older) == ["ready"]
         await emit(broker, 1, 2, 3)
@@ -99,7 +99,7 @@ async def test_this_version_receives_from_an_older_diator(redis_url, prefix, ins
         async with Redis.from_url(redis_url) as client:
             await client.publish(f"{prefix}:notification_event:{uuid4()}", b"garbage")
             await client.publish(f"{prefix}:notification_event:{uuid4()}", body("SomethingElse", 9))
-        async with peers.running(install("older_diator"), "older_diator", "send", redis_url, prefix) as older:
+        async with peers.running(*install("older_diator"), "send", redis_url, prefix) as older:
             await peers.finished(older)
         await emit(broker, 3)  # an event of this version is received too, once
         await asyncio.wait_for(consuming, 60)
@@ -223,11 +223,11 @@ def addresses(redis_url, rabbitmq_url, kafka_servers):
 async def test_faststream_receives_from_this_version(addresses, prefix, install, transport):
     ours, theirs = addresses[transport]
     name = ELSEWHERE[transport](prefix)
-    python = install("faststream_peer")
+    command = install("faststream_peer")
     async with broker_for(ours, prefix) as broker:
         if transport == "kafka":
             await emit(broker, 0)  # creates the topic
-        async with peers.running(python, "faststream_peer", "receive", transport, theirs, name) as faststream:
+        async with peers.running(*command, "receive", transport, theirs, name) as faststream:
             assert await peers.next_line(faststream) == ["ready"]
             if transport == "redis":
                 async with Redis.from_url(theirs) as client:
@@ -245,12 +245,12 @@ async def test_this_version_receives_from_faststream(addresses, prefix, install,
     """Over Redis it sends without its envelope. To a stream FastStream writes only its own field."""
     ours, theirs = addresses[transport]
     name = ELSEWHERE[transport](prefix)
-    python = install("faststream_peer")
+    command = install("faststream_peer")
     async with broker_for(ours, prefix) as broker:
         received = Receiver(broker)
         consuming = asyncio.create_task(received.consumer.run(signals=False))
         await received.ready()
-        async with peers.running(python, "faststream_peer", "send", transport, theirs, name) as faststream:
+        async with peers.running(*command, "send", transport, theirs, name) as faststream:
             await peers.finished(faststream, "\n".join(body("UserJoined", user_id) for user_id in range(3)))
         await asyncio.wait_for(consuming, 60)
 

@@ -1,0 +1,44 @@
+// Reads commands from its standard input, one JSON object a line, and answers each with a line.
+'use strict';
+
+const { createInterface } = require('node:readline');
+const { parse } = require('./event');
+const { cases } = require('./cases');
+
+const transports = { ...require('./redis'), rabbitmq: require('./rabbitmq'), kafka: require('./kafka') };
+const listening = {};
+
+const commands = {
+  // Begin to receive.
+  async listen({ transport, address, name }) {
+    listening[name] = await transports[transport].listen(address, name);
+    return {};
+  },
+
+  // Return the next message. With `raw`, its body may be anything.
+  async read({ name, raw }) {
+    const { body, ...beside } = await listening[name].next();
+    return { ...beside, body: body?.toString('base64') ?? null, event: raw ? null : parse(body) };
+  },
+
+  // Send a list of messages, one after the other. Return their names and bodies.
+  async send({ transport, address, name, which, keys }) {
+    const send = await transports[transport].sender(address, name);
+    const sent = [];
+    for (const [title, message] of Object.entries(cases[which](keys))) {
+      await send(message);
+      sent.push([title, message.body?.toString('base64') ?? null]);
+    }
+    return { sent };
+  },
+};
+
+async function main() {
+  for await (const line of createInterface({ input: process.stdin })) {
+    const { do: what, ...options } = JSON.parse(line);
+    process.stdout.write(`${JSON.stringify(await commands[what](options))}\n`);
+  }
+  process.exit();
+}
+
+main();

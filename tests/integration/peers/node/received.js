@@ -1,0 +1,23 @@
+// A queue between a client library that calls a function and a program that waits for the next message.
+'use strict';
+
+class Received {
+  #messages = [];
+  #waiting = [];
+
+  push(message) {
+    const waiting = this.#waiting.shift();
+    if (waiting) waiting(message);
+    else this.#messages.push(message);
+  }
+
+  next() {
+    if (this.#messages.length) return this.#messages.shift();
+    return new Promise((resolve) => this.#waiting.push(resolve));
+  }
+}
+
+// Header values are bytes on Kafka and Redis.
+const texts = (headers) => Object.fromEntries(Object.entries(headers).map(([name, value]) => [name, String(value)]));
+
+module.exports = { Received, texts };
