@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 from uuid import uuid4
 
+from diator.brokers.redis._names import encoded, of_group
 from diator.brokers.redis._scripts import ACK, DEAD_LETTER, FORGET, MOVE_DUE, RETRY
 from diator.exceptions import MessageRejected
 
@@ -35,12 +36,13 @@ class Group:
 
     def __init__(self, execute: Execute, name: str) -> None:
         self.execute = execute
-        self.name = name.encode()
+        self._name = name
+        self.name = encoded(name)
         self.consumer = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}".encode()
 
     def key(self, stream: bytes, what: bytes) -> bytes:
         """Return the key of this group's own stream or sorted set *what* for *stream*."""
-        return b"%b:%b:%b" % (stream, self.name, what)
+        return of_group(stream, self._name, what)
 
     async def create(self, streams: Iterable[bytes]) -> list[bytes]:
         """Create the group where it is missing, at the oldest entry so that nothing is missed. Return where it was."""

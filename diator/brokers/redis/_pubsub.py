@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Self
@@ -27,6 +26,7 @@ from diator.brokers.redis._client import (
     subscribing_connection,
 )
 from diator.brokers.redis._connection import CommandConnection
+from diator.brokers.redis._names import channel, channels_of, encoded
 from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, Source
 from diator.exceptions import (
     BrokerClosed,
@@ -43,6 +43,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 class RedisMessageBroker(ServiceBroker[CommandConnection]):
     """
     Sends each message to the channel `<channel_prefix>:<message_type>:<message_name>` of Redis Pub/Sub.
+
+    If the type or the name contains a colon, all three parts are percent-encoded, as in a URL, and joined by `/`.
 
     At most once: Redis passes a message to the subscribers of that moment and keeps nothing. A confirmed message was
     passed on by Redis; it may still not have reached a subscriber.
@@ -81,6 +83,7 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
             raise ConfigurationError("extra_prefetch and max_in_flight must be at least 1, and timeout above 0")
         self._client, owned = client_of(client, timeout=timeout)
         self._prefix = channel_prefix
+        encoded(channel_prefix)
         self._max_message_bytes = max_message_bytes
         self._require_receiver = require_receiver
         self._older_senders = older_senders
@@ -151,7 +154,7 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
             self._service,
             self._client,
             channels={self._channel(topic): topic for topic in topics},
-            patterns={self._channel_of_any(topic) for topic in topics} if self._older_senders else (),
+            patterns=dict(channels_of(self._prefix, each.message_type) for each in topics if self._older_senders),
             prefetch=prefetch,
             buffer_size=prefetch + self._extra_prefetch,
             reconnect=self._reconnect,
@@ -161,10 +164,7 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
             yield deliveries
 
     def _channel(self, topic: Topic) -> bytes:
-        return f"{self._prefix}:{topic.message_type}:{topic.message_name}".encode()
-
-    def _channel_of_any(self, topic: Topic) -> bytes:
-        return re.sub(rb"([*?\[\]\\])", rb"\\\1", f"{self._prefix}:{topic.message_type}:".encode()) + b"*"
+        return channel(self._prefix, topic)
 
 
 class Subscription(ResilientSubscription):
@@ -176,7 +176,7 @@ class Subscription(ResilientSubscription):
         client: Client,
         *,
         channels: Mapping[bytes, Topic],
-        patterns: Collection[bytes],
+        patterns: Mapping[bytes, bytes],
         prefetch: int,
         buffer_size: int,
         reconnect: ReconnectPolicy,
@@ -226,10 +226,11 @@ class Connection:
     """
 
     def __init__(
-        self, connection: RedisConnection, channels: Mapping[bytes, Topic], patterns: Collection[bytes]
+        self, connection: RedisConnection, channels: Mapping[bytes, Topic], patterns: Mapping[bytes, bytes]
     ) -> None:
         self._connection = connection
         self._topics = channels
+        self._patterns = patterns
         self._wanted = {*channels, *patterns}
         self._confirmed: set[bytes] = set()
 
@@ -246,8 +247,11 @@ class Connection:
                 return [Delivery(topic=self._topics[channel], body=body, headers={}, attempt=1, settler=self)]
             if kind != b"pmessage":
                 break
-            _, channel, body = rest
-            topic = None if channel in self._topics else self._topic_of(body)  # else its channel delivers it, too
+            pattern, channel, body = rest
+            # What ends in an id has no further colon: another one belongs to another prefix. And what is subscribed to
+            # by its channel is delivered from there.
+            foreign = b":" in channel[len(self._patterns[pattern]) :] or channel in self._topics
+            topic = None if foreign else self._topic_of(body)
             if topic is not None:
                 return [Delivery(topic=topic, body=body, headers={}, attempt=1, settler=self)]
         if kind in {b"subscribe", b"psubscribe"}:

@@ -16,6 +16,7 @@ from diator.brokers.redis._audit import durability as durability_of
 from diator.brokers.redis._audit import findings
 from diator.brokers.redis._client import Client, client_of, options_of
 from diator.brokers.redis._connection import CommandConnection
+from diator.brokers.redis._names import encoded, stream
 from diator.brokers.redis._subscription import BODY, SCAN_EVERY, ReadOptions, Subscription
 from diator.brokers.supervisor import ReconnectPolicy
 from diator.exceptions import ConfigurationError
@@ -63,6 +64,7 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
             )
         self._client, owned = client_of(client, timeout=timeout)
         self._prefix = prefix
+        encoded(prefix)
         self._max_message_bytes = max_message_bytes
         self._durability: Durability = Capabilities(durability=durability).durability  # refuses an unknown level
         self._is_verified = durability == "none"
@@ -113,10 +115,10 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
         fields = [BODY, body]
         for name, value in headers_with_key(message).items():
             fields += [name.encode(), value.encode()]
-        stream = self._stream(Topic(message.message_type, message.message_name))
         if not self._is_verified:
             await self._verify()
-        await self._service.execute(b"XADD", stream, b"*", *fields, message_id=message.message_id)
+        key = self._stream(Topic(message.message_type, message.message_name))
+        await self._service.execute(b"XADD", key, b"*", *fields, message_id=message.message_id)
 
     @asynccontextmanager
     async def subscribe(
@@ -160,7 +162,7 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
             self._is_verified = True
 
     def _stream(self, topic: Topic) -> bytes:
-        return f"{self._prefix}:{topic.message_type}:{topic.message_name}".encode()
+        return stream(self._prefix, topic)
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()

@@ -25,6 +25,7 @@ from diator.brokers.redis._client import (
 )
 from diator.brokers.redis._connection import CommandConnection
 from diator.brokers.redis._group import Group, ms
+from diator.brokers.redis._names import AGAIN, DEAD, DELAYED
 from diator.brokers.settling import Acknowledgements, dead_letter_headers
 from diator.brokers.supervisor import MessagesMissed, ReconnectPolicy, ResilientSubscription, Source
 from diator.exceptions import BrokerClosed, BrokerError
@@ -125,7 +126,7 @@ class Subscription(ResilientSubscription):
         self.options = options
         self.group = Group(service.execute, group)
         self.streams = tuple(streams)
-        self._first = {self.group.key(stream, b"again"): stream for stream in streams}
+        self._first = {self.group.key(stream, AGAIN): stream for stream in streams}
         self.topics = {**streams, **{again: streams[stream] for again, stream in self._first.items()}}
         self._cursors = dict.fromkeys(self.topics, b"0-0")
         self._held: dict[bytes, dict[bytes, Delivery]] = {stream: {} for stream in self.topics}
@@ -201,7 +202,7 @@ class Subscription(ResilientSubscription):
         entry = self._release(delivery)
         kept = msgspec.msgpack.encode(_Kept(entry.fields, delivery.attempt + 1, entry.origin))
         first = self._first.get(entry.stream, entry.stream)
-        keys = [self.group.key(first, b"delayed"), self.group.key(first, b"again")]
+        keys = [self.group.key(first, DELAYED), self.group.key(first, AGAIN)]
         with self._noting_failure(entry):
             was_ours = await self.group.retry(entry.stream, entry.id, keys, kept, after)
         if was_ours:
@@ -216,7 +217,7 @@ class Subscription(ResilientSubscription):
         fields = [part for pair in entry.fields for part in pair]
         fields += [part.encode(errors="replace") for pair in headers.items() for part in pair]
         with self._noting_failure(entry):
-            was_ours = await self.group.dead_letter(entry.stream, entry.id, self.group.key(stream, b"dead"), fields)
+            was_ours = await self.group.dead_letter(entry.stream, entry.id, self.group.key(stream, DEAD), fields)
         if was_ours:
             await self._remove(entry)
 
@@ -329,7 +330,7 @@ class Subscription(ResilientSubscription):
         will crash this one. The entries that were not taken over by then are charged no delivery.
         """
         for stream in self.streams:
-            await self.group.move_due(self.group.key(stream, b"delayed"), self.group.key(stream, b"again"))
+            await self.group.move_due(self.group.key(stream, DELAYED), self.group.key(stream, AGAIN))
         most = min(most, self._prefetch - len(self._suspects))
         with self._finding() as found:
             for stream in self.topics:

@@ -115,7 +115,9 @@ class RedisStreamHarness(RedisHarness):
         await transport._client.xadd(transport._stream(topic), {"body": body})
 
     async def dead_letters(self, transport, topic, group):
-        entries = await transport._client.xrange(f"{transport._stream(topic).decode()}:{group}:dead")
+        from diator.brokers.redis._names import DEAD, of_group
+
+        entries = await transport._client.xrange(of_group(transport._stream(topic), group, DEAD))
         found = [{_bytes(name): _bytes(value) for name, value in fields.items()} for _, fields in entries]
         return [DeadLettered(body=fields[b"body"], reason=fields[b"diator-dlq-reason"].decode()) for fields in found]
 

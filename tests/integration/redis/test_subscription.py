@@ -17,6 +17,7 @@ from redis.backoff import ConstantBackoff
 
 from diator.brokers import Message
 from diator.brokers.base import Topic
+from diator.brokers.codec import encode
 from diator.brokers.redis import RedisMessageBroker
 from diator.brokers.supervisor import ReconnectPolicy
 from diator.consumer import Consumer
@@ -126,6 +127,15 @@ async def flows_again(broker, deliveries, *, within=30.0) -> None:
 
 
 # -- deliveries --------------------------------------------------------------------------------------------------
+
+
+async def test_older_senders_of_another_prefix_are_not_received(make, redis_url, prefix) -> None:
+    """The pattern matches their channels, too, since it matches colons."""
+    broker = await make(redis_url, older_senders=True)
+    async with broker.subscribe([COUNTED]) as deliveries, Redis.from_url(redis_url) as client:
+        for number, channel in enumerate(["an-id", "notification_event:an-id", "an-id"], 1):
+            await client.publish(f"{prefix}:notification_event:{channel}", encode(message(number)))
+        assert await take(deliveries, 2) == [1, 3]
 
 
 async def test_on_entry_it_is_ready(broker) -> None:

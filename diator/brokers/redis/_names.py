@@ -1,0 +1,54 @@
+"""The names of channels and keys. Two different destinations never have one name, whatever their parts contain."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import quote
+
+from diator.brokers.base import Topic
+from diator.exceptions import ConfigurationError
+
+AGAIN, DELAYED, DEAD = b"again", b"delayed", b"dead"
+
+
+def encoded(text: str) -> bytes:
+    """Return *text* as Redis stores it. ConfigurationError if it is not valid Unicode."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ConfigurationError(f"{text!a:.80} is not valid Unicode (a lone surrogate); use another name") from None
+
+
+def stream(prefix: str, topic: Topic) -> bytes:
+    """Return the key of the stream of *topic*. Its parts contain no colon, so it has two."""
+    return encoded(f"{_escaped(prefix)}:{_escaped(topic.message_type)}:{_escaped(topic.message_name)}")
+
+
+def of_group(stream: bytes, group: str, what: bytes) -> bytes:
+    """Return the key of what *group* has for *stream*. It has four colons, so it is no stream of a topic."""
+    return b"%b:%b:%b" % (stream, encoded(_escaped(group)), what)
+
+
+def channel(prefix: str, topic: Topic) -> bytes:
+    """
+    Return the channel of *topic*: the one that diator has always used, unless a part of the topic contains a colon.
+
+    In that case the channel has no colon at all, so that it is not one of the others.
+    """
+    kind, name = topic
+    if ":" not in kind and ":" not in name:
+        return encoded(f"{prefix}:{kind}:{name}")
+    encoded(f"{prefix}{kind}{name}")
+    return "/".join(quote(part, safe="") for part in (prefix, kind, name)).encode()
+
+
+def channels_of(prefix: str, message_type: str) -> tuple[bytes, bytes]:
+    """Return a pattern for the channels of diator 0.1, which end in the id of the message, and what they begin with."""
+    start = encoded(f"{prefix}:{message_type}:")
+    return re.sub(rb"([*?\[\]\\])", rb"\\\1", start) + b"*", start
+
+
+def _escaped(part: str) -> str:
+    if ":" not in part and "%" not in part:
+        return part
+    return part.replace("%", "%25").replace(":", "%3A")
