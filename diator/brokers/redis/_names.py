@@ -25,7 +25,7 @@ def stream(prefix: str, topic: Topic) -> bytes:
 
 
 def of_group(stream: bytes, group: str, what: bytes) -> bytes:
-    """Return the key of what *group* has for *stream*. It has four colons, so it is no stream of a topic."""
+    """Return the key of what *group* has for *stream*. It has four colons, so it is not the stream of a topic."""
     return b"%b:%b:%b" % (stream, encoded(_escaped(group)), what)
 
 

@@ -84,11 +84,11 @@ def test_the_pattern_for_older_senders_matches_literally(prefix, kind):
     assert start == f"{prefix}:{kind}:".encode()
     # Redis's escape, as Python's fnmatch writes it
     translated = re.sub(rb"\\(.)", lambda found: b"[" + found[1] + b"]", pattern, flags=re.DOTALL)
-    assert fnmatch.fnmatchcase(start + b"an-id", translated) or b"\\" in start  # `[\]` is no escape in fnmatch
+    assert fnmatch.fnmatchcase(start + b"an-id", translated) or b"\\" in start  # `[\]` escapes nothing in fnmatch
 
 
 @pytest.mark.parametrize("broker", [RedisMessageBroker, RedisStreamMessageBroker])
-def test_a_prefix_that_is_no_text_is_refused(broker):
+def test_a_prefix_that_is_invalid_unicode_is_refused(broker):
     with pytest.raises(ConfigurationError, match="lone surrogate"):
         broker("redis://localhost", "\ud800")
 
@@ -101,7 +101,7 @@ def test_a_prefix_that_is_no_text_is_refused(broker):
         (RedisStreamMessageBroker, Topic("a", "b"), "\ud800"),
     ],
 )
-async def test_a_topic_or_a_group_that_is_no_text_is_refused(broker, topic, group):
+async def test_a_topic_or_a_group_that_is_invalid_unicode_is_refused(broker, topic, group):
     with pytest.raises(ConfigurationError, match="lone surrogate"):
         async with broker("redis://localhost:1").subscribe([topic], group=group):
             pass
