@@ -28,7 +28,7 @@ from diator.retrying import PermanentError, RetryPolicy
 from tests import peers
 from tests.integration.transports import broker_for
 
-pytestmark = pytest.mark.timeout(300)  # the first test of a language installs its clients
+pytestmark = pytest.mark.timeout(600)  # the first test of a language compiles its clients
 
 SCHEMA = Draft202012Validator(json.loads((Path(__file__).parents[2] / "docs" / "envelope.schema.json").read_text()))
 GROUP = "billing"

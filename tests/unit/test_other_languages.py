@@ -1,19 +1,20 @@
 """The page for other languages: its examples are tested programs, and its names and its schema are diator's."""
 
+import importlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from jsonschema import Draft202012Validator
 
 from diator.brokers.base import Topic
 from diator.brokers.codec import decode, encode, payload_decoder, payload_encoder
-from diator.brokers.kafka._names import DEAD, Names
 from diator.brokers.message import Message
-from diator.brokers.rabbitmq._names import queue_name, routing_key
 from diator.events import NotificationEvent
 from diator.exceptions import DecodingError
 
@@ -129,27 +130,94 @@ def test_the_page_shows_a_body_that_fits_the_schema():
     assert is_read(json.loads(body))
 
 
-# -- the names -----------------------------------------------------------------------------------------------------
+# -- the values ----------------------------------------------------------------------------------------------------
 
-PLAIN, ODD = Topic("notification_event", "UserJoined"), Topic("notification_event", "Zoë:joined #1")
-KAFKA = Names("shop")
+UUID_, AT = UUID(ID), datetime(2026, 3, 7, 9, 26, 2, 588_855, tzinfo=UTC)
+
+
+def reader_of(annotation):
+    read = payload_decoder(make_dataclass("Event", [("value", annotation)], kw_only=True))
+    return lambda value: read(b'{"value": %b}' % value.encode()).value
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("annotation", "value", "written", "also_read", "not_read"),
     [
-        f"topic exchange `shop`, routing key `{routing_key(*PLAIN)}`",
-        f"queue `{queue_name('shop', PLAIN, 'billing')}:dead`",
-        f"the queue `{queue_name('shop', PLAIN, 'billing')}`",
-        f"topic `{KAFKA.topic(PLAIN)}`",
-        f"topic `{KAFKA.beside(KAFKA.topic(PLAIN), 'billing', DEAD)}`",
-        f"| RabbitMQ, routing key | `{routing_key(*ODD)}` |",
-        f"| RabbitMQ, queue | `{queue_name('shop', ODD, 'billing')}` |",
-        f"| Kafka, topic | `{KAFKA.topic(ODD)}` |",
+        (UUID, UUID_, f'"{ID.lower()}"', [f'"{ID}"', f'"{UUID_.hex}"'], [f'"{{{ID}}}"', f'"urn:uuid:{ID}"']),
+        (
+            datetime,
+            AT,
+            '"2026-03-07T09:26:02.588855Z"',
+            ['"2026-03-07T11:26:02.588855+02:00"', '"2026-03-07T11:26:02.5888547+0200"'],
+            ["1767323045", '"2026-03-07T09:26:02.588855Z[Europe/Paris]"'],
+        ),
+        (date, AT.date(), '"2026-03-07"', [], ['"2026-03-07T00:00:00Z"']),
+        (timedelta, timedelta(days=1, seconds=90.5), '"P1DT90.5S"', ['"P1DT1M30.5S"'], ['"P1M"', "90"]),
+        (int, 2**53 + 1, "9007199254740993", [], ["1.0", '"1"']),
+        (float, 0.1, "0.1", ["1e-1"], ["NaN"]),
+        (Decimal, Decimal("12.30"), '"12.30"', ["12.3"], []),
+        (bytes, b"\x00\xff", '"AP8="', [], ['"AP8"', '"AP-_"']),
+        (str, "ü", '"ü"', [r'"\u00fc"'], [r'"\ud800"']),
+        (None, None, "null", [], []),
     ],
+    ids=str,
 )
-def test_the_page_has_the_names(name):
-    assert name in PAGE
+def test_the_values_are_those_of_the_page(annotation, value, written, also_read, not_read):
+    event = make_dataclass("Event", ["value"], kw_only=True)
+    read = reader_of(annotation)
+
+    assert f"| `{getattr(annotation, '__name__', 'None')}` | `{written}`" in PAGE
+    assert payload_encoder(event)(event(value=value)).decode() == f'{{"value":{written}}}'
+    assert [read(each) for each in (written, *also_read)] == [value] * (1 + len(also_read))
+    for each in not_read:
+        with pytest.raises(DecodingError):
+            read(each)
+
+
+# -- the names -----------------------------------------------------------------------------------------------------
+
+PLAIN, ODD = Topic("notification_event", "UserJoined"), Topic("notification_event", "Zoë:joined #1")
+
+
+def redis_names(names):
+    for topic, what in ((PLAIN, ""), (ODD, "| Redis Streams, dead letters | ")):
+        stream = names.stream("shop", topic)
+        yield f"{what}`{names.of_group(stream, 'billing', names.DEAD).decode()}`"
+    yield f"stream `{names.stream('shop', PLAIN).decode()}`"
+    yield f"channel `{names.channel('shop', PLAIN).decode()}`"
+    yield f"| Redis Pub/Sub, channel | `{names.channel('shop', ODD).decode()}` |"
+
+
+def rabbitmq_names(names):
+    queue = names.queue_name("shop", PLAIN, "billing")
+    yield f"topic exchange `shop`, routing key `{names.routing_key(*PLAIN)}`"
+    yield from (f"the queue `{queue}`", f"queue `{queue}:dead`")
+    yield f"| RabbitMQ, routing key | `{names.routing_key(*ODD)}` |"
+    yield f"| RabbitMQ, queue | `{names.queue_name('shop', ODD, 'billing')}` |"
+
+
+def kafka_names(names):
+    ours = names.Names("shop")
+    yield f"topic `{ours.topic(PLAIN)}`"
+    yield f"topic `{ours.beside(ours.topic(PLAIN), 'billing', names.DEAD)}`"
+    yield f"| Kafka, topic | `{ours.topic(ODD)}` |"
+
+
+@pytest.mark.parametrize(
+    ("client", "service", "names_of"),
+    [
+        ("redis", "redis", redis_names),
+        ("aiormq", "rabbitmq", rabbitmq_names),
+        ("aiokafka", "kafka", kafka_names),
+    ],
+    ids=["redis", "rabbitmq", "kafka"],
+)
+def test_the_page_has_the_names(client, service, names_of):
+    pytest.importorskip(client)
+    names = importlib.import_module(f"diator.brokers.{service}._names")
+
+    for name in names_of(names):
+        assert name in PAGE
 
 
 # -- the programs --------------------------------------------------------------------------------------------------

@@ -40,16 +40,17 @@ func pubSubSender(ctx context.Context, url, channel string) (func(Message) error
 }
 
 func listenStream(ctx context.Context, url, stream string) (func() (Message, error), error) {
+	const group = "go"
 	client, err := connect(url)
 	if err != nil {
 		return nil, err
 	}
-	if err := client.XGroupCreateMkStream(ctx, stream, "go", "0").Err(); err != nil {
+	if err := client.XGroupCreateMkStream(ctx, stream, group, "0").Err(); err != nil {
 		return nil, err
 	}
 	return func() (Message, error) {
 		for {
-			read := redis.XReadGroupArgs{Group: "go", Consumer: "me", Streams: []string{stream, ">"}, Count: 1, Block: time.Second}
+			read := redis.XReadGroupArgs{Group: group, Consumer: "me", Streams: []string{stream, ">"}, Count: 1, Block: time.Second}
 			found, err := client.XReadGroup(ctx, &read).Result()
 			if errors.Is(err, redis.Nil) {
 				continue // nothing within the second
@@ -67,7 +68,7 @@ func listenStream(ctx context.Context, url, stream string) (func() (Message, err
 			}
 			delete(message.Headers, "body")
 			delete(message.Headers, "key")
-			return message, client.XAck(ctx, stream, "go", entry.ID).Err()
+			return message, client.XAck(ctx, stream, group, entry.ID).Err()
 		}
 	}, nil
 }

@@ -45,9 +45,10 @@ const streams = {
   async sender(url, stream) {
     const redis = new Redis(url);
     return async ({ body, key, headers = {}, odd }) => {
-      const fields = odd ?? ['body', body, ...Object.entries(headers).flat()];
+      if (odd) return redis.xadd(stream, '*', ...odd);
+      const fields = ['body', body, ...Object.entries(headers).flat()];
       if (key !== undefined) fields.push('key', key);
-      await redis.xadd(stream, '*', ...fields);
+      return redis.xadd(stream, '*', ...fields);
     };
   },
 };
