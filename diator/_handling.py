@@ -13,14 +13,15 @@ from uuid import UUID
 from diator._deadlines import Deadline, Deadlines
 from diator._handlers import PreparedHandler
 from diator._hints import name_of
+from diator._log import RepeatedLines
 from diator._text import printable
 from diator.brokers.base import Delivery, Topic
-from diator.brokers.codec import Envelope, decode_envelope, payload_decoder
+from diator.brokers.codec import Envelope, decode_envelope, event_decoder
 from diator.container.base import Build, Resolver, Shared, scopes
 from diator.events import EventEmitter, EventMap
 from diator.events._emitter import OUTGOING, Outgoing
 from diator.events._event import is_integration_event, message_name_of
-from diator.exceptions import ConfigurationError, DecodingError, EventHandlersFailed
+from diator.exceptions import ConfigurationError, DecodingError, DiatorError, EventHandlersFailed
 from diator.middlewares.base import Middleware, chain
 from diator.retrying import RetryPolicy
 
@@ -44,8 +45,8 @@ class Handled:
             the transport has no dead-letter queue. `unsettled`: the handling was cancelled, or the delivery could
             not be settled; the transport redelivers the message if it can.
         reason: Why the message was not acknowledged; None if it was. It begins with a fixed word and a colon:
-            `retries-exhausted` (with `retried`, the immediate retries), `permanent`, `undecodable`, `unknown-type` or
-            `poison-message`; or it is `cancelled`, `ended by …` or `not settled: …`.
+            `retries-exhausted` (with `retried`, the immediate retries), `retry-refused`, `permanent`, `undecodable`,
+            `mismatch` or `poison-message`; or it is `cancelled`, `ended by …` or `not settled: …`.
         error: The error of the last attempt; None if there was none.
         seconds: How long the handling took, with its immediate retries.
     """
@@ -65,11 +66,11 @@ class Route:
     How the messages of one topic are decoded and handled.
 
     Attributes:
-        read: Decodes the payload.
+        read: Decodes the event of a message.
         handle: Calls the handlers, and then sends the integration events that they raised.
     """
 
-    read: Callable[[bytes], Any]
+    read: Callable[[Envelope], Any]
     handle: Callable[[Any], Awaitable[None]]
 
 
@@ -93,7 +94,7 @@ def routes(
                 handle = _handle_alone(handlers[0], handlers[0].build, emitter)
             else:
                 handle = _handle_and_send(chain(middlewares, _unit_of_work(handlers, emitter)), emitter)
-            found[topic] = Route(payload_decoder(event_type), handle)
+            found[topic] = Route(event_decoder(event_type), handle)
     if not found:
         raise ConfigurationError(
             "nothing to consume: the event map has no handler for an integration event; bind one before the consumer "
@@ -194,8 +195,10 @@ def _unit_of_work(
     return handle_in_scope if any(handler.needs_scope for handler in handlers) else handle
 
 
-#: How long to wait after each failure to settle, in seconds. After the last failure the delivery stays unsettled.
-_SETTLE_PAUSES = (0.05, 0.1, 0.0)
+#: How long to wait before each further attempt to settle, in seconds.
+_SETTLE_PAUSES = (0.05, 0.1)
+#: Errors after which the service may still accept the same: it is away, or too slow.
+_TEMPORARY = (ConnectionError, TimeoutError)
 
 
 def _current_task() -> asyncio.Task[Any]:
@@ -226,7 +229,7 @@ class Handling:
     Handles deliveries: calls the handlers, settles each delivery, and reports its outcome to the program.
 
     Attributes:
-        last_progress: When the last delivery was finished, by `time.monotonic`.
+        unsettled: How many deliveries could not be settled.
     """
 
     def __init__(
@@ -240,7 +243,7 @@ class Handling:
         timeout: float,
         on_handled: Callable[[Handled], None] | None,
     ) -> None:
-        self._routes: dict[tuple[str, str], Route] = dict(by_topic.items())
+        self._routes = dict(by_topic)
         self._retry = retry
         self._max_deliveries = retry.max_attempts + retry.max_crashes
         self._can_retry = can_retry
@@ -248,8 +251,11 @@ class Handling:
         self._max_message_bytes = max_message_bytes
         self._deadlines = Deadlines(timeout)
         self._on_handled = on_handled
+        self._lines = RepeatedLines(logger)
         self._workers: list[Worker] = []
-        self.last_progress = monotonic()
+        self.unsettled = 0
+        self._last_settled = monotonic()
+        self._not_settled_since = 0.0  # when the first delivery after the last settled one could not be settled
         self._is_ending = False
 
     def end(self) -> None:
@@ -261,6 +267,19 @@ class Handling:
     def in_flight(self) -> list[float]:
         """When each delivery that is being handled began, by `time.monotonic`."""
         return [worker.since for worker in self._workers if worker.since is not None]
+
+    def seconds_without_progress(self, now: float, waiting: float) -> float:
+        """
+        Return for how long deliveries have been there and none of them was settled; 0 if there are none.
+
+        *now* is by `time.monotonic`. *waiting* is for how long some have been waiting to be handled.
+        """
+        since = self.in_flight
+        if waiting > 0:
+            since.append(now - waiting)
+        if self._not_settled_since > self._last_settled:
+            since.append(self._not_settled_since)
+        return now - max(self._last_settled, min(since)) if since else 0.0
 
     def read(self, delivery: Delivery) -> Envelope | DecodingError:
         """Return the decoded message of *delivery*, or the error: `handle` dead-letters a message that has one."""
@@ -293,14 +312,16 @@ class Handling:
             if (
                 isinstance(message, DecodingError)
                 or delivery.attempt > self._max_deliveries
-                or (route := self._routes.get((message.message_type, message.message_name))) is None
+                or (route := self._routes.get(topic := delivery.topic)) is None
+                or topic[1] != message.message_name
+                or topic[0] != message.message_type
             ):
                 reason, error = self._why_unhandled(delivery, message)
             else:
                 try:
-                    event = route.read(message.payload_json)
+                    event = route.read(message)
                 except DecodingError as undecodable:
-                    reason, error = f"undecodable: {undecodable}", undecodable
+                    reason, error = printable(f"undecodable: {undecodable}"), undecodable
                 else:
                     try:
                         with deadline:
@@ -309,13 +330,17 @@ class Handling:
                         error = failed
                     if error is not None or self._is_ending or deadline.task.cancelling():
                         reason, error = await self._run_again(route, message, deadline, error)
-            outcome, reason = await self._settle(delivery, reason)
+            outcome, reason = await self._settle(delivery, reason, deadline)
         except BaseException as ending:
             cancelled = isinstance(ending, asyncio.CancelledError)
             error, reason = ending, "cancelled" if cancelled else f"ended by {name_of(type(ending))}"
             raise
         finally:
-            self.last_progress = monotonic()
+            ended = monotonic()
+            if outcome != "unsettled":
+                self._last_settled = ended
+            elif self._not_settled_since <= self._last_settled:
+                self._not_settled_since = ended
             worker.since = None
             if reason is not None or self._on_handled is not None:
                 handled = Handled(
@@ -325,7 +350,7 @@ class Handling:
                     outcome=outcome,
                     reason=reason,
                     error=error,
-                    seconds=self.last_progress - started,
+                    seconds=ended - started,
                 )
                 self._report(handled)
 
@@ -335,9 +360,10 @@ class Handling:
             ended = f"{delivery.attempt - 1} deliveries ended without success, more than the retry policy allows"
             return f"poison-message: {ended}", None
         if isinstance(message, DecodingError):
-            return f"undecodable: {message}", message
-        # The text comes from the sender and ends in logs: it is shortened and escaped.
-        return f"unknown-type: no handler for {message.message_type[:80]!r} {message.message_name[:80]!r}", None
+            return printable(f"undecodable: {message}"), message
+        # Whoever may write to one topic must not choose the handler of another one.
+        topic = " ".join(delivery.topic)
+        return printable(f"mismatch: the body names another type or name than its topic, {topic}"), None
 
     async def _run_again(
         self, route: Route, message: Envelope, deadline: Deadline, failed: BaseException | None
@@ -360,34 +386,49 @@ class Handling:
                 return f"permanent: {name_of(type(failed))}", failed
             if runs_left:
                 await asyncio.sleep(self._retry.pause())
-                event = route.read(message.payload_json)  # a handler may have changed the first event
                 failed = None
                 try:
+                    event = route.read(message)  # a handler may have changed the first event
                     with deadline:
                         await route.handle(event)
                 except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # as above
                     failed = error
         return f"retries-exhausted: {name_of(type(failed))}", failed
 
-    async def _settle(self, delivery: Delivery, reason: str | None) -> tuple[Outcome, str | None]:
-        """Settle *delivery* according to *reason*. Return the outcome and its reason."""
-        failed = "not settled"
-        for pause in _SETTLE_PAUSES:
+    async def _settle(self, delivery: Delivery, reason: str | None, deadline: Deadline) -> tuple[Outcome, str | None]:
+        """Settle *delivery* according to *reason*, or another way. Return the outcome and its reason."""
+        failures = 0
+        while True:
             try:
                 if reason is None:
                     await delivery.ack()
                     return "acked", None
-                return await self._settle_failed(delivery, reason), reason
-            except Exception as error:  # noqa: BLE001  # a transport may raise anything
-                name = printable(delivery.topic.message_name)
-                logger.warning("a delivery of %s could not be settled: %s", name, printable(repr(error)))
-                failed = f"not settled: {name_of(type(error))}"
-            await asyncio.sleep(pause)
-        return "unsettled", failed if reason is None else f"{failed} ({reason})"
+                with deadline:
+                    return await self._settle_failed(delivery, reason), reason
+            except Exception as failed:  # noqa: BLE001  # a transport may raise anything
+                error = failed
+            is_refused = isinstance(error, DiatorError) and not isinstance(error, _TEMPORARY)
+            if is_refused or deadline.is_over or failures == len(_SETTLE_PAUSES):
+                break
+            await asyncio.sleep(_SETTLE_PAUSES[failures])
+            failures += 1
+        why = name_of(type(error))
+        if reason is not None and self._may_retry(delivery, reason) and not isinstance(error, _TEMPORARY):
+            return await self._settle(delivery, printable(f"retry-refused: {why} ({reason})"), deadline)
+        self.unsettled += 1
+        # The text of an error that is not diator's may quote the message.
+        name, text = delivery.topic.message_name, repr(error) if isinstance(error, DiatorError) else why
+        kind = printable(f"a delivery of {name} could not be settled: {why}")
+        line = printable(f"a delivery of {name} could not be settled: {text}")
+        self._lines.log(logging.ERROR, kind, "%s; it is redelivered", line)
+        return "unsettled", printable(f"not settled: {why}" if reason is None else f"not settled: {why} ({reason})")
+
+    def _may_retry(self, delivery: Delivery, reason: str) -> bool:
+        may_retry = reason.startswith("retries-exhausted") and delivery.attempt < self._retry.max_attempts
+        return may_retry and self._can_retry
 
     async def _settle_failed(self, delivery: Delivery, reason: str) -> Outcome:
-        may_retry = reason.startswith("retries-exhausted") and delivery.attempt < self._retry.max_attempts
-        if may_retry and self._can_retry:
+        if self._may_retry(delivery, reason):
             await delivery.retry(after=self._retry.delay(delivery.attempt))
             return "retried"
         if self._can_dead_letter:
@@ -398,21 +439,33 @@ class Handling:
 
     def _report(self, handled: Handled) -> None:
         if handled.outcome != "acked":
-            self._log(handled)
+            self._log_failure(handled)
         if self._on_handled is not None:
             try:
                 self._on_handled(handled)
-            except Exception:
-                logger.exception("on_handled failed")
+            except Exception:  # noqa: BLE001  # it is logged
+                self._lines.log(logging.ERROR, "on_handled failed", "on_handled failed", exc_info=True)
 
-    def _log(self, handled: Handled) -> None:
-        name, reason = printable(handled.topic.message_name), printable(handled.reason or "")
+    def _log_failure(self, handled: Handled) -> None:
+        name, reason = printable(handled.topic.message_name), handled.reason or ""
         if handled.outcome == "retried":
-            message_id, attempt = handled.message_id, handled.attempt
             failure = printable(name_of(type(handled.error)))
-            logger.warning("%s %s failed (%s); requeued for attempt %d", name, message_id, failure, attempt + 1)
+            self._lines.log(
+                logging.WARNING,
+                f"{name} failed ({failure}) and was requeued",
+                "%s %s failed (%s); requeued for attempt %d",
+                *(name, handled.message_id, failure, handled.attempt + 1),
+            )
         if handled.outcome in ("dead_lettered", "given_up"):
             kept = handled.outcome == "dead_lettered"
             end = "is dead-lettered" if kept else "is lost: this transport cannot dead-letter it"
-            which = handled.message_id or "with an unreadable id"
-            logger.error("%s %s was not handled and %s (%s)", name, which, end, reason)
+            self._lines.log(
+                logging.ERROR,
+                f"{name} was not handled and {end} ({reason.partition(':')[0]})",
+                "%s %s was not handled and %s (%s)",
+                *(name, handled.message_id or "with an unreadable id", end, reason),
+            )
+
+    def finish_log(self) -> None:
+        """Log how many lines were left out. Call it when the consumer has stopped."""
+        self._lines.flush()

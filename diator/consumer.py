@@ -46,17 +46,25 @@ class Health:
     Attributes:
         receiving: Whether `Consumer.run` receives deliveries: it has subscribed, and `stop` was not called.
         connected: Whether the subscription is connected; true on a transport that cannot report this.
-        since_last_progress: Seconds since a delivery was finished, or since the consumer was made.
+        reconnects: How often the subscription had to reconnect.
+        since_last_progress: For how many seconds deliveries have been there, handled or waiting, and none of them was
+            settled; 0 while there are none.
         in_flight: How many deliveries are being handled.
         oldest_in_flight: For how many seconds the oldest of these deliveries has been handled; 0 if there are none.
+        unsettled: How many deliveries could not be settled, so that they are redelivered.
+        oldest_message: The age in seconds of the oldest message that this consumer has received and not settled, by the
+            time that the service gave it; 0 if there is none, None if the transport does not know.
         gaps: How often messages may have been missed.
     """
 
     receiving: bool
     connected: bool
+    reconnects: int
     since_last_progress: float
     in_flight: int
     oldest_in_flight: float
+    unsettled: int
+    oldest_message: float | None
     gaps: int
 
 
@@ -188,6 +196,7 @@ class Consumer:
                         await self._consume(deliveries)
                     finally:
                         self._receiving = False
+                        self._handling.finish_log()
 
     def stop(self) -> None:
         """
@@ -207,13 +216,16 @@ class Consumer:
 
     def health(self) -> Health:
         """Return the state of this consumer. Cheap, and callable at any time."""
-        now, in_flight = monotonic(), self._handling.in_flight
+        now, in_flight, deliveries = monotonic(), self._handling.in_flight, self._deliveries
         return Health(
             receiving=self._receiving and not self._stopping.is_set(),
-            connected=self._receiving and getattr(self._deliveries, "connected", True),
-            since_last_progress=now - self._handling.last_progress,
+            connected=self._receiving and getattr(deliveries, "connected", True),
+            reconnects=getattr(deliveries, "reconnects", 0),
+            since_last_progress=self._handling.seconds_without_progress(now, getattr(deliveries, "waiting", 0.0)),
             in_flight=len(in_flight),
             oldest_in_flight=now - min(in_flight, default=now),
+            unsettled=self._handling.unsettled,
+            oldest_message=getattr(deliveries, "oldest_message", None),
             gaps=self._gaps,
         )
 

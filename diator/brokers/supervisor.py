@@ -136,6 +136,7 @@ class ResilientSubscription(ABC):
             open.
 
     Attributes:
+        reconnects: How often the subscription had to reconnect.
         unsettled: How many deliveries of this subscription are not settled, handed out or not. The transport counts
             them. After it has lowered the count it calls `notify_settled`. A transport without settlement leaves it at
             0.
@@ -174,6 +175,8 @@ class ResilientSubscription(ABC):
         self._complete_until = 0.0
         self._probed_at: deque[float] = deque()  # the probes without an answer
         self._has_connection = False
+        self._waiting_since = 0.0
+        self.reconnects: int = 0
         self._end_error: DiatorError | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -245,6 +248,22 @@ class ResilientSubscription(ABC):
     def connected(self) -> bool:
         """Return whether there is a connection now that receives what the subscription is due."""
         return self._has_connection
+
+    @property
+    def waiting(self) -> float:
+        """For how many seconds there have been deliveries that were not handed out yet; 0 if there are none."""
+        if self._receiver is None or not self._received:
+            return 0.0
+        return self._receiver.get_loop().time() - self._waiting_since
+
+    @property
+    def oldest_message(self) -> float | None:
+        """
+        The age of the oldest message that was received and is not settled, in seconds; 0 if there is none.
+
+        It counts from the time that the service gave the message. None, as here, if the transport does not know it.
+        """
+        return None
 
     @property
     def is_ending(self) -> bool:
@@ -335,6 +354,7 @@ class ResilientSubscription(ABC):
                     self._changed.set()
                     return
                 self._has_connection = False
+                self.reconnects += 1
                 missed = missed or isinstance(error, MessagesMissed)
                 reason = explained(error)
                 logger.warning("%s has no connection (%s); reconnecting", self._name, reason)
@@ -360,6 +380,8 @@ class ResilientSubscription(ABC):
                         # Nothing was received while the buffer was full, so this does not count as silence.
                         self._last_received_at = asyncio.get_running_loop().time()
                     if deliveries := await source.receive(room):
+                        if not self._received:
+                            self._waiting_since = asyncio.get_running_loop().time()
                         self._received.extend(deliveries)
                         self._changed.set()
                     elif self._probed_at:

@@ -51,7 +51,8 @@ class NotificationEvent(Event):
 
     Attributes:
         event_id: The id of the event and of its message. Every duplicate of the message has the same id.
-        event_timestamp: When the event was made, with a time zone (UTC).
+        event_timestamp: When the event was made, with a time zone (UTC). None in an event that another program sent
+            without it.
         message_type: The kind of message, a class variable.
         message_name: The wire name, an optional class variable (`ClassVar[str]`). Default: the name of the class.
         message_key: The name of a field, an optional class variable (`ClassVar[str]`). Messages with the same value in

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Self
 from diator.brokers import Message
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
-from diator.brokers.codec import MAX_MESSAGE_BYTES, payload_encoder
+from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, payload_encoder
 from diator.brokers.memory import MemoryMessageBroker
 from diator.consumer import DEFAULT_GROUP, Consumer
 from diator.events import DomainEvent, ECSTEvent, EventEmitter, EventMap, NotificationEvent
-from diator.exceptions import BrokerUnavailable, MessagesNotSent
+from diator.exceptions import BrokerUnavailable, DecodingError, MessagesNotSent
 from diator.mediator import Mediator
 from diator.requests import Request, RequestMap
 
@@ -192,7 +192,12 @@ class Scripted:
         return given if isinstance(given, Delivery) else self.delivery(given)
 
     def delivery(self, body: bytes, **options: Any) -> Delivery:
-        topic = Topic("notification_event", "UserJoined")
+        """Make a delivery from the topic that *body* names; of `UserJoined` if it cannot be decoded."""
+        try:
+            message = decode(body)
+            topic = Topic(message.message_type, message.message_name)
+        except DecodingError:
+            topic = Topic("notification_event", "UserJoined")
         return Delivery(**{"topic": topic, "body": body, "headers": {}, "attempt": 1, "settler": self, **options})
 
     async def ack(self, delivery: Delivery, /) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
+from uuid import UUID
 
 from diator._handling import Handled
 from diator.brokers.base import ReadableBroker
 from diator.brokers.capabilities import Capabilities
+from diator.brokers.codec import Envelope
 from diator.consumer import Consumer, Health
 from diator.retrying import RetryPolicy
 from diator.testing.saboteurs._base import FOREVER, Saboteur, caught_by
@@ -80,7 +81,18 @@ class DecodesTheEventOnce(Consumer):
         super().__init__(broker, **options)
         routes = self._handling._routes  # noqa: SLF001  # the place of the defect
         for topic, route in routes.items():
-            routes[topic] = replace(route, read=functools.cache(route.read))
+            routes[topic] = replace(route, read=_once(route.read))
+
+
+def _once(read: Callable[[Envelope], Any]) -> Callable[[Envelope], Any]:
+    events: dict[UUID, Any] = {}
+
+    def read_once(envelope: Envelope) -> Any:
+        if envelope.message_id not in events:
+            events[envelope.message_id] = read(envelope)
+        return events[envelope.message_id]
+
+    return read_once
 
 
 class FailsOnAReturnValue(Consumer):

@@ -1,0 +1,266 @@
+"""No message stops another one, however it fails, and a flood of them fills no log."""
+
+import asyncio
+import logging
+import time
+
+import pytest
+
+from diator._log import MAX_LINES, PERIOD
+from diator.brokers.memory import MemoryMessageBroker
+from diator.exceptions import (
+    BrokerClosed,
+    BrokerUnavailable,
+    EncodingError,
+    MessageRejected,
+    OutcomeUnknown,
+    UnsupportedCapability,
+)
+from diator.retrying import PermanentError
+from tests.unit.consumer.helpers import (
+    CANARY,
+    JOIN,
+    JOINED,
+    ONCE,
+    consume,
+    consumer_of,
+    on_joined,
+    outcomes,
+    quick,
+)
+from tests.unit.doubles import FULL, WEAK, Scripted, UserJoined, body_of, running, until
+
+BAD = UserJoined(user_id=0)
+
+
+async def failing_first(event: UserJoined) -> None:
+    if not event.user_id:
+        raise LookupError(CANARY)
+
+
+async def refusing_first(event: UserJoined) -> None:
+    if not event.user_id:
+        raise PermanentError
+
+
+class Failing(Scripted):
+    """A broker whose settler raises the errors of *failing*, one after the other, and counts its calls."""
+
+    def __init__(self, *script, failing, **options):
+        super().__init__(*script, **options)
+        self.errors = {name: [*errors] for name, errors in failing.items()}
+        self.calls = []
+
+    def note(self, what, *details):
+        self.calls.append(what)
+        if errors := self.errors.get(what):
+            raise errors.pop(0)
+        super().note(what, *details)
+
+
+TEXT = f"a header contains {CANARY}"
+REFUSALS = [
+    MessageRejected(TEXT),
+    EncodingError("UserJoined.headers", "cannot be written"),
+    UnsupportedCapability("Scripted", ["delayed_retry"], why="retry", remedy="none"),
+]
+DEFECTS = [ValueError(TEXT), KeyError(CANARY), OverflowError(TEXT)]
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("error", [*REFUSALS, *DEFECTS], ids=lambda error: type(error).__name__)
+async def test_a_retry_that_is_refused_for_good_is_dead_lettered_and_the_next_message_is_handled(error, concurrency):
+    broker = Failing(body_of(BAD), body_of(JOIN), failing={"retry": [error] * 9})
+    reports = await consume(
+        broker, failing_first, count=2, retry=quick(delayed_retries=1), concurrency=concurrency, group="g"
+    )
+
+    reason = f"retry-refused: {type(error).__name__} (retries-exhausted: LookupError)"
+    assert sorted(broker.log) == [("ack",), ("dead_letter", reason)]
+    assert broker.calls.count("retry") == (1 if error in REFUSALS else 3)
+    assert sorted(outcomes(reports)) == ["acked", "dead_lettered"]
+    [bad] = [each for each in reports if each.reason]
+    assert (bad.reason, type(bad.error)) == (reason, LookupError)
+
+
+async def test_a_defect_that_does_not_happen_again_changes_nothing():
+    broker = Failing(body_of(BAD), failing={"retry": [KeyError(), KeyError()]})
+    [handled] = await consume(broker, failing_first, retry=quick(delayed_retries=1))
+
+    assert (handled.outcome, handled.reason) == ("retried", "retries-exhausted: LookupError")
+
+
+@pytest.mark.parametrize(
+    "error", [BrokerUnavailable("away"), OutcomeUnknown("late"), TimeoutError(), OSError.__new__(ConnectionResetError)]
+)
+async def test_while_the_service_is_away_a_retry_is_not_dead_lettered(error):
+    broker = Failing(body_of(BAD), body_of(JOIN), failing={"retry": [error] * 9})
+    reports = await consume(broker, failing_first, count=2, retry=quick(delayed_retries=1))
+
+    assert broker.calls == ["retry"] * 3 + ["ack"]
+    assert outcomes(reports) == ["unsettled", "acked"]
+    assert reports[0].reason == f"not settled: {type(error).__name__} (retries-exhausted: LookupError)"
+
+
+async def test_without_a_dead_letter_queue_a_refused_retry_is_given_up():
+    promised = {"delayed_retry": True, "delivery_count": "retries", "max_message_bytes": FULL.max_message_bytes}
+    capabilities = type(FULL)(**promised)
+    broker = Failing(body_of(BAD), capabilities=capabilities, failing={"retry": [MessageRejected("no")]})
+    [handled] = await consume(broker, failing_first, retry=quick(delayed_retries=1))
+
+    assert (handled.outcome, broker.log) == ("given_up", [("ack",)])
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("error", [*REFUSALS, *DEFECTS, BrokerClosed("closed")], ids=lambda error: type(error).__name__)
+async def test_a_dead_letter_that_is_refused_for_good_is_logged_and_counted_and_stops_nothing(
+    error, concurrency, caplog
+):
+    broker = Failing(body_of(BAD), body_of(JOIN), failing={"retry": [error] * 9, "dead_letter": [error] * 9})
+    consumer, reports = consumer_of(
+        broker, failing_first, retry=quick(delayed_retries=1), concurrency=concurrency, group="g"
+    )
+    async with running(consumer):
+        await until(lambda: len(reports) == 2)
+
+        assert consumer.health().unsettled == 1
+
+    assert (broker.log, sorted(outcomes(reports))) == ([("ack",)], ["acked", "unsettled"])
+    [record] = caplog.records
+    assert record.levelno == logging.ERROR
+    assert record.getMessage().startswith(f"a delivery of UserJoined could not be settled: {type(error).__name__}")
+    if error in DEFECTS:
+        assert CANARY not in record.getMessage()
+
+
+@pytest.mark.usefixtures("loop_clock")
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("hanging", ["retry", "dead_letter"])
+async def test_a_call_to_settle_that_hangs_ends_with_the_time_limit_of_a_handler(hanging, concurrency):
+    class Hanging(Scripted):
+        async def retry(self, delivery, after, /):
+            await asyncio.Event().wait()
+
+        async def dead_letter(self, delivery, reason, /):
+            await asyncio.Event().wait()
+
+    handler = failing_first if hanging == "retry" else refusing_first
+    broker = Hanging(body_of(BAD), body_of(JOIN))
+    reports = await consume(
+        broker, handler, count=2, retry=quick(delayed_retries=1), handler_timeout=1, concurrency=concurrency
+    )
+
+    assert sorted(outcomes(reports)) == ["acked", "unsettled"]
+    assert "not settled: TimeoutError" in "".join(each.reason or "" for each in reports)
+
+
+async def test_an_event_class_that_rejects_a_message_only_the_second_time_stops_nothing():
+    """Its checks may depend on the time, or on anything else."""
+    checks = []
+
+    class Capricious(UserJoined):
+        def __post_init__(self):
+            checks.append(self.user_id)
+            if checks.count(self.user_id) == 2 and not self.user_id:
+                raise ValueError(CANARY)
+
+    async def on_capricious(event: Capricious) -> None:
+        await failing_first(event)
+
+    bad, good = (body_of(each, message_name="Capricious") for each in (BAD, JOIN))
+    reports = await consume(Scripted(bad, good), on_capricious, count=2, retry=quick(immediate_retries=1))
+
+    assert outcomes(reports) == ["dead_lettered", "acked"]
+    assert reports[0].reason == "retries-exhausted: DecodingError"
+
+
+# -- a flood of them -------------------------------------------------------------------------------------------------
+
+POISON = {
+    "undecodable": b"garbage",
+    "mismatch": body_of(JOIN, message_name="Elsewhere"),
+    "permanent": body_of(BAD),
+}
+
+
+async def poisoned(broker, bodies):
+    async with broker.subscribe({JOINED}, group="g"):
+        pass
+    for body in bodies:
+        broker._put(JOINED, body)
+    return broker
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+async def test_10_000_poison_messages_are_a_few_lines_and_each_is_reported(concurrency, caplog):
+    broker = await poisoned(MemoryMessageBroker(capacity=20_000), [*POISON.values()] * 3_333 + [b"garbage"])
+    consumer, reports = consumer_of(broker, refusing_first, group="g", concurrency=concurrency)
+    async with running(consumer):
+        await until(lambda: len(reports) == 10_000)
+
+    assert outcomes(reports) == ["dead_lettered"] * 10_000
+    assert len(broker.dead_letters) == 10_000
+    texts = [record.getMessage() for record in caplog.records]
+    assert len(texts) == 3 * (MAX_LINES + 1) <= 100
+    left_out = f"UserJoined was not handled and is dead-lettered (undecodable): and {3_334 - MAX_LINES:,} more in 0 s"
+    assert left_out in texts
+
+
+async def test_the_lines_of_retries_and_of_unsettled_deliveries_are_counted_too(caplog):
+    broker = Failing(
+        *[body_of(BAD)] * 50, *[body_of(JOIN)] * 50, failing={"ack": [BrokerUnavailable("it is away")] * 150}
+    )
+    await consume(broker, failing_first, count=100, retry=quick(delayed_retries=1), concurrency=50)
+
+    texts = [record.getMessage() for record in caplog.records]
+    assert len(texts) == 2 * (MAX_LINES + 1)
+    assert f"UserJoined failed (LookupError) and was requeued: and {50 - MAX_LINES} more in" in "".join(texts)
+    unsettled = f"a delivery of UserJoined could not be settled: BrokerUnavailable: and {50 - MAX_LINES} more in"
+    assert unsettled in "".join(texts)
+
+
+async def test_the_count_is_logged_while_the_consumer_runs(caplog):
+    consumer, reports = consumer_of(Scripted(*[b"garbage"] * 50), on_joined)
+    async with running(consumer):
+        await until(lambda: len(reports) == 50)
+        assert len(caplog.records) == MAX_LINES
+        await asyncio.sleep(PERIOD)
+        assert caplog.records[-1].getMessage().endswith(f"(undecodable): and {50 - MAX_LINES} more in 60 s")
+
+
+async def test_errors_of_on_handled_are_counted_too(caplog):
+    def broken(handled):
+        calls.append(handled)
+        raise LookupError
+
+    calls = []
+    consumer, _ = consumer_of(Scripted(*[body_of(JOIN)] * 50), on_joined, on_handled=broken)
+    async with running(consumer):
+        await until(lambda: len(calls) == 50)
+
+    assert [record.getMessage() for record in caplog.records] == [
+        *["on_handled failed"] * MAX_LINES,
+        f"on_handled failed: and {50 - MAX_LINES} more in 0 s",
+    ]
+
+
+async def test_a_lost_message_is_counted_too(caplog):
+    await consume(Scripted(*[b"garbage"] * 50, capabilities=WEAK), on_joined, count=50)
+
+    assert len(caplog.records) == MAX_LINES + 1
+    assert f"cannot dead-letter it (undecodable): and {50 - MAX_LINES} more" in caplog.records[-1].getMessage()
+
+
+@pytest.mark.parametrize("kind", ["undecodable", "mismatch"])
+async def test_dead_lettering_is_at_least_a_third_as_fast_as_handling(kind):
+    async def seconds(body, count=2_000):
+        broker = await poisoned(MemoryMessageBroker(capacity=count), [body] * count)
+        consumer, reports = consumer_of(broker, refusing_first, group="g", retry=ONCE)
+        began = time.process_time()
+        async with running(consumer):
+            await until(lambda: len(reports) == count)
+        return time.process_time() - began
+
+    good, poison = [min([await seconds(body) for _ in range(5)]) for body in (body_of(JOIN), POISON[kind])]
+
+    assert poison < 3 * good
