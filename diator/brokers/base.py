@@ -48,8 +48,9 @@ class Settler(Protocol):
     docstring there lists, and ends within the broker's `timeout`.
 
     A call that fails settles nothing: the service redelivers the message, after `Capabilities.redelivery_bound` at the
-    latest. Until then it takes no place of *prefetch* from other messages. Settling too late has no effect either: if another consumer already has the message, or if the
-    subscription has ended, the message is redelivered. A settler never settles a delivery that another consumer holds.
+    latest. Until then it takes no place of *prefetch* from other messages. Settling too late has no effect either: if
+    another consumer already has the message, or if the subscription has ended, the message is redelivered. A settler
+    never settles a delivery that another consumer holds.
     """
 
     async def ack(self, delivery: Delivery, /) -> None:

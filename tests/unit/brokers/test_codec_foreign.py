@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import time
 import tracemalloc
 from datetime import UTC, datetime
 from typing import Annotated, ClassVar, Literal
@@ -411,11 +410,9 @@ def test_a_few_errors_are_described_and_many_are_counted():
     assert re.search(r"at `\$\.prices\[0\]`; .*at `\$\.prices\[2\]`$", _misfit(Prices, few))
 
     tracemalloc.start()
-    began = time.perf_counter()
     described = _misfit(Prices, many)
-    seconds, (_, peak) = time.perf_counter() - began, tracemalloc.get_traced_memory()
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 
     assert described.endswith("Prices: 100,000 values are invalid")
-    assert seconds < 0.02
     assert peak < 1_000_000
