@@ -16,7 +16,7 @@ from diator.brokers.rabbitmq._content import RESERVED, Properties
 from diator.brokers.rabbitmq._publisher import Publisher
 from diator.consumer import Consumer
 from diator.events import EventMap
-from diator.exceptions import MessageRejected
+from diator.exceptions import BrokerUnavailable, MessageRejected
 from diator.retrying import PermanentError, RetryPolicy
 from tests.integration.rabbitmq.helpers import (
     COUNTED,
@@ -331,3 +331,21 @@ async def test_an_error_of_any_kind_while_it_is_settled_frees_the_place(broker, 
         again = await asyncio.wait_for(anext(deliveries), SLACK)
         assert json.loads(again.body)["payload"]["number"] == 1
         await again.ack()
+
+
+async def test_a_dead_letter_waits_while_its_queue_is_full(broker, plain, queue, monkeypatch):
+    monkeypatch.setattr(_subscription, "_REQUEUE_DELAY", 0.1)
+    full = {"x-queue-type": "classic", "x-max-length": 1, "x-overflow": "reject-publish"}
+    dead = await plain.declare_queue(f"{queue}:dead", durable=True, arguments=full)
+    async with broker.subscribe([COUNTED], group="readers") as deliveries:
+        await broker.send_messages([counted(1), counted(2)])
+        await (await anext(deliveries)).dead_letter("no good")
+        delivery = await anext(deliveries)
+        with pytest.raises(BrokerUnavailable, match="redelivered"):
+            await delivery.dead_letter("no good")
+        assert await dead.get(no_ack=True)
+
+        await (await asyncio.wait_for(anext(deliveries), SLACK)).dead_letter("no good")
+    letter = await dead.get(no_ack=True)
+    assert json.loads(letter.body)["payload"]["number"] == 2
+    assert letter.headers["diator-dlq-reason"] == "no good"
