@@ -187,7 +187,7 @@ class _Reader:
 
     async def readexactly(self, size: int) -> bytes:
         """Return the next bytes for aiormq. Its `FrameReceiver.get_frame` reads by this method and by no other."""
-        while not self._for_aiormq:
+        while len(self._for_aiormq) < size:
             arrived = await self._reader.read(_READ_SIZE)
             if not arrived:
                 raise asyncio.IncompleteReadError(bytes(self._arrived), size)

@@ -8,7 +8,7 @@ what it has read in another form.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -37,6 +37,8 @@ _INTEGERS = b"bBsuIilL"
 _LATEST = (253_402_300_799_999).to_bytes(8)
 # Tables and lists are read that are nested so deep.
 _MAX_DEPTH = 32
+# So many values are read, those in tables and lists among them. More would take a consumer more than 10 ms.
+_MAX_VALUES = 4_096
 
 # The header of a retried message that counts the deliveries before.
 ATTEMPT = "diator-attempt"
@@ -91,12 +93,13 @@ class Properties:
         unreadable: The properties that cannot be decoded; `headers` if that is true of one of them.
     """
 
-    __slots__ = ("_fields", "_headers", "unreadable")
+    __slots__ = ("_fields", "_headers", "_unread", "unreadable")
 
     def __init__(self, header: bytes) -> None:
         """*header* is the payload of a content header frame."""
         self._fields: dict[str, bytes] = {}  # in the order on the wire
         self._headers: list[tuple[bytes, bytes, bool]] = []  # the name, the value, and whether both can be decoded
+        self._unread = b""  # the rest of the table
         self.unreadable: list[str] = []
         try:
             at = HEADER.size
@@ -119,17 +122,17 @@ class Properties:
             self.unreadable.append("timestamp")
 
     def _read_headers(self, table: bytes) -> bool:
-        at, good = 4, True
+        at, good, left = 4, True, iter(range(_MAX_VALUES))
         try:
             while at < len(table):
                 start = at + 1 + table[at]
                 end = _end(table, start)
                 name = table[at + 1 : start]
-                readable = _is_text(name) and _is_readable(table, start, end)
+                readable = _is_readable(table, start, end, left) and _is_text(name)
                 self._headers.append((name, table[start:end], readable))
                 at, good = end, good and readable
-        except (LookupError, ValueError):
-            return False
+        except (LookupError, ValueError, StopIteration):
+            self._unread, good = table[at:], False
         return good
 
     def headers(self) -> dict[str, str]:
@@ -195,6 +198,8 @@ class Properties:
             if kept is not None and kept not in headers:
                 entries.append((kept, value))
         table = b"".join(b"%c%b%b" % (len(name), name, value) for name, value in entries)
+        if with_headers and not only_readable:
+            table += self._unread
         fields |= {"delivery-mode": _PERSISTENT, "headers": len(table).to_bytes(4) + table}
         flags = sum(_FLAGS[name] for name in fields)
         return HEADER.pack(BASIC, 0, size, flags) + b"".join(fields[name] for name in _FLAGS if name in fields)
@@ -223,8 +228,9 @@ def _end(data: bytes, at: int) -> int:
     return end
 
 
-def _is_readable(data: bytes, at: int, end: int, depth: int = 0) -> bool:
-    """Return whether the value from *at* to *end* can be decoded, with all in it."""
+def _is_readable(data: bytes, at: int, end: int, left: Iterator[int], depth: int = 0) -> bool:
+    """Return whether the value from *at* to *end* can be decoded, with all in it. StopIteration if none is *left*."""
+    next(left)
     kind, at = data[at], at + 1
     if kind == _TIME:
         return data[at:end] <= _LATEST
@@ -239,7 +245,7 @@ def _is_readable(data: bytes, at: int, end: int, depth: int = 0) -> bool:
             if not _is_text(name):
                 return False
         ends = _end(data, at)
-        if ends > end or not _is_readable(data, at, ends, depth + 1):
+        if ends > end or not _is_readable(data, at, ends, left, depth + 1):
             return False
         at = ends
     return at == end

@@ -269,16 +269,22 @@ async def test_headers_that_leave_no_room_for_the_reason_are_left_out(broker, ra
 async def test_what_rabbitmq_refuses_to_store_again_it_dead_letters_itself(broker, raw, prefix, queue, caplog):
     async with broker.subscribe([COUNTED], group="readers", prefetch=1) as deliveries:
         await raw.publish(prefix, ROUTING_KEY, HEADERS, ODD, b"poison")
+        await (await anext(deliveries)).retry()
         delivery = await anext(deliveries)
         with refusing():
             await delivery.dead_letter("no good")
         await broker.send_message(counted(1))
         assert await asyncio.wait_for(numbers(deliveries, 1), SLACK) == [1]
 
-    kept, body = await raw.get(f"{queue}:dead")
-    assert body == b"poison"
-    assert Properties(bytes(12) + kept).header("x-last-death-reason") == "rejected"
-    assert "itself dead-letters" in caplog.text
+        kept, body = await raw.get(f"{queue}:dead")
+        assert body == b"poison"
+        assert Properties(bytes(12) + kept).header("x-last-death-reason") == "rejected"
+        assert "itself dead-letters" in caplog.text
+
+        await raw.publish("", queue, int.from_bytes(kept[:2]), kept[2:], body)  # somebody moves it back
+        moved = await asyncio.wait_for(anext(deliveries), SLACK)
+        await moved.ack()
+        assert (delivery.attempt, moved.attempt) == (2, 1)
 
 
 async def test_what_rabbitmq_refuses_to_store_again_comes_again_without_a_group(broker, monkeypatch):

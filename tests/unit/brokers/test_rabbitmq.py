@@ -12,8 +12,11 @@ pytest.importorskip("aio_pika")
 
 import aio_pika
 import yarl
+from aiormq.connection import FrameReceiver
+from aiormq.exceptions import AMQPConnectionError, InvalidFrameError, ProtocolSyntaxError
 from pamqp import commands
-from pamqp.frame import unmarshal
+from pamqp.frame import marshal, unmarshal
+from pamqp.heartbeat import Heartbeat
 
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.rabbitmq import RabbitMQMessageBroker, _client
@@ -218,6 +221,75 @@ def test_delays_are_rounded_up_by_a_third_at_most():
         bound = delay_bucket(milliseconds / 1000)
         assert milliseconds <= bound <= max(milliseconds * 1.34, milliseconds + 1)
     assert len({delay_bucket(seconds / 10) for seconds in range(10, 36_000)}) < 50
+
+
+class Taken(list):
+    """A channel that only takes frames."""
+
+    def take_frame(self, kind, frame):
+        self.append((kind, frame))
+
+
+def reader(*arriving):
+    """The reader of aiormq, on a stream on which these bytes arrive, with channel 1."""
+    stream, channel = asyncio.StreamReader(), Taken()
+    for each in arriving:
+        stream.feed_data(each)
+    stream.feed_eof()
+    return FrameReceiver(_client._Reader(stream, {1: channel})), channel
+
+
+def frame(kind, number, payload):
+    return kind.to_bytes(1) + number.to_bytes(2) + len(payload).to_bytes(4) + payload + b"\xce"
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 30, 1_000])
+async def test_frames_of_a_channel_go_to_the_channel_and_aiormq_sees_heartbeats(size):
+    """However the bytes of the stream are cut."""
+    tune = marshal(commands.Connection.Tune(1, 2, 3), 0)
+    frames = [frame(1, 1, b"method"), frame(2, 1, b"\xff" * 20), frame(3, 1, b""), frame(3, 2, b"of nobody"), tune]
+    stream, channel = asyncio.StreamReader(), Taken()
+    receiver = FrameReceiver(_client._Reader(stream, {1: channel}))
+    arriving = b"".join(frames)
+
+    seen = []
+    for start in range(0, len(arriving), size):
+        stream.feed_data(arriving[start : start + size])
+        while not seen or not isinstance(seen[-1], commands.Connection.Tune):
+            try:
+                seen.append((await asyncio.wait_for(receiver.get_frame(), 0.01))[2])
+            except TimeoutError:
+                break
+
+    assert channel == [(1, frames[0]), (2, frames[1]), (3, frames[2])]
+    assert {type(each) for each in seen[:-1]} <= {Heartbeat}
+    assert (seen[-1].channel_max, seen[-1].frame_max) == (1, 2)
+    assert size == 1_000 or len(seen) > 1
+
+
+@pytest.mark.parametrize(
+    ("arriving", "error"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", AMQPConnectionError),
+        (b"AMQP\x00\x00\x09\x01", ProtocolSyntaxError),
+        (frame(3, 1, b"x")[:-1] + b"\x00", InvalidFrameError),
+        (frame(3, 1, b"x")[:-1], AMQPConnectionError),
+    ],
+)
+async def test_aiormq_reports_what_is_not_amqp(arriving, error):
+    receiver, channel = reader(arriving)
+
+    with pytest.raises(error):
+        await receiver.get_frame()
+
+    assert channel == []
+
+
+async def test_the_end_of_a_stream_ends_the_frames():
+    receiver, channel = reader(frame(3, 1, b"x"))
+
+    assert [type(each) async for _, _, each in receiver] == [Heartbeat]
+    assert len(channel) == 1
 
 
 async def test_a_write_to_a_half_closed_connection_does_not_block_later_ones():

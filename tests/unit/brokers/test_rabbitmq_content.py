@@ -1,7 +1,7 @@
 """The properties of a message of RabbitMQ: whatever bytes they are, they are read, and written again as they came."""
 
 import struct
-from time import perf_counter
+from time import process_time
 from uuid import uuid4
 
 import pytest
@@ -91,19 +91,20 @@ def test_any_table_is_read_and_what_is_written_again_can_be_read(entries):
         header(headers=table(a=nested(5_000))),
         header(headers=table_of(*[(b"", b"V")] * 43_000)),
         header(headers=table(a=b"A" + sized(b"A\x00\x00\x00\x00" * 26_000))),
+        header(headers=table(a=b"A" + sized(b"V" * 130_000))),
         header(headers=table_of(*[(b"\xff", text(b""))] * 18_000)),
         header(headers=sized(b"\xff" * 131_000)),
         header(headers=b"\xff" * 131_000),
     ],
-    ids=["nested", "entries", "lists", "names", "junk", "sizes"],
+    ids=["nested", "entries", "lists", "values", "names", "junk", "sizes"],
 )
 def test_the_largest_header_frame_takes_a_moment(hostile):
-    began = perf_counter()
+    began = process_time()
     properties = Properties(hostile)
     properties.headers()
     properties.again(2, {"diator-attempt": 1}, deaths=True, only_readable=True)
 
-    assert perf_counter() - began < 1.0  # some 50 ms on an idle machine
+    assert process_time() - began < 0.1  # 10 ms
 
 
 @pytest.mark.parametrize(
@@ -118,6 +119,9 @@ def test_the_largest_header_frame_takes_a_moment(hostile):
         (header(headers=table(a=b"A" + sized(b"T" + struct.pack(">Q", 2**60)))), ["headers"]),
         (header(headers=table_of((b"\xff\xfe", text(b"a")))), ["headers"]),
         (header(headers=table(a=b"F" + table_of((b"\xff", b"V")))), ["headers"]),
+        (header(headers=table_of(*[(b"a", b"V")] * 4_096)), []),
+        (header(headers=table_of(*[(b"a", b"V")] * 4_097)), ["headers"]),
+        (header(headers=table(a=b"A" + sized(b"V" * 4_096))), ["headers"]),
         (header(headers=table(a=nested(32))), []),
         (header(headers=table(a=nested(33))), ["headers"]),
         (header(headers=table(a=b"Zabc")), ["headers"]),
@@ -273,6 +277,14 @@ def test_a_dead_letter_lacks_what_cannot_be_decoded_and_nothing_else():
     assert properties.unreadable == ["message-id", "headers", "timestamp"]
     assert (again.unreadable, again.headers()) == ([], {"good": "1"})
     assert whole.unreadable == properties.unreadable
+
+
+def test_a_retry_has_the_headers_that_were_not_read():
+    values = table_of(*[(b"a", b"V")] * 5_000)
+    properties = Properties(header(headers=values, delivery_mode=b"\x02", message_id=ID))
+
+    assert properties.again(2, {}, deaths=True) == header(headers=values, delivery_mode=b"\x02", message_id=ID)
+    assert Properties(properties.again(2, {}, deaths=True, only_readable=True)).unreadable == []
 
 
 def test_a_dead_letter_can_lack_its_headers():
