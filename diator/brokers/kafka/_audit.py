@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-from aiokafka import errors
 from aiokafka.admin.config_resource import ConfigResourceType
 from aiokafka.client import AIOKafkaClient
-from aiokafka.protocol.admin import DescribeConfigsRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
 from diator._text import listed
@@ -17,7 +14,7 @@ from diator.brokers.audit import Finding
 from diator.brokers.kafka._client import Cluster, close_client, started
 from diator.brokers.kafka._names import DEAD
 from diator.brokers.kafka._offsets import MAX_COMMIT_METADATA
-from diator.brokers.kafka._topics import HEADERS_BYTES, TopicPolicy
+from diator.brokers.kafka._topics import HEADERS_BYTES, TopicPolicy, described
 
 _DAY_MS = 24 * 60 * 60 * 1000
 _WEEK_MINUTES = 7 * 24 * 60
@@ -42,32 +39,16 @@ async def inspect(cluster: Cluster, policy: TopicPolicy, prefix: str) -> list[Fi
         found = [*_cluster_findings(len(brokers), policy)]
         if brokers:
             found += _broker_findings(
-                await _described(client, brokers[0], ConfigResourceType.BROKER, [str(brokers[0])])
+                await described(client, ConfigResourceType.BROKER, [str(brokers[0])], node=brokers[0])
             )
-        described = await _described(client, node, ConfigResourceType.TOPIC, [*replicas])
+        settings_of = await described(client, ConfigResourceType.TOPIC, [*replicas], node=node)
         topics: dict[Finding, list[str]] = {}
-        for name, settings in sorted(described.items()):
+        for name, settings in sorted(settings_of.items()):
             for finding in _topic_findings(name, replicas[name], settings, policy):
                 topics.setdefault(finding, []).append(name)
         return [*found, *(_with_topics(finding, names) for finding, names in topics.items())]
     finally:
         await close_client(client)
-
-
-async def _described(
-    client: Any, node: Any, kind: ConfigResourceType, names: Collection[str]
-) -> dict[str, Mapping[str, str] | str]:
-    """Return the settings of each of *names*, or the name of the error that hides them."""
-    if not names:
-        return {}
-    request = DescribeConfigsRequest(resources=[(int(kind), name, None) for name in names], include_synonyms=False)
-    response = await client.send(node, request)
-    return {
-        name: errors.for_code(error_code).__name__
-        if error_code
-        else {setting[0]: setting[1] or "" for setting in settings}
-        for error_code, _, _, name, settings in response.resources
-    }
 
 
 def _cluster_findings(brokers: int, policy: TopicPolicy) -> Iterator[Finding]:
@@ -79,8 +60,8 @@ def _cluster_findings(brokers: int, policy: TopicPolicy) -> Iterator[Finding]:
         )
 
 
-def _broker_findings(described: Mapping[str, Mapping[str, str] | str]) -> Iterator[Finding]:
-    for name, settings in described.items():
+def _broker_findings(found: Mapping[str, Mapping[str, str] | str]) -> Iterator[Finding]:
+    for name, settings in found.items():
         if isinstance(settings, str):
             yield _hidden(f"broker {name}", settings, "DescribeConfigs on the cluster")
             continue

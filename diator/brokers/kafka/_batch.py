@@ -8,6 +8,7 @@ from typing import Any
 
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
+from diator.brokers.kafka._client import BatchBuilderInPython
 from diator.brokers.kafka._unconfirmed import Batch
 
 _OVERHEAD = 36
@@ -22,11 +23,15 @@ _WITHOUT_LENGTHS = 21
 _NO_LIMIT = 2**31 - 1
 
 
-def record_size(key: bytes | None, value: bytes, headers: list[tuple[str, bytes]] | None) -> int:
+def record_size(key: bytes | None, value: bytes | None, headers: list[tuple[str, bytes | None]] | None) -> int:
     """Return how many bytes such a record takes in a batch, at most."""
     if key is None and not headers:
-        return len(value) + _OVERHEAD
-    size: int = DefaultRecordBatchBuilder.size_of(key, value, [*headers] if headers else [])
+        return len(value or b"") + _OVERHEAD
+    headers = [*headers] if headers else []
+    try:
+        size: int = DefaultRecordBatchBuilder.size_of(key, value, headers)
+    except TypeError:  # the builder in C writes no `HeaderName`
+        size = BatchBuilderInPython.size_of(key, value, headers)
     return size + _WITHOUT_LENGTHS
 
 
@@ -67,7 +72,13 @@ class Records:
         self._numbering = (producer_id, producer_epoch, base_sequence)
 
     def _build(self) -> bytearray:
-        builder: Any = DefaultRecordBatchBuilder(2, 0, 0, *self._numbering, _NO_LIMIT)
+        try:
+            return self._built(DefaultRecordBatchBuilder)
+        except TypeError:  # as above
+            return self._built(BatchBuilderInPython)
+
+    def _built(self, builder_type: Any) -> bytearray:
+        builder = builder_type(2, 0, 0, *self._numbering, _NO_LIMIT)
         append, timestamp = builder.append, self._opened_at
         for offset, call in enumerate(self._batch.calls):
             append(offset, timestamp, call.key, call.value, call.headers or [])

@@ -173,7 +173,7 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
     async def send_message(self, message: Message, /) -> None:
         """See `MessageBroker.send_message`."""
         body = encode(message, max_bytes=self._max_message_bytes)
-        headers: list[tuple[str, bytes]] | None = None
+        headers: list[tuple[str, bytes | None]] | None = None
         key = None
         try:
             if message.key is not None:
@@ -226,7 +226,7 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
             raise send_error(error, None, handed_over=False) from error
 
 
-def _encoded(headers: dict[str, str], key: bytes) -> list[tuple[str, bytes]]:
+def _encoded(headers: dict[str, str], key: bytes) -> list[tuple[str, bytes | None]]:
     """Refuse headers here that Kafka would refuse with their whole batch: invalid Unicode, and too many bytes."""
     encoded = [(name, value.encode()) for name, value in headers.items()]
     size = len(key) + sum(len(name.encode()) + len(value) for name, value in encoded)
@@ -234,4 +234,4 @@ def _encoded(headers: dict[str, str], key: bytes) -> list[tuple[str, bytes]]:
         raise MessageRejected(
             f"its key and headers have {size:,} bytes; at most {MAX_HEADERS_BYTES:,} are possible: send less in them"
         )
-    return encoded
+    return [*encoded]

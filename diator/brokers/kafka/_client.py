@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from types import CoroutineType
 from typing import Any
 
+from aiokafka.record import default_records
+
 from diator._extras import require_internals
 from diator.brokers.kafka._errors import CLIENT_ERRORS
 from diator.brokers.kafka._unconfirmed import Place
@@ -155,9 +157,15 @@ INTERNALS = {
         "DefaultRecordBatchBuilder.append",
         "DefaultRecordBatchBuilder.build",
         "DefaultRecordBatchBuilder.size_of",
+        "_DefaultRecordBatchBuilderPy.append",
+        "_DefaultRecordBatchBuilderPy.build",
+        "_DefaultRecordBatchBuilderPy.size_of",
     ),
 }
 require_internals("aiokafka", INTERNALS)
+
+BatchBuilderInPython: Any = default_records._DefaultRecordBatchBuilderPy  # noqa: SLF001
+"""Writes what the one in C refuses: names of headers that are not `str`, but a class derived from it."""
 
 
 async def close_client(client: Any) -> None:

@@ -63,6 +63,10 @@ class Connection(ABC):
     async def start_over(self, topic_names: Collection[str]) -> None:
         """Read these topics, which were deleted and created again, from their beginning."""
 
+    def begun(self, place: TopicPartition, offsets: Offsets) -> Partition:
+        """Return a partition that this connection begins to read."""
+        return self.subscription.partition(place, offsets, of=self.consumer.count_partitions(place.topic))
+
     async def receive(self, most: int, /) -> Sequence[Delivery]:
         """See `Source.receive`."""
         subscription = self.subscription
@@ -110,6 +114,8 @@ class Connection(ABC):
                     self.subscription.accept(partition, of_partition, deliveries)
                     if partition.is_too_far:
                         self._pause(place, partition)
+        for place in self.consumer.problems.keys() & self.partitions.keys():
+            self.consumer.pause(place)
         return deliveries if records else None
 
     def _begin_assignment(self) -> None:
@@ -123,7 +129,7 @@ class Connection(ABC):
         self._read_from(place, 0)
 
     def _read_from(self, place: TopicPartition, offset: int) -> None:
-        self.partitions[place] = self.subscription.partition(place, Offsets(offset))
+        self.partitions[place] = self.begun(place, Offsets(offset))
         self.consumer.seek(place, offset)
         if self._paused.pop(place, None):
             self.consumer.resume(place)
@@ -149,7 +155,11 @@ class Connection(ABC):
         Raises:
             ConnectionError: There is no connection, for the second time. The client would try ten times a second.
             BrokerUnavailable: A topic was deleted. It was reported as a gap.
+            ConfigurationError: A partition cannot be read any further, and all that came before is settled.
         """
+        for place, problem in self.consumer.problems.items():
+            if place in self.partitions and not self.partitions[place].unsettled:
+                raise problem
         is_connected = self.consumer.is_connected
         if not is_connected and not self._was_connected:
             raise ConnectionError("there is no connection to Kafka")

@@ -125,7 +125,7 @@ class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[mi
                 self._read_from_beginning(place)
             else:
                 self._unread.discard(place)
-                self.partitions[place] = self.subscription.partition(place, offsets)
+                self.partitions[place] = self.begun(place, offsets)
         self.subscription.member_id = self.consumer.member_id
         self.subscription.is_assigned = True
         self._assigned.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from diator.brokers.base import Topic
 from diator.exceptions import ConfigurationError, MessageRejected
@@ -43,6 +44,16 @@ class Names:
     def beside(self, topic: str, group: str | None, what: str) -> str:
         """Return the name of a group's own topic beside *topic*: *what* is `RETRY` or `DEAD`."""
         return _checked(f"{topic}.{_escaped(group, '_')}{what}" if group is not None else f"{topic}{what}")
+
+
+def is_of_group(name: str) -> bool:
+    """Return whether *name* is one that `Names.beside` returns."""
+    return name.endswith((RETRY, DEAD))
+
+
+def possible_sources(name: str) -> Sequence[str]:
+    """Return the topics that the topic *name* of a group can be beside: a subscription may have no group."""
+    return (name.rpartition(".")[0], name.removesuffix(DEAD).removesuffix(RETRY))
 
 
 def _escaped(text: str, allowed: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Iterator
 
@@ -10,6 +11,8 @@ MAX_COMMIT_METADATA = 4_096
 TOPIC_ID_LENGTH = 32 + 1
 """How many of these characters the id of the topic takes, which stands before `Offsets.progress`."""
 _VERSION = "1"
+# No consumer is ten million messages ahead of its oldest unfinished one.
+_METADATA = re.compile(rf"{_VERSION}( [0-9]{{1,7}}[:+][0-9]{{1,7}})*")
 
 
 class Offsets:
@@ -106,22 +109,18 @@ def _format(lowest: int, done: list[range], attempts: dict[int, int]) -> str:
 
 
 def _parse(position: int, metadata: str) -> tuple[list[range], dict[int, int]]:
-    """Read what `_format` wrote. Ignore the metadata of another program."""
+    """Read what `_format` wrote. Ignore the metadata of another program, and whatever else cannot be true."""
+    if len(metadata) > MAX_COMMIT_METADATA or not _METADATA.fullmatch(metadata):
+        return [], {}
     done: list[range] = []
     attempts: dict[int, int] = {}
-    version, *parts = metadata.split(" ")
-    if version != _VERSION:
-        return done, attempts
-    try:
-        for part in parts:
-            offset, plus, count = part.partition("+")
-            if plus:
-                done.append(range(position + int(offset), position + int(offset) + int(count)))
-            else:
-                offset, _, attempt = part.partition(":")
-                attempts[position + int(offset)] = int(attempt)
-    except ValueError:
-        return [], {}
+    for part in metadata.split(" ")[1:]:
+        offset, plus, count = part.partition("+")
+        if plus:
+            done.append(range(position + int(offset), position + int(offset) + int(count)))
+        else:
+            offset, _, attempt = part.partition(":")
+            attempts[position + int(offset)] = max(1, int(attempt))
     return sorted(done, key=lambda each: each.start), attempts
 
 
@@ -134,8 +133,15 @@ The delay buckets, one for each partition of a retry topic: the longest delay of
 One more partition has the longer delays. A partition is read in its order. In each bucket the delays differ by a factor
 of four at most, so that no retry waits for long behind one that is due later.
 """
+LONGEST_DELAY = 7 * 24 * 3600.0
+"""How many seconds ahead any retry is due, at most. By default, Kafka deletes a message after a week."""
 
 
 def delay_bucket(after: float) -> int:
     """Return the partition of a retry topic for a retry that is due in *after* seconds."""
     return bisect_left(DELAYS, after)
+
+
+def longest_delay(number: int, partitions: int) -> float:
+    """Return how long a retry waits at most in one of so many *partitions*; the last one has all longer delays."""
+    return DELAYS[number] if number < min(len(DELAYS), partitions - 1) else LONGEST_DELAY

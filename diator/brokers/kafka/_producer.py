@@ -68,10 +68,10 @@ class Producer(ClientConnection):
     async def send(
         self,
         topic: str,
-        value: bytes,
+        value: bytes | None,
         *,
         key: bytes | None = None,
-        headers: list[tuple[str, bytes]] | None = None,
+        headers: list[tuple[str, bytes | None]] | None = None,
         partition: int | None = None,
         message_id: UUID | None = None,
     ) -> None:

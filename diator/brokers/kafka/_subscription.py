@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
+import re
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeAlias, cast
@@ -20,8 +21,9 @@ from aiokafka import TopicPartition
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.connecting import BackgroundTasks
 from diator.brokers.kafka._consumer import ReadOptions, Record
+from diator.brokers.kafka._fetched import Headers, Unreadable
 from diator.brokers.kafka._names import DEAD, RETRY, Names
-from diator.brokers.kafka._offsets import Offsets, delay_bucket
+from diator.brokers.kafka._offsets import Offsets, delay_bucket, longest_delay
 from diator.brokers.kafka._producer import Producer
 from diator.brokers.settling import dead_letter_headers
 from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, Source
@@ -31,8 +33,12 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 #: How many messages of one partition of a retry topic wait here until they are due.
 _MAX_WAITING = 100
+#: How many bytes of one partition are here at most, before its next fetch.
+_MAX_HELD_BYTES = 8 * 1024 * 1024
 #: The last headers of a message in a retry topic: attempt, due (milliseconds since 1970), and where it came from.
 _RETRY_HEADERS = ("diator-retry-attempt", "diator-retry-due", "diator-retry-origin")
+#: Their values, as diator writes them. No attempt, time or offset has more digits.
+_CONTROL = re.compile(rb"([0-9]{1,6}) ([0-9]{1,15}) ([0-9]{1,9}:[0-9]{1,19})")
 
 
 class Partition:
@@ -44,23 +50,27 @@ class Partition:
         topic: What its messages are about.
         offsets: Which of its messages are finished.
         is_retries: Whether it is of a retry topic.
+        longest_delay: If so: how many seconds ahead its retries are due, at most.
         committed: What was committed last, as `Offsets.progress` returned it.
         is_ending: Whether it is about to go to another consumer: its deliveries may be settled, and no more begin.
         is_lost: Whether it is another consumer's: settling a delivery of it has no effect.
         is_paused: Whether the client fetches nothing of it for now.
-        read_until: When its last message that was read had been sent, in milliseconds since 1970.
+        read_until: When its last message that was read had been sent, in milliseconds since 1970. Its sender says so.
         unsettled: How many of its deliveries are not settled, handed out or not.
         waiting: How many of its messages wait here until they are due.
+        held: How many bytes its unfinished messages have.
         behind: With retries in place: by key, the messages that wait until an earlier one of their key is settled.
     """
 
     __slots__ = (
         "behind",
         "committed",
+        "held",
         "is_ending",
         "is_lost",
         "is_paused",
         "is_retries",
+        "longest_delay",
         "max_unacked",
         "offsets",
         "place",
@@ -71,12 +81,20 @@ class Partition:
     )
 
     def __init__(
-        self, place: TopicPartition, topic: Topic, offsets: Offsets, *, is_retries: bool, max_unacked: int
+        self,
+        place: TopicPartition,
+        topic: Topic,
+        offsets: Offsets,
+        *,
+        is_retries: bool,
+        longest_delay: float,
+        max_unacked: int,
     ) -> None:
         self.place = place
         self.topic = topic
         self.offsets = offsets
         self.is_retries = is_retries
+        self.longest_delay = longest_delay
         self.max_unacked = max_unacked
         self.committed = offsets.progress()
         self.is_ending = False
@@ -85,12 +103,13 @@ class Partition:
         self.read_until = 0
         self.unsettled = 0
         self.waiting = 0
+        self.held = 0
         self.behind: dict[bytes, deque[Record]] = {}
 
     @property
     def is_too_far(self) -> bool:
-        """Whether it must not be read further for now: too many of its messages are unfinished, or wait here."""
-        return self.offsets.spread >= self.max_unacked or self.waiting >= _MAX_WAITING
+        """Whether it must not be read further for now: too many of its messages, or bytes, are here."""
+        return self.offsets.spread >= self.max_unacked or self.held >= _MAX_HELD_BYTES or self.waiting >= _MAX_WAITING
 
 
 class _Token(msgspec.Struct, eq=False, gc=False):  # nothing that it refers to refers back
@@ -247,12 +266,17 @@ class Subscription(ResilientSubscription):
 
     # -- partitions ----------------------------------------------------------------------------------------------
 
-    def partition(self, place: TopicPartition, offsets: Offsets) -> Partition:
-        """Return a partition that this connection begins to read."""
+    def partition(self, place: TopicPartition, offsets: Offsets, *, of: int = 0) -> Partition:
+        """Return a partition that this connection begins to read. Its topic has *of* partitions, as far as known."""
         source = self._sources.get(place.topic)
-        topic = self._topics[source or place.topic]
-        max_unacked = self.options.max_unacked_per_partition
-        return Partition(place, topic, offsets, is_retries=source is not None, max_unacked=max_unacked)
+        return Partition(
+            place,
+            self._topics[source or place.topic],
+            offsets,
+            is_retries=source is not None,
+            longest_delay=longest_delay(place.partition, of),
+            max_unacked=self.options.max_unacked_per_partition,
+        )
 
     def read_alone(self, positions: Mapping[TopicPartition, int]) -> None:
         """Begin to read further partitions without a group, each at its position."""
@@ -302,20 +326,22 @@ class Subscription(ResilientSubscription):
         """Append to *into* the deliveries of those *records* that may be handled now. The others wait here."""
         if not records:
             return
-        partition.read_until = records[-1].timestamp
+        if 0 <= records[-1].timestamp <= time.time() * 1000:  # otherwise its sender has set a wrong time
+            partition.read_until = records[-1].timestamp
         take, before = partition.offsets.take, len(into)
+        taken = [(each, attempt) for each in records if (attempt := take(each.offset))]
+        partition.held += sum([_size(record) for record, _ in taken])
         if not partition.is_retries and not self.options.in_place:
-            into += [self._delivery(partition, each, attempt) for each in records if (attempt := take(each.offset))]
+            into += [self._delivery(partition, record, attempt) for record, attempt in taken]
         else:
-            for record in records:
-                if attempt := take(record.offset):
-                    self._accept_in_order(partition, record, attempt, into)
+            for record, attempt in taken:
+                self._accept_in_order(partition, record, attempt, into)
         self._count(partition, len(into) - before)
 
     def _accept_in_order(self, partition: Partition, record: Record, attempt: int, into: list[Delivery]) -> None:
         if partition.is_retries:
             control = _control_of(partition, record)
-            remaining = control.due / 1000 - time.time()
+            remaining = min(control.due / 1000 - time.time(), partition.longest_delay)
             if remaining > 0:
                 self._delay(partition, record, control.attempt, remaining)
             else:
@@ -384,6 +410,8 @@ class Subscription(ResilientSubscription):
         partition, record = token.partition, token.record
         if token.is_over:
             return
+        if type(record) is Unreadable:
+            raise MessageRejected(f"a message that cannot be read cannot be requeued; dead-letter it ({record.why})")
         if not self._has_retry_topics:
             token.is_settled = True
             self._settle(partition)
@@ -394,43 +422,65 @@ class Subscription(ResilientSubscription):
         headers = [*_own_headers(partition, record)]
         headers += [(name, value.encode()) for name, value in zip(_RETRY_HEADERS, control, strict=True)]
         topic_name = partition.place.topic if partition.is_retries else self._retry_topics[partition.place.topic]
-        await self._move(token, delivery.attempt, topic_name, headers, partition=delay_bucket(after))
+        with self._redelivered_on_failure(token, delivery.attempt):
+            await self._move(token, topic_name, record.key, record.value, headers, partition=delay_bucket(after))
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
-        """Write the message to the dead-letter topic of its group."""
+        """Write the message to the dead-letter topic of its group; if Kafka refuses it there, what it accepts of it."""
         token = _token(delivery)
         partition, record = token.partition, token.record
         if token.is_over:
             return
         source = self._sources.get(partition.place.topic, partition.place.topic)
         number, _, offset = _origin(partition, record).partition(":")
+        if type(record) is Unreadable:
+            reason = f"unreadable: {record.why}"
         about = dead_letter_headers(
             delivery, reason, source=source, group=self._group or "", partition=number, offset=offset
         )
-        headers = [*_own_headers(partition, record)]
-        headers += [(name, value.encode(errors="replace")) for name, value in about.items()]
-        await self._move(token, delivery.attempt, self._dead_letter_topics[source], headers)
+        own = _own_headers(partition, record)
+        topic_name = self._dead_letter_topics[source]
+        refused: MessageRejected | None = None
+        with self._redelivered_on_failure(token, delivery.attempt):
+            for omitted in ("", "body", "body,headers,key"):
+                if omitted:
+                    about["diator-dlq-omitted"] = omitted
+                headers = [] if "headers" in omitted else [*own]
+                headers += [(name, value.encode(errors="replace")) for name, value in about.items()]
+                key, value = None if "key" in omitted else record.key, None if omitted else record.value
+                try:
+                    await self._move(token, topic_name, key, value, headers)
+                except MessageRejected as error:
+                    refused = error  # as too large, most likely
+                else:
+                    return
+            assert refused is not None, "it was refused, or this method has returned"  # noqa: S101
+            raise refused
 
     async def _move(
         self,
         token: _Token,
-        attempt: int,
         topic_name: str,
-        headers: list[tuple[str, bytes]],
+        key: bytes | None,
+        value: bytes | None,
+        headers: list[tuple[str, bytes | None]],
+        *,
         partition: int | None = None,
     ) -> None:
-        """Write the message to *topic_name*; then it is finished here. If that fails, it is delivered again later."""
-        record = token.record
+        """Write the message to *topic_name*; then it is finished here."""
+        await self._producer.send(topic_name, value, key=key, headers=headers, partition=partition)
+        if not token.is_over:
+            self._finish(token, token.partition)
+
+    @contextmanager
+    def _redelivered_on_failure(self, token: _Token, attempt: int) -> Generator[None, None, None]:
+        """Deliver the message again later if it cannot be settled."""
         try:
-            await self._producer.send(
-                topic_name, record.value or b"", key=record.key, headers=headers, partition=partition
-            )
+            yield
         except BaseException:
             # Not at once: a service that fails would be flooded with attempts.
             asyncio.get_running_loop().call_later(self.options.session_timeout, self._redeliver, token, attempt)
             raise
-        if not token.is_over:
-            self._finish(token, token.partition)
 
     def _redeliver(self, token: _Token, attempt: int) -> None:
         """Deliver the message again, unless another try to settle it has succeeded meanwhile."""
@@ -443,6 +493,7 @@ class Subscription(ResilientSubscription):
     def _finish(self, token: _Token, partition: Partition) -> None:
         record = token.record
         token.is_settled = True
+        partition.held -= _size(record)
         partition.offsets.finish(record.offset)
         self._settle(partition)
         if partition.behind and record.key in partition.behind:
@@ -472,6 +523,14 @@ def _token(delivery: Delivery) -> _Token:
     return cast("_Token", delivery.token)
 
 
+def _size(record: Record) -> int:
+    """Return about how many bytes *record* has."""
+    size = len(record.value or b"")
+    for _, value in record.headers:
+        size += len(value or b"")
+    return size
+
+
 # -- headers, and where a message came from ------------------------------------------------------------------------
 
 
@@ -482,7 +541,7 @@ def _headers(partition: Partition, record: Record) -> dict[str, str]:
     return headers
 
 
-def _own_headers(partition: Partition, record: Record) -> Sequence[tuple[str, bytes]]:
+def _own_headers(partition: Partition, record: Record) -> Headers:
     """Return the headers that the sender wrote."""
     return _control_of(partition, record).headers if partition.is_retries else record.headers
 
@@ -511,16 +570,15 @@ class _Control:
     attempt: int
     due: int
     origin: str
-    headers: Sequence[tuple[str, bytes]]
+    headers: Headers
 
 
 def _control_of(partition: Partition, record: Record) -> _Control:
     """Read the control headers. A message that another program put there is due now, as a second attempt."""
     control = record.headers[-len(_RETRY_HEADERS) :]
-    try:
-        if tuple(name for name, _ in control) == _RETRY_HEADERS:
-            attempt, due, origin = ((value or b"").decode() for _, value in control)
-            return _Control(max(2, int(attempt)), int(due), origin, record.headers[: -len(control)])
-    except ValueError:
+    if tuple(name for name, _ in control) == _RETRY_HEADERS:
+        found = _CONTROL.fullmatch(b" ".join(value or b"" for _, value in control))
+        if found and int(found[1]) > 1:
+            return _Control(int(found[1]), int(found[2]), found[3].decode(), record.headers[: -len(control)])
         logger.warning("%s has a message at %d whose control headers are not diator's", partition.place, record.offset)
     return _Control(2, 0, f"{partition.place.partition}:{record.offset}", record.headers)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from aiokafka import errors
+from aiokafka.admin.config_resource import ConfigResourceType
 from aiokafka.client import AIOKafkaClient
-from aiokafka.protocol.admin import CreateTopicsRequest
+from aiokafka.protocol.admin import CreateTopicsRequest, DescribeConfigsRequest
 from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
 from diator.brokers.kafka._client import Cluster, close_client, started
-from diator.brokers.kafka._names import DEAD, RETRY
+from diator.brokers.kafka._fetched import has_codecs, require_codec
+from diator.brokers.kafka._names import DEAD, RETRY, is_of_group, possible_sources
 from diator.brokers.kafka._offsets import DELAYS
 from diator.exceptions import MessageRejected
 
@@ -54,8 +56,10 @@ class TopicPolicy:
         until somebody deletes them.
         """
         configs = {"min.insync.replicas": "2"} if replicas > 2 else {}  # noqa: PLR2004
-        if self.max_message_bytes > MAX_KAFKA_BYTES:
-            configs["max.message.bytes"] = str(self.max_message_bytes + HEADERS_BYTES)
+        if self.max_message_bytes > MAX_KAFKA_BYTES or is_of_group(topic):
+            largest = max(self.max_message_bytes, MAX_KAFKA_BYTES) + HEADERS_BYTES
+            # A retry or a dead letter has further headers, and may be as large as Kafka allows by default.
+            configs["max.message.bytes"] = str(largest + HEADERS_BYTES if is_of_group(topic) else largest)
         if topic.endswith(DEAD):
             configs["retention.ms"] = "-1"
         return configs
@@ -85,6 +89,7 @@ async def ensure_topics(
     Raises:
         MessageRejected: A topic is missing, and *policy* forbids to create it, or Kafka refused. The text has the
             reason, or the command that creates the topic.
+        ConfigurationError: A topic of *reading* is compressed in a way that this program cannot read.
         KafkaError: The cluster does not answer, or refuses access.
     """
     client = AIOKafkaClient(**cluster.settings())
@@ -103,6 +108,7 @@ async def ensure_topics(
             missing, leaderless = await _look_for(client, wanted)
         if reading:
             await _try_to_read(client, reading)
+            await _require_codecs(client, reading)
     finally:
         await close_client(client)
 
@@ -136,10 +142,52 @@ async def _try_to_read(client: Any, topics: Collection[str]) -> None:
                 raise error(name)
 
 
+async def _require_codecs(client: Any, topics: Collection[str]) -> None:
+    if has_codecs():
+        return
+    for name, settings in (await described(client, ConfigResourceType.TOPIC, topics)).items():
+        if not isinstance(settings, str):  # otherwise Kafka does not show them to this user
+            require_codec(settings.get("compression.type", ""), f"the topic {name}")
+
+
+async def described(
+    client: Any, kind: ConfigResourceType, names: Collection[str], *, node: Any = None
+) -> dict[str, Mapping[str, str] | str]:
+    """Return the settings of each of *names*, or the name of the error that hides them."""
+    if not names:
+        return {}
+    request = DescribeConfigsRequest(resources=[(int(kind), name, None) for name in names], include_synonyms=False)
+    response = await client.send(client.get_random_node() if node is None else node, request)
+    return {
+        name: errors.for_code(error_code).__name__
+        if error_code
+        else {setting[0]: setting[1] or "" for setting in settings}
+        for error_code, _, _, name, settings in response.resources
+    }
+
+
+async def _configs(
+    client: Any, policy: TopicPolicy, names: Collection[str], replicas: int
+) -> dict[str, dict[str, str]]:
+    """Return the settings of each new topic. A group's own topic accepts what the topic beside it accepts."""
+    sources = {name: possible_sources(name) for name in names if is_of_group(name)}
+    known = await described(client, ConfigResourceType.TOPIC, {each for found in sources.values() for each in found})
+    configs = {name: policy.configs(name, replicas) for name in names}
+    for name, found in sources.items():
+        for settings in (known.get(source) for source in found):
+            if settings is None or isinstance(settings, str):
+                continue  # there is none, or Kafka does not show its settings to this user
+            largest = int(settings["max.message.bytes"]) + HEADERS_BYTES
+            configs[name]["max.message.bytes"] = str(max(largest, int(configs[name]["max.message.bytes"])))
+            configs[name]["compression.type"] = settings["compression.type"]
+    return configs
+
+
 async def _create(client: Any, policy: TopicPolicy, missing: Collection[str], *, within: float) -> None:
     replicas = policy.replicas(len(client.cluster.brokers()))
+    configs = await _configs(client, policy, missing, replicas)
     requests: list[Any] = [
-        (name, policy.partitions_of(name), replicas, [], [*policy.configs(name, replicas).items()]) for name in missing
+        (name, policy.partitions_of(name), replicas, [], [*configs[name].items()]) for name in missing
     ]
     controller = client.cluster.controller
     node = client.get_random_node() if controller is None else controller.nodeId

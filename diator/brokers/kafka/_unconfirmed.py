@@ -31,8 +31,8 @@ class Call(msgspec.Struct, eq=False):
 
     place: Place
     key: bytes | None
-    value: bytes
-    headers: list[tuple[str, bytes]] | None
+    value: bytes | None
+    headers: list[tuple[str, bytes | None]] | None
     size: int
     message_id: UUID | None
     deadline: float

@@ -27,7 +27,11 @@ PROJECT = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())
 GUARDED = {
     "redis": ["diator.brokers.redis._client"],
     "aiormq": ["diator.brokers.rabbitmq._client"],
-    "aiokafka": ["diator.brokers.kafka._client", "diator.brokers.kafka._consumer"],
+    "aiokafka": [
+        "diator.brokers.kafka._client",
+        "diator.brokers.kafka._consumer",
+        "diator.brokers.kafka._fetched",
+    ],
     "rodi": ["diator.container.rodi"],
 }
 GUARDED_MODULES = [(client, module) for client, modules in GUARDED.items() for module in modules]

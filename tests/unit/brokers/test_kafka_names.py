@@ -123,7 +123,7 @@ def test_topics_get_three_copies_where_there_are_three_brokers(brokers, copies):
 def test_dead_letters_are_kept():
     policy = TopicPolicy(create=True, partitions=4, replication_factor=1, max_message_bytes=1000)
 
-    assert policy.configs(f"p.t.N.g{DEAD}", 1) == {"retention.ms": "-1"}
+    assert policy.configs(f"p.t.N.g{DEAD}", 1) == {"retention.ms": "-1", "max.message.bytes": str(17 * 64 * 1024)}
 
 
 def test_a_topic_accepts_the_largest_message_of_the_broker():

@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("aiokafka")
 
-from diator.brokers.kafka._offsets import DELAYS, Offsets, delay_bucket
+from diator.brokers.kafka._offsets import DELAYS, Offsets, delay_bucket, longest_delay
+
+WEEK = 7 * 24 * 3600.0
 
 
 def taken(*offsets, position=0):
@@ -124,7 +126,33 @@ def test_finishing_an_unknown_offset_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    "written", ["", "1", "2 3+4", "other", '{"owner": "other"}', "1 x+y", "1 5+", "1 3", "1 :", " "]
+    "written",
+    [
+        *(
+            "",
+            "1",
+            "2 3+4",
+            "other",
+            '{"owner": "other"}',
+            "1 x+y",
+            "1 5+",
+            "1 3",
+            "1 :",
+            " ",
+            "1 3+4 ",
+            "1 -3+4",
+            "1  3+4",
+        ),
+        *(
+            "1 3+99999999",
+            "1 3:99999999",
+            "1 " + "9" * 5_000 + "+1",
+            "1 3+4 x",
+            "1 ٣+٤",
+            "1" + " 3+4" * 2_000,
+            "1 3+4\n",
+        ),
+    ],
 )
 def test_metadata_of_another_program_is_ignored(written):
     partition = Offsets(10, written)
@@ -176,6 +204,21 @@ def test_no_message_is_lost_and_no_finished_one_is_redelivered(steps):
                 del out[offset]
             else:
                 attempts[offset] = partition.requeue(offset)
+
+
+@given(st.one_of(st.text(), st.from_regex(r"1( \d{1,20}[:+]\d{1,20})*", fullmatch=True)))
+def test_no_metadata_hides_what_is_far_away(written):
+    """Whatever another program writes to the commits of the group."""
+    partition = Offsets(10, written)
+
+    assert all(1 <= partition.take(offset) < 10_000_000 for offset in (30_000_000, 30_000_001))
+    assert len(partition.progress()[1]) <= 4_096
+
+
+@pytest.mark.parametrize(("number", "partitions", "longest"), [(0, 6, 1.0), (4, 6, 256.0), (5, 6, WEEK), (0, 1, WEEK)])
+def test_a_retry_is_not_due_later_than_its_bucket_allows(number, partitions, longest):
+    """The last partition has all longer delays, however many there are."""
+    assert longest_delay(number, partitions) == longest
 
 
 @pytest.mark.parametrize(("after", "where"), [(0.0, 0), (1.0, 0), (1.01, 1), (15.0, 2), (256.0, 4), (9e9, len(DELAYS))])

@@ -5,6 +5,8 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("aiokafka")
 
@@ -13,14 +15,16 @@ from aiokafka import TopicPartition
 from diator.brokers.base import Topic
 from diator.brokers.kafka._connection import Connection
 from diator.brokers.kafka._consumer import ReadOptions
+from diator.brokers.kafka._fetched import Unreadable
 from diator.brokers.kafka._names import Names
 from diator.brokers.kafka._offsets import Offsets
-from diator.brokers.kafka._subscription import Subscription, Wakeup
+from diator.brokers.kafka._subscription import Partition, Subscription, Wakeup, _control_of
 from diator.brokers.supervisor import ReconnectPolicy
-from diator.exceptions import BrokerUnavailable
+from diator.exceptions import BrokerUnavailable, ConfigurationError, MessageRejected
 
 ORDERS = Topic("notification_event", "OrderPaid")
 PLACE = TopicPartition("shop.notification_event.OrderPaid", 0)
+MIB = 1024 * 1024
 OPTIONS = {
     "session_timeout": 0.02,
     "heartbeat_interval": 0.01,
@@ -49,11 +53,16 @@ class Producer:
         self.subscriptions = set()
         self.sent = []
         self.error = None
+        self.refusals = 0
 
     async def send(self, topic_name, value, *, key, headers, partition):
         if self.error is not None:
             raise self.error
+        if self.refusals:
+            self.refusals -= 1
+            raise MessageRejected("it is too large")
         self.sent.append((topic_name, partition))
+        self.value, self.key, self.headers = value, key, headers
 
 
 class Client:
@@ -62,7 +71,9 @@ class Client:
     is_connected = True
     answers = True
 
-    def __init__(self):
+    def __init__(self, place):
+        self.place = place
+        self.problems = {}
         self.records = []
         self.asked = 0
         self.ids = {}
@@ -80,7 +91,7 @@ class Client:
     async def take(self, most):
         self.asked += 1
         taken, self.records = self.records[:most], self.records[most:]
-        return {PLACE: taken} if taken else {}
+        return {self.place: taken} if taken else {}
 
     def fetched(self):
         self.waiting.set()
@@ -101,6 +112,9 @@ class Client:
     def has_topic(self, topic):
         return True
 
+    def count_partitions(self, topic):
+        return 6
+
     def pause(self, place):
         self.paused.append(place)
 
@@ -110,7 +124,8 @@ class Client:
 
 class OneConnection(Connection):
     async def begin(self):
-        self.partitions[PLACE] = self.subscription.partition(PLACE, Offsets(0))
+        place = self.consumer.place
+        self.partitions[place] = self.begun(place, Offsets(0))
         self.subscription.is_assigned = True
 
     async def start_over(self, topic_names):
@@ -123,15 +138,16 @@ class OneConnection(Connection):
 class Reading:
     """A subscription that is open, and its parts."""
 
-    def __init__(self, *, reconnect=None, **options):
+    def __init__(self, *, place=PLACE, on_gap=None, reconnect=None, **options):
         self.connections = 0
-        self.client, self.producer = Client(), Producer()
+        self.place = place
+        self.client, self.producer = Client(place), Producer()
         self.subscription = Subscription(
             [ORDERS],
             "billing",
             prefetch=50,
             extra_prefetch=0,
-            on_gap=None,
+            on_gap=on_gap,
             options=ReadOptions(**OPTIONS | options),
             names=Names("shop"),
             producer=self.producer,
@@ -148,7 +164,7 @@ class Reading:
 
     @property
     def partition(self):
-        return self.connection.partitions[PLACE]
+        return self.connection.partitions[self.place]
 
     async def take(self, *offsets):
         """Take the deliveries of *offsets*, which come in that order."""
@@ -168,6 +184,11 @@ async def reading(**options):
     it = Reading(**options)
     async with it.subscription:
         yield it
+
+
+def reading_retries():
+    """Read the retry topic, of the shortest delays."""
+    return reading(place=TopicPartition(f"{PLACE.topic}.billing-retry", 0))
 
 
 # -- waiting -----------------------------------------------------------------------------------------------------
@@ -372,6 +393,175 @@ async def test_a_partition_is_paused_when_it_is_too_far_and_resumed_when_it_has_
         await it.take(4)
 
 
+async def test_a_partition_is_read_no_further_while_it_holds_many_bytes():
+    async with reading() as it:
+        it.client.fetch(Record(0, value=bytes(7 * MIB)), Record(1, value=None, headers=[("h", bytes(2 * MIB))]))
+        first, second = await it.take(0, 1)
+        await asyncio.sleep(0.01)
+        assert it.client.paused == [PLACE]
+
+        await second.ack()
+        await asyncio.sleep(0.01)
+        assert it.client.resumed == [PLACE]
+        await first.ack()
+        assert it.partition.held == 0
+
+
+# -- records of other programs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timestamp", [-1, -(2**63), 2**62, 1_772_000_000_000_000])
+async def test_a_time_that_cannot_be_is_not_the_beginning_of_a_gap(timestamp):
+    gaps = []
+    async with reading(on_gap=gaps.append) as it:
+        it.client.fetch(Record(0, timestamp=5_000))
+        await it.take(0)
+        it.client.fetch(Record(1, timestamp=timestamp))
+        await it.take(1)
+        it.subscription.report_lost_messages(it.partition.read_until, "they are gone")
+
+    assert [gap.since.timestamp() for gap in gaps] == [5.0]
+
+
+NOW = b"1772000000000"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (b"2", b"9" * 400, b"0:0"),
+        (b"9" * 400, NOW, b"0:0"),
+        (b"2", b"-" + NOW, b"0:0"),
+        (b"1", NOW, b"0:0"),
+        (b"2", NOW, b"x"),
+        (b"2", NOW, b"0:" + b"9" * 400),
+        (b"2", NOW, None),
+        (None, None, None),
+        (b"2\n", NOW, b"0:0"),
+        (b"+2", NOW, b"0:0"),
+        ("٢".encode(), NOW, b"0:0"),
+    ],
+)
+async def test_control_headers_that_diator_has_not_written_control_nothing(values):
+    names = ("diator-retry-attempt", "diator-retry-due", "diator-retry-origin")
+    forged = [("h", b"v"), *zip(names, values, strict=True)]
+    async with reading_retries() as it:
+        it.client.fetch(Record(7, headers=forged))
+        (delivery,) = await it.take(7)
+        await delivery.dead_letter("no good")
+
+    assert delivery.attempt == 2
+    assert [name for name, _ in it.producer.headers][:4] == ["h", *names]
+    assert ("diator-dlq-offset", b"7") in it.producer.headers
+
+
+@given(st.lists(st.tuples(st.sampled_from(["diator-retry-attempt", "diator-retry-due", "x"]), st.binary()), max_size=4))
+def test_no_control_headers_break_the_reader(headers):
+    partition = Partition(PLACE, ORDERS, Offsets(0), is_retries=True, longest_delay=1.0, max_unacked=1)
+    control = _control_of(partition, Record(0, headers=headers))
+
+    assert 2 <= control.attempt < 1_000_000
+    assert 0 <= control.due < 10**15
+
+
+async def test_a_forged_time_delays_a_retry_no_longer_than_its_bucket(monkeypatch):
+    forged = [
+        ("diator-retry-attempt", b"2"),
+        ("diator-retry-due", b"99999999999999"),
+        ("diator-retry-origin", b"0:0"),
+    ]
+    async with reading_retries() as it:
+        it.client.fetch(Record(0, headers=forged))
+        began = asyncio.get_running_loop().time()
+        await it.take(0)
+
+        assert 0.9 < asyncio.get_running_loop().time() - began < 1.1
+
+
+async def test_the_records_that_cannot_be_read_are_one_message():
+    async with reading() as it:
+        it.client.fetch(
+            Record(0), Unreadable(offset=7, why="T, partition 0, offset 1 to 7: it is too large"), Record(8)
+        )
+        first, unreadable, last = await it.take(0, 7, 8)
+        with pytest.raises(MessageRejected, match="cannot be read"):
+            await unreadable.retry()
+        await unreadable.dead_letter("undecodable")
+        await first.ack()
+        await last.ack()
+
+        assert unreadable.body == b""
+        assert (
+            "diator-dlq-reason",
+            b"unreadable: T, partition 0, offset 1 to 7: it is too large",
+        ) in it.producer.headers
+        assert it.partition.offsets.progress() == (9, "")
+
+
+# -- dead letters that Kafka refuses -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("refusals", "omitted", "value", "key", "has_own"),
+    [
+        (0, None, b"{}", b"k", True),
+        (1, b"body", None, b"k", True),
+        (2, b"body,headers,key", None, None, False),
+    ],
+)
+async def test_a_dead_letter_that_is_refused_is_stored_in_a_smaller_form(refusals, omitted, value, key, has_own):
+    async with reading() as it:
+        it.client.fetch(Record(4, b"k", headers=[("own", b"v")]))
+        (delivery,) = await it.take(4)
+        it.producer.refusals = refusals
+        await delivery.dead_letter("no good")
+
+        headers = dict(it.producer.headers)
+        assert (it.producer.value, it.producer.key, "own" in headers) == (value, key, has_own)
+        assert headers.get("diator-dlq-omitted") == omitted
+        assert (headers["diator-dlq-source"], headers["diator-dlq-offset"]) == (PLACE.topic.encode(), b"4")
+        assert it.partition.offsets.progress() == (5, "")
+
+
+async def test_a_dead_letter_that_is_refused_in_any_form_stays_unsettled():
+    async with reading(session_timeout=0.05) as it:
+        it.client.fetch(Record(4), Record(5))
+        (delivery, other) = await it.take(4, 5)
+        it.producer.refusals = 3
+        with pytest.raises(MessageRejected):
+            await delivery.dead_letter("no good")
+        await other.ack()
+
+        (again,) = await it.take(4)
+        await again.dead_letter("no good")
+        assert it.partition.offsets.progress() == (6, "")
+
+
+async def test_a_null_value_stays_null():
+    async with reading() as it:
+        it.client.fetch(Record(0, b"k", None), Record(1, b"k", b""))
+        for delivery in await it.take(0, 1):
+            await delivery.retry(after=2.0)
+            assert it.producer.value == delivery.token.record.value
+
+
+# -- packages that are missing -------------------------------------------------------------------------------------
+
+
+async def test_what_cannot_be_read_ends_the_subscription_when_the_rest_is_settled():
+    async with reading() as it:
+        it.client.fetch(Record(0))
+        (delivery,) = await it.take(0)
+        it.client.problems[PLACE] = ConfigurationError("the package cramjam is missing")
+        await asyncio.sleep(3)
+        await delivery.ack()
+
+        with pytest.raises(ConfigurationError, match="cramjam"):
+            async with asyncio.timeout(3):
+                await anext(it.subscription)
+        assert it.partition.offsets.progress() == (1, "")
+
+
 # -- headers -------------------------------------------------------------------------------------------------------
 
 
@@ -405,6 +595,6 @@ async def test_the_client_ends_whatever_its_goodbye_raises(error):
             raise error
 
     with suppress(RuntimeError):
-        await Leaving(Reading().subscription, Ending()).end(within=1.0)
+        await Leaving(Reading().subscription, Ending(PLACE)).end(within=1.0)
 
     assert ended == [True]
