@@ -228,6 +228,7 @@ class Connection(Channel):
         self._arrived: deque[Delivery] = deque()
         self._something = asyncio.Event()
         self._open: dict[int, None] = {}  # the tags that are not settled, in the order of their arrival
+        self._without_place: set[int] = set()  # those of them whose places other deliveries have taken
         self._acked: set[int] = set()
         self._is_consuming = self._has_ended = False
         self._acknowledgements = Acknowledgements[int](self._send_acks)
@@ -423,11 +424,16 @@ class Connection(Channel):
 
     @contextmanager
     def _requeue_on_failure(self, delivery: Delivery) -> Generator[None, None, None]:
-        """Requeue a message that could not be published: after a moment, to spare a service that fails."""
+        """
+        Requeue a message that could not be published: after a moment, to spare a service that fails.
+
+        Its place goes to another delivery at once, whatever the error is.
+        """
         try:
             yield
-        except Exception as error:  # whatever it is, the message must not keep its place
+        except Exception as error:
             self._subscription.delay_queues.clear()
+            self._give_place(cast("_Token", delivery.token).tag)
             self._loop.call_later(_REQUEUE_DELAY, self._requeue, delivery)
             may_pass = isinstance(error, MessageRejected) and not is_refused_for_good(error)
             if isinstance(error, DiatorError) and not may_pass:
@@ -440,7 +446,7 @@ class Connection(Channel):
     def _requeue(self, delivery: Delivery) -> None:
         tag = cast("_Token", delivery.token).tag
         if delivery.outcome is None and tag in self._open:
-            self._forget(tag)  # also on a lost connection, so that another delivery takes its place
+            self._forget(tag)
             if self.error is None and not self._has_ended:
                 self.send(commands.Basic.Nack(tag, requeue=True))
 
@@ -451,9 +457,16 @@ class Connection(Channel):
             self._acknowledgements.add(token.tag)
 
     def _forget(self, tag: int) -> None:
+        self._give_place(tag)
+        self._without_place.discard(tag)
         del self._open[tag]
-        self._subscription.unsettled -= 1
-        self._subscription.notify_settled()
+
+    def _give_place(self, tag: int) -> None:
+        """Let another delivery be handed out for this one."""
+        if tag in self._open and tag not in self._without_place:
+            self._without_place.add(tag)
+            self._subscription.unsettled -= 1
+            self._subscription.notify_settled()
 
     async def _send_acks(self, _: Sequence[int]) -> None:
         """

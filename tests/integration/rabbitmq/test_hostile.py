@@ -297,6 +297,24 @@ async def test_what_rabbitmq_refuses_to_store_again_comes_again_without_a_group(
         assert await asyncio.wait_for(numbers(deliveries, 1), SLACK) == [1]
 
 
+@pytest.mark.parametrize("outcome", ["retry", "dead_letter"])
+async def test_a_delivery_that_cannot_be_settled_gives_its_place_to_the_next_one(broker, outcome):
+    async with broker.subscribe([COUNTED], group="readers", prefetch=1) as deliveries:
+        await broker.send_messages([counted(1), counted(2)])
+        delivery = await anext(deliveries)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_subscription, "again", None)  # which is a TypeError
+            for _ in range(2):
+                with pytest.raises(BrokerUnavailable):
+                    await (delivery.retry() if outcome == "retry" else delivery.dead_letter("no good"))
+        assert deliveries.unsettled == len(deliveries._received)
+
+        assert await asyncio.wait_for(numbers(deliveries, 1), _subscription._REQUEUE_DELAY / 2) == [2]
+        await delivery.ack()
+        await asyncio.sleep(0)
+        assert deliveries.unsettled == 0
+
+
 @contextmanager
 def refusing():
     """RabbitMQ refuses every message, as those that are larger than its `max_message_size`."""

@@ -206,3 +206,9 @@ async def test_a_dead_letter_queue_of_before_is_used_and_the_audit_names_it(brok
     assert [
         each.message for each in caplog.records if "x-delivery-limit" in each.message and "as it is" in each.message
     ]
+
+
+async def test_a_channel_for_one_question_is_forgotten(raw):
+    assert not await raw.is_there(_subscription.passively("nowhere"))
+
+    assert [*raw.connection.channels] == [raw.number]

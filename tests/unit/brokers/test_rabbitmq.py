@@ -286,9 +286,12 @@ async def test_aiormq_reports_what_is_not_amqp(arriving, error):
 
 
 async def test_the_end_of_a_stream_ends_the_frames():
-    receiver, channel = reader(frame(3, 1, b"x"))
+    blocked, unblocked = (marshal(each, 0) for each in (commands.Connection.Blocked(), commands.Connection.Unblocked()))
+    receiver, channel = reader(frame(3, 1, b"x") + blocked + unblocked)
 
-    assert [type(each) async for _, _, each in receiver] == [Heartbeat]
+    seen = [type(each) async for _, _, each in receiver]
+
+    assert seen == [commands.Connection.Blocked, commands.Connection.Unblocked]
     assert len(channel) == 1
 
 
