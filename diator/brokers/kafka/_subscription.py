@@ -60,9 +60,11 @@ class Partition:
         waiting: How many of its messages wait here until they are due.
         held: How many bytes its unfinished messages have.
         behind: With retries in place: by key, the messages that wait until an earlier one of their key is settled.
+        batches: The first offset and the timestamp of each batch that has unfinished messages, and of older ones.
     """
 
     __slots__ = (
+        "batches",
         "behind",
         "committed",
         "held",
@@ -105,6 +107,22 @@ class Partition:
         self.waiting = 0
         self.held = 0
         self.behind: dict[bytes, deque[Record]] = {}
+        self.batches: deque[tuple[int, int]] = deque()
+
+    def note_batch(self, first: Record) -> None:
+        """Remember when the *first* message of a batch was sent, for `unfinished_since`."""
+        self._forget_batches()
+        self.batches.append((first.offset, first.timestamp))
+
+    @property
+    def unfinished_since(self) -> int:
+        """When the batch of the oldest unfinished message was sent, in milliseconds since 1970; 0 if there is none."""
+        self._forget_batches()
+        return self.batches[0][1] if self.offsets.spread else 0
+
+    def _forget_batches(self) -> None:
+        while len(self.batches) > 1 and self.batches[1][0] <= self.offsets.lowest:
+            self.batches.popleft()
 
     @property
     def is_too_far(self) -> bool:
@@ -236,6 +254,7 @@ class Subscription(ResilientSubscription):
         self.topic_ids: dict[str, UUID] = {}
         self.alone: dict[TopicPartition, Partition] = {}
         self.has_begun = False
+        self._partitions: dict[TopicPartition, Partition] = {}
         self.member_id = ""
         self.is_assigned = group is None
         self._settled = asyncio.Event()
@@ -269,7 +288,7 @@ class Subscription(ResilientSubscription):
     def partition(self, place: TopicPartition, offsets: Offsets, *, of: int = 0) -> Partition:
         """Return a partition that this connection begins to read. Its topic has *of* partitions, as far as known."""
         source = self._sources.get(place.topic)
-        return Partition(
+        made = Partition(
             place,
             self._topics[source or place.topic],
             offsets,
@@ -277,6 +296,15 @@ class Subscription(ResilientSubscription):
             longest_delay=longest_delay(place.partition, of),
             max_unacked=self.options.max_unacked_per_partition,
         )
+        self._partitions[place] = made
+        return made
+
+    @property
+    def oldest_message(self) -> float | None:
+        """See `ResilientSubscription.oldest_message`. A message that waits in a retry topic does not count."""
+        read = [each for each in self._partitions.values() if not each.is_lost and not each.is_retries]
+        sent = [since for each in read if (since := each.unfinished_since) > 0]  # Kafka writes -1 if it does not know
+        return max(0.0, time.time() - min(sent) / 1000) if sent else 0.0
 
     def read_alone(self, positions: Mapping[TopicPartition, int]) -> None:
         """Begin to read further partitions without a group, each at its position."""
@@ -328,6 +356,7 @@ class Subscription(ResilientSubscription):
             return
         if 0 <= records[-1].timestamp <= time.time() * 1000:  # otherwise its sender has set a wrong time
             partition.read_until = records[-1].timestamp
+        partition.note_batch(records[0])
         take, before = partition.offsets.take, len(into)
         taken = [(each, attempt) for each in records if (attempt := take(each.offset))]
         partition.held += sum([_size(record) for record, _ in taken])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -139,6 +140,12 @@ class Subscription(ResilientSubscription):
     def is_taking_over(self) -> bool:
         """Return whether it holds entries of a dead consumer. There may be more of them."""
         return bool(self._suspects)
+
+    @property
+    def oldest_message(self) -> float | None:
+        """See `ResilientSubscription.oldest_message`. An id that Redis makes begins with the time, in milliseconds."""
+        added = [int(id_.partition(b"-")[0]) for held in self._held.values() for id_ in held]
+        return max(0.0, time.time() - min(added) / 1000) if added else 0.0
 
     @asynccontextmanager
     async def connect(self) -> AsyncGenerator[Source, None]:

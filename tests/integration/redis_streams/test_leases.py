@@ -230,3 +230,17 @@ async def test_settling_again_after_a_lost_reply_settles_once(
             await nothing_comes(deliveries)
         else:
             assert len(await dead_letters(admin, stream)) == 1
+
+
+async def test_the_age_of_the_oldest_message_is_reported(broker):
+    async with subscribed(broker) as deliveries:
+        assert deliveries.oldest_message == 0
+        await send(broker, 1, 2)
+        first, second = await take(deliveries, 2)
+        await asyncio.sleep(1.0)
+
+        assert 1.0 <= deliveries.oldest_message < 1.0 + SLACK
+        await second.ack()
+        assert deliveries.oldest_message >= 1.0
+        await first.ack()
+        assert deliveries.oldest_message == 0

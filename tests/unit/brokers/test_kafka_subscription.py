@@ -1,6 +1,7 @@
 """A subscription to Kafka and its connection, without Kafka: the client and the producer do what the test says."""
 
 import asyncio
+import time
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -598,3 +599,53 @@ async def test_the_client_ends_whatever_its_goodbye_raises(error):
         await Leaving(Reading().subscription, Ending(PLACE)).end(within=1.0)
 
     assert ended == [True]
+
+
+# -- what its health reports ----------------------------------------------------------------------------------------
+
+
+async def test_the_age_of_the_oldest_message_is_that_of_the_oldest_unfinished_one():
+    now = round(time.time() * 1000)
+    old, newer, newest = (Record(offset, timestamp=now - age * 1000) for offset, age in ((0, 300), (1, 200), (2, 100)))
+    async with reading() as it:
+        assert it.subscription.oldest_message == 0
+
+        deliveries = []
+        for record in (old, newer, newest):
+            it.client.fetch(record)
+            deliveries += await it.take(record.offset)
+        assert it.subscription.oldest_message == pytest.approx(300, abs=30)
+
+        await deliveries[1].ack()  # above the position, which stays
+        assert it.subscription.oldest_message == pytest.approx(300, abs=30)
+
+        await deliveries[0].ack()
+        assert it.subscription.oldest_message == pytest.approx(100, abs=30)
+
+        it.producer.error = BrokerUnavailable("away")
+        with suppress(BrokerUnavailable):
+            await deliveries[2].dead_letter("stuck")
+        assert it.subscription.oldest_message == pytest.approx(100, abs=30)
+
+        it.producer.error = None
+        await deliveries[2].dead_letter("at last")
+        assert it.subscription.oldest_message == 0
+
+
+@pytest.mark.parametrize("timestamp", [-1, 0, 2**53])
+async def test_a_record_without_a_time_or_of_the_future_has_no_age(timestamp):
+    async with reading() as it:
+        it.client.fetch(Record(0, timestamp=timestamp))
+        await it.take(0)
+
+        assert it.subscription.oldest_message == 0
+
+
+async def test_a_partition_that_went_to_another_consumer_has_no_age():
+    async with reading() as it:
+        it.client.fetch(Record(0, timestamp=1_000))
+        await it.take(0)
+        assert it.subscription.oldest_message > 1_000_000
+
+        it.subscription.lose([it.partition])
+        assert it.subscription.oldest_message == 0

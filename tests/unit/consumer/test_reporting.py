@@ -12,6 +12,7 @@ from diator.exceptions import (
     BrokerUnavailable,
 )
 from tests.unit.consumer.helpers import JOIN, Slow, consumer_of, on_joined
+from tests.unit.consumer.test_health import Service
 from tests.unit.doubles import (
     Scripted,
     UserJoined,
@@ -112,3 +113,14 @@ async def test_a_message_that_another_program_wrote_is_handled():
         await until(lambda: reports)
 
     assert got == [9]
+
+
+async def test_another_thread_may_ask_for_the_health():
+    service = Service()
+    consumer, _ = consumer_of(service, on_joined)
+    async with running(consumer):
+        service.subscription.unsettled = 10  # so that a delivery waits
+        service.arriving.put_nowait(body_of(JOIN))
+        await asyncio.sleep(1)
+
+        assert (await asyncio.to_thread(consumer.health)).since_last_progress > 0
