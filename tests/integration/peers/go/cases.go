@@ -55,9 +55,19 @@ func documentedPubSub([]string) []Message {
 
 func oddChannels([]string) []Message {
 	return []Message{
+		{Case: "null-headers", Body: nullHeaders("null-headers")},
 		{Case: "bytes", Body: []byte{0, 255}},
 		{Case: "last", Body: plain("last")},
 	}
+}
+
+// A nil map without `omitempty` is null.
+func nullHeaders(name string) []byte {
+	type Headed struct {
+		Envelope
+		Headers map[string]string `json:"headers"`
+	}
+	return encoded(Headed{Envelope: wrapped(UserJoined{UserID: 1, Case: name})})
 }
 
 func oddBodies([]string) []Message {
@@ -78,6 +88,7 @@ func oddBodies([]string) []Message {
 	event.EventTimestamp = time.Time{}
 	zeroTime.Payload = event
 	return []Message{
+		{Case: "null-headers", Body: nullHeaders("null-headers")},
 		replaced("null-tags", `"user_id"`, `"tags":null,"user_id"`), // a nil slice without `omitempty`
 		with("html", func(event *UserJoined) { event.Note = "<a & b> \u2028" }),
 		with("not-unicode", func(event *UserJoined) { event.Note = "gr\xfcn" }),
@@ -112,6 +123,12 @@ func oddProperties([]string) []Message {
 	with := func(name string, properties amqp.Publishing) Message {
 		return Message{Case: name, Body: plain(name), Beside: properties}
 	}
+	typed := map[string]any{
+		"flag": true, "int8": int8(-3), "uint8": byte(200), "int16": int16(300), "int32": int32(70000),
+		"int64": int64(1) << 60, "int": 5, "float32": float32(0.5), "float64": 1234567.891,
+		"decimal": amqp.Decimal{Scale: 2, Value: 150}, "bytes": []byte{0, 255}, "at": time.Unix(1796016343, 0),
+		"nothing": nil, "table": amqp.Table{"x": []byte{255}}, "list": []any{int32(1), "a", 0.1}, "latin-1": "Z\xfcrich",
+	}
 	nested := any("deep")
 	for range 40 {
 		nested = amqp.Table{"x": nested}
@@ -122,12 +139,8 @@ func oddProperties([]string) []Message {
 			Timestamp: time.Now(), MessageId: "id-1", AppId: "go", Type: "t", CorrelationId: "c", ReplyTo: "r",
 			Priority: 9, Expiration: "120000",
 		}),
-		headed("typed-headers", map[string]any{
-			"flag": true, "int8": int8(-3), "uint8": byte(200), "int16": int16(300), "int32": int32(70000),
-			"int64": int64(1) << 60, "int": 5, "float32": float32(0.5), "float64": 1234567.891,
-			"decimal": amqp.Decimal{Scale: 2, Value: 150}, "bytes": []byte{0, 255}, "at": time.Now(), "nothing": nil,
-			"table": amqp.Table{"x": []byte{255}}, "list": []any{1, "a", 0.1},
-		}),
+		headed("typed-headers", typed),
+		{Case: "garbage-with-headers", Body: []byte("not json"), Headers: typed},
 		headed("latin-1-header", map[string]any{"city": "Z\xfcrich"}),
 		headed("nested-tables", map[string]any{"x": nested}),
 		headed("negative-decimal", map[string]any{"price": amqp.Decimal{Scale: 2, Value: -150}}),
@@ -137,7 +150,6 @@ func oddProperties([]string) []Message {
 		with("time-before-1970", amqp.Publishing{Timestamp: time.Date(1969, 1, 1, 0, 0, 0, 0, time.UTC)}),
 		headed("zero-time", map[string]any{"at": time.Time{}}),
 		headed("long-header-name", map[string]any{strings.Repeat("k", 200): "v"}),
-		{Case: "garbage", Body: []byte("not json")},
 		{Case: "empty", Body: []byte{}},
 		{Case: "gzip", Body: []byte{0x1f, 0x8b, 8, 0}, Beside: amqp.Publishing{ContentEncoding: "gzip"}},
 		{Case: "large", Body: append(plain("large"), make([]byte, 2<<20)...)},
@@ -159,10 +171,12 @@ func oddRecords([]string) []Message {
 		compressed("snappy", kgo.SnappyCompression()),
 		compressed("lz4", kgo.Lz4Compression()),
 		compressed("zstd", kgo.ZstdCompression()),
+		{Case: "null-value", Key: []byte("k")},
 		{Case: "empty-key", Body: plain("empty-key"), Key: []byte{}},
 		{Case: "binary-key", Body: plain("binary-key"), Key: []byte{255, 254, 0}},
 		headed("null-header", map[string]any{"tenant": nil}),
 		headed("binary-header", map[string]any{"digest": []byte{255, 0, 1}}),
+		headed("latin-1-header-name", map[string]any{"gr\xfcn": "x"}),
 		headed("key-header", map[string]any{"key": "another"}),
 		{Case: "schema-registry", Body: append([]byte{0, 0, 0, 0, 7}, plain("schema-registry")...)},
 		{Case: "last", Body: plain("last")},

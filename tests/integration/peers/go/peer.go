@@ -50,7 +50,7 @@ type Answer struct {
 	Partition int32             `json:"partition"`
 	Beside    any               `json:"properties,omitempty"`
 	Event     *Read             `json:"event,omitempty"`
-	Sent      [][2]any          `json:"sent,omitempty"` // names and bodies
+	Sent      [][3]any          `json:"sent,omitempty"` // names, bodies and headers
 }
 
 var listening = map[string]func() (Message, error){}
@@ -65,10 +65,7 @@ func answer(ctx context.Context, command Command) (answer Answer, err error) {
 			return
 		}
 		answer = Answer{Body: message.Body, Key: string(message.Key), Partition: message.Partition, Beside: message.Beside}
-		answer.Headers = map[string]string{}
-		for name, value := range message.Headers {
-			answer.Headers[name] = fmt.Sprint(value)
-		}
+		answer.Headers = texts(message.Headers)
 		if !command.Raw {
 			answer.Event, err = parse(message.Body)
 		}
@@ -81,10 +78,18 @@ func answer(ctx context.Context, command Command) (answer Answer, err error) {
 			if err = send(message); err != nil {
 				return answer, fmt.Errorf("%s: %w", message.Case, err)
 			}
-			answer.Sent = append(answer.Sent, [2]any{message.Case, message.Body})
+			answer.Sent = append(answer.Sent, [3]any{message.Case, message.Body, texts(message.Headers)})
 		}
 	}
 	return
+}
+
+func texts(headers map[string]any) map[string]string {
+	found := map[string]string{}
+	for name, value := range headers {
+		found[name] = fmt.Sprint(value)
+	}
+	return found
 }
 
 func newID() string {

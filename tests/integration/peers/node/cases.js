@@ -17,9 +17,9 @@ const enveloped = (changes) => (name) => json({ ...envelope({ user_id: 1, case: 
 const field = (changes) => (name) => plain(name, changes);
 const user = (text) => (name) => Buffer.from(String(plain(name)).replace('"user_id":1', `"user_id":${text}`));
 const without = (key) => (name) => {
-  const { [key]: _, ...fields } = envelope({}).payload;
-  const { payload: __, ...rest } = envelope({});
-  return json({ ...rest, payload: { ...fields, user_id: 1, case: name } });
+  const message = { ...envelope({ user_id: 1, case: name }), message_id: '9f62e977-8a1c-4b7e-a0d5-6c1f2f3b9e11' };
+  delete message.payload[key];
+  return json(message);
 };
 
 const cases = {
@@ -42,6 +42,7 @@ const cases = {
   }),
 
   pubsub: () => ({
+    'null-headers': { body: enveloped(() => ({ headers: null }))('null-headers') },
     bytes: { body: Buffer.from([0, 255]) },
     'number-header': { body: enveloped(() => ({ headers: { retry: 1 } }))('number-header') },
     last: { body: plain('last') },
@@ -54,8 +55,10 @@ const cases = {
       'further-keys': enveloped(() => ({ specversion: '1.0', tenant: null })),
       'further-fields': field({ unknown: { a: 1 } }),
       'escaped-text': (name) => Buffer.from(String(plain(name)).replace('"escaped-text"', '"escaped\\u002dtext"')),
+      'null-headers': enveloped(() => ({ headers: null })),
       'text-headers': enveloped(() => ({ headers: { tenant: '7' } })),
       'number-headers': enveloped(() => ({ headers: { retry: 1 } })),
+      'object-headers': enveloped(() => ({ headers: { retry: {} } })),
       'null-key': enveloped(() => ({ key: null })),
       'upper-case-id': enveloped(() => ({ message_id: id().toUpperCase() })),
       'id-without-dashes': enveloped(() => ({ message_id: id().replaceAll('-', '') })),
@@ -69,6 +72,7 @@ const cases = {
       'text-payload': enveloped(() => ({ payload: '{"user_id":1}' })),
       list: (name) => json([envelope({ user_id: 1, case: name })]),
       'no-event-id': without('event_id'),
+      'no-event-timestamp': without('event_timestamp'),
       'number-as-text': user('"1"'),
       'whole-number-as-float': user('1.0'),
       fraction: user('1.5'),
@@ -111,6 +115,10 @@ const cases = {
 
   rabbitmq: () => {
     const timestamp = (value) => ({ '!': 'timestamp', value });
+    const typed = {
+      flag: true, nothing: null, bytes: Buffer.from([0, 255]), list: [1, 'x', { y: 1 }], table: { a: { b: 1 } },
+      at: timestamp(1796016343), decimal: { '!': 'decimal', value: { digits: 12345, places: 2 } }, fraction: 0.1,
+    };
     const odd = {
       transient: { persistent: false },
       properties: {
@@ -122,12 +130,8 @@ const cases = {
       microseconds: { timestamp: Date.now() * 1000 },
       'text-header': { headers: { tenant: 'seven' } },
       'number-headers': { headers: { whole: 5, negative: -1, large: 2 ** 53, fraction: 0.1, real: 1234567.891 } },
-      'typed-headers': {
-        headers: {
-          flag: true, nothing: null, bytes: Buffer.from([0, 255]), list: [1, 'x', { y: 1 }], table: { a: { b: 1 } },
-          at: timestamp(1796016343), decimal: { '!': 'decimal', value: { digits: 12345, places: 2 } },
-        },
-      },
+      'typed-headers': { headers: typed },
+      'garbage-with-headers': { body: Buffer.from('not json'), headers: typed },
       'number-key': { headers: { key: 42 } },
       'huge-double': { headers: { size: 1e300 } },
       'milliseconds-header': { headers: { at: timestamp(Date.now()) } },
@@ -142,6 +146,7 @@ const cases = {
 
   kafka: () => ({
     gzip: { body: plain('gzip'), compression: CompressionTypes.GZIP },
+    'null-value': { body: null, key: 'k' },
     'empty-value': { body: Buffer.alloc(0), key: 'k' },
     'empty-key': { body: plain('empty-key'), key: '' },
     'binary-key': { body: plain('binary-key'), key: Buffer.from([255, 254, 0]) },

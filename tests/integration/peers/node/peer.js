@@ -21,13 +21,13 @@ const commands = {
     return { ...beside, body: body?.toString('base64') ?? null, event: raw ? null : parse(body) };
   },
 
-  // Send a list of messages, one after the other. Return their names and bodies.
+  // Send a list of messages, one after the other. Return their names, bodies and headers.
   async send({ transport, address, name, which, keys }) {
     const send = await transports[transport].sender(address, name);
     const sent = [];
     for (const [title, message] of Object.entries(cases[which](keys))) {
       await send(message);
-      sent.push([title, message.body?.toString('base64') ?? null]);
+      sent.push([title, message.body?.toString('base64') ?? null, message.headers ?? {}]);
     }
     return { sent };
   },
