@@ -18,6 +18,9 @@ T = TypeVar("T")
 _MAX_ITEMS = 100
 _MAX_DELAY = 0.002
 
+#: The header of a dead letter that names what it lacks, separated by commas: what could not be stored.
+OMITTED = "diator-dlq-omitted"
+
 logger: logging.Logger = logging.getLogger(__name__)
 
 

@@ -25,7 +25,7 @@ from diator.brokers.kafka._fetched import Headers, Unreadable
 from diator.brokers.kafka._names import DEAD, RETRY, Names
 from diator.brokers.kafka._offsets import Offsets, delay_bucket, longest_delay
 from diator.brokers.kafka._producer import Producer
-from diator.brokers.settling import dead_letter_headers
+from diator.brokers.settling import OMITTED, dead_letter_headers
 from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, Source
 from diator.exceptions import ConfigurationError, MessageRejected
 
@@ -473,7 +473,7 @@ class Subscription(ResilientSubscription):
         with self._redelivered_on_failure(token, delivery.attempt):
             for omitted in ("", "body", "body,headers,key"):
                 if omitted:
-                    about["diator-dlq-omitted"] = omitted
+                    about[OMITTED] = omitted
                 headers = [] if "headers" in omitted else [*own]
                 headers += [(name, value.encode(errors="replace")) for name, value in about.items()]
                 key, value = None if "key" in omitted else record.key, None if omitted else record.value

@@ -56,8 +56,6 @@ ROUTING = frozenset({"CC", "BCC"})
 _ROUTING = frozenset(name.encode() for name in ROUTING)
 # How the name of a header starts that holds what RabbitMQ would act upon under its own name.
 _ORIGINAL = b"diator-original-"
-# The header of a dead letter that names what it lacks.
-OMITTED = "diator-dlq-omitted"
 _LONGEST_NAME = 255
 
 

@@ -26,11 +26,11 @@ from diator.brokers.rabbitmq._channel import (
     Refused,
 )
 from diator.brokers.rabbitmq._client import Address, commands
-from diator.brokers.rabbitmq._content import ATTEMPT, DELIVERY_COUNT, OMITTED, Deliver, Properties
+from diator.brokers.rabbitmq._content import ATTEMPT, DELIVERY_COUNT, Deliver, Properties
 from diator.brokers.rabbitmq._frames import Publication, again
 from diator.brokers.rabbitmq._names import delay_bucket, queue_name, routing_key
 from diator.brokers.rabbitmq._publisher import Publisher, is_refused_for_good, topic_exchange
-from diator.brokers.settling import Acknowledgements, dead_letter_headers
+from diator.brokers.settling import OMITTED, Acknowledgements, dead_letter_headers
 from diator.brokers.supervisor import MessagesMissed, ReconnectPolicy, ResilientSubscription, Source
 from diator.exceptions import (
     AccessRefused,
@@ -387,7 +387,7 @@ class Connection(Channel):
         token = cast("_Token", delivery.token)
         dead, unreadable = self._subscription.dead_letter_queue(token.queue), token.properties.unreadable
         for with_headers, omitted in (True, unreadable), (False, {*unreadable, "headers"}):
-            headers = {**why, OMITTED: ", ".join(sorted(omitted))} if omitted else why
+            headers = {**why, OMITTED: ",".join(sorted(omitted))} if omitted else why
             publication = again(
                 token.properties,
                 headers,

@@ -61,7 +61,7 @@ UNDECODABLE = {
     "time in a header": (HEADERS, table((b"t", b"T" + struct.pack(">Q", 2**60))), "headers"),
     "name of a header": (HEADERS, table((b"\xff\xfe", text(b"a"))), "headers"),
     "nested tables": (HEADERS, table((b"a", nested(5_000))), "headers"),
-    "several": (HEADERS | TIMESTAMP, table((b"\xff", b"V"), (b"ok", text(b"1"))) + b"\xff" * 8, "headers, timestamp"),
+    "several": (HEADERS | TIMESTAMP, table((b"\xff", b"V"), (b"ok", text(b"1"))) + b"\xff" * 8, "headers,timestamp"),
 }
 
 
@@ -115,7 +115,7 @@ async def test_properties_that_cannot_be_decoded_dead_letter_their_message_alone
 
     expected = [omitted for *_, omitted in UNDECODABLE.values()]
     assert [(each.outcome, each.attempt) for each in failed] == [("dead_lettered", 1)] * len(expected)
-    assert [each.reason.rpartition(": ")[2] for each in failed] == expected
+    assert [each.reason.rpartition(": ")[2].replace(", ", ",") for each in failed] == expected
     for omitted in expected:
         properties, kept = await raw.get(f"{queue}:dead")
         letter = Properties(bytes(12) + properties)
