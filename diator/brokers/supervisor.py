@@ -18,6 +18,7 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Protocol, Self
 
+from diator._log import RepeatedLines
 from diator._text import explained, listed
 from diator.brokers.base import Delivery, Gap, OnGap, Topic
 from diator.exceptions import (
@@ -137,6 +138,7 @@ class ResilientSubscription(ABC):
 
     Attributes:
         reconnects: How often the subscription had to reconnect.
+        lines: Logs, under the name of the transport's module, what a sender can cause thousands of times.
         unsettled: How many deliveries of this subscription are not settled, handed out or not. The transport counts
             them. After it has lowered the count it calls `notify_settled`. A transport without settlement leaves it at
             0.
@@ -177,6 +179,7 @@ class ResilientSubscription(ABC):
         self._has_connection = False
         self._waiting_since = 0.0
         self.reconnects: int = 0
+        self.lines = RepeatedLines(logging.getLogger(type(self).__module__))
         self._end_error: DiatorError | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -317,6 +320,7 @@ class ResilientSubscription(ABC):
         if self._receiver is not None:
             await _cancel(self._receiver)
         await self.leave(self._received)
+        self.lines.flush()
 
     async def _keep_receiving(self, ready: asyncio.Future[None]) -> None:
         loop, receiver = asyncio.get_running_loop(), asyncio.current_task()

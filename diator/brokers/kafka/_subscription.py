@@ -370,6 +370,9 @@ class Subscription(ResilientSubscription):
     def _accept_in_order(self, partition: Partition, record: Record, attempt: int, into: list[Delivery]) -> None:
         if partition.is_retries:
             control = _control_of(partition, record)
+            if not control.due:
+                what = f"{partition.place} has a message that diator did not write"
+                self.lines.log(logging.WARNING, what, "%s, at the offset %d", what, record.offset)
             remaining = min(control.due / 1000 - time.time(), partition.longest_delay)
             if remaining > 0:
                 self._delay(partition, record, control.attempt, remaining)
@@ -609,5 +612,4 @@ def _control_of(partition: Partition, record: Record) -> _Control:
         found = _CONTROL.fullmatch(b" ".join(value or b"" for _, value in control))
         if found and int(found[1]) > 1:
             return _Control(int(found[1]), int(found[2]), found[3].decode(), record.headers[: -len(control)])
-        logger.warning("%s has a message at %d whose control headers are not diator's", partition.place, record.offset)
     return _Control(2, 0, f"{partition.place.partition}:{record.offset}", record.headers)

@@ -372,8 +372,8 @@ class Connection(Channel):
         if stored:
             self._settled(token)
         elif token.tag in self._open:
-            name = printable(delivery.topic.message_name)
-            logger.warning("RabbitMQ itself dead-letters a message of %s, without the reason (%s)", name, reason)
+            what = f"RabbitMQ itself dead-letters a message of {printable(delivery.topic.message_name)}"
+            self._subscription.lines.log(logging.WARNING, what, "%s, without the reason (%s)", what, reason)
             self._forget(token.tag)
             self.send(commands.Basic.Reject(token.tag, requeue=False))
 

@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, 
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
+from diator._log import RepeatedLines
+from diator._text import printable
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities, require
 from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode
@@ -154,7 +156,11 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
             self._service,
             self._client,
             channels={self._channel(topic): topic for topic in topics},
-            patterns=dict(channels_of(self._prefix, each.message_type) for each in topics if self._older_senders),
+            patterns={
+                pattern: (begin, message_type)
+                for message_type in {topic.message_type for topic in topics if self._older_senders}
+                for pattern, begin in [channels_of(self._prefix, message_type)]
+            },
             prefetch=prefetch,
             buffer_size=prefetch + self._extra_prefetch,
             reconnect=self._reconnect,
@@ -176,7 +182,7 @@ class Subscription(ResilientSubscription):
         client: Client,
         *,
         channels: Mapping[bytes, Topic],
-        patterns: Mapping[bytes, bytes],
+        patterns: Mapping[bytes, tuple[bytes, str]],
         prefetch: int,
         buffer_size: int,
         reconnect: ReconnectPolicy,
@@ -204,7 +210,7 @@ class Subscription(ResilientSubscription):
             raise BrokerClosed("this broker is closed")
         connection = await subscribing_connection(self._client, within=self._reconnect.connect_timeout)
         try:
-            source = Connection(connection, self._channels, self._patterns)
+            source = Connection(connection, self._channels, self._patterns, self.lines)
             try:
                 if self._patterns:
                     await send_command(connection, "PSUBSCRIBE", *self._patterns)
@@ -226,11 +232,16 @@ class Connection:
     """
 
     def __init__(
-        self, connection: RedisConnection, channels: Mapping[bytes, Topic], patterns: Mapping[bytes, bytes]
+        self,
+        connection: RedisConnection,
+        channels: Mapping[bytes, Topic],
+        patterns: Mapping[bytes, tuple[bytes, str]],
+        lines: RepeatedLines,
     ) -> None:
         self._connection = connection
         self._topics = channels
         self._patterns = patterns
+        self._lines = lines
         self._wanted = {*channels, *patterns}
         self._confirmed: set[bytes] = set()
 
@@ -250,23 +261,25 @@ class Connection:
             pattern, channel, body = rest
             # What ends in an id has no further colon: another one belongs to another prefix. And what is subscribed to
             # by its channel is delivered from there.
-            foreign = b":" in channel[len(self._patterns[pattern]) :] or channel in self._topics
-            topic = None if foreign else self._topic_of(body)
+            begin, message_type = self._patterns[pattern]
+            foreign = b":" in channel[len(begin) :] or channel in self._topics
+            topic = None if foreign else self._topic_of(body, message_type)
             if topic is not None:
                 return [Delivery(topic=topic, body=body, headers={}, attempt=1, settler=self)]
         if kind in {b"subscribe", b"psubscribe"}:
             self._confirmed.add(rest[0])
         return []
 
-    def _topic_of(self, body: bytes) -> Topic | None:
-        """Return the topic of an older sender's message; None if this subscription does not read that topic."""
+    def _topic_of(self, body: bytes, message_type: str) -> Topic | None:
+        """Return the topic of an older sender's message; None if the subscription does not read it on this channel."""
         try:
             message = decode(body, max_bytes=len(body))
         except DecodingError as error:
-            logger.warning("a message on the channel of an older sender cannot be decoded: %s", error)
+            what = "a message on the channel of an older sender cannot be decoded"
+            self._lines.log(logging.WARNING, what, "%s: %s", what, printable(str(error)))
             return None
         topic = Topic(message.message_type, message.message_name)
-        return topic if topic in self._topics.values() else None
+        return topic if topic.message_type == message_type and topic in self._topics.values() else None
 
     async def probe(self) -> None:
         await send_command(self._connection, "PING")  # `receive` reads the reply

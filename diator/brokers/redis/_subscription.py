@@ -179,7 +179,8 @@ class Subscription(ResilientSubscription):
                 kept = msgspec.msgpack.decode(fields[0][1], type=_Kept)
                 fields, origin, attempt = kept.fields, kept.origin, kept.attempt + times - 1
             except (msgspec.DecodeError, IndexError):
-                logger.warning("an entry of %s was not written by diator", stream)
+                what = f"{stream!r} has an entry that diator did not write"
+                self.lines.log(logging.WARNING, what, "%s: %s", what, id_)
         body: bytes | None = None
         headers: dict[str, str] = {}
         for name, value in fields:

@@ -138,6 +138,30 @@ async def test_older_senders_of_another_prefix_are_not_received(make, redis_url,
         assert await take(deliveries, 2) == [1, 3]
 
 
+async def test_the_channel_of_an_older_sender_has_the_type_of_its_message(make, redis_url, prefix) -> None:
+    """Otherwise whoever may write to the channels of one type could run the handlers of the others."""
+    state = Topic("ecst_event", "Counted")
+    broker = await make(redis_url, older_senders=True)
+    async with broker.subscribe([COUNTED, state]) as deliveries, Redis.from_url(redis_url) as client:
+        for number, topic in enumerate([state, COUNTED], 1):
+            body = encode(message(number, topic, message_type=topic.message_type))
+            await client.publish(f"{prefix}:notification_event:an-id", body)
+        assert await take(deliveries, 1) == [2]
+
+
+async def test_a_flood_on_the_channels_of_older_senders_is_a_few_lines(make, redis_url, prefix, caplog) -> None:
+    broker = await make(redis_url, older_senders=True)
+    async with broker.subscribe([COUNTED]) as deliveries, Redis.from_url(redis_url) as client:
+        for _ in range(50):
+            await client.publish(f"{prefix}:notification_event:an-id", b"garbage")
+        await client.publish(f"{prefix}:notification_event:an-id", encode(message(1)))
+        assert await take(deliveries, 1) == [1]
+
+    texts = [each.getMessage() for each in caplog.records if each.name == "diator.brokers.redis._pubsub"]
+    assert len(texts) == 6
+    assert texts[-1].startswith("a message on the channel of an older sender cannot be decoded: and 45 more in")
+
+
 async def test_on_entry_it_is_ready(broker) -> None:
     for number in range(50):
         async with broker.subscribe([COUNTED]) as deliveries:
