@@ -33,6 +33,7 @@ _FIXED = {
     for kind, layout in zip("tbBsuIilLfdDTV", (*"?bBhHiIqqfd", "Bi", "Q", ""), strict=True)
 }
 _INTEGERS = b"bBsuIilL"
+_VOID = b"V"
 # The end of the year 9999 in milliseconds, as a time on the wire: some clients write them in place of seconds.
 _LATEST = (253_402_300_799_999).to_bytes(8)
 # Tables and lists are read that are nested so deep.
@@ -54,6 +55,8 @@ _RESERVED = tuple(name.encode() for name in RESERVED)
 # Headers that RabbitMQ routes by.
 ROUTING = frozenset({"CC", "BCC"})
 _ROUTING = frozenset(name.encode() for name in ROUTING)
+# The reply-to with which only a channel may publish that consumes the replies.
+_DIRECT_REPLY_TO = "amq.rabbitmq.reply-to"
 # How the name of a header starts that holds what RabbitMQ would act upon under its own name.
 _ORIGINAL = b"diator-original-"
 _LONGEST_NAME = 255
@@ -134,11 +137,11 @@ class Properties:
         return good
 
     def headers(self) -> dict[str, str]:
-        """Return the headers of the program that sent the message, as texts. A table, a list or nothing is empty."""
+        """Return the headers of the program that sent the message, as texts; a table or a list is an empty one."""
         return {
             text: _text(value)
             for name, value, readable in self._headers
-            if readable and not (text := name.decode()).startswith(RESERVED)
+            if readable and value != _VOID and not (text := name.decode()).startswith(RESERVED)
         }
 
     def count(self, header: str) -> int:
@@ -187,7 +190,8 @@ class Properties:
         left_out = self.unreadable if only_readable else ()
         fields = {name: field for name, field in self._fields.items() if name not in left_out}
         headers = {name.encode(): _value(text) for name, text in added.items()}
-        for acted_upon in ("expiration", "user-id"):
+        replies_directly = self.text("reply-to") == _DIRECT_REPLY_TO
+        for acted_upon in ("expiration", "user-id", *(("reply-to",) if replies_directly else ())):
             if field := fields.pop(acted_upon, None):
                 headers[_ORIGINAL + acted_upon.encode()] = _long_text(field[1:])
         entries = [*headers.items()]

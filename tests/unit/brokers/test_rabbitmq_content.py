@@ -16,7 +16,9 @@ from pamqp.header import ContentHeader
 from diator.brokers.rabbitmq._content import Deliver, Properties
 from diator.brokers.rabbitmq._frames import again, header_of
 
-HEADERS, DELIVERY_MODE, EXPIRATION, MESSAGE_ID, TIMESTAMP, USER_ID = (1 << bit for bit in (13, 12, 8, 7, 6, 4))
+HEADERS, DELIVERY_MODE, REPLY_TO, EXPIRATION, MESSAGE_ID, TIMESTAMP, USER_ID = (
+    1 << bit for bit in (13, 12, 9, 8, 7, 6, 4)
+)
 
 
 def short(text: bytes) -> bytes:
@@ -175,7 +177,6 @@ def test_headers_are_texts_and_those_of_rabbitmq_and_diator_are_not_among_them()
         "double": "1e+300",
         "decimal": "-31415E-2",
         "time": "1772000000",
-        "void": "",
         "table": "",
     }
 
@@ -244,6 +245,19 @@ def test_what_rabbitmq_would_act_upon_has_another_name():
         (b"diator-original-x-death", b"V"),
     )
     assert again == header(size=9, headers=expected, delivery_mode=b"\x02")
+
+
+def test_a_direct_reply_to_would_close_the_channel():
+    """Programs of other protocols can send it; RabbitMQ refuses it on a channel that consumes no replies."""
+    came = header(reply_to=short(b"amq.rabbitmq.reply-to"), message_id=ID)
+    usual = header(headers=table(), delivery_mode=b"\x02", reply_to=short(b"amq.rabbitmq.reply-to.x"), message_id=ID)
+
+    assert Properties(came).again(2, {}, deaths=True) == header(
+        headers=table_of((b"diator-original-reply-to", text(b"amq.rabbitmq.reply-to"))),
+        delivery_mode=b"\x02",
+        message_id=ID,
+    )
+    assert Properties(usual).again(2, {}, deaths=True) == usual
 
 
 def test_deaths_that_rabbitmq_has_written_are_dropped():
