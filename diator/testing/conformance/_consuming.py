@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from diator._handling import Handled
-from diator.brokers.base import Delivery, OnGap, ReadableBroker, Topic
+from diator.brokers.base import Delivery, OnGap, ReadableBroker, Topic, Transport
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
 from diator.consumer import Consumer
@@ -40,19 +40,31 @@ class ConsumerRun:
         group: Its consumer group; None if the transport has no groups.
         consumer: The consumer.
         handled: What the consumer reported for each delivery, in order.
+        broker: The broker.
+        topics: The topic, and a second one if the run was made with *also*, the name of another event.
     """
 
     def __init__(
-        self, broker: ReadableBroker, name: str, handle: Handle, *, consumer: type[Consumer] = Consumer, **options: Any
+        self,
+        broker: Transport,
+        name: str,
+        handle: Handle,
+        *,
+        also: str | None = None,
+        consumer: type[Consumer] = Consumer,
+        **options: Any,
     ) -> None:
-        happened: type[Happened] = type("Happened", (Happened,), {"message_name": name})
+        names = [name] if also is None else [name, also]
 
         async def handler(event: Happened) -> None:
             await handle(event)
 
         events = EventMap()
-        events.bind(happened, handler)
-        self.topic: Topic = Topic("notification_event", name)
+        for each in names:
+            events.bind(type("Happened", (Happened,), {"message_name": each}), handler)
+        self.broker: Transport = broker
+        self.topics: list[Topic] = [Topic("notification_event", each) for each in names]
+        self.topic: Topic = self.topics[0]
         self.handled: list[Handled] = []
         self._progress = asyncio.Event()
         self._announcing = _Announcing(broker)
@@ -81,11 +93,12 @@ class ConsumerRun:
         """Whether the transport reports if the subscription is connected."""
         return hasattr(self._announcing.deliveries, "connected")
 
-    def message(self, number: int = 0, *, key: str | None = None, **payload: Any) -> Message:
-        """Return a message that the handler accepts, unless *payload* makes it invalid."""
-        return Message.create(
-            message_name=self.topic.message_name, payload={"number": number, "tags": [], **payload}, key=key
-        )
+    def message(
+        self, number: int = 0, *, key: str | None = None, topic: Topic | None = None, **payload: Any
+    ) -> Message:
+        """Return a message of *topic*, by default the first one. The handler accepts it unless *payload* is invalid."""
+        name = (topic or self.topic).message_name
+        return Message.create(message_name=name, payload={"number": number, "tags": [], **payload}, key=key)
 
     async def until_handled(self, count: int) -> list[Handled]:
         """Wait until *count* deliveries are handled, and return the reports of all."""
@@ -93,6 +106,15 @@ class ConsumerRun:
             self._progress.clear()
             await self._progress.wait()
         return self.handled
+
+    async def until_settled(self, count: int) -> None:
+        """Wait until *count* messages are settled for good: a requeued message is not."""
+        while len(self.settled()) < count:
+            await self.until_handled(len(self.handled) + 1)
+
+    def settled(self) -> list[Handled]:
+        """Return the reports of the messages that are settled for good."""
+        return [handled for handled in self.handled if handled.outcome not in {"retried", "unsettled"}]
 
     def outcomes(self) -> list[str]:
         """Return the outcomes of the deliveries, in the order in which they finished."""

@@ -173,7 +173,12 @@ class Context:
     @asynccontextmanager
     async def consuming(self, broker: Transport, handle: Handle, **options: Any) -> AsyncGenerator[ConsumerRun, None]:
         """Run a `Consumer` of *broker* that calls *handle* for each event. It is stopped at the end of the block."""
-        run = self.consumer_run(broker, handle, **options)
+        async with self.running(self.consumer_run(broker, handle, **options)) as run:
+            yield run
+
+    @asynccontextmanager
+    async def running(self, run: ConsumerRun) -> AsyncGenerator[ConsumerRun, None]:
+        """Run the consumer of *run*. It is stopped at the end of the block."""
         running = asyncio.create_task(run.run())
         try:
             await run.ready(running)

@@ -164,6 +164,9 @@ Access: TypeAlias = Literal[
 ]
 
 
+Foreign: TypeAlias = Literal["metadata", "headers", "large", "counters", "compressed", "due times"]
+
+
 class Harness(ABC):
     """
     How the suite gets a transport, and what the suite can do to its environment.
@@ -174,10 +177,10 @@ class Harness(ABC):
 
     Attributes:
         name: The name of the transport in the report.
-        facilities: The names of the supported optional methods: `raw`, `dead_letters`, `full`, `crash`, `proxy`,
-            `outages`, `operator`, `topology`, `alarm` and `security`. The docstring of each optional method begins with
-            the name of its facility. `processes` has no method: it means that a harness made in another process reaches
-            the same service.
+        facilities: The names of the supported optional methods: `raw`, `foreign`, `dead_letters`, `full`, `crash`,
+            `proxy`, `outages`, `operator`, `topology`, `alarm` and `security`. The docstring of each optional method
+            begins with the name of its facility. `processes` has no method: it means that a harness made in another
+            process reaches the same service.
         limits: How fast the environment is.
         deviations: The scenarios that are known to fail, by id.
         consumer: The consumer class in scenarios that test a transport and a consumer together. Only the tests of the
@@ -235,6 +238,29 @@ class Harness(ABC):
 
     async def send_raw(self, transport: Transport, topic: Topic, body: bytes) -> None:
         """`raw`: Store *body* as a message of *topic* in the service, without the transport's own send."""
+        raise NotImplementedError
+
+    async def send_foreign(
+        self, transport: Transport, topic: Topic, group: str | None, kind: Foreign, body: bytes
+    ) -> int:
+        """
+        `foreign`: Store messages of *kind* for *topic*, as a program without diator can. Return their number.
+
+        Unless the kind says otherwise, each message has *body*, which a consumer can decode. Store one message for each
+        variation that the service allows; *group* is the only one that receives them.
+
+        - `metadata`: what stands beside the body (headers, properties, fields) cannot be decoded: bytes that are not
+          UTF-8, numbers and times out of range, deep nesting, wrong lengths.
+        - `headers`: names, values and types of headers that diator never writes, all valid for the service.
+        - `large`: as large as the service takes, and larger than `max_message_bytes`. The body is another one.
+        - `counters`: with each name under which the service or the transport counts deliveries, and a large number.
+        - `compressed`: in each compression that the service or its clients know. The body may be another one.
+        - `due times`: stored where delayed retries wait, with due times that are far away or cannot be decoded. Their
+          number is not used.
+
+        Raises:
+            EnvironmentMissing: The service has nothing of this kind. The scenario is not run.
+        """
         raise NotImplementedError
 
     async def dead_letters(self, transport: Transport, topic: Topic, group: str | None) -> list[DeadLettered]:

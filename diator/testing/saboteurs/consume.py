@@ -155,7 +155,7 @@ for _consumer, _ids in {
     FailsOnAReturnValue: ("SUB-11", "ISO-08", "ACK-18", "PSN-09", "PSN-11"),
     CountsForEver: ("LEK-09", "LIF-21"),
     StopsWithTheNextMessage: ("LIF-21",),
-    HidesReasons: ("PSN-01", "PSN-03", "PSN-13"),
+    HidesReasons: ("PSN-01", "PSN-13"),
     DecodesAnySize: ("SEC-07",),
     AcceptsAnyRetry: ("ACK-04",),
 }.items():

@@ -192,7 +192,7 @@ class SkipsGarbage(Saboteur):
                 return delivery
 
 
-@caught_by("PSN-03")
+@caught_by("FRN-07")
 class SkipsUnknownNames(Saboteur):
     """Silently acknowledges a message whose name differs from its topic."""
 

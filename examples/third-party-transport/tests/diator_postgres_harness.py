@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 from collections.abc import AsyncIterator
@@ -18,7 +19,7 @@ from diator_postgres.broker import _encoded
 
 from diator.brokers.base import Topic
 from diator.brokers.supervisor import ReconnectPolicy
-from diator.testing.conformance import DeadLettered, EnvironmentMissing, Harness, Limits
+from diator.testing.conformance import DeadLettered, EnvironmentMissing, Foreign, Harness, Limits
 from diator.testing.fault_proxy import FaultProxy
 
 SCHEMA = "diator_postgres_conformance"
@@ -28,7 +29,7 @@ RECONNECT = ReconnectPolicy(connect_timeout=2.0, idle_timeout=4.0, max_delay=1.0
 
 class PostgresHarness(Harness):
     name = "postgres"
-    facilities = frozenset({"raw", "dead_letters", "crash", "proxy", "operator", "topology", "processes"})
+    facilities = frozenset({"raw", "foreign", "dead_letters", "crash", "proxy", "operator", "topology", "processes"})
     limits = Limits(timeout=2.0, redelivery=3.0, liveness=6.0, recovery=5.0, max_delay=1.0)
 
     def start(self) -> None:
@@ -56,7 +57,25 @@ class PostgresHarness(Harness):
         return transport
 
     async def send_raw(self, transport: Any, topic: Topic, body: bytes) -> None:
-        await self._ask("SELECT send($1, $2, $3)", [_encoded(*topic)], [body], ["{}"])
+        await self._store(topic, body)
+
+    async def send_foreign(self, transport: Any, topic: Topic, group: str | None, kind: Foreign, body: bytes) -> int:
+        limit = transport.capabilities.max_message_bytes
+        odd = {"number": 1, "null": None, "list": [{}], "deep": json.loads("[" * 500 + "]" * 500)}
+        texts = {"": "", "key": "", "\n": "\t", "x" * 1_000: "y" * 100_000, "diator-dlq-reason": "forged"}
+        if kind == "due times":
+            raise EnvironmentMissing("only the transport writes the column with the due time")
+        variations: dict[str, list[tuple[bytes, str]]] = {
+            "metadata": [(body, json.dumps({"a": value})) for value in odd.values()]
+            + [(body, '{"a": "\\ud800"}'), (body, '{"\\u0000": "\\u0000"}'), (body, '{"a": 1, "a": 2, "n": 1e999}')],
+            "headers": [(body, json.dumps({name: value})) for name, value in texts.items()],
+            "large": [(b" " * (limit + 1), "{}"), (body + b" " * 20_000_000, "{}")],
+            "counters": [(body, json.dumps({name: "999"})) for name in ("attempt", "diator-attempt", "attempts")],
+            "compressed": [(gzip.compress(each), "{}") for each in (body, bytes(10_000_000))],
+        }
+        for each, headers in variations[kind]:
+            await self._store(topic, each, headers)
+        return len(variations[kind])
 
     async def dead_letters(self, transport: Any, topic: Topic, group: str | None) -> list[DeadLettered]:
         query = "SELECT array_agg(encode(body, 'hex') || ' ' || headers ORDER BY id) FROM dead_letters WHERE topic = $1"
@@ -95,6 +114,9 @@ class PostgresHarness(Harness):
             "DELETE FROM messages WHERE coalesce(grp = $1, true) AND topic = $2",
             *names,
         )
+
+    async def _store(self, topic: Topic, body: bytes, headers: str = "{}") -> None:
+        await self._ask("SELECT send($1, $2, $3)", [_encoded(*topic)], [body], [headers])
 
     async def _ask(self, query: str, *arguments: object) -> Any:
         connection = await asyncpg.connect(self._dsn, server_settings={"search_path": SCHEMA})

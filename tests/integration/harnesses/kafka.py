@@ -1,8 +1,11 @@
 """The harnesses of the Kafka transport."""
 
 import gc
+import gzip
 import os
 import ssl
+import struct
+import time
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -20,7 +23,9 @@ class KafkaHarness(ServiceHarness):
 
     name = backend = "kafka"
     breaking = frozenset({"proxy", "outages"})  # the proxy has to listen where Kafka sends its clients
-    facilities = frozenset({"proxy", "raw", "dead_letters", "crash", "processes", "outages", "topology", "security"})
+    facilities = frozenset(
+        {"proxy", "raw", "foreign", "dead_letters", "crash", "processes", "outages", "topology", "security"}
+    )
     # Joining a group and creating a topic take 0.1 s each. The shortest session timeout that Kafka allows is 6 s.
     limits = Limits(
         scale=4.0 * SCALE,
@@ -72,6 +77,51 @@ class KafkaHarness(ServiceHarness):
 
     async def send_raw(self, transport, topic, body):
         await transport._service.send(transport._names.topic(topic), body)
+
+    async def send_foreign(self, transport, topic, group, kind, body):
+        name = transport._names.topic(topic)
+        if kind == "due times":
+            if self.in_place:
+                raise EnvironmentMissing("retries wait in memory")
+            name = transport._names.beside(name, group, "-retry")
+        most = await self._largest_batch(name) if kind == "large" else 0
+        return await self._produce(name, foreign_batches(kind, body, most))
+
+    async def _largest_batch(self, name):
+        from aiokafka.admin import AIOKafkaAdminClient
+        from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.url)
+        await admin.start()
+        try:
+            resource = ConfigResource(ConfigResourceType.TOPIC, name)
+            [response] = await admin.describe_configs([resource])
+        finally:
+            await admin.close()
+        return int({config[0]: config[1] for config in response.resources[0][4]}["max.message.bytes"])
+
+    async def _produce(self, name, batches):
+        """Store *batches* as they are, without a client's encoder. Return how many of them Kafka accepts."""
+        from aiokafka import TopicPartition
+        from aiokafka.client import AIOKafkaClient
+        from aiokafka.errors import InvalidTimestampError, NoError, for_code
+        from aiokafka.protocol.produce import ProduceRequest
+
+        client = AIOKafkaClient(bootstrap_servers=self.url)
+        await client.bootstrap()
+        try:
+            await client._wait_on_metadata(name)
+            leader = client.cluster.leader_for_partition(TopicPartition(name, 0))
+            stored = 0
+            for batch in batches:
+                response = await client.send(leader, ProduceRequest(None, -1, 5_000, [(name, [(0, batch)])]))
+                error = for_code(response.topics[0][1][0][1])
+                if error not in {NoError, InvalidTimestampError}:
+                    raise error
+                stored += error is NoError
+            return stored
+        finally:
+            await client.close()
 
     async def dead_letters(self, transport, topic, group):
         from aiokafka import AIOKafkaConsumer
@@ -154,6 +204,90 @@ class KafkaHarness(ServiceHarness):
             consumer.assign(places)
             with suppress(CommitFailedError):  # Kafka refuses this while the group has consumers
                 await consumer.commit(dict.fromkeys(places, 0))
+
+
+def foreign_batches(kind, body, most):
+    """Return batches with one foreign record of *kind* each; the large ones have *most* bytes."""
+    match kind:
+        case "metadata":
+            odd = [(b"\xff\xfe", b"v"), (b"", b""), (b"n", None), (b"key", b"\xff\xfe"), (b"n", b"\xc3\x28")]
+            times = [2**62, -1, -(2**62), int(time.time() * 1e6), int(time.time() * 1e9)]
+            batches = [batch_of(body, headers=[header]) for header in odd]
+            batches += [batch_of(body, key=key) for key in (b"", b"\xff\xfe", b"k" * 100_000)]
+            return batches + [batch_of(body, timestamp=each) for each in times] + [batch_of(None, key=b"k")]
+        case "headers":
+            names = ["key", "diator-dlq-reason", "diator-retry-due", "diator-retry-attempt", "\n", "x" * 100_000]
+            batches = [batch_of(body, headers=[(name.encode(), b"-1")]) for name in names]
+            twice = [(b"a", b"1"), (b"b", None), (b"a", b"2"), (b"\xff", b"\xff")]
+            return [
+                *batches,
+                batch_of(body, headers=twice),
+                batch_of(body, headers=[(b"n%d" % n, b"") for n in range(9_999)]),
+            ]
+        case "counters":
+            names = [b"diator-attempt", b"diator-retry-attempt", b"attempt"]
+            return [batch_of(body, headers=[(name, b"9" * length)]) for name in names for length in (3, 400)]
+        case "due times":
+            forged = [b"9" * 400, b"-" + b"9" * 30, b"99999999999999", b"soon", b"\xff", b""] * 20
+            return [
+                batch_of(
+                    body,
+                    headers=[
+                        (b"diator-retry-attempt", b"2"),
+                        (b"diator-retry-due", due),
+                        (b"diator-retry-origin", b"0:0"),
+                    ],
+                )
+                for due in forged
+            ]
+        case "large":
+            return [batch_of(b" " * (most - less - len(batch_of(b"")) - 8)) for less in (0, 60, 400)]
+        case "compressed":
+            compressed = {1: gzip.compress, 2: _as_snappy, 3: _as_lz4, 4: _as_zstd}
+            batches = [batch_of(body, codec=codec, compress=compress) for codec, compress in compressed.items()]
+            return [*batches, batch_of(bytes(10_000_000), codec=1, compress=gzip.compress)]
+
+
+def batch_of(value, *, key=None, headers=(), timestamp=None, codec=0, compress=bytes):
+    """Encode a batch (version 2) with one record, as the documentation of Kafka's protocol describes it."""
+    from aiokafka.record.util import calc_crc32c
+
+    timestamp = int(time.time() * 1000) if timestamp is None else timestamp
+    fields = [b"\0", varint(0), varint(0), sized(key), sized(value), varint(len(headers))]
+    record = b"".join([*fields, *(sized(each) for header in headers for each in header)])
+    records = compress(varint(len(record)) + record)
+    checked = struct.pack(">hiqqqhii", codec, 0, timestamp, timestamp, -1, -1, -1, 1) + records
+    return struct.pack(">qiibI", 0, len(checked) + 9, -1, 2, calc_crc32c(checked)) + checked
+
+
+def sized(value):
+    return varint(-1) if value is None else varint(len(value)) + value
+
+
+def varint(number):
+    number, encoded = (number << 1) ^ (number >> 63), b""
+    while number > 0x7F:
+        encoded += bytes([number & 0x7F | 0x80])
+        number >>= 7
+    return encoded + bytes([number])
+
+
+def _as_snappy(data):
+    from aiokafka.codec import snappy_encode
+
+    return snappy_encode(data)
+
+
+def _as_lz4(data):
+    from aiokafka.codec import lz4_encode
+
+    return lz4_encode(data)
+
+
+def _as_zstd(data):
+    from aiokafka.codec import zstd_encode
+
+    return zstd_encode(data)
 
 
 _ALL, _READ, _WRITE = 2, 3, 4

@@ -7,14 +7,14 @@ from diator.brokers.capabilities import Capabilities
 from diator.brokers.memory import MemoryMessageBroker, _Entry
 from diator.exceptions import UnsupportedCapability
 from diator.testing.conformance import DeadLettered, Harness, Limits
-from tests.integration.harnesses.service import SCALE
+from tests.integration.harnesses.service import SCALE, foreign_bodies
 
 
 class MemoryHarness(Harness):
     """The in-memory broker. Each broker is its own service."""
 
     name = "memory"
-    facilities = frozenset({"raw", "dead_letters", "full"})
+    facilities = frozenset({"raw", "foreign", "dead_letters", "full"})
     limits = Limits(quiet=0.05, redelivery=1.0, lag=SCALE)
 
     def transport(self):
@@ -27,6 +27,13 @@ class MemoryHarness(Harness):
         for queue in transport._queues:
             if topic in queue.topics:
                 queue.put(_Entry(topic, body))
+
+    async def send_foreign(self, transport, topic, group, kind, body):
+        """The memory has nothing beside the body. The envelope has headers, and whoever stores it may compress it."""
+        bodies = foreign_bodies(kind, body, transport.capabilities.max_message_bytes)
+        for each in bodies:
+            await self.send_raw(transport, topic, each)
+        return len(bodies)
 
     async def dead_letters(self, transport: MemoryMessageBroker, topic: Topic, group: str | None):
         return [

@@ -4,9 +4,13 @@ import asyncio
 import base64
 import contextlib
 import functools
+import gzip
 import json
 import os
 import ssl
+import struct
+import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -28,7 +32,19 @@ class RabbitMQHarness(ServiceHarness):
 
     name = backend = "rabbitmq"
     facilities = frozenset(
-        {"proxy", "raw", "dead_letters", "crash", "processes", "outages", "operator", "topology", "alarm", "security"}
+        {
+            "proxy",
+            "raw",
+            "foreign",
+            "dead_letters",
+            "crash",
+            "processes",
+            "outages",
+            "operator",
+            "topology",
+            "alarm",
+            "security",
+        }
     )
     limits = Limits(
         lag=SCALE, scale=2.0 * SCALE, quiet=0.2, redelivery=3.0, timeout=5.0, liveness=6.0, recovery=8.0, max_delay=1.0
@@ -128,6 +144,19 @@ class RabbitMQHarness(ServiceHarness):
         key = routing_key(*topic)
         await self._amqp(lambda channel: channel.basic_publish(body, exchange=self.prefix, routing_key=key))
 
+    async def send_foreign(self, transport, topic, group, kind, body):
+        from diator.brokers.rabbitmq._frames import Publication
+        from diator.brokers.rabbitmq._names import routing_key
+
+        def publication(properties, body):
+            header = struct.pack(">HHQ", 60, 0, len(body)) + properties
+            return Publication(self.prefix, routing_key(*topic), header, body, str(uuid4()), mandatory=True)
+
+        stored = foreign_properties(kind, body, transport.capabilities.max_message_bytes)
+        for properties, each in stored:
+            await transport._service.publish(publication(properties, each))
+        return len(stored)
+
     async def dead_letters(self, transport, topic, group):
         from pamqp.commands import Basic
 
@@ -219,6 +248,82 @@ class RabbitMQHarness(ServiceHarness):
         scheme = "amqps" if entrance.authority else "amqp"
         url = f"{scheme}://{entrance.user}:{entrance.password}@{entrance.address}/"
         return self.connecting_to(url, ssl_context=entrance.ssl_context)
+
+
+def foreign_properties(kind, body, limit):
+    """Return the properties and bodies of foreign messages of *kind*: flags and values as RabbitMQ stores them."""
+    number = entry("n", b"I" + struct.pack(">i", 1_000))
+    match kind:
+        case "metadata":
+            tables = [
+                entry(b"\xff\xfe", text("a")),  # a name that is not UTF-8
+                entry("t", b"T" + struct.pack(">Q", 2**60)),  # a time that no datetime can be
+                nested(500),
+                entry("d", b"D\xff" + struct.pack(">I", 2**31 + 5)),  # 255 decimal places
+            ]
+            properties = [
+                flagged({6: struct.pack(">Q", 2**64 - 1)}),  # timestamps out of range, and in microseconds
+                flagged({6: struct.pack(">Q", int(time.time() * 1_000_000))}),
+                flagged({15: b"\x02\xc3\x28"}),  # a content type, an id and an encoding that are not UTF-8
+                flagged({7: b"\x02\xc3\x28"}),
+                flagged({14: b"\x01\xff"}),
+                struct.pack(">H", 0),  # no properties
+            ]
+            return [(each, body) for each in [*map(tabled, tables), *properties]]
+        case "headers":
+            values = [
+                b"V", b"t\2", b"b\xff", b"B\xff", b"s\xff\xfe", b"u\xff\xfe", b"I" + b"\xff" * 4, b"i" + b"\xff" * 4,
+                b"l" + b"\xff" * 8, b"f" + struct.pack(">f", 0.1), b"d" + struct.pack(">d", 1e300),
+                b"D\2" + struct.pack(">i", -31415), b"x" + sized(b"\xff\0\xfe"), b"S" + sized(b"\xc3\x28"),
+                b"A" + sized(text("a") + b"V" + b"F" + sized(number)), b"F" + sized(number), b"T" + bytes(8),
+                text("x" * 100_000),
+            ]  # fmt: skip
+            names = ["", "\n", "N" * 200, "key", "diator-dlq-reason", "x-delay", "x-match"]
+            tables = [*(entry("h", value) for value in values), *(entry(name, text("a")) for name in names)]
+            tables += [number + number, *(entry(name, b"A" + sized(text("nowhere"))) for name in ("CC", "BCC"))]
+            properties = [flagged({12: b"\1"}), flagged({11: b"\xff"}), flagged({9: b"\1r", 10: b"\1c"})]
+            return [(each, body) for each in [*map(tabled, tables), *properties]]
+        case "counters":
+            names = ["diator-attempt", "x-delivery-count", "x-acquired-count", "x-death", "x-first-death-queue"]
+            values = [b"I" + struct.pack(">i", 999), b"l" + struct.pack(">q", 2**62), text("999"), b"A" + sized(b"")]
+            return [(tabled(entry(name, value)), body) for name in names for value in values]
+        case "large":
+            full = tabled(entry("h", text("x" * 130_900)))  # with the headers of a dead letter, more than a frame
+            return [(struct.pack(">H", 0), body + b" " * limit), (full, b"{"), (full, body + b" " * limit)]
+        case "compressed":
+            encoded = [(b"\4gzip", gzip.compress(body)), (b"\7deflate", zlib.compress(body)), (b"\2br", b"\x0b")]
+            encoded.append((b"\4gzip", gzip.compress(bytes(10_000_000))))
+            return [(flagged({14: name}), each) for name, each in encoded]
+    raise EnvironmentMissing("the messages that wait in RabbitMQ have no due times: their queue decides")
+
+
+def flagged(values):
+    """Encode properties, by the bits of their flags: 15 is the content type, 13 the headers, 7 the id."""
+    return struct.pack(">H", sum(1 << bit for bit in values)) + b"".join(values[bit] for bit in sorted(values)[::-1])
+
+
+def tabled(table):
+    return flagged({13: sized(table)})
+
+
+def entry(name, value):
+    name = name if isinstance(name, bytes) else name.encode()
+    return bytes([len(name)]) + name + value
+
+
+def text(value):
+    return b"S" + sized(value.encode())
+
+
+def sized(value):
+    return struct.pack(">I", len(value)) + value
+
+
+def nested(depth):
+    table = b""
+    for _ in range(depth):
+        table = entry("a", b"F" + sized(table))
+    return table
 
 
 def guarded_rabbitmq(certificates, certificate, password):

@@ -7,10 +7,11 @@ from importlib.metadata import version
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+from diator.brokers.redis._group import Group
 from diator.brokers.supervisor import ReconnectPolicy
 from diator.testing.conformance import DeadLettered, EnvironmentMissing, Limits
 from diator.testing.fault_proxy import FaultProxy
-from tests.integration.harnesses.service import SCALE, ServiceHarness
+from tests.integration.harnesses.service import SCALE, ServiceHarness, foreign_bodies
 from tests.services import BACKENDS
 
 
@@ -18,7 +19,7 @@ class RedisHarness(ServiceHarness):
     """Redis Pub/Sub at `DIATOR_TEST_REDIS_URL`."""
 
     name = backend = "redis"
-    facilities = frozenset({"proxy", "raw", "crash", "processes", "outages", "operator", "security"})
+    facilities = frozenset({"proxy", "raw", "foreign", "crash", "processes", "outages", "operator", "security"})
     limits = Limits(
         lag=SCALE, scale=2.0 * SCALE, redelivery=3.0, timeout=2.0, liveness=6.0, recovery=5.0, max_delay=1.0
     )
@@ -60,6 +61,13 @@ class RedisHarness(ServiceHarness):
 
     async def send_raw(self, transport, topic, body):
         await transport._client.publish(transport._channel(topic), body)
+
+    async def send_foreign(self, transport, topic, group, kind, body):
+        """A message of Pub/Sub has nothing beside its body."""
+        bodies = foreign_bodies(kind, body, transport.capabilities.max_message_bytes)
+        for each in bodies:
+            await self.send_raw(transport, topic, each)
+        return len(bodies)
 
     @asynccontextmanager
     async def proxied(self):
@@ -114,6 +122,17 @@ class RedisStreamHarness(RedisHarness):
     async def send_raw(self, transport, topic, body):
         await transport._client.xadd(transport._stream(topic), {"body": body})
 
+    async def send_foreign(self, transport, topic, group, kind, body):
+        stream = transport._stream(topic)
+        if kind == "due times":
+            delayed = Group(transport._service.execute, group).key(stream, b"delayed")
+            members = {b"": "-inf", b"\xff": 1, b"{}": 1e300, body: 2, b"later": "inf", os.urandom(100): 4e15}
+            return await transport._client.zadd(delayed, members)
+        entries = foreign_entries(kind, body, transport.capabilities.max_message_bytes)
+        for fields in entries:
+            await transport._client.execute_command("XADD", stream, "*", *fields)
+        return len(entries)
+
     async def dead_letters(self, transport, topic, group):
         from diator.brokers.redis._names import DEAD, of_group
 
@@ -137,6 +156,27 @@ class RedisStreamHarness(RedisHarness):
                 yield
             finally:
                 await operator.config_set("maxmemory", 0)
+
+
+def foreign_entries(kind, body, limit):
+    """Return the fields of foreign entries of *kind*: names and values, as Redis stores them."""
+    whole = ["body", body]
+    match kind:
+        case "metadata":
+            return [
+                ["other", body], ["body", b""], [*whole, b"\xff\xfe", b"\xff"], [*whole, "key", b"\xc3\x28"],
+                [*whole, *whole], [*whole, "body", b"\0"], [b"", b"", *whole],
+            ]  # fmt: skip
+        case "headers":
+            names = ["", "\n\0", "x" * 1_000_000, "again", "key", "diator-dlq-reason", "BODY"]
+            many = [part for number in range(5_000) for part in (f"n{number}", "v")]
+            return [*([*whole, name, "y"] for name in names), [*whole, *many], [*whole, "a", "1", "a", "2"]]
+        case "counters":
+            return [[*whole, name, "999"] for name in ("attempt", "attempts", "diator-attempt", "RETRYCOUNT")]
+        case "large":
+            return [["body", b" " * (limit + 1)], ["body", body + b" " * 8 * limit]]
+        case "compressed":
+            return [["body", each] for each in foreign_bodies(kind, body, limit)]
 
 
 def named(url):

@@ -1,7 +1,11 @@
 """The base of the harnesses of services: private containers, one to break and two with TLS and users."""
 
+import bz2
+import gzip
+import json
 import os
 import ssl
+import zlib
 from abc import abstractmethod
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -110,3 +114,18 @@ class Entrance:
     @property
     def ssl_context(self):
         return self.authority and ssl.create_default_context(cafile=self.authority)
+
+
+def foreign_bodies(kind, body, limit):
+    """Return what another program can store where a message has only a body."""
+    if kind == "large":
+        return [b" " * (limit + 1), body + b" " * limit]
+    if kind == "compressed":
+        return [gzip.compress(body), zlib.compress(body), bz2.compress(body), gzip.compress(bytes(10_000_000))]
+    headers = {
+        "metadata": ["text", [1], {"a": 1}, {"a": {"b": [None]}}, {"\udcff": "\udcff"}, {"key": ["k"]}],
+        "headers": [None, {}, {"": "", "\0": "\n"}, {"key": "", "x" * 1_000: "y" * 10_000}, {"diator-dlq-reason": "r"}],
+        "counters": [{name: "999"} for name in ("attempt", "attempts", "diator-attempt", "x-delivery-count")],
+        "due times": [{"diator-due": due} for due in ("9" * 400, "-1", "nan", "soon", "1e400")],
+    }[kind]
+    return [json.dumps({**json.loads(body), "headers": each}).encode() for each in headers]

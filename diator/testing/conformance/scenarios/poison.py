@@ -143,22 +143,6 @@ async def envelopes(ctx: Context) -> None:
     ctx.same(handled[-1].outcome, "acked", "the outcome of the newer envelope")
 
 
-@scenario("PSN-03", "A body that names another event than its topic is dead-lettered as a mismatch", facilities=["raw"])
-async def mismatch(ctx: Context) -> None:
-    """Catch a body that chooses the handler, a crash, and a silent acknowledgement when another service is newer."""
-    broker = await ctx.broker()
-    async with ctx.consuming(broker, _handle) as run:
-        good = {"message_type": run.topic.message_type, "message_name": run.topic.message_name,
-                "message_id": str(uuid4()), "payload": {"number": 1, "tags": []}}  # fmt: skip
-        others = {"message_name": "Elsewhere", "message_type": "ecst_event"}
-        bodies = [json.dumps({**good, name: value}).encode() for name, value in others.items()]
-        bad = await _raw(ctx, broker, run, *bodies)
-    ctx.same([each.outcome for each in bad], [_bad(ctx)] * len(bodies), "the outcomes")
-    reasons = [each.reason or "" for each in bad]
-    ctx.check(all(each.startswith("mismatch: ") for each in reasons), f"the reasons: {reasons}")
-    ctx.check(not any("Elsewhere" in each for each in reasons), f"a reason quotes the message: {reasons}")
-
-
 @scenario(
     "PSN-04",
     "A message that always fails is retried as configured, then dead-lettered once",
