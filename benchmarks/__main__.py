@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import brokers, comparison, imports, memory
+from benchmarks import brokers, comparison, hostile, imports, memory
 from benchmarks.environments import BROKER_LIBRARIES, CACHE, LIBRARIES
 from benchmarks.reports import keep
 from benchmarks.worker.workloads import WORKLOADS
@@ -22,6 +22,8 @@ def main() -> int:
             results = imports.measure()
         case "memory":
             results = memory.measure()
+        case "hostile":
+            results = hostile.measure(options.transports or hostile.TRANSPORTS, flood=options.messages)
         case "brokers":
             results = brokers.compare(
                 options.transports or brokers.TRANSPORTS,
@@ -49,6 +51,10 @@ def smoke(options: argparse.Namespace) -> int:
             options.transports or brokers.TRANSPORTS, options.libraries or here, options.only or brokers.WORKLOADS
         )
         print("\n".join(faults) or "every message arrived once, and was acknowledged")
+        return 1 if faults else 0
+    if options.benchmark == "hostile":
+        faults = hostile.smoke(options.transports or hostile.TRANSPORTS)
+        print("\n".join(faults) or "every message was settled")
         return 1 if faults else 0
     here = [name for name, library in LIBRARIES.items() if not library.pins]
     ran = comparison.smoke(options.libraries or here, options.only or WORKLOADS)
@@ -95,6 +101,9 @@ def parsed() -> argparse.Namespace:
     transports.add_argument("--only", type=chosen_from(brokers.WORKLOADS), metavar="P64,C1")
     transports.add_argument("--libraries", type=chosen_from(BROKER_LIBRARIES), metavar="raw,diator")
     transports.add_argument("--quick", action="store_true", help="one round of little: whether it works")
+    foreign = others.add_parser("hostile", help=hostile.__doc__, parents=[kept, smoking])
+    foreign.add_argument("transports", nargs="*", type=one_of(hostile.TRANSPORTS), metavar="streams rabbitmq kafka")
+    foreign.add_argument("--messages", type=int, default=hostile.FLOOD, help="how many are in a flood")
     return parser.parse_args()
 
 
