@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Generic, Self, TypeVar
 
+from diator._text import explained
 from diator.brokers.message import Message
 from diator.brokers.sending import send_together
-from diator.brokers.supervisor import ResilientSubscription
+from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, end_task
 from diator.exceptions import UsageError
+
+L = TypeVar("L")
+
+# How long an attempt to connect that is cancelled may take to close what it has opened, in seconds.
+_CLEANING_UP = 2.0
 
 
 class BackgroundTasks:
@@ -31,27 +39,79 @@ class BackgroundTasks:
             await asyncio.wait(self._tasks)
 
 
-class ClientConnection(ABC):
+class Backoff:
+    """
+    Runs one attempt to connect at a time, with growing random delays between them (exponential backoff, full jitter).
+
+    The first attempt is not delayed, and neither is one that begins later than `ReconnectPolicy.reset_after` after the
+    last.
+    """
+
+    def __init__(self, policy: ReconnectPolicy) -> None:
+        self._policy = policy
+        self._one_at_a_time = asyncio.Lock()
+        self._attempts = 0
+        self._last_ended_at = self._next_begins_at = -math.inf
+
+    @asynccontextmanager
+    async def attempt(self) -> AsyncGenerator[None, None]:
+        """Wait for the end of other attempts and for the delay. The block is the attempt."""
+        loop = asyncio.get_running_loop()
+        async with self._one_at_a_time:
+            if loop.time() - self._last_ended_at > self._policy.reset_after:
+                self.reset()
+            await asyncio.sleep(max(0.0, self._next_begins_at - loop.time()))
+            try:
+                yield
+            finally:
+                self._last_ended_at = loop.time()
+                self._next_begins_at = self._last_ended_at + self._policy.delay(self._attempts)
+                self._attempts += 1
+
+    def reset(self) -> None:
+        """Let the delays begin at `ReconnectPolicy.first_delay` again: the last connection did not end by a fault."""
+        self._attempts = 0
+
+
+class ClientConnection(ABC, Generic[L]):
     """
     A client connection that many callers of one event loop use at once. A transport derives its own from this class.
 
     It connects at its first use. Callers that find no connection, or no room in it, wait in a queue: waiting callers
     keep their order.
 
-    A subclass writes `open`, `_reset` and `_close`. Each of its calls begins with `_bind_to_running_loop`. A call that
-    has to wait counts itself in `_queued` and takes `_lock`. Work that nobody waits for runs in `_background`.
+    One attempt to connect runs at a time, for all callers that wait. It has a task and a deadline of its own,
+    `ReconnectPolicy.connect_timeout`: a caller that reaches its own deadline, or is cancelled, leaves the attempt to
+    the others. If an attempt fails, everybody who has waited for it gets its error. Between two attempts is a delay, as
+    *reconnect* says, of half of *timeout* at most: a caller that comes during the delay waits for the next attempt. So
+    a call never fails because of an earlier attempt than its own.
+
+    A subclass writes `open`, `_connect` and `_close`, and `_reset` if it keeps more than the connection. Each of its
+    calls begins with `_bind_to_running_loop`. A call that has to wait counts itself in `_queued` and takes `_lock`;
+    then it gets the connection from `_connected`. Work that nobody waits for runs in `_background`.
 
     Attributes:
         subscriptions: The open subscriptions of the same broker. They end with it.
+        timeout: The time limit for each call, in seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, timeout: float, reconnect: ReconnectPolicy) -> None:
         self.subscriptions: set[ResilientSubscription] = set()
+        self.timeout = timeout
+        self._reconnect = reconnect.capped(timeout / 2)  # so that each call has the time for an attempt
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._failures = 0  # the number of attempts to connect that have failed
+        self._begin()
+
+    def _begin(self) -> None:
         self._lock = asyncio.Lock()  # the queue of waiting callers
         self._queued = 0  # the number of waiting callers
         self._background = BackgroundTasks()
-        self._closing: asyncio.Task[None] | None = None
+        self._backoff = Backoff(self._reconnect)
+        self._link: L | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._failure: Exception | None = None  # of the last attempt
 
     @property
     def is_closed(self) -> bool:
@@ -86,10 +146,56 @@ class ClientConnection(ABC):
                         "this broker is in use in another event loop that is still running; a broker serves one event "
                         "loop at a time, so make one for each thread"
                     )
-                self._lock, self._queued, self._background = asyncio.Lock(), 0, BackgroundTasks()
+                self._begin()
                 self._reset()
             self._loop = loop
         return loop
+
+    # -- connecting --------------------------------------------------------------------------------------------------
+
+    async def _connected(self, failures: int) -> L:
+        """
+        Return the connection. If there is none, wait for the attempt that is under way, or begin one.
+
+        The caller holds the lock. *failures* is the value of `_failures` when the call began: if an attempt has failed
+        since, this raises its error.
+        """
+        while self._link is None:
+            if self._failures > failures and self._failure is not None:
+                raise self._failure
+            if self._connecting is None or self._connecting.done():
+                self._connecting = asyncio.create_task(self._make_attempt(), name="diator: connecting")
+            await asyncio.wait([self._connecting])  # unlike awaiting it, this does not cancel it with the caller
+        return self._link
+
+    async def _make_attempt(self) -> None:
+        this = asyncio.current_task()
+        async with self._backoff.attempt():
+            try:
+                async with asyncio.timeout(self._reconnect.connect_timeout):
+                    self._link = await self._connect()
+                self._failure = None
+            except (Exception, asyncio.CancelledError) as error:  # whatever the client library raises
+                if isinstance(error, asyncio.CancelledError) and this is not None and this.cancelling():
+                    raise  # otherwise the client library has cancelled its own work
+                self._failures += 1
+                self._failure = error if isinstance(error, Exception) else ConnectionError("connecting was cancelled")
+
+    def _no_connection(self) -> str:
+        """Describe for a caller at its deadline that there is no connection, and why."""
+        text = f"no connection within {self.timeout:g} s"
+        if self._failure is None:
+            return text
+        return f"{text}; the last attempt failed ({explained(self._failure, within=self._reconnect.connect_timeout)})"
+
+    async def _take_link(self) -> L | None:
+        """End the attempt to connect, if there is one, and return the connection that is to be closed."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.wait([self._connecting], timeout=_CLEANING_UP)  # a second cancellation would interrupt it
+            await end_task(self._connecting)
+        link, self._link = self._link, None
+        return link
 
     @abstractmethod
     async def open(self) -> None:
@@ -101,15 +207,18 @@ class ClientConnection(ABC):
         """
 
     @abstractmethod
-    def _reset(self) -> None:
-        """Drop everything that belonged to the earlier event loop."""
+    async def _connect(self) -> L:
+        """Connect, and return the connection. If this fails or is cancelled, it leaves no connection open."""
+
+    def _reset(self) -> None:  # many have nothing else
+        """Drop whatever else belonged to the earlier event loop."""
 
     @abstractmethod
     async def _close(self) -> None:
-        """Close as `aclose` describes. Called once."""
+        """Close as `aclose` describes. Called once. It gets the connection from `_take_link`."""
 
 
-S = TypeVar("S", bound=ClientConnection)
+S = TypeVar("S", bound=ClientConnection[Any])
 
 
 class ServiceBroker(ABC, Generic[S]):

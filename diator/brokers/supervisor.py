@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Protocol, Self
@@ -107,6 +107,10 @@ class ReconnectPolicy:
         The whole delay is random (full jitter), so that clients which lost the same service do not return all at once.
         """
         return random.uniform(0, min(self.max_delay, self.first_delay * 2 ** min(failures, 32)))  # noqa: S311
+
+    def capped(self, max_delay: float) -> Self:
+        """Return this policy with a `max_delay` of at most *max_delay*."""
+        return replace(self, max_delay=min(self.max_delay, max_delay))
 
 
 class ResilientSubscription(ABC):
@@ -318,7 +322,7 @@ class ResilientSubscription(ABC):
     async def _end_once(self) -> None:
         self._registry.discard(self)
         if self._receiver is not None:
-            await _cancel(self._receiver)
+            await end_task(self._receiver)
         await self.leave(self._received)
         self.lines.flush()
 
@@ -392,7 +396,7 @@ class ResilientSubscription(ABC):
                         self._complete_until = self._probed_at.popleft()
                     self._last_received_at = asyncio.get_running_loop().time()
             finally:
-                await _cancel(watching)
+                await end_task(watching)
 
     async def _watch(self, source: Source, deadline: asyncio.Timeout) -> None:
         """Detect a dead connection. Its packets may disappear without any error, so that only silence shows it."""
@@ -434,7 +438,7 @@ async def close_all(subscriptions: Collection[ResilientSubscription]) -> None:
     await asyncio.gather(*(subscription.aclose() for subscription in [*subscriptions]))
 
 
-async def _cancel(task: asyncio.Task[None]) -> None:
+async def end_task(task: asyncio.Task[None]) -> None:
     """
     Cancel *task*, again and again, until it has ended.
 

@@ -113,9 +113,11 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
             raise ConfigurationError(
                 "replication_factor must be at least 1; None means one replica for each broker, at most 3"
             )
+        self._reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
         self._cluster = Cluster(
             bootstrap_servers=tuple(each.strip() for each in str(bootstrap_servers).split(",")),
             timeout=timeout,
+            reconnect=self._reconnect,
             ssl_context=ssl_context,
             sasl_mechanism=sasl_mechanism,
             username=username,
@@ -128,7 +130,6 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
             replication_factor=replication_factor,
             max_message_bytes=max_message_bytes,
         )
-        self._reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
         self._options = ReadOptions(
             session_timeout=session_timeout,
             heartbeat_interval=heartbeat_interval,

@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 from types import CoroutineType
 from typing import Any
 
+from aiokafka.client import ConnectionGroup
 from aiokafka.record import default_records
 
 from diator._extras import require_internals
+from diator.brokers.connecting import Backoff
 from diator.brokers.kafka._errors import CLIENT_ERRORS
 from diator.brokers.kafka._unconfirmed import Place
+from diator.brokers.supervisor import ReconnectPolicy
 from diator.exceptions import ConfigurationError
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -40,12 +43,14 @@ class Cluster:
     Attributes:
         bootstrap_servers: Addresses of the form `host:port`; one that answers is enough.
         timeout: Seconds within which a call must end.
+        reconnect: The time limits and delays of connecting.
         ssl_context: For TLS. None means no TLS.
         sasl_mechanism: How *username* and *password* are checked. None means no login.
     """
 
     bootstrap_servers: tuple[str, ...]
     timeout: float
+    reconnect: ReconnectPolicy = field(default_factory=ReconnectPolicy)
     ssl_context: ssl.SSLContext | None = field(default=None, repr=False)
     sasl_mechanism: str | None = None
     username: str | None = field(default=None, repr=False)
@@ -133,7 +138,7 @@ async def end_tasks(tasks: Collection[asyncio.Task[Any] | None]) -> None:
 # Sending and closing need more of aiokafka than its public part. All names of that kind are used below this line, and
 # by `_batch.Records`, which takes the place of a BatchBuilder.
 INTERNALS = {
-    "aiokafka.client": ("AIOKafkaClient._conns",),
+    "aiokafka.client": ("AIOKafkaClient._conns", "AIOKafkaClient._get_conn"),
     "aiokafka.conn": ("AIOKafkaConnection._writer",),
     "aiokafka.producer.producer": (
         "AIOKafkaProducer._closed",
@@ -166,6 +171,20 @@ require_internals("aiokafka", INTERNALS)
 
 BatchBuilderInPython: Any = default_records._DefaultRecordBatchBuilderPy  # noqa: SLF001
 """Writes what the one in C refuses: names of headers that are not `str`, but a class derived from it."""
+
+
+def pace(client: Any, cluster: Cluster) -> None:
+    """Make *client* wait between two attempts to connect to a node. aiokafka would try ten times a second for ever."""
+    connect, backoffs = client._get_conn, dict[object, Backoff]()  # noqa: SLF001
+    policy = cluster.reconnect.capped(cluster.timeout / 2)
+
+    async def get_connection(node: object, *, group: ConnectionGroup = ConnectionGroup.DEFAULT, **rest: Any) -> Any:
+        if (found := client._conns.get((node, group))) is not None and found.connected():  # noqa: SLF001
+            return found
+        async with backoffs.setdefault((node, group), Backoff(policy)).attempt():
+            return await connect(node, group=group, **rest)
+
+    client._get_conn = get_connection  # noqa: SLF001
 
 
 async def close_client(client: Any) -> None:

@@ -21,7 +21,7 @@ from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
 from diator._extras import require_internals
-from diator.brokers.kafka._client import Cluster, close_client, end_tasks, started
+from diator.brokers.kafka._client import Cluster, close_client, end_tasks, pace, started
 from diator.brokers.kafka._fetched import Fetched, Headers
 from diator.brokers.kafka._topic_ids import TopicIds, topic_ids
 from diator.brokers.kafka._topics import HEADERS_BYTES
@@ -126,6 +126,7 @@ class KafkaConsumer:
         self.problems: dict[TopicPartition, ConfigurationError] = {}
         self._group_id = group_id
         self._consumer: Any = AIOKafkaConsumer(**consumer_settings(cluster, options, group_id))
+        pace(self._consumer._client, cluster)  # noqa: SLF001
         self._most = max(_DECOMPRESSED_BYTES, 2 * options.max_message_bytes)
         self._answers: dict[TopicPartition, bytes] = {}  # the newest of each partition, until it is read
         self._corrupt: set[tuple[TopicPartition, int]] = set()

@@ -12,7 +12,17 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.partitioner import DefaultPartitioner
 
 from diator.brokers.kafka._batch import Records
-from diator.brokers.kafka._client import Cluster, drop_empty, enqueue, sender_of, started, tear_down, without_own_end
+from diator.brokers.kafka._client import (
+    Cluster,
+    drop_empty,
+    enqueue,
+    pace,
+    sender_of,
+    started,
+    tear_down,
+    without_own_end,
+)
+from diator.brokers.kafka._topics import TopicPolicy, create_missing
 from diator.brokers.kafka._unconfirmed import Batch
 
 _STAY = 100
@@ -55,6 +65,7 @@ class IdempotentProducer:
         """Return a producer that is connected. *on_failure* is called if its work ends with an error."""
         settings = cluster.settings()
         producer = without_own_end(AIOKafkaProducer(**settings, acks="all", enable_idempotence=True, linger_ms=0))
+        pace(producer.client, cluster)
         try:
             await started(producer.start())
         except BaseException:
@@ -113,6 +124,12 @@ class IdempotentProducer:
     def knows(self, topic: str) -> bool:
         """Tell whether the partitions of *topic* have been looked up."""
         return topic in self._known
+
+    async def create_missing(self, cluster: Cluster, policy: TopicPolicy, topic: str) -> None:
+        """Create *topic*, if it is missing. Do nothing once this producer is retired."""
+        async with self._asking:
+            if not self._is_retired:
+                await create_missing(self._producer.client, cluster, policy, [topic])
 
     async def look_up(self, topic: str) -> None:
         """Look up the partitions of *topic*. Do nothing once this producer is retired."""

@@ -12,7 +12,7 @@ from diator.brokers.kafka._batch import record_size
 from diator.brokers.kafka._client import Cluster
 from diator.brokers.kafka._errors import CLIENT_ERRORS, NO_RIGHT, TOO_LARGE, refused, send_error
 from diator.brokers.kafka._idempotent import IdempotentProducer
-from diator.brokers.kafka._topics import TopicPolicy, ensure_topics
+from diator.brokers.kafka._topics import TopicPolicy
 from diator.brokers.kafka._unconfirmed import Batch, Call, Place, Unconfirmed
 from diator.brokers.supervisor import close_all
 from diator.exceptions import BrokerClosed, BrokerError, OutcomeUnknown
@@ -22,7 +22,7 @@ _BATCH_BYTES = 128 * 1024
 _Batch: TypeAlias = Batch[IdempotentProducer]
 
 
-class Producer(ClientConnection):
+class Producer(ClientConnection[IdempotentProducer]):
     """
     Sends messages through one idempotent producer of aiokafka, and through another one when that breaks.
 
@@ -38,17 +38,15 @@ class Producer(ClientConnection):
     """
 
     def __init__(self, cluster: Cluster, policy: TopicPolicy, *, max_in_flight: int) -> None:
-        super().__init__()
+        super().__init__(timeout=cluster.timeout, reconnect=cluster.reconnect)
         self._cluster = cluster
         self._policy = policy
-        self._timeout = cluster.timeout
         self._max_in_flight = max_in_flight
         self._reset()
 
     def _reset(self) -> None:
         self._calls = Unconfirmed[IdempotentProducer](max_in_flight=self._max_in_flight, batch_bytes=_BATCH_BYTES)
-        self._current: IdempotentProducer | None = None
-        self._connecting = asyncio.Lock()  # one connects; callers wait for their turn at `_lock`
+        self._preparing = asyncio.Lock()  # one prepares a producer; callers wait for their turn at `_lock`
         self._handing_over: asyncio.Task[None] | None = None
         self._room = asyncio.Event()  # set when there may be room for another call
         self._idle = asyncio.Event()  # set when no call is unconfirmed
@@ -57,13 +55,14 @@ class Producer(ClientConnection):
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
         self._bind_to_running_loop()
+        failures = self._failures
         try:
-            async with asyncio.timeout(self._timeout), self._lock:
+            async with asyncio.timeout(self.timeout), self._lock:
                 if self.is_closed:
                     raise BrokerClosed("this broker is closed")
-                await self._connected()
+                await self._prepared(failures)
         except CLIENT_ERRORS as error:
-            raise send_error(error, None, handed_over=False) from error
+            raise self._not_sent(error, None) from error
 
     async def send(
         self,
@@ -87,8 +86,8 @@ class Producer(ClientConnection):
         loop = self._bind_to_running_loop()
         if self.is_closed:
             raise BrokerClosed("this broker is closed", message_id=message_id)
-        deadline = loop.time() + self._timeout
-        calls, producer = self._calls, self._current
+        deadline = loop.time() + self.timeout
+        calls, producer = self._calls, self._link
         place = None
         if producer is not None and not (self._queued or calls.waiting or calls.is_full):
             place = producer.place(topic, key, partition, calls.in_flight > 0)
@@ -104,11 +103,12 @@ class Producer(ClientConnection):
         self, topic: str, key: bytes | None, partition: int | None, message_id: UUID | None, deadline: float
     ) -> tuple[IdempotentProducer, Place]:
         """Wait for a producer that knows the partitions of *topic*, and for room."""
+        failures = self._failures
         self._queued += 1
         try:
             async with asyncio.timeout_at(deadline), self._lock:
                 while not self.is_closed:
-                    producer = await self._connected()
+                    producer = await self._prepared(failures)
                     if self._calls.is_full:
                         self._room.clear()
                         await self._room.wait()
@@ -116,30 +116,31 @@ class Producer(ClientConnection):
                     place = producer.place(topic, key, partition, self._calls.in_flight > 0)
                     if place is not None:
                         return producer, place
-                    await ensure_topics(self._cluster, self._policy, [topic])
+                    await producer.create_missing(self._cluster, self._policy, topic)
                     await producer.look_up(topic)
                 raise BrokerClosed("this broker is closed")
         except CLIENT_ERRORS as error:
-            raise send_error(error, message_id, handed_over=False) from error
+            raise self._not_sent(error, message_id) from error
         except BrokerError as error:
             raise send_error(error, message_id, handed_over=False) from error.__cause__
         finally:
             self._queued -= 1
 
-    async def _connected(self) -> IdempotentProducer:
-        """Return a producer that works, and that has been given all calls that waited for one."""
-        async with self._connecting:
+    async def _connect(self) -> IdempotentProducer:
+        await self._background.wait()  # the old producer may still send a message of the same key
+        return await IdempotentProducer.connect(self._cluster, on_failure=self._give_up)
+
+    async def _prepared(self, failures: int) -> IdempotentProducer:
+        """Return a producer that works, and that has been given all calls that waited for one. See `_connected`."""
+        async with self._preparing:
             while True:
-                if self._current is not None and self._current.has_ended:
-                    self._give_up(self._current, OutcomeUnknown("its sender was cancelled; it may have arrived"))
-                if self._current is None:
-                    await self._background.wait()  # the old producer may still send a message of the same key
-                    self._current = await IdempotentProducer.connect(self._cluster, on_failure=self._give_up)
-                producer = self._current
+                if self._link is not None and self._link.has_ended:
+                    self._give_up(self._link, OutcomeUnknown("its sender was cancelled; it may have arrived"))
+                producer = await self._connected(failures)
                 for topic in {call.place[0] for call in self._calls.waiting}:
                     if not producer.knows(topic):
                         await self._look_up(producer, topic)
-                if producer is self._current and not producer.has_ended:
+                if producer is self._link and not producer.has_ended:
                     for batch in self._calls.hand_over(producer):
                         self._start(batch)
                     return producer
@@ -150,6 +151,11 @@ class Producer(ClientConnection):
             await producer.look_up(topic)
         except CLIENT_ERRORS as error:
             self._fail(self._calls.take_waiting(topic), error, handed_over=False)
+
+    def _not_sent(self, error: Exception, message_id: UUID | None) -> BrokerError:
+        if isinstance(error, asyncio.TimeoutError) and self._link is None:
+            error = ConnectionError(self._no_connection())
+        return send_error(error, message_id, handed_over=False)
 
     # -- batches, and how they end -----------------------------------------------------------------------------------
 
@@ -173,6 +179,7 @@ class Producer(ClientConnection):
                 self._calls.split(batch, is_too_large=isinstance(error, TOO_LARGE))
             else:
                 self._fail(self._calls.end(batch), error, handed_over=True)
+            self._backoff.reset()
             self._retire(producer)
         self._note_answers(producer)
 
@@ -184,15 +191,15 @@ class Producer(ClientConnection):
 
     def _retire(self, producer: IdempotentProducer) -> None:
         """Have another producer send what this one has not sent. It ends when all that it sent is answered."""
-        if producer is self._current:
-            self._current = None
+        if producer is self._link:
+            self._link = None
             producer.retire()
             producer.drop(self._calls.retire(producer))
             self._background.start(self._end(producer), "the end of a producer")
         self._hand_over_soon()
 
     def _note_answers(self, producer: IdempotentProducer) -> None:
-        if producer is not self._current and not self._calls.is_used(producer):
+        if producer is not self._link and not self._calls.is_used(producer):
             producer.answered.set()
 
     async def _end(self, producer: IdempotentProducer) -> None:
@@ -228,8 +235,8 @@ class Producer(ClientConnection):
         """Connect for the sake of the calls that wait, so that they end even if nobody else sends."""
         while self._calls.waiting:
             try:
-                async with asyncio.timeout(self._timeout):
-                    await self._connected()
+                async with asyncio.timeout(self.timeout):
+                    await self._prepared(self._failures)
             except TimeoutError:
                 continue  # the overdue calls have ended
             except CLIENT_ERRORS as error:
@@ -249,12 +256,13 @@ class Producer(ClientConnection):
         self._alarm = None
         now = asyncio.get_running_loop().time()
         for producer in self._calls.stuck(now):
-            why = f"Kafka did not confirm it within {self._timeout:g} s; it may have arrived"
+            why = f"Kafka did not confirm it within {self.timeout:g} s; it may have arrived"
             self._give_up(producer, OutcomeUnknown(why))
         overdue, withdrawn = self._calls.expire(now)  # the partition still has no leader, or no producer connects
-        self._fail(overdue, TimeoutError(f"it was not sent within {self._timeout:g} s"), handed_over=False)
-        if self._current is not None:
-            self._current.drop(withdrawn)
+        why = self._no_connection() if self._link is None else f"it was not sent within {self.timeout:g} s"
+        self._fail(overdue, TimeoutError(why), handed_over=False)
+        if self._link is not None:
+            self._link.drop(withdrawn)
         self._hand_over_soon()
         if (deadline := self._calls.next_deadline()) is not None:
             self._wake_at(deadline)
@@ -273,7 +281,7 @@ class Producer(ClientConnection):
             await asyncio.wait([self._handing_over])
         if self._alarm is not None:
             self._alarm.cancel()
-        producer, self._current = self._current, None
+        producer = await self._take_link()
         if producer is not None:
             await producer.close()
         await self._background.wait()

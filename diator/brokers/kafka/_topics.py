@@ -95,22 +95,30 @@ async def ensure_topics(
     client = AIOKafkaClient(**cluster.settings())
     try:
         await started(client.bootstrap())
-        missing, leaderless = await _look_for(client, wanted)
-        is_new = bool(missing)
-        if missing and not policy.create:
-            replicas = policy.replicas(len(client.cluster.brokers()))
-            commands = "; ".join(_command(cluster, policy, name, replicas) for name in missing)
-            raise MessageRejected(f"a topic is missing, and create_topics is off; create it with: {commands}")
-        if missing:
-            await _create(client, policy, missing, within=cluster.timeout)
-        while missing or (leaderless and is_new):
-            await asyncio.sleep(0.02)
-            missing, leaderless = await _look_for(client, wanted)
-        if reading:
-            await _try_to_read(client, reading)
-            await _require_codecs(client, reading)
+        await create_missing(client, cluster, policy, wanted, reading=reading)
     finally:
         await close_client(client)
+
+
+async def create_missing(
+    client: Any, cluster: Cluster, policy: TopicPolicy, wanted: Collection[str], *, reading: Collection[str] = ()
+) -> None:
+    """Do what `ensure_topics` does, by a *client* that is connected."""
+    missing, leaderless = await _look_for(client, wanted)
+    is_new = bool(missing)
+    if missing and not policy.create:
+        replicas = policy.replicas(len(client.cluster.brokers()))
+        commands = "; ".join(_command(cluster, policy, name, replicas) for name in missing)
+        raise MessageRejected(f"a topic is missing, and create_topics is off; create it with: {commands}")
+    if missing:
+        await client.force_metadata_update()  # there may be another controller by now
+        await _create(client, policy, missing, within=cluster.timeout)
+    while missing or (leaderless and is_new):
+        await asyncio.sleep(0.02)
+        missing, leaderless = await _look_for(client, wanted)
+    if reading:
+        await _try_to_read(client, reading)
+        await _require_codecs(client, reading)
 
 
 async def _look_for(client: Any, topics: Collection[str]) -> tuple[list[str], list[str]]:

@@ -73,13 +73,13 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         self._timeout = timeout
         self._max_message_bytes = max_message_bytes
         self._mandatory = mandatory
+        reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
         self._options = ReadOptions(
-            prefix=prefix,
-            queue_type=queue_type,
-            extra_prefetch=extra_prefetch,
-            reconnect=reconnect or ReconnectPolicy(connect_timeout=timeout),
+            prefix=prefix, queue_type=queue_type, extra_prefetch=extra_prefetch, reconnect=reconnect
         )
-        super().__init__(Publisher(self._address, prefix, timeout=timeout, max_in_flight=max_in_flight))
+        super().__init__(
+            Publisher(self._address, prefix, timeout=timeout, max_in_flight=max_in_flight, reconnect=reconnect)
+        )
 
     @property
     def capabilities(self) -> Capabilities:

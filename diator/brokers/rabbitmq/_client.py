@@ -126,9 +126,8 @@ class Address:
         transport.channels = connection.channels
         try:
             await connection.connect()
-        except BaseException:  # aiormq connects in a task of its own, which goes on when this one is cancelled
-            if transport.writer is not None:
-                transport.writer.transport.abort()
+        except BaseException:
+            transport.abort()
             raise
         assert transport.writer is not None, "it is connected"  # noqa: S101
         return connection, transport.writer
@@ -161,10 +160,19 @@ class _Transport(TransportFactory):
     def __init__(self, made_by: TransportFactory) -> None:
         self._made_by = made_by
         self.channels: Mapping[int, Any] = {}
+        self._connecting: asyncio.Task[Any] | None = None
 
     async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        self._connecting = asyncio.current_task()
         reader, self.writer = await self._made_by.create(url, **options)
         return cast("asyncio.StreamReader", _Reader(reader, self.channels)), self.writer
+
+    def abort(self) -> None:
+        """Give up. aiormq connects in a task of its own, which goes on when the task that waits for it is cancelled."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self.writer is not None:
+            self.writer.transport.abort()
 
 
 class _Reader:

@@ -15,7 +15,7 @@ from diator.brokers.rabbitmq._channel import CHANNEL_ERRORS, NOT_FOUND, Channel,
 from diator.brokers.rabbitmq._client import Address, commands, is_blocked
 from diator.brokers.rabbitmq._content import Properties
 from diator.brokers.rabbitmq._frames import Publication
-from diator.brokers.supervisor import close_all
+from diator.brokers.supervisor import ReconnectPolicy, close_all
 from diator.exceptions import (
     BrokerClosed,
     BrokerError,
@@ -38,7 +38,7 @@ def topic_exchange(name: str) -> commands.Exchange.Declare:
     return commands.Exchange.Declare(exchange=name, exchange_type="topic", durable=True)
 
 
-class Publisher(ClientConnection):
+class Publisher(ClientConnection["_Connection"]):
     """
     Publishes with confirms, on a connection of its own: a resource alarm of RabbitMQ blocks all that is on it.
 
@@ -47,22 +47,23 @@ class Publisher(ClientConnection):
     until RabbitMQ answers. If no frame at all has arrived meanwhile, the connection is closed. Nothing is sent twice.
     """
 
-    def __init__(self, address: Address, exchange: str, *, timeout: float, max_in_flight: int) -> None:
-        super().__init__()
+    def __init__(
+        self, address: Address, exchange: str, *, timeout: float, max_in_flight: int, reconnect: ReconnectPolicy
+    ) -> None:
+        super().__init__(timeout=timeout, reconnect=reconnect)
         self._address = address
         self._exchange = exchange
-        self.timeout = timeout
         self._max_in_flight = max_in_flight
-        self._link: _Connection | None = None
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
-        self._bind_to_running_loop()
+        deadline = self._bind_to_running_loop().time() + self.timeout
+        failures = self._failures
         try:
-            async with asyncio.timeout(self.timeout), self._lock:
-                await self._connected()
+            async with asyncio.timeout_at(deadline), self._lock:
+                await self._open_link(failures, None)
         except TimeoutError as error:
-            raise BrokerUnavailable(f"no connection to RabbitMQ within {self.timeout:g} s") from error
+            raise BrokerUnavailable(f"RabbitMQ is not available ({self._no_connection()})") from error
 
     async def publish(self, publication: Publication) -> None:
         """
@@ -96,67 +97,74 @@ class Publisher(ClientConnection):
     async def _close(self) -> None:
         reading = asyncio.create_task(close_all(self.subscriptions))
         async with self._lock:  # after the callers that were waiting already
-            link, self._link = self._link, None
+            link = await self._take_link()
         if link is not None:
             await link.finish()
             await link.close()
         await self._background.wait()
         await reading
 
-    def _reset(self) -> None:
-        self._link = None
-
     async def _publish_in_turn(self, publication: Publication, deadline: float) -> asyncio.Future[None]:
         """Wait for a connection with room, and until no other message of this id is in flight."""
         message_id = publication.message_id
         concerned = _uuid(message_id)
+        failures = self._failures
         self._queued += 1
         try:
             async with asyncio.timeout_at(deadline):
                 while True:
                     async with self._lock:
-                        while not (link := await self._connected(concerned)).has_room:
+                        while not (link := await self._open_link(failures, concerned)).has_room:
                             await link.room()
                         if message_id not in link.ids:
                             return link.publish(publication, deadline)
                     await link.room()
         except TimeoutError as error:
-            blocked = self._link is not None and is_blocked(self._link.connection)
-            raise BrokerUnavailable(
-                _BLOCKED if blocked else f"RabbitMQ accepted no message within {self.timeout:g} s", message_id=concerned
-            ) from error
+            why = f"RabbitMQ accepted no message within {self.timeout:g} s"
+            if self._link is None:
+                why = f"RabbitMQ is not available ({self._no_connection()})"
+            elif is_blocked(self._link.connection):
+                why = _BLOCKED
+            raise BrokerUnavailable(why, message_id=concerned) from error
         finally:
             self._queued -= 1
 
-    async def _connected(self, message_id: UUID | None = None) -> _Connection:
-        """Return the connection, and make it if there is none. The caller holds the lock."""
-        if self._link is None and not self.is_closed:
-            link = _Connection(self._max_in_flight, self._gone)
-            try:
-                await link.open(*await self._address.dial("publishing"))
-                await link.ask(commands.Confirm.Select())
-                await link.ask(topic_exchange(self._exchange))
-            except BaseException as error:
-                self._close_soon(link)
-                if isinstance(error, Refused):
-                    raise MessageRejected(
-                        f"RabbitMQ refuses the exchange {self._exchange!r} ({error}); it must be a durable topic "
-                        "exchange that the user may declare; else choose another prefix",
-                        message_id=message_id,
-                    ) from error
-                if isinstance(error, CHANNEL_ERRORS) and not isinstance(error, TimeoutError):
-                    raise BrokerUnavailable(
-                        f"no connection to RabbitMQ ({explained(error)})", message_id=message_id
-                    ) from error
-                raise
-            self._link = link
-        if self.is_closed or self._link is None:
+    async def _open_link(self, failures: int, message_id: UUID | None) -> _Connection:
+        """Return the connection; see `_connected`. BrokerClosed if it is closed."""
+        try:
+            link = None if self.is_closed else await self._connected(failures)
+        except Refused as error:
+            raise MessageRejected(
+                f"RabbitMQ refuses the exchange {self._exchange!r} ({error}); it must be a durable topic exchange that "
+                "the user may declare; else choose another prefix",
+                message_id=message_id,
+            ) from error
+        except CHANNEL_ERRORS as error:
+            if isinstance(error, TimeoutError) and error is not self._failure:
+                raise  # the caller's own deadline
+            why = explained(error, within=self._reconnect.connect_timeout)
+            raise BrokerUnavailable(f"no connection to RabbitMQ ({why})", message_id=message_id) from error
+        if link is None or self.is_closed:
             raise BrokerClosed("this broker is closed", message_id=message_id)
-        return self._link
+        return link
+
+    async def _connect(self) -> _Connection:
+        await self._background.wait()  # until the connection before is closed
+        link = _Connection(self._max_in_flight, self._gone)
+        try:
+            await link.open(*await self._address.dial("publishing"))
+            await link.ask(commands.Confirm.Select())
+            await link.ask(topic_exchange(self._exchange))
+        except BaseException:
+            self._close_soon(link)
+            raise
+        return link
 
     def _gone(self, link: _Connection) -> None:
         if self._link is link:
             self._link = None
+            if isinstance(link.error, Refused):
+                self._backoff.reset()
             self._close_soon(link)
 
     def _close_soon(self, link: Channel) -> None:

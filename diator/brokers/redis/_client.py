@@ -58,6 +58,8 @@ _NOT_NOW = (
 _NOT_NOW_PREFIXES = ("BUSY ", "NOREPLICAS ", "MISCONF ", "UNBLOCKED ", "NOGROUP ")
 # redis-py raises these replies as if the connection were lost. It is not: the replies after them arrive.
 REPLIES = (redis_errors.BusyLoadingError, redis_errors.AuthenticationError)
+# These say nothing against the connection: Redis has answered, or the pool has no connection left.
+NO_FAULT = (redis_errors.ResponseError, redis_errors.MaxConnectionsError)
 # redis-py also lets through what a broken connection does to its own code (its issues 3546 and 4287): AttributeError
 # and TypeError because the writer is gone, RuntimeError of a closed transport.
 CLIENT_ERRORS = (redis_errors.RedisError, OSError, asyncio.TimeoutError, AttributeError, TypeError, RuntimeError)

@@ -6,13 +6,16 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, TypeAlias
 from uuid import UUID
 
 from diator.brokers.connecting import ClientConnection
 from diator.brokers.redis._client import (
     CLIENT_ERRORS,
+    NO_FAULT,
     REPLIES,
     Client,
     RedisConnection,
@@ -29,8 +32,15 @@ from diator.brokers.redis._client import (
     why_not_shared,
     wire_of,
 )
-from diator.brokers.supervisor import close_all
-from diator.exceptions import AccessRefused, BrokerClosed, BrokerError, BrokerUnavailable, MessageRejected
+from diator.brokers.supervisor import ReconnectPolicy, close_all
+from diator.exceptions import (
+    AccessRefused,
+    BrokerClosed,
+    BrokerError,
+    BrokerUnavailable,
+    DiatorError,
+    MessageRejected,
+)
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -38,9 +48,11 @@ logger: logging.Logger = logging.getLogger(__name__)
 _MIN_AGE = 1.0
 # How often the role of the server is asked for while messages are sent, in seconds.
 _ROLE_EVERY = 0.1
+# How many connections of the client's pool are borrowed at once, where commands do not share one.
+_MOST_BORROWED = 16
 
 
-class CommandConnection(ClientConnection):
+class CommandConnection(ClientConnection["_Connection | _Unshared"]):
     """
     One connection of a client's pool, which concurrent callers use at once.
 
@@ -50,43 +62,44 @@ class CommandConnection(ClientConnection):
     by then, the connection is closed, and every call that waits on it raises `OutcomeUnknown`. Nothing is sent twice.
 
     If the pool has only one connection, each command borrows it. A client that is not redis-py's own (a fake, a
-    cluster, a subclass with an `execute_command` of its own) is used through its `execute_command`. Both are slower, so
-    the log names the reason once, at INFO: the program chose its client, and nothing is wrong.
+    cluster, a subclass with an `execute_command` of its own) is used through its `execute_command`, for at most 16
+    commands at once. Both are slower, so the log names the reason once, at INFO: the program chose its client, and
+    nothing is wrong.
 
     With *owns_client*, `aclose` closes the client, too.
     """
 
-    def __init__(self, client: Client, *, owns_client: bool, timeout: float, max_in_flight: int) -> None:
-        super().__init__()
+    def __init__(
+        self, client: Client, *, owns_client: bool, timeout: float, max_in_flight: int, reconnect: ReconnectPolicy
+    ) -> None:
+        super().__init__(timeout=timeout, reconnect=reconnect)
         self._client = client
         self._owns_client = owns_client
-        self._timeout = timeout
         self._max_in_flight = max_in_flight
         self._sends_by_itself = sends_by_itself(client)
         connections = pool_size(client)
-        self._at_once = min(max_in_flight, connections or max_in_flight)
-        self._borrowing = asyncio.Semaphore(self._at_once)
+        self._at_once = min(max_in_flight, connections or max_in_flight, _MOST_BORROWED)
         self._shares = True
+        self._was_at_fault = False
         if self._sends_by_itself:
             self._do_not_share(f"{type(client).__name__} has an execute_command of its own")
         elif connections == 1:  # and the program needs that itself
             self._do_not_share("the client's pool has only one connection")
-        self._link: _Connection | None = None
         self._is_replica = False
         self._ask_role_at = 0.0
         self._closed = False  # unlike `is_closed`, not while subscriptions are still ending
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
-        self._bind_to_running_loop()
+        deadline = self._bind_to_running_loop().time() + self.timeout
+        failures = self._failures
         try:
-            async with asyncio.timeout(self._timeout):
-                async with self._lock:
-                    link = await self._connected(None)
-                if link is None:
-                    await self._client.ping()
+            async with asyncio.timeout_at(deadline), self._lock:
+                link = await self._open_link(failures, None)
+                if isinstance(link, _Unshared):
+                    await link.ping()
         except CLIENT_ERRORS as error:
-            raise connect_error(error, self._client, None, within=self._timeout) from error
+            raise self._not_sent(error, None) from error
 
     async def execute(self, *command: bytes, message_id: UUID | None = None) -> Any:
         """
@@ -99,17 +112,16 @@ class CommandConnection(ClientConnection):
             BrokerClosed: `aclose` was called before.
         """
         loop = self._bind_to_running_loop()
-        deadline = loop.time() + self._timeout
+        deadline = loop.time() + self.timeout
         link = self._link
-        reply: asyncio.Future[Any] | None
         try:
             if link is not None and link.has_room and not self._queued:
-                reply = link.call(_pack(command), message_id, deadline)
+                reply: Awaitable[Any] = link.call(command, message_id, deadline)
             else:
                 reply = await self._call_in_turn(command, message_id, deadline)
         except CLIENT_ERRORS as error:
-            raise connect_error(error, self._client, message_id, within=self._timeout) from error
-        return await (self._execute_unshared(command, message_id, deadline) if reply is None else reply)
+            raise self._not_sent(error, message_id) from error
+        return await reply
 
     def is_replica(self) -> bool:
         """
@@ -135,50 +147,64 @@ class CommandConnection(ClientConnection):
             logger.debug("Redis did not tell its role: %s", error)
         else:
             self._is_replica = role == b"slave"
-            if self._is_replica and self._link is not None:
+            if self._is_replica and isinstance(self._link, _Connection):
                 self._link.renew()
 
     async def _close(self) -> None:
         await close_all(self.subscriptions)  # which still send commands here
         self._closed = True
         async with self._lock:  # after the callers that were waiting already
-            link, self._link = self._link, None
+            link = await self._take_link()
         if link is not None:
             await link.finish()
         await self._background.wait()
         if self._owns_client:
             await self._client.aclose()
 
-    def _reset(self) -> None:
-        self._link, self._borrowing = None, asyncio.Semaphore(self._at_once)
-
-    async def _call_in_turn(
-        self, command: Sequence[bytes], message_id: UUID | None, deadline: float
-    ) -> asyncio.Future[Any] | None:
-        """Wait for a connection with room, and send; None if commands do not share a connection."""
+    async def _call_in_turn(self, command: Sequence[bytes], message_id: UUID | None, deadline: float) -> Awaitable[Any]:
+        """Wait for a connection with room, and send."""
+        failures = self._failures
         self._queued += 1
         try:
             async with asyncio.timeout_at(deadline), self._lock:
-                while (link := await self._connected(message_id)) and not link.has_room:
+                while True:
+                    link = await self._open_link(failures, message_id)
+                    if link.has_room:
+                        return link.call(command, message_id, deadline)
                     await link.room()
-                return None if link is None else link.call(_pack(command), message_id, deadline)
         finally:
             self._queued -= 1
 
-    async def _connected(self, message_id: UUID | None) -> _Connection | None:
-        """Return the connection, and make it if there is none. The caller holds the lock."""
-        if not self._closed and self._link is None and self._shares:
+    async def _open_link(self, failures: int, message_id: UUID | None) -> _Connection | _Unshared:
+        """Return the connection; see `_connected`. BrokerClosed if it is closed."""
+        link = None if self._closed else await self._connected(failures)
+        if link is None or self._closed:
+            raise BrokerClosed("this broker is closed", message_id=message_id)
+        return link
+
+    async def _connect(self) -> _Connection | _Unshared:
+        if self._shares:
             connection = await take_connection(self._client)
             reason = why_not_shared(connection)
-            if reason is None and not self._closed:
-                self._link = _Connection(connection, self._timeout, self._max_in_flight, self._retire, self._drop)
-            else:
-                await release_connection(self._client, connection)
-                if reason is not None:
-                    self._do_not_share(reason)
-        if self._closed:
-            raise BrokerClosed("this broker is closed", message_id=message_id)
-        return self._link
+            if reason is None:
+                return _Connection(connection, self.timeout, self._max_in_flight, self._retire, self._drop)
+            await release_connection(self._client, connection)
+            self._do_not_share(reason)
+        link = _Unshared(
+            self._client,
+            self._drop_unshared,
+            by_itself=self._sends_by_itself,
+            at_once=self._at_once,
+            timeout=self.timeout,
+        )
+        if self._was_at_fault:  # else the first command finds out: a fake may know no PING
+            await link.ping()
+        return link
+
+    def _not_sent(self, error: Exception, message_id: UUID | None) -> DiatorError:
+        if isinstance(error, asyncio.TimeoutError) and self._link is None:
+            error = TimeoutError(self._no_connection())
+        return connect_error(error, self._client, message_id, within=self.timeout)
 
     def _do_not_share(self, reason: str) -> None:
         self._shares = False
@@ -188,32 +214,103 @@ class CommandConnection(ClientConnection):
         """Use another connection from now on, and close this one when its replies are in."""
         if self._link is link:
             self._link = None
+            self._backoff.reset()
             self._background.start(link.finish(), "the last replies of a connection to Redis")
+
+    def _drop_unshared(self, link: _Unshared) -> None:
+        self._was_at_fault = True
+        if self._link is link:
+            self._link = None
 
     async def _drop(self, link: _Connection, connection: RedisConnection) -> None:
         if self._link is link:
             self._link = None
         await close_connection(self._client, connection)
 
-    async def _execute_unshared(self, command: Sequence[bytes], message_id: UUID | None, deadline: float) -> Any:
-        written = self._sends_by_itself  # diator cannot see when such a client writes
+
+class _Unshared:
+    """
+    Stands for the connection where commands do not share one: each borrows one of the client's pool, at most *at_once*.
+
+    With *by_itself*, each goes through the client's `execute_command`. After a fault of a connection, *drop* is called,
+    so that further commands wait until one attempt to connect has succeeded.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        drop: Callable[[_Unshared], None],
+        *,
+        by_itself: bool,
+        at_once: int,
+        timeout: float,
+    ) -> None:
+        self._client = client
+        self._timeout = timeout
+        self._drop = drop
+        self._by_itself = by_itself
+        self._at_once = at_once
+        self._running: set[asyncio.Task[Any]] = set()
+        self._room = asyncio.Event()
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._running) < self._at_once
+
+    async def room(self) -> None:
+        """Wait until a command has ended."""
+        self._room.clear()
+        await self._room.wait()
+
+    async def ping(self) -> None:
+        """Prove that Redis answers, if only with an error."""
+        with suppress(*NO_FAULT):
+            async with self._borrowed() as send:
+                await send(b"PING")
+
+    def call(self, command: Sequence[bytes], message_id: UUID | None, deadline: float) -> asyncio.Future[Any]:
+        """Send *command*."""
+        task = asyncio.create_task(self._execute(command, message_id, deadline), name="diator: asking Redis")
+        self._running.add(task)
+        task.add_done_callback(self._end)
+        return task
+
+    async def finish(self) -> None:
+        """Wait for the replies that are due."""
+        while self._running:
+            await self.room()
+
+    def _end(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        self._room.set()
+        if not task.cancelled():
+            task.exception()  # its caller may be gone
+
+    async def _execute(self, command: Sequence[bytes], message_id: UUID | None, deadline: float) -> Any:
+        written = False
         try:
-            async with asyncio.timeout_at(deadline), self._borrowing:
-                if self._sends_by_itself:
-                    return await execute_by_itself(self._client, *command)
-                connection = await take_connection(self._client)
-                keep = False
-                try:
-                    written = True
-                    reply = await exchange(connection, *command)
-                    keep = True
-                finally:
-                    await (release_connection if keep else close_connection)(self._client, connection)
-                return reply
+            async with asyncio.timeout_at(deadline), self._borrowed() as send:
+                written = True  # diator cannot see when a client writes that sends by itself
+                return await send(*command)
         except CLIENT_ERRORS as error:
+            if not isinstance(error, NO_FAULT):
+                self._drop(self)
             if not written:
                 raise connect_error(error, self._client, message_id, within=self._timeout) from error
             raise send_error(error, message_id, written=True) from error
+
+    @asynccontextmanager
+    async def _borrowed(self) -> AsyncGenerator[Callable[..., Awaitable[Any]], None]:
+        if self._by_itself:
+            yield partial(execute_by_itself, self._client)
+            return
+        connection = await take_connection(self._client)
+        try:
+            yield partial(exchange, connection)
+        except BaseException:
+            await close_connection(self._client, connection)
+            raise
+        await release_connection(self._client, connection)
 
 
 class _Connection:
@@ -255,19 +352,19 @@ class _Connection:
         self._room.clear()
         await self._room.wait()
 
-    def call(self, command: bytes, message_id: UUID | None, deadline: float) -> asyncio.Future[Any]:
+    def call(self, command: Sequence[bytes], message_id: UUID | None, deadline: float) -> asyncio.Future[Any]:
         """Write *command*: at once if no reply is due, else together with the others of this turn of the loop."""
-        reply = self._loop.create_future()
+        reply, packed = self._loop.create_future(), _pack(command)
         if self._waiting:
             if not self._unwritten:
                 self._loop.call_soon(self._flush)
-            self._unwritten.append(command)
+            self._unwritten.append(packed)
         else:
-            self._write(command)
+            self._write(packed)
             if self._sweeper is None:
                 self._sweeper = self._loop.call_at(deadline, self._sweep)
-        self._waiting.append((reply, deadline, len(command), message_id))
-        self._bytes_in_flight += len(command)
+        self._waiting.append((reply, deadline, len(packed), message_id))
+        self._bytes_in_flight += len(packed)
         return reply
 
     def renew(self) -> None:

@@ -91,7 +91,13 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
         self._older_senders = older_senders
         self._extra_prefetch = extra_prefetch
         self._reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
-        service = CommandConnection(self._client, owns_client=owned, timeout=timeout, max_in_flight=max_in_flight)
+        service = CommandConnection(
+            self._client,
+            owns_client=owned,
+            timeout=timeout,
+            max_in_flight=max_in_flight,
+            reconnect=self._reconnect,
+        )
         super().__init__(service)
 
     @classmethod

@@ -75,7 +75,13 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
             extra_prefetch=extra_prefetch,
             reconnect=reconnect or ReconnectPolicy(connect_timeout=timeout),
         )
-        service = CommandConnection(self._client, owns_client=owned, timeout=timeout, max_in_flight=max_in_flight)
+        service = CommandConnection(
+            self._client,
+            owns_client=owned,
+            timeout=timeout,
+            max_in_flight=max_in_flight,
+            reconnect=self._options.reconnect,
+        )
         super().__init__(service)
 
     @classmethod

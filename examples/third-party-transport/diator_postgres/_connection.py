@@ -9,32 +9,38 @@ from typing import Any
 import asyncpg
 
 from diator.brokers.connecting import ClientConnection
-from diator.brokers.supervisor import close_all
+from diator.brokers.supervisor import ReconnectPolicy, close_all
 from diator.exceptions import BrokerClosed, BrokerUnavailable, MessageRejected, OutcomeUnknown
 
 # PostgreSQL rejects the values themselves: they are invalid, too long, or a constraint forbids them.
 _REFUSALS = asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError
 
 
-class Connection(ClientConnection):
+class Connection(ClientConnection[Any]):
     """
     A connection that opens at its first use, and again after it was lost. Statements run one after the other.
 
     A statement that has begun runs to its end, even if its caller is cancelled: so no answer is left behind for the
     next caller. Each call ends within *timeout* seconds, or by the deadline *until* in the event loop's time. If it
     fails, it raises a send error.
-
-    Attributes:
-        raw: The connection of asyncpg; None before the first use and after a loss.
     """
 
     def __init__(
-        self, connect: Callable[[], Awaitable[Any]], prepare: Callable[[Any], Awaitable[None]], *, timeout: float
+        self,
+        make: Callable[[], Awaitable[Any]],
+        prepare: Callable[[Any], Awaitable[None]],
+        *,
+        timeout: float,
+        reconnect: ReconnectPolicy,
     ) -> None:
-        super().__init__()
-        self._connect, self._prepare, self.timeout = connect, prepare, timeout
-        self.raw: Any = None
+        super().__init__(timeout=timeout, reconnect=reconnect)
+        self._make, self._prepare = make, prepare
         self._is_over = False
+
+    @property
+    def raw(self) -> Any:
+        """The connection of asyncpg; None before the first use and after a loss."""
+        return self._link
 
     async def open(self) -> None:
         await self.run("SELECT")
@@ -48,16 +54,17 @@ class Connection(ClientConnection):
 
     async def _run(self, statement: str, arguments: Sequence[object], until: float) -> Sequence[Any]:
         written = answered = False
+        failures = self._failures
         try:
             async with asyncio.timeout_at(until), self._lock:
                 if self._is_over:
                     raise BrokerClosed("this broker is closed")
+                if self.raw is not None and self.raw.is_closed():
+                    self.abort()
+                raw = await self._connected(failures)
                 try:
-                    if self.raw is None or self.raw.is_closed():
-                        self.raw = await self._connect()
-                        await self._prepare(self.raw)
                     written = True
-                    rows: Sequence[Any] = await self.raw.fetch(statement, *arguments)
+                    rows: Sequence[Any] = await raw.fetch(statement, *arguments)
                     answered = True
                 except asyncpg.PostgresError as error:
                     # An ERROR was rolled back. Before a FATAL the statement may have committed.
@@ -77,15 +84,22 @@ class Connection(ClientConnection):
 
     def abort(self) -> None:
         """Close the connection at once, without a goodbye."""
-        if self.raw is not None:
-            self.raw.terminate()
-            self.raw = None
+        raw, self._link = self._link, None
+        if raw is not None:
+            raw.terminate()
 
-    def _reset(self) -> None:
-        self.raw = None
+    async def _connect(self) -> Any:
+        raw = await self._make()
+        try:
+            await self._prepare(raw)
+        except BaseException:
+            raw.terminate()
+            raise
+        return raw
 
     async def _close(self) -> None:
         await close_all(self.subscriptions)  # first, because they need this connection to end
         async with self._lock:
             self._is_over = True
-            self.abort()
+            if (raw := await self._take_link()) is not None:
+                raw.terminate()

@@ -79,8 +79,8 @@ class PostgresMessageBroker(ServiceBroker[Connection]):
         self._schema, self._timeout, self._lease, self._absence = schema, timeout, lease, absence
         self._reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout, idle_timeout=2 * timeout)
         self._max_message_bytes = max_message_bytes
-        super().__init__(Connection(connect, self._prepare, timeout=timeout))
-        self._reader = Connection(connect, self._prepare_to_read, timeout=timeout)
+        super().__init__(Connection(connect, self._prepare, timeout=timeout, reconnect=self._reconnect))
+        self._reader = Connection(connect, self._prepare_to_read, timeout=timeout, reconnect=self._reconnect)
         self._batches = BatchSender(self._send, timeout=timeout)
 
     @property

@@ -89,7 +89,7 @@ class PostgresHarness(Harness):
             raise ConnectionError("this process is dead")
 
         for connection in (transport._service, transport._reader):
-            connection._connect = refuse
+            connection._make = refuse
             connection.abort()
 
     @asynccontextmanager

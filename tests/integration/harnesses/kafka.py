@@ -155,7 +155,7 @@ class KafkaHarness(ServiceHarness):
             pass
 
         nowhere = replace(transport._cluster, bootstrap_servers=("127.0.0.1:1",))
-        clients = [transport._service._current._producer.client] if transport._service._current else []
+        clients = [transport._service._link._producer.client] if transport._service._link else []
         transport._service._cluster = nowhere
         subscriptions = {*transport._service.subscriptions}
         for subscription in subscriptions:

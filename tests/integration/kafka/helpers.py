@@ -66,7 +66,7 @@ async def on_its_way(broker) -> None:
 
 def client_of(broker) -> AIOKafkaProducer:
     """Return the current aiokafka producer of *broker*."""
-    return broker._service._current._producer
+    return broker._service._link._producer
 
 
 async def stored(servers, name) -> list:

@@ -8,12 +8,13 @@ import pytest
 
 from diator.brokers import Message
 from diator.brokers.connecting import BackgroundTasks, ClientConnection, ServiceBroker
+from diator.brokers.supervisor import ReconnectPolicy
 from diator.exceptions import MessageRejected, MessagesNotSent, UsageError
 
 
 class Connection(ClientConnection):
     def __init__(self):
-        super().__init__()
+        super().__init__(timeout=10.0, reconnect=ReconnectPolicy())
         self.events = []
         self.may_end = asyncio.Event()
 
@@ -22,6 +23,9 @@ class Connection(ClientConnection):
 
     async def open(self):
         self.events.append("open")
+
+    async def _connect(self):
+        raise NotImplementedError
 
     def _reset(self):
         self.events.append("reset")
