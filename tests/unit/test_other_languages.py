@@ -80,7 +80,7 @@ def test_what_diator_writes_fits_the_schema(beside, in_body):
         BODY | {"payload": PAYLOAD},
         BODY | {"payload": PAYLOAD | {"further": [1]}, "further": None},
         *(BODY | {"message_id": value} for value in (ID.lower(), ID.replace("-", ""))),
-        *(BODY | {"headers": value, "payload": PAYLOAD} for value in ({}, {"a": "7"}, {"a": 1}, {"key": None})),
+        *(BODY | {"headers": value, "payload": PAYLOAD} for value in (None, {}, {"a": "7"}, {"a": 1}, {"key": None})),
         *(BODY | {"payload": PAYLOAD | {key: None}} for key in PAYLOAD),
         *(
             BODY | {"payload": PAYLOAD | {"event_timestamp": value}}

@@ -159,7 +159,7 @@ func oddProperties([]string) []Message {
 
 func oddRecords([]string) []Message {
 	compressed := func(name string, codec kgo.CompressionCodec) Message {
-		return Message{Case: name, Body: plain(name), Beside: codec}
+		return Message{Case: name, Body: plain(name), Beside: compressedBy(codec)}
 	}
 	headed := func(name string, headers map[string]any) Message {
 		return Message{Case: name, Body: plain(name), Headers: headers}
@@ -171,6 +171,7 @@ func oddRecords([]string) []Message {
 		compressed("snappy", kgo.SnappyCompression()),
 		compressed("lz4", kgo.Lz4Compression()),
 		compressed("zstd", kgo.ZstdCompression()),
+		{Case: "after-an-aborted-one", Body: plain("after-an-aborted-one"), Beside: oddly(twice)},
 		{Case: "null-value", Key: []byte("k")},
 		{Case: "empty-key", Body: plain("empty-key"), Key: []byte{}},
 		{Case: "binary-key", Body: plain("binary-key"), Key: []byte{255, 254, 0}},

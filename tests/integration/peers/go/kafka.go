@@ -32,17 +32,48 @@ func topicSender(ctx context.Context, servers, topic string) (func(Message) erro
 	seeds := kgo.SeedBrokers(strings.Split(servers, ",")...)
 	client, err := kgo.NewClient(seeds)
 	return func(message Message) error {
-		client := client
-		if codec, ok := message.Beside.(kgo.CompressionCodec); ok {
-			if client, err = kgo.NewClient(seeds, kgo.ProducerBatchCompression(codec)); err != nil {
-				return err
-			}
-			defer client.Close()
+		if send, ok := message.Beside.(oddly); ok {
+			return send(ctx, seeds, topic, message.Body)
 		}
 		headers := recordHeaders(message.Headers)
 		record := &kgo.Record{Topic: topic, Key: message.Key, Value: message.Body, Headers: headers}
 		return client.ProduceSync(ctx, record).FirstErr()
 	}, err
+}
+
+// oddly is another way to send.
+type oddly func(ctx context.Context, seeds kgo.Opt, topic string, body []byte) error
+
+func compressedBy(codec kgo.CompressionCodec) oddly {
+	return func(ctx context.Context, seeds kgo.Opt, topic string, body []byte) error {
+		client, err := kgo.NewClient(seeds, kgo.ProducerBatchCompression(codec))
+		if err != nil {
+			return err
+		}
+		defer client.Close()
+		return client.ProduceSync(ctx, &kgo.Record{Topic: topic, Value: body}).FirstErr()
+	}
+}
+
+// The message is sent in a transaction that is aborted, and then in one that is committed.
+func twice(ctx context.Context, seeds kgo.Opt, topic string, body []byte) error {
+	client, err := kgo.NewClient(seeds, kgo.TransactionalID(newID()))
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	for _, end := range []kgo.TransactionEndTry{kgo.TryAbort, kgo.TryCommit} {
+		if err := client.BeginTransaction(); err != nil {
+			return err
+		}
+		if err := client.ProduceSync(ctx, &kgo.Record{Topic: topic, Value: body}).FirstErr(); err != nil {
+			return err
+		}
+		if err := client.EndTransaction(ctx, end); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func recordHeaders(headers map[string]any) (found []kgo.RecordHeader) {
