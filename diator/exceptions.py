@@ -5,6 +5,7 @@ A *send error* concerns one message and states whether the message may have arri
 
 =====================  ===========================================================================================
 `BrokerUnavailable`    not sent: the broker has no connection; sending the message again is safe
+`AccessRefused`        not sent: the service refuses the login of this user
 `BrokerClosed`         not sent: the program closed the broker
 `MessageRejected`      not sent: the service, or a limit, refuses this message and will refuse it again
 `MessageUnroutable`    no queue received the message, and the broker was asked to report that
@@ -235,7 +236,7 @@ class BrokerUnavailable(BrokerError, ConnectionError):
 
 
 class AccessRefused(BrokerError, ConfigurationError):
-    """The service denies this user a permission that the subscription needs. Retrying does not help."""
+    """The service refuses the login of this user, or a permission that the subscription needs. Retries do not help."""
 
 
 class BrokerClosed(BrokerError):

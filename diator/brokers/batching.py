@@ -9,11 +9,18 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 from uuid import UUID
 
-from diator.exceptions import BrokerClosed, BrokerError, BrokerUnavailable, MessageRejected, OutcomeUnknown
+from diator.exceptions import (
+    AccessRefused,
+    BrokerClosed,
+    BrokerError,
+    BrokerUnavailable,
+    MessageRejected,
+    OutcomeUnknown,
+)
 
 T = TypeVar("T")
 
-_SEND_ERRORS = {BrokerClosed, BrokerUnavailable, MessageRejected, OutcomeUnknown}
+_SEND_ERRORS = {AccessRefused, BrokerClosed, BrokerUnavailable, MessageRejected, OutcomeUnknown}
 
 
 class BatchSender(Generic[T]):

@@ -48,6 +48,7 @@ class MessageBroker(Protocol):
         Raises:
             EncodingError: Not sent: the message cannot be encoded. Raised before anything else happens.
             BrokerUnavailable: Not sent: the broker has no connection. Sending the message again is safe.
+            AccessRefused: Not sent: the service does not let this user in. Sending again helps when that has changed.
             BrokerClosed: Not sent: the broker was closed.
             MessageRejected: Not sent: the message was refused, and will be refused again. The common reason is
                 `MessageTooLarge`.

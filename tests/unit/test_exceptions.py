@@ -57,7 +57,14 @@ def test_wrong_use_is_not_a_wrong_value():
     assert not issubclass(exceptions.UsageError, (exceptions.ConfigurationError, ValueError, BrokerError))
 
 
-SEND_ERRORS = ["BrokerUnavailable", "BrokerClosed", "MessageRejected", "MessageUnroutable", "OutcomeUnknown"]
+SEND_ERRORS = [
+    "BrokerUnavailable",
+    "AccessRefused",
+    "BrokerClosed",
+    "MessageRejected",
+    "MessageUnroutable",
+    "OutcomeUnknown",
+]
 
 
 @pytest.mark.parametrize("name", SEND_ERRORS)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from aiokafka.admin.config_resource import ConfigResourceType
-from aiokafka.client import AIOKafkaClient
 from aiokafka.protocol.metadata import MetadataRequest
 
 from diator._text import listed
@@ -25,7 +24,7 @@ _TOPIC = "…"
 
 async def inspect(cluster: Cluster, policy: TopicPolicy, prefix: str) -> list[Finding]:
     """Return the findings about the cluster, one of its brokers, and every topic of *prefix*."""
-    client = AIOKafkaClient(**cluster.settings())
+    client = cluster.client()
     try:
         await started(client.bootstrap())
         node = client.get_random_node()

@@ -26,6 +26,12 @@ from diator.brokers.message import Message
 from diator.brokers.supervisor import ReconnectPolicy
 from diator.exceptions import BrokerClosed, ConfigurationError, EncodingError, MessageRejected
 
+# What Kafka's protocol can hold, less some room.
+_MAX_SECONDS = 1_000_000
+_MAX_BYTES = 1024**3
+_MAX_PARTITIONS = 1_000_000
+_MAX_REPLICAS = 1_000
+
 
 class KafkaMessageBroker(ServiceBroker[Producer]):
     """
@@ -98,9 +104,11 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
         metadata_max_age: float = 60.0,
         reconnect: ReconnectPolicy | None = None,
     ) -> None:
-        if min(timeout, heartbeat_interval, metadata_max_age) <= 0 or drain_timeout < 0:
+        times = (timeout, session_timeout, heartbeat_interval, metadata_max_age)
+        if not (all(0 < each <= _MAX_SECONDS for each in times) and 0 <= drain_timeout <= _MAX_SECONDS):
             raise ConfigurationError(
-                "timeout, heartbeat_interval and metadata_max_age must be above 0, and drain_timeout at least 0"
+                "timeout, session_timeout, heartbeat_interval and metadata_max_age must be above 0, drain_timeout at "
+                f"least 0, and each at most {_MAX_SECONDS:,} s"
             )
         if session_timeout < 2 * heartbeat_interval:
             raise ConfigurationError("session_timeout must be at least twice heartbeat_interval")
@@ -109,9 +117,13 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
                 "max_message_bytes, max_in_flight, partitions and max_unacked_per_partition must be at least 1, and "
                 "extra_prefetch at least 0"
             )
-        if replication_factor is not None and replication_factor < 1:
+        if max_message_bytes > _MAX_BYTES or partitions > _MAX_PARTITIONS:
             raise ConfigurationError(
-                "replication_factor must be at least 1; None means one replica for each broker, at most 3"
+                f"max_message_bytes must be at most {_MAX_BYTES:,}, and partitions at most {_MAX_PARTITIONS:,}"
+            )
+        if replication_factor is not None and not 1 <= replication_factor <= _MAX_REPLICAS:
+            raise ConfigurationError(
+                f"replication_factor must be from 1 to {_MAX_REPLICAS:,}; None means one for each broker, at most 3"
             )
         self._reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
         self._cluster = Cluster(

@@ -10,21 +10,27 @@ import ssl
 from collections import deque
 from collections.abc import Collection, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from types import CoroutineType
 from typing import Any
 
-from aiokafka.client import ConnectionGroup
+from aiokafka import errors
+from aiokafka.client import AIOKafkaClient, ConnectionGroup
+from aiokafka.conn import create_conn
+from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.record import default_records
 
 from diator._extras import require_internals
 from diator.brokers.connecting import Backoff
-from diator.brokers.kafka._errors import CLIENT_ERRORS
+from diator.brokers.kafka._errors import CLIENT_ERRORS, not_connected
 from diator.brokers.kafka._unconfirmed import Place
 from diator.brokers.supervisor import ReconnectPolicy
 from diator.exceptions import ConfigurationError
 
 logger: logging.Logger = logging.getLogger(__name__)
 
+#: Which part of the timeout the addresses may take, so that the caller has time left to learn which did not answer.
+_OF_THE_TIMEOUT = 0.9
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 
@@ -57,12 +63,11 @@ class Cluster:
     password: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.bootstrap_servers or not all(
-            re.fullmatch(r"\[?[^/@\s]+:\d{1,5}", each) for each in self.bootstrap_servers
-        ):
+        if not self.bootstrap_servers or not all(_is_address(each) for each in self.bootstrap_servers):
             # Without the value: it may be a URL with a password in it.
             raise ConfigurationError(
-                "bootstrap_servers must be one string of the form host:port, or host:port,host:port"
+                "bootstrap_servers must be one string of the form host:port, or host:port,host:port, with a host that "
+                "can be one, a port from 1 to 65535, and an IPv6 address in brackets"
             )
         if self.ssl_context is not None and not isinstance(self.ssl_context, ssl.SSLContext):
             raise ConfigurationError(
@@ -72,11 +77,19 @@ class Cluster:
             raise ConfigurationError(f"sasl_mechanism must be one of {', '.join(_MECHANISMS)}")
         if len({self.sasl_mechanism is None, self.username is None, self.password is None}) > 1:
             raise ConfigurationError("sasl_mechanism, username and password belong together; pass all of them, or none")
+        try:
+            f"{self.username}{self.password}".encode()
+        except UnicodeEncodeError:
+            raise ConfigurationError("username and password must be valid Unicode") from None
 
     @property
     def where(self) -> str:
         """The addresses."""
         return ",".join(self.bootstrap_servers)
+
+    def client(self) -> Any:
+        """Return a client of aiokafka that neither sends nor receives messages."""
+        return with_reasons(AIOKafkaClient(**self.settings()), self)
 
     def settings(self, *, request_timeout: float | None = None) -> dict[str, Any]:
         """Return the arguments for a client of aiokafka."""
@@ -93,6 +106,47 @@ class Cluster:
             "sasl_plain_username": self.username,
             "sasl_plain_password": self.password,
         }
+
+
+def _is_address(text: str) -> bool:
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^/@:\s\[\]]+):([0-9]{1,5})", text)
+    try:
+        return found is not None and bool(found[1].encode("idna")) and 0 < int(found[2]) < 2**16
+    except UnicodeError:
+        return False
+
+
+# -- connecting ------------------------------------------------------------------------------------------------------
+
+
+def with_reasons(client: Any, cluster: Cluster) -> Any:
+    """Return *client*, which raises why it cannot connect. By itself, it would only log that."""
+    client.bootstrap = partial(_bootstrap, client, cluster)
+    return client
+
+
+async def _bootstrap(client: Any, cluster: Cluster) -> None:
+    """Learn from the first address that answers which brokers there are. It does what aiokafka's own one does."""
+    within = _OF_THE_TIMEOUT * cluster.timeout / len(cluster.bootstrap_servers)
+    options = cluster.settings(request_timeout=within)
+    del options["bootstrap_servers"]
+    problems: dict[str, BaseException] = {}
+    for host, port, _ in client.hosts:
+        connection = None
+        try:
+            connection = await create_conn(host, port, **options)
+            client.cluster.update_metadata(await connection.send(MetadataRequest([])))
+            if client.cluster.brokers():
+                break
+            problems[f"{host}:{port}"] = errors.MetadataEmptyBrokerList()
+        except CLIENT_ERRORS as error:
+            problems[f"{host}:{port}"] = error
+        finally:
+            if connection is not None:  # the connections to the brokers are others
+                connection.close()
+    else:
+        raise not_connected(problems, within=within)
+    client._sync_task = asyncio.create_task(client._md_synchronizer())  # noqa: SLF001
 
 
 # -- starting and ending tasks -------------------------------------------------------------------------------------
@@ -138,7 +192,12 @@ async def end_tasks(tasks: Collection[asyncio.Task[Any] | None]) -> None:
 # Sending and closing need more of aiokafka than its public part. All names of that kind are used below this line, and
 # by `_batch.Records`, which takes the place of a BatchBuilder.
 INTERNALS = {
-    "aiokafka.client": ("AIOKafkaClient._conns", "AIOKafkaClient._get_conn"),
+    "aiokafka.client": (
+        "AIOKafkaClient._conns",
+        "AIOKafkaClient._get_conn",
+        "AIOKafkaClient._md_synchronizer",
+        "AIOKafkaClient._sync_task",
+    ),
     "aiokafka.conn": ("AIOKafkaConnection._writer",),
     "aiokafka.producer.producer": (
         "AIOKafkaProducer._closed",

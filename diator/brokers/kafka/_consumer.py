@@ -21,7 +21,7 @@ from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
 from diator._extras import require_internals
-from diator.brokers.kafka._client import Cluster, close_client, end_tasks, pace, started
+from diator.brokers.kafka._client import Cluster, close_client, end_tasks, pace, started, with_reasons
 from diator.brokers.kafka._fetched import Fetched, Headers
 from diator.brokers.kafka._topic_ids import TopicIds, topic_ids
 from diator.brokers.kafka._topics import HEADERS_BYTES
@@ -126,6 +126,7 @@ class KafkaConsumer:
         self.problems: dict[TopicPartition, ConfigurationError] = {}
         self._group_id = group_id
         self._consumer: Any = AIOKafkaConsumer(**consumer_settings(cluster, options, group_id))
+        with_reasons(self._consumer._client, cluster)  # noqa: SLF001
         pace(self._consumer._client, cluster)  # noqa: SLF001
         self._most = max(_DECOMPRESSED_BYTES, 2 * options.max_message_bytes)
         self._answers: dict[TopicPartition, bytes] = {}  # the newest of each partition, until it is read
@@ -265,15 +266,11 @@ class KafkaConsumer:
         Raises:
             KafkaError: Kafka refuses this consumer, which may not read the group, for one.
         """
-        coordinator = self._consumer._coordinator  # noqa: SLF001
-        waiting = asyncio.create_task(assigned.wait())
-        try:
-            # The client's task ends only with an error.
-            tasks = {waiting, coordinator._coordination_task}  # noqa: SLF001
-            await asyncio.wait(tasks, timeout=within, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            waiting.cancel()
-        self.check_group()
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + within
+        while not assigned.is_set() and loop.time() < ends:
+            await asyncio.sleep(0.02)  # the client has no event for its errors
+            self.check_group()
 
     def check_group(self) -> None:
         """

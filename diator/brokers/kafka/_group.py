@@ -15,12 +15,12 @@ from diator._text import explained
 from diator.brokers.kafka._client import Cluster, end_tasks
 from diator.brokers.kafka._connection import Connection, ReaderConnection
 from diator.brokers.kafka._consumer import KafkaConsumer
-from diator.brokers.kafka._errors import CLIENT_ERRORS, NO_RIGHT
+from diator.brokers.kafka._errors import CLIENT_ERRORS, subscription_error
 from diator.brokers.kafka._offsets import Offsets
 from diator.brokers.kafka._subscription import Subscription
 from diator.brokers.kafka._topics import TopicPolicy, ensure_topics
 from diator.brokers.supervisor import Source
-from diator.exceptions import AccessRefused, BrokerUnavailable, ConfigurationError, MessageRejected
+from diator.exceptions import BrokerUnavailable, ConfigurationError, MessageRejected
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -43,32 +43,25 @@ async def connected(
     subscription: Subscription, *, cluster: Cluster, policy: TopicPolicy
 ) -> AsyncGenerator[Source, None]:
     """Ensure that the topics exist, connect, and join the group."""
+    consumer = KafkaConsumer(cluster, subscription.options, subscription.group_id)
+    kind = ReaderConnection if subscription.group_id is None else GroupConnection
+    connection = kind(subscription, consumer)
     wanted = [*subscription.topic_names]
     if not policy.create:
         wanted += subscription.dead_letter_topics  # a missing one is better reported now than when it is needed
     try:
         await ensure_topics(cluster, policy, wanted, reading=subscription.topic_names)
-    except MessageRejected as error:
-        raise ConfigurationError(str(error)) from error
-    except NO_RIGHT as error:
-        raise _access_refused(error) from error
-    consumer = KafkaConsumer(cluster, subscription.options, subscription.group_id)
-    kind = ReaderConnection if subscription.group_id is None else GroupConnection
-    connection = kind(subscription, consumer)
-    try:
         await connection.start()
         yield connection
-    except NO_RIGHT as error:
-        raise _access_refused(error) from error
+    except MessageRejected as error:
+        raise ConfigurationError(str(error)) from error
+    except CLIENT_ERRORS as error:
+        if (final := subscription_error(error, subscription.group_id)) is not None:
+            raise final from error
+        raise
     finally:
         goodbye = _GOODBYE_TIMEOUT if subscription.is_ending else _LAST_COMMIT_TIMEOUT
         await subscription.release(connection.end(within=min(cluster.timeout, goodbye)))
-
-
-def _access_refused(error: Exception) -> AccessRefused:
-    problem = explained(error)
-    remedy = "grant its user DESCRIBE and READ on its topics and READ on its group (kafka-acls.sh)"
-    return AccessRefused(f"Kafka refuses a subscription ({problem}); {remedy}")
 
 
 class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka comes without types

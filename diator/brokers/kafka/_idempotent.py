@@ -20,6 +20,7 @@ from diator.brokers.kafka._client import (
     sender_of,
     started,
     tear_down,
+    with_reasons,
     without_own_end,
 )
 from diator.brokers.kafka._topics import TopicPolicy, create_missing
@@ -65,6 +66,7 @@ class IdempotentProducer:
         """Return a producer that is connected. *on_failure* is called if its work ends with an error."""
         settings = cluster.settings()
         producer = without_own_end(AIOKafkaProducer(**settings, acks="all", enable_idempotence=True, linger_ms=0))
+        with_reasons(producer.client, cluster)
         pace(producer.client, cluster)
         try:
             await started(producer.start())

@@ -9,7 +9,6 @@ from typing import Any
 
 from aiokafka import errors
 from aiokafka.admin.config_resource import ConfigResourceType
-from aiokafka.client import AIOKafkaClient
 from aiokafka.protocol.admin import CreateTopicsRequest, DescribeConfigsRequest
 from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.metadata import MetadataRequest
@@ -92,7 +91,7 @@ async def ensure_topics(
         ConfigurationError: A topic of *reading* is compressed in a way that this program cannot read.
         KafkaError: The cluster does not answer, or refuses access.
     """
-    client = AIOKafkaClient(**cluster.settings())
+    client = cluster.client()
     try:
         await started(client.bootstrap())
         await create_missing(client, cluster, policy, wanted, reading=reading)

@@ -28,15 +28,17 @@ def _guarded(ctx: Context, access: Access) -> Transport | None:
         return None
 
 
-async def _is_kept_out(ctx: Context, access: Access) -> BrokerUnavailable | None:
+async def _is_kept_out(
+    ctx: Context, access: Access, refusal: type[BrokerError] = BrokerUnavailable
+) -> BrokerError | None:
     """Check that sending and subscribing with *access* are refused in time. Return the error of sending."""
     broker, topic = _guarded(ctx, access), ctx.topic()
     if broker is None:
         return None
     within = ctx.limits.timeout + ctx.limits.lag
-    sending = ctx.raises(BrokerUnavailable, ctx.send(broker, topic), f"sending with {access}")
+    sending = ctx.raises(refusal, ctx.send(broker, topic), f"sending with {access}")
     error = await ctx.within(within, sending, "the refusal")
-    subscribing = ctx.raises(BrokerUnavailable, ctx.reading(broker, topic).__aenter__(), f"subscribing with {access}")
+    subscribing = ctx.raises(refusal, ctx.reading(broker, topic).__aenter__(), f"subscribing with {access}")
     await ctx.within(within, subscribing, "the refusal")
     return error
 
@@ -70,7 +72,7 @@ async def verified(ctx: Context) -> None:
 async def authenticated(ctx: Context) -> None:
     """Catch a client that retries for ever with a password that is refused."""
     ctx.check(
-        await _is_kept_out(ctx, "wrong password"),
+        await _is_kept_out(ctx, "wrong password", BrokerError),  # best an `AccessRefused`
         "the harness has no access with a wrong password, so nothing was proved",
     )
 
