@@ -9,7 +9,7 @@ The same program with a broker. The first process consumes, until Ctrl-C, the ev
     python examples/meetings.py --broker redis-streams://localhost:6379/0
 
 Use redis://… for Redis Pub/Sub, amqp://guest:guest@localhost/ for RabbitMQ, and kafka://localhost:9092 for Kafka. With
-RabbitMQ, consume first: a message is unroutable as long as no consumer has ever subscribed.
+Redis Pub/Sub, consume first: a message that nobody has subscribed to is lost.
 """
 
 import argparse

@@ -67,12 +67,13 @@ class Capabilities:
             `durable`: they wait for its next consumer.
         replay: Where a new group starts, or can start. `none`: now. `earliest`: at the oldest stored message.
             `position`: anywhere. With `none` there is one exception: messages that are `retained` because nobody was
-            subscribed go to the first group that subscribes, or, on a transport without groups, to the first
-            subscription.
+            subscribed go to the first group that subscribes, before all later ones, or, on a transport without groups,
+            to the first subscription.
         durability: What confirmed messages survive. `none`: nothing. `restart`: an orderly restart of the service.
             `crash`: the death of the service's process.
         unroutable: What happens to a message when no group or subscription exists for it. `dropped`: it is lost.
-            `retained`: it is kept; see `replay`. `reported`: the send raises `MessageUnroutable`.
+            `retained`: it is kept for the first group that subscribes, or refused if there is no room for it.
+            `reported`: the send raises `MessageUnroutable`.
         headers: Where headers are sent. `envelope`: inside the body. `native`: as the service's own headers.
         backpressure: How a slow consumer limits the flow. `none`: messages that it cannot take are lost, and *prefetch*
             limits nothing. `prefetch`: the service sends at most *prefetch* unsettled messages. `pull`: the service

@@ -27,7 +27,7 @@ class MemoryMessageBroker:
 
     Each group has a queue. It collects messages from the group's first subscription on, whether or not the group has a
     consumer. A subscription without a group has its own queue, which ends with the subscription. A message that no
-    queue takes is kept for the first subscription to its topic, or for `receive`.
+    queue takes is retained for the first group that subscribes to its topic, or for `receive`.
 
     Closing the broker refuses new messages and ends every wait. The messages in the queues are lost with the object.
 
@@ -112,8 +112,9 @@ class MemoryMessageBroker:
         queue.topics |= set(topics)
         if queue not in self._queues:
             self._queues.append(queue)
-        for entry in self._kept.take_all(queue.topics):
-            queue.put(entry)
+        if group is not None:
+            for entry in self._kept.take_all(queue.topics):
+                queue.put(entry)
         subscription = _Subscription(self, queue, topics, prefetch)
         try:
             yield subscription

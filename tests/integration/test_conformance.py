@@ -60,6 +60,9 @@ class FaultyHarness(MemoryHarness):
     def full(self, room):
         return FaultyMessageBroker(capacity=room)
 
+    def retaining(self, room):
+        return FaultyMessageBroker(capacity=room)
+
 
 class TestFaulty(TransportConformance):
     harness = FaultyHarness
@@ -82,6 +85,19 @@ class TestRedisStreams(TransportConformance):
 class TestRabbitMQ(TransportConformance):
     harness = RabbitMQHarness
     required = "rabbitmq" in required()
+
+
+class RabbitMQReportingHarness(RabbitMQHarness):
+    facilities = RabbitMQHarness.facilities - {"retention"}
+
+    def connecting_to(self, url, **options):
+        return super().connecting_to(url, unroutable="raise", **options)
+
+
+class TestRabbitMQReporting(TransportConformance):
+    harness = RabbitMQReportingHarness
+    required = "rabbitmq" in required()
+    only = "UNR-"
 
 
 class TestKafka(TransportConformance):

@@ -159,7 +159,7 @@ async def test_a_plain_client_of_rabbitmq(rabbitmq_url, prefix):
     """Another queue of the exchange receives all messages; messages published to the exchange are consumed."""
     async with RabbitMQMessageBroker(rabbitmq_url, prefix) as broker, await aio_pika.connect(rabbitmq_url) as client:
         channel = await client.channel()
-        exchange = await channel.declare_exchange(prefix, "topic", durable=True)
+        exchange = await channel.get_exchange(prefix)
         queue = await channel.declare_queue(exclusive=True)
         await queue.bind(exchange, "notification_event.UserJoined")
         await emit(broker, 1)

@@ -32,6 +32,9 @@ def harness_of(saboteur, limits):
         def full(self, room):
             return saboteur(capacity=room)
 
+        def retaining(self, room):
+            return saboteur(capacity=room)
+
         async def crash(self, transport):
             transport.crash()
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from diator._text import explained
+from diator._text import explained, listed
 from diator.brokers.audit import Finding
 from diator.brokers.rabbitmq._channel import ACCESS_REFUSED, CHANNEL_ERRORS, Channel, Refused
 from diator.brokers.rabbitmq._client import Address, Frame, commands
-from diator.brokers.rabbitmq._publisher import topic_exchange
+from diator.brokers.rabbitmq._names import retained_exchange_name
+from diator.brokers.rabbitmq._publisher import retaining_exchange
 from diator.brokers.rabbitmq._subscription import Subscription, passively
 from diator.exceptions import BrokerUnavailable
 
 
 async def inspect(
-    address: Address, prefix: str, subscriptions: Iterable[Subscription], *, timeout: float
+    address: Address, prefix: str, subscriptions: Iterable[Subscription], *, retains: bool, timeout: float
 ) -> list[Finding]:
     """
     Compare the exchange and the queues of *subscriptions* with their declarations.
@@ -27,14 +28,26 @@ async def inspect(
     try:
         async with asyncio.timeout(timeout):
             await channel.open(*await address.dial("auditing"))
-            findings = await _compared(
-                channel,
-                commands.Exchange.Declare(exchange=prefix, passive=True),
-                topic_exchange(prefix),
-                capability="guarantee",
-                missing=None,  # no finding: the first message declares it
-            )
+            findings: list[Finding] = []
+            if retains:
+                findings += await _compared(
+                    channel,
+                    commands.Exchange.Declare(exchange=prefix, passive=True),
+                    retaining_exchange(prefix),
+                    capability="unroutable",
+                    missing=None,  # no finding: the first message declares it
+                    remedy=f"set the alternate exchange {retained_exchange_name(prefix)!r} by a policy, or delete the "
+                    "exchange, and each consumer declares it again",
+                )
             for subscription in subscriptions:
+                if subscription.witness and not await channel.is_there(
+                    commands.Exchange.Declare(exchange=subscription.witness, passive=True)
+                ):
+                    problem = (
+                        f"the exchange {prefix!r} was deleted, and {listed([*subscription.queues])} were bound to it"
+                    )
+                    remedy = "none: the subscription binds them again when it probes its connection, and reports a gap"
+                    findings.append(Finding(capability="guarantee", problem=problem, remedy=remedy))
                 for queue in subscription.queues:
                     for declaration in subscription.declarations(queue, channel.version):
                         findings += await _compared(
@@ -52,7 +65,13 @@ async def inspect(
 
 
 async def _compared(
-    channel: Channel, passive: Frame, declaration: Frame, *, capability: str, missing: str | None
+    channel: Channel,
+    passive: Frame,
+    declaration: Frame,
+    *,
+    capability: str,
+    missing: str | None,
+    remedy: str = "delete it when it is empty, and subscribe again, which declares it",
 ) -> list[Finding]:
     """Declare what exists again. That changes nothing, and RabbitMQ reports a difference."""
     try:
@@ -61,7 +80,6 @@ async def _compared(
         elif missing is not None:
             return [Finding(capability=capability, problem=missing, remedy="subscribe again, which declares it")]
     except Refused as error:
-        remedy = "delete it when it is empty, and subscribe again, which declares it"
         if error.code == ACCESS_REFUSED:
             remedy = "permit this user to configure the names that start with the prefix"
         return [Finding(capability=capability, problem=str(error), remedy=remedy)]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import Literal, TypeAlias
 
 from diator.brokers.audit import Finding
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
+from diator.brokers.capabilities import Unroutable as Level
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
 from diator.brokers.connecting import ServiceBroker
 from diator.brokers.message import Message
@@ -18,9 +21,14 @@ from diator.brokers.rabbitmq._content import RESERVED, ROUTING
 from diator.brokers.rabbitmq._frames import Publication, header_of
 from diator.brokers.rabbitmq._names import UNUSUAL, routing_key
 from diator.brokers.rabbitmq._publisher import Publisher
+from diator.brokers.rabbitmq._retained import RetainingPublisher
 from diator.brokers.rabbitmq._subscription import QueueType, ReadOptions, Subscription
 from diator.brokers.supervisor import ReconnectPolicy
 from diator.exceptions import BrokerClosed, ConfigurationError, EncodingError
+
+Unroutable: TypeAlias = Literal["retain", "raise", "drop"]
+
+_CAPABILITY: dict[Unroutable, Level] = {"retain": "retained", "raise": "reported", "drop": "dropped"}
 
 
 class RabbitMQMessageBroker(ServiceBroker[Publisher]):
@@ -32,7 +40,10 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
     subscribes, and collects messages from then on. A subscription without a group has a queue of its own. The queue is
     deleted when the subscription ends, or two minutes after its connection was lost.
 
-    A message for which no queue is bound raises `MessageUnroutable`. With `mandatory=False`, RabbitMQ drops it.
+    *unroutable* is what happens to a message while nobody has subscribed to its topic. With `retain`, RabbitMQ retains
+    it, and the first group that subscribes receives it, before all later ones. At most *max_retained* messages of a
+    topic are retained, and at most 1 GiB; one more raises `MessageRejected`. With `raise`, the send raises
+    `MessageUnroutable`. With `drop`, RabbitMQ drops the message. All programs with one prefix choose the same.
 
     *url* is a URL, `amqp://user:password@host:port/vhost` or `amqps://…` for TLS, as a str or a `yarl.URL`. Or it is a
     connection of aio-pika: the broker opens connections of its own, with the URL, TLS context and client properties of
@@ -56,13 +67,18 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         timeout: float = 10.0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         max_in_flight: int = 1024,
-        mandatory: bool = True,
+        unroutable: Unroutable = "retain",
+        max_retained: int = 100_000,
         queue_type: QueueType = "quorum",
         extra_prefetch: int = 100,
         reconnect: ReconnectPolicy | None = None,
     ) -> None:
-        if extra_prefetch < 0 or max_in_flight < 1 or timeout <= 0:
-            raise ConfigurationError("extra_prefetch must be at least 0, max_in_flight at least 1, and timeout above 0")
+        if extra_prefetch < 0 or min(max_in_flight, max_retained) < 1 or timeout <= 0:
+            raise ConfigurationError(
+                "extra_prefetch must be at least 0, max_in_flight and max_retained at least 1, and timeout above 0"
+            )
+        if unroutable not in _CAPABILITY:
+            raise ConfigurationError(f"unroutable must be retain, raise or drop, not {unroutable!r:.80}")
         if queue_type not in {"quorum", "classic"}:
             raise ConfigurationError(f"queue_type must be quorum or classic, not {queue_type!r:.80}")
         if not prefix or prefix.startswith("amq.") or UNUSUAL.search(prefix):
@@ -72,13 +88,16 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         self._address = Address(url, ssl_context)
         self._timeout = timeout
         self._max_message_bytes = max_message_bytes
-        self._mandatory = mandatory
+        self._unroutable: Unroutable = unroutable
         reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
         self._options = ReadOptions(
             prefix=prefix, queue_type=queue_type, extra_prefetch=extra_prefetch, reconnect=reconnect
         )
+        publisher: Callable[..., Publisher] = Publisher
+        if unroutable == "retain":
+            publisher = partial(RetainingPublisher, queue_type=queue_type, max_retained=max_retained)
         super().__init__(
-            Publisher(self._address, prefix, timeout=timeout, max_in_flight=max_in_flight, reconnect=reconnect)
+            publisher(self._address, prefix, timeout=timeout, max_in_flight=max_in_flight, reconnect=reconnect)
         )
 
     @property
@@ -97,7 +116,7 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
             distribution=frozenset({"broadcast", "competing"}),
             subscription="durable",
             durability="crash",
-            unroutable="reported" if self._mandatory else "dropped",
+            unroutable=_CAPABILITY[self._unroutable],
             headers="native",
             backpressure="prefetch",
             max_message_bytes=self._max_message_bytes,
@@ -114,7 +133,9 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         message_id = str(message.message_id)
         header = header_of(message.message_name, message_id, headers, len(body))
         key = routing_key(message.message_type, message.message_name)
-        await self._service.publish(Publication(self._options.prefix, key, header, body, message_id, self._mandatory))
+        mandatory = self._unroutable != "drop"
+        publication = Publication(self._options.prefix, key, header, body, message_id, mandatory)
+        await self._service.send(publication, Topic(message.message_type, message.message_name))
 
     @asynccontextmanager
     async def subscribe(
@@ -150,7 +171,10 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         if self._service.is_closed:
             raise BrokerClosed("this broker is closed")
         subscriptions = [each for each in self._service.subscriptions if isinstance(each, Subscription)]
-        findings = await inspect(self._address, self._options.prefix, subscriptions, timeout=self._timeout)
+        retains = self._unroutable == "retain"
+        findings = await inspect(
+            self._address, self._options.prefix, subscriptions, retains=retains, timeout=self._timeout
+        )
         return [*self._service.blocked(), *findings]
 
 

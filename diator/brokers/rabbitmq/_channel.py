@@ -112,14 +112,15 @@ class Channel:
         self.send(frame)
         return await reply
 
-    async def ask_aside(self, frame: Frame) -> None:
+    async def ask_aside(self, *frames: Frame) -> None:
         """Ask on a channel of its own, because RabbitMQ may answer by closing the channel."""
         self._last_other = self._last_other % _MOST_CHANNELS + 1
         other = Channel(self.number + self._last_other)
         if self._writer is not None:
             try:
                 await other.open(self.connection, self._writer)
-                await other.ask(frame)
+                for frame in frames:
+                    await other.ask(frame)
             finally:
                 other.close_channel()
 

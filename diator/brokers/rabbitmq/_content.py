@@ -45,6 +45,8 @@ _MAX_VALUES = 4_096
 ATTEMPT = "diator-attempt"
 # The header in which a quorum queue counts the deliveries that nobody settled.
 DELIVERY_COUNT = "x-delivery-count"
+# After this many unsettled deliveries RabbitMQ itself dead-letters a message. It is far above any retry policy.
+DELIVERY_LIMIT = 1_000
 # The header by which a returned message is recognised if it has no message-id.
 PUBLICATION_ID = "diator-publication-id"
 # How the names of the headers start that RabbitMQ adds when it dead-letters a message.

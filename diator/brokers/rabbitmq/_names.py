@@ -23,8 +23,27 @@ def routing_key(message_type: str, message_name: str) -> str:
 
 
 def queue_name(prefix: str, topic: Topic, group: str) -> str:
-    """Return the name of a queue, which no queue of other parts has. EncodingError if it is too long."""
-    queue = ":".join(UNUSUAL.sub(_escaped, part) for part in (prefix, *topic, group))
+    """Return the name of a group's queue, which no queue of other parts has. EncodingError if it is too long."""
+    return _joined(prefix, topic, _GROUP.sub(_escaped, group))
+
+
+def own_queue_name(prefix: str, topic: Topic, purpose: str) -> str:
+    """Return the name of a queue of diator that belongs to no group. EncodingError if it is too long."""
+    return _joined(prefix, topic, f"/{purpose}")
+
+
+def retained_queue_name(prefix: str, topic: Topic) -> str:
+    """Return the name of the queue that retains the messages of *topic* until a group subscribes."""
+    return own_queue_name(prefix, topic, "retained")
+
+
+def retained_exchange_name(prefix: str) -> str:
+    """Return the name of the exchange that routes what the topic exchange cannot route."""
+    return f"{prefix}:retained"
+
+
+def _joined(prefix: str, topic: Topic, last: str) -> str:
+    queue = ":".join((prefix, *(UNUSUAL.sub(_escaped, part) for part in topic), last))
     if len(queue.encode()) > _LONGEST - _LONGEST_SUFFIX:
         raise EncodingError(
             f"{topic.message_name:.80}…", f"the names of its queues would have more than {_LONGEST} bytes"
@@ -34,6 +53,8 @@ def queue_name(prefix: str, topic: Topic, group: str) -> str:
 
 # aiormq also allows `#` and `:` in the name of a queue; here they have a meaning.
 UNUSUAL = re.compile("[^a-zA-Z0-9_./@,+ -]")
+# What begins with a slash in place of a group belongs to none.
+_GROUP = re.compile(f"^/|{UNUSUAL.pattern}")
 
 
 def _escaped(found: re.Match[str]) -> str:

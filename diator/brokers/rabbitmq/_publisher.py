@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
 from diator._text import explained
 from diator.brokers.audit import Finding
+from diator.brokers.base import Topic
 from diator.brokers.connecting import ClientConnection
-from diator.brokers.rabbitmq._channel import CHANNEL_ERRORS, NOT_FOUND, Channel, Content, Lost, Refused
+from diator.brokers.rabbitmq._channel import (
+    CHANNEL_ERRORS,
+    NOT_FOUND,
+    PRECONDITION_FAILED,
+    Channel,
+    Content,
+    Lost,
+    Refused,
+)
 from diator.brokers.rabbitmq._client import Address, commands, is_blocked
 from diator.brokers.rabbitmq._content import Properties
 from diator.brokers.rabbitmq._frames import Publication
+from diator.brokers.rabbitmq._names import retained_exchange_name
 from diator.brokers.supervisor import ReconnectPolicy, close_all
 from diator.exceptions import (
     BrokerClosed,
@@ -33,9 +43,26 @@ _MOST_BYTES = 4 * 1024 * 1024
 _SWEEP_EVERY = 1.0
 
 
-def topic_exchange(name: str) -> commands.Exchange.Declare:
+def topic_exchange(name: str, arguments: Mapping[str, Any] | None = None) -> commands.Exchange.Declare:
     """Return the declaration of the durable topic exchange of that name."""
-    return commands.Exchange.Declare(exchange=name, exchange_type="topic", durable=True)
+    return commands.Exchange.Declare(
+        exchange=name, exchange_type="topic", durable=True, arguments={**(arguments or {})}
+    )
+
+
+def retaining_exchange(name: str) -> commands.Exchange.Declare:
+    """Return the same declaration, with the exchange that routes what this one cannot route."""
+    return topic_exchange(name, {"alternate-exchange": retained_exchange_name(name)})
+
+
+async def ensure_exchange(channel: Channel, name: str) -> None:
+    """Declare the topic exchange, unless another program has done that without its alternate exchange."""
+    try:
+        await channel.ask_aside(retaining_exchange(name))
+    except Refused as error:
+        if error.code != PRECONDITION_FAILED:
+            raise
+        await channel.ask(topic_exchange(name))
 
 
 class Publisher(ClientConnection["_Connection"]):
@@ -65,9 +92,13 @@ class Publisher(ClientConnection["_Connection"]):
         except TimeoutError as error:
             raise BrokerUnavailable(f"RabbitMQ is not available ({self._no_connection()})") from error
 
-    async def publish(self, publication: Publication) -> None:
+    async def send(self, publication: Publication, topic: Topic) -> None:  # for those who retain
+        """Publish a message of a program to the topic exchange. The errors are those of `publish`."""
+        await self.publish(publication)
+
+    async def publish(self, publication: Publication, *, deadline: float | None = None) -> None:
         """
-        Publish, and return when RabbitMQ has confirmed.
+        Publish, and return when RabbitMQ has confirmed, until *deadline* if it is given.
 
         Raises:
             BrokerUnavailable: It was not sent.
@@ -76,7 +107,9 @@ class Publisher(ClientConnection["_Connection"]):
             OutcomeUnknown: It was sent and not confirmed.
             BrokerClosed: `aclose` was called before.
         """
-        deadline = self._bind_to_running_loop().time() + self.timeout
+        loop = self._bind_to_running_loop()
+        if deadline is None:
+            deadline = loop.time() + self.timeout
         link = self._link
         if link is not None and not self._queued and link.has_room and publication.message_id not in link.ids:
             confirmed = link.publish(publication, deadline)
@@ -107,7 +140,7 @@ class Publisher(ClientConnection["_Connection"]):
     async def _publish_in_turn(self, publication: Publication, deadline: float) -> asyncio.Future[None]:
         """Wait for a connection with room, and until no other message of this id is in flight."""
         message_id = publication.message_id
-        concerned = _uuid(message_id)
+        concerned = uuid_of(message_id)
         failures = self._failures
         self._queued += 1
         try:
@@ -154,7 +187,7 @@ class Publisher(ClientConnection["_Connection"]):
         try:
             await link.open(*await self._address.dial("publishing"))
             await link.ask(commands.Confirm.Select())
-            await link.ask(topic_exchange(self._exchange))
+            await ensure_exchange(link, self._exchange)
         except BaseException:
             self._close_soon(link)
             raise
@@ -187,7 +220,7 @@ class _Call:
 
     @property
     def message_id(self) -> UUID | None:
-        return _uuid(self.key)
+        return uuid_of(self.key)
 
     def fail(self, error: BrokerError) -> None:
         if not self.confirmed.done():
@@ -229,7 +262,7 @@ class _Connection(Channel):
         try:
             frames = publication.frames(self.frame_max)
         except ValueError as error:
-            raise MessageRejected(str(error), message_id=_uuid(publication.message_id)) from error
+            raise MessageRejected(str(error), message_id=uuid_of(publication.message_id)) from error
         self.write(frames)
         if not self._waiting:
             self.flush()
@@ -263,7 +296,8 @@ class _Connection(Channel):
             if nacked:
                 call.fail(
                     MessageRejected(
-                        "RabbitMQ refused it (nack); a queue may be full and reject further messages",
+                        "RabbitMQ refused it (nack); a queue is full, such as the one that retains max_retained "
+                        "messages until a group subscribes",
                         message_id=call.message_id,
                     )
                 )
@@ -336,7 +370,8 @@ def is_refused_for_good(error: MessageRejected) -> bool:
     return error.__cause__ is not None
 
 
-def _uuid(text: str) -> UUID | None:
+def uuid_of(text: str) -> UUID | None:
+    """Return the UUID in *text*; None if it is another text."""
     try:
         return UUID(text)
     except ValueError:

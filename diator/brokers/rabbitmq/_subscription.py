@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
@@ -26,10 +26,11 @@ from diator.brokers.rabbitmq._channel import (
     Refused,
 )
 from diator.brokers.rabbitmq._client import Address, commands
-from diator.brokers.rabbitmq._content import ATTEMPT, DELIVERY_COUNT, Deliver, Properties
+from diator.brokers.rabbitmq._content import ATTEMPT, DELIVERY_COUNT, DELIVERY_LIMIT, Deliver, Properties
 from diator.brokers.rabbitmq._frames import Publication, again
-from diator.brokers.rabbitmq._names import delay_bucket, queue_name, routing_key
-from diator.brokers.rabbitmq._publisher import Publisher, is_refused_for_good, topic_exchange
+from diator.brokers.rabbitmq._names import delay_bucket, own_queue_name, queue_name, routing_key
+from diator.brokers.rabbitmq._publisher import Publisher, ensure_exchange, is_refused_for_good
+from diator.brokers.rabbitmq._retained import claim, hand_over
 from diator.brokers.settling import OMITTED, Acknowledgements, dead_letter_headers
 from diator.brokers.supervisor import MessagesMissed, ReconnectPolicy, ResilientSubscription, Source
 from diator.exceptions import (
@@ -45,11 +46,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 QueueType: TypeAlias = Literal["quorum", "classic"]
 
-# What stands in the name of a queue in place of a group, if there is none.
-_NO_GROUP = "/"
 
-# After this many unsettled deliveries RabbitMQ itself dead-letters a message. It is far above any retry policy.
-_DELIVERY_LIMIT = 1_000
 _FIRST_WITH_A_LIMIT = 4
 _NO_GROUP_EXPIRES = 120.0
 _UNUSED_EXPIRES = 600.0
@@ -101,6 +98,7 @@ class Subscription(ResilientSubscription):
         queues: The queues that it consumes, with their topics.
         declared: Whether the queues were declared before, so that a missing one is a gap.
         counts_deliveries: Whether its queues count deliveries.
+        witness: An exchange that is deleted together with the topic exchange; empty if there is none.
         delay_queues: The queues of delayed retries, and when each was declared, by the clock of the event loop.
     """
 
@@ -129,13 +127,17 @@ class Subscription(ResilientSubscription):
         self._address = address
         self.group = group
         self.prefix = options.prefix
-        own = f"{_NO_GROUP}{uuid4().hex}"
-        self.queues = {queue_name(self.prefix, topic, own if group is None else group): topic for topic in topics}
+        own = uuid4().hex
+        self.queues = {
+            own_queue_name(self.prefix, topic, own) if group is None else queue_name(self.prefix, topic, group): topic
+            for topic in topics
+        }
         self._queue_type: QueueType = "classic" if group is None else options.queue_type
         self.counts_deliveries = self._queue_type == "quorum"
         self._for_each_queue = min(prefetch + options.extra_prefetch // max(1, len(self.queues)), _MAX_PREFETCH)
         self.declared = False
         self.delay_queues: dict[str, float] = {}
+        self.witness = ""
         self._background = BackgroundTasks()
 
     @asynccontextmanager
@@ -188,12 +190,12 @@ class Subscription(ResilientSubscription):
         """Return the declaration of *queue*."""
         if self.group is None:
             return _durable(queue, {"x-queue-type": "classic", "x-expires": int(_NO_GROUP_EXPIRES * 1000)})
-        limit = {"x-delivery-limit": _DELIVERY_LIMIT} if self._queue_type == "quorum" else {}
+        limit = {"x-delivery-limit": DELIVERY_LIMIT} if self._queue_type == "quorum" else {}
         return _durable(queue, {**limit, **self.dead_letter_to(self.dead_letter_queue(queue))})
 
     def dead_letter_queue(self, queue: str) -> str:
         """Return the dead-letter queue of *queue*. Subscriptions without a group share that of their topic."""
-        return f"{queue if self.group is not None else queue_name(self.prefix, self.queues[queue], _NO_GROUP)}:dead"
+        return f"{queue if self.group is not None else own_queue_name(self.prefix, self.queues[queue], '')}:dead"
 
     def dead_letter_declaration(self, queue: str, version: int) -> commands.Queue.Declare:
         """Return the declaration of that. Without a group it is declared with the first dead letter."""
@@ -227,11 +229,14 @@ class Connection(Channel):
         self._prefetch = prefetch
         self._arrived: deque[Delivery] = deque()
         self._something = asyncio.Event()
-        self._open: dict[int, None] = {}  # the tags that are not settled, in the order of their arrival
+        # The tags that are not settled, in the order of their arrival, with the tags of their consumers.
+        self._open: dict[int, str] = {}
         self._without_place: set[int] = set()  # those of them whose places other deliveries have taken
         self._acked: set[int] = set()
         self._is_consuming = self._has_ended = False
         self._acknowledgements = Acknowledgements[int](self._send_acks)
+        self._retained: dict[str, str] = {}  # the queues of retained messages, with the group's own queues
+        self._handing_over: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Declare the exchange and the queues, and consume. See `Subscription.connect` for its errors."""
@@ -240,21 +245,24 @@ class Connection(Channel):
             exist = [
                 not subscription.declared or await self.is_there(passively(queue)) for queue in subscription.queues
             ]
-            await self.ask(topic_exchange(subscription.prefix))
+            await ensure_exchange(self, subscription.prefix)
             await self.ask(commands.Basic.Qos(prefetch_count=self._prefetch))
-            for queue, topic in subscription.queues.items():
+            for queue in subscription.queues:
                 if subscription.group is not None:
                     await self._declare_dead_letter_queue(queue)
                 await self.ask(subscription.declaration(queue))
-                await self.ask(
-                    commands.Queue.Bind(queue=queue, exchange=subscription.prefix, routing_key=routing_key(*topic))
-                )
+            await self._bind()
+            await self._declare_witness()
             subscription.declared = True
             if not all(exist):
                 raise MessagesMissed("RabbitMQ had lost a queue of this subscription; it is declared again")
+            if subscription.group is not None:
+                self._retained = await claim(self, subscription.prefix, subscription.queues)
             self._is_consuming = True  # already: if this is cancelled now, messages may have arrived nevertheless
-            for queue in subscription.queues:
+            later = {*self._retained.values()}
+            for queue in [*self._retained, *(each for each in subscription.queues if each not in later)]:
                 await self.ask(commands.Basic.Consume(queue=queue, consumer_tag=queue))
+            self._handing_over = asyncio.create_task(self._hand_over(), name="diator: handing over retained messages")
         except Refused as error:
             if error.code == ACCESS_REFUSED:
                 raise AccessRefused(
@@ -289,13 +297,47 @@ class Connection(Channel):
             self._something.clear()
         return taken
 
+    async def _hand_over(self) -> None:
+        with suppress(*CHANNEL_ERRORS):  # `receive` raises them
+            await hand_over(self, self._retained)
+
+    def has_settled(self, consumer_tag: str) -> bool:
+        """See `Receiver.has_settled`."""
+        return not self._acked and consumer_tag not in self._open.values()
+
     async def probe(self) -> None:
-        """Ask whether the exchange exists: RabbitMQ does not notify a consumer whose queue has lost its binding."""
-        exchange = self._subscription.prefix
+        """
+        Ask whether the exchange is still the same, and bind the queues again.
+
+        RabbitMQ does not notify a consumer whose queue has lost its binding.
+        """
+        exchange = self._subscription.witness or self._subscription.prefix
         if await self.is_there(commands.Exchange.Declare(exchange=exchange, passive=True)):
+            await self._bind()
             self._something.set()
         else:
-            self.abort(MessagesMissed(f"RabbitMQ has lost the exchange {exchange!r}; it is declared again"))
+            self.abort(MessagesMissed(f"RabbitMQ has lost the exchange {self._subscription.prefix!r} and its bindings"))
+
+    async def _declare_witness(self) -> None:
+        """
+        Declare an exchange that RabbitMQ deletes together with the topic exchange, also if that is declared again.
+
+        It is bound to the topic exchange, and lives as long as this binding. No message ever goes through it.
+        """
+        prefix = self._subscription.prefix
+        witness = f"{next(iter(self._subscription.queues))}:bound"
+        with suppress(Refused):  # a user who may not send may not bind it
+            await self.ask_aside(
+                commands.Exchange.Declare(exchange=witness, exchange_type="fanout", auto_delete=True),
+                commands.Exchange.Bind(destination=prefix, source=witness),
+            )
+            self._subscription.witness = witness
+
+    async def _bind(self) -> None:
+        """Bind the queues to the exchange. A queue that is bound stays as it is."""
+        prefix = self._subscription.prefix
+        for queue, topic in self._subscription.queues.items():
+            await self.ask(commands.Queue.Bind(queue=queue, exchange=prefix, routing_key=routing_key(*topic)))
 
     def take(self, frame: Any) -> bool:
         if isinstance(frame, commands.Basic.Cancel):
@@ -308,7 +350,8 @@ class Connection(Channel):
     def take_content(self, method: Content, header: bytes, body: bytes) -> None:
         if not isinstance(method, Deliver):
             return
-        properties, queue = Properties(header), method.consumer_tag
+        properties, consumer = Properties(header), method.consumer_tag
+        queue = self._retained.get(consumer, consumer)
         delivery = Delivery(
             topic=self._subscription.queues[queue],
             body=body,
@@ -318,7 +361,7 @@ class Connection(Channel):
             token=_Token(method.delivery_tag, queue, properties, method.exchange != b""),
             unreadable=_why_unreadable(properties, body),
         )
-        self._open[method.delivery_tag] = None
+        self._open[method.delivery_tag] = consumer
         self._arrived.append(delivery)
         self._something.set()
 
@@ -333,7 +376,7 @@ class Connection(Channel):
         retried = properties.count(ATTEMPT) if is_retried else 0
         is_counted = method.redelivered and self._subscription.counts_deliveries
         redelivered = properties.count(DELIVERY_COUNT) if is_counted else 0
-        return min(retried, _MAX_ATTEMPT) + min(redelivered, _DELIVERY_LIMIT)
+        return min(retried, _MAX_ATTEMPT) + min(redelivered, DELIVERY_LIMIT)
 
     def lost(self, error: Exception) -> None:
         """Drop what was prefetched: RabbitMQ redelivers it, and may have done so already."""
@@ -488,15 +531,19 @@ class Connection(Channel):
     async def end(self, unseen: Collection[int]) -> None:
         """Stop consuming, settle what is due, requeue *unseen* deliveries, all within 2 seconds; then close."""
         subscription = self._subscription
+        if self._handing_over is not None:
+            self._handing_over.cancel()
         try:
             if self.error is None and self._is_consuming:
                 async with asyncio.timeout(_END_TIMEOUT):
-                    for queue in subscription.queues:
+                    for queue in (*subscription.queues, *self._retained):
                         await self.ask(commands.Basic.Cancel(queue))
                     self._settle_all({*unseen, *(cast("_Token", delivery.token).tag for delivery in self._arrived)})
                     if subscription.group is None and subscription.is_ending:
                         for queue in subscription.queues:
                             await self.ask(commands.Queue.Delete(queue=queue))
+                        if subscription.witness:
+                            await self.ask(commands.Exchange.Delete(exchange=subscription.witness))
         except CHANNEL_ERRORS as error:
             logger.debug("ending a subscription: %s", explained(error))
         await self.close()

@@ -177,10 +177,10 @@ class Harness(ABC):
 
     Attributes:
         name: The name of the transport in the report.
-        facilities: The names of the supported optional methods: `raw`, `foreign`, `dead_letters`, `full`, `crash`,
-            `proxy`, `outages`, `operator`, `topology`, `alarm` and `security`. The docstring of each optional method
-            begins with the name of its facility. `processes` has no method: it means that a harness made in another
-            process reaches the same service.
+        facilities: The names of the supported optional methods: `raw`, `foreign`, `dead_letters`, `full`, `retention`,
+            `crash`, `proxy`, `outages`, `operator`, `topology`, `alarm` and `security`. The docstring of each optional
+            method begins with the name of its facility. `processes` has no method: it means that a harness made in
+            another process reaches the same service.
         limits: How fast the environment is.
         deviations: The scenarios that are known to fail, by id.
         consumer: The consumer class in scenarios that test a transport and a consumer together. Only the tests of the
@@ -274,6 +274,14 @@ class Harness(ABC):
 
     def full(self, room: int) -> Transport:
         """`full`: Return a broker whose service accepts *room* messages for a topic and refuses the next one."""
+        raise NotImplementedError
+
+    def retaining(self, room: int) -> Transport:
+        """
+        `retention`: Return a broker that retains *room* messages for a topic to which nobody has subscribed.
+
+        The service refuses further ones. It may accept a few more than *room*, at most twice as many.
+        """
         raise NotImplementedError
 
     async def crash(self, transport: Transport) -> None:

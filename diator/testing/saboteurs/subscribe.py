@@ -281,6 +281,56 @@ class DropsUnroutable(Saboteur):
         self._kept.take_all([topic_of(message)])
 
 
+@caught_by("UNR-07")
+class HandsOverTooLate(Saboteur):
+    """Delivers what was retained after the messages that arrive during the subscribe."""
+
+    async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
+        retained = [*subscription.queue.waiting]
+        subscription.queue.waiting.clear()
+        await asyncio.sleep(0)
+        subscription.queue.waiting.extend(retained)
+
+
+@caught_by("UNR-08")
+class SharesOutWhatItRetained(Saboteur):
+    """Lets a new group take messages that wait for another one."""
+
+    async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
+        for queue in self._queues:
+            if queue is not subscription.queue and not subscription.queue.waiting:
+                subscription.queue.waiting.extend(queue.take_all(topics)[:10])
+
+
+@caught_by("UNR-09")
+class RetainsOnlyTheLatest(Saboteur):
+    """Drops the oldest retained message to make room."""
+
+    async def send_message(self, message: Message, /) -> None:
+        if len(self._kept) >= self._capacity:
+            self._kept.take()
+        await super().send_message(message)
+
+
+@caught_by("UNR-10")
+class RetainsAnewAfterACrash(Saboteur):
+    """Gives the messages of a crashed consumer to the next group that comes."""
+
+    def on_crash(self, subscription: Subscription) -> None:
+        super().on_crash(subscription)
+        for entry in [*subscription.queue.waiting]:
+            self._kept.put(entry)
+        subscription.queue.waiting.clear()
+
+
+@caught_by("UNR-11")
+class RetainsForAnybody(Saboteur):
+    """Gives retained messages to a subscription without a group."""
+
+    async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
+        subscription.queue.waiting.extend(self._kept.take_all(topics))
+
+
 @caught_by("UNR-03")
 class WaitsForADestination(Saboteur):
     """Waits in a send until somebody subscribes."""

@@ -14,13 +14,16 @@ class MemoryHarness(Harness):
     """The in-memory broker. Each broker is its own service."""
 
     name = "memory"
-    facilities = frozenset({"raw", "foreign", "dead_letters", "full"})
+    facilities = frozenset({"raw", "foreign", "dead_letters", "full", "retention"})
     limits = Limits(quiet=0.05, redelivery=1.0, lag=SCALE)
 
     def transport(self):
         return MemoryMessageBroker()
 
     def full(self, room):
+        return MemoryMessageBroker(capacity=room)
+
+    def retaining(self, room):
         return MemoryMessageBroker(capacity=room)
 
     async def send_raw(self, transport: MemoryMessageBroker, topic: Topic, body: bytes) -> None:

@@ -37,6 +37,7 @@ class RabbitMQHarness(ServiceHarness):
             "raw",
             "foreign",
             "dead_letters",
+            "retention",
             "crash",
             "processes",
             "outages",
@@ -77,6 +78,7 @@ class RabbitMQHarness(ServiceHarness):
                     await channel.queue_delete(queue)
             with contextlib.suppress(ChannelPreconditionFailed):  # another harness of this process still uses it
                 await channel.exchange_delete(self.prefix, if_unused=True)
+                await channel.exchange_delete(f"{self.prefix}:retained", if_unused=True)
 
         if self.prefix.endswith(f"-{os.getpid()}"):  # only the process that made the prefix deletes
             alone(self._amqp(delete))
@@ -172,6 +174,9 @@ class RabbitMQHarness(ServiceHarness):
 
         await self._amqp(take)
         return found
+
+    def retaining(self, room):
+        return self.connecting_to(self.url, max_retained=room)
 
     async def crash(self, transport):
         async def no_more(purpose):

@@ -28,6 +28,12 @@ class Plain(MessageFormat):
         return data, {"content-type": "application/json"}
 
 
+def topic_exchange(name: str) -> RabbitExchange:
+    """Return diator's exchange: FastStream declares it with the same alternate exchange."""
+    arguments = {"alternate-exchange": f"{name}:retained"}
+    return RabbitExchange(name, type=ExchangeType.TOPIC, durable=True, arguments=arguments)
+
+
 def hearing(transport: str, address: str, name: str) -> Any:
     match transport:
         case "redis":
@@ -40,7 +46,7 @@ def hearing(transport: str, address: str, name: str) -> Any:
             exchange, _, routing_key = name.partition("/")
             broker = RabbitBroker(address, logger=None)
             queue = RabbitQueue(f"{name}.faststream", routing_key=routing_key, durable=True)
-            return broker, broker.subscriber(queue, RabbitExchange(exchange, type=ExchangeType.TOPIC, durable=True))
+            return broker, broker.subscriber(queue, topic_exchange(exchange))
         case _:
             broker = KafkaBroker(address, logger=None)
             return broker, broker.subscriber(name, group_id=f"{name}.faststream", auto_offset_reset="earliest")
@@ -72,8 +78,7 @@ async def send(transport: str, address: str, name: str) -> None:
             exchange, _, routing_key = name.partition("/")
             async with RabbitBroker(address, logger=None) as broker:
                 for body in bodies:
-                    topic = RabbitExchange(exchange, type=ExchangeType.TOPIC, durable=True)
-                    await broker.publish(body, exchange=topic, routing_key=routing_key, persist=True)
+                    await broker.publish(body, exchange=topic_exchange(exchange), routing_key=routing_key, persist=True)
         case "kafka":
             async with KafkaBroker(address, logger=None) as broker:
                 for body in bodies:

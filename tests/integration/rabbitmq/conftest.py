@@ -28,10 +28,12 @@ async def prefix(rabbitmq_url) -> AsyncIterator[str]:
     async with await aio_pika.connect(rabbitmq_url) as connection:
         channel = await connection.channel()
         for topic in (COUNTED, OTHER):
-            for queue in ("readers", "readers:dead"):
+            for queue in ("readers", "readers:dead", "others", "others:dead", "#2Fretained", "#2Fretained:dead"):
                 await channel.queue_delete(f"{prefix}:{':'.join(topic)}:{queue}")
-            await channel.queue_delete(f"{prefix}:{':'.join(topic)}:/:dead")
-        await channel.exchange_delete(prefix)
+            for queue in ("/:dead", "/retained"):
+                await channel.queue_delete(f"{prefix}:{':'.join(topic)}:{queue}")
+        for exchange in (prefix, f"{prefix}:retained"):
+            await channel.exchange_delete(exchange)
 
 
 @pytest.fixture
@@ -58,6 +60,12 @@ async def brokers(prefix) -> AsyncIterator[AsyncExitStack]:
 @pytest.fixture
 async def broker(rabbitmq_url, prefix, brokers) -> RabbitMQMessageBroker:
     return await brokers.enter_async_context(RabbitMQMessageBroker(rabbitmq_url, prefix, reconnect=RECONNECT))
+
+
+@pytest.fixture
+async def reporting(rabbitmq_url, prefix, brokers) -> RabbitMQMessageBroker:
+    broker = RabbitMQMessageBroker(rabbitmq_url, prefix, unroutable="raise", reconnect=RECONNECT)
+    return await brokers.enter_async_context(broker)
 
 
 @pytest.fixture

@@ -287,6 +287,20 @@ async def test_what_rabbitmq_refuses_to_store_again_it_dead_letters_itself(broke
         assert (delivery.attempt, moved.attempt) == (2, 1)
 
 
+async def test_a_retained_message_that_rabbitmq_refuses_to_store_again_is_dead_lettered_too(broker, raw, queue):
+    """The queue that retains it dead-letters to the queue of the group that has claimed it."""
+    await broker.send_message(counted(POISON))
+    async with broker.subscribe([COUNTED], group="readers", prefetch=1) as deliveries:
+        with refusing():
+            for _ in range(2):
+                delivery = await asyncio.wait_for(anext(deliveries), SLACK)
+                await delivery.dead_letter("no good")
+        await broker.send_message(counted(1))
+        assert await asyncio.wait_for(numbers(deliveries, 1), SLACK) == [1]
+    _, body = await raw.get(f"{queue}:dead")
+    assert body == delivery.body
+
+
 async def test_what_rabbitmq_refuses_to_store_again_comes_again_without_a_group(broker, monkeypatch):
     monkeypatch.setattr(_subscription, "_REQUEUE_DELAY", 0.1)
     async with broker.subscribe([COUNTED], prefetch=1) as deliveries:

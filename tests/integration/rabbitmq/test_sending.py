@@ -38,41 +38,41 @@ async def test_a_plain_client_reads_properties_headers_and_body(broker, plain, p
     assert json.loads(got.body)["payload"]["number"] == 7
 
 
-async def test_an_unroutable_message_is_reported(broker):
+async def test_an_unroutable_message_is_reported_if_the_program_says_so(reporting):
     message = counted()
 
     with pytest.raises(MessageUnroutable, match=r"notification_event\.Counted") as caught:
-        await broker.send_message(message)
+        await reporting.send_message(message)
 
     assert caught.value.message_id == message.message_id
 
 
 async def test_unroutable_messages_are_dropped_if_the_program_says_so(rabbitmq_url, prefix):
-    async with RabbitMQMessageBroker(rabbitmq_url, prefix, mandatory=False) as broker:
+    async with RabbitMQMessageBroker(rabbitmq_url, prefix, unroutable="drop") as broker:
         await broker.send_message(counted())
 
         assert broker.capabilities.unroutable == "dropped"
 
 
-async def test_each_of_several_messages_with_one_id_has_its_own_send_error(broker):
+async def test_each_of_several_messages_with_one_id_has_its_own_send_error(reporting):
     """RabbitMQ returns a message without saying which of the messages with the same id it is."""
-    await collect(broker)
+    await collect(reporting)
     one_id = uuid4()
     routed, unroutable = counted(message_id=one_id), counted(topic=OTHER, message_id=one_id)
 
     results = await asyncio.gather(
-        *(broker.send_message(each) for each in [unroutable, routed] * 20), return_exceptions=True
+        *(reporting.send_message(each) for each in [unroutable, routed] * 20), return_exceptions=True
     )
 
     assert [type(result) for result in results] == [MessageUnroutable, type(None)] * 20
 
 
-async def test_one_bad_message_among_many_is_named(broker):
-    await collect(broker)
+async def test_one_bad_message_among_many_is_named(reporting):
+    await collect(reporting)
     messages = [counted(), counted(topic=OTHER), counted()]
 
     with pytest.raises(MessagesNotSent) as caught:
-        await broker.send_messages(messages)
+        await reporting.send_messages(messages)
 
     assert caught.value.message_ids == (messages[1].message_id,)
     assert isinstance(caught.value.__cause__, MessageUnroutable)

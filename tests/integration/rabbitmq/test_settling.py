@@ -229,7 +229,7 @@ async def test_a_subscription_without_a_group_can_dead_letter(broker, plain, pre
 
 
 async def test_beyond_the_delivery_limit_rabbitmq_itself_dead_letters(broker, plain, queue, monkeypatch):
-    monkeypatch.setattr(_subscription, "_DELIVERY_LIMIT", 2)
+    monkeypatch.setattr(_subscription, "DELIVERY_LIMIT", 2)
     await collect(broker)
     await broker.send_message(counted(1))
     attempts = []

@@ -64,6 +64,15 @@ async def test_a_deleted_exchange_is_declared_again_and_reported_as_a_gap(broker
         assert await numbers(deliveries, 1) == [2]
 
 
+async def test_a_binding_that_somebody_removed_is_made_again(broker, plain, prefix, queue):
+    async with broker.subscribe([COUNTED], group="readers") as deliveries:
+        await (await plain.get_queue(queue)).unbind(prefix, "notification_event.Counted")
+        await asyncio.sleep(2 * RECONNECT.idle_timeout)
+
+        await broker.send_message(counted(1))
+        assert await numbers(deliveries, 1) == [1]
+
+
 async def test_a_queue_lost_while_no_consumer_was_connected_is_a_gap(behind_proxy, proxy, plain, queue):
     gaps = []
     async with behind_proxy.subscribe([COUNTED], group="readers", on_gap=gaps.append) as deliveries:
@@ -88,11 +97,11 @@ async def test_a_lost_connection_alone_is_not_a_gap(behind_proxy, proxy):
     assert gaps == []
 
 
-async def test_a_subscription_without_a_group_takes_its_queue_along(broker, rabbitmq_url, prefix):
-    async with broker.subscribe([COUNTED]):
-        await broker.send_message(counted())
+async def test_a_subscription_without_a_group_takes_its_queue_along(reporting):
+    async with reporting.subscribe([COUNTED]):
+        await reporting.send_message(counted())
     with pytest.raises(MessageUnroutable):
-        await broker.send_message(counted())
+        await reporting.send_message(counted())
 
 
 async def test_an_audit_of_declared_queues_reports_nothing(broker):

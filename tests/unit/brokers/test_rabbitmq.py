@@ -23,7 +23,7 @@ from diator.brokers.rabbitmq import RabbitMQMessageBroker, _client
 from diator.brokers.rabbitmq._channel import Channel
 from diator.brokers.rabbitmq._content import Properties
 from diator.brokers.rabbitmq._frames import Publication, header_of
-from diator.brokers.rabbitmq._names import delay_bucket, queue_name, routing_key
+from diator.brokers.rabbitmq._names import delay_bucket, own_queue_name, queue_name, routing_key
 from diator.brokers.rabbitmq._subscription import Connection, _Token
 from diator.exceptions import ConfigurationError, EncodingError, UsageError
 
@@ -139,6 +139,8 @@ async def test_a_connection_of_aio_pika_without_an_address_is_refused():
         {"extra_prefetch": -1},
         {"max_in_flight": 0},
         {"timeout": 0},
+        {"unroutable": "keep"},
+        {"max_retained": 0},
         {"queue_type": "stream"},
         {"prefix": ""},
         {"prefix": "amq.mine"},
@@ -159,12 +161,13 @@ def test_the_bound_of_redelivery_is_two_heartbeats():
 
 def test_capabilities_follow_the_options():
     default = RabbitMQMessageBroker(URL).capabilities
-    weaker = RabbitMQMessageBroker(URL, queue_type="classic", mandatory=False).capabilities
+    weaker = RabbitMQMessageBroker(URL, queue_type="classic", unroutable="drop").capabilities
 
     assert weaker.missing(default) == [
         "delivery_count (retries, needed is exact)",
-        "unroutable (dropped, needed is reported)",
+        "unroutable (dropped, needed is retained)",
     ]
+    assert RabbitMQMessageBroker(URL, unroutable="raise").capabilities.unroutable == "reported"
 
 
 def test_a_routing_key_means_one_topic_only():
@@ -177,10 +180,12 @@ def test_a_routing_key_means_one_topic_only():
 
 
 def test_no_two_queues_have_one_name():
-    parts = ["", "a", "a:b", "b", ":", "#", "#3A", "ä", "a b", "%"]
-    names = {queue_name("p", Topic(kind, name), group) for kind in parts for name in parts for group in parts}
+    parts = ["", "a", "a:b", "b", ":", "#", "#3A", "ä", "a b", "%", "/", "#2F", "/retained"]
+    topics = [Topic(kind, name) for kind in parts for name in parts]
+    names = {queue_name("p", topic, group) for topic in topics for group in parts}
+    names |= {own_queue_name("p", topic, purpose) for topic in topics for purpose in ("", "retained")}
 
-    assert len(names) == len(parts) ** 3
+    assert len(names) == len(topics) * (len(parts) + 2)
     with pytest.raises(EncodingError, match="255 bytes"):
         queue_name("p", Topic("notification_event", "x"), "g" * 230)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 
 from diator.brokers.capabilities import Capabilities
-from diator.exceptions import MessageUnroutable
+from diator.exceptions import MessageRejected, MessageUnroutable
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._scenario import scenario
+
+_GROUPS = Capabilities(unroutable="retained", subscription="durable", distribution=frozenset({"competing"}))
+_NOT_RETAINED = "it reports a message that nobody has subscribed to, instead of retaining it"
 
 
 @scenario("UNR-01", "A message without a subscription is kept, dropped or reported, as promised")
@@ -86,3 +89,116 @@ async def at_once(ctx: Context) -> None:
     ctx.same(failed, [], "the errors of the subscriptions that failed")
     done.set()
     await asyncio.gather(*tasks)
+
+
+@scenario("UNR-07", "The first group receives everything that was retained, before later messages", needs=_GROUPS)
+async def first_group(ctx: Context) -> None:
+    """Catch a loss, a duplicate or a wrong order where the retained messages end and the subscription begins."""
+    ctx.applies(ctx.capabilities.unroutable == "retained", _NOT_RETAINED)
+    broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
+    messages = [ctx.message(topic, number, key="one key") for number in range(300)]
+    await ctx.send_all(broker, messages[:50])
+    sending = ctx.start(ctx.send_all(broker, messages[50:]))
+    async with ctx.reading(broker, topic, group=group) as reader:
+        await reader.during(ctx.allow_broker_error(sending, "sending while the first group subscribes"))
+    ctx.ledger.compare(group, messages).verify(in_order=ctx.capabilities.ordering != "none")
+
+
+@scenario("UNR-08", "A second group takes nothing of what was retained for the first", needs=_GROUPS)
+async def second_group(ctx: Context) -> None:
+    """Catch retained messages that two groups share, while the first still has most of them before it."""
+    ctx.applies(ctx.capabilities.unroutable == "retained", _NOT_RETAINED)
+    broker, topic, first, second = await ctx.broker(), ctx.topic(), ctx.name("-first"), ctx.name("-second")
+    retained = await ctx.send(broker, topic, 30)
+    async with ctx.reading(broker, topic, group=first, prefetch=5) as one:
+        held = await one.take(5, settle="nothing")
+        async with ctx.reading(broker, topic, group=second) as two:
+            messages = await ctx.send(broker, topic, 5, start=30)
+            await two.until_fence()
+        for received in held:
+            await received.delivery.ack()
+        await one.until_fence()
+    ctx.ledger.compare(first, [*retained, *messages]).verify()
+    seen_by_second = messages if ctx.capabilities.replay == "none" else [*retained, *messages]
+    ctx.ledger.compare(second, seen_by_second).verify()
+
+
+@scenario(
+    "UNR-09",
+    "Beyond its bound, a transport refuses to retain a message, and loses none that it confirmed",
+    needs=_GROUPS,
+    facilities=["retention"],
+)
+async def bound(ctx: Context) -> None:
+    """Catch a confirmation of a message that had no room, and a retained message that is dropped to make room."""
+    broker, topic, group = ctx.closing(ctx.harness.retaining(10)), ctx.topic(), ctx.name()
+    refused = 0
+    for number in range(30):
+        try:
+            await ctx.send(broker, topic, start=number)
+        except MessageRejected as error:
+            refused += 1
+            ctx.same(error.message_id, ctx.ledger.sent[-1].message.message_id, "the message_id of the error")
+    ctx.check(10 <= refused <= 20, f"of 30 messages {refused} were refused; there is room for 10")  # noqa: PLR2004
+    async with ctx.reading(broker, topic, group=group) as reader:
+        await reader.take(30 - refused)
+        await ctx.send(broker, topic, start=30)
+        await reader.until_fence()
+    ctx.ledger.compare(group, [sent.message for sent in ctx.ledger.sent]).verify()
+
+
+@scenario(
+    "UNR-10",
+    "What was retained for a group stays its own when its consumer crashes in the middle",
+    needs=Capabilities(
+        unroutable="retained",
+        subscription="durable",
+        distribution=frozenset({"competing"}),
+        redelivery=frozenset({"crash"}),
+    ),
+    facilities=["crash"],
+    timeout=60,
+)
+async def crash_in_the_middle(ctx: Context) -> None:
+    """Catch retained messages that are lost with the first consumer, or that go to the next group that comes."""
+    ctx.applies(ctx.capabilities.unroutable == "retained", _NOT_RETAINED)
+    ctx.applies(ctx.capabilities.multi_process, "the service ends with the process")
+    broker, dying, topic = await ctx.broker(), await ctx.broker(), ctx.topic()
+    first, second = ctx.name("-first"), ctx.name("-second")
+    retained = await ctx.send(broker, topic, 30)
+    async with ctx.reading(dying, topic, group=first, prefetch=5) as reader:
+        await reader.take(10)
+        held = await reader.take(5, settle="nothing")
+        await ctx.harness.crash(dying)
+        async with ctx.reading(broker, topic, group=second) as other:
+            messages = await ctx.send(broker, topic, 5, start=30)
+            await other.until_fence()
+        async with ctx.reading(broker, topic, group=first) as again:
+            await ctx.until_acknowledged(again, 35)
+    for received in held:
+        received.abandoned = True
+    # The crash may have come before the acknowledgements reached the service.
+    ctx.ledger.compare(first, [*retained, *messages]).verify(may_duplicate=True)
+    seen_by_second = messages if ctx.capabilities.replay == "none" else [*retained, *messages]
+    ctx.ledger.compare(second, seen_by_second).verify()
+
+
+@scenario(
+    "UNR-11",
+    "What is retained waits for a group, not for a subscription without one",
+    needs=Capabilities(unroutable="retained", distribution=frozenset({"broadcast", "competing"})),
+)
+async def without_a_group(ctx: Context) -> None:
+    """Catch retained messages that a passing subscription without a group takes along."""
+    ctx.applies(ctx.capabilities.unroutable == "retained", _NOT_RETAINED)
+    broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
+    retained = await ctx.send(broker, topic, 3)
+    async with ctx.reading(broker, topic) as passing:
+        live = await ctx.send(broker, topic, 3, start=3)
+        await passing.until_fence()
+    async with ctx.reading(broker, topic, group=group) as reader:
+        messages = await ctx.send(broker, topic, 3, start=6)
+        await reader.until_fence()
+    ctx.ledger.compare(passing.name, live).verify()
+    seen_by_group = [*retained, *messages] if ctx.capabilities.replay == "none" else [*retained, *live, *messages]
+    ctx.ledger.compare(group, seen_by_group).verify()

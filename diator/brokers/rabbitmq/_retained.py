@@ -1,0 +1,278 @@
+"""
+Messages that nobody has subscribed to yet: RabbitMQ retains them for the first group that subscribes.
+
+The topic exchange has an alternate exchange. It routes what the topic exchange cannot route to one queue for each
+topic. So RabbitMQ decides, for each message, whether it goes to the subscribed queues or to the retained messages:
+never to both, never to none. As soon as a group's queue is bound, nothing more is retained for that topic.
+
+The first group to come claims the retained messages. Its consumers consume them first, and the group's own queue only
+when all of them are delivered. The claim lasts until all of them are settled. Another group comes too late for them,
+even if the first one has crashed meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, Protocol
+from uuid import UUID
+
+from diator._text import explained
+from diator.brokers.base import Topic
+from diator.brokers.rabbitmq._channel import (
+    CHANNEL_ERRORS,
+    NOT_FOUND,
+    PRECONDITION_FAILED,
+    Refused,
+)
+from diator.brokers.rabbitmq._client import Address, Frame, commands
+from diator.brokers.rabbitmq._content import DELIVERY_LIMIT
+from diator.brokers.rabbitmq._frames import Publication
+from diator.brokers.rabbitmq._names import retained_exchange_name, retained_queue_name
+from diator.brokers.rabbitmq._publisher import Publisher, uuid_of
+from diator.brokers.supervisor import ReconnectPolicy
+from diator.exceptions import BrokerUnavailable, DiatorError, MessageUnroutable
+
+# The retained messages of a topic have at most so many bytes, so that they cannot fill the disk of the server.
+_MOST_BYTES = 1024**3
+# How often, in seconds, a consumer looks whether the retained messages are delivered and settled.
+_FIRST_LOOK, _LONGEST_PAUSE = 0.02, 1.0
+
+
+# -- sending -----------------------------------------------------------------------------------------------------
+
+
+class RetainingPublisher(Publisher):
+    """
+    A publisher that retains messages which no queue wants, at most *max_retained* for each topic.
+
+    The queue of the retained messages is declared when it is needed: RabbitMQ returns the first message, and the
+    publisher declares the queue and publishes the message again. Only the first message of each topic is published
+    alone, so that the messages keep their order meanwhile.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        exchange: str,
+        *,
+        timeout: float,
+        max_in_flight: int,
+        reconnect: ReconnectPolicy,
+        queue_type: str,
+        max_retained: int,
+    ) -> None:
+        super().__init__(address, exchange, timeout=timeout, max_in_flight=max_in_flight, reconnect=reconnect)
+        safely = {"x-dead-letter-strategy": "at-least-once", "x-delivery-limit": DELIVERY_LIMIT}
+        self._arguments: dict[str, Any] = {
+            "x-queue-type": queue_type,
+            "x-max-length": max_retained,
+            "x-max-length-bytes": _MOST_BYTES,
+            "x-overflow": "reject-publish",
+            **(safely if queue_type == "quorum" else {}),
+        }
+        self._routed: set[str] = set()  # the routing keys for which there is a queue
+        self._lines: dict[str, _Line] = {}
+
+    async def send(self, publication: Publication, topic: Topic) -> None:
+        """Publish a message of a program to the topic exchange, and retain it if nobody has subscribed."""
+        if publication.routing_key in self._routed:
+            try:
+                await self.publish(publication)
+                return
+            except MessageUnroutable:  # the queues of its topic were deleted
+                self._routed.discard(publication.routing_key)
+        await self._send_in_line(publication, topic)
+
+    async def _send_in_line(self, publication: Publication, topic: Topic) -> None:
+        """Send the first message of a topic alone, and those that come meanwhile in their order."""
+        deadline = self._bind_to_running_loop().time() + self.timeout
+        key, confirmed = publication.routing_key, None
+        line = self._lines.setdefault(key, _Line())
+        line.length += 1
+        try:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await line.lock.acquire()
+            except TimeoutError as error:
+                raise BrokerUnavailable(
+                    f"earlier messages of its topic took all of {self.timeout:g} s",
+                    message_id=uuid_of(publication.message_id),
+                ) from error
+            try:
+                if line.is_open:
+                    confirmed = await self._publish_in_turn(publication, deadline)
+                else:
+                    await self._publish_first(publication, topic, deadline)
+                    line.is_open = True
+            finally:
+                line.lock.release()
+        finally:
+            line.length -= 1
+            if not line.length:
+                self._lines.pop(key, None)
+                if line.is_open:
+                    self._routed.add(key)
+        if confirmed is not None:
+            await confirmed
+
+    async def _publish_first(self, publication: Publication, topic: Topic, deadline: float) -> None:
+        """Publish the first message of a topic. If no queue wants it, declare one that does, and publish it again."""
+        try:
+            await self.publish(publication, deadline=deadline)
+        except MessageUnroutable as unroutable:
+            await self._declare(topic, publication.routing_key, deadline, unroutable.message_id)
+            try:
+                await self.publish(publication, deadline=deadline)
+            except MessageUnroutable as error:
+                raise MessageUnroutable(
+                    f"nobody has subscribed to it yet, and RabbitMQ cannot retain it: another program has declared the "
+                    f"exchange {self._exchange!r} without the alternate exchange "
+                    f"{retained_exchange_name(self._exchange)!r}; set that by a policy, or delete the exchange, and "
+                    "each consumer declares it again",
+                    message_id=error.message_id,
+                ) from error
+
+    async def _declare(self, topic: Topic, routing_key: str, deadline: float, message_id: UUID | None) -> None:
+        """Declare the queue of the retained messages of *topic*, and bind it to the alternate exchange."""
+        exchange, queue = retained_exchange_name(self._exchange), retained_queue_name(self._exchange, topic)
+        try:
+            async with asyncio.timeout_at(deadline):
+                async with self._lock:
+                    link = await self._open_link(self._failures, message_id)
+                try:
+                    # What its consumer rejects goes to the group that has claimed it, by the exchange of the claim.
+                    arguments = {**self._arguments, "x-dead-letter-exchange": queue}
+                    await link.ask_aside(commands.Queue.Declare(queue=queue, durable=True, arguments=arguments))
+                except Refused as error:
+                    if error.code != PRECONDITION_FAILED:  # it exists; another program has chosen another bound
+                        raise
+                await link.ask_aside(
+                    commands.Exchange.Declare(exchange=exchange, exchange_type="direct", durable=True),
+                    commands.Queue.Bind(queue=queue, exchange=exchange, routing_key=routing_key),
+                )
+        except Refused as error:
+            raise MessageUnroutable(
+                f"nobody has subscribed to it yet, and RabbitMQ refuses to retain it ({error}); permit the user to "
+                "configure, write and read the names that start with the prefix, or subscribe first",
+                message_id=message_id,
+            ) from error
+        except DiatorError:
+            raise
+        except CHANNEL_ERRORS as error:
+            raise BrokerUnavailable(
+                f"nobody has subscribed to it yet, and RabbitMQ has not declared the queue that retains it "
+                f"({explained(error, within=self.timeout)})",
+                message_id=message_id,
+            ) from error
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._lines.clear()
+
+
+class _Line:
+    """
+    The callers that send the first messages of a topic.
+
+    Attributes:
+        lock: Held by the caller whose turn it is.
+        length: The number of callers.
+        is_open: Whether there is a queue for the topic, so that the callers need not wait for confirms.
+    """
+
+    __slots__ = ("is_open", "length", "lock")
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.length = 0
+        self.is_open = False
+
+
+# -- receiving ---------------------------------------------------------------------------------------------------
+
+
+class Receiver(Protocol):
+    """The connection of a group, as far as it hands over the retained messages."""
+
+    async def ask(self, frame: Frame) -> Any: ...
+
+    async def ask_aside(self, *frames: Frame) -> None: ...
+
+    async def is_there(self, declared_passively: Frame) -> bool: ...
+
+    def has_settled(self, consumer_tag: str) -> bool:
+        """Return whether no delivery to that consumer is unsettled."""
+        ...
+
+
+async def claim(receiver: Receiver, prefix: str, queues: Mapping[str, Topic]) -> dict[str, str]:
+    """
+    Claim the retained messages for the group with *queues*, which are bound already.
+
+    Return the queues of the retained messages that belong to this group, with the group's own queue for each. A topic
+    is missing if nothing was ever retained for it, or if another group came first.
+    """
+    if not await receiver.is_there(commands.Exchange.Declare(exchange=retained_exchange_name(prefix), passive=True)):
+        return {}
+    claimed: dict[str, str] = {}
+    for queue, topic in queues.items():
+        retained = retained_queue_name(prefix, topic)
+        if await receiver.is_there(commands.Queue.Declare(queue=retained, passive=True)) and await _claims(
+            receiver, retained, queue
+        ):
+            claimed[retained] = queue
+    return claimed
+
+
+async def _claims(receiver: Receiver, retained: str, queue: str) -> bool:
+    """
+    Return whether the messages in *retained* belong to the group with *queue*.
+
+    A claim is an exchange whose alternate exchange names the group's queue: RabbitMQ refuses to declare it again with
+    another name. It is deleted by RabbitMQ itself when its only binding is: by `release`, or with the group's queue.
+    """
+    while True:
+        try:
+            await receiver.ask_aside(
+                commands.Exchange.Declare(
+                    exchange=retained,
+                    exchange_type="fanout",
+                    durable=True,
+                    auto_delete=True,
+                    arguments={"alternate-exchange": queue},
+                ),
+                commands.Queue.Bind(queue=queue, exchange=retained),
+            )
+        except Refused as error:
+            if error.code == PRECONDITION_FAILED:
+                return False
+            if error.code != NOT_FOUND:  # else another consumer of the group has released it between both frames
+                raise
+        else:
+            return True
+
+
+async def hand_over(receiver: Receiver, claimed: Mapping[str, str]) -> None:
+    """
+    Consume each group's own queue as soon as its retained messages are delivered, and release the claims at the end.
+
+    A claim ends when all messages are settled, by this consumer and by the others of the group. *receiver* consumes
+    the queues of the retained messages already.
+    """
+    waiting, pause = {**claimed}, _FIRST_LOOK
+    unsettled = {**claimed}
+    while unsettled:
+        for retained, queue in [*unsettled.items()]:
+            found = await receiver.ask(commands.Queue.Declare(queue=retained, passive=True))
+            if found.message_count:
+                continue
+            if waiting.pop(retained, None):
+                await receiver.ask(commands.Basic.Consume(queue=queue, consumer_tag=queue))
+            if receiver.has_settled(retained):
+                del unsettled[retained]
+                await receiver.ask(commands.Basic.Cancel(retained))
+                if found.consumer_count == 1:  # this one; the last consumer to be done releases the claim
+                    await receiver.ask_aside(commands.Queue.Unbind(queue=queue, exchange=retained))
+        await asyncio.sleep(pause)
+        pause = min(1.5 * pause, _LONGEST_PAUSE)
