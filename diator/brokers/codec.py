@@ -353,7 +353,8 @@ def _without_content(error: BaseException, names: Collection[str]) -> str:
 
     *names* are those that the class has given to its fields. Any other name in a place is a key that the sender chose.
     """
-    if hasattr(error, "error_count"):
+    pydantic: Any = sys.modules.get("pydantic_core")
+    if pydantic is not None and isinstance(error, pydantic.ValidationError):
         return _errors_of_pydantic(error, names)
     if isinstance(error, UnicodeDecodeError):
         return f"it is not valid UTF-8 - at byte {error.start}"
@@ -370,15 +371,11 @@ def _without_content(error: BaseException, names: Collection[str]) -> str:
 
 
 def _errors_of_pydantic(error: Any, names: Collection[str]) -> str:
+    if (count := error.error_count()) > _MAX_ERRORS:
+        return f"{count:,} values are invalid"
+    known = get_args(sys.modules["pydantic_core.core_schema"].ErrorType)  # a validator can make up further types
     described = []
-    try:
-        if (count := error.error_count()) > _MAX_ERRORS:
-            return f"{count:,} values are invalid"
-        found = error.errors(include_url=False, include_context=False, include_input=False)
-        known = get_args(sys.modules["pydantic_core.core_schema"].ErrorType)  # a validator can make up further types
-    except Exception:  # noqa: BLE001  # it asks errors of the class for their texts
-        return _INVALID
-    for each in found:
+    for each in error.errors(include_url=False, include_context=False, include_input=False):
         steps = (
             f".{step}" if step in names else f"[{step}]" if isinstance(step, int) else "[...]" for step in each["loc"]
         )

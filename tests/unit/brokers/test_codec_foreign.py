@@ -137,6 +137,14 @@ def test_a_payload_may_lack_both(event_type, payload):
     assert (event.event_id, event.event_timestamp, event.user_id) == (MESSAGE_ID, None, 7)
 
 
+@pytest.mark.parametrize("name", ["order_id", "trace_id", "Event_id"])
+def test_another_id_in_the_place_of_the_events_own_is_not_taken_for_it(name):
+    """Its name is as long, and what follows is what diator writes."""
+    payload = {name: str(OTHER_ID), "event_timestamp": SENT.isoformat(), "user_id": 7}
+
+    assert read(TRAVELLERS[0], payload).event_id == MESSAGE_ID
+
+
 def test_an_empty_payload_is_completed_too():
     event = read(NotificationEvent, b"{ }")
 

@@ -195,8 +195,9 @@ async def test_deliveries_that_wait_and_are_never_handed_out_show():
     async with consuming(on_joined) as (service, consumer, reports):
         await asyncio.sleep(500)
         service.subscription.unsettled = 10  # leaked
-        service.arriving.put_nowait(GOOD)
-        await asyncio.sleep(100)
+        for _ in range(2):
+            service.arriving.put_nowait(GOOD)
+            await asyncio.sleep(50)
 
         health = consumer.health()
         assert 99 < health.since_last_progress <= 100
