@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 from uuid import uuid4
 
-from diator.brokers.redis._names import encoded, of_group
-from diator.brokers.redis._scripts import ACK, DEAD_LETTER, FORGET, MOVE_DUE, RETRY
-from diator.exceptions import MessageRejected
+from diator.brokers.redis._names import AGAIN, DEAD, DELAYED, encoded, of_group
+from diator.brokers.redis._scripts import ACK, CHECK, DEAD_LETTER, FORGET, MOVE_DUE, RENEW, RETRY
+from diator.exceptions import ConfigurationError, MessageRejected
 
 Execute: TypeAlias = Callable[..., Awaitable[Any]]
 
@@ -22,6 +24,41 @@ _NO_ENTRY = b"18446744073709551615-18446744073709551614"
 _MOVED_AT_ONCE = 100
 # How many arguments a script can pass on at once. Lua's `unpack` has a limit of about 8,000.
 _MOST_OF_LUA = 4_000
+# What the script answers if the entry that it should copy is no longer there.
+_REMOVED = -1
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """
+    An entry that a consumer holds: the token of a delivery.
+
+    Attributes:
+        stream: The stream that has the entry.
+        id: Its id there.
+        first: The stream that all groups share. Another *stream* is that of the retried messages of one group.
+        fields: The fields of the message.
+        origin: The id of the message's first entry; of a retried message that is another than *id*.
+        leased_until: Until when nobody else can claim it, by the clock of the event loop.
+        was_tried: Whether settling it has failed, so that it may be settled although no reply says so.
+    """
+
+    stream: bytes
+    id: bytes
+    first: bytes
+    fields: list[tuple[bytes, bytes]]
+    origin: str
+    leased_until: float
+    was_tried: bool = False
+
+    @property
+    def is_retried(self) -> bool:
+        return self.stream != self.first
+
+    @property
+    def is_leased(self) -> bool:
+        """Return whether it is this consumer's even if the group has forgotten it, since nobody can have claimed it."""
+        return not self.was_tried and asyncio.get_running_loop().time() < self.leased_until
 
 
 class Group:
@@ -61,6 +98,21 @@ class Group:
         nothing = [_NO_ENTRY] * len(streams)
         await self.execute(b"XREADGROUP", b"GROUP", self.name, self.consumer, b"STREAMS", *streams, *nothing)
 
+    async def check_keys(self, stream: bytes) -> None:
+        """
+        Check *stream*, and the keys that this group has for it.
+
+        Raises:
+            AccessRefused: The user may not use one of them.
+            ConfigurationError: Another program has made one of them something else.
+        """
+        keys = [stream, *(self.key(stream, what) for what in (DELAYED, AGAIN, DEAD))]
+        if found := await self._run(CHECK, keys, [b"stream", b"zset", b"stream", b"stream"]):
+            key, problem = (text.decode(errors="replace") for text in found)
+            raise ConfigurationError(
+                f"the key {key} {problem}, but a consumer group needs it; delete or rename that key"
+            )
+
     # -- what this consumer holds --------------------------------------------------------------------------------
 
     async def pending(self, stream: bytes) -> list[Any]:
@@ -75,26 +127,27 @@ class Group:
         found = await self.execute(b"XPENDING", stream, self.name, id_, id_, b"1", self.consumer)
         return found[0][3] if found else None
 
-    async def still_ours(self, stream: bytes, ids: Sequence[bytes]) -> list[bytes]:
-        """Return those of *ids* that no other consumer has claimed meanwhile. Claimed back, they would run twice."""
-        if not ids:
-            return []
-        ours = {entry[0] for entry in await self.pending(stream)}
-        return [id_ for id_ in ids if id_ in ours]
+    async def renew(self, entries: Sequence[Entry], lease: float) -> None:
+        """Renew the leases of *entries* of one stream, unless another consumer has claimed them meanwhile."""
+        by_id = {entry.id: entry for entry in entries}
+        ids, now = [*by_id], asyncio.get_running_loop().time()
+        for start in range(0, len(ids), _MOST_OF_LUA):
+            some = ids[start : start + _MOST_OF_LUA]
+            ours, removed = await self._run(RENEW, [entries[0].stream], [self.name, self.consumer, *some])
+            removed = [id_ for id_ in removed if now < by_id[id_].leased_until]  # so nobody claimed it before
+            for id_ in [*ours, *removed]:
+                by_id[id_].leased_until = now + lease
 
-    async def renew(self, stream: bytes, ids: Sequence[bytes], *options: bytes, idle_ms: int) -> None:
-        """Set for how long *ids* count as idle, and *options* of XCLAIM. Redis does not count it as a delivery."""
-        if ids:
-            claim = (b"XCLAIM", stream, self.name, self.consumer, b"0", *ids, b"IDLE", b"%d" % idle_ms)
-            await self.execute(*claim, *options, b"JUSTID")
+    async def let_go(self, stream: bytes, id_: bytes, times: int, idle_ms: int) -> None:
+        """Let others claim an entry that counts as delivered so many *times*."""
+        options = (b"IDLE", b"%d" % idle_ms, b"RETRYCOUNT", b"%d" % times, b"JUSTID")
+        await self.execute(b"XCLAIM", stream, self.name, self.consumer, b"0", id_, *options)
 
     async def redeliver(self, stream: bytes, id_: bytes, attempt: int) -> list[tuple[bytes, Any]]:
-        """Return an entry of this consumer once more, as its delivery number *attempt*."""
+        """Return an entry of this consumer once more, as its delivery number *attempt*; nothing if it was removed."""
         count = (b"RETRYCOUNT", b"%d" % attempt)
-        found: list[tuple[bytes, Any]] = await self.execute(
-            b"XCLAIM", stream, self.name, self.consumer, b"0", id_, *count
-        )
-        return found
+        found = await self.execute(b"XCLAIM", stream, self.name, self.consumer, b"0", id_, *count)
+        return [entry for entry in found if entry]
 
     async def take_over(
         self, stream: bytes, lease: float, cursor: bytes, most: int
@@ -110,23 +163,39 @@ class Group:
         """Acknowledge *ids*, and *remove* them from the stream."""
         await self._run(ACK, [stream], [self.name, self.consumer, b"XDEL" if remove else b"", *ids])
 
-    async def retry(self, stream: bytes, id_: bytes, keys: Sequence[bytes], kept: bytes, after: float) -> bool:
-        """
-        Move an entry to a key of the group, to be retried. Return whether it did.
+    async def retry(self, entry: Entry, kept: bytes, after: float) -> None:
+        """Requeue an entry: at once, or *after* so many seconds. Until then it waits in the form *kept*."""
+        keys = [entry.stream, self.key(entry.first, DELAYED), self.key(entry.first, AGAIN)]
+        await self._move(RETRY, keys, entry, [kept, ms(after)])
 
-        The first of *keys* is for messages that wait, *after* seconds; the second for those that do not.
+    async def dead_letter(self, entry: Entry, why: Sequence[bytes]) -> None:
         """
-        return bool(await self._run(RETRY, [stream, *keys], [self.name, self.consumer, id_, kept, ms(after)]))
+        Move an entry to the dead-letter stream, with the further fields *why*.
 
-    async def dead_letter(self, stream: bytes, id_: bytes, dead: bytes, fields: Sequence[bytes]) -> bool:
-        """Move an entry to the stream *dead*, with other *fields*. Return whether it did."""
-        if len(fields) <= _MOST_OF_LUA:
-            return bool(await self._run(DEAD_LETTER, [stream, dead], [self.name, self.consumer, id_, *fields]))
-        if not await self.still_ours(stream, [id_]):
-            return False
-        await self.execute(b"XADD", dead, b"*", *fields)
-        await self.execute(b"XACK", stream, self.name, id_)
-        return True
+        If Redis refuses that for good, the dead letter contains only those; the entry itself stays in its stream.
+        """
+        keys = [entry.stream, self.key(entry.first, DEAD)]
+        fields = [part for pair in entry.fields for part in pair]
+        try:
+            if len(fields) + len(why) > _MOST_OF_LUA:
+                await self._dead_letter_many_fields(entry, keys[1], [*fields, *why])
+            # A first entry is copied inside Redis, since it may be as large as its sender likes.
+            elif entry.is_retried or await self._move(DEAD_LETTER, keys, entry, [b"copy", *why]) == _REMOVED:
+                await self._move(DEAD_LETTER, keys, entry, [b"", *fields, *why])
+        except MessageRejected:
+            await self.check_keys(entry.first)
+            await self._move(DEAD_LETTER, keys, entry, [b"", *why, b"diator-dlq-omitted", b"body, headers"])
+
+    async def _dead_letter_many_fields(self, entry: Entry, dead: bytes, fields: Sequence[bytes]) -> None:
+        if await self.deliveries_of(entry.stream, entry.id) is not None:
+            await self.execute(b"XADD", dead, b"*", *fields)
+            await self.ack(entry.stream, [entry.id], remove=entry.is_retried)
+
+    async def _move(self, script: bytes, keys: Sequence[bytes], entry: Entry, arguments: Sequence[bytes]) -> int:
+        remove = b"XDEL" if entry.is_retried else b""  # no other group reads that stream
+        which = [self.name, self.consumer, entry.id, b"leased" if entry.is_leased else b"", remove]
+        done: int = await self._run(script, keys, [*which, *arguments])
+        return done
 
     # -- the group -----------------------------------------------------------------------------------------------
 

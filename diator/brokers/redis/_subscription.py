@@ -10,7 +10,8 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import cast
+from datetime import UTC, datetime
+from typing import Annotated, cast
 
 import msgspec
 
@@ -25,8 +26,8 @@ from diator.brokers.redis._client import (
     subscribing_connection,
 )
 from diator.brokers.redis._connection import CommandConnection
-from diator.brokers.redis._group import Group, ms
-from diator.brokers.redis._names import AGAIN, DEAD, DELAYED
+from diator.brokers.redis._group import Entry, Group, ms
+from diator.brokers.redis._names import AGAIN, DELAYED
 from diator.brokers.settling import Acknowledgements, dead_letter_headers
 from diator.brokers.supervisor import MessagesMissed, ReconnectPolicy, ResilientSubscription, Source
 from diator.exceptions import BrokerClosed, BrokerError
@@ -65,26 +66,9 @@ class _Kept(msgspec.Struct):
     """A message that waits for its retry, whole, so that its first entry may be removed."""
 
     fields: list[tuple[bytes, bytes]]
-    attempt: int
-    origin: bytes  # the id of its first entry, which also keeps two messages of the same content apart
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """
-    The token of a delivery.
-
-    Attributes:
-        stream: The stream that has the entry.
-        id: Its id there.
-        fields: The fields of the message.
-        origin: The id of the message's first entry; of a retried message that is another than *id*.
-    """
-
-    stream: bytes
-    id: bytes
-    fields: list[tuple[bytes, bytes]]
-    origin: bytes
+    attempt: Annotated[int, msgspec.Meta(ge=2, lt=2**31)]
+    # The id of its first entry, which also keeps two messages of the same content apart.
+    origin: Annotated[str, msgspec.Meta(pattern=r"\A\d{1,20}-\d{1,20}\Z")]
 
 
 class Subscription(ResilientSubscription):
@@ -158,6 +142,8 @@ class Subscription(ResilientSubscription):
         if self._service.is_closed:
             raise BrokerClosed("this broker is closed")
         await self._verify()
+        for stream in self.streams:
+            await self.group.check_keys(stream)
         created = await self.group.create(self.topics)
         await self.group.check_access([*self.topics])
         if created and self._renewing is not None:
@@ -173,14 +159,15 @@ class Subscription(ResilientSubscription):
     def delivery(self, stream: bytes, id_: bytes, pairs: Sequence[bytes], times: int) -> Delivery:
         """Make a delivery of an entry that Redis has delivered *times* times."""
         fields = [*zip(pairs[::2], pairs[1::2], strict=False)]
-        origin, attempt = id_, times
-        if stream in self._first:
+        first = self._first.get(stream, stream)
+        origin, attempt = id_.decode(), times
+        if first != stream:
             try:
                 kept = msgspec.msgpack.decode(fields[0][1], type=_Kept)
                 fields, origin, attempt = kept.fields, kept.origin, kept.attempt + times - 1
             except (msgspec.DecodeError, IndexError):
-                what = f"{stream!r} has an entry that diator did not write"
-                self.lines.log(logging.WARNING, what, "%s: %s", what, id_)
+                what = f"{stream.decode()} has an entry that diator did not write"
+                self.lines.log(logging.WARNING, what, "%s: %s", what, id_.decode())
         body: bytes | None = None
         headers: dict[str, str] = {}
         for name, value in fields:
@@ -194,7 +181,7 @@ class Subscription(ResilientSubscription):
             headers=headers,
             attempt=attempt,
             settler=self,
-            token=Entry(stream, id_, fields, origin),
+            token=Entry(stream, id_, first, fields, origin, asyncio.get_running_loop().time() + self.options.lease),
         )
         held = self._held[stream]
         self.unsettled += id_ not in held
@@ -209,37 +196,28 @@ class Subscription(ResilientSubscription):
     async def retry(self, delivery: Delivery, after: float, /) -> None:
         entry = self._release(delivery)
         kept = msgspec.msgpack.encode(_Kept(entry.fields, delivery.attempt + 1, entry.origin))
-        first = self._first.get(entry.stream, entry.stream)
-        keys = [self.group.key(first, DELAYED), self.group.key(first, AGAIN)]
         with self._noting_failure(entry):
-            was_ours = await self.group.retry(entry.stream, entry.id, keys, kept, after)
-        if was_ours:
-            await self._remove(entry)
+            await self.group.retry(entry, kept, after)
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         entry = self._release(delivery)  # if what follows fails, the lease runs out and the message is redelivered
-        stream = self._first.get(entry.stream, entry.stream)
         headers = dead_letter_headers(
-            delivery, reason, source=stream.decode(), group=self.group.name.decode(), entry_id=entry.origin.decode()
+            delivery, reason, source=entry.first.decode(), group=self.group.name.decode(), entry_id=entry.origin
         )
-        fields = [part for pair in entry.fields for part in pair]
-        fields += [part.encode(errors="replace") for pair in headers.items() for part in pair]
+        why = [part.encode() for pair in headers.items() for part in pair]
         with self._noting_failure(entry):
-            was_ours = await self.group.dead_letter(entry.stream, entry.id, self.group.key(stream, DEAD), fields)
-        if was_ours:
-            await self._remove(entry)
+            await self.group.dead_letter(entry, why)
 
     @contextmanager
     def _noting_failure(self, entry: Entry) -> Generator[None, None, None]:
         """Remember an entry that could not be settled: unlike one that got lost on its way here, it was delivered."""
         self._not_settled.add(entry.id)
-        yield
+        try:
+            yield
+        except BaseException:
+            entry.was_tried = True
+            raise
         self._not_settled.discard(entry.id)
-
-    async def _remove(self, entry: Entry) -> None:
-        """Remove a retried message from its stream, which no other group reads."""
-        if entry.stream in self._first:
-            await self.group.execute(b"XDEL", entry.stream, entry.id)
 
     def _release(self, delivery: Delivery) -> Entry:
         """Stop renewing the lease of *delivery*, and make room for the next one."""
@@ -268,9 +246,10 @@ class Subscription(ResilientSubscription):
         """Renew the leases for as long as this process lives, however long a handler takes."""
         while True:
             await asyncio.sleep(self.options.lease / 3)
-            for stream, held in self._held.items():
+            for held in filter(None, self._held.values()):
                 try:
-                    await self.group.renew(stream, await self.group.still_ours(stream, [*held]), idle_ms=0)
+                    entries = [cast("Entry", delivery.token) for delivery in held.values()]
+                    await self.group.renew(entries, self.options.lease)
                 except BrokerError as error:
                     logger.warning("the leases of %d messages could not be renewed: %s", len(held), error)
 
@@ -297,9 +276,8 @@ class Subscription(ResilientSubscription):
             for id_, _, _, times in await self.group.pending(stream):
                 # A message that the program has not seen was not delivered, whether it waited here or was on its way.
                 delivered = id_ in self._held[stream] and id_ not in unseen
-                count = b"%d" % (times if delivered else times - 1)
                 lease_ms = math.ceil(self.options.lease * 1000)
-                await self.group.renew(stream, [id_], b"RETRYCOUNT", count, idle_ms=lease_ms)
+                await self.group.let_go(stream, id_, times if delivered else times - 1, lease_ms)
             await self.group.forget(stream, _FORGOTTEN_AFTER)
         except BrokerError as error:
             logger.warning(
@@ -314,6 +292,8 @@ class Subscription(ResilientSubscription):
                     attempt = times + (id_ in self._not_settled)
                     claimed = await self.group.redeliver(stream, id_, attempt)
                     self._not_settled.discard(id_)
+                    if not claimed:
+                        self._report_removed(stream, [id_])
                     found += [self.delivery(stream, id_, pairs or (), attempt) for id_, pairs in claimed]
         return found
 
@@ -350,8 +330,9 @@ class Subscription(ResilientSubscription):
         self._cursors[stream], entries, gone = await self.group.take_over(
             stream, self.options.lease, self._cursors[stream], most
         )
-        if gone:
-            logger.error("%d messages of %s were removed from the stream before they were handled", len(gone), stream)
+        # XAUTOCLAIM takes all removed entries out of the group, those that are still being handled, too.
+        if lost := [id_ for id_ in gone if id_ not in self._held[stream] and id_ not in self._not_settled]:
+            self._report_removed(stream, lost)
         for id_, pairs in entries:
             if id_ in self._held[stream]:
                 continue  # this consumer's own, renewed late; its handler is running
@@ -360,6 +341,14 @@ class Subscription(ResilientSubscription):
                 found.append(self.delivery(stream, id_, pairs, times))
                 if times > 1:  # else its old owner's program never saw it
                     self._suspects.add(id_)
+
+    def _report_removed(self, stream: bytes, ids: Sequence[bytes]) -> None:
+        """Report entries that another program has removed from the stream before they were acknowledged."""
+        reason = f"{len(ids)} messages of {stream.decode()} were removed from the stream before they were acknowledged"
+        logger.error("%s", reason)
+        now = datetime.now(UTC)
+        sent = min(int(id_.partition(b"-")[0]) for id_ in ids) / 1000  # a sender may choose an id of the far future
+        self.report_gap(datetime.fromtimestamp(min(sent, now.timestamp()), UTC), reason)
 
     async def trim(self) -> None:
         """Remove entries that are older than the retention and acknowledged by every group."""
