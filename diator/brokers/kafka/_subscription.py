@@ -131,11 +131,20 @@ class Partition:
 
 
 class _Token(msgspec.Struct, eq=False, gc=False):  # nothing that it refers to refers back
-    """The handle of a delivery. *is_settled*: settling it has no effect any more, or another delivery replaced it."""
+    """
+    The handle of a delivery.
+
+    Attributes:
+        partition: The partition of the message.
+        record: The message.
+        is_settled: Whether settling it has no effect any more: it is settled, or another delivery replaced it.
+        is_counted: Whether it is one of the unsettled deliveries. One that could not be settled makes room for others.
+    """
 
     partition: Partition
     record: Record
     is_settled: bool = False
+    is_counted: bool = True
 
     @property
     def is_over(self) -> bool:
@@ -446,7 +455,7 @@ class Subscription(ResilientSubscription):
             raise MessageRejected(f"a message that cannot be read cannot be requeued; dead-letter it ({record.why})")
         if not self._has_retry_topics:
             token.is_settled = True
-            self._settle(partition)
+            self._make_room(token, partition)
             self._delay(partition, record, partition.offsets.requeue(record.offset), after)
             return
         due = str(round((time.time() + after) * 1000) + 1)
@@ -506,10 +515,11 @@ class Subscription(ResilientSubscription):
 
     @contextmanager
     def _redelivered_on_failure(self, token: _Token, attempt: int) -> Generator[None, None, None]:
-        """Deliver the message again later if it cannot be settled."""
+        """If the message cannot be settled, others have its place, and it is delivered again later."""
         try:
             yield
         except BaseException:
+            self._make_room(token, token.partition)
             # Not at once: a service that fails would be flooded with attempts.
             asyncio.get_running_loop().call_later(self.options.session_timeout, self._redeliver, token, attempt)
             raise
@@ -518,7 +528,6 @@ class Subscription(ResilientSubscription):
         """Deliver the message again, unless another try to settle it has succeeded meanwhile."""
         if not token.is_over:
             token.is_settled = True
-            self._settle(token.partition)
             self._ready.append((token.partition, token.record, attempt))
             self.wakeup.set()
 
@@ -527,7 +536,7 @@ class Subscription(ResilientSubscription):
         token.is_settled = True
         partition.held -= _size(record)
         partition.offsets.finish(record.offset)
-        self._settle(partition)
+        self._make_room(token, partition)
         if partition.behind and record.key in partition.behind:
             behind = partition.behind[record.key]
             if behind:
@@ -537,7 +546,10 @@ class Subscription(ResilientSubscription):
             else:
                 del partition.behind[record.key]
 
-    def _settle(self, partition: Partition) -> None:
+    def _make_room(self, token: _Token, partition: Partition) -> None:
+        if partition.is_lost or not token.is_counted:
+            return
+        token.is_counted = False
         partition.unsettled -= 1
         self.unsettled -= 1
         if partition.is_ending:
@@ -557,9 +569,10 @@ def _token(delivery: Delivery) -> _Token:
 
 def _size(record: Record) -> int:
     """Return about how many bytes *record* has."""
-    size = len(record.value or b"")
+    size = len(record.value) if record.value else 0
     for _, value in record.headers:
-        size += len(value or b"")
+        if value:
+            size += len(value)
     return size
 
 

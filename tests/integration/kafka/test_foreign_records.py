@@ -15,6 +15,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import NewTopic, RecordsToDelete
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.producer.message_accumulator import BatchBuilder
+from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 from aiokafka.record.util import calc_crc32c
 from aiokafka.structs import OffsetAndMetadata
 
@@ -266,6 +267,32 @@ async def test_transactions_and_their_control_batches_are_read_as_they_should_be
                     await (producer.abort_transaction() if abort else producer.commit_transaction())
         await send(broker, 3)
         assert await acked(deliveries, 4) == [0, 1, 2, 3]
+
+
+async def test_a_record_with_the_offset_of_another_one_hides_no_message(make, kafka_servers, name, monkeypatch) -> None:
+    """The offsets in a batch are the sender's, and Kafka does not check them."""
+    broker = await make(kafka_servers, partitions=1)
+
+    def build(_):
+        builder = _DefaultRecordBatchBuilderPy(2, 0, 0, -1, -1, -1, MIB)
+        for delta in (0, 1000):
+            builder.append(delta, 1_772_000_000_000, None, body(delta), [])
+        builder._last_offset = 1
+        return bytearray(builder.build())
+
+    async with foreign(kafka_servers) as producer, subscribed(broker) as deliveries:
+        await send(broker, 1)
+        monkeypatch.setattr(BatchBuilder, "_build", build)
+        await producer.send_and_wait(name, b"replaced")
+        await send(broker, 2, 3)
+        before, first, wrong, *after = await take(deliveries, 5)
+        await wrong.dead_letter("undecodable")
+        for delivery in (before, first, *after):
+            await delivery.ack()
+
+    assert [number_of(each) for each in (before, first, *after)] == [1, 0, 2, 3]
+    ((letter, headers),) = await dead_letters(kafka_servers, name)
+    assert (letter.value, headers["diator-dlq-offset"]) == (None, b"2")
 
 
 # -- what a retry topic and a commit may say -----------------------------------------------------------------------

@@ -42,12 +42,13 @@ CODECS = {
 }
 
 
-def batch(*records, at=0, codec=0, compress=bytes, attributes=0, producer=-1):
+def batch(*records, at=0, codec=0, compress=bytes, attributes=0, producer=-1, deltas=None):
     """Return the batch of *records* (values, or tuples of value and headers), whose first offset is *at*."""
     builder = _DefaultRecordBatchBuilderPy(2, 0, 0, producer, 0, 0, 2**31 - 1)
     for number, record in enumerate(records):
         value, headers = record if isinstance(record, tuple) else (record, [])
-        builder.append(number, 1_000 + number, b"k", value, headers)
+        builder.append(number if deltas is None else deltas[number], 1_000 + number, b"k", value, headers)
+    builder._last_offset = len(records) - 1
     written = bytes(builder.build())
     return changed(written[:HEADER_BYTES] + compress(written[HEADER_BYTES:]), at, attributes | codec)
 
@@ -105,6 +106,18 @@ def test_a_batch_that_would_be_too_large_is_left_out_alone(codec):
     assert (unreadable.offset, unreadable.value, unreadable.key) == (2, None, None)
     assert f"{PLACE.topic}, partition 0, offset 1 to 2: the batch cannot be decompressed" in unreadable.why
     assert [*unreadable.headers] == [("diator-unreadable", unreadable.why.encode())]
+
+
+@pytest.mark.parametrize("codec", ["gzip", "gzip twice"])
+@pytest.mark.parametrize(
+    "read",
+    [test_compressed_batches_are_read, test_a_batch_that_would_be_too_large_is_left_out_alone],
+    ids=["small", "large"],
+)
+def test_gzip_needs_no_package(monkeypatch, codec, read):
+    monkeypatch.setattr(_fetched, "has_zstd", lambda: False)
+
+    read(codec)
 
 
 @pytest.mark.parametrize("codec", [name for name in CODECS if name != "gzip twice"])
@@ -171,6 +184,21 @@ def test_records_that_were_read_before_are_not_read_again():
     odd = (b"2", [(HeaderName(b"\xff"), b"")])
 
     assert values(Reader().read(batch(b"0", b"1", odd, b"3"), begin=2)) == [b"2", b"3"]
+
+
+@pytest.mark.parametrize("codec", [None, *CODECS])
+@pytest.mark.parametrize(
+    ("deltas", "read"), [((0, 1, 1000), [b"0", b"1"]), ((0, 1000, 2), [b"0"]), ((2**30, 1, 2), [])], ids=repr
+)
+def test_an_offset_beyond_the_batch_hides_no_message(codec, deltas, read):
+    """Kafka accepts such a batch."""
+    number, compress = CODECS[codec] if codec else (0, bytes)
+    wrong = batch(b"0", b"1", b"2", deltas=deltas, codec=number, compress=compress)
+
+    *good, unreadable, next_one = Reader().read(wrong, batch(b"3", at=3))
+
+    assert (values(good), next_one.value) == (read, b"3")
+    assert (type(unreadable), unreadable.offset) == (Unreadable, 2)
 
 
 @pytest.mark.parametrize("cut", [3, 5])

@@ -139,14 +139,14 @@ class OneConnection(Connection):
 class Reading:
     """A subscription that is open, and its parts."""
 
-    def __init__(self, *, place=PLACE, on_gap=None, reconnect=None, **options):
+    def __init__(self, *, place=PLACE, on_gap=None, reconnect=None, prefetch=50, **options):
         self.connections = 0
         self.place = place
         self.client, self.producer = Client(place), Producer()
         self.subscription = Subscription(
             [ORDERS],
             "billing",
-            prefetch=50,
+            prefetch=prefetch,
             extra_prefetch=0,
             on_gap=on_gap,
             options=ReadOptions(**OPTIONS | options),
@@ -536,6 +536,28 @@ async def test_a_dead_letter_that_is_refused_in_any_form_stays_unsettled():
         (again,) = await it.take(4)
         await again.dead_letter("no good")
         assert it.partition.offsets.progress() == (6, "")
+
+
+@pytest.mark.parametrize(
+    "settle",
+    [lambda each: each.retry(after=2.0), lambda each: each.dead_letter("no good")],
+    ids=["retry", "dead_letter"],
+)
+async def test_a_message_that_cannot_be_settled_leaves_its_place_to_others(settle):
+    async with reading(prefetch=1, session_timeout=30.0) as it:
+        it.client.fetch(Record(0), Record(1), Record(2))
+        (stuck,) = await it.take(0)
+        it.producer.error = MessageRejected("nobody may write there")
+        with pytest.raises(MessageRejected):
+            await settle(stuck)
+        for offset in (1, 2):
+            (other,) = await it.take(offset)
+            await other.ack()
+
+        it.producer.error = None
+        await settle(stuck)  # another try
+        assert (it.subscription.unsettled, it.partition.unsettled) == (0, 0)
+        assert it.partition.offsets.progress() == (3, "")
 
 
 async def test_a_null_value_stays_null():
