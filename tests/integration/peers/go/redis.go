@@ -50,7 +50,8 @@ func listenStream(ctx context.Context, url, stream string) (func() (Message, err
 	}
 	return func() (Message, error) {
 		for {
-			read := redis.XReadGroupArgs{Group: group, Consumer: "me", Streams: []string{stream, ">"}, Count: 1, Block: time.Second}
+			streams := []string{stream, ">"}
+			read := redis.XReadGroupArgs{Group: group, Consumer: "me", Streams: streams, Count: 1, Block: time.Second}
 			found, err := client.XReadGroup(ctx, &read).Result()
 			if errors.Is(err, redis.Nil) {
 				continue // nothing within the second
