@@ -97,6 +97,11 @@ class Transport:
         }
         return self._place(names[self.name])
 
+    @property
+    def back(self) -> str:
+        """Return where to send a dead letter that the group shall handle: on RabbitMQ no other group receives it."""
+        return f"/{self.retries['name']}" if self.name == "rabbitmq" else self.source["name"]
+
     def _place(self, name: str) -> dict[str, str]:
         return {"transport": self.name, "address": self.address, "name": name}
 
@@ -242,6 +247,32 @@ async def test_it_reads_what_diator_retries_and_dead_letters(peer, transport):
         assert (retried["event"]["id"], retried["event"]["case"], retried["key"]) == (str(PLAIN), "retried", "a")
         name, value = {"rabbitmq": ("diator-attempt", "1"), "kafka": ("diator-retry-attempt", "2")}[transport.name]
         assert (retried["headers"]["tenant"], str(retried["headers"][name])) == ("7", value)
+
+
+@pytest.mark.parametrize("transport", STORING, indirect=True)
+async def test_a_dead_letter_that_it_moves_back_is_a_first_delivery(peer, transport):
+    """If that fails, too, the last headers of its dead letter are those of this delivery."""
+    event_map, reports, errors = EventMap(), asyncio.Queue(), [PermanentError, ValueError]
+
+    @event_map.handler
+    async def fail(event: UserJoined) -> None:
+        raise errors.pop(0)
+
+    async with transport.broker() as broker:
+        policy = RetryPolicy(immediate_retries=0, delayed_retries=0)
+        consumer = Consumer(broker, event_map=event_map, group=GROUP, retry=policy, on_handled=reports.put_nowait)
+        async with consuming(consumer), asyncio.timeout(60):
+            await broker.send_message(message("dead", HEADED, key="b", headers={"tenant": "8"}))
+            first = await reports.get()
+            await peer("listen", **transport.dead)
+            await peer("move", **transport.dead, to=transport.back)
+            second = await reports.get()
+            dead = await peer("read", name=transport.dead["name"])
+
+    for each in (first, second):
+        assert (each.outcome, each.attempt, each.message_id) == ("dead_lettered", 1, HEADED)
+    assert (dead["event"]["id"], dead["key"], dead["headers"]["tenant"]) == (str(HEADED), "b", "8")
+    assert dead["headers"]["diator-dlq-reason"] == "retries-exhausted: ValueError"
 
 
 # -- what it sends -------------------------------------------------------------------------------------------------

@@ -192,6 +192,7 @@ def redis_names(names):
 def rabbitmq_names(names):
     queue = names.queue_name("shop", PLAIN, "billing")
     yield f"topic exchange `shop`, routing key `{names.routing_key(*PLAIN)}`"
+    yield f"the alternate exchange `{names.retained_exchange_name('shop')}`"
     yield from (f"the queue `{queue}`", f"queue `{queue}:dead`")
     yield f"| RabbitMQ, routing key | `{names.routing_key(*ODD)}` |"
     yield f"| RabbitMQ, queue | `{names.queue_name('shop', ODD, 'billing')}` |"

@@ -35,11 +35,11 @@ var transports = map[string]Transport{
 	"kafka":    {listenTopic, topicSender},
 }
 
-// Command is a line of the standard input: listen, read or send.
+// Command is a line of the standard input: listen, read, move or send.
 type Command struct {
-	Do, Transport, Address, Name, Which string
-	Keys                                []string
-	Raw                                 bool // the body may be anything
+	Do, Transport, Address, Name, To, Which string
+	Keys                                    []string
+	Raw                                     bool // the body may be anything
 }
 
 // Answer is a line of the standard output.
@@ -68,6 +68,15 @@ func answer(ctx context.Context, command Command) (answer Answer, err error) {
 		answer.Headers = texts(message.Headers)
 		if !command.Raw {
 			answer.Event, err = parse(message.Body)
+		}
+	case "move": // the next message, to another place
+		var send func(Message) error
+		if send, err = transports[command.Transport].Sender(ctx, command.Address, command.To); err != nil {
+			return
+		}
+		var message Message
+		if message, err = listening[command.Name](); err == nil {
+			err = send(Message{Body: message.Body, Key: message.Key, Headers: message.Headers})
 		}
 	case "send":
 		var send func(Message) error

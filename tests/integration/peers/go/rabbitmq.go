@@ -25,7 +25,8 @@ func listenQueue(ctx context.Context, url, name string) (func() (Message, error)
 	}
 	queue := name
 	if exchange, routingKey, found := strings.Cut(name, "/"); found {
-		if err := channel.ExchangeDeclare(exchange, "topic", true, false, false, false, nil); err != nil {
+		retaining := amqp.Table{"alternate-exchange": exchange + ":retained"}
+		if err := channel.ExchangeDeclare(exchange, "topic", true, false, false, false, retaining); err != nil {
 			return nil, err
 		}
 		declared, err := channel.QueueDeclare("", false, true, true, false, nil)

@@ -21,6 +21,14 @@ const commands = {
     return { ...beside, body: body?.toString('base64') ?? null, event: raw ? null : parse(body) };
   },
 
+  // Send the next message again, to another place.
+  async move({ transport, address, name, to }) {
+    const send = await transports[transport].sender(address, to);
+    const { body, key, headers } = await listening[name].next();
+    await send({ body, key, headers });
+    return {};
+  },
+
   // Send a list of messages, one after the other. Return their names, bodies and headers.
   async send({ transport, address, name, which, keys }) {
     const send = await transports[transport].sender(address, name);

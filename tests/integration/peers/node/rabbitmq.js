@@ -11,7 +11,7 @@ async function listen(url, name) {
   let [queue, routingKey] = name.split('/');
   if (routingKey) {
     const exchange = queue;
-    await channel.assertExchange(exchange, 'topic', { durable: true });
+    await channel.assertExchange(exchange, 'topic', { durable: true, alternateExchange: `${exchange}:retained` });
     ({ queue } = await channel.assertQueue('', { exclusive: true }));
     await channel.bindQueue(queue, exchange, routingKey);
   }

@@ -17,7 +17,9 @@ class Received {
   }
 }
 
-// Header values are bytes on Kafka and Redis.
-const texts = (headers) => Object.fromEntries(Object.entries(headers).map(([name, value]) => [name, String(value)]));
+// Header values are bytes on Kafka and Redis. Kafka may have several of one name, and the last one counts.
+const last = (value) => (Array.isArray(value) ? value.at(-1) : value);
+const texts = (headers) =>
+  Object.fromEntries(Object.entries(headers).map(([name, value]) => [name, String(last(value))]));
 
 module.exports = { Received, texts };
