@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -118,6 +119,26 @@ def test_gzip_needs_no_package(monkeypatch, codec, read):
     monkeypatch.setattr(_fetched, "has_zstd", lambda: False)
 
     read(codec)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("has_package", [True, False])
+def test_what_becomes_too_large_takes_no_memory(monkeypatch, codec, has_package):
+    number, compress = CODECS[codec]
+    if not has_package:
+        if number > 1:
+            pytest.skip("needs the package")
+        monkeypatch.setattr(_fetched, "has_zstd", lambda: False)
+    bomb = batch(bytes(16 * KIB * KIB), codec=number, compress=compress)
+    tracemalloc.start()
+    try:
+        (unreadable,) = Reader(most=KIB * KIB).read(bomb)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert type(unreadable) is Unreadable
+    assert peak < 3 * KIB * KIB + 3 * len(bomb)
 
 
 @pytest.mark.parametrize("codec", [name for name in CODECS if name != "gzip twice"])

@@ -576,7 +576,9 @@ async def test_what_cannot_be_read_ends_the_subscription_when_the_rest_is_settle
         it.client.fetch(Record(0))
         (delivery,) = await it.take(0)
         it.client.problems[PLACE] = ConfigurationError("the package cramjam is missing")
-        await asyncio.sleep(3)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(3):
+                await anext(it.subscription)
         await delivery.ack()
 
         with pytest.raises(ConfigurationError, match="cramjam"):
