@@ -197,6 +197,8 @@ def _unit_of_work(
 
 #: How long to wait before each further attempt to settle, in seconds.
 _SETTLE_PAUSES = (0.05, 0.1)
+#: How long a call that requeues or dead-letters may take, in seconds. Each transport has a shorter limit of its own.
+_SETTLE_TIMEOUT = 120.0
 #: Errors after which the service may still accept the same: it is away, or too slow.
 _TEMPORARY = (ConnectionError, TimeoutError)
 
@@ -214,13 +216,15 @@ class Worker:
 
     Attributes:
         deadline: The time limit of its handlers.
+        settling: The time limit of a call that requeues or dead-letters.
         since: When it began to handle its delivery, by `time.monotonic`; None while it has none.
     """
 
-    __slots__ = ("deadline", "since")
+    __slots__ = ("deadline", "settling", "since")
 
-    def __init__(self, deadline: Deadline) -> None:
+    def __init__(self, deadline: Deadline, settling: Deadline) -> None:
         self.deadline = deadline
+        self.settling = settling
         self.since: float | None = None
 
 
@@ -250,6 +254,7 @@ class Handling:
         self._can_dead_letter = can_dead_letter
         self._max_message_bytes = max_message_bytes
         self._deadlines = Deadlines(timeout)
+        self._settling = Deadlines(_SETTLE_TIMEOUT)
         self._on_handled = on_handled
         self._lines = RepeatedLines(logger)
         self._workers: list[Worker] = []
@@ -262,6 +267,7 @@ class Handling:
         """Expect the consumer to cancel its tasks. A cancellation before this call came from a handler itself."""
         self._is_ending = True
         self._deadlines.close()
+        self._settling.close()
 
     @property
     def in_flight(self) -> list[float]:
@@ -292,7 +298,8 @@ class Handling:
 
     def worker(self) -> Worker:
         """Return the running task as a worker, which `handle` needs for each delivery of this task."""
-        worker = Worker(self._deadlines.limit(_current_task()))
+        task = _current_task()
+        worker = Worker(self._deadlines.limit(task), self._settling.limit(task))
         self._workers.append(worker)
         return worker
 
@@ -330,7 +337,7 @@ class Handling:
                         error = failed
                     if error is not None or self._is_ending or deadline.task.cancelling():
                         reason, error = await self._run_again(route, message, deadline, error)
-            outcome, reason = await self._settle(delivery, reason, deadline)
+            outcome, reason = await self._settle(delivery, reason, worker.settling)
         except BaseException as ending:
             cancelled = isinstance(ending, asyncio.CancelledError)
             error, reason = ending, "cancelled" if cancelled else f"ended by {name_of(type(ending))}"

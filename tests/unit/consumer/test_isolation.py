@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from diator._handling import _SETTLE_TIMEOUT
 from diator._log import MAX_LINES, PERIOD
 from diator.brokers.memory import MemoryMessageBroker
 from diator.exceptions import (
@@ -136,7 +137,9 @@ async def test_a_dead_letter_that_is_refused_for_good_is_logged_and_counted_and_
 @pytest.mark.usefixtures("loop_clock")
 @pytest.mark.parametrize("concurrency", [1, 4])
 @pytest.mark.parametrize("hanging", ["retry", "dead_letter"])
-async def test_a_call_to_settle_that_hangs_ends_with_the_time_limit_of_a_handler(hanging, concurrency):
+async def test_a_call_to_settle_that_hangs_stops_nothing_else(hanging, concurrency):
+    """A transport has a time limit of its own. The consumer's is for a defect of it."""
+
     class Hanging(Scripted):
         async def retry(self, delivery, after, /):
             await asyncio.Event().wait()
@@ -146,9 +149,11 @@ async def test_a_call_to_settle_that_hangs_ends_with_the_time_limit_of_a_handler
 
     handler = failing_first if hanging == "retry" else refusing_first
     broker = Hanging(body_of(BAD), body_of(JOIN))
-    reports = await consume(
-        broker, handler, count=2, retry=quick(delayed_retries=1), handler_timeout=1, concurrency=concurrency
-    )
+    consumer, reports = consumer_of(broker, handler, retry=quick(delayed_retries=1), concurrency=concurrency)
+    async with running(consumer):
+        await asyncio.sleep(_SETTLE_TIMEOUT - 1)
+        assert consumer.health().oldest_in_flight > _SETTLE_TIMEOUT - 2
+        await asyncio.sleep(2)
 
     assert sorted(outcomes(reports)) == ["acked", "unsettled"]
     assert "not settled: TimeoutError" in "".join(each.reason or "" for each in reports)
