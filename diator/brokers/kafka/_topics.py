@@ -71,6 +71,7 @@ MAX_HEADERS_BYTES = HEADERS_BYTES - 4 * 1024
 MAX_KAFKA_BYTES = 1024 * 1024 - HEADERS_BYTES
 """The largest body that fits into a message of Kafka's default size."""
 _ALREADY_THERE = 36
+_BAD_CONFIG = (40, 44)  # not valid, or against the policy of the cluster
 _UNKNOWN_TOPIC = 3
 _BEYOND = 2**63 - 1
 """An offset that no message has, for a read that finds nothing."""
@@ -193,20 +194,37 @@ async def _configs(
 async def _create(client: Any, policy: TopicPolicy, missing: Collection[str], *, within: float) -> None:
     replicas = policy.replicas(len(client.cluster.brokers()))
     configs = await _configs(client, policy, missing, replicas)
+    refused = await _refused(client, policy, configs, replicas, within=within)
+    limited = {name for name, (error_code, _) in refused.items() if error_code in _BAD_CONFIG and is_of_group(name)}
+    if limited:  # the cluster, or Kafka itself, allows no topic with such large messages
+        refused = {name: why for name, why in refused.items() if name not in limited}
+        for name in limited:
+            del configs[name]["max.message.bytes"]
+        refused |= await _refused(client, policy, {name: configs[name] for name in limited}, replicas, within=within)
+    for name, (error_code, message) in refused.items():
+        error = errors.for_code(error_code)
+        if error.retriable:
+            raise error(message)
+        raise MessageRejected(f"the topic {name} cannot be created ({error.__name__}: {message})")
+
+
+async def _refused(
+    client: Any, policy: TopicPolicy, configs: Mapping[str, Mapping[str, str]], replicas: int, *, within: float
+) -> dict[str, tuple[int, str]]:
+    """Create topics with these *configs*. Return the error code and the text for each that Kafka refuses."""
     requests: list[Any] = [
-        (name, policy.partitions_of(name), replicas, [], [*configs[name].items()]) for name in missing
+        (name, policy.partitions_of(name), replicas, [], [*settings.items()]) for name, settings in configs.items()
     ]
     controller = client.cluster.controller
     node = client.get_random_node() if controller is None else controller.nodeId
     # aiokafka's own `create_topics` raises nothing when Kafka refuses.
     request = CreateTopicsRequest(requests, timeout=round(within * 1000), validate_only=False)
     response = await client.send(node, request)
-    for name, error_code, message in response.topic_errors:
-        if error_code not in (0, _ALREADY_THERE):
-            error = errors.for_code(error_code)
-            if error.retriable:
-                raise error(message)
-            raise MessageRejected(f"the topic {name} cannot be created ({error.__name__}: {message})")
+    return {
+        name: (error_code, message)
+        for name, error_code, message in response.topic_errors
+        if error_code not in (0, _ALREADY_THERE)
+    }
 
 
 def _command(cluster: Cluster, policy: TopicPolicy, name: str, replicas: int) -> str:

@@ -401,6 +401,21 @@ async def test_a_group_s_own_topics_accept_what_their_source_accepts(make, kafka
         assert settings["compression.type"] == "gzip"
 
 
+async def test_a_source_with_the_largest_limit_of_all_has_a_retry_topic(make, kafka_servers, name, admin) -> None:
+    """Kafka refuses a topic with more. Some clusters allow less."""
+    configs = {"max.message.bytes": str(2**31 - 1)}
+    await admin.create_topics([NewTopic(name, 1, 1, topic_configs=configs)])
+    broker = await make(kafka_servers)
+    async with subscribed(broker) as deliveries:
+        await send(broker, 0)
+        (delivery,) = await take(deliveries, 1)
+        await delivery.retry(after=0.1)
+        (again,) = await take(deliveries, 1)
+        await again.dead_letter("no good")
+
+    assert len(await dead_letters(kafka_servers, name)) == 1
+
+
 async def test_a_message_of_the_largest_size_is_dead_lettered_whole(make, kafka_servers, name) -> None:
     broker = await make(kafka_servers, partitions=1)
     async with foreign(kafka_servers, max_batch_size=2 * MIB) as producer, subscribed(broker) as deliveries:
