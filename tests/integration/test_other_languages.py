@@ -432,6 +432,36 @@ async def test_no_message_that_it_sends_stops_another(peer, transport, which):
             assert case != "garbage-with-headers" or headers.items() <= dead["headers"].items()
 
 
+@pytest.mark.parametrize("transport", STORING, indirect=True)
+async def test_what_it_sends_is_the_same_after_a_retry(peer, transport):
+    """Each message is retried once and then dead-lettered: the peer reads what it has sent, typed headers included."""
+    which = {"streams": "bodies"}.get(transport.name, transport.name)
+    event_map, reports, dead = EventMap(), asyncio.Queue(), []
+
+    @event_map.handler
+    async def fail(event: UserJoined) -> None:
+        raise RuntimeError
+
+    async with transport.broker() as broker:
+        policy = RetryPolicy(immediate_retries=0, delayed_retries=1, first_delay=0.1)
+        consumer = Consumer(broker, event_map=event_map, group=GROUP, retry=policy, on_handled=reports.put_nowait)
+        async with consuming(consumer), asyncio.timeout(60):
+            sent = (await peer("send", which=which, **transport.source))["sent"]
+            while len(dead) < len(sent):
+                if (report := await reports.get()).outcome == "dead_lettered":
+                    dead.append(report)
+
+    await peer("listen", **transport.dead)
+    letters = [await peer("read", name=transport.dead["name"], raw=True) for _ in sent]
+    assert sorted(str(letter["body"]) for letter in letters) == sorted(str(body) for _, body, _ in sent)
+    retried = {each["body"]: each for each in letters if each["headers"]["diator-dlq-attempts"] == "2"}
+    assert len(retried) == len(sent) - sum(case in REASONS[which] for case, _, _ in sent)
+    for case, body, headers in sent:
+        if transport.name == "rabbitmq" and body in retried and case != "attempts":  # whose headers are not a sender's
+            received = {"key": retried[body].get("key"), **retried[body]["headers"]}
+            assert {name: received.get(name) for name in headers} == headers, case
+
+
 @pytest.mark.parametrize("transport", ["kafka"], indirect=True)
 async def test_a_key_has_one_partition_in_every_language(peer, transport):
     keys = ["7", "a key", "Schlüssel", "日本語", "😀", str(PLAIN), "k" * 1_000]

@@ -141,6 +141,8 @@ func oddProperties([]string) []Message {
 		}),
 		headed("typed-headers", typed),
 		{Case: "garbage-with-headers", Body: []byte("not json"), Headers: typed},
+		headed("binary-key", map[string]any{"key": []byte{255, 254}}),
+		headed("table-key", map[string]any{"key": amqp.Table{"x": int64(1)}}),
 		headed("latin-1-header", map[string]any{"city": "Z\xfcrich"}),
 		headed("nested-tables", map[string]any{"x": nested}),
 		headed("negative-decimal", map[string]any{"price": amqp.Decimal{Scale: 2, Value: -150}}),

@@ -45,8 +45,10 @@ func listenQueue(ctx context.Context, url, name string) (func() (Message, error)
 			return Message{}, errors.New("RabbitMQ has closed the channel")
 		}
 		headers := map[string]any(delivery.Headers)
-		key, _ := headers["key"].(string)
-		delete(headers, "key")
+		key, isText := headers["key"].(string)
+		if isText {
+			delete(headers, "key")
+		}
 		properties := map[string]string{
 			"contentType": delivery.ContentType, "messageId": delivery.MessageId, "type": delivery.Type,
 		}
