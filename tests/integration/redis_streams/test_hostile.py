@@ -58,9 +58,7 @@ async def test_an_entry_that_is_trimmed_while_it_is_handled(*, broker, admin, st
         await send(broker, 0, 1, 2)
         held = await take(deliveries, 3)
         await admin.xtrim(stream, maxlen=0, approximate=False)
-        await admin.xautoclaim(
-            stream, "billing", "another", 3_600_000
-        )  # the group forgets it
+        await admin.xautoclaim(stream, "billing", "another", 3_600_000)  # the group forgets it
         await asyncio.sleep(renewals * broker._options.lease / 3 + 0.1)
         await settle(deliveries, *held[:2])
         await held[2].ack()

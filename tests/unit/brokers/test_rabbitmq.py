@@ -24,7 +24,7 @@ from diator.brokers.rabbitmq._channel import Channel
 from diator.brokers.rabbitmq._content import Properties
 from diator.brokers.rabbitmq._frames import Publication, header_of
 from diator.brokers.rabbitmq._names import delay_bucket, own_queue_name, queue_name, routing_key
-from diator.brokers.rabbitmq._subscription import Connection, _Token
+from diator.brokers.rabbitmq._subscription import Connection, Subscription, _Token
 from diator.exceptions import ConfigurationError, EncodingError, UsageError
 
 URL = "amqp://guest:swordfish@localhost/"
@@ -298,6 +298,25 @@ async def test_the_end_of_a_stream_ends_the_frames():
 
     assert seen == [commands.Connection.Blocked, commands.Connection.Unblocked]
     assert len(channel) == 1
+
+
+@pytest.mark.parametrize(
+    ("properties", "version", "arguments"),
+    [
+        ({"version": "4.0.5"}, 4, {"x-queue-type": "quorum", "x-delivery-limit": -1}),
+        ({"version": "10.0.0-rc.1"}, 10, {"x-queue-type": "quorum", "x-delivery-limit": -1}),
+        ({"version": "3.13.7"}, 3, {"x-queue-type": "quorum"}),  # which has no limit, and refuses to be told so
+        ({"version": "unknown"}, 0, {"x-queue-type": "quorum"}),
+        ({}, 0, {"x-queue-type": "quorum"}),
+    ],
+)
+def test_a_dead_letter_queue_has_no_delivery_limit_whatever_the_version(properties, version, arguments):
+    subscription = SimpleNamespace(_queue_type="quorum", dead_letter_queue="{}:dead".format)
+
+    found = _client.major_version(SimpleNamespace(server_properties=properties))
+    declaration = Subscription.dead_letter_declaration(subscription, "queue", found)
+
+    assert (found, declaration.queue, declaration.arguments) == (version, "queue:dead", arguments)
 
 
 async def test_a_write_to_a_half_closed_connection_does_not_block_later_ones():
