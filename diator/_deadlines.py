@@ -35,6 +35,10 @@ class Deadlines:
         self._deadlines.append(deadline)
         return deadline
 
+    def forget(self, deadline: Deadline) -> None:
+        """Drop *deadline*, whose task ends."""
+        self._deadlines.remove(deadline)
+
     def close(self) -> None:
         """Stop the timer. Nothing is cancelled any more."""
         if self.timer is not None:

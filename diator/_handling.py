@@ -210,6 +210,15 @@ def _current_task() -> asyncio.Task[Any]:
     return task
 
 
+#: How many deliveries are dead-lettered at once, beside those that are being handled: in a flood of poison messages, a
+#: round trip for each would take nearly all of a consumer's time.
+DEAD_LETTERS_AT_ONCE = 64
+
+
+def _ended_by(ending: BaseException) -> str:
+    return "cancelled" if isinstance(ending, asyncio.CancelledError) else f"ended by {name_of(type(ending))}"
+
+
 class Worker:
     """
     One task that handles deliveries, one after the other.
@@ -234,6 +243,7 @@ class Handling:
 
     Attributes:
         unsettled: How many deliveries could not be settled.
+        dead_lettering: The tasks that dead-letter deliveries, each one of them.
     """
 
     def __init__(
@@ -258,6 +268,7 @@ class Handling:
         self._on_handled = on_handled
         self._lines = RepeatedLines(logger)
         self._workers: list[Worker] = []
+        self.dead_lettering: set[asyncio.Task[None]] = set()
         self.unsettled = 0
         self._last_settled = monotonic()
         self._not_settled_since = 0.0  # when the first delivery after the last settled one could not be settled
@@ -305,7 +316,7 @@ class Handling:
 
     async def handle(self, delivery: Delivery, message: Envelope | DecodingError, worker: Worker) -> None:
         """
-        Handle *delivery* and settle it, in the task of *worker*.
+        Handle *delivery* and settle it, in the task of *worker*; a task of its own may dead-letter it.
 
         It raises no error of a handler. Cancelling the task leaves the delivery unsettled.
         """
@@ -337,29 +348,75 @@ class Handling:
                         error = failed
                     if error is not None or self._is_ending or deadline.task.cancelling():
                         reason, error = await self._run_again(route, message, deadline, error)
+            if reason is not None and self._is_dead_lettered_aside(delivery, reason):
+                dead_lettering = self._dead_letter(delivery, message, reason, error, started)
+                task = asyncio.create_task(dead_lettering, name="diator: dead-lettering")
+                self.dead_lettering.add(task)
+                task.add_done_callback(self.dead_lettering.discard)
+                worker.since = None
+                return
             outcome, reason = await self._settle(delivery, reason, worker.settling)
         except BaseException as ending:
-            cancelled = isinstance(ending, asyncio.CancelledError)
-            error, reason = ending, "cancelled" if cancelled else f"ended by {name_of(type(ending))}"
+            error, reason = ending, _ended_by(ending)
             raise
         finally:
-            ended = monotonic()
-            if outcome != "unsettled":
-                self._last_settled = ended
-            elif self._not_settled_since <= self._last_settled:
-                self._not_settled_since = ended
-            worker.since = None
-            if reason is not None or self._on_handled is not None:
-                handled = Handled(
-                    topic=delivery.topic,
-                    message_id=None if isinstance(message, DecodingError) else message.message_id,
-                    attempt=delivery.attempt,
-                    outcome=outcome,
-                    reason=reason,
-                    error=error,
-                    seconds=ended - started,
-                )
-                self._report(handled)
+            if worker.since is not None:
+                worker.since = None
+                self._finish(delivery, message, outcome, reason, error, started)
+
+    def _is_dead_lettered_aside(self, delivery: Delivery, reason: str) -> bool:
+        has_room = self._can_dead_letter and len(self.dead_lettering) < DEAD_LETTERS_AT_ONCE
+        return has_room and not self._may_retry(delivery, reason)
+
+    async def _dead_letter(
+        self,
+        delivery: Delivery,
+        message: Envelope | DecodingError,
+        reason: str | None,
+        error: BaseException | None,
+        started: float,
+    ) -> None:
+        """Dead-letter *delivery* in a task of its own. Cancelling the task leaves the delivery unsettled."""
+        worker = self.worker()
+        worker.since = started
+        outcome: Outcome = "unsettled"
+        try:
+            outcome, reason = await self._settle(delivery, reason, worker.settling)
+        except BaseException as ending:
+            error, reason = ending, _ended_by(ending)
+            raise
+        finally:
+            self._workers.remove(worker)
+            self._deadlines.forget(worker.deadline)
+            self._settling.forget(worker.settling)
+            self._finish(delivery, message, outcome, reason, error, started)
+
+    def _finish(  # noqa: PLR0917  # it is called for each message, and names would cost time
+        self,
+        delivery: Delivery,
+        message: Envelope | DecodingError,
+        outcome: Outcome,
+        reason: str | None,
+        error: BaseException | None,
+        started: float,
+    ) -> None:
+        """Note the progress, and report the outcome."""
+        ended = monotonic()
+        if outcome != "unsettled":
+            self._last_settled = ended
+        elif self._not_settled_since <= self._last_settled:
+            self._not_settled_since = ended
+        if reason is not None or self._on_handled is not None:
+            handled = Handled(
+                topic=delivery.topic,
+                message_id=None if isinstance(message, DecodingError) else message.message_id,
+                attempt=delivery.attempt,
+                outcome=outcome,
+                reason=reason,
+                error=error,
+                seconds=ended - started,
+            )
+            self._report(handled)
 
     def _why_unhandled(self, delivery: Delivery, message: Envelope | DecodingError) -> tuple[str, BaseException | None]:
         """Return the reason why *delivery* is not handled, and its error."""

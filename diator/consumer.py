@@ -7,12 +7,12 @@ import contextlib
 import logging
 import signal
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Generator, Iterable
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, TypeAlias, TypeVar
 
-from diator._handling import Handled, Handling, routes
+from diator._handling import DEAD_LETTERS_AT_ONCE, Handled, Handling, routes
 from diator.brokers.base import Delivery, Gap, ReadableBroker
 from diator.brokers.capabilities import Capabilities, require
 from diator.brokers.codec import Envelope
@@ -49,7 +49,7 @@ class Health:
         reconnects: How often the subscription had to reconnect.
         since_last_progress: For how many seconds deliveries have been there, handled or waiting, and none of them was
             settled; 0 while there are none.
-        in_flight: How many deliveries are being handled.
+        in_flight: How many deliveries are being handled or dead-lettered.
         oldest_in_flight: For how many seconds the oldest of these deliveries has been handled; 0 if there are none.
         unsettled: How many deliveries could not be settled, so that they are redelivered.
         oldest_message: The age in seconds of the oldest message that this consumer has received and not settled, by the
@@ -184,8 +184,9 @@ class Consumer:
         if self._started:
             raise UsageError("run() was called again, and a consumer runs once; create another Consumer")
         self._started = True
+        prefetch = self._concurrency + (DEAD_LETTERS_AT_ONCE if self._broker.capabilities.dead_letter else 0)
         subscription = self._broker.subscribe(
-            self._routes.keys(), group=self._group, prefetch=self._concurrency, on_gap=self._note_gap
+            self._routes.keys(), group=self._group, prefetch=prefetch, on_gap=self._note_gap
         )
         with _stop_on_signals(self.stop) if signals else contextlib.nullcontext():
             async with contextlib.AsyncExitStack() as stack:
@@ -260,7 +261,7 @@ class Consumer:
         try:
             done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
             if stopping in done:
-                drained = asyncio.create_task(asyncio.wait(tasks))
+                drained = asyncio.create_task(self._drain(tasks))
                 await asyncio.wait({at_once, drained}, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)
                 drained.cancel()
         finally:
@@ -271,9 +272,10 @@ class Consumer:
                     "the subscription was cancelled, perhaps by the client library; create another Consumer"
                 )
             self._handling.end()
-            for ending in {stopping, at_once, *tasks}:
-                ending.cancel()
-            _, running = await asyncio.wait({stopping, at_once, *tasks}, timeout=_CANCEL_TIMEOUT)
+            ending = {stopping, at_once, *tasks, *self._handling.dead_lettering}
+            for each in ending:
+                each.cancel()
+            _, running = await asyncio.wait(ending, timeout=_CANCEL_TIMEOUT)
             if running:
                 logger.error("%d handlers ignored their cancellation and are still running", len(running))
         for task in tasks:
@@ -281,6 +283,11 @@ class Consumer:
                 task.result()
         if lost is not None:
             raise lost
+
+    async def _drain(self, tasks: Collection[asyncio.Task[None]]) -> None:
+        await asyncio.wait(tasks)
+        if dead_lettering := self._handling.dead_lettering:
+            await asyncio.wait(dead_lettering)
 
     async def _receive_and_handle(self, deliveries: AsyncIterator[Delivery]) -> None:
         """Receive and handle in one task, one delivery at a time: a queue between two tasks would cost a third."""

@@ -25,6 +25,8 @@ class Happened(NotificationEvent):
     tags: list[str]
 
 
+_NOT_FINAL = frozenset({"retried", "unsettled"})
+
 Handle: TypeAlias = Callable[[Happened], Awaitable[Any]]
 
 ONCE = RetryPolicy(immediate_retries=0, delayed_retries=0)
@@ -109,12 +111,15 @@ class ConsumerRun:
 
     async def until_settled(self, count: int) -> None:
         """Wait until *count* messages are settled for good: a requeued message is not."""
-        while len(self.settled()) < count:
-            await self.until_handled(len(self.handled) + 1)
+        seen = settled = 0
+        while settled < count:
+            handled = await self.until_handled(seen + 1)
+            settled += sum(each.outcome not in _NOT_FINAL for each in handled[seen:])
+            seen = len(handled)
 
     def settled(self) -> list[Handled]:
         """Return the reports of the messages that are settled for good."""
-        return [handled for handled in self.handled if handled.outcome not in {"retried", "unsettled"}]
+        return [handled for handled in self.handled if handled.outcome not in _NOT_FINAL]
 
     def outcomes(self) -> list[str]:
         """Return the outcomes of the deliveries, in the order in which they finished."""

@@ -88,7 +88,7 @@ async def test_a_key_continues_after_a_failure():
     broker = await holding(*[Moved(number=number) for number in range(3)])
     reports = await consume(broker, on_moved, concurrency=2, count=3, retry=ONCE)
 
-    assert outcomes(reports) == ["dead_lettered", "acked", "acked"]
+    assert sorted(outcomes(reports)) == ["acked", "acked", "dead_lettered"]
 
 
 async def test_messages_without_a_key_do_not_block_others():

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from diator._handling import _SETTLE_TIMEOUT
+from diator._handling import _SETTLE_TIMEOUT, DEAD_LETTERS_AT_ONCE
 from diator._log import MAX_LINES, PERIOD
 from diator.brokers.memory import MemoryMessageBroker
 from diator.exceptions import (
@@ -175,8 +175,8 @@ async def test_an_event_class_that_rejects_a_message_only_the_second_time_stops_
     bad, good = (body_of(each, message_name="Capricious") for each in (BAD, JOIN))
     reports = await consume(Scripted(bad, good), on_capricious, count=2, retry=quick(immediate_retries=1))
 
-    assert outcomes(reports) == ["dead_lettered", "acked"]
-    assert reports[0].reason == "retries-exhausted: DecodingError"
+    reasons = {each.outcome: each.reason for each in reports}
+    assert reasons == {"acked": None, "dead_lettered": "retries-exhausted: DecodingError"}
 
 
 # -- a flood of them -------------------------------------------------------------------------------------------------
@@ -269,3 +269,76 @@ async def test_dead_lettering_is_at_least_a_third_as_fast_as_handling(kind):
     good, poison = [min([await seconds(body) for _ in range(5)]) for body in (body_of(JOIN), POISON[kind])]
 
     assert poison < 3 * good
+
+
+# -- dead-lettering aside --------------------------------------------------------------------------------------------
+
+
+class Slow(Scripted):
+    """A broker that stores dead letters only when *stored* is set."""
+
+    def __init__(self, *script, **options):
+        super().__init__(*script, **options)
+        self.stored = asyncio.Event()
+
+    async def dead_letter(self, delivery, reason, /):
+        self.note("began")
+        await self.stored.wait()
+        self.note("dead_letter")
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+async def test_no_message_waits_until_another_one_is_dead_lettered(concurrency):
+    broker = Slow(*[b"{"] * 10, body_of(JOIN))
+    consumer, reports = consumer_of(broker, on_joined, concurrency=concurrency)
+    async with running(consumer):
+        await until(lambda: outcomes(reports) == ["acked"])
+        assert consumer.health().in_flight == 10
+        broker.stored.set()
+        await until(lambda: len(reports) == 11)
+
+        assert (outcomes(reports)[1:], consumer.health().in_flight) == (["dead_lettered"] * 10, 0)
+
+
+async def test_a_bounded_number_of_messages_is_dead_lettered_at_once():
+    broker = Slow(*[b"{"] * 2 * DEAD_LETTERS_AT_ONCE, body_of(JOIN))
+    consumer, reports = consumer_of(broker, on_joined)
+    async with running(consumer):
+        await asyncio.sleep(1)
+        assert (len(broker.log), reports) == (DEAD_LETTERS_AT_ONCE + 1, [])
+        broker.stored.set()
+        await until(lambda: len(reports) == 2 * DEAD_LETTERS_AT_ONCE + 1)
+
+
+async def test_a_shutdown_waits_for_dead_letters():
+    broker = Slow(b"{")
+    consumer, reports = consumer_of(broker, on_joined)
+    run = asyncio.create_task(consumer.run(signals=False))
+    await until(lambda: broker.log)
+
+    consumer.stop()
+    await asyncio.sleep(1)
+    assert not run.done()
+    broker.stored.set()
+    await run
+
+    assert outcomes(reports) == ["dead_lettered"]
+
+
+async def test_a_shutdown_leaves_dead_letters_unsettled_after_the_drain_timeout():
+    consumer, reports = consumer_of(broker := Slow(b"{"), on_joined, drain_timeout=5)
+    run = asyncio.create_task(consumer.run(signals=False))
+    await until(lambda: broker.log)
+
+    consumer.stop()
+    await run
+
+    assert [(each.outcome, each.reason) for each in reports] == [("unsettled", "cancelled")]
+
+
+async def test_a_retried_message_is_requeued_before_the_next_one_is_handled():
+    """On a transport that keeps the order of retries, the next message could overtake it otherwise."""
+    broker = Scripted(body_of(BAD), body_of(JOIN))
+    reports = await consume(broker, failing_first, count=2, retry=quick(delayed_retries=1))
+
+    assert (outcomes(reports), [call for call, *_ in broker.log]) == (["retried", "acked"], ["retry", "ack"])

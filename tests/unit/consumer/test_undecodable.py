@@ -97,9 +97,10 @@ async def test_an_undecodable_message_is_dead_lettered_with_a_reason_and_never_l
     broker = Scripted(body, body_of(JOIN))
     reports = await consume(broker, counting, on_checked, count=2, concurrency=concurrency)
 
-    (*poisoned, reason), acked = broker.log
+    acked, (*poisoned, reason) = sorted(broker.log)  # the next message does not wait for the dead letter
     assert (poisoned, acked) == (["dead_letter"], ("ack",))
-    assert (reports[0].outcome, reports[0].reason, runs) == ("dead_lettered", reason, [JOIN])
+    [bad] = [each for each in reports if each.outcome != "acked"]
+    assert (bad.outcome, bad.reason, runs) == ("dead_lettered", reason, [JOIN])
     assert reason.startswith("undecodable: ")
     assert CANARY not in reason + caplog.text
     [record] = caplog.records
@@ -146,10 +147,10 @@ async def test_the_topic_chooses_the_handler_and_a_body_that_names_another_one_i
     broker.script += [foreign, body_of(JOIN)]
     reports = await consume(broker, on_user, on_meeting, count=2, concurrency=concurrency)
 
-    (_, reason), acked = broker.log
+    acked, (_, reason) = sorted(broker.log)
     assert reason == "mismatch: the body names another type or name than its topic, notification_event UserJoined"
     assert (acked, runs) == (("ack",), [JOIN])
-    assert (reports[0].reason, reports[0].message_id) == (reason, JOIN.event_id)
+    assert (reason, JOIN.event_id) in [(each.reason, each.message_id) for each in reports]
     assert CANARY not in caplog.text
 
 
@@ -158,7 +159,7 @@ async def test_a_delivery_of_a_topic_that_nobody_subscribed_to_stops_nothing():
     broker = Scripted()
     broker.script += [broker.delivery(body_of(Moved())), body_of(JOIN)]
 
-    assert outcomes(await consume(broker, on_joined, count=2)) == ["dead_lettered", "acked"]
+    assert sorted(outcomes(await consume(broker, on_joined, count=2))) == ["acked", "dead_lettered"]
 
 
 async def test_a_newer_version_with_more_fields_is_read():
