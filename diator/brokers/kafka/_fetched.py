@@ -115,11 +115,7 @@ class Unreadable:
     timestamp: int = 0
     key: None = None
     value: None = None
-
-    @property
-    def headers(self) -> Headers:
-        """For a program that looks at the delivery."""
-        return [("diator-unreadable", self.why.encode())]
+    headers: Headers = ()
 
 
 class Fetched:

@@ -40,6 +40,9 @@ _RETRY_HEADERS = ("diator-retry-attempt", "diator-retry-due", "diator-retry-orig
 #: Their values, as diator writes them. No attempt, time or offset has more digits.
 _CONTROL = re.compile(rb"([0-9]{1,6}) ([0-9]{1,15}) ([0-9]{1,9}:[0-9]{1,19})")
 
+#: What `diator-dlq-omitted` says of a dead letter that only says where its message lies.
+_NOTHING_KEPT = "body,headers,key"
+
 
 class Partition:
     """
@@ -434,6 +437,7 @@ class Subscription(ResilientSubscription):
             attempt=attempt,
             settler=self,
             token=_Token(partition, record),
+            unreadable=record.why if type(record) is Unreadable else None,
         )
 
     # -- settling ------------------------------------------------------------------------------------------------
@@ -474,8 +478,6 @@ class Subscription(ResilientSubscription):
             return
         source = self._sources.get(partition.place.topic, partition.place.topic)
         number, _, offset = _origin(partition, record).partition(":")
-        if type(record) is Unreadable:
-            reason = f"unreadable: {record.why}"
         about = dead_letter_headers(
             delivery, reason, source=source, group=self._group or "", partition=number, offset=offset
         )
@@ -483,7 +485,7 @@ class Subscription(ResilientSubscription):
         topic_name = self._dead_letter_topics[source]
         refused: MessageRejected | None = None
         with self._redelivered_on_failure(token, delivery.attempt):
-            for omitted in ("", "body", "body,headers,key"):
+            for omitted in ("", "body", _NOTHING_KEPT) if type(record) is not Unreadable else (_NOTHING_KEPT,):
                 if omitted:
                     about[OMITTED] = omitted
                 headers = [] if "headers" in omitted else [*own]

@@ -487,15 +487,13 @@ async def test_the_records_that_cannot_be_read_are_one_message():
         first, unreadable, last = await it.take(0, 7, 8)
         with pytest.raises(MessageRejected, match="cannot be read"):
             await unreadable.retry()
-        await unreadable.dead_letter("undecodable")
+        await unreadable.dead_letter("no good")
         await first.ack()
         await last.ack()
 
-        assert unreadable.body == b""
-        assert (
-            "diator-dlq-reason",
-            b"unreadable: T, partition 0, offset 1 to 7: it is too large",
-        ) in it.producer.headers
+        assert (unreadable.body, unreadable.unreadable) == (b"", "T, partition 0, offset 1 to 7: it is too large")
+        assert [each.unreadable for each in (first, last)] == [None, None]
+        assert it.producer.headers[-1] == ("diator-dlq-omitted", b"body,headers,key")
         assert it.partition.offsets.progress() == (9, "")
 
 
