@@ -19,8 +19,8 @@ async def durability(execute: Execute) -> Durability:
     return "restart" if await _setting(execute, b"save") else "none"
 
 
-async def findings(execute: Execute) -> list[Finding]:
-    """Return the settings of the server that weaken what Redis Streams promise."""
+async def findings(execute: Execute, replicas: int) -> list[Finding]:
+    """Return the settings of the server that weaken what Redis Streams promise, with sends that wait for *replicas*."""
     server = {**await _info(execute, b"persistence"), **await _info(execute, b"memory")}
     server |= await _info(execute, b"replication")
     found: list[Finding] = []
@@ -41,10 +41,20 @@ async def findings(execute: Execute) -> list[Finding]:
     if server.get("maxmemory", "0") != "0" and policy.startswith("allkeys"):
         problem = f"maxmemory-policy is {policy}: a full server evicts whole streams, with unread messages"
         found.append(Finding(capability="guarantee", problem=problem, remedy="set maxmemory-policy noeviction"))
-    has_replicas = server.get("role") == "master" and server.get("connected_slaves", "0") != "0"
-    if has_replicas and await _setting(execute, b"min-replicas-to-write") in ("0", None):
+    connected = int(server.get("connected_slaves", "0")) if server.get("role") == "master" else 0
+    if connected and not replicas:
         problem = "no replica must have a message before it is confirmed: a failover may lose confirmed messages"
-        found.append(Finding(capability="durability", problem=problem, remedy="set min-replicas-to-write 1 or more"))
+        if (minimum := await _setting(execute, b"min-replicas-to-write")) not in ("0", None):
+            lag = await _setting(execute, b"min-replicas-max-lag")
+            problem = (
+                f"min-replicas-to-write is {minimum}, but a replica that lags less than min-replicas-max-lag ({lag} s) "
+                "counts: a failover may lose the messages confirmed in that time"
+            )
+        remedy = "make the broker with replicas=1 or more"
+        found.append(Finding(capability="durability", problem=problem, remedy=remedy))
+    if replicas > connected:
+        problem = f"each send waits for {replicas} replicas and {connected} are connected: every send is OutcomeUnknown"
+        found.append(Finding(capability="receipt", problem=problem, remedy="add replicas, or wait for fewer"))
     return found
 
 

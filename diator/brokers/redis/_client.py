@@ -16,6 +16,7 @@ import redis.asyncio
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
 
 from diator._extras import require_internals
@@ -145,7 +146,9 @@ def where(client: Client) -> str:
         return f"unix://{options['path']}"
     if "host" in options or type(pool) is redis.asyncio.ConnectionPool:
         return f"{options.get('host', 'localhost')}:{options.get('port', 6379)}/{options.get('db') or 0}"
-    return f"the servers of {type(client).__name__}"  # a fake, a cluster, or what Sentinel names
+    if isinstance(pool, SentinelConnectionPool):
+        return f"the server of Sentinel's {pool.service_name}"
+    return f"the servers of {type(client).__name__}"  # a fake, a cluster
 
 
 def require_pool(client: Client) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeAlias
 from uuid import UUID
 
+from diator._text import explained
 from diator.brokers.connecting import ClientConnection
 from diator.brokers.redis._client import (
     CLIENT_ERRORS,
@@ -40,6 +41,7 @@ from diator.exceptions import (
     BrokerUnavailable,
     DiatorError,
     MessageRejected,
+    OutcomeUnknown,
 )
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -50,6 +52,8 @@ _MIN_AGE = 1.0
 _ROLE_EVERY = 0.1
 # How many connections of the client's pool are borrowed at once, where commands do not share one.
 _MOST_BORROWED = 16
+# How much of the timeout a command waits for replicas.
+_WAIT_SHARE = 0.4
 
 
 class CommandConnection(ClientConnection["_Connection | _Unshared"]):
@@ -101,14 +105,14 @@ class CommandConnection(ClientConnection["_Connection | _Unshared"]):
         except CLIENT_ERRORS as error:
             raise self._not_sent(error, None) from error
 
-    async def execute(self, *command: bytes, message_id: UUID | None = None) -> Any:
+    async def execute(self, *command: bytes, message_id: UUID | None = None, replicas: int = 0) -> Any:
         """
-        Send *command*, and return its reply.
+        Send *command*, and return its reply, after at least so many *replicas* have what the command wrote.
 
         Raises:
             BrokerUnavailable: It was not sent.
             MessageRejected: Redis answered with an error.
-            OutcomeUnknown: It was sent, and there is no reply.
+            OutcomeUnknown: It was sent, and there is no reply, or fewer replicas have it.
             BrokerClosed: `aclose` was called before.
         """
         loop = self._bind_to_running_loop()
@@ -116,9 +120,9 @@ class CommandConnection(ClientConnection["_Connection | _Unshared"]):
         link = self._link
         try:
             if link is not None and link.has_room and not self._queued:
-                reply: Awaitable[Any] = link.call(command, message_id, deadline)
+                reply = link.call(command, message_id, deadline, replicas)
             else:
-                reply = await self._call_in_turn(command, message_id, deadline)
+                reply = await self._call_in_turn(command, message_id, deadline, replicas)
         except CLIENT_ERRORS as error:
             raise self._not_sent(error, message_id) from error
         return await reply
@@ -161,7 +165,9 @@ class CommandConnection(ClientConnection["_Connection | _Unshared"]):
         if self._owns_client:
             await self._client.aclose()
 
-    async def _call_in_turn(self, command: Sequence[bytes], message_id: UUID | None, deadline: float) -> Awaitable[Any]:
+    async def _call_in_turn(
+        self, command: Sequence[bytes], message_id: UUID | None, deadline: float, replicas: int
+    ) -> Awaitable[Any]:
         """Wait for a connection with room, and send."""
         failures = self._failures
         self._queued += 1
@@ -170,7 +176,7 @@ class CommandConnection(ClientConnection["_Connection | _Unshared"]):
                 while True:
                     link = await self._open_link(failures, message_id)
                     if link.has_room:
-                        return link.call(command, message_id, deadline)
+                        return link.call(command, message_id, deadline, replicas)
                     await link.room()
         finally:
             self._queued -= 1
@@ -268,9 +274,12 @@ class _Unshared:
             async with self._borrowed() as send:
                 await send(b"PING")
 
-    def call(self, command: Sequence[bytes], message_id: UUID | None, deadline: float) -> asyncio.Future[Any]:
+    def call(
+        self, command: Sequence[bytes], message_id: UUID | None, deadline: float, replicas: int
+    ) -> asyncio.Future[Any]:
         """Send *command*."""
-        task = asyncio.create_task(self._execute(command, message_id, deadline), name="diator: asking Redis")
+        executing = self._execute(command, message_id, deadline, replicas)
+        task = asyncio.create_task(executing, name="diator: asking Redis")
         self._running.add(task)
         task.add_done_callback(self._end)
         return task
@@ -286,12 +295,15 @@ class _Unshared:
         if not task.cancelled():
             task.exception()  # its caller may be gone
 
-    async def _execute(self, command: Sequence[bytes], message_id: UUID | None, deadline: float) -> Any:
+    async def _execute(self, command: Sequence[bytes], message_id: UUID | None, deadline: float, replicas: int) -> Any:
         written = False
         try:
             async with asyncio.timeout_at(deadline), self._borrowed() as send:
                 written = True  # diator cannot see when a client writes that sends by itself
-                return await send(*command)
+                reply = await send(*command)
+                if replicas:
+                    await _replicated(send(*_wait(replicas, self._timeout)), message_id, replicas)
+                return reply
         except CLIENT_ERRORS as error:
             if not isinstance(error, NO_FAULT):
                 self._drop(self)
@@ -339,6 +351,8 @@ class _Connection:
         self._idle = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
         self._may_retire_at = self._loop.time() + _MIN_AGE
+        self._wait: asyncio.Task[int] | None = None  # a WAIT that is not written yet
+        self._last_wait: asyncio.Task[int] | None = None
         self._write, self._read, self._abort = wire_of(connection)
         self._broken: Exception | None = None
         self._reader = self._loop.create_task(self._read_replies(), name="diator: replies from Redis")
@@ -352,7 +366,9 @@ class _Connection:
         self._room.clear()
         await self._room.wait()
 
-    def call(self, command: Sequence[bytes], message_id: UUID | None, deadline: float) -> asyncio.Future[Any]:
+    def call(
+        self, command: Sequence[bytes], message_id: UUID | None, deadline: float, replicas: int = 0
+    ) -> Awaitable[Any]:
         """Write *command*: at once if no reply is due, else together with the others of this turn of the loop."""
         reply, packed = self._loop.create_future(), _pack(command)
         if self._waiting:
@@ -365,7 +381,38 @@ class _Connection:
                 self._sweeper = self._loop.call_at(deadline, self._sweep)
         self._waiting.append((reply, deadline, len(packed), message_id))
         self._bytes_in_flight += len(packed)
-        return reply
+        if not replicas:
+            return reply
+        return self._reply_when_replicated(reply, message_id, replicas, self._wait_once(replicas, deadline))
+
+    def _wait_once(self, replicas: int, deadline: float) -> asyncio.Task[int]:
+        """
+        Write one WAIT for all commands until then, which covers every earlier write of the connection.
+
+        It is written in the next turn of the loop, or after the reply to the last one: Redis executes nothing else
+        while it waits, so several of them would add up.
+        """
+        if self._wait is None:
+            asking = self._ask_replicas(replicas, deadline, self._last_wait)
+            self._wait = self._last_wait = self._loop.create_task(asking, name="diator: asking replicas")
+            self._wait.add_done_callback(lambda wait: wait.cancelled() or wait.exception())  # callers may be gone
+        return self._wait
+
+    async def _ask_replicas(self, replicas: int, deadline: float, last: asyncio.Task[int] | None) -> int:
+        if last is not None:
+            await asyncio.wait([last])
+        self._wait = None
+        if self._broken is not None:
+            raise self._broken
+        count: int = await self.call(_wait(replicas, self._timeout), None, deadline)
+        return count
+
+    async def _reply_when_replicated(
+        self, reply: Awaitable[Any], message_id: UUID | None, replicas: int, wait: asyncio.Task[int]
+    ) -> Any:
+        result = await reply
+        await _replicated(asyncio.shield(wait), message_id, replicas)
+        return result
 
     def renew(self) -> None:
         """Let another connection take over, unless this one has just been made."""
@@ -459,6 +506,23 @@ class _Connection:
 
 # The future of the reply, its deadline, the size of the command in bytes, and the message that it is about.
 _Call: TypeAlias = tuple["asyncio.Future[Any]", float, int, "UUID | None"]
+
+
+def _wait(replicas: int, timeout: float) -> tuple[bytes, ...]:
+    """Return WAIT, for less than half of *timeout*: a command may have to wait for an earlier WAIT and for its own."""
+    return b"WAIT", b"%d" % replicas, b"%d" % (timeout * _WAIT_SHARE * 1000)
+
+
+async def _replicated(wait: Awaitable[int], message_id: UUID | None, replicas: int) -> None:
+    """Raise OutcomeUnknown unless *wait*, the reply to WAIT, says that so many *replicas* have the message."""
+    try:
+        count = await wait
+    except (*CLIENT_ERRORS, DiatorError) as error:
+        problem = f"Redis has it, and did not say how many replicas have it ({explained(error)})"
+        raise OutcomeUnknown(problem, message_id=message_id) from error
+    if count < replicas:
+        problem = f"Redis has it, but only {count} of {replicas} replicas confirmed it in time; a failover may lose it"
+        raise OutcomeUnknown(problem, message_id=message_id)
 
 
 def _pack(command: Sequence[bytes]) -> bytes:

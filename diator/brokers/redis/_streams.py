@@ -14,7 +14,7 @@ from diator.brokers.connecting import ServiceBroker
 from diator.brokers.message import Message
 from diator.brokers.redis._audit import durability as durability_of
 from diator.brokers.redis._audit import findings
-from diator.brokers.redis._client import Client, client_of, options_of
+from diator.brokers.redis._client import Client, client_of, options_of, sends_by_itself
 from diator.brokers.redis._connection import CommandConnection
 from diator.brokers.redis._names import encoded, stream
 from diator.brokers.redis._subscription import BODY, SCAN_EVERY, ReadOptions, Subscription
@@ -33,6 +33,10 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
     The configuration of Redis decides whether confirmed messages survive: with `appendonly yes` they survive a crash of
     the Redis process. *durability* states this configuration, and becomes one of the capabilities. The broker checks
     the server before it sends or receives. If the server keeps less, the broker raises `UnsupportedCapability`.
+
+    No level covers a failover: Redis confirms a message before a replica has it. With *replicas*, a send returns when
+    so many replicas have the message, and raises `OutcomeUnknown` if they do not confirm it within 0.4 *timeout*. Then
+    a failover keeps confirmed messages, as long as a replica that has them is promoted.
 
     Without *retention* (seconds), the broker removes nothing from a stream. With *retention*, it removes an entry that
     is older and that every group has acknowledged.
@@ -53,16 +57,23 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         max_in_flight: int = 1024,
         durability: Durability = "none",
+        replicas: int = 0,
         lease: float = 60.0,
         retention: float | None = None,
         extra_prefetch: int = 100,
         reconnect: ReconnectPolicy | None = None,
     ) -> None:
-        if extra_prefetch < 0 or max_in_flight < 1 or timeout <= 0 or lease <= 0:
+        if extra_prefetch < 0 or replicas < 0 or max_in_flight < 1 or timeout <= 0 or lease <= 0:
             raise ConfigurationError(
-                "extra_prefetch must be at least 0, max_in_flight at least 1, and timeout and lease above 0"
+                "extra_prefetch and replicas must be at least 0, max_in_flight at least 1, timeout and lease above 0"
             )
         self._client, owned = client_of(client, timeout=timeout)
+        if replicas and sends_by_itself(self._client):
+            raise ConfigurationError(
+                f"replicas needs the client's own connections, and a {type(client).__name__} sends by itself; pass a "
+                "redis.asyncio.Redis"
+            )
+        self._replicas = replicas
         self._prefix = prefix
         encoded(prefix)
         self._max_message_bytes = max_message_bytes
@@ -124,7 +135,8 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
         if not self._is_verified:
             await self._verify()
         key = self._stream(Topic(message.message_type, message.message_name))
-        await self._service.execute(b"XADD", key, b"*", *fields, message_id=message.message_id)
+        command = (b"XADD", key, b"*", *fields)
+        await self._service.execute(*command, message_id=message.message_id, replicas=self._replicas)
 
     @asynccontextmanager
     async def subscribe(
@@ -156,7 +168,7 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
 
     async def audit(self) -> list[Finding]:
         """See `Auditable.audit`. It needs permission for INFO; without CONFIG GET it cannot check every setting."""
-        return await findings(self._service.execute)
+        return await findings(self._service.execute, self._replicas)
 
     async def _verify(self) -> None:
         """Check that the server keeps what this broker promises of it. UnsupportedCapability if it keeps less."""

@@ -1,6 +1,7 @@
 """Another server becomes the primary, while the connections to the old one stay open."""
 
 import asyncio
+import re
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -13,12 +14,13 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from testcontainers.core.container import DockerContainer
 
+from diator.brokers.audit import audit
 from diator.brokers.base import Topic
 from diator.brokers.redis import RedisMessageBroker
 from diator.brokers.redis_streams import RedisStreamMessageBroker
 from diator.exceptions import BrokerUnavailable, OutcomeUnknown
 from diator.testing.fault_proxy import FaultProxy
-from tests.integration.redis.helpers import SLACK, TIMEOUT, eventually, listening, send_all
+from tests.integration.redis.helpers import SLACK, TIMEOUT, eventually, listening, message, promised, send_all
 from tests.integration.redis.test_access import free_ports
 from tests.services import BACKENDS
 
@@ -185,3 +187,93 @@ async def test_a_loading_server_refuses_every_command(pair: Pair, prefix: str) -
         async with broker:
             assert await send_all(broker, *range(50)) == {BrokerUnavailable: 50}
         await server.shutdown(nosave=True)
+
+
+# -- replicas ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", ["", "?max_connections=1"])
+async def test_a_confirmed_message_is_on_the_replica(pair: Pair, prefix: str, pool: str) -> None:
+    """Whenever a send returns, and whether commands share a connection or not."""
+    stream = f"{prefix}:notification_event:user_joined"
+    async with (
+        RedisStreamMessageBroker(pair.url + pool, prefix, timeout=5, replicas=1) as broker,
+        pair.client(1) as replica,
+    ):
+        for n in range(20):
+            assert await send_all(broker, n) == {None: 1}
+            assert await replica.xlen(stream) == n + 1
+        assert await send_all(broker, *range(200)) == {None: 200}
+        assert await replica.xlen(stream) == 220
+
+
+async def test_a_burst_waits_once(pair: Pair, prefix: str) -> None:
+    """One WAIT covers the messages of a burst; without replicas there is none."""
+    async with pair.client(0) as server:
+        for replicas, most in [(1, 3), (0, 0)]:
+            await server.config_resetstat()
+            async with RedisStreamMessageBroker(pair.url, prefix, replicas=replicas) as broker:
+                assert await send_all(broker, *range(200)) == {None: 200}
+            calls = (await server.info("commandstats")).get("cmdstat_wait", {"calls": 0})["calls"]
+            assert bool(replicas) <= calls <= most
+
+
+async def test_a_message_that_too_few_replicas_have_is_unknown(pair: Pair, prefix: str) -> None:
+    """Each send ends in time, with the number of replicas that have the message."""
+    stream = f"{prefix}:notification_event:user_joined"
+    async with (
+        RedisStreamMessageBroker(pair.url, prefix, timeout=TIMEOUT, replicas=2) as broker,
+        pair.client(0) as server,
+    ):
+        async with promised():
+            assert await send_all(broker, *range(10)) == {OutcomeUnknown: 10}
+        with pytest.raises(OutcomeUnknown, match="only 1 of 2 replicas"):
+            await broker.send_message(message())
+        assert await server.xlen(stream) == 11
+
+        [few] = [each for each in await audit(broker) if each.capability == "receipt"]
+        assert "waits for 2 replicas and 1 are connected" in few.problem
+
+
+async def test_sends_do_not_wait_for_replicas_one_after_the_other(pair: Pair, prefix: str) -> None:
+    """A missing replica holds up each send for less than the timeout, whoever else waits. No connection is lost."""
+    async with (
+        RedisStreamMessageBroker(pair.url, prefix, timeout=2, replicas=2) as broker,
+        pair.client(0) as server,
+        asyncio.TaskGroup() as tasks,
+    ):
+        sends = []
+        before = (await server.info("stats"))["total_connections_received"]
+        for n in range(30):
+            sends.append(tasks.create_task(send_all(broker, n)))
+            await asyncio.sleep(0.02)
+        with pytest.raises(OutcomeUnknown, match="only 1 of 2 replicas"):
+            await broker.send_message(message())
+        for send in sends:
+            assert await send == {OutcomeUnknown: 1}
+        assert (await server.info("stats"))["total_connections_received"] == before
+
+
+async def test_a_primary_that_is_demoted_while_it_waits(pair: Pair, prefix: str) -> None:
+    """Redis has the message, so the send is not refused: it is unknown."""
+    async with RedisStreamMessageBroker(pair.url, prefix, timeout=20, replicas=2) as broker, pair.client(0) as server:
+        sends = asyncio.create_task(send_all(broker, *range(10)))
+        await eventually(lambda: server.exists(f"{prefix}:notification_event:user_joined"))
+        await fail_over(pair)
+        async with promised(0):
+            assert await sends == {OutcomeUnknown: 10}
+
+
+async def test_the_audit_says_what_a_failover_costs(pair: Pair, prefix: str) -> None:
+    """`min-replicas-to-write` does not help: a replica counts although it does not have the message."""
+    async with pair.client(0) as server:
+        for replicas, minimum, found in [
+            (0, "0", "no replica must have a message"),
+            (0, "1", r"min-replicas-max-lag \(10 s\)"),
+            (1, "0", None),
+        ]:
+            await server.config_set("min-replicas-to-write", minimum)
+            async with RedisStreamMessageBroker(pair.url, prefix, replicas=replicas) as broker:
+                problems = [each.problem for each in await audit(broker) if "failover" in each.problem]
+            assert len(problems) == (found is not None)
+            assert found is None or re.search(found, problems[0])
