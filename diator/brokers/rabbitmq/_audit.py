@@ -9,7 +9,6 @@ from diator._text import explained, listed
 from diator.brokers.audit import Finding
 from diator.brokers.rabbitmq._channel import ACCESS_REFUSED, CHANNEL_ERRORS, Channel, Refused
 from diator.brokers.rabbitmq._client import Address, Frame, commands
-from diator.brokers.rabbitmq._names import retained_exchange_name
 from diator.brokers.rabbitmq._publisher import retaining_exchange
 from diator.brokers.rabbitmq._subscription import Subscription, passively
 from diator.exceptions import BrokerUnavailable
@@ -36,8 +35,7 @@ async def inspect(
                     retaining_exchange(prefix),
                     capability="unroutable",
                     missing=None,  # no finding: the first message declares it
-                    remedy=f"set the alternate exchange {retained_exchange_name(prefix)!r} by a policy, or delete the "
-                    "exchange, and each consumer declares it again",
+                    remedy="delete the exchange, and each consumer declares it again",
                 )
             for subscription in subscriptions:
                 if subscription.witness and not await channel.is_there(

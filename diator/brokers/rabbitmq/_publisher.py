@@ -55,14 +55,16 @@ def retaining_exchange(name: str) -> commands.Exchange.Declare:
     return topic_exchange(name, {"alternate-exchange": retained_exchange_name(name)})
 
 
-async def ensure_exchange(channel: Channel, name: str) -> None:
-    """Declare the topic exchange, unless another program has done that without its alternate exchange."""
+async def ensure_exchange(channel: Channel, name: str) -> bool:
+    """Declare the topic exchange. Return False if another program has done that without its alternate exchange."""
     try:
         await channel.ask_aside(retaining_exchange(name))
     except Refused as error:
         if error.code != PRECONDITION_FAILED:
             raise
         await channel.ask(topic_exchange(name))
+        return False
+    return True
 
 
 class Publisher(ClientConnection["_Connection"]):
@@ -187,7 +189,7 @@ class Publisher(ClientConnection["_Connection"]):
         try:
             await link.open(*await self._address.dial("publishing"))
             await link.ask(commands.Confirm.Select())
-            await ensure_exchange(link, self._exchange)
+            link.retains = await ensure_exchange(link, self._exchange)
         except BaseException:
             self._close_soon(link)
             raise
@@ -233,6 +235,7 @@ class _Connection(Channel):
 
     Attributes:
         ids: The messages in flight, by the id in the header. No two of one id are in flight at once.
+        retains: Whether the exchange has its alternate exchange.
     """
 
     def __init__(self, max_in_flight: int, on_lost: Callable[[_Connection], None]) -> None:
@@ -242,6 +245,7 @@ class _Connection(Channel):
         self._tag = 0
         self._waiting: dict[int, _Call] = {}
         self.ids: dict[str, _Call] = {}
+        self.retains = True
         self._bytes = 0
         self._answered = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None

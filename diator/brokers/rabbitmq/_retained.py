@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from typing import Any, Protocol
-from uuid import UUID
 
 from diator._text import explained
 from diator.brokers.base import Topic
@@ -23,7 +22,9 @@ from diator.brokers.rabbitmq._channel import (
     CHANNEL_ERRORS,
     NOT_FOUND,
     PRECONDITION_FAILED,
+    SAFE_AFTER,
     Refused,
+    for_each,
 )
 from diator.brokers.rabbitmq._client import Address, Frame, commands
 from diator.brokers.rabbitmq._content import DELIVERY_LIMIT
@@ -73,6 +74,8 @@ class RetainingPublisher(Publisher):
         }
         self._routed: set[str] = set()  # the routing keys for which there is a queue
         self._lines: dict[str, _Line] = {}
+        self._declaring: dict[Topic, asyncio.Task[bool]] = {}
+        self._safe_after = SAFE_AFTER if queue_type == "quorum" else 0.0
 
     async def send(self, publication: Publication, topic: Topic) -> None:
         """Publish a message of a program to the topic exchange, and retain it if nobody has subscribed."""
@@ -121,54 +124,82 @@ class RetainingPublisher(Publisher):
         try:
             await self.publish(publication, deadline=deadline)
         except MessageUnroutable as unroutable:
-            await self._declare(topic, publication.routing_key, deadline, unroutable.message_id)
+            message_id = unroutable.message_id
             try:
-                await self.publish(publication, deadline=deadline)
-            except MessageUnroutable as error:
+                async with asyncio.timeout_at(deadline):
+                    retains = await asyncio.shield(self._declared(topic, publication.routing_key))
+            except Refused as error:
+                raise MessageUnroutable(
+                    f"nobody has subscribed to it yet, and RabbitMQ refuses to retain it ({error}); permit the user to "
+                    "configure, write and read the names that start with the prefix, or subscribe first",
+                    message_id=message_id,
+                ) from error
+            except (DiatorError, *CHANNEL_ERRORS) as error:
+                raise BrokerUnavailable(
+                    f"nobody has subscribed to it yet, and RabbitMQ has not declared the queue that retains it "
+                    f"({explained(error, within=self.timeout)})",
+                    message_id=message_id,
+                ) from error
+            if not retains:
                 raise MessageUnroutable(
                     f"nobody has subscribed to it yet, and RabbitMQ cannot retain it: another program has declared the "
                     f"exchange {self._exchange!r} without the alternate exchange "
-                    f"{retained_exchange_name(self._exchange)!r}; set that by a policy, or delete the exchange, and "
-                    "each consumer declares it again",
-                    message_id=error.message_id,
-                ) from error
+                    f"{retained_exchange_name(self._exchange)!r}; delete the exchange, and each consumer declares it "
+                    "again",
+                    message_id=message_id,
+                ) from unroutable
+            await self.publish(publication, deadline=deadline)
 
-    async def _declare(self, topic: Topic, routing_key: str, deadline: float, message_id: UUID | None) -> None:
-        """Declare the queue of the retained messages of *topic*, and bind it to the alternate exchange."""
+    def _declared(self, topic: Topic, routing_key: str) -> asyncio.Task[bool]:
+        """Return the task that declares the queue for *topic*. It goes on without its callers, for later ones."""
+        declaring = self._declaring.get(topic)
+        if declaring is None:
+            declaring = asyncio.create_task(self._declare(topic, routing_key), name="diator: declaring a queue")
+            self._declaring[topic] = declaring
+
+            def forget(task: asyncio.Task[bool]) -> None:
+                self._declaring.pop(topic, None)
+                if not task.cancelled():
+                    task.exception()  # its callers may have gone
+
+            declaring.add_done_callback(forget)
+        return declaring
+
+    async def _declare(self, topic: Topic, routing_key: str) -> bool:
+        """
+        Declare the queue of the retained messages of *topic*, and bind it to the alternate exchange.
+
+        It is bound, and so retains messages, only when a kill of RabbitMQ no longer loses it. Return False if the topic
+        exchange has no alternate exchange.
+        """
+        async with self._lock:
+            link = await self._open_link(self._failures, None)
+        if not link.retains:
+            return False
         exchange, queue = retained_exchange_name(self._exchange), retained_queue_name(self._exchange, topic)
+        # What its consumer rejects goes to the group that has claimed it, by the exchange of the claim.
+        arguments = {**self._arguments, "x-dead-letter-exchange": queue}
         try:
-            async with asyncio.timeout_at(deadline):
-                async with self._lock:
-                    link = await self._open_link(self._failures, message_id)
-                try:
-                    # What its consumer rejects goes to the group that has claimed it, by the exchange of the claim.
-                    arguments = {**self._arguments, "x-dead-letter-exchange": queue}
-                    await link.ask_aside(commands.Queue.Declare(queue=queue, durable=True, arguments=arguments))
-                except Refused as error:
-                    if error.code != PRECONDITION_FAILED:  # it exists; another program has chosen another bound
-                        raise
-                await link.ask_aside(
-                    commands.Exchange.Declare(exchange=exchange, exchange_type="direct", durable=True),
-                    commands.Queue.Bind(queue=queue, exchange=exchange, routing_key=routing_key),
-                )
+            await link.ask_aside(commands.Queue.Declare(queue=queue, durable=True, arguments=arguments))
         except Refused as error:
-            raise MessageUnroutable(
-                f"nobody has subscribed to it yet, and RabbitMQ refuses to retain it ({error}); permit the user to "
-                "configure, write and read the names that start with the prefix, or subscribe first",
-                message_id=message_id,
-            ) from error
-        except DiatorError:
-            raise
-        except CHANNEL_ERRORS as error:
-            raise BrokerUnavailable(
-                f"nobody has subscribed to it yet, and RabbitMQ has not declared the queue that retains it "
-                f"({explained(error, within=self.timeout)})",
-                message_id=message_id,
-            ) from error
+            if error.code != PRECONDITION_FAILED:  # it exists; another program has chosen another bound
+                raise
+        await asyncio.sleep(self._safe_after)
+        await link.ask_aside(
+            commands.Exchange.Declare(exchange=exchange, exchange_type="direct", durable=True),
+            commands.Queue.Bind(queue=queue, exchange=exchange, routing_key=routing_key),
+        )
+        return True
+
+    async def _close(self) -> None:
+        await super()._close()
+        if self._declaring:
+            await asyncio.wait([*self._declaring.values()])
 
     def _reset(self) -> None:
         super()._reset()
         self._lines.clear()
+        self._declaring.clear()
 
 
 class _Line:
@@ -215,14 +246,13 @@ async def claim(receiver: Receiver, prefix: str, queues: Mapping[str, Topic]) ->
     """
     if not await receiver.is_there(commands.Exchange.Declare(exchange=retained_exchange_name(prefix), passive=True)):
         return {}
-    claimed: dict[str, str] = {}
-    for queue, topic in queues.items():
-        retained = retained_queue_name(prefix, topic)
-        if await receiver.is_there(commands.Queue.Declare(queue=retained, passive=True)) and await _claims(
-            receiver, retained, queue
-        ):
-            claimed[retained] = queue
-    return claimed
+
+    async def claims(queue: str) -> bool:
+        retained = commands.Queue.Declare(queue=retained_queue_name(prefix, queues[queue]), passive=True)
+        return await receiver.is_there(retained) and await _claims(receiver, retained.queue, queue)
+
+    are_claimed = zip(queues, await for_each(queues, claims), strict=True)
+    return {retained_queue_name(prefix, queues[queue]): queue for queue, is_claimed in are_claimed if is_claimed}
 
 
 async def _claims(receiver: Receiver, retained: str, queue: str) -> bool:

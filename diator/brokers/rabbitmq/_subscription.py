@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 from uuid import uuid4
@@ -20,10 +20,12 @@ from diator.brokers.rabbitmq._channel import (
     CHANNEL_ERRORS,
     PRECONDITION_FAILED,
     RESOURCE_LOCKED,
+    SAFE_AFTER,
     Channel,
     Content,
     Lost,
     Refused,
+    for_each,
 )
 from diator.brokers.rabbitmq._client import Address, commands
 from diator.brokers.rabbitmq._content import ATTEMPT, DELIVERY_COUNT, DELIVERY_LIMIT, Deliver, Properties
@@ -40,6 +42,7 @@ from diator.exceptions import (
     ConfigurationError,
     DiatorError,
     MessageRejected,
+    MessageUnroutable,
 )
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -50,6 +53,8 @@ QueueType: TypeAlias = Literal["quorum", "classic"]
 _FIRST_WITH_A_LIMIT = 4
 _NO_GROUP_EXPIRES = 120.0
 _UNUSED_EXPIRES = 600.0
+# How many seconds RabbitMQ may take for the queues of each topic.
+_EACH_TOPIC = 0.2
 _REQUEUE_DELAY = 5.0
 _END_TIMEOUT = 2.0
 _MAX_ATTEMPT = 1_000_000
@@ -98,6 +103,7 @@ class Subscription(ResilientSubscription):
         queues: The queues that it consumes, with their topics.
         declared: Whether the queues were declared before, so that a missing one is a gap.
         counts_deliveries: Whether its queues count deliveries.
+        safe_after: Seconds after which a new queue survives a kill of RabbitMQ.
         witness: An exchange that is deleted together with the topic exchange; empty if there is none.
         delay_queues: The queues of delayed retries, and when each was declared, by the clock of the event loop.
     """
@@ -113,13 +119,18 @@ class Subscription(ResilientSubscription):
         prefetch: int,
         on_gap: OnGap | None,
     ) -> None:
+        self._queue_type: QueueType = "classic" if group is None else options.queue_type
+        self.counts_deliveries = self._queue_type == "quorum"
+        self.safe_after = SAFE_AFTER if self._queue_type == "quorum" else 0.0
+        limits = options.reconnect.connect_timeout, self.safe_after + _EACH_TOPIC * len(topics)
+        self._connect_timeout, self._time_for_queues = limits
         super().__init__(
             topics,
             group,
             lossy=False,
             prefetch=prefetch,
             buffer_size=prefetch + options.extra_prefetch,
-            reconnect=options.reconnect,
+            reconnect=replace(options.reconnect, connect_timeout=sum(limits) + _END_TIMEOUT),
             on_gap=on_gap,
             registry=publisher.subscriptions,
         )
@@ -132,8 +143,6 @@ class Subscription(ResilientSubscription):
             own_queue_name(self.prefix, topic, own) if group is None else queue_name(self.prefix, topic, group): topic
             for topic in topics
         }
-        self._queue_type: QueueType = "classic" if group is None else options.queue_type
-        self.counts_deliveries = self._queue_type == "quorum"
         self._for_each_queue = min(prefetch + options.extra_prefetch // max(1, len(self.queues)), _MAX_PREFETCH)
         self.declared = False
         self.delay_queues: dict[str, float] = {}
@@ -154,10 +163,16 @@ class Subscription(ResilientSubscription):
             raise BrokerClosed("this broker is closed")
         for tries_left in (2, 1, 0):
             connection = Connection(self, self._for_each_queue)
+            began, limit = asyncio.get_running_loop().time(), self._connect_timeout
             try:
-                await connection.open(*await self._address.dial("consuming"))
                 try:
-                    await connection.start()
+                    async with asyncio.timeout_at(began + limit) as deadline:
+                        await connection.open(*await self._address.dial("consuming"))
+                        limit += self._time_for_queues  # it has answered, and many queues, or new ones, take their time
+                        deadline.reschedule(began + limit)
+                        await connection.start()
+                except TimeoutError as error:
+                    raise BrokerUnavailable(f"RabbitMQ has not {connection.step} within {limit:g} s") from error
                 except Lost:
                     # If several clients create a quorum queue at once, RabbitMQ can fail one with an INTERNAL_ERROR.
                     if tries_left:
@@ -237,31 +252,31 @@ class Connection(Channel):
         self._acknowledgements = Acknowledgements[int](self._send_acks)
         self._retained: dict[str, str] = {}  # the queues of retained messages, with the group's own queues
         self._handing_over: asyncio.Task[None] | None = None
+        self._dead_letter_queues_safe_at = 0.0
+        self.step = "accepted the connection"  # what RabbitMQ has to do next
+        self._settled_at = 0.0  # when the last delivery is settled that waits for a new queue
 
     async def start(self) -> None:
         """Declare the exchange and the queues, and consume. See `Subscription.connect` for its errors."""
         subscription = self._subscription
         try:
-            exist = [
-                not subscription.declared or await self.is_there(passively(queue)) for queue in subscription.queues
-            ]
+            self.step = f"declared the queues of {len(subscription.queues):,} topics"
+            exist = subscription.declared and await for_each(map(passively, subscription.queues), self.is_there)
             await ensure_exchange(self, subscription.prefix)
             await self.ask(commands.Basic.Qos(prefetch_count=self._prefetch))
-            for queue in subscription.queues:
-                if subscription.group is not None:
-                    await self._declare_dead_letter_queue(queue)
-                await self.ask(subscription.declaration(queue))
+            await self._declare_queues()
             await self._bind()
             await self._declare_witness()
             subscription.declared = True
-            if not all(exist):
+            if exist and not all(exist):
                 raise MessagesMissed("RabbitMQ had lost a queue of this subscription; it is declared again")
             if subscription.group is not None:
                 self._retained = await claim(self, subscription.prefix, subscription.queues)
+            self.step = f"started the consumers of {len(subscription.queues):,} queues"
             self._is_consuming = True  # already: if this is cancelled now, messages may have arrived nevertheless
             later = {*self._retained.values()}
-            for queue in [*self._retained, *(each for each in subscription.queues if each not in later)]:
-                await self.ask(commands.Basic.Consume(queue=queue, consumer_tag=queue))
+            first = [*self._retained, *(queue for queue in subscription.queues if queue not in later)]
+            await self.ask_all(commands.Basic.Consume(queue=queue, consumer_tag=queue) for queue in first)
             self._handing_over = asyncio.create_task(self._hand_over(), name="diator: handing over retained messages")
         except Refused as error:
             if error.code == ACCESS_REFUSED:
@@ -275,6 +290,22 @@ class Connection(Channel):
                     "empty, use another group or prefix, or the queue_type that the queue has"
                 ) from error
             raise
+
+    async def _declare_queues(self) -> None:
+        """
+        Declare the queues, and wait until a kill of RabbitMQ no longer loses new ones. Only then are they bound.
+
+        The dead-letter queues come last: where one exists, another consumer of the group has waited.
+        """
+        subscription = self._subscription
+        dead = [subscription.dead_letter_queue(queue) for queue in subscription.queues]
+        are_old = subscription.group is None or all(await for_each(map(passively, dead), self.is_there))
+        await self.ask_all(map(subscription.declaration, subscription.queues))
+        if not are_old:
+            await asyncio.sleep(subscription.safe_after)
+            self._dead_letter_queues_safe_at = self._loop.time() + subscription.safe_after
+        if subscription.group is not None:
+            await for_each(subscription.queues, self._declare_dead_letter_queue)
 
     async def _declare_dead_letter_queue(self, queue: str) -> None:
         """Declare the dead-letter queue of *queue*, or use the one that is there: it may have dead letters."""
@@ -336,8 +367,10 @@ class Connection(Channel):
     async def _bind(self) -> None:
         """Bind the queues to the exchange. A queue that is bound stays as it is."""
         prefix = self._subscription.prefix
-        for queue, topic in self._subscription.queues.items():
-            await self.ask(commands.Queue.Bind(queue=queue, exchange=prefix, routing_key=routing_key(*topic)))
+        await self.ask_all(
+            commands.Queue.Bind(queue=queue, exchange=prefix, routing_key=routing_key(*topic))
+            for queue, topic in self._subscription.queues.items()
+        )
 
     def take(self, frame: Any) -> bool:
         if isinstance(frame, commands.Basic.Cancel):
@@ -395,13 +428,22 @@ class Connection(Channel):
         token = cast("_Token", delivery.token)
         with self._requeue_on_failure(delivery):
             async with asyncio.timeout(self._subscription.publisher.timeout):
-                queue = token.queue
-                if after > 0:
-                    queue = await self._delay_queue(queue, after)
-                await self._publish(
-                    again(token.properties, {ATTEMPT: delivery.attempt}, delivery.body, queue, deaths=token.by_exchange)
-                )
-        self._settled(token)
+                try:
+                    safe_at = await self._publish_again(delivery, after)
+                except MessageUnroutable:  # somebody has deleted the queue that holds it
+                    self._subscription.delay_queues.clear()
+                    safe_at = await self._publish_again(delivery, after)
+        self._settle_at(safe_at, token)
+
+    async def _publish_again(self, delivery: Delivery, after: float) -> float:
+        """Publish a delivery that is requeued. Return from when on a kill of RabbitMQ does not lose it."""
+        token = cast("_Token", delivery.token)
+        queue, safe_at = token.queue, 0.0
+        if after > 0:
+            queue, safe_at = await self._delay_queue(queue, after)
+        headers = {ATTEMPT: delivery.attempt}
+        await self._publish(again(token.properties, headers, delivery.body, queue, deaths=token.by_exchange))
+        return safe_at
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         """Publish to the dead-letter queue, and then acknowledge; or let RabbitMQ dead-letter what it does not take."""
@@ -411,9 +453,14 @@ class Connection(Channel):
             async with asyncio.timeout(self._subscription.publisher.timeout):
                 if self._subscription.group is None and self.error is None:
                     await self._declare_dead_letter_queue(token.queue)
-                stored = await self._store_dead_letter(delivery, why)
+                try:
+                    stored = await self._store_dead_letter(delivery, why)
+                except MessageUnroutable:  # somebody has deleted the dead-letter queue
+                    await self._declare_dead_letter_queue(token.queue)
+                    self._dead_letter_queues_safe_at = self._loop.time() + self._subscription.safe_after
+                    stored = await self._store_dead_letter(delivery, why)
         if stored:
-            self._settled(token)
+            self._settle_at(self._dead_letter_queues_safe_at, token)
         elif token.tag in self._open:
             what = f"RabbitMQ itself dead-letters a message of {printable(delivery.topic.message_name)}"
             self._subscription.lines.log(logging.WARNING, what, "%s, without the reason (%s)", what, reason)
@@ -455,15 +502,19 @@ class Connection(Channel):
             raise BrokerUnavailable("the connection of the delivery is lost; the message is redelivered")
         await self._subscription.publisher.publish(publication)
 
-    async def _delay_queue(self, queue: str, after: float) -> str:
-        """Return the queue in which messages for *queue* wait. Declare it, unless that was done a short time ago."""
+    async def _delay_queue(self, queue: str, after: float) -> tuple[str, float]:
+        """
+        Return the queue in which messages for *queue* wait, and from when on a kill of RabbitMQ does not lose it.
+
+        Declare it, unless that was done a short time ago.
+        """
         declaration = self._subscription.delay_declaration(queue, delay_bucket(after))
         name, delay_queues = declaration.queue, self._subscription.delay_queues
         declared = delay_queues.get(name)
         if declared is None or self._loop.time() - declared > _UNUSED_EXPIRES / 2:
             await self.ask_aside(declaration)
-            delay_queues[name] = self._loop.time()
-        return name
+            delay_queues[name] = declared = self._loop.time()
+        return name, declared + self._subscription.safe_after
 
     @contextmanager
     def _requeue_on_failure(self, delivery: Delivery) -> Generator[None, None, None]:
@@ -492,6 +543,15 @@ class Connection(Channel):
             self._forget(tag)
             if self.error is None and not self._has_ended:
                 self.send(commands.Basic.Nack(tag, requeue=True))
+
+    def _settle_at(self, safe_at: float, token: _Token) -> None:
+        """Acknowledge a message that was stored again, once its new queue is safe. Give its place away now."""
+        if safe_at > self._loop.time():
+            self._settled_at = max(self._settled_at, safe_at)
+            self._give_place(token.tag)
+            self._loop.call_at(safe_at, self._settled, token)
+        else:
+            self._settled(token)
 
     def _settled(self, token: _Token) -> None:
         if token.tag in self._open:
@@ -538,6 +598,9 @@ class Connection(Channel):
                 async with asyncio.timeout(_END_TIMEOUT):
                     for queue in (*subscription.queues, *self._retained):
                         await self.ask(commands.Basic.Cancel(queue))
+                if (wait := self._settled_at - self._loop.time()) > 0:
+                    await asyncio.sleep(wait)
+                async with asyncio.timeout(_END_TIMEOUT):
                     self._settle_all({*unseen, *(cast("_Token", delivery.token).tag for delivery in self._arrived)})
                     if subscription.group is None and subscription.is_ending:
                         for queue in subscription.queues:

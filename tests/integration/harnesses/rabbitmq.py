@@ -102,7 +102,8 @@ class RabbitMQHarness(ServiceHarness):
         return f"aiormq {version('aiormq')}"
 
     def connecting_to(self, url, **options):
-        from diator.brokers.rabbitmq import RabbitMQMessageBroker
+        from diator.brokers.rabbitmq import RabbitMQMessageBroker, _retained, _subscription
+        from diator.brokers.rabbitmq._channel import SAFE_AFTER
 
         harness = self
 
@@ -127,12 +128,11 @@ class RabbitMQHarness(ServiceHarness):
                     for each in self._service.subscriptions:
                         if each.group is not None:
                             harness.declared |= {*each.queues, *map(each.dead_letter_queue, each.queues)}
-                    if harness.direct != harness.shared:
-                        # RabbitMQ stores a new quorum queue only within a second. If it is killed before that, the
-                        # queue is lost with its confirmed messages.
-                        await asyncio.sleep(1.5)
                     yield deliveries
 
+        # A subscription waits until a kill of RabbitMQ no longer loses its new queues. Nobody kills the shared one.
+        safe_after = 0.0 if self.direct == self.shared else SAFE_AFTER
+        _subscription.SAFE_AFTER = _retained.SAFE_AFTER = safe_after
         name = f"{'&' if '?' in url else '?'}name=conformance-{uuid4().hex}"
         # After a kill, RabbitMQ answers before its queues are available.
         reconnect = ReconnectPolicy(connect_timeout=15.0, idle_timeout=1.0, probe_timeout=1.0, max_delay=1.0)

@@ -8,10 +8,17 @@ from uuid import uuid4
 import aio_pika
 import pytest
 
-from diator.brokers.rabbitmq import RabbitMQMessageBroker
+from diator.brokers.rabbitmq import RabbitMQMessageBroker, _retained, _subscription
 from diator.brokers.rabbitmq._client import Address, commands
 from diator.testing.fault_proxy import FaultProxy
 from tests.integration.rabbitmq.helpers import COUNTED, OTHER, RECONNECT, Raw
+
+
+@pytest.fixture(autouse=True)
+def nobody_kills_it(monkeypatch):
+    """Use new queues at once: they need not survive a kill of RabbitMQ."""
+    for module in (_subscription, _retained):
+        monkeypatch.setattr(module, "SAFE_AFTER", 0.0)
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from diator.consumer import Consumer
 from diator.events import EventMap
 from diator.exceptions import (
     BrokerUnavailable,
-    MessageUnroutable,
 )
 from diator.retrying import RetryPolicy
 from tests.integration.rabbitmq.helpers import COUNTED, OTHER, SLACK, Counted, become, collect, counted, numbers
@@ -175,19 +174,27 @@ async def test_a_foreign_message_without_an_id_is_requeued_and_dead_lettered_who
     assert letter.expiration is None
 
 
-async def test_a_message_that_cannot_be_dead_lettered_is_requeued(broker, plain, queue, monkeypatch):
-    monkeypatch.setattr(_subscription, "_REQUEUE_DELAY", 0.2)
+async def test_a_deleted_dead_letter_queue_is_declared_again(broker, plain, queue):
     async with broker.subscribe([COUNTED], group="readers") as deliveries:
         await broker.send_message(counted(1))
         delivery = await anext(deliveries)
         await plain.queue_delete(f"{queue}:dead")
 
-        with pytest.raises(MessageUnroutable):
-            await delivery.dead_letter("no good")
+        await delivery.dead_letter("no good")
 
-        again = await asyncio.wait_for(anext(deliveries), 0.2 + SLACK)
-        await again.ack()
-    assert again.attempt == 2
+    letter = await (await plain.get_queue(f"{queue}:dead")).get()
+    assert (letter.body, letter.headers["diator-dlq-reason"]) == (delivery.body, "no good")
+
+
+async def test_a_deleted_queue_of_delayed_retries_is_declared_again(broker, plain, queue):
+    async with broker.subscribe([COUNTED], group="readers") as deliveries:
+        await broker.send_messages([counted(1), counted(2)])
+        await (await anext(deliveries)).retry(after=0.1)
+        await plain.queue_delete(f"{queue}:retry:100")
+
+        await (await anext(deliveries)).retry(after=0.1)
+
+        assert await asyncio.wait_for(numbers(deliveries, 1), SLACK) in ([1], [2])
 
 
 @pytest.mark.parametrize(("outcome", "group"), [("retry", "readers"), ("dead_letter", None)])
