@@ -140,12 +140,14 @@ class _Token(msgspec.Struct, eq=False, gc=False):  # nothing that it refers to r
     Attributes:
         partition: The partition of the message.
         record: The message.
+        size: About how many bytes it has.
         is_settled: Whether settling it has no effect any more: it is settled, or another delivery replaced it.
         is_counted: Whether it is one of the unsettled deliveries. One that could not be settled makes room for others.
     """
 
     partition: Partition
     record: Record
+    size: int
     is_settled: bool = False
     is_counted: bool = True
 
@@ -370,13 +372,14 @@ class Subscription(ResilientSubscription):
             partition.read_until = records[-1].timestamp
         partition.note_batch(records[0])
         take, before = partition.offsets.take, len(into)
-        taken = [(each, attempt) for each in records if (attempt := take(each.offset))]
-        partition.held += sum([_size(record) for record, _ in taken])
         if not partition.is_retries and not self.options.in_place:
-            into += [self._delivery(partition, record, attempt) for record, attempt in taken]
+            into += [self._delivery(partition, each, attempt) for each in records if (attempt := take(each.offset))]
+            partition.held += sum([each.token.size for each in into[before:]])  # type: ignore[attr-defined]  # a `_Token`
         else:
-            for record, attempt in taken:
-                self._accept_in_order(partition, record, attempt, into)
+            for record in records:
+                if attempt := take(record.offset):
+                    partition.held += _size(record)
+                    self._accept_in_order(partition, record, attempt, into)
         self._count(partition, len(into) - before)
 
     def _accept_in_order(self, partition: Partition, record: Record, attempt: int, into: list[Delivery]) -> None:
@@ -436,7 +439,7 @@ class Subscription(ResilientSubscription):
             headers=_headers(partition, record) if record.headers or record.key is not None else {},
             attempt=attempt,
             settler=self,
-            token=_Token(partition, record),
+            token=_Token(partition, record, _size(record)),
             unreadable=record.why if type(record) is Unreadable else None,
         )
 
@@ -536,7 +539,7 @@ class Subscription(ResilientSubscription):
     def _finish(self, token: _Token, partition: Partition) -> None:
         record = token.record
         token.is_settled = True
-        partition.held -= _size(record)
+        partition.held -= token.size
         partition.offsets.finish(record.offset)
         self._make_room(token, partition)
         if partition.behind and record.key in partition.behind:
@@ -549,7 +552,7 @@ class Subscription(ResilientSubscription):
                 del partition.behind[record.key]
 
     def _make_room(self, token: _Token, partition: Partition) -> None:
-        if partition.is_lost or not token.is_counted:
+        if not token.is_counted or partition.is_lost:
             return
         token.is_counted = False
         partition.unsettled -= 1
@@ -571,10 +574,9 @@ def _token(delivery: Delivery) -> _Token:
 
 def _size(record: Record) -> int:
     """Return about how many bytes *record* has."""
-    size = len(record.value) if record.value else 0
+    size = len(record.value or b"")
     for _, value in record.headers:
-        if value:
-            size += len(value)
+        size += len(value or b"")
     return size
 
 
