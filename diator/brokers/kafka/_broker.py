@@ -56,7 +56,7 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
     Args:
         bootstrap_servers: `host:port`, or several, separated by commas.
         prefix: The first part of all topic names and group names.
-        timeout: Seconds within which every call ends.
+        timeout: Seconds within which every call ends. The default outlasts the failover of a Kafka broker (up to 10 s).
         max_message_bytes: The size limit of an encoded message. With headers, the default fits Kafka's own default.
         max_in_flight: How many messages may be unconfirmed. Further sends wait.
         ssl_context: For TLS. None connects without TLS.
@@ -85,7 +85,7 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
         bootstrap_servers: str,
         prefix: str = "diator",
         *,
-        timeout: float = 10.0,
+        timeout: float = 30.0,
         max_message_bytes: int = MAX_KAFKA_BYTES,
         max_in_flight: int = 1024,
         ssl_context: ssl.SSLContext | None = None,

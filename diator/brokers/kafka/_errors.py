@@ -10,6 +10,7 @@ from aiokafka import errors
 
 from diator._text import explained, printable
 from diator.brokers.batching import own_error
+from diator.brokers.kafka._unconfirmed import Place
 from diator.exceptions import (
     AccessRefused,
     BrokerError,
@@ -117,20 +118,25 @@ def _problem(error: BaseException, *, within: float | None = None) -> str:
     return explained(error, within=within)
 
 
-def send_error(error: BaseException, message_id: UUID | None, *, handed_over: bool) -> BrokerError:
+def send_error(
+    error: BaseException, message_id: UUID | None, *, handed_over: bool, place: Place | None = None
+) -> BrokerError:
     """
     Return the send error for one message, with *error* as its cause.
 
-    *handed_over*: whether the message may have been sent before the error.
+    *handed_over*: whether the message may have been sent before the error. *place*: where it goes, if that is known.
     """
     if isinstance(error, BrokerError):
         return own_error(error, message_id)
-    translated = _translated(error, message_id, handed_over=handed_over)
+    translated = _translated(error, message_id, handed_over=handed_over, place=place)
     translated.__cause__ = error
     return translated
 
 
-def _translated(error: BaseException, message_id: UUID | None, *, handed_over: bool) -> BrokerError:
+def _translated(
+    error: BaseException, message_id: UUID | None, *, handed_over: bool, place: Place | None
+) -> BrokerError:
+    where = "" if place is None else f" for {place[0]}, partition {place[1]}"
     problem = _problem(error)
     if isinstance(error, TOO_LARGE):
         remedy = "raise max.message.bytes of its topic, or send a smaller message"
@@ -138,8 +144,8 @@ def _translated(error: BaseException, message_id: UUID | None, *, handed_over: b
     if refused(error):
         return MessageRejected(f"Kafka refused it ({problem})", message_id=message_id)
     if not handed_over:
-        return BrokerUnavailable(f"Kafka is not available ({problem})", message_id=message_id)
-    return OutcomeUnknown(f"Kafka did not confirm it ({problem}); it may have arrived", message_id=message_id)
+        return BrokerUnavailable(f"Kafka is not available{where} ({problem})", message_id=message_id)
+    return OutcomeUnknown(f"Kafka did not confirm it{where} ({problem}); it may have arrived", message_id=message_id)
 
 
 def refused(error: BaseException) -> bool:

@@ -24,7 +24,7 @@ from diator.brokers.kafka._client import (
     without_own_end,
 )
 from diator.brokers.kafka._topics import TopicPolicy, create_missing
-from diator.brokers.kafka._unconfirmed import Batch
+from diator.brokers.kafka._unconfirmed import Batch, Place
 
 _STAY = 100
 """How many messages without a key go to one partition before another one is chosen."""
@@ -122,6 +122,10 @@ class IdempotentProducer:
         if partition is not None:
             return TopicPartition(topic, min(partition, partitions[-1]))  # others may have created it, with fewer
         return TopicPartition(topic, _partition_of_key(key or b"", partitions, []))
+
+    def has_leader(self, place: Place) -> bool:
+        """Tell whether any broker is the leader of a partition, as far as aiokafka knows."""
+        return self._cluster.leader_for_partition(TopicPartition(*place)) not in _NO_LEADER
 
     def knows(self, topic: str) -> bool:
         """Tell whether the partitions of *topic* have been looked up."""

@@ -103,24 +103,28 @@ class Producer(ClientConnection[IdempotentProducer]):
         self, topic: str, key: bytes | None, partition: int | None, message_id: UUID | None, deadline: float
     ) -> tuple[IdempotentProducer, Place]:
         """Wait for a producer that knows the partitions of *topic*, and for room."""
-        failures = self._failures
+        failures, waited_for = self._failures, "the sends before it"
         self._queued += 1
         try:
             async with asyncio.timeout_at(deadline), self._lock:
                 while not self.is_closed:
+                    waited_for = "the partitions of earlier messages"
                     producer = await self._prepared(failures)
                     if self._calls.is_full:
+                        waited_for = f"the confirmation of one of {self._max_in_flight:,} messages in flight"
                         self._room.clear()
                         await self._room.wait()
                         continue
                     place = producer.place(topic, key, partition, self._calls.in_flight > 0)
                     if place is not None:
                         return producer, place
+                    waited_for = f"the topic {topic}"
                     await producer.create_missing(self._cluster, self._policy, topic)
+                    waited_for = f"the partitions of {topic}"
                     await producer.look_up(topic)
                 raise BrokerClosed("this broker is closed")
         except CLIENT_ERRORS as error:
-            raise self._not_sent(error, message_id) from error
+            raise self._not_sent(error, message_id, waited_for) from error
         except BrokerError as error:
             raise send_error(error, message_id, handed_over=False) from error.__cause__
         finally:
@@ -152,9 +156,12 @@ class Producer(ClientConnection[IdempotentProducer]):
         except CLIENT_ERRORS as error:
             self._fail(self._calls.take_waiting(topic), error, handed_over=False)
 
-    def _not_sent(self, error: Exception, message_id: UUID | None) -> BrokerError:
-        if isinstance(error, asyncio.TimeoutError) and self._link is None:
-            error = ConnectionError(self._no_connection())
+    def _not_sent(self, error: Exception, message_id: UUID | None, waited_for: str = "") -> BrokerError:
+        if isinstance(error, asyncio.TimeoutError) and not str(error):
+            if self._link is None:
+                error = ConnectionError(self._no_connection())
+            elif waited_for:
+                error = TimeoutError(f"it waited for {waited_for} for {self.timeout:g} s")
         return send_error(error, message_id, handed_over=False)
 
     # -- batches, and how they end -----------------------------------------------------------------------------------
@@ -216,7 +223,8 @@ class Producer(ClientConnection[IdempotentProducer]):
     def _fail(self, calls: Sequence[Call], error: BaseException, *, handed_over: bool) -> None:
         for call in calls:
             if not call.confirmed.done():
-                call.confirmed.set_exception(send_error(error, call.message_id, handed_over=handed_over))
+                own = send_error(error, call.message_id, handed_over=handed_over, place=call.place)
+                call.confirmed.set_exception(own)
         self._note_room()
 
     def _note_room(self) -> None:
@@ -256,11 +264,17 @@ class Producer(ClientConnection[IdempotentProducer]):
         self._alarm = None
         now = asyncio.get_running_loop().time()
         for producer in self._calls.stuck(now):
-            why = f"Kafka did not confirm it within {self.timeout:g} s; it may have arrived"
-            self._give_up(producer, OutcomeUnknown(why))
+            why = f"within {self.timeout:g} s, the leader did not report that all in-sync replicas have it"
+            self._give_up(producer, TimeoutError(why))
         overdue, withdrawn = self._calls.expire(now)  # the partition still has no leader, or no producer connects
-        why = self._no_connection() if self._link is None else f"it was not sent within {self.timeout:g} s"
-        self._fail(overdue, TimeoutError(why), handed_over=False)
+        for call in overdue:
+            if self._link is None:
+                why = self._no_connection()
+            elif self._link.has_leader(call.place):
+                why = f"its leader took nothing within {self.timeout:g} s"
+            else:
+                why = f"it had no leader within {self.timeout:g} s"
+            self._fail([call], TimeoutError(why), handed_over=False)
         if self._link is not None:
             self._link.drop(withdrawn)
         self._hand_over_soon()

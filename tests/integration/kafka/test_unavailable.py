@@ -38,6 +38,8 @@ async def test_every_call_ends_when_kafka_freezes(make, private_kafka) -> None:
         await broker.aclose()
 
     assert {type(result) for result in results} == {OutcomeUnknown}
+    place = f"{broker._names.topic(COUNTED)}, partition "
+    assert all(f"{place}" in str(result) and "all in-sync replicas" in str(result) for result in results)
     assert isinstance(refused, BrokerUnavailable)
     await asyncio.to_thread(private_kafka.unpause)
 

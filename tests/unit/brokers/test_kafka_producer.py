@@ -35,6 +35,12 @@ class FakeProducer:
     def knows(self, topic):
         return topic in self.kafka.topics
 
+    def has_leader(self, place):
+        return place[1] == 1
+
+    async def create_missing(self, cluster, policy, topic):
+        pass
+
     async def look_up(self, topic):
         if self.kafka.answer is None:
             raise errors.KafkaConnectionError("nobody answers")
@@ -177,6 +183,8 @@ async def test_each_call_ends_at_its_own_deadline(sender, kafka):
     assert loop.time() - started == pytest.approx(TIMEOUT, abs=0.1)
     assert await kinds(second) == [BrokerUnavailable]
     assert loop.time() - started == pytest.approx(TIMEOUT + 3.0, abs=0.1)
+    assert f"partition 0 (TimeoutError: it had no leader within {TIMEOUT:g} s)" in str(first[0].exception())
+    assert f"partition 1 (TimeoutError: its leader took nothing within {TIMEOUT:g} s)" in str(second[0].exception())
 
 
 async def test_only_the_refused_message_fails_and_the_others_keep_their_order(sender, kafka):
@@ -446,3 +454,20 @@ def test_a_program_can_send_in_one_event_loop_after_another(sender, kafka):
     asyncio.run(send(0))
     asyncio.run(send(1))
     assert kafka.stored == [b"0", b"1"]
+
+
+async def test_an_error_says_what_a_message_that_was_not_sent_waited_for(make, kafka):
+    kafka.topics.clear()
+    kafka.answer = asyncio.Event()  # Kafka does not answer the question for the partitions
+    (unknown,) = await results(start(make(), b"1"))
+    assert f"it waited for the partitions of topic for {TIMEOUT:g} s" in str(unknown)
+
+    kafka.topics.add("topic")
+    sender = make(max_in_flight=1)
+    sent, *waiting = start(sender, b"1", b"2")
+    (await kafka.producer(1)).take_off()
+    (unconfirmed,) = await results([sent])
+    assert type(unconfirmed) is OutcomeUnknown
+    assert "partition 0" in str(unconfirmed)
+    assert "all in-sync replicas" in str(unconfirmed)
+    assert [type(error) for error in await results(waiting)] == [BrokerUnavailable]
