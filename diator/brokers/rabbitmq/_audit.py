@@ -57,7 +57,8 @@ async def inspect(
                         )
             return findings
     except CHANNEL_ERRORS as error:
-        raise BrokerUnavailable(f"RabbitMQ cannot be audited ({explained(error, within=timeout)})") from error
+        why = explained(error, within=timeout)
+        raise BrokerUnavailable(f"RabbitMQ at {address.where} cannot be audited ({why})") from error
     finally:
         await channel.close()
 

@@ -24,10 +24,11 @@ from diator.brokers.rabbitmq._publisher import Publisher
 from diator.brokers.rabbitmq._retained import RetainingPublisher
 from diator.brokers.rabbitmq._subscription import QueueType, ReadOptions, Subscription
 from diator.brokers.supervisor import ReconnectPolicy
-from diator.exceptions import BrokerClosed, ConfigurationError, EncodingError
+from diator.exceptions import BrokerClosed, ConfigurationError, EncodingError, MessageRejected
 
 Unroutable: TypeAlias = Literal["retain", "raise", "drop"]
 
+_MAX_PREFIX = 100
 _CAPABILITY: dict[Unroutable, Level] = {"retain": "retained", "raise": "reported", "drop": "dropped"}
 
 
@@ -81,9 +82,10 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
             raise ConfigurationError(f"unroutable must be retain, raise or drop, not {unroutable!r:.80}")
         if queue_type not in {"quorum", "classic"}:
             raise ConfigurationError(f"queue_type must be quorum or classic, not {queue_type!r:.80}")
-        if not prefix or prefix.startswith("amq.") or UNUSUAL.search(prefix):
+        if not 0 < len(prefix) <= _MAX_PREFIX or prefix.startswith("amq.") or UNUSUAL.search(prefix):
             raise ConfigurationError(
-                "the prefix names an exchange: it has letters, digits and _./@,+- and does not start with 'amq.'"
+                f"the prefix names an exchange: it has 1 to {_MAX_PREFIX} letters, digits and _./@,+-, and does not "
+                "start with 'amq.'"
             )
         self._address = Address(url, ssl_context)
         self._timeout = timeout
@@ -131,8 +133,13 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         if headers:
             _check_headers(message, headers)
         message_id = str(message.message_id)
+        try:
+            key = routing_key(message.message_type, message.message_name)
+        except ValueError as error:
+            raise MessageRejected(
+                f"{message.message_name:.80}: {error}; give it a shorter name", message_id=message.message_id
+            ) from error
         header = header_of(message.message_name, message_id, headers, len(body))
-        key = routing_key(message.message_type, message.message_name)
         mandatory = self._unroutable != "drop"
         publication = Publication(self._options.prefix, key, header, body, message_id, mandatory)
         await self._service.send(publication, Topic(message.message_type, message.message_name))

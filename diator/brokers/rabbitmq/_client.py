@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 from aiormq.connection import Connection, TCPTransportFactory, TLSTransportFactory, TransportFactory
-from aiormq.exceptions import AMQPError, InvalidFrameError
+from aiormq.exceptions import AMQPError, AuthenticationError, InvalidFrameError, ProbableAuthenticationError
 from pamqp import commands
 from pamqp.base import Frame
 from pamqp.exceptions import PAMQPException
@@ -23,8 +23,8 @@ from pamqp.heartbeat import Heartbeat
 from yarl import URL
 
 from diator._extras import importing, require_internals
-from diator._text import without_credentials
-from diator.exceptions import ConfigurationError
+from diator._text import printable, without_credentials
+from diator.exceptions import AccessRefused, ConfigurationError
 
 __all__ = ["URL", "Connection", "Frame", "commands", "marshal", "unmarshal"]
 
@@ -54,14 +54,22 @@ _KINDS = frozenset({METHOD, CONTENT_HEADER, CONTENT_BODY, _HEARTBEATS})
 _HEARTBEAT = Heartbeat().marshal()
 _READ_SIZE = 256 * 1024
 
+_LOGIN_ERRORS = (AuthenticationError, ProbableAuthenticationError)
 CLIENT_ERRORS = (AMQPError, PAMQPException, OSError, asyncio.TimeoutError, RuntimeError)
 
 # In seconds, unless the URL has another value. RabbitMQ closes a connection that is silent for two of them.
 HEARTBEAT = 10
+_MAX_HEARTBEAT = 65_535
+# A slash, and a virtual host of at most 255 bytes.
+_MAX_PATH = 256
+# What the payload of a `Connection.Close` begins with: the numbers of its class and its method.
+_CLOSE = b"\x00\x0a\x00\x32"
+# Why RabbitMQ lets a user not in: ACCESS_REFUSED and NOT_ALLOWED.
+_NOT_LET_IN = (403, 530)
 
 _FORMS = (
     "pass a URL such as amqp://user:password@host:5672/vhost (amqps:// for TLS), as a str or yarl.URL, "
-    "or a connection of aio-pika"
+    "or a connection of aio-pika; percent-encode what a user, a password or a virtual host has of /:@?#[]%"
 )
 # The options that a connection of aio-pika passes to aiormq, besides its URL.
 _OPTIONS = ("client_properties", "context", "happy_eyeballs_delay", "interleave")
@@ -102,13 +110,20 @@ class Address:
             url = self._owner.url
         try:
             self._url = URL(url)  # type: ignore[arg-type]  # else a TypeError
-            is_known = self._url.scheme in {"amqp", "amqps"} and bool(self._url.host)
+            is_known = self._url.scheme in {"amqp", "amqps"} and bool(self._url.host) and self._url.port != 0
+            (self._url.host or "").encode("idna")  # as the resolver does
             self.heartbeat = int(self._url.query.get("heartbeat", HEARTBEAT))
+            is_known = is_known and 0 <= self.heartbeat <= _MAX_HEARTBEAT
         except (TypeError, ValueError):
             is_known = False
         if not is_known:
             # Without its cause, whose text may quote the URL and the password in it.
             raise ConfigurationError(f"this is not a URL of RabbitMQ; {_FORMS}") from None
+        if ",amqp" in self._url.path or len(self._url.path.encode(errors="replace")) > _MAX_PATH:
+            raise ConfigurationError(
+                "the path of a URL of RabbitMQ names its virtual host, which has at most 255 bytes; for several nodes "
+                "pass one name that resolves to all of them, or the address of a load balancer"
+            )
         if ssl_context is not None and self._url.scheme != "amqps":
             raise ConfigurationError("an ssl_context needs a URL that starts with amqps://")
         self.where: str = without_credentials(str(self._url.with_query(None)))
@@ -126,8 +141,19 @@ class Address:
         transport.channels = connection.channels
         try:
             await connection.connect()
-        except BaseException:
+        except BaseException as error:
             transport.abort()
+            code, reason = transport.reader.refusal if transport.reader is not None else (0, "")
+            if isinstance(error, _LOGIN_ERRORS):
+                code, reason = _NOT_LET_IN[0], str(error)
+            reason = printable(without_credentials(reason))
+            if code in _NOT_LET_IN and "limit" not in reason:  # a limit of connections may be free again soon
+                raise AccessRefused(
+                    f"RabbitMQ at {self.where} does not let this user in ({reason}); check the user, the password and "
+                    "the virtual host, and permit the user to use that"
+                ) from error
+            if reason:
+                raise ConnectionRefusedError(reason) from error
             raise
         assert transport.writer is not None, "it is connected"  # noqa: S101
         return connection, transport.writer
@@ -153,8 +179,9 @@ class Receiver(Protocol):
 
 
 class _Transport(TransportFactory):
-    """Makes what aiormq reads from and writes to, and keeps the writer."""
+    """Makes what aiormq reads from and writes to, and keeps the reader and the writer."""
 
+    reader: _Reader | None = None
     writer: asyncio.StreamWriter | None = None
 
     def __init__(self, made_by: TransportFactory) -> None:
@@ -165,7 +192,8 @@ class _Transport(TransportFactory):
     async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         self._connecting = asyncio.current_task()
         reader, self.writer = await self._made_by.create(url, **options)
-        return cast("asyncio.StreamReader", _Reader(reader, self.channels)), self.writer
+        self.reader = _Reader(reader, self.channels)
+        return cast("asyncio.StreamReader", self.reader), self.writer
 
     def abort(self) -> None:
         """Give up. aiormq connects in a task of its own, which goes on when the task that waits for it is cancelled."""
@@ -182,9 +210,13 @@ class _Reader:
     aiormq decodes every frame that it reads, and ends the connection at what pamqp cannot decode: a property, or
     a routing key. RabbitMQ would then redeliver that message for ever. Where aiormq does not see the frames of
     a channel, it sees a heartbeat as a sign of life.
+
+    Attributes:
+        refusal: Why RabbitMQ has closed the connection, as a number of AMQP and in words, which aiormq does not tell.
     """
 
     def __init__(self, reader: asyncio.StreamReader, channels: Mapping[int, Receiver]) -> None:
+        self.refusal: tuple[int, str] = 0, ""
         self._reader = reader
         self._channels = channels
         self._arrived = bytearray()
@@ -221,6 +253,9 @@ class _Reader:
                 at = after
                 if not number:
                     self._for_aiormq += frame
+                    if frame.startswith(_CLOSE, FRAME.size):
+                        close: Any = unmarshal(frame)[2]
+                        self.refusal = close.reply_code, close.reply_text
                 elif (channel := self._channels.get(number)) is not None:
                     channel.take_frame(kind, frame)
         del self._arrived[:at]

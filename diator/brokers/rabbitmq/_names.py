@@ -7,7 +7,6 @@ import re
 from functools import lru_cache
 
 from diator.brokers.base import Topic
-from diator.exceptions import EncodingError
 
 _LONGEST = 255
 _LONGEST_SUFFIX = len(":retry:4294967295")
@@ -15,20 +14,20 @@ _LONGEST_SUFFIX = len(":retry:4294967295")
 
 @lru_cache(maxsize=1024)
 def routing_key(message_type: str, message_name: str) -> str:
-    """Return a routing key without wildcards, whose first word is the type. EncodingError if it is too long."""
+    """Return a routing key without wildcards, whose first word is the type. ValueError if RabbitMQ takes none such."""
     key = f"{_quoted(message_type, '%*#.')}.{_quoted(message_name, '%*#')}"
     if len(key.encode()) > _LONGEST:
-        raise EncodingError(f"{message_name:.80}…", f"RabbitMQ accepts routing keys of up to {_LONGEST} bytes")
+        raise ValueError(f"its routing key would have more than {_LONGEST} bytes")
     return key
 
 
 def queue_name(prefix: str, topic: Topic, group: str) -> str:
-    """Return the name of a group's queue, which no queue of other parts has. EncodingError if it is too long."""
+    """Return the name of a group's queue, which no queue of other parts has. ValueError if RabbitMQ takes none such."""
     return _joined(prefix, topic, _GROUP.sub(_escaped, group))
 
 
 def own_queue_name(prefix: str, topic: Topic, purpose: str) -> str:
-    """Return the name of a queue of diator that belongs to no group. EncodingError if it is too long."""
+    """Return the name of a queue of diator that belongs to no group. ValueError if RabbitMQ takes none such."""
     return _joined(prefix, topic, f"/{purpose}")
 
 
@@ -45,9 +44,7 @@ def retained_exchange_name(prefix: str) -> str:
 def _joined(prefix: str, topic: Topic, last: str) -> str:
     queue = ":".join((prefix, *(UNUSUAL.sub(_escaped, part) for part in topic), last))
     if len(queue.encode()) > _LONGEST - _LONGEST_SUFFIX:
-        raise EncodingError(
-            f"{topic.message_name:.80}…", f"the names of its queues would have more than {_LONGEST} bytes"
-        )
+        raise ValueError(f"the names of its queues would have more than {_LONGEST} bytes")
     return queue
 
 

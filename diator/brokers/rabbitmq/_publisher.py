@@ -27,6 +27,7 @@ from diator.brokers.rabbitmq._frames import Publication
 from diator.brokers.rabbitmq._names import retained_exchange_name
 from diator.brokers.supervisor import ReconnectPolicy, close_all
 from diator.exceptions import (
+    AccessRefused,
     BrokerClosed,
     BrokerError,
     BrokerUnavailable,
@@ -174,11 +175,15 @@ class Publisher(ClientConnection["_Connection"]):
                 "the user may declare; else choose another prefix",
                 message_id=message_id,
             ) from error
+        except AccessRefused as error:
+            raise AccessRefused(str(error), message_id=message_id) from error
         except CHANNEL_ERRORS as error:
             if isinstance(error, TimeoutError) and error is not self._failure:
                 raise  # the caller's own deadline
             why = explained(error, within=self._reconnect.connect_timeout)
-            raise BrokerUnavailable(f"no connection to RabbitMQ ({why})", message_id=message_id) from error
+            raise BrokerUnavailable(
+                f"no connection to RabbitMQ at {self._address.where} ({why})", message_id=message_id
+            ) from error
         if link is None or self.is_closed:
             raise BrokerClosed("this broker is closed", message_id=message_id)
         return link

@@ -32,7 +32,7 @@ from diator.brokers.rabbitmq._frames import Publication
 from diator.brokers.rabbitmq._names import retained_exchange_name, retained_queue_name
 from diator.brokers.rabbitmq._publisher import Publisher, uuid_of
 from diator.brokers.supervisor import ReconnectPolicy
-from diator.exceptions import BrokerUnavailable, DiatorError, MessageUnroutable
+from diator.exceptions import BrokerUnavailable, DiatorError, MessageRejected, MessageUnroutable
 
 # The retained messages of a topic have at most so many bytes, so that they cannot fill the disk of the server.
 _MOST_BYTES = 1024**3
@@ -125,6 +125,12 @@ class RetainingPublisher(Publisher):
             await self.publish(publication, deadline=deadline)
         except MessageUnroutable as unroutable:
             message_id = unroutable.message_id
+            try:
+                retained_queue_name(self._exchange, topic)
+            except ValueError as error:
+                raise MessageRejected(
+                    f"{topic.message_name:.80}: {error}; give it a shorter name", message_id=message_id
+                ) from error
             try:
                 async with asyncio.timeout_at(deadline):
                     retains = await asyncio.shield(self._declared(topic, publication.routing_key))

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 from uuid import uuid4
 
-from diator._text import explained, printable
+from diator._text import explained, listed, printable
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.connecting import BackgroundTasks
 from diator.brokers.rabbitmq._channel import (
@@ -139,10 +139,22 @@ class Subscription(ResilientSubscription):
         self.group = group
         self.prefix = options.prefix
         own = uuid4().hex
-        self.queues = {
-            own_queue_name(self.prefix, topic, own) if group is None else queue_name(self.prefix, topic, group): topic
-            for topic in topics
-        }
+        try:
+            self.queues = {
+                own_queue_name(self.prefix, topic, own)
+                if group is None
+                else queue_name(self.prefix, topic, group): topic
+                for topic in topics
+                if routing_key(*topic)
+            }
+        except ValueError as error:
+            names = listed([f"{topic.message_name:.80}" for topic in topics])
+            raise ConfigurationError(
+                printable(
+                    f"RabbitMQ has no names for the queues of {names} and the group {group!r:.80} ({error}); choose "
+                    "shorter ones, of valid Unicode"
+                )
+            ) from error
         self._for_each_queue = min(prefetch + options.extra_prefetch // max(1, len(self.queues)), _MAX_PREFETCH)
         self.declared = False
         self.delay_queues: dict[str, float] = {}
@@ -167,12 +179,15 @@ class Subscription(ResilientSubscription):
             try:
                 try:
                     async with asyncio.timeout_at(began + limit) as deadline:
-                        await connection.open(*await self._address.dial("consuming"))
+                        await connection.open(*await self._dial())
                         limit += self._time_for_queues  # it has answered, and many queues, or new ones, take their time
                         deadline.reschedule(began + limit)
                         await connection.start()
                 except TimeoutError as error:
-                    raise BrokerUnavailable(f"RabbitMQ has not {connection.step} within {limit:g} s") from error
+                    where = self._address.where
+                    raise BrokerUnavailable(
+                        f"RabbitMQ at {where} has not {connection.step} within {limit:g} s"
+                    ) from error
                 except Lost:
                     # If several clients create a quorum queue at once, RabbitMQ can fail one with an INTERNAL_ERROR.
                     if tries_left:
@@ -182,6 +197,16 @@ class Subscription(ResilientSubscription):
                 return
             finally:
                 self._end_soon(connection)
+
+    async def _dial(self) -> Any:
+        try:
+            return await self._address.dial("consuming")
+        except TimeoutError:
+            raise
+        except CHANNEL_ERRORS as error:
+            raise BrokerUnavailable(
+                f"no connection to RabbitMQ at {self._address.where} ({explained(error)})"
+            ) from error
 
     def _end_soon(self, connection: Connection) -> None:
         """Requeue what the program has not seen, settle the rest, and close the connection, in the background."""

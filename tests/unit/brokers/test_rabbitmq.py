@@ -154,6 +154,20 @@ def test_an_option_that_makes_no_sense_is_refused(options):
         RabbitMQMessageBroker(URL, **options)
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "h:99999/", "h:0/", "h:x/", "a..b/", f"{'a' * 70}.b/", "h\ud800/", "h/?heartbeat=-1", "h/?heartbeat=99999",
+        "h/,amqp://guest:guest@h2/", f"h/{'v' * 256}",
+    ],
+)  # fmt: skip
+def test_an_address_that_names_no_rabbitmq_is_refused_without_its_password(rest):
+    with pytest.raises(ConfigurationError) as refused:
+        RabbitMQMessageBroker(f"amqp://guest:swordfish@{rest}")
+    assert "swordfish" not in str(refused.value)
+    assert refused.value.__cause__ is None
+
+
 def test_the_bound_of_redelivery_is_two_heartbeats():
     assert RabbitMQMessageBroker(URL).capabilities.redelivery_bound == 20.0
     assert RabbitMQMessageBroker(f"{URL}?heartbeat=3").capabilities.redelivery_bound == 6.0
@@ -175,7 +189,7 @@ def test_a_routing_key_means_one_topic_only():
     assert routing_key("a.b", "c") != routing_key("a", "b.c")
     for wild in "*#":
         assert wild not in routing_key("notification_event", f"a.{wild}")
-    with pytest.raises(EncodingError, match="255 bytes"):
+    with pytest.raises(ValueError, match="255 bytes"):
         routing_key("notification_event", "x" * 255)
 
 
@@ -186,7 +200,7 @@ def test_no_two_queues_have_one_name():
     names |= {own_queue_name("p", topic, purpose) for topic in topics for purpose in ("", "retained")}
 
     assert len(names) == len(topics) * (len(parts) + 2)
-    with pytest.raises(EncodingError, match="255 bytes"):
+    with pytest.raises(ValueError, match="255 bytes"):
         queue_name("p", Topic("notification_event", "x"), "g" * 230)
 
 
