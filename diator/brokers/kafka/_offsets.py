@@ -126,12 +126,13 @@ def _parse(position: int, metadata: str) -> tuple[list[range], dict[int, int]]:
 
 # -- where a retry waits -----------------------------------------------------------------------------------------
 
-DELAYS = (1.0, 4.0, 16.0, 64.0, 256.0)
+DELAYS = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0)
 """
 The delay buckets, one for each partition of a retry topic: the longest delay of each, in seconds.
 
 One more partition has the longer delays. A partition is read in its order. In each bucket the delays differ by a factor
-of four at most, so that no retry waits for long behind one that is due later.
+of four at most, so that no retry waits for long behind one that is due later. The delays of the default retry policy
+are not in the last one: there, a due time that somebody has forged can be far away.
 """
 LONGEST_DELAY = 7 * 24 * 3600.0
 """How many seconds ahead any retry is due, at most. By default, Kafka deletes a message after a week."""

@@ -54,7 +54,7 @@ async def test_topics_that_are_there_need_no_right_to_create(make, kafka_servers
     async with subscribed(broker) as deliveries:
         await send(broker, 0)
         (delivery,) = await take(deliveries, 1)
-        await delivery.retry(after=2.0)  # the retry topic has only one of six partitions
+        await delivery.retry(after=2.0)  # the retry topic has only one of seven partitions
         (again,) = await take(deliveries, 1)
         await again.dead_letter("no good")
 
@@ -90,7 +90,7 @@ async def test_topics_are_created_with_the_given_options(make, kafka_servers, na
         topic["topic"]: len(topic["partitions"])
         for topic in await admin.describe_topics([name, f"{name}.billing-retry", f"{name}.billing-dlq"])
     }
-    assert partitions == {name: 3, f"{name}.billing-retry": 6, f"{name}.billing-dlq": 1}
+    assert partitions == {name: 3, f"{name}.billing-retry": 7, f"{name}.billing-dlq": 1}
 
 
 @pytest.mark.parametrize("group", ["billing", None])

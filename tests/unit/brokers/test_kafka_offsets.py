@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 pytest.importorskip("aiokafka")
 
 from diator.brokers.kafka._offsets import DELAYS, Offsets, delay_bucket, longest_delay
+from diator.retrying import RetryPolicy
 
 WEEK = 7 * 24 * 3600.0
 
@@ -212,10 +213,17 @@ def test_no_metadata_hides_what_is_far_away(written):
     assert len(partition.progress()[1]) <= 4_096
 
 
-@pytest.mark.parametrize(("number", "partitions", "longest"), [(0, 6, 1.0), (4, 6, 256.0), (5, 6, WEEK), (0, 1, WEEK)])
+@pytest.mark.parametrize(
+    ("number", "partitions", "longest"),
+    [(0, 7, 1.0), (5, 7, 1024.0), (6, 7, WEEK), (4, 6, 256.0), (5, 6, WEEK), (0, 1, WEEK)],
+)
 def test_a_retry_is_not_due_later_than_its_bucket_allows(number, partitions, longest):
     """The last partition has all longer delays, however many there are."""
     assert longest_delay(number, partitions) == longest
+
+
+def test_no_delay_of_the_default_policy_is_in_the_bucket_without_a_limit():
+    assert delay_bucket(RetryPolicy().max_delay) < len(DELAYS)
 
 
 @pytest.mark.parametrize(("after", "where"), [(0.0, 0), (1.0, 0), (1.01, 1), (15.0, 2), (256.0, 4), (9e9, len(DELAYS))])
