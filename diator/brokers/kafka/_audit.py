@@ -11,7 +11,7 @@ from aiokafka.protocol.metadata import MetadataRequest
 from diator._text import listed
 from diator.brokers.audit import Finding
 from diator.brokers.kafka._client import Cluster, close_client, started
-from diator.brokers.kafka._names import DEAD
+from diator.brokers.kafka._names import DEAD, is_of_group, possible_sources
 from diator.brokers.kafka._offsets import MAX_COMMIT_METADATA
 from diator.brokers.kafka._topics import HEADERS_BYTES, TopicPolicy, described
 
@@ -43,7 +43,8 @@ async def inspect(cluster: Cluster, policy: TopicPolicy, prefix: str) -> list[Fi
         settings_of = await described(client, ConfigResourceType.TOPIC, [*replicas], node=node)
         topics: dict[Finding, list[str]] = {}
         for name, settings in sorted(settings_of.items()):
-            for finding in _topic_findings(name, replicas[name], settings, policy):
+            findings = [*_topic_findings(name, replicas[name], settings, policy), *_limit_findings(name, settings_of)]
+            for finding in findings:
                 topics.setdefault(finding, []).append(name)
         return [*found, *(_with_topics(finding, names) for finding, names in topics.items())]
     finally:
@@ -126,6 +127,19 @@ def _topic_findings(
             capability="max_message_bytes",
             problem=f"max.message.bytes is {most:,}, below max_message_bytes={policy.max_message_bytes:,}",
             remedy=f"{set_to} max.message.bytes={policy.max_message_bytes + HEADERS_BYTES}",
+        )
+
+
+def _limit_findings(name: str, settings_of: Mapping[str, Mapping[str, str] | str]) -> Iterator[Finding]:
+    """Yield a finding if *name* is a group's own topic and accepts less than the topic beside it."""
+    known = [settings for each in (name, *possible_sources(name)) if (settings := settings_of.get(each))]
+    limits = [int(settings["max.message.bytes"]) for settings in known if not isinstance(settings, str)]
+    if is_of_group(name) and len(limits) > 1 and limits[0] < max(limits):
+        yield Finding(
+            capability="dead_letter",
+            problem=f"max.message.bytes is {limits[0]:,}, and {max(limits):,} for the topic beside it: a larger "
+            "message cannot be requeued, and is dead-lettered without its body",
+            remedy=f"kafka-configs.sh --alter --topic {_TOPIC} --add-config max.message.bytes={max(limits)}",
         )
 
 

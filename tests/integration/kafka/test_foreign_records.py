@@ -445,6 +445,9 @@ async def test_a_dead_letter_that_does_not_fit_is_stored_without_its_body(make, 
         await large.dead_letter("no good")
         await wide.dead_letter("no good")
         await good.dead_letter("no good")
+        (finding,) = [each for each in await broker.audit() if "for the topic beside it" in each.problem]
+
+    assert f"{name}.billing-dlq, {name}.billing-retry: max.message.bytes is 20,000" in finding.problem
 
     (one, one_headers), (two, two_headers), (three, three_headers) = await dead_letters(kafka_servers, name)
     assert (one.value, one.key, one_headers["colour"]) == (None, b"k", b"red")
