@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, TypeAlias
 from uuid import uuid4
 
@@ -39,7 +39,7 @@ class Entry:
         first: The stream that all groups share. Another *stream* is that of the retried messages of one group.
         fields: The fields of the message.
         origin: The id of the message's first entry; of a retried message that is another than *id*.
-        leased_until: Until when nobody else can claim it, by the clock of the event loop.
+        leased_until: Until when nobody else can claim it, by `time.monotonic`.
         was_tried: Whether settling it has failed, so that it may be settled although no reply says so.
     """
 
@@ -47,7 +47,7 @@ class Entry:
     id: bytes
     first: bytes
     fields: list[tuple[bytes, bytes]]
-    origin: str
+    origin: bytes
     leased_until: float
     was_tried: bool = False
 
@@ -58,7 +58,7 @@ class Entry:
     @property
     def is_leased(self) -> bool:
         """Return whether it is this consumer's even if the group has forgotten it, since nobody can have claimed it."""
-        return not self.was_tried and asyncio.get_running_loop().time() < self.leased_until
+        return not self.was_tried and monotonic() < self.leased_until
 
 
 class Group:
@@ -130,7 +130,7 @@ class Group:
     async def renew(self, entries: Sequence[Entry], lease: float) -> None:
         """Renew the leases of *entries* of one stream, unless another consumer has claimed them meanwhile."""
         by_id = {entry.id: entry for entry in entries}
-        ids, now = [*by_id], asyncio.get_running_loop().time()
+        ids, now = [*by_id], monotonic()
         for start in range(0, len(ids), _MOST_OF_LUA):
             some = ids[start : start + _MOST_OF_LUA]
             ours, removed = await self._run(RENEW, [entries[0].stream], [self.name, self.consumer, *some])

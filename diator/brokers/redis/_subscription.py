@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Gen
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from time import monotonic
 from typing import Annotated, cast
 
 import msgspec
@@ -160,11 +161,11 @@ class Subscription(ResilientSubscription):
         """Make a delivery of an entry that Redis has delivered *times* times."""
         fields = [*zip(pairs[::2], pairs[1::2], strict=False)]
         first = self._first.get(stream, stream)
-        origin, attempt = id_.decode(), times
+        origin, attempt = id_, times
         if first != stream:
             try:
                 kept = msgspec.msgpack.decode(fields[0][1], type=_Kept)
-                fields, origin, attempt = kept.fields, kept.origin, kept.attempt + times - 1
+                fields, origin, attempt = kept.fields, kept.origin.encode(), kept.attempt + times - 1
             except (msgspec.DecodeError, IndexError):
                 what = f"{stream.decode()} has an entry that diator did not write"
                 self.lines.log(logging.WARNING, what, "%s: %s", what, id_.decode())
@@ -181,7 +182,7 @@ class Subscription(ResilientSubscription):
             headers=headers,
             attempt=attempt,
             settler=self,
-            token=Entry(stream, id_, first, fields, origin, asyncio.get_running_loop().time() + self.options.lease),
+            token=Entry(stream, id_, first, fields, origin, monotonic() + self.options.lease),
         )
         held = self._held[stream]
         self.unsettled += id_ not in held
@@ -195,15 +196,14 @@ class Subscription(ResilientSubscription):
 
     async def retry(self, delivery: Delivery, after: float, /) -> None:
         entry = self._release(delivery)
-        kept = msgspec.msgpack.encode(_Kept(entry.fields, delivery.attempt + 1, entry.origin))
+        kept = msgspec.msgpack.encode(_Kept(entry.fields, delivery.attempt + 1, entry.origin.decode()))
         with self._noting_failure(entry):
             await self.group.retry(entry, kept, after)
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         entry = self._release(delivery)  # if what follows fails, the lease runs out and the message is redelivered
-        headers = dead_letter_headers(
-            delivery, reason, source=entry.first.decode(), group=self.group.name.decode(), entry_id=entry.origin
-        )
+        source, group, origin = entry.first.decode(), self.group.name.decode(), entry.origin.decode()
+        headers = dead_letter_headers(delivery, reason, source=source, group=group, entry_id=origin)
         why = [part.encode() for pair in headers.items() for part in pair]
         with self._noting_failure(entry):
             await self.group.dead_letter(entry, why)
