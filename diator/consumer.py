@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Any, TypeAlias, TypeVar
 
 from diator._handling import DEAD_LETTERS_AT_ONCE, Handled, Handling, routes
+from diator._text import listed
 from diator.brokers.base import Delivery, Gap, ReadableBroker
 from diator.brokers.capabilities import Capabilities, require
 from diator.brokers.codec import Envelope
@@ -192,12 +193,21 @@ class Consumer:
             async with contextlib.AsyncExitStack() as stack:
                 deliveries = await self._until_stopped(stack.enter_async_context(subscription))
                 if deliveries is not None:
+                    logger.info("%s", self._about())
                     try:
                         self._deliveries, self._receiving = deliveries, True
                         await self._consume(deliveries)
                     finally:
                         self._receiving = False
                         self._handling.finish_log()
+
+    def _about(self) -> str:
+        broker, where = type(self._broker).__name__, getattr(self._broker, "where", "")
+        return (
+            f"consuming {listed(sorted(topic.message_name for topic in self._routes))} from {broker}"
+            f"{f' at {where}' if where else ''}, {f'group {self._group}' if self._group else 'without a group'}, "
+            f"concurrency {self._concurrency}"
+        )
 
     def stop(self) -> None:
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Coroutine, Sequence
@@ -16,6 +17,8 @@ from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, en
 from diator.exceptions import UsageError
 
 L = TypeVar("L")
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 # How long an attempt to connect that is cancelled may take to close what it has opened, in seconds.
 _CLEANING_UP = 2.0
@@ -90,12 +93,16 @@ class ClientConnection(ABC, Generic[L]):
     calls begins with `_bind_to_running_loop`. A call that has to wait counts itself in `_queued` and takes `_lock`;
     then it gets the connection from `_connected`. Work that nobody waits for runs in `_background`.
 
+    It logs once that an attempt has failed, and once that a later one was successful.
+
     Attributes:
+        where: The address of the service, without credentials, for logs.
         subscriptions: The open subscriptions of the same broker. They end with it.
         timeout: The time limit for each call, in seconds.
     """
 
-    def __init__(self, *, timeout: float, reconnect: ReconnectPolicy) -> None:
+    def __init__(self, where: str, *, timeout: float, reconnect: ReconnectPolicy) -> None:
+        self.where = where
         self.subscriptions: set[ResilientSubscription] = set()
         self.timeout = timeout
         self._reconnect = reconnect.capped(timeout / 2)  # so that each call has the time for an attempt
@@ -174,10 +181,15 @@ class ClientConnection(ABC, Generic[L]):
             try:
                 async with asyncio.timeout(self._reconnect.connect_timeout):
                     self._link = await self._connect()
+                if self._failure is not None:
+                    logger.info("connected to %s again", self.where)
                 self._failure = None
             except (Exception, asyncio.CancelledError) as error:  # whatever the client library raises
                 if isinstance(error, asyncio.CancelledError) and this is not None and this.cancelling():
                     raise  # otherwise the client library has cancelled its own work
+                if self._failure is None:
+                    why = explained(error, within=self._reconnect.connect_timeout)
+                    logger.warning("no connection to %s (%s); the next calls try again", self.where, why)
                 self._failures += 1
                 self._failure = error if isinstance(error, Exception) else ConnectionError("connecting was cancelled")
 
@@ -231,6 +243,11 @@ class ServiceBroker(ABC, Generic[S]):
 
     def __init__(self, service: S) -> None:
         self._service = service
+
+    @property
+    def where(self) -> str:
+        """The address of the service, without credentials."""
+        return self._service.where
 
     @abstractmethod
     async def send_message(self, message: Message, /) -> None:

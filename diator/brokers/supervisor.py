@@ -21,6 +21,7 @@ from typing import Protocol, Self
 from diator._log import RepeatedLines
 from diator._text import explained, listed
 from diator.brokers.base import Delivery, Gap, OnGap, Topic
+from diator.brokers.client_logs import own_client
 from diator.exceptions import (
     AccessRefused,
     BrokerClosed,
@@ -81,7 +82,7 @@ class Source(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class ReconnectPolicy:
     """
-    When a subscription closes its connection, and how long it waits before it reconnects. All times are in seconds.
+    When a subscription closes its connection, and how long it and a sender wait before they reconnect, in seconds.
 
     Attributes:
         connect_timeout: The time limit for connecting, until the connection is ready to receive.
@@ -214,7 +215,8 @@ class ResilientSubscription(ABC):
 
     async def __aenter__(self) -> Self:
         ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._receiver = asyncio.create_task(self._keep_receiving(ready), name="diator: receiving")
+        with own_client():
+            self._receiver = asyncio.create_task(self._keep_receiving(ready), name="diator: receiving")
         self._registry.add(self)
         try:
             await ready

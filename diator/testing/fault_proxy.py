@@ -115,7 +115,8 @@ class FaultProxy:
         for is_open in self._open.values():
             is_open.set()
         if self._listener is None:
-            self._listener = await asyncio.start_server(self._accept, self.host, self.port)
+            # Like `asyncio.start_server`, with another class of readers.
+            self._listener = await asyncio.get_running_loop().create_server(self._protocol, self.host, self.port)
             self.port = self._listener.sockets[0].getsockname()[1]
 
     # -- work ----------------------------------------------------------------------------------------------------
@@ -124,6 +125,11 @@ class FaultProxy:
     def connections(self) -> int:
         """The number of open connections."""
         return len(self._links)
+
+    @property
+    def clients(self) -> int:
+        """The number of open connections that their clients have not closed, even if a fault holds that back."""
+        return sum(not link.client.has_ended for link in self._links.values())
 
     async def __aenter__(self) -> Self:
         await self.heal()
@@ -135,12 +141,16 @@ class FaultProxy:
             self.reset()
             await asyncio.wait(self._links)
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _protocol(self) -> asyncio.Protocol:
+        client = _Client()
+        return asyncio.StreamReaderProtocol(client, lambda _, writer: self._accept(client, writer))
+
+    def _accept(self, reader: _Client, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
         if self._rejects:
             _reset(writer)
             return
-        link = _Link([writer])
+        link = _Link(reader, [writer])
         task = asyncio.create_task(self._serve(link, reader, writer), name=f"proxied connection {self.accepted}")
         self._links[task] = link
         task.add_done_callback(self._links.pop)
@@ -203,8 +213,23 @@ class FaultProxy:
 class _Link:
     """A connection to a client, with its connection to the service."""
 
+    client: _Client
     writers: list[asyncio.StreamWriter]
     black_holed: bool = False
+
+
+class _Client(asyncio.StreamReader):
+    """What a client sends. Unlike `at_eof`, `has_ended` does not wait until all of it was read."""
+
+    has_ended: bool = False
+
+    def feed_eof(self) -> None:
+        self.has_ended = True
+        super().feed_eof()
+
+    def set_exception(self, exc: Exception) -> None:
+        self.has_ended = True
+        super().set_exception(exc)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -8,6 +8,8 @@ from typing import ClassVar
 
 import pytest
 
+from diator.brokers.connecting import ClientConnection
+from diator.brokers.supervisor import ReconnectPolicy
 from diator.exceptions import BrokerUnavailable
 from diator.testing.conformance import SCENARIOS, EnvironmentMissing, Limits, run_scenario, run_suite, select
 from diator.testing.saboteurs import SABOTEURS, Saboteur
@@ -74,7 +76,7 @@ def test_every_scenario_has_a_saboteur():
 class Inert:
     """A proxy and a service whose faults have no effect."""
 
-    accepted = connections = 1
+    accepted = connections = clients = 1
     passed: ClassVar = Counter()
     lost: ClassVar = passed
 
@@ -211,6 +213,128 @@ def test_a_gap_that_is_not_reported_is_caught(id_):
     result = run_scenario(SCENARIOS[id_], restarted(Silent, forgets=False), seed=1)
 
     assert (result.outcome, "reported no gap" in result.reason) == ("FAIL", True)
+
+
+class BadLink(Inert):
+    """A link that stalls or resets, and knows the connections of the broker behind it."""
+
+    def __init__(self):
+        self.fault = None
+        self.accepted = self.clients = 1  # the subscription has one, which knows no fault
+        self.healed = asyncio.Event()
+
+    def withhold(self, *_):
+        self.fault = "stall"
+        self.healed.clear()
+
+    black_hole = withhold
+
+    def reject(self):
+        self.fault = "reject"
+
+    def refuse(self):
+        self.fault = "refuse"
+
+    async def heal(self):
+        self.fault = None
+        self.healed.set()
+
+    async def connect(self):
+        """Open a connection, which is closed at once: nobody keeps one here."""
+        self.accepted += self.fault != "refuse"
+        self.clients += 1
+        try:
+            if self.fault == "stall":
+                await self.healed.wait()
+            elif self.fault:
+                raise ConnectionError(self.fault)
+        finally:
+            self.clients -= 1
+
+
+class Sharing(ClientConnection[None]):
+    """Makes one attempt to connect at a time, for all callers."""
+
+    link: BadLink
+
+    async def open(self):
+        await self.connect()
+
+    async def connect(self):
+        loop = self._bind_to_running_loop()
+        failures = self._failures
+        async with asyncio.timeout_at(loop.time() + self.timeout), self._lock:
+            if self.link.fault:
+                self._link = None
+            await self._connected(failures)
+
+    async def _connect(self):
+        await self.link.connect()
+        return True
+
+    async def _close(self):
+        async with self._lock:
+            await self._take_link()
+
+
+class Storming(Sharing):
+    """Each caller makes an attempt of its own."""
+
+    async def connect(self):
+        self._bind_to_running_loop()
+        async with asyncio.timeout(self.timeout):
+            await self.link.connect()
+
+
+class Hurrying(Sharing):
+    """Makes one attempt at a time, for as long as a caller waits, and the next one without a delay."""
+
+    async def connect(self):
+        self._bind_to_running_loop()
+        async with asyncio.timeout(self.timeout), self._lock:
+            await self.link.connect()
+
+
+def behind_a_bad_link(kind):
+    link = BadLink()
+    policy = ReconnectPolicy(connect_timeout=0.5, first_delay=0.01, max_delay=0.2)
+
+    class Broker(Bold):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.connection = kind("a bad link", timeout=0.5, reconnect=policy)
+            self.connection.link = link
+
+        async def send_message(self, message, /):
+            try:
+                await self.connection.connect()
+            except OSError as error:
+                raise BrokerUnavailable("no connection", message_id=message.message_id) from error
+            await super().send_message(message)
+
+        async def aclose(self):
+            await self.connection.aclose()
+            await super().aclose()
+
+    class Behind(Calm):
+        broker = Broker
+        limits = replace(Calm.limits, scale=1.0, max_delay=0.2)
+
+        @asynccontextmanager
+        async def proxied(self):
+            yield link
+
+    return Behind()
+
+
+@pytest.mark.parametrize(
+    ("kind", "outcomes"),
+    [(Sharing, ("PASS", "PASS")), (Storming, ("FAIL", "FAIL")), (Hurrying, ("FAIL", "FAIL"))],
+)
+def test_a_storm_of_connections_is_caught(kind, outcomes):
+    results = [run_scenario(SCENARIOS[id_], behind_a_bad_link(kind), seed=1) for id_ in ("FLT-23", "FLT-24")]
+
+    assert tuple(result.outcome for result in results) == outcomes, [result.reason for result in results]
 
 
 def test_every_saboteur_describes_its_defect():

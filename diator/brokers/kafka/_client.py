@@ -21,6 +21,7 @@ from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.record import default_records
 
 from diator._extras import require_internals
+from diator.brokers.client_logs import demote, own_client
 from diator.brokers.connecting import Backoff
 from diator.brokers.kafka._errors import CLIENT_ERRORS, not_connected
 from diator.brokers.kafka._unconfirmed import Place
@@ -34,6 +35,16 @@ _OF_THE_TIMEOUT = 0.9
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 
+demote(
+    "aiokafka",
+    "aiokafka.cluster",
+    "aiokafka.conn",
+    "aiokafka.consumer.consumer",
+    "aiokafka.consumer.fetcher",
+    "aiokafka.consumer.group_coordinator",
+    "aiokafka.producer.producer",
+    "aiokafka.producer.sender",
+)
 # At the level DEBUG aiokafka logs whole requests and responses. Payloads must not get into logs at any level.
 for _name in ("aiokafka.conn", "aiokafka.producer.producer"):
     logging.getLogger(_name).addFilter(lambda record: record.levelno > logging.DEBUG)
@@ -161,7 +172,8 @@ async def started(starting: Coroutine[Any, Any, None]) -> None:
     aiokafka forgets a connection if it is cancelled while it asks for the cluster's metadata. Nobody could close that
     connection.
     """
-    start = asyncio.create_task(starting)
+    with own_client():
+        start = asyncio.create_task(starting)
     try:
         await asyncio.shield(start)
     finally:
@@ -241,7 +253,8 @@ def pace(client: Any, cluster: Cluster) -> None:
         if (found := client._conns.get((node, group))) is not None and found.connected():  # noqa: SLF001
             return found
         async with backoffs.setdefault((node, group), Backoff(policy)).attempt():
-            return await connect(node, group=group, **rest)
+            with own_client():
+                return await connect(node, group=group, **rest)
 
     client._get_conn = get_connection  # noqa: SLF001
 

@@ -38,7 +38,7 @@ class Producer(ClientConnection[IdempotentProducer]):
     """
 
     def __init__(self, cluster: Cluster, policy: TopicPolicy, *, max_in_flight: int) -> None:
-        super().__init__(timeout=cluster.timeout, reconnect=cluster.reconnect)
+        super().__init__(cluster.where, timeout=cluster.timeout, reconnect=cluster.reconnect)
         self._cluster = cluster
         self._policy = policy
         self._max_in_flight = max_in_flight

@@ -24,6 +24,7 @@ from yarl import URL
 
 from diator._extras import importing, require_internals
 from diator._text import printable, without_credentials
+from diator.brokers.client_logs import demote, own_client
 from diator.exceptions import AccessRefused, ConfigurationError
 
 __all__ = ["URL", "Connection", "Frame", "commands", "marshal", "unmarshal"]
@@ -44,6 +45,7 @@ INTERNALS = {
     ),
 }
 require_internals("aiormq", INTERNALS)
+demote("aiormq.connection", "aiormq.channel")
 
 FRAME = struct.Struct(">BHI")
 FRAME_END = b"\xce"
@@ -140,7 +142,8 @@ class Address:
         connection = Connection(url, transport_factory=transport, client_properties=properties, **options)
         transport.channels = connection.channels
         try:
-            await connection.connect()
+            with own_client():
+                await connection.connect()
         except BaseException as error:
             transport.abort()
             code, reason = transport.reader.refusal if transport.reader is not None else (0, "")

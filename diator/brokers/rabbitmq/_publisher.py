@@ -80,7 +80,7 @@ class Publisher(ClientConnection["_Connection"]):
     def __init__(
         self, address: Address, exchange: str, *, timeout: float, max_in_flight: int, reconnect: ReconnectPolicy
     ) -> None:
-        super().__init__(timeout=timeout, reconnect=reconnect)
+        super().__init__(address.where, timeout=timeout, reconnect=reconnect)
         self._address = address
         self._exchange = exchange
         self._max_in_flight = max_in_flight

@@ -174,8 +174,10 @@ class Subscription(ResilientSubscription):
         if self.publisher.is_closed:
             raise BrokerClosed("this broker is closed")
         for tries_left in (2, 1, 0):
+            await self._background.wait()  # until the connection before is closed
             connection = Connection(self, self._for_each_queue)
             began, limit = asyncio.get_running_loop().time(), self._connect_timeout
+            is_ready = False
             try:
                 try:
                     async with asyncio.timeout_at(began + limit) as deadline:
@@ -184,19 +186,26 @@ class Subscription(ResilientSubscription):
                         deadline.reschedule(began + limit)
                         await connection.start()
                 except TimeoutError as error:
+                    connection.abort(Lost("RabbitMQ does not answer"))  # so it takes no part in an orderly end
                     where = self._address.where
                     raise BrokerUnavailable(
                         f"RabbitMQ at {where} has not {connection.step} within {limit:g} s"
                     ) from error
                 except Lost:
                     # If several clients create a quorum queue at once, RabbitMQ can fail one with an INTERNAL_ERROR.
-                    if tries_left:
-                        continue
-                    raise
-                yield connection
-                return
+                    if self.declared or not tries_left:
+                        raise
+                else:
+                    is_ready = True
+                    yield connection
+                    return
+            except (TimeoutError, asyncio.CancelledError) as error:
+                if isinstance(error, TimeoutError) or not (is_ready or self.is_ending):
+                    connection.abort(Lost("RabbitMQ does not answer"))
+                raise
             finally:
                 self._end_soon(connection)
+            await asyncio.sleep(self._reconnect.delay(0))
 
     async def _dial(self) -> Any:
         try:

@@ -30,6 +30,7 @@ from diator.brokers.redis._client import (
     send_error,
     sends_by_itself,
     take_connection,
+    where,
     why_not_shared,
     wire_of,
 )
@@ -76,7 +77,7 @@ class CommandConnection(ClientConnection["_Connection | _Unshared"]):
     def __init__(
         self, client: Client, *, owns_client: bool, timeout: float, max_in_flight: int, reconnect: ReconnectPolicy
     ) -> None:
-        super().__init__(timeout=timeout, reconnect=reconnect)
+        super().__init__(where(client), timeout=timeout, reconnect=reconnect)
         self._client = client
         self._owns_client = owns_client
         self._max_in_flight = max_in_flight

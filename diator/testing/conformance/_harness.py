@@ -95,6 +95,11 @@ class Proxy(Protocol):
         ...
 
     @property
+    def clients(self) -> int:
+        """The number of open connections that their clients have not closed, even if a fault holds that back."""
+        ...
+
+    @property
     def passed(self) -> Mapping[Flow, int]:
         """The number of bytes that were passed on, by direction."""
         ...

@@ -33,7 +33,7 @@ class Connection(ClientConnection[Any]):
         timeout: float,
         reconnect: ReconnectPolicy,
     ) -> None:
-        super().__init__(timeout=timeout, reconnect=reconnect)
+        super().__init__("PostgreSQL", timeout=timeout, reconnect=reconnect)
         self._make, self._prepare = make, prepare
         self._is_over = False
 

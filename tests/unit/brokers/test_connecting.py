@@ -14,7 +14,7 @@ from diator.exceptions import MessageRejected, MessagesNotSent, UsageError
 
 class Connection(ClientConnection):
     def __init__(self):
-        super().__init__(timeout=10.0, reconnect=ReconnectPolicy())
+        super().__init__("the-service:1", timeout=10.0, reconnect=ReconnectPolicy())
         self.events = []
         self.may_end = asyncio.Event()
 

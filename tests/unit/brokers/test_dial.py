@@ -21,7 +21,7 @@ class Connection(ClientConnection[Link]):
     """A connection whose service accepts, refuses or does not answer."""
 
     def __init__(self, *, timeout=10.0, reconnect=POLICY):
-        super().__init__(timeout=timeout, reconnect=reconnect)
+        super().__init__("the-service:1", timeout=timeout, reconnect=reconnect)
         self.error = None
         self.answers = asyncio.Event()
         self.answers.set()
@@ -272,6 +272,20 @@ def test_a_new_event_loop_has_attempts_of_its_own():
     links = {asyncio.run(connect()) for _ in range(2)}
     assert len(links) == 2
     assert len(connection.began) == 3
+
+
+async def test_an_outage_is_logged_once_and_its_end_once(caplog):
+    caplog.set_level("INFO")
+    connection = Connection()
+    connection.error = OSError("refused")
+    for _ in range(5):
+        await kinds(calls(connection, 10))
+    assert caplog.messages == ["no connection to the-service:1 (OSError: refused); the next calls try again"]
+    connection.error = None
+    await connection.call()
+    connection.lose()
+    await connection.call()
+    assert caplog.messages[1:] == ["connected to the-service:1 again"]
 
 
 async def test_a_cancellation_by_the_client_library_is_a_failure():

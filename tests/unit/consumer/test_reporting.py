@@ -124,3 +124,19 @@ async def test_another_thread_may_ask_for_the_health():
         await asyncio.sleep(1)
 
         assert (await asyncio.to_thread(consumer.health)).since_last_progress > 0
+
+
+async def test_a_consumer_logs_at_its_start_what_it_consumes_and_from_where(caplog):
+    caplog.set_level("INFO", "diator.consumer")
+
+    class Distant(MemoryMessageBroker):
+        where = "amqp://host:5672/"
+
+    for broker in (MemoryMessageBroker(), Distant()):
+        consumer, _ = consumer_of(broker, on_joined, concurrency=3)
+        async with running(consumer):
+            await until(lambda: caplog.messages)
+        [message] = caplog.messages
+        at = " at amqp://host:5672/" if isinstance(broker, Distant) else ""
+        assert message.endswith(f"UserJoined from {type(broker).__name__}{at}, group diator, concurrency 3")
+        caplog.clear()

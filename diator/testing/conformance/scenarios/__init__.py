@@ -22,6 +22,7 @@ from diator.testing.conformance.scenarios import (
     publish,
     security,
     sizes,
+    storm,
     subscribe,
     unroutable,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "publish",
     "security",
     "sizes",
+    "storm",
     "subscribe",
     "unroutable",
 ]

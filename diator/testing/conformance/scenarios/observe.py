@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic
 
+from diator.brokers.base import Transport
 from diator.consumer import Consumer
+from diator.exceptions import BrokerError
 from diator.testing.conformance._consuming import Happened
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._recovery import reconnected
+from diator.testing.conformance._recovery import receives_again, reconnected
 from diator.testing.conformance._scenario import scenario
 
 
@@ -118,3 +121,40 @@ async def _reports(ctx: Context, consumer: Consumer, *, connected: bool, by: flo
         ctx.check(monotonic() < by, f"the health does not report connected={connected}: {health}")
         await asyncio.sleep(0.02)
     ctx.check(health.receiving, f"the health reports that the consumer has stopped: {health}")
+
+
+@scenario(
+    "OBS-07", "A lost connection is logged as warnings without a traceback", level="F", facilities=["proxy"], timeout=90
+)
+async def lost_quietly(ctx: Context) -> None:
+    """Catch a client library that logs an error, a traceback or an unhandled exception for each lost connection."""
+    proxy = await ctx.proxy()
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic) as reader:
+        await ctx.send(broker, topic)
+        await reader.until_fence()
+        with _log_records() as records:
+            before, lost = proxy.accepted, 2 * proxy.connections
+            proxy.reset()
+            await reconnected(ctx, proxy, before, ctx.limits.recovery)
+            await receives_again(ctx, reader)
+            proxy.refuse()
+            proxy.reset()
+            refused = ctx.start(_attempts(ctx, broker))
+            await asyncio.sleep(ctx.limits.max_delay)
+            refused.cancel()
+            await proxy.heal()
+            await receives_again(ctx, reader, by=ctx.limits.max_delay + ctx.limits.timeout + ctx.limits.recovery)
+            gc.collect()  # asyncio logs an exception that nobody has looked at when its task is collected
+    loud = [record for record in records if record.levelno > logging.INFO]
+    bad = [record for record in loud if record.levelno >= logging.ERROR or record.exc_info]
+    ctx.same([f"{each.name}: {each.getMessage()}" for each in bad], [], "the errors and tracebacks in the log")
+    ctx.check(len(loud) <= lost + 20, f"{len(loud)} warnings about {lost} lost connections")
+
+
+async def _attempts(ctx: Context, broker: Transport) -> None:
+    """Send again and again, so that the sender tries to connect."""
+    while True:
+        with suppress(BrokerError):
+            await ctx.use(broker)
+        await asyncio.sleep(0.05)
