@@ -74,6 +74,7 @@ class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[mi
         self._assigned_at = asyncio.get_running_loop().time()
         self._committing: asyncio.Task[None] | None = None
         self._commits_metadata = True
+        self._commit_failed = False
         self._failure: Exception | None = None
 
     async def begin(self) -> None:
@@ -187,8 +188,11 @@ class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[mi
             logger.warning("%s", _NO_METADATA)
             return await self._commit()
         except CLIENT_ERRORS as error:
-            logger.warning("a commit failed and is tried again: %s", explained(error, within=_COMMIT_TIMEOUT))
+            level = logging.DEBUG if self._commit_failed else logging.WARNING  # one line for a bad link
+            logger.log(level, "a commit failed and is tried again: %s", explained(error, within=_COMMIT_TIMEOUT))
+            self._commit_failed = True
             return False
+        self._commit_failed = False
         for partition, now in progress.values():
             partition.committed = now
         return True

@@ -17,6 +17,7 @@ from diator.brokers.base import Topic
 from diator.brokers.kafka._connection import Connection
 from diator.brokers.kafka._consumer import ReadOptions
 from diator.brokers.kafka._fetched import Unreadable
+from diator.brokers.kafka._group import GroupConnection
 from diator.brokers.kafka._names import Names
 from diator.brokers.kafka._offsets import Offsets
 from diator.brokers.kafka._subscription import Partition, Subscription, Wakeup, _control_of
@@ -279,6 +280,31 @@ async def test_a_subscription_without_its_partitions_is_not_connected():
         assert it.subscription.connected
         it.subscription.is_assigned = False
         assert not it.subscription.connected
+
+
+async def test_a_bad_link_makes_one_line_of_all_commits_that_fail(caplog):
+    class Committing(Client):
+        error = TimeoutError()
+
+        def assignment(self):
+            return [PLACE]
+
+        async def commit(self, offsets):
+            if self.error is not None:
+                raise self.error
+
+    client, subscription = Committing(PLACE), Reading().subscription
+    connection = GroupConnection(subscription, client)
+    for fault in range(2):
+        connection.partitions[PLACE] = subscription.partition(PLACE, Offsets(0))
+        connection.partitions[PLACE].offsets.take(fault)
+        connection.partitions[PLACE].offsets.finish(fault)
+        assert [await connection._commit() for _ in range(3)] == [False] * 3
+        client.error = None
+        assert await connection._commit()
+        client.error = TimeoutError()
+
+    assert caplog.text.count("a commit failed and is tried again: no answer within 5 s") == 2
 
 
 # -- settling ----------------------------------------------------------------------------------------------------
