@@ -24,10 +24,10 @@ async def test_a_kill_loses_nothing_that_was_confirmed_or_requeued_before(privat
         RabbitMQMessageBroker(private_rabbitmq.url, reconnect=PATIENT) as broker,
         broker.subscribe([COUNTED], group="readers") as deliveries,
     ):
+        await broker.send_messages([counted(number, topic=OTHER) for number in range(10)])
         await broker.send_messages([counted(number) for number in range(10)])
         for _ in range(8):
             await (await anext(deliveries)).retry(after=3.0)
-        await broker.send_messages([counted(number, topic=OTHER) for number in range(10)])
         await asyncio.to_thread(private_rabbitmq.kill)
     private_rabbitmq.let_go()
     await asyncio.to_thread(private_rabbitmq.start)
