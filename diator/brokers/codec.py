@@ -138,7 +138,9 @@ def decode(body: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES, headers: Mapping[
         DecodingError: The body is too large, is not JSON, or does not have the shape of a message.
     """
     parsed, payload_json = _parsed(body, max_bytes)
-    all_headers = {**parsed.texts, **(headers or {})}
+    if payload_json[:1] != b"{":
+        raise DecodingError("the body is not a message: the payload is not a JSON object - at `$.payload`")
+    all_headers = {**(parsed.texts if parsed.headers else {}), **(headers or {})}
     return Message._of_fields(
         {
             "message_type": parsed.message_type,
@@ -152,7 +154,11 @@ def decode(body: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES, headers: Mapping[
 
 
 def decode_envelope(body: bytes, *, max_bytes: int, headers: Mapping[str, str]) -> Envelope:
-    """Return what a consumer needs of the message that `decode` would return. It raises the same errors."""
+    """
+    Return what a consumer needs of the message that `decode` would return.
+
+    It raises the same errors, but accepts a payload that is not an object: no event can be decoded from one anyway.
+    """
     parsed, payload_json = _parsed(body, max_bytes)
     key = headers.get(_KEY) if headers else None
     if key is None and parsed.headers:
@@ -170,9 +176,7 @@ def _parsed(body: bytes, max_bytes: int) -> tuple[_Body, bytes]:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         problem = _without_content(error, _Body.__struct_fields__)
     else:
-        if payload_json[:1] == b"{":
-            return parsed, payload_json
-        problem = "the payload is not a JSON object - at `$.payload`"
+        return parsed, payload_json
     # Here, not above: an error keeps the error that it was raised from, whose text quotes the message.
     raise DecodingError(f"the body is not a message: {problem}")
 

@@ -301,6 +301,7 @@ async def consume(events: EventMap) -> None:
     consumer = Consumer(broker, event_map=events, group="billing", retry=policy, on_gap=on_gap)
     assert_type(consumer.health(), Health)
     assert_type(consumer.health().oldest_in_flight, float)
+    assert_type(consumer.health().oldest_message, float | None)
     consumer.stop()
     # As above, because mypy refuses to look at a None that is awaited.
     assert_type(await asyncio.gather(consumer.run(signals=False)), tuple[None])
