@@ -242,7 +242,7 @@ async def test_an_offset_of_a_deleted_topic_is_not_an_offset_of_the_new_one(brok
     assert {each.offset for each in committed.values()} == {5}
     await recreated(kafka_servers, name, partitions=4)
     async with asyncio.timeout(20):  # Kafka deletes them a moment after the topic
-        while await committed_offsets(kafka_servers, broker._names.group(group), name):
+        while await committed_offsets(kafka_servers, broker._names.group(group), name):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     await commit(kafka_servers, broker._names.group(group), committed)
     await send(broker, *range(100, 110), key="k")
