@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 from uuid import UUID
 
 from diator._text import explained
@@ -38,7 +38,6 @@ from diator.brokers.supervisor import ReconnectPolicy, close_all
 from diator.exceptions import (
     AccessRefused,
     BrokerClosed,
-    BrokerError,
     BrokerUnavailable,
     DiatorError,
     MessageRejected,
@@ -130,30 +129,29 @@ class CommandConnection(ClientConnection["_Connection | _Unshared"]):
 
     def is_replica(self) -> bool:
         """
-        Return whether the server was a replica when it was last asked, and ask again in the background.
+        Return whether the server was a replica when it was last asked, and ask again, without waiting for the reply.
 
         A server that becomes a replica keeps its connections, and only writes fail there. A publish does not.
         """
-        now = asyncio.get_running_loop().time()
-        if now >= self._ask_role_at and self._shares:
+        now, link = asyncio.get_running_loop().time(), self._link
+        alone = self._max_in_flight == 1 and self._queued  # then the question would take the place of a command
+        if now >= self._ask_role_at and not alone and isinstance(link, _Connection):
             self._ask_role_at = now + _ROLE_EVERY
-            self._background.start(self._ask_role(), "asking Redis for its role")
+            with suppress(*CLIENT_ERRORS):  # a lost connection; the next one is asked
+                cast("asyncio.Future[Any]", link.call((b"ROLE",), None, now + self.timeout)).add_done_callback(
+                    self._note_role
+                )
         return self._is_replica
 
-    async def _ask_role(self) -> None:
-        try:
-            role = (await self.execute(b"ROLE"))[0]
-        except (AccessRefused, MessageRejected) as error:
-            self._ask_role_at = math.inf
-            logger.info(
-                "senders do not notice when Redis becomes a replica, since it does not tell its role: %s", error
-            )
-        except BrokerError as error:
-            logger.debug("Redis did not tell its role: %s", error)
-        else:
-            self._is_replica = role == b"slave"
+    def _note_role(self, reply: asyncio.Future[Any]) -> None:
+        error = reply.exception()
+        if error is None:
+            self._is_replica = reply.result()[0] == b"slave"
             if self._is_replica and isinstance(self._link, _Connection):
                 self._link.renew()
+        elif isinstance(error, (AccessRefused, MessageRejected)):
+            self._ask_role_at = math.inf
+            logger.info("senders cannot notice that Redis becomes a replica, since it refuses ROLE: %s", error)
 
     async def _close(self) -> None:
         await close_all(self.subscriptions)  # which still send commands here

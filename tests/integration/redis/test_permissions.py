@@ -52,7 +52,6 @@ async def test_a_sender_on_pubsub(admin: Redis, private_redis: Service) -> None:
     async with listening(private_redis.url, "app") as ears, RedisMessageBroker(url, "app") as broker:
         assert await send_all(broker, 1, 2) == {None: 2}
         assert await ears.numbers() == [1, 2]
-        await broker._service._background.wait()
     await check(admin, "pubsub-sender")
 
 
