@@ -8,6 +8,7 @@ can wait for ever, and they raise cancellations that nobody asked for.
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Awaitable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -129,18 +130,24 @@ class KafkaConsumer:
         with_reasons(self._consumer._client, cluster)  # noqa: SLF001
         pace(self._consumer._client, cluster)  # noqa: SLF001
         self._most = max(_DECOMPRESSED_BYTES, 2 * options.max_message_bytes)
-        self._answers: dict[TopicPartition, bytes] = {}  # the newest of each partition, until it is read
+        self._answers = defaultdict[TopicPartition, dict[int, bytes]](dict)  # by the offset that was asked for
         self._corrupt: set[tuple[TopicPartition, int]] = set()
         self._ask = self._consumer._client.send  # noqa: SLF001
         self._consumer._client.send = self._send  # noqa: SLF001
 
     async def _send(self, node: Any, request: Any, **options: Any) -> Any:
-        """Send a request of the client, and keep what Kafka answers to a fetch: the client does not show its bytes."""
+        """
+        Send a request of the client, and keep what Kafka answers to a fetch: the client does not show its bytes.
+
+        The former leader of a partition may answer later than the new one, so there may be several answers.
+        """
         answer = await self._ask(node, request, **options)
         if type(request) is FetchRequest:
+            asked = {(topic, number): offset for topic, places in request.topics for number, offset, _ in places}
             for topic, partitions in answer.topics:
-                for partition in partitions:
-                    self._answers[TopicPartition(topic, partition[0])] = partition[-1]
+                for number, *_, records in partitions:
+                    if records:
+                        self._answers[TopicPartition(topic, number)][asked[topic, number]] = records
         return answer
 
     async def start(self) -> None:
@@ -236,7 +243,7 @@ class KafkaConsumer:
         for result in self._consumer._fetcher._records.values():  # noqa: SLF001
             if type(result) is FetchResult and type(parsing := result._partition_records) is PartitionRecords:  # noqa: SLF001
                 place = result._topic_partition  # noqa: SLF001
-                answer = self._answers.pop(place)
+                answer = self._answers.pop(place)[parsing.next_fetch_offset]
                 result._partition_records = Fetched(  # noqa: SLF001
                     place, parsing, answer, most=self._most, corrupt=self._corrupt, problems=self.problems
                 )

@@ -9,12 +9,14 @@ import sys
 from collections import Counter
 from contextlib import asynccontextmanager
 from textwrap import dedent
+from types import SimpleNamespace
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import NewTopic, RecordsToDelete
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.producer.message_accumulator import BatchBuilder
+from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 from aiokafka.record.util import calc_crc32c
 from aiokafka.structs import OffsetAndMetadata
@@ -209,6 +211,18 @@ async def test_what_is_passed_on_is_as_it_was(make, kafka_servers, name, odd_hea
 
 async def odd_stored(servers, name):
     """Return key, value and headers of the records of a topic of one partition, whose header names are not UTF-8."""
+    place, records = TopicPartition(name, 0), []
+    async with reading(servers, place) as consumer:
+        end = (await consumer.end_offsets([place]))[place]
+        while len(records) < end:
+            await consumer.fetched()
+            records += (await consumer.take(100)).get(place, [])
+    return [(each.key, each.value, [(header.encode(), value) for header, value in each.headers]) for each in records]
+
+
+@asynccontextmanager
+async def reading(servers, place):
+    """Read *place* from its beginning."""
     options = ReadOptions(
         session_timeout=6.0,
         heartbeat_interval=1.0,
@@ -220,20 +234,33 @@ async def odd_stored(servers, name):
         assignment_timeout=1.0,
     )
     consumer = KafkaConsumer(Cluster(bootstrap_servers=(servers,), timeout=5.0), options, None)
-    place = TopicPartition(name, 0)
     await consumer.start()
     try:
-        await consumer.partitions_of(name)
+        await consumer.partitions_of(place.topic)
         consumer.assign([place])
         consumer.seek(place, 0)
-        end = (await consumer.end_offsets([place]))[place]
-        records = []
-        while len(records) < end:
-            await consumer.fetched()
-            records += (await consumer.take(100)).get(place, [])
+        yield consumer
     finally:
         await consumer.end()
-    return [(each.key, each.value, [(header.encode(), value) for header, value in each.headers]) for each in records]
+
+
+@pytest.mark.parametrize(
+    ("offset", "error_code", "late"), [(0, 6, b""), (1, 0, b"messages of the former leader")], ids=["error", "messages"]
+)
+async def test_a_late_answer_of_a_former_leader_changes_nothing(kafka_servers, name, offset, error_code, late) -> None:
+    async def answer_late(*_: object) -> SimpleNamespace:
+        return SimpleNamespace(topics=[(name, [(0, error_code, -1, late)])])
+
+    async with foreign(kafka_servers, compression_type="zstd") as producer:
+        await producer.send_and_wait(name, b"the message")
+    place = TopicPartition(name, 0)
+    async with reading(kafka_servers, place) as consumer:
+        await consumer.fetched()
+        consumer._ask = answer_late
+        await consumer._send(0, FetchRequest(0, 0, 0, 0, [(name, [(0, offset, 1)])]))
+        taken = await consumer.take(10)
+
+    assert [record.value for record in taken[place]] == [b"the message"]
 
 
 async def test_many_headers_and_large_ones_are_passed(make, kafka_servers, name) -> None:
