@@ -18,8 +18,10 @@ T = TypeVar("T")
 _MAX_ITEMS = 100
 _MAX_DELAY = 0.002
 
-#: The header of a dead letter that names what it lacks, separated by commas: what could not be stored.
+#: The header of a dead letter that names what could not be stored, separated by commas without spaces.
 OMITTED = "diator-dlq-omitted"
+#: Its value if the dead letter only says where its message lies.
+ALL_OMITTED = "body,headers,key"
 
 logger: logging.Logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from diator.brokers.kafka._fetched import Headers, Unreadable
 from diator.brokers.kafka._names import DEAD, RETRY, Names
 from diator.brokers.kafka._offsets import Offsets, delay_bucket, longest_delay
 from diator.brokers.kafka._producer import Producer
-from diator.brokers.settling import OMITTED, dead_letter_headers
+from diator.brokers.settling import ALL_OMITTED, OMITTED, dead_letter_headers
 from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, Source
 from diator.exceptions import ConfigurationError, MessageRejected
 
@@ -39,9 +39,6 @@ _MAX_HELD_BYTES = 8 * 1024 * 1024
 _RETRY_HEADERS = ("diator-retry-attempt", "diator-retry-due", "diator-retry-origin")
 #: Their values, as diator writes them. No attempt, time or offset has more digits.
 _CONTROL = re.compile(rb"([0-9]{1,6}) ([0-9]{1,15}) ([0-9]{1,9}:[0-9]{1,19})")
-
-#: What `diator-dlq-omitted` says of a dead letter that only says where its message lies.
-_NOTHING_KEPT = "body,headers,key"
 
 
 class Partition:
@@ -488,7 +485,7 @@ class Subscription(ResilientSubscription):
         topic_name = self._dead_letter_topics[source]
         refused: MessageRejected | None = None
         with self._redelivered_on_failure(token, delivery.attempt):
-            for omitted in ("", "body", _NOTHING_KEPT) if type(record) is not Unreadable else (_NOTHING_KEPT,):
+            for omitted in ("", "body", ALL_OMITTED) if type(record) is not Unreadable else (ALL_OMITTED,):
                 if omitted:
                     about[OMITTED] = omitted
                 headers = [] if "headers" in omitted else [*own]

@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from diator.brokers.redis._names import AGAIN, DEAD, DELAYED, encoded, of_group
 from diator.brokers.redis._scripts import ACK, CHECK, DEAD_LETTER, FORGET, MOVE_DUE, RENEW, RETRY
+from diator.brokers.settling import ALL_OMITTED, OMITTED
 from diator.exceptions import ConfigurationError, MessageRejected
 
 Execute: TypeAlias = Callable[..., Awaitable[Any]]
@@ -184,7 +185,7 @@ class Group:
                 await self._move(DEAD_LETTER, keys, entry, [b"", *fields, *why])
         except MessageRejected:
             await self.check_keys(entry.first)
-            await self._move(DEAD_LETTER, keys, entry, [b"", *why, b"diator-dlq-omitted", b"body, headers"])
+            await self._move(DEAD_LETTER, keys, entry, [b"", *why, OMITTED.encode(), ALL_OMITTED.encode()])
 
     async def _dead_letter_many_fields(self, entry: Entry, dead: bytes, fields: Sequence[bytes]) -> None:
         if await self.deliveries_of(entry.stream, entry.id) is not None:

@@ -225,7 +225,7 @@ async def test_a_dead_letter_that_redis_refuses_is_stored_without_its_content(
         monkeypatch.setattr(delivery.settler.group, "execute", refuse_large)
         await delivery.dead_letter("bad")
     [letter] = await dead_letters(admin, stream)
-    assert letter[b"diator-dlq-omitted"] == b"body, headers"
+    assert letter[b"diator-dlq-omitted"] == b"body,headers,key"
     assert letter[b"diator-dlq-reason"] == b"bad"
     assert await admin.xrange(stream, letter[b"diator-dlq-entry-id"], letter[b"diator-dlq-entry-id"])
     await nothing_left(admin, stream)
