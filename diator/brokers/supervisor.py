@@ -184,7 +184,7 @@ class ResilientSubscription(ABC):
         self._has_connection = False
         self._waiting_since = 0.0
         self.reconnects: int = 0
-        self.lines = RepeatedLines(logging.getLogger(type(self).__module__))
+        self.lines: RepeatedLines = RepeatedLines(logging.getLogger(type(self).__module__))
         self._end_error: DiatorError | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
