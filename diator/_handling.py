@@ -244,6 +244,7 @@ class Handling:
     Attributes:
         unsettled: How many deliveries could not be settled.
         dead_lettering: The tasks that dead-letter deliveries, each one of them.
+        make_room: Called with the number of these tasks when it changes.
     """
 
     def __init__(
@@ -269,6 +270,7 @@ class Handling:
         self._lines = RepeatedLines(logger)
         self._workers: list[Worker] = []
         self.dead_lettering: set[asyncio.Task[None]] = set()
+        self.make_room: Callable[[int], None] = lambda _: None
         self.unsettled = 0
         self._last_settled = monotonic()
         self._not_settled_since = 0.0  # when the first delivery after the last settled one could not be settled
@@ -352,7 +354,8 @@ class Handling:
                 dead_lettering = self._dead_letter(delivery, message, reason, error, started)
                 task = asyncio.create_task(dead_lettering, name="diator: dead-lettering")
                 self.dead_lettering.add(task)
-                task.add_done_callback(self.dead_lettering.discard)
+                self.make_room(len(self.dead_lettering))
+                task.add_done_callback(self._dead_lettered)
                 worker.since = None
                 return
             outcome, reason = await self._settle(delivery, reason, worker.settling)
@@ -390,6 +393,10 @@ class Handling:
             self._deadlines.forget(worker.deadline)
             self._settling.forget(worker.settling)
             self._finish(delivery, message, outcome, reason, error, started)
+
+    def _dead_lettered(self, task: asyncio.Task[None]) -> None:
+        self.dead_lettering.discard(task)
+        self.make_room(len(self.dead_lettering))
 
     def _finish(  # noqa: PLR0917  # it is called for each message, and names would cost time
         self,

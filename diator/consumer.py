@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any, TypeAlias, TypeVar
 
-from diator._handling import DEAD_LETTERS_AT_ONCE, Handled, Handling, routes
+from diator._handling import Handled, Handling, routes
 from diator._text import listed
 from diator.brokers.base import Delivery, Gap, ReadableBroker
 from diator.brokers.capabilities import Capabilities, require
@@ -185,9 +185,8 @@ class Consumer:
         if self._started:
             raise UsageError("run() was called again, and a consumer runs once; create another Consumer")
         self._started = True
-        prefetch = self._concurrency + (DEAD_LETTERS_AT_ONCE if self._broker.capabilities.dead_letter else 0)
         subscription = self._broker.subscribe(
-            self._routes.keys(), group=self._group, prefetch=prefetch, on_gap=self._note_gap
+            self._routes.keys(), group=self._group, prefetch=self._concurrency, on_gap=self._note_gap
         )
         with _stop_on_signals(self.stop) if signals else contextlib.nullcontext():
             async with contextlib.AsyncExitStack() as stack:
@@ -196,6 +195,7 @@ class Consumer:
                     logger.info("%s", self._about())
                     try:
                         self._deliveries, self._receiving = deliveries, True
+                        self._handling.make_room = getattr(deliveries, "make_room", self._handling.make_room)
                         await self._consume(deliveries)
                     finally:
                         self._receiving = False

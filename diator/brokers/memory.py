@@ -233,7 +233,7 @@ class _Subscription:
         self._broker = broker
         self.queue = queue
         self.topics = {*topics}
-        self._prefetch = prefetch
+        self._prefetch = self._most_unsettled = prefetch
         self.unsettled: dict[Delivery, _Entry] = {}
         self._ended = False
 
@@ -241,7 +241,11 @@ class _Subscription:
         return self
 
     async def __anext__(self) -> Delivery:
-        while self._ended or len(self.unsettled) >= self._prefetch or not (entry := self.queue.take_first(self.topics)):
+        while (
+            self._ended
+            or len(self.unsettled) >= self._most_unsettled
+            or not (entry := self.queue.take_first(self.topics))
+        ):
             if self._ended:
                 raise StopAsyncIteration
             self._broker.check_open()
@@ -249,6 +253,11 @@ class _Subscription:
         delivery = Delivery(topic=entry.topic, body=entry.body, headers={}, attempt=entry.attempt, settler=self)
         self.unsettled[delivery] = entry
         return delivery
+
+    def make_room(self, deliveries: int) -> None:
+        """See `ResilientSubscription.make_room`."""
+        self._most_unsettled = self._prefetch + deliveries
+        self.queue.notify()
 
     async def ack(self, delivery: Delivery, /) -> None:
         self._release(delivery)

@@ -133,7 +133,8 @@ class ResilientSubscription(ABC):
         topics: The topics that it reads. Logs name the subscription by *topics* and *group*.
         group: Its consumer group; None for a subscription without a group.
         lossy: Whether messages are missed while there is no connection. If so, *on_gap* is called after a reconnect.
-        prefetch: How many deliveries may be handed out and unsettled. At this number it hands out no further one.
+        prefetch: How many deliveries may be handed out and unsettled. At this number it hands out no further one,
+            except those for which the program calls `make_room`.
         buffer_size: How many deliveries it receives before the program asks for them; by default *prefetch*. They
             outlive the connection.
         reconnect: The time limits and delays.
@@ -170,7 +171,7 @@ class ResilientSubscription(ABC):
             raise ConfigurationError("prefetch must be at least 1")
         self._name = _log_name(topics, group)
         self._lossy = lossy
-        self._prefetch = prefetch
+        self._prefetch = self._most_unsettled = prefetch
         self._buffer_size = prefetch if buffer_size is None else buffer_size
         self._reconnect = reconnect
         self._on_gap = on_gap
@@ -236,7 +237,7 @@ class ResilientSubscription(ABC):
     def receive_nowait(self) -> Delivery | None:
         """Return the next delivery if one can be handed out now, otherwise None. A consumer tries it first."""
         received = self._received
-        if not received or self.unsettled - len(received) >= self._prefetch or self._ending is not None:
+        if not received or self.unsettled - len(received) >= self._most_unsettled or self._ending is not None:
             return None
         delivery = received.popleft()
         if len(received) == self._buffer_size // 2:  # not earlier: receiving few costs as much as receiving many
@@ -252,6 +253,11 @@ class ResilientSubscription(ABC):
             self._changed.clear()
             await self._changed.wait()
         return delivery
+
+    def make_room(self, deliveries: int) -> None:
+        """Hand out so many *deliveries* beyond *prefetch*, of those that are received anyway."""
+        self._most_unsettled = self._prefetch + deliveries
+        self._changed.set()
 
     @property
     def connected(self) -> bool:

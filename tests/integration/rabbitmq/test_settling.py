@@ -102,6 +102,29 @@ async def test_a_message_that_always_fails_is_tried_so_often_and_then_dead_lette
     assert letter.delivery_mode is aio_pika.DeliveryMode.PERSISTENT
 
 
+async def test_without_extra_prefetch_a_crash_concerns_only_the_message_that_is_handled(
+    *, rabbitmq_url, prefix, brokers, broker, plain, queue
+):
+    """RabbitMQ counts the crash as a delivery of every message that the process holds."""
+    events, begun = EventMap(), asyncio.Event()
+
+    @events.handler
+    async def handle(event: Counted) -> None:
+        begun.set()
+        await asyncio.sleep(SLACK)
+
+    await collect(broker)
+    await broker.send_messages([counted(number) for number in range(20)])
+    careful = await brokers.enter_async_context(RabbitMQMessageBroker(rabbitmq_url, prefix, extra_prefetch=0))
+    running = asyncio.create_task(Consumer(careful, event_map=events, group="readers").run(signals=False))
+    await begun.wait()
+    await asyncio.sleep(0.5)  # it would prefetch the others
+
+    assert (await plain.declare_queue(queue, passive=True)).declaration_result.message_count == 19
+    running.cancel()
+    await asyncio.wait([running])
+
+
 async def test_prefetched_messages_go_to_the_next_consumer(broker):
     await collect(broker)
     await broker.send_messages([counted(n) for n in range(100)])

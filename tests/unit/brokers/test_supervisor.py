@@ -833,6 +833,23 @@ async def test_at_most_prefetch_deliveries_are_handed_out_and_unsettled():
         assert await waiting == [3]
 
 
+async def test_room_for_deliveries_that_the_program_does_not_wait_for():
+    service = Service()
+    async with service.supervised(prefetch=2, buffer_size=4) as deliveries:
+        service.links[0].put(1, 2, 3, 4)
+        await asyncio.sleep(0.01)
+        deliveries.unsettled = 4
+        assert await take(deliveries, 2) == [1, 2]
+        waiting = asyncio.create_task(take(deliveries, 1))
+        await asyncio.sleep(0.01)
+        deliveries.make_room(1)
+        assert await waiting == [3]
+
+        deliveries.make_room(0)
+        deliveries.unsettled -= 1
+        assert deliveries.receive_nowait() is None
+
+
 def test_a_prefetch_below_one_is_refused():
     with pytest.raises(ConfigurationError, match="prefetch"):
         Service().supervised(prefetch=0)

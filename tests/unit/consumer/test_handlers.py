@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import pytest
 
-from diator._handling import DEAD_LETTERS_AT_ONCE
 from diator.brokers.base import Topic
 from diator.brokers.memory import MemoryMessageBroker
 from diator.container import Container
@@ -66,7 +65,7 @@ async def test_subscribes_to_integration_events_that_have_a_handler():
         pass
 
     assert broker.topics == {JOINED, Topic("ecst_event", "MeetingChanged")}
-    assert (broker.group, broker.prefetch) == ("billing", 7 + DEAD_LETTERS_AT_ONCE)
+    assert (broker.group, broker.prefetch) == ("billing", 7)
 
 
 async def test_receives_messages_that_are_sent_once_it_runs():

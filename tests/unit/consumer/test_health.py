@@ -25,6 +25,8 @@ class Service:
     def __init__(self):
         self.registry = set()
         self.arriving = asyncio.Queue()
+        self.stored = asyncio.Event()
+        self.stored.set()
 
     def subscribe(self, topics, /, *, group=None, prefetch=64, on_gap=None):
         self.subscription = Subscription(self, topics, prefetch)
@@ -51,6 +53,7 @@ class Service:
         await self.ack(delivery)
 
     async def dead_letter(self, delivery, reason, /):
+        await self.stored.wait()
         await self.ack(delivery)
 
 
@@ -168,7 +171,7 @@ async def test_deliveries_that_are_redelivered_and_never_settled_are_no_progress
 
 async def test_after_the_next_settled_delivery_an_unsettled_one_is_only_counted():
     async with consuming(on_joined) as (service, consumer, reports):
-        service.subscription._prefetch = 2  # the transport has freed its place
+        service.subscription.make_room(1)  # the transport has freed its place
         service.settles = False
         service.arriving.put_nowait(GOOD)
         await until(lambda: reports)
@@ -179,6 +182,20 @@ async def test_after_the_next_settled_delivery_an_unsettled_one_is_only_counted(
 
         health = consumer.health()
         assert (health.since_last_progress, health.unsettled) == (0, 1)
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+async def test_dead_letters_that_are_being_stored_take_no_place_from_other_messages(concurrency):
+    async with consuming(on_joined, concurrency=concurrency) as (service, consumer, reports):
+        service.stored.clear()
+        for body in [b"{"] * 10 + [GOOD]:
+            service.arriving.put_nowait(body)
+        await until(lambda: reports)
+        assert (reports[0].outcome, consumer.health().in_flight) == ("acked", 10)
+
+        service.stored.set()
+        await until(lambda: len(reports) == 11)
+        assert service.subscription.unsettled == 0
 
 
 async def test_a_subscription_that_reconnects_again_and_again_shows():
@@ -194,7 +211,7 @@ async def test_deliveries_that_wait_and_are_never_handed_out_show():
     """A transport that leaks the places of *prefetch* looks idle otherwise."""
     async with consuming(on_joined) as (service, consumer, reports):
         await asyncio.sleep(500)
-        service.subscription.unsettled = 100  # leaked
+        service.subscription.unsettled = 10  # leaked
         for _ in range(2):
             service.arriving.put_nowait(GOOD)
             await asyncio.sleep(50)

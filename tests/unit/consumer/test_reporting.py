@@ -119,7 +119,7 @@ async def test_another_thread_may_ask_for_the_health():
     service = Service()
     consumer, _ = consumer_of(service, on_joined)
     async with running(consumer):
-        service.subscription.unsettled = 100  # so that a delivery waits
+        service.subscription.unsettled = 10  # so that a delivery waits
         service.arriving.put_nowait(body_of(JOIN))
         await asyncio.sleep(1)
 
