@@ -57,6 +57,8 @@ _UNUSED_EXPIRES = 600.0
 _EACH_TOPIC = 0.2
 _REQUEUE_DELAY = 5.0
 _END_TIMEOUT = 2.0
+# How often a consumer asks whether the exchange was deleted, in seconds.
+_CHECK_EVERY = 2.0
 _MAX_ATTEMPT = 1_000_000
 # Values of the content-encoding that mean a compression.
 _COMPRESSED = frozenset({"br", "bzip2", "compress", "deflate", "gzip", "lz4", "snappy", "x-gzip", "zstd"})
@@ -286,6 +288,7 @@ class Connection(Channel):
         self._acknowledgements = Acknowledgements[int](self._send_acks)
         self._retained: dict[str, str] = {}  # the queues of retained messages, with the group's own queues
         self._handing_over: asyncio.Task[None] | None = None
+        self._checking: asyncio.Task[None] | None = None
         self._dead_letter_queues_safe_at = 0.0
         self.step = "accepted the connection"  # what RabbitMQ has to do next
         self._settled_at = 0.0  # when the last delivery is settled that waits for a new queue
@@ -312,6 +315,7 @@ class Connection(Channel):
             first = [*self._retained, *(queue for queue in subscription.queues if queue not in later)]
             await self.ask_all(commands.Basic.Consume(queue=queue, consumer_tag=queue) for queue in first)
             self._handing_over = asyncio.create_task(self._hand_over(), name="diator: handing over retained messages")
+            self._checking = asyncio.create_task(self._keep_checking(), name="diator: checking an exchange")
         except Refused as error:
             if error.code == ACCESS_REFUSED:
                 raise AccessRefused(
@@ -371,17 +375,28 @@ class Connection(Channel):
         return not self._acked and consumer_tag not in self._open.values()
 
     async def probe(self) -> None:
+        """Ask whether the exchange is still the same, and bind the queues again: somebody may have unbound one."""
+        if await self._check_exchange():
+            await self._bind()
+            self._something.set()
+
+    async def _keep_checking(self) -> None:
+        """Check the exchange often: without it the group misses messages, while other groups receive them."""
+        with suppress(*CHANNEL_ERRORS):  # reading reports a lost connection
+            while await self._check_exchange():  # noqa: ASYNC110  # RabbitMQ has no notification
+                await asyncio.sleep(_CHECK_EVERY)
+
+    async def _check_exchange(self) -> bool:
         """
-        Ask whether the exchange is still the same, and bind the queues again.
+        Return whether the exchange is still the same; if not, the connection ends.
 
         RabbitMQ does not notify a consumer whose queue has lost its binding.
         """
         exchange = self._subscription.witness or self._subscription.prefix
         if await self.is_there(commands.Exchange.Declare(exchange=exchange, passive=True)):
-            await self._bind()
-            self._something.set()
-        else:
-            self.abort(MessagesMissed(f"RabbitMQ has lost the exchange {self._subscription.prefix!r} and its bindings"))
+            return True
+        self.abort(MessagesMissed(f"RabbitMQ has lost the exchange {self._subscription.prefix!r} and its bindings"))
+        return False
 
     async def _declare_witness(self) -> None:
         """
@@ -625,8 +640,9 @@ class Connection(Channel):
     async def end(self, unseen: Collection[int]) -> None:
         """Stop consuming, settle what is due, requeue *unseen* deliveries, all within 2 seconds; then close."""
         subscription = self._subscription
-        if self._handing_over is not None:
-            self._handing_over.cancel()
+        for task in (self._handing_over, self._checking):
+            if task is not None:
+                task.cancel()
         try:
             if self.error is None and self._is_consuming:
                 async with asyncio.timeout(_END_TIMEOUT):

@@ -53,9 +53,10 @@ async def test_a_deleted_queue_is_declared_again_and_reported_as_a_gap(broker, p
     assert "queue is gone" in gaps[0].reason
 
 
-async def test_a_deleted_exchange_is_declared_again_and_reported_as_a_gap(broker, plain, prefix):
-    """RabbitMQ does not notify the consumers whose queues were bound to it."""
+async def test_a_deleted_exchange_is_declared_again_and_reported_as_a_gap(rabbitmq_url, brokers, plain, prefix):
+    """RabbitMQ does not notify the consumers whose queues were bound to it. They notice it long before they probe."""
     gaps = []
+    broker = await brokers.enter_async_context(RabbitMQMessageBroker(rabbitmq_url, prefix))
     async with broker.subscribe([COUNTED], group="readers", on_gap=gaps.append) as deliveries:
         await plain.exchange_delete(prefix)
 
