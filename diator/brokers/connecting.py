@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from diator._text import explained
@@ -118,7 +119,8 @@ class ClientConnection(ABC, Generic[L]):
         self._backoff = Backoff(self._reconnect)
         self._link: L | None = None
         self._connecting: asyncio.Task[None] | None = None
-        self._failure: Exception | None = None  # of the last attempt
+        self._failure: Exception | None = None  # of the last attempt, and where it was raised
+        self._failed_at: TracebackType | None = None
 
     @property
     def is_closed(self) -> bool:
@@ -132,7 +134,7 @@ class ClientConnection(ABC, Generic[L]):
         A second call waits for the end of the first. If a caller is cancelled, the closing continues.
         """
         self._bind_to_running_loop()
-        if self._closing is None:
+        if self._closing is None or self._closing.cancelled():  # the event loop ended before
             self._closing = asyncio.create_task(self._close(), name="diator: closing")
         await asyncio.shield(self._closing)
 
@@ -169,7 +171,8 @@ class ClientConnection(ABC, Generic[L]):
         """
         while self._link is None:
             if self._failures > failures and self._failure is not None:
-                raise self._failure
+                # Without the frames of the callers that raised it before: they would add up.
+                raise self._failure.with_traceback(self._failed_at)
             if self._connecting is None or self._connecting.done():
                 self._connecting = asyncio.create_task(self._make_attempt(), name="diator: connecting")
             await asyncio.wait([self._connecting])  # unlike awaiting it, this does not cancel it with the caller
@@ -192,6 +195,7 @@ class ClientConnection(ABC, Generic[L]):
                     logger.warning("no connection to %s (%s); the next calls try again", self.where, why)
                 self._failures += 1
                 self._failure = error if isinstance(error, Exception) else ConnectionError("connecting was cancelled")
+                self._failed_at = self._failure.__traceback__
 
     def _no_connection(self) -> str:
         """Describe for a caller at its deadline that there is no connection, and why."""
@@ -227,7 +231,7 @@ class ClientConnection(ABC, Generic[L]):
 
     @abstractmethod
     async def _close(self) -> None:
-        """Close as `aclose` describes. Called once. It gets the connection from `_take_link`."""
+        """Close as `aclose` describes. Called again only if it was cancelled. The connection is in `_take_link`."""
 
 
 S = TypeVar("S", bound=ClientConnection[Any])

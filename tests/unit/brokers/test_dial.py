@@ -2,6 +2,7 @@
 
 import asyncio
 from itertools import pairwise
+from traceback import walk_tb
 
 import pytest
 
@@ -121,6 +122,14 @@ async def test_a_failed_attempt_fails_everybody_who_has_waited_for_it_and_nobody
     connection.error = None
     assert await connection.call() is connection.open_links[0]  # it waits for an attempt of its own
     assert len(connection.began) == 2
+
+
+async def test_the_error_of_many_callers_does_not_grow_with_their_number():
+    connection = Connection()
+    connection.error = OSError("refused")
+    errors = await asyncio.gather(*calls(connection, 50), return_exceptions=True)
+    where = [frame.f_code.co_name for frame, _ in walk_tb(errors[-1].__traceback__)]
+    assert where == ["call", "_connected", "_make_attempt", "_connect"]
 
 
 async def test_the_delays_between_attempts_grow_up_to_half_of_the_time_limit():
@@ -272,6 +281,25 @@ def test_a_new_event_loop_has_attempts_of_its_own():
     links = {asyncio.run(connect()) for _ in range(2)}
     assert len(links) == 2
     assert len(connection.began) == 3
+
+
+def test_closing_is_begun_again_if_its_event_loop_ended_before():
+    connection = Connection(timeout=1.0)
+
+    async def begin_to_close():
+        connection.answers = asyncio.Event()
+        waiting = calls(connection, 1)  # the closing waits for it
+        await asyncio.sleep(0.05)
+        closing = asyncio.create_task(connection.aclose())
+        await asyncio.sleep(0.05)
+        assert not closing.done()
+        return waiting
+
+    asyncio.run(begin_to_close())
+    asyncio.run(connection.aclose())
+    assert connection.is_closed
+    with pytest.raises(BrokerClosed):
+        asyncio.run(connection.call())
 
 
 async def test_an_outage_is_logged_once_and_its_end_once(caplog):
