@@ -367,8 +367,11 @@ class Connection(Channel):
         return taken
 
     async def _hand_over(self) -> None:
-        with suppress(*CHANNEL_ERRORS):  # `receive` raises them
+        try:
             await hand_over(self, self._retained)
+        except CHANNEL_ERRORS as error:
+            if self.error is None:  # RabbitMQ refuses it: nobody would consume the group's own queues
+                self.abort(error)
 
     def has_settled(self, consumer_tag: str) -> bool:
         """See `Receiver.has_settled`."""

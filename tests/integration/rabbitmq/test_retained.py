@@ -6,6 +6,7 @@ import contextlib
 import aio_pika
 import pytest
 from aio_pika.exceptions import ChannelNotFoundEntity
+from yarl import URL
 
 from diator.brokers.audit import audit
 from diator.brokers.rabbitmq import RabbitMQMessageBroker
@@ -191,3 +192,33 @@ async def test_a_group_named_like_a_queue_of_diator_is_another_queue(broker):
     await broker.send_message(counted(1))
     async with broker.subscribe([COUNTED], group="/retained") as deliveries:
         assert await numbers(deliveries, 1) == [1]
+
+
+@pytest.mark.timeout(180)
+async def test_a_hand_over_that_rabbitmq_refuses_is_begun_again(private_rabbitmq):
+    """Otherwise the subscription would be connected, and never consume the group's own queues."""
+    service = private_rabbitmq
+
+    async def permit(write):
+        await asyncio.to_thread(service.run, f"rabbitmqctl set_permissions reader .* {write} .*")
+        service.let_go()
+
+    await asyncio.to_thread(service.run, "rabbitmqctl add_user reader secret")
+    await permit(".*")
+    url = URL(service.url).with_user("reader").with_password("secret")
+    async with (
+        RabbitMQMessageBroker(service.url, "handed") as sender,
+        RabbitMQMessageBroker(url, "handed", reconnect=RECONNECT, extra_prefetch=0) as broker,
+    ):
+        await sender.send_message(counted(0))
+        await sender.send_messages([counted(number, topic=OTHER) for number in range(1, 4)])
+        async with broker.subscribe([COUNTED, OTHER], group="readers", prefetch=1) as deliveries, asyncio.timeout(60):
+            first = await anext(deliveries)
+            await permit("^$")
+            await first.ack()
+            await become(lambda: deliveries.reconnects, 1)
+            await permit(".*")
+            await sender.send_message(counted(4, topic=OTHER))
+            taken = set()
+            while 4 not in taken:
+                taken |= {*await numbers(deliveries, 1)}
