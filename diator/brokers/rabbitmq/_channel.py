@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any, TypeAlias, TypeVar
+from functools import cached_property
+from typing import Any, TypeAlias
 
 from diator._text import explained
 from diator.brokers.rabbitmq._client import (
@@ -23,6 +24,7 @@ from diator.brokers.rabbitmq._client import (
     Connection,
     Frame,
     attach,
+    channel_max,
     commands,
     detach,
     frame_max,
@@ -32,15 +34,13 @@ from diator.brokers.rabbitmq._client import (
 )
 from diator.brokers.rabbitmq._content import Deliver
 
-T = TypeVar("T")
-R = TypeVar("R")
 Content: TypeAlias = "Deliver | commands.Basic.Return"
 
 # What the payload of a `Basic.Deliver` begins with: the numbers of its class and its method.
 _DELIVER = b"\x00\x3c\x00\x3c"
 _CLOSE_TIMEOUT = 2.0
-_MOST_CHANNELS = 1_000
-_AT_ONCE = 50
+# So many further channels are open at once at most, or as many as RabbitMQ allows if that is less.
+_MOST_ASIDE = 50
 # RabbitMQ 4.0 loses a quorum queue with its confirmed messages if its node is killed within 1.3 s of the declaration:
 # the node has stored by then only that the queue exists. So nothing relies on a quorum queue that is younger than this,
 # in seconds.
@@ -95,7 +95,6 @@ class Channel:
         self._header = b""
         self._parts: list[bytes] = []
         self._missing = 0
-        self._last_other = 0
 
     async def open(self, connection: Connection, writer: asyncio.StreamWriter) -> None:
         """Open the channel on *connection*, and receive its frames."""
@@ -108,6 +107,15 @@ class Channel:
         self._closing = attach(connection, self.number, self)
         self._closing.add_done_callback(self._connection_closed)
         await self.ask(commands.Channel.Open())
+
+    @cached_property
+    def _free(self) -> asyncio.Queue[int]:
+        """The numbers of further channels that are not open."""
+        free = asyncio.Queue[int]()
+        first = self.number + 1
+        for number in range(first, first + max(1, min(_MOST_ASIDE, channel_max(self.connection) - self.number))):
+            free.put_nowait(number)
+        return free
 
     # -- sending -------------------------------------------------------------------------------------------------
 
@@ -122,15 +130,14 @@ class Channel:
 
     async def ask_aside(self, *frames: Frame) -> None:
         """Ask on a channel of its own, because RabbitMQ may answer by closing the channel."""
-        self._last_other = self._last_other % _MOST_CHANNELS + 1
-        other = Channel(self.number + self._last_other)
         if self._writer is not None:
+            other = Channel(await self._free.get())
             try:
                 await other.open(self.connection, self._writer)
                 for frame in frames:
                     await other.ask(frame)
             finally:
-                other.close_channel()
+                other.close_channel(then=self._free.put_nowait)
 
     async def ask_all(self, frames: Iterable[Frame]) -> None:
         """Ask, without waiting for each reply. The first refusal ends it."""
@@ -165,14 +172,21 @@ class Channel:
             with suppress(RuntimeError):
                 self._writer.write(frames)
 
-    def close_channel(self) -> None:
-        """Close the channel, and leave the connection open."""
-        if self._writer is None:
+    def close_channel(self, then: Callable[[int], None]) -> None:
+        """Close the channel, and leave the connection open. Call *then* when its number is free."""
+
+        def end(_: object) -> None:
+            self._closing.cancel()
+            detach(self.connection, self.number)
+            then(self.number)
+
+        if self.error is not None:
+            end(None)
             return
-        self._closing.cancel()
-        detach(self.connection, self.number)
-        if self.error is None:
-            self.send(commands.Channel.Close(200, "", 0, 0))
+        closed = self._loop.create_future()
+        closed.add_done_callback(end)
+        self._asked.append(closed)
+        self.send(commands.Channel.Close(200, "", 0, 0))
 
     async def close(self) -> None:
         """Close the channel and the connection: in an orderly way, if RabbitMQ takes part in it within 2 seconds."""
@@ -253,14 +267,3 @@ class Channel:
                     reply.exception()  # the caller may have been cancelled; then asyncio would complain
             self._asked.clear()
             self.lost(error)
-
-
-async def for_each(items: Iterable[T], do: Callable[[T], Awaitable[R]]) -> list[R]:
-    """Await *do* for each of *items*, for some of them at once, and return the results in order."""
-    room = asyncio.Semaphore(_AT_ONCE)
-
-    async def do_one(item: T) -> R:
-        async with room:
-            return await do(item)
-
-    return await asyncio.gather(*map(do_one, items))

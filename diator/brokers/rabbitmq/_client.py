@@ -282,6 +282,11 @@ def detach(connection: Connection, number: int) -> None:
     connection.channels.pop(number, None)
 
 
+def channel_max(connection: Connection) -> int:
+    """Return how many channels may be open at once."""
+    return connection.connection_tune.channel_max or 65_535
+
+
 def frame_max(connection: Connection) -> int:
     """Return the size of the largest frame, in bytes, on which both sides have agreed."""
     return connection.connection_tune.frame_max or 131_072

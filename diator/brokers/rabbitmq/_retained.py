@@ -24,7 +24,6 @@ from diator.brokers.rabbitmq._channel import (
     PRECONDITION_FAILED,
     SAFE_AFTER,
     Refused,
-    for_each,
 )
 from diator.brokers.rabbitmq._client import Address, Frame, commands
 from diator.brokers.rabbitmq._content import DELIVERY_LIMIT
@@ -257,7 +256,7 @@ async def claim(receiver: Receiver, prefix: str, queues: Mapping[str, Topic]) ->
         retained = commands.Queue.Declare(queue=retained_queue_name(prefix, queues[queue]), passive=True)
         return await receiver.is_there(retained) and await _claims(receiver, retained.queue, queue)
 
-    are_claimed = zip(queues, await for_each(queues, claims), strict=True)
+    are_claimed = zip(queues, await asyncio.gather(*map(claims, queues)), strict=True)
     return {retained_queue_name(prefix, queues[queue]): queue for queue, is_claimed in are_claimed if is_claimed}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -25,7 +25,6 @@ from diator.brokers.rabbitmq._channel import (
     Content,
     Lost,
     Refused,
-    for_each,
 )
 from diator.brokers.rabbitmq._client import Address, commands
 from diator.brokers.rabbitmq._content import ATTEMPT, DELIVERY_COUNT, DELIVERY_LIMIT, Deliver, Properties
@@ -298,14 +297,14 @@ class Connection(Channel):
         subscription = self._subscription
         try:
             self.step = f"declared the queues of {len(subscription.queues):,} topics"
-            exist = subscription.declared and await for_each(map(passively, subscription.queues), self.is_there)
+            are_lost = subscription.declared and not await self._are_there(subscription.queues)
             await ensure_exchange(self, subscription.prefix)
             await self.ask(commands.Basic.Qos(prefetch_count=self._prefetch))
             await self._declare_queues()
             await self._bind()
             await self._declare_witness()
             subscription.declared = True
-            if exist and not all(exist):
+            if are_lost:
                 raise MessagesMissed("RabbitMQ had lost a queue of this subscription; it is declared again")
             if subscription.group is not None:
                 self._retained = await claim(self, subscription.prefix, subscription.queues)
@@ -337,13 +336,16 @@ class Connection(Channel):
         """
         subscription = self._subscription
         dead = [subscription.dead_letter_queue(queue) for queue in subscription.queues]
-        are_old = subscription.group is None or all(await for_each(map(passively, dead), self.is_there))
+        are_old = subscription.group is None or await self._are_there(dead)
         await self.ask_all(map(subscription.declaration, subscription.queues))
         if not are_old:
             await asyncio.sleep(subscription.safe_after)
             self._dead_letter_queues_safe_at = self._loop.time() + subscription.safe_after
         if subscription.group is not None:
-            await for_each(subscription.queues, self._declare_dead_letter_queue)
+            await asyncio.gather(*map(self._declare_dead_letter_queue, subscription.queues))
+
+    async def _are_there(self, queues: Iterable[str]) -> bool:
+        return all(await asyncio.gather(*map(self.is_there, map(passively, queues))))
 
     async def _declare_dead_letter_queue(self, queue: str) -> None:
         """Declare the dead-letter queue of *queue*, or use the one that is there: it may have dead letters."""
@@ -641,7 +643,7 @@ class Connection(Channel):
     # -- the end -------------------------------------------------------------------------------------------------
 
     async def end(self, unseen: Collection[int]) -> None:
-        """Stop consuming, settle what is due, requeue *unseen* deliveries, all within 2 seconds; then close."""
+        """Stop consuming, settle what is due, requeue *unseen* deliveries, and close, each within 2 seconds."""
         subscription = self._subscription
         for task in (self._handing_over, self._checking):
             if task is not None:
@@ -649,15 +651,13 @@ class Connection(Channel):
         try:
             if self.error is None and self._is_consuming:
                 async with asyncio.timeout(_END_TIMEOUT):
-                    for queue in (*subscription.queues, *self._retained):
-                        await self.ask(commands.Basic.Cancel(queue))
+                    await self.ask_all(map(commands.Basic.Cancel, (*subscription.queues, *self._retained)))
                 if (wait := self._settled_at - self._loop.time()) > 0:
                     await asyncio.sleep(wait)
                 async with asyncio.timeout(_END_TIMEOUT):
                     self._settle_all({*unseen, *(cast("_Token", delivery.token).tag for delivery in self._arrived)})
                     if subscription.group is None and subscription.is_ending:
-                        for queue in subscription.queues:
-                            await self.ask(commands.Queue.Delete(queue=queue))
+                        await self.ask_all(commands.Queue.Delete(queue=queue) for queue in subscription.queues)
                         if subscription.witness:
                             await self.ask(commands.Exchange.Delete(exchange=subscription.witness))
         except CHANNEL_ERRORS as error:

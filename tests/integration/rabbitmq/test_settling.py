@@ -10,6 +10,7 @@ from time import monotonic
 import aio_pika
 import pytest
 
+from diator.brokers.base import Topic
 from diator.brokers.rabbitmq import RabbitMQMessageBroker, _subscription
 from diator.consumer import Consumer
 from diator.events import EventMap
@@ -309,3 +310,17 @@ async def test_a_classic_queue_counts_retries_only(rabbitmq_url, prefix):
             await (await anext(deliveries)).retry(after=0.05)
             attempts.append((await anext(deliveries)).attempt)
     assert attempts == [1, 1, 2]
+
+
+async def test_the_end_takes_no_round_trip_for_each_topic(behind_proxy, proxy, plain, prefix, caplog):
+    """Otherwise it would run out of time, and settle nothing more."""
+    caplog.set_level("DEBUG", "diator")
+    topics = [Topic("notification_event", f"Ended{number}") for number in range(30)]
+    async with behind_proxy.subscribe(topics, group="readers"):
+        proxy.delay(0.05)
+        ending = monotonic()
+    assert monotonic() - ending < 2
+    assert not [line for line in caplog.messages if line.startswith("ending a subscription")]
+    for topic in topics:
+        for end in ("readers", "readers:dead"):
+            await plain.queue_delete(f"{prefix}:{':'.join(topic)}:{end}")
