@@ -35,6 +35,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 _MAX_WAITING = 100
 #: How many bytes of one partition are here at most, before its next fetch.
 _MAX_HELD_BYTES = 8 * 1024 * 1024
+#: How many bytes a header takes beside its name and value. In a compressed batch, millions of empty ones are a few KiB.
+_HEADER_BYTES = 64
 #: The last headers of a message in a retry topic: attempt, due (milliseconds since 1970), and where it came from.
 _RETRY_HEADERS = ("diator-retry-attempt", "diator-retry-due", "diator-retry-origin")
 #: Their values, as diator writes them. No attempt, time or offset has more digits.
@@ -58,7 +60,7 @@ class Partition:
         read_until: When its last message that was read had been sent, in milliseconds since 1970. Its sender says so.
         unsettled: How many of its deliveries are not settled, handed out or not.
         waiting: How many of its messages wait here until they are due.
-        held: How many bytes its unfinished messages have.
+        held: How many bytes its unfinished messages take.
         behind: With retries in place: by key, the messages that wait until an earlier one of their key is settled.
         batches: The first offset and the timestamp of each batch that has unfinished messages, and of older ones.
     """
@@ -137,7 +139,7 @@ class _Token(msgspec.Struct, eq=False, gc=False):  # nothing that it refers to r
     Attributes:
         partition: The partition of the message.
         record: The message.
-        size: About how many bytes it has.
+        size: About how many bytes it takes.
         is_settled: Whether settling it has no effect any more: it is settled, or another delivery replaced it.
         is_counted: Whether it is one of the unsettled deliveries. One that could not be settled makes room for others.
     """
@@ -570,10 +572,10 @@ def _token(delivery: Delivery) -> _Token:
 
 
 def _size(record: Record) -> int:
-    """Return about how many bytes *record* has."""
-    size = len(record.value or b"")
-    for _, value in record.headers:
-        size += len(value or b"")
+    """Return about how many bytes *record* takes here."""
+    size = len(record.value or b"") + len(record.key or b"")
+    for name, value in record.headers:
+        size += _HEADER_BYTES + len(name) + len(value or b"")
     return size
 
 

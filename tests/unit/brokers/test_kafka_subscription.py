@@ -420,9 +420,19 @@ async def test_a_partition_is_paused_when_it_is_too_far_and_resumed_when_it_has_
         await it.take(4)
 
 
-async def test_a_partition_is_read_no_further_while_it_holds_many_bytes():
+@pytest.mark.parametrize(
+    "large",
+    [
+        {"headers": [("h", bytes(2 * MIB))]},
+        {"headers": [("h" * 2 * MIB, None)]},
+        {"headers": [("", None)] * 20_000},
+        {"key": bytes(2 * MIB)},
+    ],
+    ids=["value of a header", "name of a header", "number of headers", "key"],
+)
+async def test_a_partition_is_read_no_further_while_it_holds_many_bytes(large):
     async with reading() as it:
-        it.client.fetch(Record(0, value=bytes(7 * MIB)), Record(1, value=None, headers=[("h", bytes(2 * MIB))]))
+        it.client.fetch(Record(0, value=bytes(7 * MIB)), Record(1, value=None, **large))
         first, second = await it.take(0, 1)
         await asyncio.sleep(0.01)
         assert it.client.paused == [PLACE]
