@@ -8,8 +8,8 @@ Faults of a send, for `FaultyMessageBroker.on_send`:
 
 - `unavailable`: `BrokerUnavailable`, and the message is not sent. The service is down or cannot be reached.
 - `rejected`: `MessageRejected`, and the message is not sent. The service refuses it: a full queue, no permission.
-- `unroutable`: `MessageUnroutable`, and the message reaches nobody. RabbitMQ with `unroutable="raise"`, or Redis Pub/Sub
-  with `require_receiver`.
+- `unroutable`: `MessageUnroutable`, and the message reaches nobody. RabbitMQ with `unroutable="raise"`, or Redis
+  Pub/Sub with `require_receiver`.
 - `unknown_but_sent`: `OutcomeUnknown`, and the message is sent. The connection broke before the confirmation; sending
   the message again duplicates it.
 - `unknown_and_lost`: `OutcomeUnknown`, and the message is not sent. The connection broke before the message arrived; it
