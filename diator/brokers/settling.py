@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from diator.brokers.base import Delivery
 from diator.brokers.connecting import BackgroundTasks
-from diator.exceptions import BrokerError
+from diator.exceptions import DiatorError
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ class Acknowledgements(Generic[T]):
     Sends acknowledgements in batches, because a round trip for each message would dominate a consumer's time.
 
     *send* is called with the added items, in their order: as soon as there are 100, and otherwise 2 ms after the first
-    one. It runs in the background, and several calls may overlap. If it raises a `BrokerError`, the error is logged;
+    one. It runs in the background, and several calls may overlap. If it raises an error of diator, the error is logged;
     the service redelivers those messages.
     """
 
@@ -65,7 +65,7 @@ class Acknowledgements(Generic[T]):
     async def _send_batch(self, batch: Sequence[T]) -> None:
         try:
             await self._send(batch)
-        except BrokerError as error:
+        except DiatorError as error:
             logger.warning(
                 "%d acknowledgements did not reach the service; their messages will be redelivered: %s",
                 len(batch),

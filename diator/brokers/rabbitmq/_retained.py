@@ -78,17 +78,17 @@ class RetainingPublisher(Publisher):
 
     async def send(self, publication: Publication, topic: Topic) -> None:
         """Publish a message of a program to the topic exchange, and retain it if nobody has subscribed."""
+        deadline = self._bind_to_running_loop().time() + self.timeout
         if publication.routing_key in self._routed:
             try:
-                await self.publish(publication)
+                await self.publish(publication, deadline=deadline)
                 return
             except MessageUnroutable:  # the queues of its topic were deleted
                 self._routed.discard(publication.routing_key)
-        await self._send_in_line(publication, topic)
+        await self._send_in_line(publication, topic, deadline)
 
-    async def _send_in_line(self, publication: Publication, topic: Topic) -> None:
+    async def _send_in_line(self, publication: Publication, topic: Topic, deadline: float) -> None:
         """Send the first message of a topic alone, and those that come meanwhile in their order."""
-        deadline = self._bind_to_running_loop().time() + self.timeout
         key, confirmed = publication.routing_key, None
         line = self._lines.setdefault(key, _Line())
         line.length += 1

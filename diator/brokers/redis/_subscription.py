@@ -31,7 +31,7 @@ from diator.brokers.redis._group import Entry, Group, ms
 from diator.brokers.redis._names import AGAIN, DELAYED
 from diator.brokers.settling import Acknowledgements, dead_letter_headers
 from diator.brokers.supervisor import MessagesMissed, ReconnectPolicy, ResilientSubscription, Source
-from diator.exceptions import BrokerClosed, BrokerError
+from diator.exceptions import BrokerClosed, DiatorError
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -235,7 +235,7 @@ class Subscription(ResilientSubscription):
         for stream, ids in by_stream.items():
             try:
                 await self.group.ack(stream, ids, remove=stream in self._first)  # no other group reads that stream
-            except BrokerError as error:
+            except DiatorError as error:
                 logger.warning(
                     "%d acknowledgements did not reach Redis; these messages are redelivered: %s", len(ids), error
                 )
@@ -250,7 +250,7 @@ class Subscription(ResilientSubscription):
                 try:
                     entries = [cast("Entry", delivery.token) for delivery in held.values()]
                     await self.group.renew(entries, self.options.lease)
-                except BrokerError as error:
+                except DiatorError as error:
                     logger.warning("the leases of %d messages could not be renewed: %s", len(held), error)
 
     async def leave(self, prefetched: Collection[Delivery], /) -> None:
@@ -279,7 +279,7 @@ class Subscription(ResilientSubscription):
                 lease_ms = math.ceil(self.options.lease * 1000)
                 await self.group.let_go(stream, id_, times if delivered else times - 1, lease_ms)
             await self.group.forget(stream, _FORGOTTEN_AFTER)
-        except BrokerError as error:
+        except DiatorError as error:
             logger.warning(
                 "others take over the unsettled messages of %s when their lease is over, not now: %s", stream, error
             )
@@ -356,7 +356,7 @@ class Subscription(ResilientSubscription):
             for stream in self.streams:
                 try:
                     await self.group.trim(stream, self.options.retention)
-                except BrokerError as error:
+                except DiatorError as error:
                     logger.warning("%s could not be trimmed: %s", stream, error)
 
 

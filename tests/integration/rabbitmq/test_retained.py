@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from time import monotonic
 
 import aio_pika
 import pytest
@@ -10,7 +11,7 @@ from yarl import URL
 
 from diator.brokers.audit import audit
 from diator.brokers.rabbitmq import RabbitMQMessageBroker
-from diator.exceptions import BrokerUnavailable, ConfigurationError, MessageRejected, MessageUnroutable
+from diator.exceptions import BrokerUnavailable, ConfigurationError, MessageRejected, MessageUnroutable, OutcomeUnknown
 from tests.integration.rabbitmq.helpers import COUNTED, OTHER, RECONNECT, become, collect, counted, numbers
 
 
@@ -192,6 +193,17 @@ async def test_a_group_named_like_a_queue_of_diator_is_another_queue(broker):
     await broker.send_message(counted(1))
     async with broker.subscribe([COUNTED], group="/retained") as deliveries:
         assert await numbers(deliveries, 1) == [1]
+
+
+async def test_a_send_whose_queue_was_deleted_meanwhile_has_one_time_limit(behind_proxy, proxy, plain, queue):
+    await collect(behind_proxy)
+    await behind_proxy.send_message(counted())
+    await plain.queue_delete(queue)
+    proxy.delay(1.0)  # so RabbitMQ returns the message after two seconds of three
+    began = monotonic()
+    with pytest.raises((BrokerUnavailable, OutcomeUnknown)):
+        await behind_proxy.send_message(counted())
+    assert monotonic() - began < 4
 
 
 @pytest.mark.timeout(180)

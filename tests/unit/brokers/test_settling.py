@@ -3,8 +3,10 @@
 import asyncio
 import logging
 
+import pytest
+
 from diator.brokers.settling import Acknowledgements
-from diator.exceptions import BrokerUnavailable
+from diator.exceptions import BrokerUnavailable, ConfigurationError
 
 
 async def test_a_batch_is_sent_after_100_items_or_after_a_short_time():
@@ -22,9 +24,10 @@ async def test_a_batch_is_sent_after_100_items_or_after_a_short_time():
     assert sent == [[*range(100)], [100, 101, 102]]
 
 
-async def test_a_failed_batch_is_logged_and_flush_raises_nothing(caplog):
+@pytest.mark.parametrize("kind", [BrokerUnavailable, ConfigurationError])
+async def test_a_failed_batch_is_logged_and_flush_raises_nothing(kind, caplog):
     async def send(items):
-        raise BrokerUnavailable("connection lost")
+        raise kind("connection lost")
 
     acknowledgements = Acknowledgements(send)
     acknowledgements.add("a")
