@@ -40,7 +40,7 @@ class Connection(ABC):
         self.consumer = consumer
         self.partitions: dict[TopicPartition, Partition] = {}
         self.generation = 0
-        self._watching: asyncio.Task[None] | None = None
+        self.tasks: list[asyncio.Task[None]] = []  # they end only with an error that nobody expects
         self._paused: dict[TopicPartition, Partition] = {}
         self._unread = set[TopicPartition]()  # what is read from its beginning, wherever that is
         self._has_returned = False
@@ -53,7 +53,7 @@ class Connection(ABC):
         await self.consumer.start()
         await self._find_recreated()
         await self.begin()
-        self._watching = asyncio.create_task(self._watch_topics(), name="diator: watching topics")
+        self.tasks.append(asyncio.create_task(self._watch_topics(), name="diator: watching topics"))
 
     @abstractmethod
     async def begin(self) -> None:
@@ -157,6 +157,9 @@ class Connection(ABC):
             BrokerUnavailable: A topic was deleted. It was reported as a gap.
             ConfigurationError: A partition cannot be read any further, and all that came before is settled.
         """
+        for task in self.tasks:
+            if task.done():
+                task.result()
         for place, problem in self.consumer.problems.items():
             if place in self.partitions and not self.partitions[place].unsettled:
                 raise problem
@@ -244,7 +247,7 @@ class Connection(ABC):
 
     async def end(self, *, within: float) -> None:
         """End the connection, whatever state it is in. Leaving the group takes at most *within* seconds."""
-        await end_tasks([self._watching])
+        await end_tasks(self.tasks)
         try:
             async with asyncio.timeout(within):
                 await self.say_goodbye()

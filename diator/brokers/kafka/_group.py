@@ -12,7 +12,7 @@ from aiokafka import ConsumerRebalanceListener, TopicPartition, errors
 from aiokafka.structs import OffsetAndMetadata
 
 from diator._text import explained
-from diator.brokers.kafka._client import Cluster, end_tasks
+from diator.brokers.kafka._client import Cluster
 from diator.brokers.kafka._connection import Connection, ReaderConnection
 from diator.brokers.kafka._consumer import KafkaConsumer
 from diator.brokers.kafka._errors import CLIENT_ERRORS, subscription_error
@@ -72,7 +72,6 @@ class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[mi
         self._assigned = asyncio.Event()
         subscription.is_assigned = False
         self._assigned_at = asyncio.get_running_loop().time()
-        self._committing: asyncio.Task[None] | None = None
         self._commits_metadata = True
         self._commit_failed = False
         self._failure: Exception | None = None
@@ -85,7 +84,7 @@ class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[mi
         sent from now on is for its group. Giving up would only cause another rebalance.
         """
         self.consumer.join(self.subscription.topic_names, self, member_id=self.subscription.member_id)
-        self._committing = asyncio.create_task(self._keep_committing(), name="diator: committing")
+        self.tasks.append(asyncio.create_task(self._keep_committing(), name="diator: committing"))
         await self.consumer.wait_for_group(self._assigned, within=self.subscription.options.assignment_timeout)
 
     async def start_over(self, topic_names: Collection[str]) -> None:
@@ -204,8 +203,6 @@ class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[mi
         Before that, the next connection continues as the same member of the group, so that nobody has to rebalance.
         """
         try:
-            if self._committing is not None:
-                await end_tasks([self._committing])
             if self.subscription.is_assigned:
                 await self._commit()
         finally:

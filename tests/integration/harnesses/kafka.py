@@ -163,8 +163,8 @@ class KafkaHarness(ServiceHarness):
         for connection in gc.get_objects():  # a subscription does not keep its connection
             if type(connection) in (ReaderConnection, GroupConnection) and connection.subscription in subscriptions:
                 connection.say_goodbye = nothing
-                if committing := getattr(connection, "_committing", None):
-                    committing.cancel()
+                for task in connection.tasks:
+                    task.cancel()
                 clients.append(connection.consumer._consumer._client)
         for client in clients:
             client._get_conn = nothing

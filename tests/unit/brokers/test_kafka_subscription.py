@@ -275,6 +275,20 @@ async def test_a_link_is_given_up_no_earlier_than_the_session():
         assert it.connections == 2
 
 
+@pytest.mark.parametrize("error", [TypeError("unexpected"), asyncio.CancelledError()], ids=["error", "cancellation"])
+async def test_a_task_of_a_connection_that_ends_costs_the_connection(error):
+    """Otherwise nothing would be committed any more, or a topic that is created again would not be noticed."""
+
+    async def end():
+        raise error
+
+    async with reading(reconnect=QUICK) as it:
+        it.connection.tasks.append(asyncio.create_task(end()))
+        await asyncio.sleep(5)
+
+        assert it.connections == 2
+
+
 async def test_a_subscription_without_its_partitions_is_not_connected():
     async with reading() as it:
         assert it.subscription.connected
