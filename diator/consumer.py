@@ -75,7 +75,7 @@ class Consumer:
 
     The consumer settles a delivery after its last handler. It acknowledges the message if every handler succeeded.
     Otherwise it retries the message as *retry* specifies, and then dead-letters it with a reason. It dead-letters a
-    message at once if the message cannot be decoded, or if its type has no handler. Where the transport has no
+    message at once if it cannot be decoded, or if it names another event than its topic. Where the transport has no
     dead-letter queue, the message is lost, and the consumer logs an error.
 
     A delivery stays unsettled if its handling was cancelled or the process died. The transport then redelivers the
