@@ -46,9 +46,11 @@ _REQUEUE = f"""
 WITH requeued AS (UPDATE messages AS m SET holder = NULL, due = now() + $4 FROM {_OURS} RETURNING grp)
 SELECT pg_notify(current_schema, grp) FROM requeued
 """
+# The headers stay as they are: the text of $4, an object with more of them, goes before the closing brace.
 _DEAD_LETTER = f"""
-WITH gone AS ({_DELETE} RETURNING m.id, topic, grp, body)
-INSERT INTO dead_letters SELECT id, topic, grp, body, $4::text::json FROM gone
+WITH gone AS ({_DELETE} RETURNING m.id, topic, grp, body, left(rtrim(headers::text, E' \\n\\r\\t'), -1) AS headers)
+INSERT INTO dead_letters SELECT id, topic, grp, body,
+    (headers || CASE WHEN headers ~ '^\\s*{{\\s*$' THEN '' ELSE ', ' END || substr($4, 2))::json FROM gone
 """
 # Release claimed messages. Those that were not handed out (not in $2, $3) are not charged an attempt. The others are
 # released only when the consumer leaves ($5).
@@ -135,9 +137,23 @@ class Subscription(ResilientSubscription):
                 await self.notified.wait()
 
     def _delivery(self, id_: int, attempt: int, topic_key: str, body: bytes, headers: str) -> Delivery:
-        texts = {name: str(value) for name, value in json.loads(headers).items()}
-        topic, token = self._topics[topic_key], (id_, attempt)
-        return Delivery(topic=topic, body=body, headers=texts, attempt=attempt, settler=self, token=token)
+        texts: dict[str, str] = {}
+        unreadable = None
+        try:
+            for name, value in json.loads(headers).items():
+                if value is not None:
+                    texts[name] = value if isinstance(value, str) else json.dumps(value)
+        except (ValueError, RecursionError):  # a number with thousands of digits, lists in lists in lists
+            unreadable = "the headers cannot be decoded"
+        return Delivery(
+            topic=self._topics[topic_key],
+            body=body,
+            headers=texts,
+            attempt=attempt,
+            settler=self,
+            token=(id_, attempt),
+            unreadable=unreadable,
+        )
 
     # -- settling ------------------------------------------------------------------------------------------------
 
@@ -149,7 +165,7 @@ class Subscription(ResilientSubscription):
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         origin = dead_letter_headers(delivery, reason, source=delivery.topic.message_name, group=self._group)
-        await self._settle([self._let_go(delivery)], _DEAD_LETTER, json.dumps({**delivery.headers, **origin}))
+        await self._settle([self._let_go(delivery)], _DEAD_LETTER, json.dumps(origin))
 
     def _let_go(self, delivery: Delivery) -> Token:
         """Stop renewing the lease of *delivery*, so that the message is redelivered if settling fails."""

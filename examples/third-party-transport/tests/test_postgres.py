@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -161,3 +162,26 @@ async def test_a_commit_waits_for_the_disk_whatever_the_default_of_the_database(
 def test_a_schema_name_cannot_inject_sql() -> None:
     with pytest.raises(ConfigurationError, match="is not a valid schema name"):
         new_broker('x"; DROP TABLE messages')
+
+
+async def test_headers_of_another_program_are_kept_as_they_are(database: tuple[Any, str]) -> None:
+    """A dead letter has them byte for byte. Those that Python cannot decode stop no message behind them."""
+    connection, schema = database
+    sent = [
+        '{"n": 1.50, "no": null, "list": [1, "\\u0000"], "o": {}}',
+        '{"deep": ' + "[" * 3_000 + "]" * 3_000 + "}",
+        "{ }",
+    ]
+    key, body = json.dumps([*HAPPENED]), b"{}"
+    async with new_broker(schema) as broker, broker.subscribe([HAPPENED], group="g") as deliveries:
+        await connection.execute("SELECT send($1, $2, $3)", [key] * len(sent), [body] * len(sent), sent)
+        async with asyncio.timeout(20):
+            taken = [await anext(deliveries) for _ in sent]
+            for each in taken:
+                await each.dead_letter("no")
+    assert taken[0].headers == {"n": "1.5", "list": '[1, "\\u0000"]', "o": "{}"}
+    assert [each.unreadable is not None for each in taken] == [False, True, False]
+    kept = [row["headers"] for row in await connection.fetch("SELECT headers FROM dead_letters ORDER BY id")]
+    for before, after in zip(sent, kept, strict=True):
+        assert after.startswith(before.rstrip(" }") if before != "{ }" else "{")
+    assert [json.loads(after)["diator-dlq-reason"] for after in (kept[0], kept[2])] == ["no"] * 2
