@@ -5,9 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diator._text import MAX_CHARACTERS, explained, printable, without_credentials
-from diator.brokers.kafka._client import Cluster
-from diator.brokers.rabbitmq._client import Address
-from diator.brokers.redis._client import client_of, send_error, where
 
 #: `st.text()` has no surrogates; a sender's JSON can contain them all the same.
 ANY_TEXT = st.text(st.characters(codec=None))
@@ -80,18 +77,3 @@ def test_a_time_limit_is_named():
 def test_no_credentials_of_any_url_are_shown(text):
     assert "cret" not in without_credentials(text)
     assert "h" in without_credentials(text)
-
-
-async def test_an_address_is_named_without_credentials():
-    assert Address("amqps://u:secret@h:1/v?heartbeat=3&x=secret", None).where == "amqps://h:1/v"
-    assert where(client_of("redis://u:secret@h:1/2", timeout=1)[0]) == "h:1/2"
-    assert where(client_of("redis://h", timeout=1)[0]) == "h:6379/0"
-    assert where(client_of("unix://:secret@/a.sock", timeout=1)[0]) == "unix:///a.sock"
-    assert where(object()) == "the servers of object"
-    assert Cluster(bootstrap_servers=("a:1", "b:2"), timeout=1).where == "a:1,b:2"
-
-
-def test_an_unknown_command_does_not_show_its_arguments():
-    """Redis quotes the first arguments of a command that it does not know: one may be a message."""
-    error = Exception("unknown command 'XADD', with args beginning with: 'stream' '*' 'body' 'secret'")
-    assert "secret" not in str(send_error(error, None, written=False))

@@ -7,7 +7,6 @@ from importlib.metadata import version
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-from diator.brokers.redis._group import Group
 from diator.brokers.supervisor import ReconnectPolicy
 from diator.testing.conformance import DeadLettered, EnvironmentMissing, Limits
 from diator.testing.fault_proxy import FaultProxy
@@ -125,6 +124,8 @@ class RedisStreamHarness(RedisHarness):
     async def send_foreign(self, transport, topic, group, kind, body):
         stream = transport._stream(topic)
         if kind == "due times":
+            from diator.brokers.redis._group import Group
+
             delayed = Group(transport._service.execute, group).key(stream, b"delayed")
             members = {b"": "-inf", b"\xff": 1, b"{}": 1e300, body: 2, b"later": "inf", os.urandom(100): 4e15}
             return await transport._client.zadd(delayed, members)
