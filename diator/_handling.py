@@ -273,7 +273,8 @@ class Handling:
         self.make_room: Callable[[int], None] = lambda _: None
         self.unsettled = 0
         self._last_settled = monotonic()
-        self._not_settled_since = 0.0  # when the first delivery after the last settled one could not be settled
+        # When the first and the last delivery after the last settled one could not be settled.
+        self._not_settled_since = self._not_settled_until = 0.0
         self._is_ending = False
 
     def end(self) -> None:
@@ -291,14 +292,18 @@ class Handling:
         """
         Return for how long deliveries have been there and none of them was settled; 0 if there are none.
 
+        While deliveries that cannot be settled wait for their redelivery, it stays as it is: another consumer may get
+        them.
+
         *now* is by `time.monotonic`. *waiting* is for how long some have been waiting to be handled.
         """
         since = self.in_flight
         if waiting > 0:
             since.append(now - waiting)
+        until = now if since else self._not_settled_until
         if self._not_settled_since > self._last_settled:
             since.append(self._not_settled_since)
-        return now - max(self._last_settled, min(since)) if since else 0.0
+        return until - max(self._last_settled, min(since)) if since else 0.0
 
     def read(self, delivery: Delivery) -> Envelope | DecodingError:
         """Return the decoded message of *delivery*, or the error: `handle` dead-letters a message that has one."""
@@ -411,8 +416,10 @@ class Handling:
         ended = monotonic()
         if outcome != "unsettled":
             self._last_settled = ended
-        elif self._not_settled_since <= self._last_settled:
-            self._not_settled_since = ended
+        else:
+            self._not_settled_until = ended
+            if self._not_settled_since <= self._last_settled:
+                self._not_settled_since = ended
         if reason is not None or self._on_handled is not None:
             handled = Handled(
                 topic=delivery.topic,

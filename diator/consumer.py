@@ -49,7 +49,7 @@ class Health:
         connected: Whether the subscription is connected; true on a transport that cannot report this.
         reconnects: How often the subscription had to reconnect.
         since_last_progress: For how many seconds deliveries have been there, handled or waiting, and none of them was
-            settled; 0 while there are none.
+            settled; 0 while there are none. It does not grow while all of them wait for their redelivery.
         in_flight: How many deliveries are being handled or dead-lettered.
         oldest_in_flight: For how many seconds the oldest of these deliveries has been handled; 0 if there are none.
         unsettled: How many deliveries could not be settled, so that they are redelivered.
