@@ -203,7 +203,7 @@ def send_error(error: BaseException, message_id: UUID | None, *, written: bool) 
     if isinstance(error, redis_errors.AuthenticationError):
         remedy = "check the user and the password of the URL or of the client"
         return AccessRefused(f"Redis does not let this user in ({problem}); {remedy}", message_id=message_id)
-    if isinstance(error, redis_errors.NoPermissionError) and message_id is None:
+    if message_id is None and _is_forbidden(error):
         return AccessRefused(f"Redis refuses a command ({problem}); permit it to this user with ACL SETUSER")
     if not written or _is_temporary(error):
         return BrokerUnavailable(f"Redis is not available ({problem})", message_id=message_id)
@@ -225,6 +225,10 @@ def connect_error(error: BaseException, client: Client, message_id: UUID | None,
     if isinstance(error, (redis_errors.InvalidResponse, TimeoutError)):
         problem += "; if that lasts, check that a Redis listens there, and with or without TLS as the URL says"
     return BrokerUnavailable(f"Redis at {at} is not available ({problem})", message_id=message_id)
+
+
+def _is_forbidden(error: BaseException) -> bool:
+    return isinstance(error, redis_errors.NoPermissionError) or str(error).startswith("ACL failure in script")
 
 
 def _is_temporary(error: BaseException) -> bool:

@@ -281,7 +281,9 @@ class Subscription(ResilientSubscription):
             await self.group.forget(stream, _FORGOTTEN_AFTER)
         except DiatorError as error:
             logger.warning(
-                "others take over the unsettled messages of %s when their lease is over, not now: %s", stream, error
+                "others take over the unsettled messages of %s when their lease is over, not now: %s",
+                stream.decode(),
+                error,
             )
 
     async def lost_on_the_way(self, stream: bytes) -> list[Delivery]:
@@ -357,7 +359,8 @@ class Subscription(ResilientSubscription):
                 try:
                     await self.group.trim(stream, self.options.retention)
                 except DiatorError as error:
-                    logger.warning("%s could not be trimmed: %s", stream, error)
+                    what = f"{stream.decode()} could not be trimmed"
+                    self.lines.log(logging.WARNING, what, "%s: %s", what, error)
 
 
 class Connection:

@@ -9,8 +9,9 @@ import pytest
 from redis.asyncio import Redis
 
 from diator.brokers.base import Topic
-from diator.brokers.redis import RedisMessageBroker
+from diator.brokers.redis import RedisMessageBroker, _subscription
 from diator.brokers.redis_streams import RedisStreamMessageBroker
+from diator.exceptions import AccessRefused
 from tests.integration.redis.helpers import listening, message, send_all
 from tests.services import Service
 
@@ -102,3 +103,27 @@ async def test_a_consumer_on_streams(admin: Redis, private_redis: Service) -> No
     await check(admin, "streams-consumer")
     assert await admin.xlen(f"{STREAM}:g:dead") == 1
     assert (await admin.xpending(STREAM, "g"))["pending"] == 1
+
+
+async def test_a_consumer_without_one_of_them_is_refused_at_once(admin: Redis, private_redis: Service) -> None:
+    url = await url_of(admin, private_redis, "streams-consumer")
+    await admin.execute_command("ACL", "SETUSER", "streams-consumer", "-xinfo")  # which only a script uses at first
+    async with RedisStreamMessageBroker(url, "app") as broker:
+        with pytest.raises(AccessRefused, match=r"'xinfo\|stream'.*; permit it to this user with ACL SETUSER"):
+            await broker.subscribe([JOINED], group="g").__aenter__()
+
+
+async def test_a_consumer_that_may_not_trim_does_not_fill_the_log(
+    admin: Redis, private_redis: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_subscription, "SCAN_EVERY", 0.05)
+    url = await url_of(admin, private_redis, "streams-consumer")
+    async with (
+        RedisStreamMessageBroker(url, "app", retention=60.0) as broker,
+        broker.subscribe([JOINED], group="g") as deliveries,
+    ):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(deliveries), 2.0)
+        lines = [line for line in caplog.messages if "trim" in line]
+        assert len(lines) == 5
+        assert lines[0].startswith(f"{STREAM} could not be trimmed: Redis refuses a command (")
