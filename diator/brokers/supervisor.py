@@ -442,8 +442,12 @@ class ResilientSubscription(ABC):
 
 
 async def close_all(subscriptions: Collection[ResilientSubscription]) -> None:
-    """End the *subscriptions* of a broker, all at the same time. Return when each of them has ended."""
-    await asyncio.gather(*(subscription.aclose() for subscription in [*subscriptions]))
+    """
+    End the *subscriptions* of a broker, all at the same time. Return when each of them has ended.
+
+    If one cannot leave, its own context raises the error: it must not keep the broker from closing its connections.
+    """
+    await asyncio.gather(*(subscription.aclose() for subscription in [*subscriptions]), return_exceptions=True)
 
 
 async def end_task(task: asyncio.Task[None]) -> None:

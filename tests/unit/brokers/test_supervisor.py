@@ -782,6 +782,22 @@ async def test_close_all_ends_the_subscriptions_of_a_broker():
     assert len(leave.calls) == 1
 
 
+async def test_a_subscription_that_cannot_leave_does_not_keep_the_others_from_it():
+    service, other = Service(), Service()
+    leave = Leaving(service)
+    other.registry = service.registry
+
+    async def fail(_):
+        raise RuntimeError("cannot leave")
+
+    deliveries = await service.supervised(leave=fail).__aenter__()
+    async with other.supervised(leave=leave):
+        await close_all(service.registry)
+        assert len(leave.calls) == 1
+    with pytest.raises(RuntimeError, match="cannot leave"):
+        await deliveries.__aexit__(None, None, None)
+
+
 async def test_leave_continues_if_the_end_of_the_context_is_cancelled():
     service = Service()
     leave = Leaving(service)
