@@ -331,8 +331,10 @@ class ResilientSubscription(ABC):
         self._registry.discard(self)
         if self._receiver is not None:
             await end_task(self._receiver)
-        await self.leave(self._received)
-        self.lines.flush()
+        try:
+            await self.leave(self._received)
+        finally:
+            self.lines.flush()
 
     async def _keep_receiving(self, ready: asyncio.Future[None]) -> None:
         loop, receiver = asyncio.get_running_loop(), asyncio.current_task()

@@ -95,6 +95,7 @@ class Channel:
         self._header = b""
         self._parts: list[bytes] = []
         self._missing = 0
+        self._is_closing = False
 
     async def open(self, connection: Connection, writer: asyncio.StreamWriter) -> None:
         """Open the channel on *connection*, and receive its frames."""
@@ -186,6 +187,7 @@ class Channel:
         closed = self._loop.create_future()
         closed.add_done_callback(end)
         self._asked.append(closed)
+        self._is_closing = True
         self.send(commands.Channel.Close(200, "", 0, 0))
 
     async def close(self) -> None:
@@ -195,6 +197,7 @@ class Channel:
         try:
             async with asyncio.timeout(_CLOSE_TIMEOUT):
                 if self.error is None:
+                    self._is_closing = True
                     await self.ask(commands.Channel.Close(200, "", 0, 0))
                 await self.connection.close()
         except CHANNEL_ERRORS:
@@ -231,6 +234,8 @@ class Channel:
             self.send(commands.Channel.CloseOk())
             self.flush()
             self._lose(Refused(frame.reply_code or 0, frame.reply_text or "no reason"))
+        elif isinstance(frame, commands.Channel.CloseOk) and not self._is_closing:
+            pass  # for the last channel of this number, which RabbitMQ has closed at the same time
         elif not self.take(frame) and self._asked:
             reply = self._asked.popleft()
             if not reply.done():
