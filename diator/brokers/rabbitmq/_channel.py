@@ -234,9 +234,9 @@ class Channel:
             self.send(commands.Channel.CloseOk())
             self.flush()
             self._lose(Refused(frame.reply_code or 0, frame.reply_text or "no reason"))
-        elif isinstance(frame, commands.Channel.CloseOk) and not self._is_closing:
-            pass  # for the last channel of this number, which RabbitMQ has closed at the same time
         elif not self.take(frame) and self._asked:
+            if isinstance(frame, commands.Channel.CloseOk) and not self._is_closing:
+                return  # for the last channel of this number, which RabbitMQ has closed at the same time
             reply = self._asked.popleft()
             if not reply.done():
                 reply.set_result(frame)
