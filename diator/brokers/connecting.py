@@ -110,6 +110,7 @@ class ClientConnection(ABC, Generic[L]):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing: asyncio.Task[None] | None = None
         self._failures = 0  # the number of attempts to connect that have failed
+        self._was_connected = False
         self._begin()
 
     def _begin(self) -> None:
@@ -184,13 +185,15 @@ class ClientConnection(ABC, Generic[L]):
             try:
                 async with asyncio.timeout(self._reconnect.connect_timeout):
                     self._link = await self._connect()
-                if self._failure is not None:
+                if self._failure is not None and self._was_connected:
                     logger.info("connected to %s again", self.where)
-                self._failure = None
+                self._failure, self._was_connected = None, True
             except (Exception, asyncio.CancelledError) as error:  # whatever the client library raises
                 if isinstance(error, asyncio.CancelledError) and this is not None and this.cancelling():
                     raise  # otherwise the client library has cancelled its own work
-                if self._failure is None:
+                if (
+                    self._failure is None and self._was_connected
+                ):  # otherwise nothing is lost: the callers get the error
                     why = explained(error, within=self._reconnect.connect_timeout)
                     logger.warning("no connection to %s (%s); the next calls try again", self.where, why)
                 self._failures += 1

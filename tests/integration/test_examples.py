@@ -38,7 +38,7 @@ def test_meetings_reports_an_unreachable_redis():
         run = meetings(f"redis://127.0.0.1:{unused.getsockname()[1]}/0")
 
     assert run.returncode == 1
-    assert run.stderr.startswith("meetings: Redis is not available")
+    assert run.stderr.startswith("meetings: Redis at 127.0.0.1:")
     assert "Traceback" not in run.stderr
 
 

@@ -324,7 +324,7 @@ REASONS = {
         "other-name": "mismatch: ",
         "camel-case": NO_MESSAGE + "Object missing required field `message_type`",
         "go-names": NO_MESSAGE + "Object missing required field `message_name`",
-        "text-payload": NO_MESSAGE + "the payload is not a JSON object - at `$.payload`",
+        "text-payload": UNFIT + "Expected `object`, got `str`",
         "list": NO_MESSAGE + "Expected `object`, got `array`",
         "null": NO_MESSAGE + "Expected `object`, got `null`",
         "empty": NO_MESSAGE,

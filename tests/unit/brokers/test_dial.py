@@ -305,6 +305,12 @@ def test_closing_is_begun_again_if_its_event_loop_ended_before():
 async def test_an_outage_is_logged_once_and_its_end_once(caplog):
     caplog.set_level("INFO")
     connection = Connection()
+    connection.error = OSError("not started yet")
+    await kinds(calls(connection, 10))
+    assert caplog.messages == []  # the callers have the error
+    connection.error = None
+    await connection.call()
+    connection.lose()
     connection.error = OSError("refused")
     for _ in range(5):
         await kinds(calls(connection, 10))
