@@ -157,7 +157,8 @@ async def _bootstrap(client: Any, cluster: Cluster) -> None:
                 connection.close()
     else:
         raise not_connected(problems, within=within)
-    client._sync_task = asyncio.create_task(client._md_synchronizer())  # noqa: SLF001
+    if client._sync_task is None:  # noqa: SLF001
+        client._sync_task = asyncio.create_task(client._md_synchronizer())  # noqa: SLF001
 
 
 # -- starting and ending tasks -------------------------------------------------------------------------------------
