@@ -23,6 +23,8 @@ from uuid import uuid4
 from diator.brokers.supervisor import ReconnectPolicy
 from diator.testing.conformance import DeadLettered, EnvironmentMissing, Limits
 from diator.testing.fault_proxy import FaultProxy
+from tests import amqp
+from tests.amqp import sized
 from tests.integration.harnesses.service import SCALE, ServiceHarness
 from tests.services import BACKENDS
 
@@ -312,16 +314,11 @@ def tabled(table):
 
 
 def entry(name, value):
-    name = name if isinstance(name, bytes) else name.encode()
-    return bytes([len(name)]) + name + value
+    return amqp.short(name if isinstance(name, bytes) else name.encode()) + value
 
 
 def text(value):
-    return b"S" + sized(value.encode())
-
-
-def sized(value):
-    return struct.pack(">I", len(value)) + value
+    return amqp.text(value.encode())
 
 
 def nested(depth):

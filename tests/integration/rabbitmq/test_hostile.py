@@ -18,25 +18,16 @@ from diator.consumer import Consumer
 from diator.events import EventMap
 from diator.exceptions import BrokerUnavailable, MessageRejected
 from diator.retrying import PermanentError, RetryPolicy
+from tests.amqp import DELIVERY_MODE, EXPIRATION, HEADERS, MESSAGE_ID, TIMESTAMP, USER_ID, short, sized, table, text
 from tests.integration.rabbitmq.helpers import (
     COUNTED,
-    DELIVERY_MODE,
-    EXPIRATION,
-    HEADERS,
-    MESSAGE_ID,
     RECONNECT,
     SLACK,
-    TIMESTAMP,
-    USER_ID,
     Counted,
     become,
     collect,
     counted,
     numbers,
-    short,
-    sized,
-    table,
-    text,
 )
 
 ROUTING_KEY = ".".join(COUNTED)

@@ -15,30 +15,17 @@ from pamqp.header import ContentHeader
 
 from diator.brokers.rabbitmq._content import Deliver, Properties
 from diator.brokers.rabbitmq._frames import again, header_of
-
-HEADERS, DELIVERY_MODE, REPLY_TO, EXPIRATION, MESSAGE_ID, TIMESTAMP, USER_ID = (
-    1 << bit for bit in (13, 12, 9, 8, 7, 6, 4)
+from tests import amqp
+from tests.amqp import (
+    short,
+    sized,
+    text,
 )
-
-
-def short(text: bytes) -> bytes:
-    return bytes([len(text)]) + text
-
-
-def sized(content: bytes) -> bytes:
-    return len(content).to_bytes(4) + content
-
-
-def text(value: bytes) -> bytes:
-    return b"S" + sized(value)
+from tests.amqp import table as table_of
 
 
 def table(**entries: bytes) -> bytes:
     return table_of(*((name.encode(), value) for name, value in entries.items()))
-
-
-def table_of(*entries: tuple[bytes, bytes]) -> bytes:
-    return sized(b"".join(short(name) + value for name, value in entries))
 
 
 def nested(depth: int) -> bytes:
@@ -50,7 +37,7 @@ def nested(depth: int) -> bytes:
 
 def header(*, size: int = 2, **properties: bytes) -> bytes:
     """A content header with these properties, which are given in their order on the wire."""
-    flags = sum(globals()[name.upper()] for name in properties)
+    flags = sum(getattr(amqp, name.upper()) for name in properties)
     return struct.pack(">HHQH", 60, 0, size, flags) + b"".join(properties.values())
 
 
