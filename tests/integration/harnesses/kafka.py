@@ -1,5 +1,6 @@
 """The harnesses of the Kafka transport."""
 
+import asyncio
 import gc
 import gzip
 import os
@@ -104,21 +105,35 @@ class KafkaHarness(ServiceHarness):
         """Store *batches* as they are, without a client's encoder. Return how many of them Kafka accepts."""
         from aiokafka import TopicPartition
         from aiokafka.client import AIOKafkaClient
-        from aiokafka.errors import InvalidTimestampError, NoError, for_code
+        from aiokafka.errors import InvalidTimestampError, KafkaError, NoError, for_code
         from aiokafka.protocol.produce import ProduceRequest
 
         client = AIOKafkaClient(bootstrap_servers=self.url)
         await client.bootstrap()
         try:
             await client._wait_on_metadata(name)
-            leader = client.cluster.leader_for_partition(TopicPartition(name, 0))
-            stored = 0
-            for batch in batches:
+
+            async def answer(batch):
+                leader = client.cluster.leader_for_partition(TopicPartition(name, 0))
                 response = await client.send(leader, ProduceRequest(None, -1, 5_000, [(name, [(0, batch)])]))
                 error = for_code(response.topics[0][1][0][1])
                 if error not in {NoError, InvalidTimestampError}:
                     raise error
-                stored += error is NoError
+                return error
+
+            stored = 0
+            deadline = time.monotonic() + self.limits.timeout
+            for batch in batches:
+                while True:
+                    try:
+                        stored += await answer(batch) is NoError
+                        break
+                    except KafkaError as error:
+                        # A broker that heard of a topic a moment ago may not lead its partitions yet.
+                        if not error.retriable or time.monotonic() > deadline:
+                            raise
+                        await asyncio.sleep(0.05)
+                        await client.force_metadata_update()
             return stored
         finally:
             await client.close()
