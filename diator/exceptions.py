@@ -16,12 +16,30 @@ A *send error* concerns one message and states whether the message may have arri
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 from uuid import UUID
 
 
 class DiatorError(Exception):
-    """The root of all errors that diator itself raises. diator never wraps an error of a handler in one."""
+    """
+    The root of all errors that diator itself raises. diator never wraps an error of a handler in one.
+
+    An error can be copied and pickled, with its text, attributes and notes, and with its `__cause__` if that is one of
+    diator's errors too. Another cause is an error of a client library, which often cannot be pickled.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = self.__dict__
+        if isinstance(self.__cause__, DiatorError):
+            state = {**state, "__cause__": self.__cause__}
+        return _copied, (type(self), self.args), state
+
+
+def _copied(error_type: type[DiatorError], args: tuple[Any, ...]) -> DiatorError:
+    """Return an error without calling its own constructor, which would make a text of *args* once more."""
+    error = error_type.__new__(error_type, *args)
+    super(DiatorError, error).__init__(*args)  # the built-in one: an `ImportError` keeps its text outside of `args`
+    return error
 
 
 # -- configuration and use ---------------------------------------------------------------------------------------

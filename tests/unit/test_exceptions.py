@@ -1,17 +1,27 @@
 """All errors share one root, have a built-in second parent where one fits, and carry facts as attributes."""
 
+import contextlib
+import copy
+import importlib
 import inspect
-from uuid import uuid4
+import pickle
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from uuid import UUID, uuid4
 
 import pytest
 
+import diator
 from diator import exceptions
 from diator.exceptions import (
     BrokerError,
+    BrokerUnavailable,
     DiatorError,
     EventHandlersFailed,
     EventsNotSent,
     IncompatibleClient,
+    MessagesNotSent,
     MessageTooLarge,
     MissingExtra,
     ResolutionError,
@@ -133,3 +143,114 @@ def test_a_split_group_keeps_its_type():
     matching, rest = error.split(KeyError)
 
     assert (type(matching), type(rest)) == (EventHandlersFailed, EventHandlersFailed)
+
+
+# -- copies and pickles ------------------------------------------------------------------------------------------
+
+
+def public_errors():
+    """Return every error class that a public module shows, as far as its extra is installed."""
+    root = Path(diator.__file__).parent
+    found = set()
+    for path in root.rglob("*.py"):
+        parts = ["diator", *path.relative_to(root).with_suffix("").parts]
+        if any(part.startswith("_") for part in parts if part != "__init__"):
+            continue
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
+            found |= {each for _, each in inspect.getmembers(module, inspect.isclass)}
+    errors = (each for each in found if issubclass(each, BaseException) and each.__module__.startswith("diator."))
+    return sorted(errors, key=lambda each: each.__qualname__)
+
+
+EXAMPLES = {
+    str: "text",
+    int: 5,
+    UUID: UUID(int=7),
+    UUID | None: UUID(int=7),
+    type: UserJoined,
+    object: "response",
+    Sequence[str]: ["a", "b"],
+    Sequence[UUID]: [UUID(int=7)],
+    Sequence[object]: [UserJoined()],
+}
+
+
+def example_of(error_class):
+    """Return an error of the class, made of an example for each parameter, with a note and an attribute."""
+    if issubclass(error_class, BaseExceptionGroup):
+        arguments, options = ["text", [example_of(error) for error in (KeyError, BrokerError)]], {}
+    elif "__init__" not in {
+        name for each in error_class.__mro__ if issubclass(each, DiatorError) for name in vars(each)
+    }:
+        arguments, options = ["text"], {}
+    else:
+        signature = inspect.signature(error_class)
+        hints = typing.get_type_hints(error_class.__init__)
+        arguments = [EXAMPLES[hints[p.name]] for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
+        options = {p.name: EXAMPLES[hints[p.name]] for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    error = error_class(*arguments, **options)
+    error.add_note("a note")
+    error.attribute = ["of the program"]
+    return error
+
+
+def content_of(error):
+    content = {**vars(error), "type": type(error), "text": str(error), "repr": repr(error), "args": repr(error.args)}
+    if isinstance(error, ImportError):
+        content["msg"] = error.msg
+    if isinstance(error, BaseExceptionGroup):
+        content["exceptions"] = [content_of(each) for each in error.exceptions]
+    return content
+
+
+def pickled(protocol):
+    return lambda error: pickle.loads(pickle.dumps(error, protocol))
+
+
+WAYS = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    **{f"pickle-{protocol}": pickled(protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("error_class", public_errors(), ids=lambda each: each.__name__)
+def test_every_error_can_be_copied_and_pickled(error_class, way):
+    error = example_of(error_class)
+
+    copied = WAYS[way](WAYS[way](error))
+
+    assert copied is not error
+    assert content_of(copied) == content_of(error)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copy_keeps_the_send_error_and_not_the_error_of_a_client_library(way):
+    class ClientError(Exception):  # local, so it cannot be pickled
+        pass
+
+    error, send_error = MessagesNotSent([UUID(int=7)]), BrokerUnavailable("it is down", message_id=UUID(int=7))
+    error.__cause__, send_error.__cause__ = send_error, ClientError()
+
+    copied = WAYS[way](error)
+
+    assert content_of(copied.__cause__) == content_of(send_error)
+    if way != "copy":  # which shares the send error
+        assert copied.__cause__.__cause__ is None
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_error_of_another_transport_can_be_copied_and_pickled(way):
+    error = QuotaExceeded("tenant", limit=3)
+
+    assert content_of(WAYS[way](error)) == content_of(error)
+
+
+class QuotaExceeded(exceptions.MessageRejected):
+    """As the author of a transport derives one, with a constructor of its own."""
+
+    def __init__(self, tenant, *, limit):
+        super().__init__(f"{tenant} may send {limit} messages", message_id=UUID(int=7))
+        self.tenant, self.limit = tenant, limit
