@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any, ClassVar, Protocol, TypeAlias, cast, get_args, get_origin
@@ -189,6 +190,15 @@ class PreparedHandler:
             needs = _dependencies(handler, container)
             self.needs_scope = any(needs_scope for _, _, needs_scope in needs)
             self.call = _calling_function(handler, [(name, build) for name, build, _ in needs])
+
+    def note(self, error: Exception, message: object) -> None:
+        """Add a note with the name of this handler to the *error* that it raised for *message*."""
+        note = f"raised by {self.name}, which handles {name_of(type(message))}"
+        try:
+            error.add_note(note)
+        except Exception:  # noqa: BLE001  # a frozen dataclass refuses it, and a class may have its own `add_note`
+            with suppress(Exception):  # without a note, the error is still the error
+                object.__setattr__(error, "__notes__", [*getattr(error, "__notes__", ()), note])
 
 
 def _calling_class(build: BuildLater[Any], pending_events: PendingEvents, take_events: TakeEvents) -> Call:

@@ -124,7 +124,7 @@ def _handle_alone(
                 raise
             raised = take_events(built, events) if (events := pending_events(built)) else None
         except Exception as error:
-            _note_handler(error, handler, event)
+            handler.note(error, event)
             raise
         if raised and (outgoing := await emitter._handle(raised, shared)):
             await emitter._send(outgoing)
@@ -144,10 +144,6 @@ def _handle_and_send(
             await emitter._send(outgoing)
 
     return handle
-
-
-def _note_handler(error: Exception, handler: PreparedHandler, event: Any) -> None:
-    error.add_note(f"raised by {handler.name}, which handles {name_of(type(event))}")
 
 
 def _unit_of_work(
@@ -174,7 +170,7 @@ def _unit_of_work(
                 cancelled.__cause__ = error
                 failures.append(cancelled)
             except Exception as error:  # noqa: BLE001  # all handlers run, then all errors are raised
-                _note_handler(error, handler, event)
+                handler.note(error, event)
                 failures.append(error)
         if failures:
             raise failures[0] if alone else EventHandlersFailed(f"handlers of {name_of(type(event))} failed", failures)

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
-    AsyncExitStack,
     asynccontextmanager,
     contextmanager,
 )
@@ -15,7 +14,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias, TypeVar, cast, get_origin, overload
 
 from diator._hints import hints_of, name_of, parameters_of
-from diator.container.base import Build, Resolver, Shared, enter
+from diator.container.base import Build, Contexts, Resolver, Shared
 from diator.exceptions import ResolutionError
 
 T = TypeVar("T")
@@ -54,7 +53,7 @@ class Container:
         self._recipes: dict[object, _Recipe] = {}
         self._singletons: dict[object, Any] = {}
         self._being_made: dict[type, asyncio.Event] = {}
-        self._stack = AsyncExitStack()
+        self._contexts = Contexts()
 
     # -- registration --------------------------------------------------------------------------------------------
 
@@ -128,10 +127,10 @@ class Container:
 
     async def aclose(self) -> None:
         """Close all singletons that are resources, the last opened first. Registered instances stay open."""
-        stack, self._stack = self._stack, AsyncExitStack()
+        contexts, self._contexts = self._contexts, Contexts()
         for type_ in self._recipes:
             self._singletons.pop(type_, None)
-        await stack.aclose()
+        await contexts.leave()
 
     async def __aenter__(self) -> Self:
         return self
@@ -201,7 +200,7 @@ class Container:
         return build_once
 
     async def _make(
-        self, type_: type, scope: dict[object, object] | None, stack: AsyncExitStack | None, path: tuple[type, ...]
+        self, type_: type, scope: dict[object, object] | None, contexts: Contexts | None, path: tuple[type, ...]
     ) -> Any:
         if type_ in self._singletons:
             return self._singletons[type_]
@@ -210,12 +209,12 @@ class Container:
         recipe = self._recipe(type_, path)
         if recipe.lifetime == "singleton":
             return await self._make_singleton(type_, recipe, path)
-        if recipe.lifetime == "scoped" and (scope is None or stack is None):
+        if recipe.lifetime == "scoped" and (scope is None or contexts is None):
             raise ResolutionError(
                 [*map(name_of, path), name_of(type_)],
                 f"{name_of(type_)} is scoped, and no scope is open; resolve it inside of a send",
             )
-        made = await self._run(recipe, scope, stack, (*path, type_))
+        made = await self._run(recipe, scope, contexts, (*path, type_))
         if recipe.lifetime == "scoped" and scope is not None:
             scope[type_] = made
         return made
@@ -227,22 +226,22 @@ class Container:
                 continue
             made = self._being_made[type_] = asyncio.Event()
             try:
-                self._singletons[type_] = await self._run(recipe, None, self._stack, (*path, type_))
+                self._singletons[type_] = await self._run(recipe, None, self._contexts, (*path, type_))
             finally:
                 del self._being_made[type_]
                 made.set()
         return self._singletons[type_]
 
     async def _run(
-        self, recipe: _Recipe, scope: dict[object, object] | None, stack: AsyncExitStack | None, path: tuple[type, ...]
+        self, recipe: _Recipe, scope: dict[object, object] | None, contexts: Contexts | None, path: tuple[type, ...]
     ) -> Any:
-        needs = {name: await self._make(needed, scope, stack, path) for name, needed in self._needs(recipe).items()}
+        needs = {name: await self._make(needed, scope, contexts, path) for name, needed in self._needs(recipe).items()}
         made = recipe.call(**needs)
         match recipe.kind:
             case "awaited":
                 return await made
             case "resource":
-                return await enter(cast("AsyncExitStack", stack), made)
+                return await cast("Contexts", contexts).enter(made)
             case _:
                 return made
 
@@ -253,10 +252,10 @@ class _Scope:
     def __init__(self, container: Container) -> None:
         self._container = container
         self._made: dict[object, object] = {}
-        self._stack = AsyncExitStack()
+        self._contexts = Contexts()
 
     async def resolve(self, type_: type[T], /) -> T:
-        return cast("T", await self._container._make(type_, self._made, self._stack, ()))
+        return cast("T", await self._container._make(type_, self._made, self._contexts, ()))
 
     async def __aenter__(self) -> Self:
         return self
@@ -264,7 +263,7 @@ class _Scope:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._stack.__aexit__(kind, error, trace)  # a resource receives an error and cannot swallow it
+        await self._contexts.leave(error)
 
 
 def _recipe(type_: type, factory: Callable[..., Any], lifetime: Lifetime | None) -> _Recipe:

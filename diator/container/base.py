@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import TracebackType
-from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Protocol, Self, TypeAlias, TypeVar, runtime_checkable
 
 T = TypeVar("T")
 
@@ -91,7 +91,7 @@ def _scoped(container: ScopingResolver, type_: type[T]) -> BuildLater[T]:
     async def build_in_scope(shared: Shared) -> T:
         resolver: Resolver | None = shared.get(key)
         if resolver is None:
-            shared[key] = resolver = await enter(shared[_SCOPES], container.scope(shared))
+            shared[key] = resolver = await shared[_SCOPES].enter(container.scope(shared))
         return await resolver.resolve(type_)
 
     return build_in_scope
@@ -109,26 +109,68 @@ def is_shared(container: Resolver, type_: type) -> bool:
     return ask is not None and ask(type_)
 
 
-async def enter(stack: AsyncExitStack, context: AbstractAsyncContextManager[T] | AbstractContextManager[T]) -> T:
+class Contexts:
     """
-    Enter *context* and leave it with *stack*. The context receives an error and cannot swallow it.
+    The contexts that are left together, the last entered first; itself a context.
 
-    The contexts around it must receive the error too: a transaction must not commit because a resource inside of it
-    swallowed the error.
+    As `AsyncExitStack`, with two differences. A context receives an error and cannot swallow it: those around it must
+    receive it too, because a transaction must not commit after an error that a resource inside of it swallowed. And
+    an error is raised unchanged even if its class is frozen.
     """
-    if isinstance(context, AbstractAsyncContextManager):
-        entered = await context.__aenter__()
-    else:
-        entered = context.__enter__()
 
-    async def leave(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    __slots__ = ("_entered",)
+
+    def __init__(self) -> None:
+        self._entered: list[AbstractAsyncContextManager[Any] | AbstractContextManager[Any]] = []
+
+    async def enter(self, context: AbstractAsyncContextManager[T] | AbstractContextManager[T]) -> T:
+        """Enter *context*."""
+        if isinstance(context, AbstractAsyncContextManager):
+            entered = await context.__aenter__()
+        else:
+            entered = context.__enter__()
+        self._entered.append(context)
+        return entered
+
+    async def leave(self, error: BaseException | None = None) -> None:
+        """Leave all contexts, and pass *error* to them. The next ones receive the error of one that fails instead."""
+        while self._entered:
+            try:
+                await _leave(self._entered.pop(), error)
+            except BaseException as failed:
+                await self.leave(failed)
+                raise
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.leave(error)
+
+
+async def _leave(
+    context: AbstractAsyncContextManager[Any] | AbstractContextManager[Any], error: BaseException | None
+) -> None:
+    kind, trace = (None, None) if error is None else (type(error), error.__traceback__)
+    try:
         if isinstance(context, AbstractAsyncContextManager):
             await context.__aexit__(kind, error, trace)
         else:
             context.__exit__(kind, error, trace)
+    except Exception as failed:
+        if error is None or failed.__context__ is not error or not _is_frozen(error, type(failed)):
+            raise
 
-    stack.push_async_exit(leave)
-    return entered
+
+def _is_frozen(error: BaseException, refusal: type[Exception]) -> bool:
+    """Return whether *error* refuses a traceback, which `contextlib` sets, and raises *refusal* instead."""
+    try:
+        error.__traceback__ = error.__traceback__
+    except Exception as refused:  # noqa: BLE001  # a class refuses attributes with any error
+        return type(refused) is refusal
+    return False
 
 
 def has_scopes(shared: Shared) -> bool:
@@ -136,13 +178,7 @@ def has_scopes(shared: Shared) -> bool:
     return _SCOPES in shared
 
 
-@asynccontextmanager
-async def scopes(shared: Shared) -> AsyncGenerator[None, None]:
-    """Close all scopes of this send at the end of the block."""
-    stack = shared[_SCOPES] = AsyncExitStack()
-    try:
-        yield
-    except BaseException as error:
-        await stack.__aexit__(type(error), error, error.__traceback__)
-        raise  # even if a scope swallowed the error: a failed handler has no response to go on with
-    await stack.aclose()
+def scopes(shared: Shared) -> Contexts:
+    """Return a context that closes all scopes of this send at its end."""
+    opened = shared[_SCOPES] = Contexts()
+    return opened

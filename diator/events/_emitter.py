@@ -125,7 +125,7 @@ class EventEmitter:
                         if events := pending_events(built):
                             raised += handler.take_events(built, events)
                 except Exception as error:  # noqa: BLE001  # all handlers run, then all errors are raised
-                    error.add_note(f"raised by {handler.name}, which handles {name_of(type(event))}")
+                    handler.note(error, event)
                     failures.append(error)
         if failures:
             raise EventHandlersFailed(
