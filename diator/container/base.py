@@ -91,7 +91,8 @@ def _scoped(container: ScopingResolver, type_: type[T]) -> BuildLater[T]:
     async def build_in_scope(shared: Shared) -> T:
         resolver: Resolver | None = shared.get(key)
         if resolver is None:
-            shared[key] = resolver = await shared[_SCOPES].enter(container.scope(shared))
+            opened: Contexts = shared[_SCOPES]
+            shared[key] = resolver = await opened.enter(container.scope(shared))
         return await resolver.resolve(type_)
 
     return build_in_scope
