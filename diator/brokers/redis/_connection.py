@@ -133,9 +133,12 @@ class CommandConnection(ClientConnection["_Connection | _Unshared"]):
 
         A server that becomes a replica keeps its connections, and only writes fail there. A publish does not.
         """
-        now, link = asyncio.get_running_loop().time(), self._link
+        now = asyncio.get_running_loop().time()
+        if now < self._ask_role_at:
+            return self._is_replica
+        link = self._link
         alone = self._max_in_flight == 1 and self._queued  # then the question would take the place of a command
-        if now >= self._ask_role_at and not alone and isinstance(link, _Connection):
+        if not alone and isinstance(link, _Connection):
             self._ask_role_at = now + _ROLE_EVERY
             with suppress(*CLIENT_ERRORS):  # a lost connection; the next one is asked
                 cast("asyncio.Future[Any]", link.call((b"ROLE",), None, now + self.timeout)).add_done_callback(

@@ -113,7 +113,7 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
     async def publish(self, message: Message, /) -> int:
         """Send *message* as `send_message` does, and return the number of its receivers on Redis's node."""
         body = encode(message, max_bytes=self._max_message_bytes, headers_in_body=True)
-        channel = self._channel(Topic(message.message_type, message.message_name))
+        channel = self._channel((message.message_type, message.message_name))
         receivers: int = await self._service.execute(b"PUBLISH", channel, body, message_id=message.message_id)
         if self._service.is_replica():
             raise OutcomeUnknown(
@@ -175,7 +175,7 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
         async with subscription as deliveries:
             yield deliveries
 
-    def _channel(self, topic: Topic) -> bytes:
+    def _channel(self, topic: tuple[str, str]) -> bytes:
         return channel(self._prefix, topic)
 
 

@@ -134,7 +134,7 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
             fields += [name.encode(), value.encode()]
         if not self._is_verified:
             await self._verify()
-        key = self._stream(Topic(message.message_type, message.message_name))
+        key = self._stream((message.message_type, message.message_name))
         command = (b"XADD", key, b"*", *fields)
         await self._service.execute(*command, message_id=message.message_id, replicas=self._replicas)
 
@@ -179,7 +179,7 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
             require(self, kept, promised, for_=f"durability={self._durability!r} on this server", remedy=remedy)
             self._is_verified = True
 
-    def _stream(self, topic: Topic) -> bytes:
+    def _stream(self, topic: tuple[str, str]) -> bytes:
         return stream(self._prefix, topic)
 
     async def __aenter__(self) -> Self:
