@@ -95,6 +95,8 @@ class Deadline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.began = None
-        # If other code cancelled the task as well, the task stays cancelled.
-        if self.is_over and self.task.uncancel() <= self._cancellations and kind is asyncio.CancelledError:
+        # If other code cancelled the task as well, the task stays cancelled. Code that swallows its cancellation has
+        # probably not finished its work.
+        is_timeout = self.is_over and self.task.uncancel() <= self._cancellations
+        if is_timeout and (kind is None or kind is asyncio.CancelledError):
             raise TimeoutError from error

@@ -7,14 +7,14 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 from uuid import UUID
 
 from diator._deadlines import Deadline, Deadlines
 from diator._handlers import PreparedHandler
 from diator._hints import name_of
 from diator._log import RepeatedLines
-from diator._text import printable
+from diator._text import listed, printable
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.codec import Envelope, decode_envelope, event_decoder
 from diator.container.base import Build, Resolver, Shared, scopes
@@ -25,7 +25,8 @@ from diator.exceptions import ConfigurationError, DecodingError, DiatorError, Ev
 from diator.middlewares.base import Middleware, chain
 from diator.retrying import RetryPolicy
 
-logger: logging.Logger = logging.getLogger(__name__)
+#: The logger that the documentation names for all lines about deliveries; this module is private.
+logger: logging.Logger = logging.getLogger("diator.consumer")
 
 Outcome: TypeAlias = Literal["acked", "retried", "dead_lettered", "given_up", "unsettled"]
 
@@ -44,11 +45,16 @@ class Handled:
             the message is in the dead-letter queue. `given_up`: the message could not be handled and is lost, because
             the transport has no dead-letter queue. `unsettled`: the handling was cancelled, or the delivery could
             not be settled; the transport redelivers the message if it can.
-        reason: Why the message was not acknowledged; None if it was. It begins with a fixed word and a colon:
-            `retries-exhausted` (with `retried`, the immediate retries), `retry-refused`, `permanent`, `undecodable`,
-            `mismatch` or `poison-message`; or it is `cancelled`, `ended by …` or `not settled: …`.
-        error: The error of the last attempt; None if there was none.
+        reason: Why the message was not acknowledged; None if it was. It begins with a fixed word and a colon: `failed`
+            (it is requeued), `retries-exhausted`, `retry-refused`, `permanent`, `undecodable`, `mismatch` or
+            `poison-message`; or it is `cancelled`, `ended by …` or `not settled: …`. It names each handler that failed,
+            with the type of its error.
+        error: The error of the last attempt; None if there was none. If the event has several handlers, it is an
+            `EventHandlersFailed`, with one error for each handler that failed.
         seconds: How long the handling took, with its immediate retries.
+        retries: How many immediate retries were made.
+        errors: The errors of all attempts, in their order, also of those that a retry has healed. Each error has a note
+            that names its handler.
     """
 
     topic: Topic
@@ -58,6 +64,21 @@ class Handled:
     reason: str | None
     error: BaseException | None
     seconds: float
+    retries: int = 0
+    errors: tuple[BaseException, ...] = ()
+
+
+class Bound(NamedTuple):
+    """
+    One handler of an event. It is a unit of work of its own: with its own scope, middlewares and raised events.
+
+    Attributes:
+        name: The name of the handler.
+        handle: Calls the handler, and then sends the integration events that it raised.
+    """
+
+    name: str
+    handle: Callable[[Any], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -67,11 +88,34 @@ class Route:
 
     Attributes:
         read: Decodes the event of a message.
-        handle: Calls the handlers, and then sends the integration events that they raised.
+        handle: Calls the first handler.
+        handlers: All handlers.
+        has_others: Whether there are several handlers.
     """
 
     read: Callable[[Envelope], Any]
     handle: Callable[[Any], Awaitable[None]]
+    handlers: Sequence[Bound]
+    has_others: bool
+
+
+class _Result(NamedTuple):
+    """
+    What the handlers of a delivery came to, unless each of them succeeded at once.
+
+    Attributes:
+        reason: As `Handled.reason`.
+        error: As `Handled.error`.
+        is_requeued: Whether to requeue the message, not to dead-letter it.
+        retries: As `Handled.retries`.
+        errors: As `Handled.errors`.
+    """
+
+    reason: str | None
+    error: BaseException | None = None
+    is_requeued: bool = False
+    retries: int = 0
+    errors: tuple[BaseException, ...] = ()
 
 
 def routes(
@@ -89,12 +133,9 @@ def routes(
     for event_type in event_map:
         if is_integration_event(event_type):
             topic = Topic(getattr(event_type, "message_type"), message_name_of(event_type))  # noqa: B009  # not an attribute of `type`
-            handlers = [PreparedHandler(handler, container) for handler in event_map.get(event_type)]
-            if len(handlers) == 1 and handlers[0].build is not None and not middlewares:
-                handle = _handle_alone(handlers[0], handlers[0].build, emitter)
-            else:
-                handle = _handle_and_send(chain(middlewares, _unit_of_work(handlers, emitter)), emitter)
-            found[topic] = Route(event_decoder(event_type), handle)
+            prepared = [PreparedHandler(handler, container) for handler in event_map.get(event_type)]
+            handlers = [Bound(handler.name, _handle(handler, middlewares, emitter)) for handler in prepared]
+            found[topic] = Route(event_decoder(event_type), handlers[0].handle, handlers, len(handlers) > 1)
     if not found:
         raise ConfigurationError(
             "nothing to consume: the event map has no handler for an integration event; bind one before the consumer "
@@ -103,11 +144,28 @@ def routes(
     return found
 
 
-def _handle_alone(
+def _handle(
+    handler: PreparedHandler, middlewares: Sequence[Middleware], emitter: EventEmitter
+) -> Callable[[Any], Awaitable[None]]:
+    """Return a function that calls *handler*, and sends the events that it raised when its middlewares have ended."""
+    if handler.build is not None and not middlewares:
+        return _handle_directly(handler, handler.build, emitter)
+    dispatch = chain(middlewares, _unit_of_work(handler, emitter))
+
+    async def handle(event: Any) -> None:
+        shared: Shared = {}
+        await dispatch(event, shared)
+        if outgoing := shared.get(OUTGOING):
+            await emitter._send(outgoing)
+
+    return handle
+
+
+def _handle_directly(
     handler: PreparedHandler, build: Build[Any], emitter: EventEmitter
 ) -> Callable[[Any], Awaitable[None]]:
     """
-    Return what `_handle_and_send` would, for one handler class that needs neither scope nor middlewares.
+    Return what `_handle` would, for a handler class that needs neither scope nor middlewares.
 
     This is the common case, written out in one coroutine. Four of them would be a tenth of a consumer's time.
     """
@@ -132,48 +190,20 @@ def _handle_alone(
     return handle
 
 
-def _handle_and_send(
-    dispatch: Callable[[Any, Shared], Awaitable[Any]], emitter: EventEmitter
-) -> Callable[[Any], Awaitable[None]]:
-    """Return a function that sends the raised integration events when *dispatch*, with its middlewares, has ended."""
-
-    async def handle(event: Any) -> None:
-        shared: Shared = {}
-        await dispatch(event, shared)
-        if outgoing := shared.get(OUTGOING):
-            await emitter._send(outgoing)
-
-    return handle
-
-
-def _unit_of_work(
-    handlers: Sequence[PreparedHandler], emitter: EventEmitter
-) -> Callable[[Any, Shared], Awaitable[None]]:
+def _unit_of_work(handler: PreparedHandler, emitter: EventEmitter) -> Callable[[Any, Shared], Awaitable[None]]:
     """
-    Return a function that calls every handler of an event, and then those of the domain events which they raise.
+    Return a function that calls *handler*, and then the handlers of the domain events which it raises.
 
     It leaves the integration events in *shared*, under `OUTGOING`.
     """
 
     async def run(event: Any, shared: Shared) -> Outgoing:
         raised: list[Any] = []
-        failures: list[Exception] = []
-        alone = len(handlers) == 1  # then `Handling` judges a cancellation: the check here would cost time
-        before = 0 if alone else _current_task().cancelling()
-        for handler in handlers:
-            try:
-                await handler.call(event, shared, raised)
-            except asyncio.CancelledError as error:
-                if alone or _current_task().cancelling() > before:
-                    raise
-                cancelled = RuntimeError(f"{handler.name} was cancelled by its own code")
-                cancelled.__cause__ = error
-                failures.append(cancelled)
-            except Exception as error:  # noqa: BLE001  # all handlers run, then all errors are raised
-                handler.note(error, event)
-                failures.append(error)
-        if failures:
-            raise failures[0] if alone else EventHandlersFailed(f"handlers of {name_of(type(event))} failed", failures)
+        try:
+            await handler.call(event, shared, raised)
+        except Exception as error:
+            handler.note(error, event)
+            raise
         return await emitter._handle(raised, shared) if raised else []
 
     # Each call clears *shared*: a middleware that calls it again gets a new scope, and none of the earlier events.
@@ -188,7 +218,7 @@ def _unit_of_work(
             outgoing = await run(event, shared)
         shared[OUTGOING] = outgoing  # only after the scope was closed: that may fail, as a commit can
 
-    return handle_in_scope if any(handler.needs_scope for handler in handlers) else handle
+    return handle_in_scope if handler.needs_scope else handle
 
 
 #: How long to wait before each further attempt to settle, in seconds.
@@ -209,6 +239,47 @@ def _current_task() -> asyncio.Task[Any]:
 #: How many deliveries are dead-lettered at once, beside those that are being handled: in a flood of poison messages, a
 #: round trip for each would take nearly all of a consumer's time.
 DEAD_LETTERS_AT_ONCE = 64
+
+
+_SUCCESS = _Result(None)
+
+
+async def _attempt(
+    handler: Bound, read: Callable[[Envelope], Any], message: Envelope, deadline: Deadline
+) -> BaseException | None:
+    """Call *handler* with the event of *message*, and return its error."""
+    try:
+        event = read(message)
+        with deadline:
+            await handler.handle(event)
+    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # it decides how to settle
+        return error
+    return None
+
+
+def _described(failures: Mapping[Bound, BaseException]) -> str:
+    """Return the type of each error, and which handler raised it."""
+    return ", ".join(f"{_named(error)} in {handler.name}" for handler, error in failures.items())
+
+
+def _named(error: BaseException) -> str:
+    """Return the type of *error*; for a group, also the types of its errors."""
+    name = name_of(type(error))
+    if not isinstance(error, BaseExceptionGroup):
+        return name
+    return f"{name} ({listed([*dict.fromkeys(_named(each) for each in error.exceptions)])})"
+
+
+def _together(failures: Mapping[Bound, BaseException], event: object) -> EventHandlersFailed:
+    errors: list[Exception] = []
+    for handler, error in failures.items():
+        if isinstance(error, Exception):
+            errors.append(error)
+        else:
+            cancelled = RuntimeError(f"{handler.name} was cancelled by its own code")
+            cancelled.__cause__ = error
+            errors.append(cancelled)
+    return EventHandlersFailed(f"handlers of {name_of(type(event))} failed", errors)
 
 
 def _ended_by(ending: BaseException) -> str:
@@ -252,6 +323,7 @@ class Handling:
         can_dead_letter: bool,
         max_message_bytes: int,
         timeout: float,
+        log_errors: bool,
         on_handled: Callable[[Handled], None] | None,
     ) -> None:
         self._routes = dict(by_topic)
@@ -262,6 +334,7 @@ class Handling:
         self._max_message_bytes = max_message_bytes
         self._deadlines = Deadlines(timeout)
         self._settling = Deadlines(_SETTLE_TIMEOUT)
+        self._log_errors = log_errors
         self._on_handled = on_handled
         self._lines = RepeatedLines(logger)
         self._workers: list[Worker] = []
@@ -326,8 +399,7 @@ class Handling:
         started = worker.since = monotonic()
         deadline = worker.deadline
         outcome: Outcome = "unsettled"
-        reason: str | None = None
-        error: BaseException | None = None
+        result: _Result | None = None
         try:
             # The way to success is written out here: each further coroutine would cost a fiftieth of it.
             if (
@@ -337,75 +409,70 @@ class Handling:
                 or topic[1] != message.message_name
                 or topic[0] != message.message_type
             ):
-                reason, error = self._why_unhandled(delivery, message)
+                result = self._unhandled(delivery, message)
             else:
                 try:
                     event = route.read(message)
                 except DecodingError as undecodable:
-                    reason, error = printable(f"undecodable: {undecodable}"), undecodable
+                    result = _Result(printable(f"undecodable: {undecodable}"), undecodable)
                 else:
+                    error: BaseException | None = None
                     try:
                         with deadline:
                             await route.handle(event)
                     except (Exception, asyncio.CancelledError) as failed:  # noqa: BLE001  # it decides how to settle
                         error = failed
-                    if error is not None or self._is_ending or deadline.task.cancelling():
-                        reason, error = await self._run_again(route, message, deadline, error)
-            if reason is not None and self._is_dead_lettered_aside(delivery, reason):
-                dead_lettering = self._dead_letter(delivery, message, reason, error, started)
+                    if error is not None or route.has_others or self._is_ending or deadline.task.cancelling():
+                        result = await self._call_others(delivery, message, event, deadline, error)
+            if result is not None and self._is_dead_lettered_aside(result):
+                dead_lettering = self._dead_letter(delivery, message, result, started)
                 task = asyncio.create_task(dead_lettering, name="diator: dead-lettering")
                 self.dead_lettering.add(task)
                 self.make_room(len(self.dead_lettering))
                 task.add_done_callback(self._dead_lettered)
                 worker.since = None
                 return
-            outcome, reason = await self._settle(delivery, reason, worker.settling)
+            outcome, result = await self._settle(delivery, result, worker.settling)
         except BaseException as ending:
-            error, reason = ending, _ended_by(ending)
+            result = _Result(_ended_by(ending), ending)
             raise
         finally:
             if worker.since is not None:
                 worker.since = None
-                self._finish(delivery, message, outcome, reason, error, started)
+                self._finish(delivery, message, outcome, result, started)
 
-    def _is_dead_lettered_aside(self, delivery: Delivery, reason: str) -> bool:
-        has_room = self._can_dead_letter and len(self.dead_lettering) < DEAD_LETTERS_AT_ONCE
-        return has_room and not self._may_retry(delivery, reason)
+    def _is_dead_lettered_aside(self, result: _Result) -> bool:
+        is_dead_lettered = result.reason is not None and not result.is_requeued and self._can_dead_letter
+        return is_dead_lettered and len(self.dead_lettering) < DEAD_LETTERS_AT_ONCE
 
     async def _dead_letter(
-        self,
-        delivery: Delivery,
-        message: Envelope | DecodingError,
-        reason: str | None,
-        error: BaseException | None,
-        started: float,
+        self, delivery: Delivery, message: Envelope | DecodingError, result: _Result | None, started: float
     ) -> None:
         """Dead-letter *delivery* in a task of its own. Cancelling the task leaves the delivery unsettled."""
         worker = self.worker()
         worker.since = started
         outcome: Outcome = "unsettled"
         try:
-            outcome, reason = await self._settle(delivery, reason, worker.settling)
+            outcome, result = await self._settle(delivery, result, worker.settling)
         except BaseException as ending:
-            error, reason = ending, _ended_by(ending)
+            result = _Result(_ended_by(ending), ending)
             raise
         finally:
             self._workers.remove(worker)
             self._deadlines.forget(worker.deadline)
             self._settling.forget(worker.settling)
-            self._finish(delivery, message, outcome, reason, error, started)
+            self._finish(delivery, message, outcome, result, started)
 
     def _dead_lettered(self, task: asyncio.Task[None]) -> None:
         self.dead_lettering.discard(task)
         self.make_room(len(self.dead_lettering))
 
-    def _finish(  # noqa: PLR0917  # it is called for each message, and names would cost time
+    def _finish(
         self,
         delivery: Delivery,
         message: Envelope | DecodingError,
         outcome: Outcome,
-        reason: str | None,
-        error: BaseException | None,
+        result: _Result | None,
         started: float,
     ) -> None:
         """Note the progress, and report the outcome."""
@@ -416,7 +483,8 @@ class Handling:
             self._not_settled_until = ended
             if self._not_settled_since <= self._last_settled:
                 self._not_settled_since = ended
-        if reason is not None or self._on_handled is not None:
+        if result is not None or self._on_handled is not None:
+            reason, error, _, retries, errors = result or _SUCCESS
             handled = Handled(
                 topic=delivery.topic,
                 message_id=None if isinstance(message, DecodingError) else message.message_id,
@@ -425,60 +493,84 @@ class Handling:
                 reason=reason,
                 error=error,
                 seconds=ended - started,
+                retries=retries,
+                errors=errors,
             )
             self._report(handled)
 
-    def _why_unhandled(self, delivery: Delivery, message: Envelope | DecodingError) -> tuple[str, BaseException | None]:
-        """Return the reason why *delivery* is not handled, and its error."""
+    def _unhandled(self, delivery: Delivery, message: Envelope | DecodingError) -> _Result:
+        """Return why *delivery* is not handled."""
         if delivery.attempt > self._max_deliveries:
             ended = f"{delivery.attempt - 1} deliveries ended without success, more than the retry policy allows"
-            return f"poison-message: {ended}", None
+            return _Result(f"poison-message: {ended}")
         if isinstance(message, DecodingError):
-            return printable(f"undecodable: {message}"), message
+            return _Result(printable(f"undecodable: {message}"), message)
         # Whoever may write to one topic must not choose the handler of another one.
         topic = " ".join(delivery.topic)
-        return printable(f"mismatch: the body names another type or name than its topic, {topic}"), None
+        return _Result(printable(f"mismatch: the body names another type or name than its topic, {topic}"))
 
-    async def _run_again(
-        self, route: Route, message: Envelope, deadline: Deadline, failed: BaseException | None
-    ) -> tuple[str | None, BaseException | None]:
+    async def _call_others(
+        self, delivery: Delivery, message: Envelope, event: Any, deadline: Deadline, failed: BaseException | None
+    ) -> _Result | None:
         """
-        Check the result of the first run, and retry as the retry policy specifies.
+        Check what the first handler came to, call the others, and retry those that failed, as the policy specifies.
 
-        Return the reason of the last failure and its error; None and None after success.
+        A handler that succeeded is not called again: its work is done, and its events are sent.
         """
-        task = deadline.task
-        for runs_left in range(self._retry.immediate_retries, -1, -1):
-            # A cancellation from outside is neither success nor failure, even if the handler swallowed it.
-            if self._is_ending or (isinstance(failed, asyncio.CancelledError) and task.cancelling()):
-                raise asyncio.CancelledError
-            while task.cancelling():
-                task.uncancel()  # the handler cancelled its own task and left that behind
-            if failed is None:
-                return None, None
-            if self._retry.is_permanent(failed):
-                return f"permanent: {name_of(type(failed))}", failed
-            if runs_left:
-                await asyncio.sleep(self._retry.pause())
-                failed = None
-                try:
-                    event = route.read(message)  # a handler may have changed the first event
-                    with deadline:
-                        await route.handle(event)
-                except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # as above
-                    failed = error
-        return f"retries-exhausted: {name_of(type(failed))}", failed
+        route = self._routes[delivery.topic]
+        first, waiting = route.handlers[0], route.handlers
+        failures: dict[Bound, BaseException] = {}
+        healed: dict[Bound, BaseException] = {}
+        errors: list[BaseException] = []
+        retries = 0
+        while True:
+            for handler in waiting:
+                if handler is not first or retries:
+                    # A handler that failed may have changed its event.
+                    failed = await _attempt(handler, route.read if retries else lambda _: event, message, deadline)
+                self._raise_cancellation(deadline.task, failed)
+                if failed is not None:
+                    failures[handler] = failed
+                    errors.append(failed)
+                elif handler in failures:
+                    healed[handler] = failures.pop(handler)
+            waiting = [handler for handler, error in failures.items() if not self._retry.is_permanent(error)]
+            if not waiting or retries == self._retry.immediate_retries:
+                break
+            retries += 1
+            await asyncio.sleep(self._retry.pause())
+        if healed:
+            self._log_healed(message, healed, retries)
+        if not failures:
+            return _Result(None, retries=retries, errors=tuple(errors)) if errors else None
+        is_requeued = bool(waiting) and self._has_retries_left(delivery)
+        word = "failed" if is_requeued else "retries-exhausted" if waiting else "permanent"
+        error = _together(failures, event) if route.has_others else failures[first]
+        return _Result(printable(f"{word}: {_described(failures)}"), error, is_requeued, retries, tuple(errors))
 
-    async def _settle(self, delivery: Delivery, reason: str | None, deadline: Deadline) -> tuple[Outcome, str | None]:
-        """Settle *delivery* according to *reason*, or another way. Return the outcome and its reason."""
+    def _raise_cancellation(self, task: asyncio.Task[Any], failed: BaseException | None) -> None:
+        """Raise a cancellation from outside. It is neither success nor failure, even if the handler swallowed it."""
+        if self._is_ending or (isinstance(failed, asyncio.CancelledError) and task.cancelling()):
+            raise asyncio.CancelledError
+        while task.cancelling():
+            task.uncancel()  # the handler cancelled its own task and left that behind
+
+    def _has_retries_left(self, delivery: Delivery) -> bool:
+        return self._can_retry and delivery.attempt < self._retry.max_attempts
+
+    async def _settle(
+        self, delivery: Delivery, result: _Result | None, deadline: Deadline
+    ) -> tuple[Outcome, _Result | None]:
+        """Settle *delivery* according to *result*, or another way. Return the outcome and its reason."""
         failures = 0
+        reason = None if result is None else result.reason
         while True:
             try:
-                if reason is None:
+                if result is None or reason is None:
                     await delivery.ack()
-                    return "acked", None
+                    return "acked", result
                 with deadline:
-                    return await self._settle_failed(delivery, reason), reason
+                    return await self._settle_failed(delivery, reason, is_requeued=result.is_requeued), result
             except Exception as failed:  # noqa: BLE001  # a transport may raise anything
                 error = failed
             is_refused = isinstance(error, DiatorError) and not isinstance(error, _TEMPORARY)
@@ -487,22 +579,21 @@ class Handling:
             await asyncio.sleep(_SETTLE_PAUSES[failures])
             failures += 1
         why = name_of(type(error))
-        if reason is not None and self._may_retry(delivery, reason) and not isinstance(error, _TEMPORARY):
-            return await self._settle(delivery, printable(f"retry-refused: {why} ({reason})"), deadline)
+        result = result or _SUCCESS
+        if result.is_requeued and not isinstance(error, _TEMPORARY):
+            refused = result._replace(reason=printable(f"retry-refused: {why} ({reason})"), is_requeued=False)
+            return await self._settle(delivery, refused, deadline)
         self.unsettled += 1
         # The text of an error that is not diator's may quote the message.
         name, text = delivery.topic.message_name, repr(error) if isinstance(error, DiatorError) else why
         kind = printable(f"a delivery of {name} could not be settled: {why}")
         line = printable(f"a delivery of {name} could not be settled: {text}")
         self._lines.log(logging.ERROR, kind, "%s; it is redelivered", line)
-        return "unsettled", printable(f"not settled: {why}" if reason is None else f"not settled: {why} ({reason})")
+        reason = printable(f"not settled: {why}" if reason is None else f"not settled: {why} ({reason})")
+        return "unsettled", result._replace(reason=reason)
 
-    def _may_retry(self, delivery: Delivery, reason: str) -> bool:
-        may_retry = reason.startswith("retries-exhausted") and delivery.attempt < self._retry.max_attempts
-        return may_retry and self._can_retry
-
-    async def _settle_failed(self, delivery: Delivery, reason: str) -> Outcome:
-        if self._may_retry(delivery, reason):
+    async def _settle_failed(self, delivery: Delivery, reason: str, *, is_requeued: bool) -> Outcome:
+        if is_requeued:
             await delivery.retry(after=self._retry.delay(delivery.attempt))
             return "retried"
         if self._can_dead_letter:
@@ -522,23 +613,40 @@ class Handling:
 
     def _log_failure(self, handled: Handled) -> None:
         name, reason = printable(handled.topic.message_name), handled.reason or ""
+        word, _, what = reason.partition(": ")
         if handled.outcome == "retried":
-            failure = printable(name_of(type(handled.error)))
+            failure = what if word == "failed" else reason
             self._lines.log(
                 logging.WARNING,
-                f"{name} failed ({failure}) and was requeued",
-                "%s %s failed (%s); requeued for attempt %d",
-                *(name, handled.message_id, failure, handled.attempt + 1),
+                f"{name} failed ({what if word == 'failed' else word}) and was requeued",
+                "%s %s failed (%s); requeued for attempt %d of %d",
+                *(name, handled.message_id, failure, handled.attempt + 1, self._retry.max_attempts),
+                exc_info=self._traceback(handled.error),
             )
         if handled.outcome in ("dead_lettered", "given_up"):
             kept = handled.outcome == "dead_lettered"
             end = "is dead-lettered" if kept else "is lost: this transport cannot dead-letter it"
             self._lines.log(
                 logging.ERROR,
-                f"{name} was not handled and {end} ({reason.partition(':')[0]})",
+                f"{name} was not handled and {end} ({word})",
                 "%s %s was not handled and %s (%s)",
                 *(name, handled.message_id or "with an unreadable id", end, reason),
+                exc_info=self._traceback(handled.error),
             )
+
+    def _log_healed(self, message: Envelope, healed: Mapping[Bound, BaseException], retries: int) -> None:
+        name, failure = printable(message.message_name), printable(_described(healed))
+        self._lines.log(
+            logging.INFO,
+            f"{name} succeeded after immediate retries ({failure})",
+            "%s %s succeeded after %d immediate %s (%s)",
+            *(name, message.message_id, retries, "retry" if retries == 1 else "retries", failure),
+            exc_info=self._traceback(next(iter(healed.values()))),
+        )
+
+    def _traceback(self, error: BaseException | None) -> BaseException | None:
+        """Return *error* if its traceback is to be logged. Its text may quote the message."""
+        return error if self._log_errors else None
 
     def finish_log(self) -> None:
         """Log how many lines were left out. Call it when the consumer has stopped."""

@@ -24,7 +24,9 @@ class RepeatedLines:
         self._began = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    def log(self, level: int, kind: str, text: str, *args: object, exc_info: bool = False) -> None:
+    def log(
+        self, level: int, kind: str, text: str, *args: object, exc_info: bool | BaseException | None = None
+    ) -> None:
         """Log *text* with *args*, unless there were enough lines of this *kind*, which names them in their summary."""
         if self._timer is None:
             loop = asyncio.get_running_loop()

@@ -92,15 +92,18 @@ class Consumer:
             there is no group, and every consumer receives every message.
         concurrency: How many deliveries are handled at once. Messages with the same key are handled one after the
             other, in the order in which they were delivered.
-        middlewares: Surround the handlers of each event; the first is the outermost.
+        middlewares: Surround each handler; the first is the outermost. An event with two handlers passes through them
+            twice.
         event_emitter: Handles or sends the events that handlers raise, before the delivery is acknowledged. Default:
             an emitter with *event_map*, *container* and *broker*.
         retry: How often a failing message is retried. Default: `RetryPolicy()`, with `delayed_retries=0` where the
             transport has no delayed retries.
         requires: Further capabilities that the transport has to promise.
-        handler_timeout: How long the handlers of one delivery may take, in seconds, in each attempt. After that the
-            consumer cancels the handlers, and the attempt fails with `TimeoutError`.
+        handler_timeout: How long a handler may take, in seconds, in each attempt. After that the consumer cancels it,
+            and it fails with `TimeoutError`, even if it swallows the cancellation. A handler that blocks the event loop
+            cannot be cancelled; if it then succeeds, it counts as handled.
         drain_timeout: How long `run` waits for deliveries in flight after `stop`, in seconds.
+        log_errors: Whether log lines of failed handlers have tracebacks. The text of an error may quote the message.
         on_handled: Called with the outcome of each delivery, for metrics. The consumer logs an error of this function.
         on_gap: Called when messages may have been missed. The consumer logs an error of this function.
 
@@ -125,6 +128,7 @@ class Consumer:
         requires: Capabilities | None = None,
         handler_timeout: float = 300.0,
         drain_timeout: float = 20.0,
+        log_errors: bool = False,
         on_handled: Callable[[Handled], None] | None = None,
         on_gap: Callable[[Gap], None] | None = None,
     ) -> None:
@@ -155,6 +159,7 @@ class Consumer:
             can_dead_letter=promised.dead_letter,
             max_message_bytes=promised.max_message_bytes,
             timeout=handler_timeout,
+            log_errors=log_errors,
             on_handled=on_handled,
         )
         self._gaps = 0

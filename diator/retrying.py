@@ -21,17 +21,18 @@ class RetryPolicy:
     """
     How often a failing message is retried, with which backoff, and when the consumer dead-letters it.
 
-    In each delivery the consumer calls the handlers again up to *immediate_retries* times, without requeueing the
-    message. Then it requeues the message with a delay, up to *delayed_retries* times. Then it dead-letters the message.
-    So the handlers run at most `(immediate_retries + 1) * (delayed_retries + 1)` times, unless a consumer crashes. The
-    service counts the deliveries, so the limit holds for any number of consumers. On a transport without delayed
-    retries, the consumer makes immediate retries only.
+    In each delivery the consumer calls the handlers that failed again, up to *immediate_retries* times, without
+    requeueing the message. Then it requeues the message with a delay, up to *delayed_retries* times; every handler is
+    called in the next delivery. Then it dead-letters the message. So a handler runs at most
+    `(immediate_retries + 1) * (delayed_retries + 1)` times, unless a consumer crashes. The service counts the
+    deliveries, so the limit holds for any number of consumers. On a transport without delayed retries, the consumer
+    makes immediate retries only.
 
     The delay grows exponentially: `first_delay * backoff_factor ** n`, at most `max_delay`. Half of every pause and
     delay is random (jitter), so that messages which failed together are not retried together. Times are in seconds.
 
     Attributes:
-        immediate_retries: How often the handlers are called again within one delivery.
+        immediate_retries: How often a handler that fails is called again within one delivery.
         immediate_pause: The longest pause before each of these calls.
         delayed_retries: How often the message is requeued.
         first_delay: The longest delay of the first requeue.
@@ -40,8 +41,8 @@ class RetryPolicy:
         max_crashes: How many deliveries, beyond `max_attempts`, may end unsettled, such as by a crash of the consumer.
             At the next delivery the message counts as a poison message: the consumer dead-letters it without calling a
             handler.
-        permanent: A tuple of the classes of errors that are not retried. The consumer dead-letters the message at
-            once. The value replaces the default, so name `PermanentError` too.
+        permanent: A tuple of the classes of errors that are not retried. The consumer dead-letters the message at once
+            if no handler failed with another error. The value replaces the default, so name `PermanentError` too.
 
     Raises:
         ConfigurationError: A count or a time is negative, or *backoff_factor* is below 1.
@@ -77,10 +78,10 @@ class RetryPolicy:
         return self.delayed_retries + 1
 
     def is_permanent(self, error: BaseException) -> bool:
-        """Return whether *error* rules out a retry. In an exception group, one permanent error is enough."""
-        if isinstance(error, BaseExceptionGroup):
-            return any(self.is_permanent(each) for each in error.exceptions)
-        return isinstance(error, self.permanent)
+        """Return whether *error* rules out a retry. An exception group does if each of its errors does."""
+        if isinstance(error, self.permanent):
+            return True
+        return isinstance(error, BaseExceptionGroup) and all(self.is_permanent(each) for each in error.exceptions)
 
     def pause(self) -> float:
         """Return a random pause before the next immediate retry, in seconds."""

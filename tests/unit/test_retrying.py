@@ -84,13 +84,15 @@ def test_a_factor_below_one_is_refused():
         (PermanentError(), True),
         (Hopeless(), True),
         (LookupError(), False),
-        (EventHandlersFailed("", [LookupError(), Hopeless()]), True),
-        (EventHandlersFailed("", [EventHandlersFailed("", [Hopeless()]), OSError()]), True),
+        (EventHandlersFailed("", [PermanentError(), Hopeless()]), True),
+        (EventHandlersFailed("", [LookupError(), Hopeless()]), False),
+        (EventHandlersFailed("", [EventHandlersFailed("", [Hopeless()]), PermanentError()]), True),
+        (EventHandlersFailed("", [EventHandlersFailed("", [Hopeless(), OSError()]), PermanentError()]), False),
         (EventHandlersFailed("", [LookupError(), OSError()]), False),
         (BaseExceptionGroup("", [KeyboardInterrupt()]), False),
     ],
 )
-def test_one_permanent_error_in_a_group_is_enough(error, permanent):
+def test_a_group_is_permanent_if_each_of_its_errors_is(error, permanent):
     assert RetryPolicy().is_permanent(error) is permanent
 
 

@@ -1,6 +1,7 @@
 """Helpers of the consumer's tests."""
 
 import asyncio
+import re
 
 import pytest
 
@@ -52,6 +53,11 @@ async def consume(broker, *handlers, count=1, **options):
 
 def outcomes(reports):
     return [handled.outcome for handled in reports]
+
+
+def reason_of(handled):
+    """Return the reason of an outcome, or of a dead letter, without the names of the handlers."""
+    return re.sub(r" in [\w.<>]+", "", handled.reason)
 
 
 async def left_in(broker, count, group=DEFAULT_GROUP, topic=JOINED):

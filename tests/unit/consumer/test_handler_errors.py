@@ -10,7 +10,7 @@ from diator.exceptions import (
     BrokerUnavailable,
 )
 from diator.middlewares import BaseMiddleware
-from tests.unit.consumer.helpers import JOIN, ONCE, consume, quick
+from tests.unit.consumer.helpers import JOIN, ONCE, consume, quick, reason_of
 from tests.unit.doubles import (
     Api,
     Greeted,
@@ -80,7 +80,7 @@ async def test_if_sending_what_a_handler_class_raised_fails_the_delivery_is_retr
     broker = Scripted(body_of(JOIN), failing={"send": BrokerUnavailable("it is away")})
     [handled] = await consume(broker, OnJoined, retry=quick(delayed_retries=1), middlewares=middlewares)
 
-    assert (broker.log, handled.reason) == ([("retry",)], "retries-exhausted: BrokerUnavailable")
+    assert (broker.log, reason_of(handled)) == ([("retry",)], "failed: BrokerUnavailable")
 
 
 async def test_raised_events_go_through_the_emitter_that_is_passed():
@@ -96,15 +96,19 @@ async def test_if_sending_fails_the_delivery_is_retried():
     broker = Scripted(body_of(JOIN), failing={"send": BrokerUnavailable("it is away")})
     [handled] = await consume(broker, raising, retry=quick(immediate_retries=1, delayed_retries=1))
 
-    assert (broker.log, handled.reason) == ([("retry",)], "retries-exhausted: BrokerUnavailable")
+    assert (broker.log, reason_of(handled)) == ([("retry",)], "failed: BrokerUnavailable")
 
 
 async def test_a_failed_handler_sends_nothing():
     async def failing(event: UserJoined) -> None:
         raise LookupError
 
+    async def raising_and_failing(event: UserJoined, events: Events) -> None:
+        await raising(event, events)
+        await failing(event)
+
     broker = Scripted(body_of(JOIN))
-    await consume(broker, raising, failing, retry=ONCE)
+    await consume(broker, raising_and_failing, retry=ONCE)
 
     assert [what for what, *_ in broker.log] == ["dead_letter"]
 

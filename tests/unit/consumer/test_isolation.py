@@ -28,6 +28,7 @@ from tests.unit.consumer.helpers import (
     on_joined,
     outcomes,
     quick,
+    reason_of,
 )
 from tests.unit.doubles import FULL, WEAK, Scripted, UserJoined, body_of, running, until
 
@@ -76,7 +77,7 @@ async def test_a_retry_that_is_refused_for_good_is_dead_lettered_and_the_next_me
         broker, failing_first, count=2, retry=quick(delayed_retries=1), concurrency=concurrency, group="g"
     )
 
-    reason = f"retry-refused: {type(error).__name__} (retries-exhausted: LookupError)"
+    reason = f"retry-refused: {type(error).__name__} (failed: LookupError in failing_first)"
     assert sorted(broker.log) == [("ack",), ("dead_letter", reason)]
     assert broker.calls.count("retry") == (1 if error in REFUSALS else 3)
     assert sorted(outcomes(reports)) == ["acked", "dead_lettered"]
@@ -88,7 +89,7 @@ async def test_a_defect_that_does_not_happen_again_changes_nothing():
     broker = Failing(body_of(BAD), failing={"retry": [KeyError(), KeyError()]})
     [handled] = await consume(broker, failing_first, retry=quick(delayed_retries=1))
 
-    assert (handled.outcome, handled.reason) == ("retried", "retries-exhausted: LookupError")
+    assert (handled.outcome, handled.reason) == ("retried", "failed: LookupError in failing_first")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ async def test_while_the_service_is_away_a_retry_is_not_dead_lettered(error):
 
     assert broker.calls == ["retry"] * 3 + ["ack"]
     assert outcomes(reports) == ["unsettled", "acked"]
-    assert reports[0].reason == f"not settled: {type(error).__name__} (retries-exhausted: LookupError)"
+    assert reports[0].reason == f"not settled: {type(error).__name__} (failed: LookupError in failing_first)"
 
 
 async def test_without_a_dead_letter_queue_a_refused_retry_is_given_up():
@@ -175,7 +176,7 @@ async def test_an_event_class_that_rejects_a_message_only_the_second_time_stops_
     bad, good = (body_of(each, message_name="Capricious") for each in (BAD, JOIN))
     reports = await consume(Scripted(bad, good), on_capricious, count=2, retry=quick(immediate_retries=1))
 
-    reasons = {each.outcome: each.reason for each in reports}
+    reasons = {each.outcome: each.reason and reason_of(each) for each in reports}
     assert reasons == {"acked": None, "dead_lettered": "retries-exhausted: DecodingError"}
 
 
@@ -219,7 +220,10 @@ async def test_the_lines_of_retries_and_of_unsettled_deliveries_are_counted_too(
 
     texts = [record.getMessage() for record in caplog.records]
     assert len(texts) == 2 * (MAX_LINES + 1)
-    assert f"UserJoined failed (LookupError) and was requeued: and {50 - MAX_LINES} more in" in "".join(texts)
+    assert (
+        f"UserJoined failed (LookupError in failing_first) and was requeued: and {50 - MAX_LINES} more in"
+        in "".join(texts)
+    )
     unsettled = f"a delivery of UserJoined could not be settled: BrokerUnavailable: and {50 - MAX_LINES} more in"
     assert unsettled in "".join(texts)
 

@@ -11,7 +11,7 @@ from diator.brokers.memory import MemoryMessageBroker
 from diator.exceptions import (
     BrokerUnavailable,
 )
-from tests.unit.consumer.helpers import JOIN, Slow, consumer_of, on_joined
+from tests.unit.consumer.helpers import CANARY, JOIN, Slow, consume, consumer_of, on_joined, quick
 from tests.unit.consumer.test_health import Service
 from tests.unit.doubles import (
     Scripted,
@@ -113,6 +113,46 @@ async def test_a_message_that_another_program_wrote_is_handled():
         await until(lambda: reports)
 
     assert got == [9]
+
+
+@pytest.mark.parametrize("log_errors", [False, True])
+async def test_a_failure_that_an_immediate_retry_healed_is_reported_and_logged(log_errors, caplog):
+    caplog.set_level("INFO")
+    errors = [LookupError(CANARY), OSError(CANARY)]
+    left = [*errors]
+
+    async def failing_twice(event: UserJoined) -> None:
+        if left:
+            raise left.pop(0)
+
+    [handled] = await consume(Scripted(body_of(JOIN)), failing_twice, retry=quick(2), log_errors=log_errors)
+
+    assert (handled.outcome, handled.reason, handled.error) == ("acked", None, None)
+    assert (handled.retries, handled.errors) == (2, tuple(errors))
+    [line] = [record for record in caplog.records if "succeeded" in record.getMessage()]
+    assert (line.levelname, line.name) == ("INFO", "diator.consumer")
+    assert f"UserJoined {JOIN.event_id} succeeded after 2 immediate retries (OSError in" in line.getMessage()
+    assert (CANARY in caplog.text) == log_errors
+
+
+async def test_a_success_at_once_has_no_retries_and_no_line(caplog):
+    caplog.set_level("INFO")
+    [handled] = await consume(Scripted(body_of(JOIN)), on_joined)
+
+    assert (handled.retries, handled.errors) == (0, ())
+    assert [text for text in caplog.messages if not text.startswith("consuming")] == []
+
+
+@pytest.mark.parametrize("log_errors", [False, True])
+async def test_tracebacks_are_logged_if_the_program_wants_them(log_errors, caplog):
+    async def failing(event: UserJoined) -> None:
+        raise LookupError(CANARY)
+
+    await consume(await holding(JOIN), failing, retry=quick(delayed_retries=1), count=2, log_errors=log_errors)
+
+    assert len(caplog.records) == 2
+    assert [record.exc_info is not None for record in caplog.records] == [log_errors] * 2
+    assert caplog.text.count(f"LookupError: {CANARY}") == 2 * log_errors
 
 
 async def test_another_thread_may_ask_for_the_health():

@@ -169,7 +169,8 @@ async def exhausted(ctx: Context) -> None:
     ctx.same(outcomes, ["retried", "retried", "dead_lettered"], "its outcomes")
     ctx.same(run.outcomes().count("acked"), 1, "the number of acknowledged messages")
     letters = await ctx.harness.dead_letters(broker, run.topic, run.group)
-    ctx.same([letter.reason for letter in letters], ["retries-exhausted: LookupError"], "the dead letters")
+    reasons = [letter.reason.partition(" in ")[0] for letter in letters]
+    ctx.same(reasons, ["retries-exhausted: LookupError"], "the reasons of the dead letters")
     ctx.check(str(failing.message_id).encode() in letters[0].body, "the dead letter is not the message")
 
 
