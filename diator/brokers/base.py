@@ -197,7 +197,7 @@ class ReadableBroker(MessageBroker, Protocol):
     """
     A broker that consumers can also read from.
 
-    The program can make it without a running event loop; then it uses the broker in one event loop.
+    Its subscriptions end with the event loop that they began in.
     """
 
     @property

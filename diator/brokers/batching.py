@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 from uuid import UUID
 
+from diator.brokers.sending import check_has_ended
 from diator.exceptions import (
     AccessRefused,
     BrokerClosed,
@@ -58,11 +59,13 @@ class BatchSender(Generic[T]):
 
         Raises:
             BrokerError: The send error of the batch.
+            UsageError: Another event loop, which is still running, has used this sender.
         """
         loop = asyncio.get_running_loop()
         call = _Call(item, size, message_id, loop.time() + self._timeout, loop.create_future())
         if self._sending is not None and self._sending.get_loop() is not loop:
-            self._waiting, self._sending = deque(), None  # that event loop has ended, and its callers with it
+            check_has_ended(self._sending.get_loop())
+            self._waiting, self._sending = deque(), None  # its callers have ended with that event loop
         self._waiting.append(call)
         if self._sending is None or self._sending.done():
             self._sending = asyncio.create_task(self._send_all(), name="diator: sending")

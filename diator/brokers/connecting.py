@@ -13,9 +13,8 @@ from typing import Any, Generic, Self, TypeVar
 
 from diator._text import explained
 from diator.brokers.message import Message
-from diator.brokers.sending import send_together
+from diator.brokers.sending import check_has_ended, send_together
 from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, end_task
-from diator.exceptions import UsageError
 
 L = TypeVar("L")
 
@@ -150,12 +149,8 @@ class ClientConnection(ABC, Generic[L]):
         """
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
+            check_has_ended(self._loop)
             if self._loop is not None:
-                if self._loop.is_running():
-                    raise UsageError(
-                        "this broker is in use in another event loop that is still running; a broker serves one event "
-                        "loop at a time, so make one for each thread"
-                    )
                 self._begin()
                 self._reset()
             self._loop = loop

@@ -18,6 +18,7 @@ from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode
 from diator.brokers.message import Message
+from diator.brokers.sending import check_has_ended
 from diator.exceptions import BrokerClosed, ConfigurationError, MessageRejected
 
 
@@ -28,6 +29,9 @@ class MemoryMessageBroker:
     Each group has a queue. It collects messages from the group's first subscription on, whether or not the group has a
     consumer. A subscription without a group has its own queue, which ends with the subscription. A message that no
     queue takes is retained for the first group that subscribes to its topic, or for `receive`.
+
+    It serves one event loop at a time, as every broker does. When that has ended, the next one finds the messages as a
+    service would keep them: those that nobody has settled are redelivered.
 
     Closing the broker refuses new messages and ends every wait. The messages in the queues are lost with the object.
 
@@ -49,6 +53,8 @@ class MemoryMessageBroker:
         self._groups: dict[str, _Queue] = {}
         self._queues: list[_Queue] = []
         self._dead_letters: list[DeadLetter] = []
+        self._subscriptions: list[_Subscription] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
     @property
@@ -78,6 +84,8 @@ class MemoryMessageBroker:
 
     async def send_message(self, message: Message, /) -> None:
         """Send *message*; see `MessageBroker.send_message`. This call never waits and runs no handler."""
+        if asyncio.get_running_loop() is not self._loop:
+            self._bind_to_running_loop()
         if self._closed:
             raise BrokerClosed("this broker is closed", message_id=message.message_id)
         body = encode(message, max_bytes=self._max_message_bytes, headers_in_body=True)
@@ -105,6 +113,7 @@ class MemoryMessageBroker:
         on_gap: OnGap | None = None,  # never called: there is no connection to lose
     ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
         """Subscribe to *topics*; see `ReadableBroker.subscribe`."""
+        self._bind_to_running_loop()
         self.check_open()
         if prefetch < 1:
             raise ConfigurationError("prefetch must be at least 1")
@@ -116,15 +125,22 @@ class MemoryMessageBroker:
             for entry in self._kept.take_all(queue.topics):
                 queue.put(entry)
         subscription = _Subscription(self, queue, topics, prefetch)
+        self._subscriptions.append(subscription)
         try:
             yield subscription
         finally:
+            self._end(subscription)
+
+    def _end(self, subscription: _Subscription) -> None:
+        if subscription in self._subscriptions:
+            self._subscriptions.remove(subscription)
             subscription.leave()
-            if group is None:
-                self._queues.remove(queue)
+            if subscription.queue not in self._groups.values():
+                self._queues.remove(subscription.queue)
 
     async def receive(self) -> Message:
         """Return the oldest message that no subscription took, and remove it; wait until there is one."""
+        self._bind_to_running_loop()
         while not len(self._kept):
             self.check_open()
             await self._kept.wait_for_change()
@@ -136,6 +152,7 @@ class MemoryMessageBroker:
 
     async def aclose(self) -> None:
         """Refuse new messages and end every wait. A further call does nothing."""
+        self._bind_to_running_loop()
         self._closed = True
         for queue in [self._kept, *self._queues]:
             queue.notify()
@@ -144,6 +161,18 @@ class MemoryMessageBroker:
         """Raise `BrokerClosed` if the broker is closed."""
         if self._closed:
             raise BrokerClosed("this broker is closed")
+
+    def _bind_to_running_loop(self) -> None:
+        """Use the running event loop. End what has been left over from an earlier one, which may not have ended it."""
+        loop = asyncio.get_running_loop()
+        if loop is self._loop:
+            return
+        check_has_ended(self._loop)
+        self._loop = loop
+        for queue in [self._kept, *self._queues]:
+            queue.bind_to(loop)
+        for subscription in [*self._subscriptions]:
+            self._end(subscription)
 
     async def __aenter__(self) -> Self:
         return self
@@ -183,7 +212,14 @@ class _Queue:
     def __init__(self) -> None:
         self.topics: set[Topic] = set()
         self.waiting: deque[_Entry] = deque()
+        self._delayed: dict[_Entry, float] = {}  # when each is due, by the time of the event loop
         self._changed = asyncio.Event()
+
+    def bind_to(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Use *loop* from now on, for everything that waits."""
+        self._changed = asyncio.Event()
+        for entry, due in self._delayed.items():
+            loop.call_at(due, self._requeue_due, entry)
 
     def __len__(self) -> int:
         return len(self.waiting)
@@ -198,6 +234,16 @@ class _Queue:
             entry.attempt += 1
         self.waiting.extendleft(reversed([*entries]))
         self._changed.set()
+
+    def requeue_later(self, entry: _Entry, after: float) -> None:
+        """Put back an entry as `requeue` does, in *after* seconds."""
+        loop = asyncio.get_running_loop()
+        self._delayed[entry] = due = loop.time() + after
+        loop.call_at(due, self._requeue_due, entry)
+
+    def _requeue_due(self, entry: _Entry) -> None:
+        if self._delayed.pop(entry, None) is not None:  # otherwise an earlier event loop is running again
+            self.requeue([entry])
 
     def take(self) -> _Entry:
         return self.waiting.popleft()
@@ -265,7 +311,7 @@ class _Subscription:
     async def retry(self, delivery: Delivery, after: float, /) -> None:
         if entry := self._release(delivery):
             if after > 0:
-                asyncio.get_running_loop().call_later(after, self.queue.requeue, [entry])
+                self.queue.requeue_later(entry, after)
             else:
                 self.queue.requeue([entry])
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from diator.brokers.message import Message
-from diator.exceptions import MessagesNotSent
+from diator.exceptions import MessagesNotSent, UsageError
 
 
 class MessageBroker(Protocol):
@@ -24,6 +24,8 @@ class MessageBroker(Protocol):
       at once, returns the broker itself, and closes it at the end.
     - Several tasks of one event loop may use it at the same time. The messages that one task sends keep their order,
       also when the task starts several sends one after the other and then waits for all of them.
+    - It serves one event loop at a time. When that has ended, another one may use the broker, as with several calls of
+      `asyncio.run`; while it is running, calls in another one raise `UsageError`.
     - It never runs a handler, never waits for a consumer, and never changes a message or keeps a reference to it.
     - Every call returns or raises within the broker's `timeout` (in seconds), even if the service does not respond.
     - It does not retry a send, and it does not drop a message that looks like a duplicate. The program decides what
@@ -101,3 +103,12 @@ def transactional(broker: object) -> bool:
     it inside the unit of work, before the middlewares have finished.
     """
     return getattr(broker, "transactional", False) is True
+
+
+def check_has_ended(loop: asyncio.AbstractEventLoop | None) -> None:
+    """Raise `UsageError` if *loop*, which used a broker before the running one, is still running."""
+    if loop is not None and loop.is_running():
+        raise UsageError(
+            "this broker is in use in another event loop that is still running; a broker serves one event loop at a "
+            "time, so make one for each thread"
+        )

@@ -34,7 +34,7 @@ import asyncio
 import itertools
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, Self, TypeVar
@@ -168,7 +168,7 @@ class FaultyMessageBroker(MemoryMessageBroker):
         self._delivery_scripts: list[_Script[DeliveryFault, Delivery]] = []
         self._reordered: list[Message] = []
         self._held: list[Message] = []
-        self._subscriptions: list[_Reading] = []
+        self._readings: list[_Reading] = []
         self._progress = asyncio.Event()
 
     # -- the script ----------------------------------------------------------------------------------------------
@@ -261,12 +261,20 @@ class FaultyMessageBroker(MemoryMessageBroker):
         """Subscribe; see `ReadableBroker.subscribe`."""
         async with super().subscribe(topics, group=group, prefetch=prefetch, on_gap=on_gap) as deliveries:
             reading = _Reading(deliveries, self._meets, self._progress, on_gap)
-            self._subscriptions.append(reading)
+            self._readings.append(reading)
             self._progress.set()
             try:
                 yield reading
             finally:
-                self._subscriptions.remove(reading)
+                with suppress(ValueError):  # its event loop has ended before it
+                    self._readings.remove(reading)
+
+    def _bind_to_running_loop(self) -> None:
+        earlier = self._loop
+        super()._bind_to_running_loop()
+        if self._loop is not earlier:
+            self._progress = asyncio.Event()
+            self._readings.clear()
 
     def _meets(self, delivery: Delivery) -> DeliveryFault | None:
         self.deliveries.append(delivery)
@@ -297,7 +305,7 @@ class FaultyMessageBroker(MemoryMessageBroker):
     def gap(self, *, seconds: float = 1.0, reason: str = "scripted") -> None:
         """Report a gap to every subscription, as after a lost connection. No message is lost."""
         now = datetime.now(UTC)
-        for reading in [*self._subscriptions]:
+        for reading in [*self._readings]:
             if reading.on_gap is not None:
                 reading.on_gap(Gap(since=now - timedelta(seconds=seconds), until=now, reason=reason))
 
@@ -312,7 +320,8 @@ class FaultyMessageBroker(MemoryMessageBroker):
             TimeoutError: Messages are still waiting or unsettled after *within* seconds.
             Exception: The error of a consumer that ended.
         """
-        subscribed = len(self._subscriptions) + len(consumers)
+        self._bind_to_running_loop()
+        subscribed = len(self._readings) + len(consumers)
         running = [asyncio.create_task(consumer.run(signals=False)) for consumer in consumers]
         idle = asyncio.create_task(self._until_idle(subscribed))
         try:
@@ -335,7 +344,7 @@ class FaultyMessageBroker(MemoryMessageBroker):
 
     async def _until_idle(self, subscribed: int) -> None:
         while True:
-            if len(self._subscriptions) < subscribed or self._waiting or self._unsettled:
+            if len(self._readings) < subscribed or self._waiting or self._unsettled:
                 self._progress.clear()
                 await self._progress.wait()
             elif self._reordered:
@@ -349,7 +358,7 @@ class FaultyMessageBroker(MemoryMessageBroker):
 
     @property
     def _unsettled(self) -> int:
-        return sum(len(reading.unsettled) for reading in self._subscriptions)
+        return sum(len(reading.unsettled) for reading in self._readings)
 
 
 _NOT_SENT: dict[SendFault | None, type[BrokerError]] = {
