@@ -414,7 +414,10 @@ class Handling:
                 try:
                     event = route.read(message)
                 except DecodingError as undecodable:
-                    result = _Result(printable(f"undecodable: {undecodable}"), undecodable)
+                    # Another version of the program may have a class that fits an object, and none fits anything else.
+                    may_fit = self._retry.retry_undecodable and message.payload_json[:1] == b"{"
+                    is_requeued = may_fit and self._has_retries_left(delivery)
+                    result = _Result(printable(f"undecodable: {undecodable}"), undecodable, is_requeued)
                 else:
                     error: BaseException | None = None
                     try:

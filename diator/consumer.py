@@ -74,8 +74,8 @@ class Consumer:
     Receives integration events from a transport, and calls the handlers that *event_map* binds to them.
 
     The consumer settles a delivery after its last handler. It acknowledges the message if every handler succeeded.
-    Otherwise it retries the message as *retry* specifies, and then dead-letters it with a reason. It dead-letters a
-    message at once if it cannot be decoded, or if it names another event than its topic. Where the transport has no
+    Otherwise it retries the message as *retry* specifies, and then dead-letters it with a reason. It dead-letters at
+    once a body that is not a message, and a message that names another event than its topic. Where the transport has no
     dead-letter queue, the message is lost, and the consumer logs an error.
 
     A delivery stays unsettled if its handling was cancelled or the process died. The transport then redelivers the

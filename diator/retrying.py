@@ -41,6 +41,9 @@ class RetryPolicy:
         max_crashes: How many deliveries, beyond `max_attempts`, may end unsettled, such as by a crash of the consumer.
             At the next delivery the message counts as a poison message: the consumer dead-letters it without calling a
             handler.
+        retry_undecodable: Whether a message whose payload does not fit the class of its event is requeued like a
+            failing one, without immediate retries. During a rolling deploy, a newer consumer of the group can decode
+            it. A body that is not a message, such as one that is not JSON, is dead-lettered at once.
         permanent: A tuple of the classes of errors that are not retried. The consumer dead-letters the message at once
             if no handler failed with another error. The value replaces the default, so name `PermanentError` too.
 
@@ -55,6 +58,7 @@ class RetryPolicy:
     backoff_factor: float = 3.0
     max_delay: float = 600.0
     max_crashes: int = 3
+    retry_undecodable: bool = True
     permanent: tuple[type[Exception], ...] = (PermanentError,)
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ class Happened(NotificationEvent):
 
 _NOT_FINAL = frozenset({"retried", "unsettled"})
 
-Handle: TypeAlias = Callable[[Happened], Awaitable[Any]]
+Handle: TypeAlias = Callable[[Any], Awaitable[Any]]
 
 ONCE = RetryPolicy(immediate_retries=0, delayed_retries=0)
 """A retry policy without retries: a failing message is dead-lettered at once."""
@@ -53,17 +53,18 @@ class ConsumerRun:
         handle: Handle,
         *,
         also: str | None = None,
+        of: type[NotificationEvent] = Happened,
         consumer: type[Consumer] = Consumer,
         **options: Any,
     ) -> None:
         names = [name] if also is None else [name, also]
 
-        async def handler(event: Happened) -> None:
+        async def handler(event: Any) -> None:
             await handle(event)
 
         events = EventMap()
         for each in names:
-            events.bind(type("Happened", (Happened,), {"message_name": each}), handler)
+            events.bind(type(of.__name__, (of,), {"message_name": each}), handler)
         self.broker: Transport = broker
         self.topics: list[Topic] = [Topic("notification_event", each) for each in names]
         self.topic: Topic = self.topics[0]

@@ -144,6 +144,13 @@ class AcceptsAnyRetry(Consumer):
         super().__init__(broker, retry=retry and replace(retry, delayed_retries=0), **options)
 
 
+class DeadLettersMisfits(Consumer):
+    """Dead-letters a message that does not fit its class although a retry is left."""
+
+    def __init__(self, broker: ReadableBroker, *, retry: RetryPolicy | None = None, **options: Any) -> None:
+        super().__init__(broker, retry=retry and replace(retry, retry_undecodable=False), **options)
+
+
 for _consumer, _ids in {
     CancelsOnStop: ("LIF-05",),
     NeverStops: ("LIF-06", "LIF-20"),
@@ -158,6 +165,7 @@ for _consumer, _ids in {
     HidesReasons: ("PSN-01", "PSN-13"),
     DecodesAnySize: ("SEC-07",),
     AcceptsAnyRetry: ("ACK-04",),
+    DeadLettersMisfits: ("PSN-16",),
 }.items():
     _consumed_by(_consumer, *_ids)
 

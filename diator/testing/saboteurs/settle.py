@@ -6,12 +6,13 @@ import asyncio
 import time
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 from uuid import uuid4
 
 from diator.brokers.base import Delivery, Settler
 from diator.brokers.codec import decode
 from diator.exceptions import BrokerError
-from diator.testing.saboteurs._base import Saboteur, caught_by, copy_of, subscription_of
+from diator.testing.saboteurs._base import Saboteur, Subscription, caught_by, copy_of, subscription_of
 
 
 @caught_by("ACK-05", "ACK-14", "ACK-18", "ACK-24")
@@ -102,6 +103,28 @@ class GivesUpAfterTwenty(Saboteur):
 
     async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
         await (settle.ack(delivery) if delivery.attempt >= 20 else settle.retry(delivery, after))  # noqa: PLR2004
+
+
+@caught_by("PSN-16")
+class LosesRetriesOfStoppedConsumers(Saboteur):
+    """Loses a requeued message if the consumer that requeued it stops during the delay."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._stopped: set[Subscription] = set()
+
+    async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
+        subscription = subscription_of(settle)
+        entry = subscription.unsettled.pop(delivery)
+
+        def requeue() -> None:
+            if subscription not in self._stopped:
+                subscription.queue.requeue([entry])
+
+        asyncio.get_running_loop().call_later(after, requeue)
+
+    def before_unsubscribe(self, subscription: Subscription) -> None:
+        self._stopped.add(subscription)
 
 
 @caught_by("FLW-14", "FLW-15")

@@ -2,15 +2,21 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 
+from diator.brokers import Message
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES
-from diator.events import NotificationEvent
-from tests.unit.consumer.helpers import CANARY, JOIN, JOINED, consume, on_joined, outcomes
+from diator.brokers.memory import MemoryMessageBroker
+from diator.events import EventEmitter, NotificationEvent
+from diator.retrying import RetryPolicy
+from tests.unit.consumer.helpers import CANARY, JOIN, JOINED, consume, on_joined, outcomes, quick
 from tests.unit.doubles import (
+    FULL,
+    WEAK,
     MeetingChanged,
     Moved,
     Scripted,
@@ -95,7 +101,8 @@ async def test_an_undecodable_message_is_dead_lettered_with_a_reason_and_never_l
 
     caplog.set_level(logging.DEBUG)
     broker = Scripted(body, body_of(JOIN))
-    reports = await consume(broker, counting, on_checked, count=2, concurrency=concurrency)
+    retry = RetryPolicy(retry_undecodable=False)
+    reports = await consume(broker, counting, on_checked, count=2, concurrency=concurrency, retry=retry)
 
     acked, (*poisoned, reason) = sorted(broker.log)  # the next message does not wait for the dead letter
     assert (poisoned, acked) == (["dead_letter"], ("ack",))
@@ -106,6 +113,94 @@ async def test_an_undecodable_message_is_dead_lettered_with_a_reason_and_never_l
     [record] = [each for each in caplog.records if each.levelname != "INFO"]
     assert record.levelno == logging.ERROR
     assert reason in record.getMessage()
+
+
+NO_MESSAGE = {
+    each: UNDECODABLE[each]
+    for each in (
+        "garbage",
+        "cut off",
+        "too large",
+        "a list",
+        "no payload",
+        "payload of text",
+        "payload is a list",
+        "deep",
+    )
+}
+MISFITS = {
+    each: body
+    for each, body in UNDECODABLE.items()
+    if each.startswith(("a field is ", "its class")) and each != "NaN instead of a number"
+}
+
+
+@pytest.mark.parametrize("body", NO_MESSAGE.values(), ids=NO_MESSAGE)
+async def test_what_no_class_can_decode_is_dead_lettered_at_once(body):
+    [handled] = await consume(Scripted(body), on_joined)
+
+    assert (handled.outcome, handled.attempt) == ("dead_lettered", 1)
+
+
+@pytest.mark.parametrize("body", MISFITS.values(), ids=MISFITS)
+async def test_a_payload_that_does_not_fit_its_class_is_requeued_without_immediate_retries(body, caplog):
+    async def on_checked(event: Checked) -> None: ...
+
+    [handled] = await consume(broker := Scripted(body), on_joined, on_checked)
+
+    assert (handled.outcome, handled.retries, broker.log) == ("retried", 0, [("retry",)])
+    assert handled.reason.startswith("undecodable: the payload does not fit ")
+    assert CANARY not in handled.reason + caplog.text
+    [line] = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "failed (undecodable: " in line.getMessage()
+    assert line.getMessage().endswith("; requeued for attempt 2 of 6")
+
+
+async def test_a_payload_that_never_fits_is_dead_lettered_after_the_last_delayed_retry():
+    broker = MemoryMessageBroker()  # it retains the message for the first group
+    await broker.send_message(Message.create(message_name="UserJoined", payload={"user_id": "seven"}))
+    reports = await consume(broker, on_joined, retry=quick(2, 3), count=4)
+
+    assert outcomes(reports) == ["retried"] * 3 + ["dead_lettered"]
+    [letter] = broker.dead_letters
+    assert (letter.reason.partition(":")[0], letter.attempts) == ("undecodable", 4)
+
+
+async def test_a_newer_consumer_of_the_group_handles_what_an_older_one_could_not_decode():
+    got = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Old(NotificationEvent):
+        message_name: ClassVar[str] = "Paid"
+        n: int
+
+    @dataclass(frozen=True, kw_only=True)
+    class New(NotificationEvent):
+        message_name: ClassVar[str] = "Paid"
+        n: str
+
+    async def on_old(event: Old) -> None:
+        got.append(("old", event.n))
+
+    async def on_new(event: New) -> None:
+        got.append(("new", event.n))
+
+    broker = MemoryMessageBroker()
+    for event in (New(n="1"), Old(n=2)):
+        await EventEmitter(message_broker=broker).emit(event)
+    retry = RetryPolicy(first_delay=0.2)
+    reports = await consume(broker, on_old, count=2, group="g", retry=retry)
+    later = await consume(broker, on_new, group="g", retry=retry)
+
+    assert (outcomes(reports), outcomes(later)) == (["retried", "acked"], ["acked"])
+    assert got == [("old", 2), ("new", "1")]
+
+
+@pytest.mark.parametrize("capabilities", [WEAK, replace(FULL, delayed_retry=False)], ids=["weak", "no delays"])
+async def test_where_the_transport_cannot_delay_a_retry_a_misfit_is_settled_at_once(capabilities):
+    [handled] = await consume(Scripted(MISFITS["a field is wrong"], capabilities=capabilities), on_joined)
+
+    assert handled.outcome == ("dead_lettered" if capabilities.dead_letter else "given_up")
 
 
 async def test_the_transport_sets_the_largest_size_of_a_message():

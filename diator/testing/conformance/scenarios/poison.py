@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+from dataclasses import dataclass
 from uuid import uuid4
 
 from diator._handling import Handled
@@ -12,12 +13,16 @@ from diator.brokers.base import Transport
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import encode
 from diator.brokers.message import Message
+from diator.events import NotificationEvent
 from diator.retrying import PermanentError, RetryPolicy
 from diator.testing.conformance._consuming import ConsumerRun, Happened
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._scenario import scenario
 
 _LETTERS = Capabilities(settlement="cumulative", dead_letter=True)
+_COUNTED = Capabilities(
+    settlement="cumulative", redelivery=frozenset({"retry"}), delayed_retry=True, delivery_count="retries"
+)
 _LATER = Capabilities(settlement="cumulative", redelivery=frozenset({"retry"}), delayed_retry=True, dead_letter=True)
 
 
@@ -262,9 +267,9 @@ async def nested(ctx: Context) -> None:
     ctx.same(sorted(run.outcomes()), sorted([_bad(ctx), "acked"]), "the outcomes")
 
 
-@scenario("PSN-13", "A payload that does not fit its event class is dead-lettered at once")
+@scenario("PSN-13", "A payload that does not fit its event class is dead-lettered if no retry is left")
 async def misfit(ctx: Context) -> None:
-    """Catch a message that is retried although it can never be decoded."""
+    """Catch a message that is acknowledged although it cannot be decoded."""
     broker = await ctx.broker()
     async with ctx.consuming(broker, _handle) as run:
         messages = [run.message(number="one"), run.message(1)]  # type: ignore[arg-type]
@@ -291,6 +296,46 @@ async def permanent(ctx: Context) -> None:
         await ctx.send_all(broker, messages)
         await run.until_handled(2)
     ctx.same((runs, run.outcomes_of(messages)), (1, [_bad(ctx), "acked"]), "the runs and outcomes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Renewed(NotificationEvent):
+    """The event of a newer program: a field has another type."""
+
+    number: str
+    tags: list[str]
+
+
+@scenario(
+    "PSN-16",
+    "What an older consumer of a group cannot decode is handled by a newer one",
+    needs=_COUNTED,
+    timeout=30,
+)
+async def rolling_deploy(ctx: Context) -> None:
+    """Catch a message that is dead-lettered, changed or lost during a rolling deploy."""
+    broker, name = await ctx.broker(), ctx.name("-event")
+    got: list[str] = []
+
+    async def handle(event: _Renewed) -> None:
+        got.append(event.number)
+
+    retry = RetryPolicy(first_delay=0.5)
+    older = ConsumerRun(broker, name, _handle, consumer=ctx.harness.consumer, retry=retry)
+    newer = ConsumerRun(broker, name, handle, of=_Renewed, consumer=ctx.harness.consumer, retry=retry)
+    messages = [older.message(number="one"), older.message(1)]  # type: ignore[arg-type]
+    async with ctx.running(older):
+        await ctx.send_all(broker, messages)
+        await older.until_handled(2)
+    ctx.same(older.outcomes_of(messages), ["retried", "acked"], "the outcomes of the older consumer")
+    async with ctx.running(newer):
+        handled = await newer.until_handled(1)
+    ctx.same(got, ["one"], "what the handler of the newer consumer received")
+    ctx.same(
+        [(each.message_id, each.attempt, each.outcome) for each in handled],
+        [(messages[0].message_id, 2, "acked")],
+        "the deliveries of the newer consumer",
+    )
 
 
 @scenario("PSN-15", "A consumer configured for a retry that is not promised is refused")
