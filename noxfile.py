@@ -51,10 +51,11 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Run both type checkers on the library and on its use. Every public name must have a type."""
+    """Run both type checkers on the library, and on right and wrong programs. Every public name must have a type."""
     session.install("-e", f".[{CLIENTS}]", *group("types"))
     session.run("mypy")
     session.run("pyright")
+    session.run("pytest", "tests/typing")
     session.run("pyright", "--verifytypes", "diator", "--ignoreexternal")
 
 

@@ -93,8 +93,15 @@ class Mediator:
         for request_type in request_map:
             self._dispatcher[request_type]
 
+    # mypy derives `Res` from the place where the response is used, and tries the next overload if that contradicts the
+    # request. The Any of the last overload would hide the mistake, so the third takes every other `Request`, and is an
+    # error at that place. The second is for `link: Link = await mediator.send(FindLink()) or default`.
     @overload
     async def send(self, request: Request[Res], /) -> Res: ...
+    @overload
+    async def send(self, request: Request[Res | None], /) -> Res | None: ...  # type: ignore[overload-cannot-match]
+    @overload
+    async def send(self, request: Request[Any], /) -> object: ...
     @overload
     async def send(self, request: object, /) -> Any: ...
     async def send(self, request: object, /) -> Any:

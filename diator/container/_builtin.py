@@ -11,16 +11,32 @@ from contextlib import (
 )
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias, TypeVar, cast, get_origin, overload
+from typing import Any, Literal, Never, Protocol, Self, TypeAlias, TypeVar, cast, get_origin, overload
 
 from diator._hints import hints_of, name_of, parameters_of
-from diator.container.base import Build, Contexts, Resolver, Shared
+from diator.container.base import AnyClass, Build, Contexts, Resolver, Shared
 from diator.exceptions import ResolutionError
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 Lifetime: TypeAlias = Literal["transient", "scoped", "singleton"]
 Kind: TypeAlias = Literal["plain", "awaited", "resource"]
+
+
+class _Constructor(Protocol[T_co]):
+    def __call__(self, *args: Any, **kwargs: Any) -> T_co: ...
+
+
+class _Exactly(Protocol[T]):
+    def __subclasses__(self) -> list[type[T]]: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> T: ...
+
+
+#: As `AnyClass`, but T is the class itself, never a common base of it and of another argument, so that type checkers
+#: refuse what does not belong together. mypy takes T from `_Constructor`. pyright tries the two in the order of their
+#: names, and takes T from `__subclasses__`, the first method. `tests/typing/containers.py` shows what they refuse.
+_Class: TypeAlias = _Exactly[T] | _Constructor[T]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +78,7 @@ class Container:
     @overload
     def register(
         self,
-        type_: Callable[..., T],  # a type; annotated so that mypy accepts protocols and abstract classes
+        type_: _Class[T],
         factory: Callable[..., T | Awaitable[T] | Iterator[T] | AsyncIterator[T]]
         | Callable[..., AbstractContextManager[T] | AbstractAsyncContextManager[T]],
         *,
@@ -90,7 +106,8 @@ class Container:
             )
         self._recipes[type_] = recipe
 
-    def register_instance(self, type_: Callable[..., T], instance: T) -> None:
+    # Nobody passes the function: with it, mypy takes T from *type_* alone.
+    def register_instance(self, type_: _Class[T], instance: T | Callable[[T], Never]) -> None:
         """Use *instance* for every *type_*. The container never closes it. ResolutionError if *type_* is registered."""
         if self.is_registered(type_):
             raise ResolutionError([name_of(type_)], f"{name_of(type_)} is already registered; register it once")
@@ -107,14 +124,14 @@ class Container:
 
     # -- resolution ----------------------------------------------------------------------------------------------
 
-    async def resolve(self, type_: type[T], /) -> T:
+    async def resolve(self, type_: AnyClass[T], /) -> T:
         """
         Return a *type_* that needs no scope.
 
         Raises:
             ResolutionError: A dependency is not registered, a type depends on itself, or a dependency is scoped.
         """
-        return cast("T", await self._make(type_, None, None, ()))
+        return cast("T", await self._make(cast("type[T]", type_), None, None, ()))
 
     def factory(self, type_: type[T], /) -> Build[T] | None:
         """Return a function that builds a *type_*; None if a dependency is awaited, scoped or a resource."""

@@ -9,6 +9,8 @@ from typing import Any, Protocol, Self, TypeAlias, TypeVar, runtime_checkable
 
 T = TypeVar("T")
 
+#: A class, for type checkers: also a protocol or an abstract class, which mypy refuses for `type[T]` alone.
+AnyClass: TypeAlias = type[T] | Callable[..., T]
 #: The state of one send, shared with its domain event handlers. A container keeps its own state under its own key.
 Shared: TypeAlias = dict[object, Any]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from diator._extras import importing
-from diator.container.base import Resolver, Shared
+from diator.container.base import AnyClass, Resolver, Shared
 
 with importing(__name__, "dishka", "dishka"):
     from dishka import AsyncContainer
@@ -25,9 +25,9 @@ class DishkaContainer:
     def __init__(self, container: AsyncContainer) -> None:
         self._container = container
 
-    async def resolve(self, type_: type[T], /) -> T:
+    async def resolve(self, type_: AnyClass[T], /) -> T:
         """Return a *type_* from the container's own scope, with dishka's errors."""
-        return await self._container.get(type_)
+        return cast("T", await self._container.get(type_))
 
     def scope(self, shared: Shared, /) -> AbstractAsyncContextManager[Resolver]:  # dishka keeps its own state
         """See `ScopingResolver.scope`. dishka's request scope is closed with the error that ended it, if one did."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from diator._extras import importing, require_internals
 from diator._hints import name_of
-from diator.container.base import Build, Shared
+from diator.container.base import AnyClass, Build, Shared
 from diator.exceptions import ConfigurationError, ResolutionError
 
 with importing(__name__, "rodi", "rodi"):
@@ -53,9 +53,9 @@ class RodiContainer:
         """Build all objects with *container*."""
         self._external_container = container
 
-    async def resolve(self, type_: type[T], /) -> T:
+    async def resolve(self, type_: AnyClass[T], /) -> T:
         """Return a *type_*, in a rodi scope of its own. ResolutionError if it is not registered or cannot be built."""
-        return self.factory(type_)({})
+        return self.factory(cast("type[T]", type_))({})
 
     def is_shared(self, type_: type) -> bool:
         """Return whether *type_* is a singleton. Handlers that raise events must not be."""

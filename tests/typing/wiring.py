@@ -1,0 +1,116 @@
+"""Mediator, emitter and middlewares: right programs, and wrong lines with the error of each type checker."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, assert_type
+
+from diator.brokers import Message
+from diator.brokers.memory import MemoryMessageBroker
+from diator.container import Container
+from diator.events import EventEmitter, EventMap, NotificationEvent
+from diator.exceptions import EventsNotSent
+from diator.mediator import Mediator
+from diator.middlewares import BaseMiddleware, Handle, LoggingMiddleware
+from diator.requests import Request, RequestMap
+from diator.response import Response
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserJoined(NotificationEvent):
+    user_id: int
+
+
+class Hooks(BaseMiddleware):
+    async def process_request(self, request: Request) -> None: ...
+
+    async def process_response(self, response: Response) -> None: ...
+
+
+class Timed:
+    async def __call__(self, message: object, handle: Handle, /) -> Any:
+        return await handle(message)
+
+
+async def function(message: Any, handle: Handle) -> Any:
+    return await handle(message)
+
+
+async def lacks_handle(message: Any) -> Any: ...
+
+
+def at_once(message: Any, handle: Handle) -> int:
+    return 1
+
+
+class OwnContainer:
+    async def resolve(self, type_: type[T], /) -> T:
+        return type_()
+
+
+class OwnBroker:
+    async def send_message(self, message: Message, /) -> None:
+        assert_type(message.message_name, str)
+
+
+class OwnBatchBroker(OwnBroker):
+    async def send_messages(self, messages: Sequence[Message], /) -> None: ...
+
+
+class SendsAtOnce:
+    def send_message(self, message: Message, /) -> None: ...
+
+
+def wire(requests: RequestMap, events: EventMap) -> None:
+    """The parts fit, as in older programs and shorter; contradictions do not."""
+    Mediator(
+        request_map=requests,
+        event_emitter=EventEmitter(message_broker=OwnBroker(), event_map=events, container=Container()),
+        container=Container(),
+        middlewares=[Hooks(), function, LoggingMiddleware(), Timed()],
+    )
+    Mediator(requests)
+    Mediator(requests, OwnContainer(), event_map=events, message_broker=MemoryMessageBroker())
+    Mediator(requests, message_broker=OwnBatchBroker())
+    Mediator(requests, middlewares=(function,))
+
+    Mediator()  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    Mediator(events)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    Mediator(requests, events)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    Mediator(requests, event_emitter=EventEmitter(), event_map=events)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    Mediator(requests, message_broker=object())  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    Mediator(requests, message_broker=MemoryMessageBroker)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    Mediator(requests, message_broker=SendsAtOnce())  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    Mediator(requests, container=object())  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    Mediator(requests, event_map=requests)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    Mediator(requests, middlewares=[Hooks])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    Mediator(requests, middlewares=[lacks_handle])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    Mediator(requests, middlewares=[at_once])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    Mediator(requests, middlewares=function)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    EventEmitter(requests)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    EventEmitter(message_broker="redis://localhost")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def emit(emitter: EventEmitter, error: EventsNotSent) -> None:
+    await emitter.emit(UserJoined(user_id=1))
+    for event in error.events:
+        await emitter.emit(event)
+    assert_type(await asyncio.gather(emitter.emit(UserJoined(user_id=1))), tuple[None])
+
+    await emitter.emit()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    sent: bool = await emitter.emit(UserJoined(user_id=1))  # type: ignore[assignment, func-returns-value]  # pyright: ignore[reportAssignmentType]
+
+
+async def send_messages(broker: OwnBatchBroker) -> None:
+    message = Message.create(message_name="UserJoined", payload={"user_id": 1})
+    await broker.send_message(message)
+    await broker.send_messages([message, message])
+    assert_type(message.payload_json, bytes)
+
+    await broker.send_message(UserJoined(user_id=1))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await broker.send_messages(message)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    message.message_name = "UserLeft"  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    Message.create(message_name="UserJoined")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    Message.create(message_name=UserJoined, payload={})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
