@@ -142,7 +142,7 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         header = header_of(message.message_name, message_id, headers, len(body))
         mandatory = self._unroutable != "drop"
         publication = Publication(self._options.prefix, key, header, body, message_id, mandatory)
-        await self._service.send(publication, Topic(message.message_type, message.message_name))
+        await self._service.send(publication, (message.message_type, message.message_name))
 
     @asynccontextmanager
     async def subscribe(

@@ -10,7 +10,6 @@ from uuid import UUID
 
 from diator._text import explained
 from diator.brokers.audit import Finding
-from diator.brokers.base import Topic
 from diator.brokers.connecting import ClientConnection
 from diator.brokers.rabbitmq._channel import (
     CHANNEL_ERRORS,
@@ -95,7 +94,7 @@ class Publisher(ClientConnection["_Connection"]):
         except TimeoutError as error:
             raise BrokerUnavailable(f"RabbitMQ is not available ({self._no_connection()})") from error
 
-    async def send(self, publication: Publication, topic: Topic) -> None:  # for those who retain
+    async def send(self, publication: Publication, topic: tuple[str, str]) -> None:  # for those who retain
         """Publish a message of a program to the topic exchange. The errors are those of `publish`."""
         await self.publish(publication)
 
@@ -110,15 +109,9 @@ class Publisher(ClientConnection["_Connection"]):
             OutcomeUnknown: It was sent and not confirmed.
             BrokerClosed: `aclose` was called before.
         """
-        loop = self._bind_to_running_loop()
         if deadline is None:
-            deadline = loop.time() + self.timeout
-        link = self._link
-        if link is not None and not self._queued and link.has_room and publication.message_id not in link.ids:
-            confirmed = link.publish(publication, deadline)
-        else:
-            confirmed = await self._publish_in_turn(publication, deadline)
-        await confirmed
+            deadline = self._bind_to_running_loop().time() + self.timeout
+        await (self._publish_now(publication, deadline) or await self._publish_in_turn(publication, deadline))
 
     def blocked(self) -> Sequence[Finding]:
         """Return a finding if a resource alarm blocks publishers."""
@@ -139,6 +132,13 @@ class Publisher(ClientConnection["_Connection"]):
             await link.close()
         await self._background.wait()
         await reading
+
+    def _publish_now(self, publication: Publication, deadline: float) -> asyncio.Future[None] | None:
+        """Publish, and return what ends with the confirm; None if the message has to wait for its turn."""
+        link = self._link
+        if link is None or self._queued or not link.has_room or publication.message_id in link.ids:
+            return None
+        return link.publish(publication, deadline)
 
     async def _publish_in_turn(self, publication: Publication, deadline: float) -> asyncio.Future[None]:
         """Wait for a connection with room, and until no other message of this id is in flight."""

@@ -76,16 +76,16 @@ class RetainingPublisher(Publisher):
         self._declaring: dict[Topic, asyncio.Task[bool]] = {}
         self._safe_after = SAFE_AFTER if queue_type == "quorum" else 0.0
 
-    async def send(self, publication: Publication, topic: Topic) -> None:
+    async def send(self, publication: Publication, topic: tuple[str, str]) -> None:
         """Publish a message of a program to the topic exchange, and retain it if nobody has subscribed."""
         deadline = self._bind_to_running_loop().time() + self.timeout
         if publication.routing_key in self._routed:
-            try:
-                await self.publish(publication, deadline=deadline)
+            try:  # as `publish`; to await one coroutine more takes 2 % of the time of a send
+                await (self._publish_now(publication, deadline) or await self._publish_in_turn(publication, deadline))
                 return
             except MessageUnroutable:  # the queues of its topic were deleted
                 self._routed.discard(publication.routing_key)
-        await self._send_in_line(publication, topic, deadline)
+        await self._send_in_line(publication, Topic(*topic), deadline)
 
     async def _send_in_line(self, publication: Publication, topic: Topic, deadline: float) -> None:
         """Send the first message of a topic alone, and those that come meanwhile in their order."""
