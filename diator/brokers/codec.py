@@ -24,6 +24,7 @@ import msgspec
 import orjson
 
 from diator._hints import fields_of, name_of
+from diator.brokers._standard import as_standard, standard_type, stands_for_standard
 from diator.brokers.message import Message
 from diator.exceptions import DecodingError, EncodingError, MessageTooLarge
 
@@ -52,7 +53,7 @@ def encode(message: Message, *, max_bytes: int = MAX_MESSAGE_BYTES, headers_in_b
     envelope: dict[str, object] = {
         "message_type": message.message_type,
         "message_name": message.message_name,
-        "message_id": message.message_id,
+        "message_id": plain_id(message.message_id),
         "payload": orjson.Fragment(message.payload_json),
     }
     if headers_in_body and (message.headers or message.key is not None):
@@ -74,7 +75,8 @@ def headers_with_key(message: Message) -> dict[str, str]:
     the key from the headers again.
 
     Raises:
-        EncodingError: The program has set a header that is named `key`, or a header or the key is not valid Unicode.
+        EncodingError: The program has set a header that is named `key`, or a header or the key is not text, or not
+            valid Unicode.
     """
     if _KEY in message.headers:
         raise EncodingError(
@@ -87,7 +89,15 @@ def headers_with_key(message: Message) -> dict[str, str]:
             (name + value).encode()
     except UnicodeEncodeError as error:
         raise EncodingError(f"{message.message_name}.headers", str(error)) from error
+    except TypeError:
+        problem = "the names and values of headers, and the key, must be text"
+        raise EncodingError(f"{message.message_name}.headers", problem) from None
     return headers
+
+
+def plain_id(message_id: UUID) -> UUID:
+    """Return the id of a message as a plain `UUID`: orjson writes no other."""
+    return message_id if type(message_id) is UUID or not isinstance(message_id, UUID) else as_standard(message_id)
 
 
 class Envelope(msgspec.Struct):
@@ -206,6 +216,12 @@ def payload_encoder(event_type: type[E]) -> Callable[[E], bytes]:
     return encode_payload
 
 
+def key_of(value: object) -> str:
+    """Return a value of a payload as the key of a message: its text in the payload, without quotes."""
+    text = _dump(value)
+    return msgspec.json.decode(text, type=str) if text[:1] == b'"' else text.decode()
+
+
 def payload_decoder(event_type: type[E]) -> Callable[[bytes], E]:
     """
     Return a function that decodes the payload of a message into an *event_type*.
@@ -281,9 +297,17 @@ def _reader(event_type: type[E]) -> Callable[[bytes], E]:
         validate: Callable[[bytes], E] = model.model_validate_json
         return validate
     try:
-        return msgspec.json.Decoder(event_type).decode
+        return msgspec.json.Decoder(event_type, dec_hook=_read_other).decode
     except TypeError as error:
         raise EncodingError(name_of(event_type), f"cannot be read back from JSON: {error}") from error
+
+
+def _read_other(type_: Any, value: Any) -> Any:
+    if stands_for_standard(type_):
+        return msgspec.convert(value, standard_type(type_))
+    if isinstance(value, type_):
+        return value
+    raise NotImplementedError
 
 
 def _sent_decoder(id_name: str, time_name: str) -> Callable[[bytes], Any]:
@@ -326,7 +350,7 @@ def _wire_names(event_type: Any) -> dict[str, str]:
 def _dump_other(value: Any) -> Any:
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
-    raise TypeError(f"values of {name_of(type(value))} cannot be written as JSON")
+    return as_standard(value)
 
 
 _dump = msgspec.json.Encoder(enc_hook=_dump_other).encode

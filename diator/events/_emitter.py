@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from types import NoneType
 from typing import Any, TypeAlias
@@ -74,6 +75,7 @@ class EventEmitter:
         Raises:
             EventHandlersFailed: Handlers of domain events failed. All handlers ran; nothing was sent.
             EncodingError: An integration event cannot be encoded. Nothing was sent.
+            MessageTooLarge: An integration event is larger than the broker accepts. Nothing was sent.
             BrokerNotConfigured: An integration event was raised, and this emitter has no broker. Nothing was sent.
             NotAnEvent: An object cannot be an event, or its class is incomplete. Nothing was sent.
             BrokerError: The send error of the message, or `MessagesNotSent` if there were several messages.
@@ -187,7 +189,7 @@ class EventEmitter:
             if self._broker is None:
                 raise BrokerNotConfigured(event_type)
             self._event_map._reserve_name(event_type)
-            plan = _Plan((), message=_message_factory(event_type))
+            plan = _Plan((), message=_message_factory(event_type, self._broker))
         else:
             handlers = self._event_map._freeze(event_type)
             if not handlers and not issubclass(event_type, Event):
@@ -229,31 +231,59 @@ class _Plan:
         self.message = message
 
 
-def _message_factory(event_type: Any) -> Callable[[Any], Message]:
-    """Return a function that encodes an event. A later change to the event then does not change its message."""
+def _message_factory(event_type: Any, broker: object) -> Callable[[Any], Message]:
+    """
+    Return a function that encodes an event. A later change to the event then does not change its message.
+
+    Once it has returned a message, only the service of *broker* can refuse that.
+    """
     # Not imported at the top: it is half of the time to import diator, and domain events do not need it.
-    from diator.brokers.codec import payload_encoder  # noqa: PLC0415
+    from diator.brokers.capabilities import Capabilities  # noqa: PLC0415
+    from diator.brokers.codec import encode, key_of, payload_encoder, plain_id  # noqa: PLC0415
 
     check_integration_event(event_type)
     message_type: str = event_type.message_type
     message_name = message_name_of(event_type)
     key_field = message_key_of(event_type)
-    encode = payload_encoder(event_type)
+    encode_payload = payload_encoder(event_type)
+    promised: object = getattr(broker, "capabilities", None)
+    if not isinstance(promised, Capabilities):
+        promised = Capabilities()
+    limit, headers_in_body = promised.max_message_bytes or sys.maxsize, promised.headers == "envelope"
+    empty = Message(
+        message_type=message_type, message_name=message_name, message_id=UUID(int=0), payload_json=b"{}", key=""
+    )
+    room = limit - len(encode(empty, headers_in_body=headers_in_body))
 
     def message(event: Any) -> Message:
-        if event.event_timestamp.tzinfo is None or not isinstance(event.event_id, UUID):
+        message_id = event.event_id
+        if type(message_id) is not UUID:
+            message_id = plain_id(message_id)
+        if type(message_id) is not UUID or getattr(event.event_timestamp, "tzinfo", None) is None:
             problem = "event_id must be a UUID, and event_timestamp must have a time zone, otherwise it is ambiguous"
             raise EncodingError(name_of(event_type), problem)
-        key = None if key_field is None else getattr(event, key_field)
-        return Message._of_fields(
+        try:
+            payload_json = encode_payload(event)
+            key = None if key_field is None else getattr(event, key_field)
+            if key is not None and type(key) is not str:
+                key = key_of(key)
+        except DiatorError:
+            raise
+        except Exception as error:
+            problem = f"its class raised {name_of(type(error))} while it was encoded"
+            raise EncodingError(name_of(event_type), problem) from error
+        message = Message._of_fields(
             {
                 "message_type": message_type,
                 "message_name": message_name,
-                "message_id": event.event_id,
-                "payload_json": encode(event),
-                "key": None if key is None else str(key),
+                "message_id": message_id,
+                "payload_json": payload_json,
+                "key": key,
                 "headers": {},
             }
         )
+        if len(payload_json) * 2 > room:  # the body may contain the key, a part of the payload, once more
+            encode(message, max_bytes=limit, headers_in_body=headers_in_body)
+        return message
 
     return message

@@ -56,7 +56,8 @@ class NotificationEvent(Event):
         message_type: The kind of message, a class variable.
         message_name: The wire name, an optional class variable (`ClassVar[str]`). Default: the name of the class.
         message_key: The name of a field, an optional class variable (`ClassVar[str]`). Messages with the same value in
-            this field keep their order, on transports that order by key.
+            this field keep their order, on transports that order by key. The key of a message is the value as the
+            payload has it, without quotes.
     """
 
     message_type: ClassVar[str] = "notification_event"
