@@ -55,7 +55,7 @@ class Library:
         return str(python)
 
 
-MESSAGES = {"W7e": 0.35, "W7d": 0.75}
+MESSAGES = {"W7e": 0.40, "W7d": 0.55}
 OWN_CONTAINER = {"W0": 2.0, "W1": 2.5, "W2": 2.4, "W3": 2.1, "W4": 2.0, "W5": 2.4, "W6": 1.2}
 RODI = {"W0": 2.0, "W1": 6.0, "W2": 4.2, "W3": 3.3, "W4": 3.7, "W5": 4.0, "W6": 1.4}
 
@@ -77,6 +77,7 @@ LIBRARIES = {
             module="diator.mediator",
             targets=OWN_CONTAINER | MESSAGES,
         ),
+        Library(name="diator with own events", adapter="with_diator:own_events", targets=OWN_CONTAINER | MESSAGES),
         Library(name="diator without events", adapter="with_diator:no_events_declared"),
         Library(name="diator with rodi", adapter="with_diator:with_rodi", targets=RODI | MESSAGES),
         Library(name="kerux", adapter="with_kerux:workloads", module="kerux", pins=("kerux==0.1.1",)),

@@ -91,6 +91,62 @@ class DeclaresNoEvents(RequestHandler):
         self._tally = tally
 
 
+class OwnJoinHandler(RequestHandler[Join, None]):
+    """Define the constructor and the property in the class of the handler itself."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+        self._events: list[Event] = []
+
+    @property
+    def events(self) -> list[Event]:
+        return self._events
+
+    async def handle(self, request: Join) -> None:
+        self._tally.note(request.user_id)
+
+
+class OwnYieldingJoinHandler(OwnJoinHandler):
+    async def handle(self, request: Join) -> None:
+        self._tally.note(request.user_id)
+        await asyncio.sleep(0)
+
+
+class OwnAnnouncingJoinHandler(OwnJoinHandler):
+    async def handle(self, request: Join) -> None:
+        self._tally.note(request.user_id)
+        self._events.append(Joined(meeting_id=request.meeting_id, user_id=request.user_id))
+
+
+class OwnNotifyingJoinHandler(OwnJoinHandler):
+    async def handle(self, request: Join) -> None:
+        self._tally.note(request.user_id)
+        self._events.append(UserJoined(meeting_id=request.meeting_id, user_id=request.user_id, nickname=NICKNAME))
+
+
+class OwnReadLinkHandler(RequestHandler[ReadLink, MeetingLink]):
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+        self._events: list[Event] = []
+
+    @property
+    def events(self) -> list[Event]:
+        return self._events
+
+    async def handle(self, request: ReadLink) -> MeetingLink:
+        self._tally.calls += 1
+        return MeetingLink(meeting_id=request.meeting_id, link=LINK)
+
+
+SELF_CONTAINED = SimpleNamespace(
+    join=OwnJoinHandler,
+    yielding=OwnYieldingJoinHandler,
+    announcing=OwnAnnouncingJoinHandler,
+    notifying=OwnNotifyingJoinHandler,
+    read=OwnReadLinkHandler,
+)
+
+
 def handlers_that_are(base: type) -> SimpleNamespace:
     class JoinHandler(base):
         async def handle(self, request: Join) -> None:
@@ -151,6 +207,10 @@ class EncodingBroker:
 
 def own_container() -> dict[str, Workload]:
     return workloads(handlers_that_are(DeclaresEvents), container_of_our_own)
+
+
+def own_events() -> dict[str, Workload]:
+    return workloads(SELF_CONTAINED, container_of_our_own)
 
 
 def no_events_declared() -> dict[str, Workload]:

@@ -168,11 +168,19 @@ def copy_of(handler_type: type[Handler], number: int) -> type[Handler]:
     A thousand subclasses that share one `handle` would need no more of the caches than one class.
     """
     namespace = {
-        name: code_and_all(value) if isinstance(value, FunctionType) else value
-        for name, value in vars(handler_type).items()
-        if name not in ("__dict__", "__weakref__")
+        name: own_code(value) for name, value in vars(handler_type).items() if name not in ("__dict__", "__weakref__")
     }
     return type(handler_type)(f"{handler_type.__name__}{number}", handler_type.__bases__, namespace)
+
+
+def own_code(member: object) -> object:
+    match member:
+        case FunctionType():
+            return code_and_all(member)
+        case property(fget=FunctionType() as getter):
+            return property(code_and_all(getter))
+        case _:
+            return member
 
 
 def code_and_all(function: FunctionType) -> FunctionType:
