@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import Any, ClassVar, Protocol, TypeAlias, cast, get_args, get_origin
 
 from diator._hints import Parameter, UnresolvedName, fits, name_of, parameters_of
-from diator.container.base import Build, BuildLater, Resolver, Shared, builder, is_registered, is_shared
+from diator.container.base import BuildLater, Construction, Resolver, Shared, builder, is_registered, is_shared
 from diator.exceptions import BindingError, ResolutionError, SharedHandler
 
 #: A class with `async def handle(self, message)`, or an `async def` function whose first parameter is the message.
@@ -103,6 +103,11 @@ def _parameter_of_class(handler: type) -> Parameter:
         raise BindingError(f"{name_of(handler)} is abstract; define {missing}")
     if not _is_async(handle):
         raise BindingError(f"{name_of(handle)} is not asynchronous; define it with `async def`")
+    if isinstance(inspect.getattr_static(handler, "events", None), list):
+        raise BindingError(
+            f"{name_of(handler)}.events is one list for all objects of the class, so events would be sent twice; make "
+            "it in the constructor"
+        )
     bound = isinstance(inspect.getattr_static(handler, "handle"), (staticmethod, classmethod))
     parameters = _parameters(handle)[0 if bound else 1 :]
     parameter = _first(handle, parameters)
@@ -166,6 +171,7 @@ class PreparedHandler:
         call: Builds and calls the handler.
         needs_scope: Whether `call` must run inside `scopes`.
         build: Builds the handler without waiting; None for a function, or if the container has to wait.
+        arguments: The arguments of `build`; None: the state of the send is its only argument.
         pending_events: Returns the events that the handler raised.
         take_events: Takes these events from the handler.
 
@@ -173,18 +179,24 @@ class PreparedHandler:
     dispatcher, the loop of the emitter, and `_handling`. A comment at each states what that saves. Keep them alike.
     """
 
-    __slots__ = ("build", "call", "name", "needs_scope", "pending_events", "take_events")
+    __slots__ = ("arguments", "build", "call", "name", "needs_scope", "pending_events", "take_events")
 
     def __init__(self, handler: Handler, container: Resolver) -> None:
         self.name = name_of(handler)
-        self.build: Build[Any] | None = None
-        self.pending_events, self.take_events = _events_of(handler)
+        self.build: Callable[..., Any] | None = None
+        self.arguments: tuple[Any, ...] | None = None
+        self.pending_events: PendingEvents = _no_events
+        self.take_events: TakeEvents = _copied
         if isinstance(handler, type):
             if hasattr(handler, "events") and is_shared(container, handler):
                 problem = f"{self.name} raises events, so it must be transient; it is registered as a singleton"
                 raise ResolutionError([self.name], problem)
             self.build, build_later = builder(container, handler)
             self.needs_scope = self.build is None
+            is_new = False
+            if isinstance(self.build, Construction):
+                is_new, self.arguments, self.build = self.build.is_new, self.build.arguments, self.build.call
+            self.pending_events, self.take_events = _events_of(handler, is_new=is_new)
             self.call: Call = _calling_class(build_later, self.pending_events, self.take_events)
         else:
             needs = _dependencies(handler, container)
@@ -264,16 +276,46 @@ def _dependencies(function: Callable[..., Any], container: Resolver) -> list[tup
     return dependencies
 
 
-def _events_of(handler: Handler) -> tuple[PendingEvents, TakeEvents]:
+_EVENTS = RaisesEvents.__dict__["events"]
+_raised: PendingEvents = attrgetter("_raised")
+
+
+def _events_of(handler: type, *, is_new: bool) -> tuple[PendingEvents, TakeEvents]:
+    """
+    Return how to find and to take the events of a handler class.
+
+    *is_new*: as `Construction.is_new`. Otherwise a container may return one object for several messages, or an object
+    of a subclass, whose property is another one.
+    """
     declared = inspect.getattr_static(handler, "events", None)
     if declared is None:
-        return (lambda handler: getattr(handler, "events", None)), _take_declared  # its constructor may set one
-    if declared is RaisesEvents.__dict__["events"]:
-        return attrgetter("_raised"), _take_raised
-    return attrgetter("events"), _take_declared
+        return _events_if_any, _copied if is_new else _take_declared  # its constructor may set them
+    if declared is _EVENTS:
+        return (_raised, _copied) if is_new else (_pending_of_base, _take_of_base)
+    if is_new and type(declared) is property and declared.fget is not None:
+        return declared.fget, _copied  # the function of the property takes half of the time of the property
+    return attrgetter("events"), _copied if is_new else _take_declared
 
 
-def _take_raised(handler: RaisesEvents, events: Sequence[Any]) -> list[Any]:
+def _no_events(_: Any) -> None:
+    """Return the events of a handler that is a function: `PreparedHandler.call` takes those from its parameter."""
+
+
+def _events_if_any(handler: Any) -> Sequence[Any] | None:
+    return getattr(handler, "events", None)
+
+
+def _pending_of_base(handler: RaisesEvents) -> Sequence[Any] | None:
+    return _raised(handler) if type(handler).events is _EVENTS else handler.events
+
+
+def _copied(_: Any, events: Sequence[Any]) -> list[Any]:
+    return [*events]
+
+
+def _take_of_base(handler: Any, events: Sequence[Any]) -> list[Any]:
+    if type(handler).events is not _EVENTS:
+        return _take_declared(handler, events)
     # Reset, so that an object that handles several messages never sends the events of one with the next.
     object.__setattr__(handler, "_raised", None)
     return [*events]

@@ -10,11 +10,12 @@ from contextlib import (
     contextmanager,
 )
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Never, Protocol, Self, TypeAlias, TypeVar, cast, get_origin, overload
 
 from diator._hints import hints_of, name_of, parameters_of
-from diator.container.base import AnyClass, Build, Contexts, Resolver, Shared
+from diator.container.base import AnyClass, Construction, Contexts, Resolver, Shared
 from diator.exceptions import ResolutionError
 
 T = TypeVar("T")
@@ -133,10 +134,10 @@ class Container:
         """
         return cast("T", await self._make(cast("type[T]", type_), None, None, ()))
 
-    def factory(self, type_: type[T], /) -> Build[T] | None:
+    def factory(self, type_: type[T], /) -> Construction[T] | None:
         """Return a function that builds a *type_*; None if a dependency is awaited, scoped or a resource."""
         self._check(type_, ())
-        return cast("Build[T] | None", self._compile(type_))
+        return self._compile(type_)
 
     def scope(self, shared: Shared, /) -> AbstractAsyncContextManager[Resolver]:  # keeps its own state
         """Open the scope of one send, see `ScopingResolver.scope`."""
@@ -193,28 +194,33 @@ class Container:
                 needed, (*path, type_), within="singleton" if "singleton" in (within, recipe.lifetime) else "transient"
             )
 
-    def _compile(self, type_: type) -> Build[Any] | None:
+    def _compile(self, type_: type[T]) -> Construction[T] | None:
         if type_ in self._singletons and type_ not in self._recipes:
-            return _Instance(self._singletons[type_])
+            return Construction(_given, self._singletons[type_])
         recipe = self._recipes.get(type_) or _recipe(type_, type_, "transient")
         if recipe.kind != "plain" or recipe.lifetime == "scoped":
             return None
-        builds = {name: self._compile(needed) for name, needed in self._needs(recipe).items()}
-        if any(build is None for build in builds.values()):
-            return None
-        build = _call(recipe.call, cast("dict[str, Build[Any]]", builds))
-        return build if recipe.lifetime == "transient" else self._once(type_, build)
+        needs: dict[str, Construction[Any]] = {}
+        for name, needed in self._needs(recipe).items():
+            construction: Construction[Any] | None = self._compile(needed)
+            if construction is None:
+                return None
+            needs[name] = construction
+        call, arguments = _call(recipe.call, needs)
+        if recipe.lifetime == "singleton":
+            return Construction(self._once(type_, call, arguments))
+        return Construction(call, *arguments, is_new=recipe.call is type_ and _makes_new(type_))
 
-    def _once(self, type_: type, build: Build[T]) -> Build[T]:
+    def _once(self, type_: type[T], call: Callable[..., T], arguments: Sequence[Any]) -> Callable[[], T]:
         made = self._singletons
 
-        def build_once(shared: Shared) -> T:
+        def call_once() -> T:
             if type_ not in made:
-                made[type_] = build(shared)
+                made[type_] = call(*arguments)
             value: T = made[type_]
             return value
 
-        return build_once
+        return call_once
 
     async def _make(
         self, type_: type, scope: dict[object, object] | None, contexts: Contexts | None, path: tuple[type, ...]
@@ -320,35 +326,27 @@ def _recipe(type_: type, factory: Callable[..., Any], lifetime: Lifetime | None)
     )
 
 
-class _Instance:
-    """Returns a registered instance."""
-
-    __slots__ = ("instance",)
-
-    def __init__(self, instance: object) -> None:
-        self.instance = instance
-
-    def __call__(self, _: Shared) -> Any:
-        return self.instance
+def _given(instance: T) -> T:
+    return instance
 
 
-def _call(call: Callable[..., T], builds: dict[str, Build[Any]]) -> Build[T]:
-    """Return a function that builds the arguments and calls *call*. The common case, one argument, needs no dict."""
-    match list(builds.items()):
-        case []:
-            return lambda _: call()
-        case [(name, build)] if _is_first(name, call):
-            if isinstance(build, _Instance):
-                instance = build.instance
-                return lambda _: call(instance)
-            return lambda shared: call(build(shared))
+def _call(call: Callable[..., T], needs: dict[str, Construction[Any]]) -> tuple[Callable[..., T], Sequence[Any]]:
+    """Return what to call, and with which arguments, so that *call* gets what it needs. Common cases need no dict."""
+    parameters = parameters_of(call)[: len(needs)]
+    by_position = [each.name for each in parameters if each.by_position] == [*needs]
+    if all(each.call is _given for each in needs.values()):
+        instances = {name: each.arguments[0] for name, each in needs.items()}
+        return (call, [*instances.values()]) if by_position else (partial(call, **instances), ())
+    match [*needs.values()]:
+        case [only] if by_position:
+            return (lambda: call(only.call(*only.arguments))), ()
         case _:
-            return lambda shared: call(**{name: build(shared) for name, build in builds.items()})
+            return (lambda: call(**{name: each.call(*each.arguments) for name, each in needs.items()})), ()
 
 
-def _is_first(name: str, call: Callable[..., Any]) -> bool:
-    first = next(iter(parameters_of(call)), None)
-    return first is not None and first.name == name and first.by_position
+def _makes_new(type_: type) -> bool:
+    """Return whether each call of a class makes a new object of that class. `__new__` or a metaclass can change it."""
+    return getattr(type_, "__new__") is object.__new__ and type(type_).__call__ is type.__call__  # noqa: B009
 
 
 def _by_position(call: Callable[..., T], names: Sequence[str]) -> Callable[..., T]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, Self, TypeAlias, TypeVar, runtime_checkable
 
 T = TypeVar("T")
 
@@ -54,6 +54,27 @@ class CompilingResolver(Protocol):
             ResolutionError: The container can never build *type_*.
         """
         ...
+
+
+class Construction(Generic[T]):
+    """
+    A function, as `factory` returns it, that needs nothing of the send: it makes the same call each time.
+
+    Attributes:
+        call: What it calls.
+        arguments: The positional arguments of the call.
+        is_new: Whether each object is a new one of just this class, made by its constructor.
+    """
+
+    __slots__ = ("arguments", "call", "is_new")
+
+    def __init__(self, call: Callable[..., T], *arguments: Any, is_new: bool = False) -> None:
+        self.call = call
+        self.arguments = arguments
+        self.is_new = is_new
+
+    def __call__(self, _: Shared) -> T:
+        return self.call(*self.arguments)
 
 
 Build: TypeAlias = Callable[[Shared], T]

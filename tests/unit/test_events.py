@@ -122,12 +122,19 @@ class Synchronous(EventHandler[Noticed]):
     def handle(self, event: Noticed) -> None: ...
 
 
+class WithOneList(EventHandler[Noticed]):
+    events: ClassVar[list[Event]] = []
+
+    async def handle(self, event: Noticed) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("event_type", "handler", "problem"),
     [
         (Greeted, Third, "Third handles Noticed and cannot be bound to Greeted"),
         (Noticed, Unfinished, "Unfinished is abstract"),
         (Noticed, Synchronous, r"Synchronous\.handle is not asynchronous"),
+        (Noticed, WithOneList, r"WithOneList\.events is one list for all objects of the class"),
         (Noticed(), first, "is not a class; bind handlers to the class"),
     ],
 )

@@ -325,6 +325,52 @@ async def test_every_kind_of_handler_can_raise_events(wire, handler):
     assert broker.names == ["UserJoined"]
 
 
+class OfRodi:
+    """A container that builds a *type_* as an object of another class, and shares it between no messages."""
+
+    def __init__(self, type_, built):
+        self._built = {type_: built}
+
+    def factory(self, type_):
+        return lambda _: self._built.get(type_, type_)()
+
+    async def resolve(self, type_):
+        return self.factory(type_)({})
+
+
+def built_by_a_factory(handler, built):
+    container = Container()
+    container.register(handler, partial(built))
+    return container
+
+
+@pytest.mark.parametrize("container_of", [built_by_a_factory, OfRodi])
+@pytest.mark.parametrize("handler", [BySelfEvents, ByProperty])
+async def test_the_events_of_a_subclass_that_the_container_builds_are_sent(container_of, handler):
+    """The property of the object counts: the bound class may have another one, or that of the base class."""
+
+    class Built(handler):
+        def __init__(self) -> None:
+            self._own: list[Event] = []
+            super().__init__()
+
+        @property
+        def events(self) -> list[Event]:
+            return self._own
+
+        async def handle(self, request: Join) -> str:
+            self._own.append(UserJoined())
+            return ""
+
+    broker = Recorder()
+    mediator = mediator_of(handler, container=container_of(handler, Built), message_broker=broker)
+
+    for _ in range(2):
+        await mediator.send(Join())
+
+    assert broker.names == ["UserJoined", "UserJoined"]
+
+
 async def test_a_later_change_to_an_event_does_not_change_its_message(raising):
     tags: Any = ["first"]
     broker = Recorder()
@@ -583,6 +629,48 @@ async def test_a_shared_handler_that_keeps_its_events_is_refused(sharing):
         await mediator.send(Join())
 
     assert caught.value.handler_type is ByProperty
+    assert len(broker.sent) == 1
+
+
+class OneObject(type):
+    """A metaclass that makes one object of a class."""
+
+    made = None
+
+    def __call__(cls):
+        cls.made = cls.made or super().__call__()
+        return cls.made
+
+
+class ByMetaclass(metaclass=OneObject):
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+
+    events = ByProperty.events
+    handle = ByProperty.handle
+
+
+class ByNew(ByProperty):
+    made: Any = None
+
+    def __new__(cls):
+        cls.made = cls.made or super().__new__(cls)
+        return cls.made
+
+    def __init__(self) -> None:
+        if not hasattr(self, "_events"):
+            super().__init__()
+
+
+@pytest.mark.parametrize("handler", [ByMetaclass, ByNew])
+async def test_a_class_that_shares_one_object_is_refused_too(handler):
+    broker = Recorder()
+    mediator = mediator_of(handler, message_broker=broker)
+    await mediator.send(Join())
+
+    with pytest.raises(SharedHandler):
+        await mediator.send(Join())
+
     assert len(broker.sent) == 1
 
 

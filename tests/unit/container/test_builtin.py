@@ -10,7 +10,7 @@ from contextlib import (
     contextmanager,
     suppress,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -181,6 +181,32 @@ async def test_a_factory_receives_its_dependencies(container):
     service = await container.resolve(Service)
 
     assert (type(service.api), service.name, service.size) == (Api, "a", 7)
+
+
+async def test_every_kind_of_parameter_of_a_handler_is_passed(container):
+    """One handler needs instances, by position and by name, and keeps a default; the other needs a new object too."""
+
+    @dataclass
+    class OfInstances:
+        number: int
+        skipped: bytes = b"default"
+        text: str = "default"
+
+        async def handle(self, request: Join):
+            return self
+
+    @dataclass
+    class OfObjects(OfInstances):
+        api: Api = field(kw_only=True)
+
+    container.register_instance(int, 7)
+    container.register_instance(str, "a")
+    container.register(Api)
+
+    for handler in (OfInstances, OfObjects):
+        made = [await send(container, handler) for _ in range(2)]
+        assert made[0] is not made[1]
+        assert [(each.number, each.skipped, each.text) for each in made] == [(7, b"default", "a")] * 2
 
 
 async def test_a_factory_may_be_an_object(container):
