@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -238,7 +238,9 @@ def _current_task() -> asyncio.Task[Any]:
 
 #: How many deliveries are dead-lettered at once, beside those that are being handled: in a flood of poison messages, a
 #: round trip for each would take nearly all of a consumer's time.
-DEAD_LETTERS_AT_ONCE = 64
+DEAD_LETTERS_AT_ONCE = 256
+#: Bodies that are longer, in bytes, are dead-lettered one by one: together they could be too much for the service.
+_LONGEST_TOGETHER = 16 * 1024
 
 
 _SUCCESS = _Result(None)
@@ -286,6 +288,19 @@ def _ended_by(ending: BaseException) -> str:
     return "cancelled" if isinstance(ending, asyncio.CancelledError) else f"ended by {name_of(type(ending))}"
 
 
+class _Failure(NamedTuple):
+    """A delivery that is dead-lettered beside the next ones: its message, why, and when its handling began."""
+
+    delivery: Delivery
+    message: Envelope | DecodingError
+    result: _Result
+    started: float
+
+
+async def _dead_letter_none(_: Mapping[Delivery, str]) -> Collection[Delivery]:
+    return ()
+
+
 class Worker:
     """
     One task that handles deliveries, one after the other.
@@ -310,8 +325,9 @@ class Handling:
 
     Attributes:
         unsettled: How many deliveries could not be settled.
-        dead_lettering: The tasks that dead-letter deliveries, each one of them.
-        make_room: Called with the number of these tasks when it changes.
+        dead_lettering: The tasks that dead-letter deliveries beside the next ones.
+        make_room: Called with the number of these deliveries when it changes.
+        dead_letter_all: Dead-letters several deliveries together, as `ResilientSubscription.dead_letter_all` does.
     """
 
     def __init__(
@@ -340,6 +356,10 @@ class Handling:
         self._workers: list[Worker] = []
         self.dead_lettering: set[asyncio.Task[None]] = set()
         self.make_room: Callable[[int], None] = lambda _: None
+        self.dead_letter_all: Callable[[Mapping[Delivery, str]], Awaitable[Collection[Delivery]]] = _dead_letter_none
+        self._aside: dict[Delivery, float] = {}  # what is dead-lettered beside others, and when its handling began
+        self._failures: list[_Failure] = []  # those of them that wait until the last ones are stored
+        self._is_storing = False  # whether a task dead-letters those
         self.unsettled = 0
         self._last_settled = monotonic()
         # When the first and the last delivery after the last settled one could not be settled.
@@ -355,7 +375,7 @@ class Handling:
     @property
     def in_flight(self) -> list[float]:
         """When each delivery that is being handled began, by `time.monotonic`."""
-        return [worker.since for worker in self._workers if worker.since is not None]
+        return [*(worker.since for worker in self._workers if worker.since is not None), *self._aside.values()]
 
     def seconds_without_progress(self, now: float, waiting: float) -> float:
         """
@@ -381,7 +401,7 @@ class Handling:
         try:
             return decode_envelope(delivery.body, max_bytes=self._max_message_bytes, headers=delivery.headers)
         except DecodingError as error:
-            return error
+            return error.with_traceback(None)  # its frames hold the message, and this error is handed out
 
     def worker(self) -> Worker:
         """Return the running task as a worker, which `handle` needs for each delivery of this task."""
@@ -400,6 +420,7 @@ class Handling:
         deadline = worker.deadline
         outcome: Outcome = "unsettled"
         result: _Result | None = None
+        error: BaseException | None
         try:
             # The way to success is written out here: each further coroutine would cost a fiftieth of it.
             if (
@@ -417,9 +438,10 @@ class Handling:
                     # Another version of the program may have a class that fits an object, and none fits anything else.
                     may_fit = self._retry.retry_undecodable and message.payload_json[:1] == b"{"
                     is_requeued = may_fit and self._has_retries_left(delivery)
-                    result = _Result(printable(f"undecodable: {undecodable}"), undecodable, is_requeued)
+                    error = undecodable.with_traceback(None)  # as in `read`
+                    result = _Result(printable(f"undecodable: {error}"), error, is_requeued)
                 else:
-                    error: BaseException | None = None
+                    error = None
                     try:
                         with deadline:
                             await route.handle(event)
@@ -428,12 +450,8 @@ class Handling:
                     if error is not None or route.has_others or self._is_ending or deadline.task.cancelling():
                         result = await self._call_others(delivery, message, event, deadline, error)
             if result is not None and self._is_dead_lettered_aside(result):
-                dead_lettering = self._dead_letter(delivery, message, result, started)
-                task = asyncio.create_task(dead_lettering, name="diator: dead-lettering")
-                self.dead_lettering.add(task)
-                self.make_room(len(self.dead_lettering))
-                task.add_done_callback(self._dead_lettered)
                 worker.since = None
+                self._dead_letter_aside(_Failure(delivery, message, result, started))
                 return
             outcome, result = await self._settle(delivery, result, worker.settling)
         except BaseException as ending:
@@ -446,17 +464,60 @@ class Handling:
 
     def _is_dead_lettered_aside(self, result: _Result) -> bool:
         is_dead_lettered = result.reason is not None and not result.is_requeued and self._can_dead_letter
-        return is_dead_lettered and len(self.dead_lettering) < DEAD_LETTERS_AT_ONCE
+        return is_dead_lettered and len(self._aside) < DEAD_LETTERS_AT_ONCE
 
-    async def _dead_letter(
-        self, delivery: Delivery, message: Envelope | DecodingError, result: _Result | None, started: float
-    ) -> None:
-        """Dead-letter *delivery* in a task of its own. Cancelling the task leaves the delivery unsettled."""
-        worker = self.worker()
-        worker.since = started
-        outcome: Outcome = "unsettled"
+    def _dead_letter_aside(self, failure: _Failure) -> None:
+        """Dead-letter a delivery in another task: with those that come meanwhile, once the last ones are stored."""
+        self._aside[failure.delivery] = failure.started
+        self.make_room(len(self._aside))
+        self._failures.append(failure)
+        if not self._is_storing:
+            self._is_storing = True
+            self._begin(self._dead_letter_together())
+
+    def _begin(self, dead_lettering: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(dead_lettering, name="diator: dead-lettering")
+        self.dead_lettering.add(task)
+        task.add_done_callback(self.dead_lettering.discard)
+
+    async def _dead_letter_together(self) -> None:
+        """Dead-letter what has come by now in one request, until nothing has come; and the rest one by one."""
         try:
-            outcome, result = await self._settle(delivery, result, worker.settling)
+            while self._failures:
+                failures, self._failures = self._failures, []
+                small = {
+                    each.delivery: printable(each.result.reason or "")
+                    for each in failures
+                    if len(each.delivery.body) <= _LONGEST_TOGETHER
+                }
+                stored: Collection[Delivery] = ()
+                try:
+                    async with asyncio.timeout(_SETTLE_TIMEOUT):
+                        stored = await self.dead_letter_all(small)
+                except asyncio.CancelledError as ending:
+                    for failure in [*failures, *self._failures]:
+                        self._finish_aside(failure, "unsettled", _Result(_ended_by(ending), ending))
+                    raise
+                except Exception as error:  # noqa: BLE001  # a transport may raise anything
+                    # Each is tried once more by itself, which decides how it is settled, and reports the error.
+                    logger.debug("dead letters were not stored together: %s", name_of(type(error)))
+                for failure in failures:
+                    if failure.delivery in stored:
+                        failure.delivery.outcome = "dead_letter"
+                        self._finish_aside(failure, "dead_lettered", failure.result)
+                    else:
+                        self._begin(self._dead_letter(failure))
+                self.make_room(len(self._aside))
+        finally:
+            self._is_storing = False
+
+    async def _dead_letter(self, failure: _Failure) -> None:
+        """Dead-letter a delivery in a task of its own. Cancelling the task leaves the delivery unsettled."""
+        worker = self.worker()
+        outcome: Outcome = "unsettled"
+        result: _Result | None = failure.result
+        try:
+            outcome, result = await self._settle(failure.delivery, result, worker.settling)
         except BaseException as ending:
             result = _Result(_ended_by(ending), ending)
             raise
@@ -464,11 +525,12 @@ class Handling:
             self._workers.remove(worker)
             self._deadlines.forget(worker.deadline)
             self._settling.forget(worker.settling)
-            self._finish(delivery, message, outcome, result, started)
+            self._finish_aside(failure, outcome, result)
+            self.make_room(len(self._aside))
 
-    def _dead_lettered(self, task: asyncio.Task[None]) -> None:
-        self.dead_lettering.discard(task)
-        self.make_room(len(self.dead_lettering))
+    def _finish_aside(self, failure: _Failure, outcome: Outcome, result: _Result | None) -> None:
+        del self._aside[failure.delivery]
+        self._finish(failure.delivery, failure.message, outcome, result, failure.started)
 
     def _finish(
         self,

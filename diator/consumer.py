@@ -200,7 +200,9 @@ class Consumer:
                     logger.info("%s", self._about())
                     try:
                         self._deliveries, self._receiving = deliveries, True
-                        self._handling.make_room = getattr(deliveries, "make_room", self._handling.make_room)
+                        handling = self._handling
+                        handling.make_room = getattr(deliveries, "make_room", handling.make_room)
+                        handling.dead_letter_all = getattr(deliveries, "dead_letter_all", handling.dead_letter_all)
                         await self._consume(deliveries)
                     finally:
                         self._receiving = False
@@ -301,7 +303,7 @@ class Consumer:
 
     async def _drain(self, tasks: Collection[asyncio.Task[None]]) -> None:
         await asyncio.wait(tasks)
-        if dead_lettering := self._handling.dead_lettering:
+        while dead_lettering := self._handling.dead_lettering:
             await asyncio.wait(dead_lettering)
 
     async def _receive_and_handle(self, deliveries: AsyncIterator[Delivery]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Generic, TypeVar
 
@@ -73,6 +73,19 @@ class Acknowledgements(Generic[T]):
             )
 
 
+async def confirmed(sending: Mapping[Delivery, Awaitable[None]]) -> Collection[Delivery]:
+    """Wait until all of *sending* have ended, and return the deliveries whose dead letter was sent without an error."""
+    futures = {delivery: asyncio.ensure_future(each) for delivery, each in sending.items()}
+    try:
+        for future in futures.values():
+            if not future.done():  # most end together: to be woken by each would take a tenth of the time of sending it
+                await asyncio.wait([future])
+    finally:
+        for future in futures.values():
+            future.cancel()  # nobody waits for it any more
+    return {delivery for delivery, future in futures.items() if not future.cancelled() and future.exception() is None}
+
+
 def dead_letter_headers(delivery: Delivery, reason: str, *, source: str, group: str, **place: str) -> dict[str, str]:
     """
     Return the headers of a dead letter: why *delivery* was dead-lettered, and where it came from.
@@ -84,13 +97,12 @@ def dead_letter_headers(delivery: Delivery, reason: str, *, source: str, group: 
         group: Its consumer group; empty if the subscription has none.
         place: Its place in the source, in the service's own terms, such as `entry_id`, `partition` or `offset`.
     """
-    fields = {
-        "version": "1",
-        "reason": reason,
-        "source": source,
-        "consumer-group": group,
-        "attempts": str(delivery.attempt),
-        "last-failed-at": datetime.now(UTC).isoformat(),
-        **{name.replace("_", "-"): value for name, value in place.items()},
+    return {
+        "diator-dlq-version": "1",
+        "diator-dlq-reason": reason,
+        "diator-dlq-source": source,
+        "diator-dlq-consumer-group": group,
+        "diator-dlq-attempts": str(delivery.attempt),
+        "diator-dlq-last-failed-at": datetime.now(UTC).isoformat(),
+        **{f"diator-dlq-{name.replace('_', '-')}": value for name, value in place.items()},
     }
-    return {f"diator-dlq-{name}": value for name, value in fields.items()}

@@ -11,7 +11,7 @@ import logging
 import random
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -211,6 +211,15 @@ class ResilientSubscription(ABC):
         *prefetched* are the deliveries that were never handed out; they are not charged an attempt. Called once, when
         the subscription ends, even if it never had a connection. By default there is nothing to do.
         """
+
+    async def dead_letter_all(self, reasons: Mapping[Delivery, str], /) -> Collection[Delivery]:
+        """
+        Dead-letter several deliveries together, each with its reason, where that is faster than one after the other.
+
+        Return those that are dead-lettered, each as `Delivery.dead_letter` promises. The others are then dead-lettered
+        by that method; an error concerns all of them. By default there is no faster way.
+        """
+        return ()
 
     # -- the program's side --------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import TypeAlias
 from uuid import UUID
 
@@ -64,7 +64,7 @@ class Producer(ClientConnection[IdempotentProducer]):
         except CLIENT_ERRORS as error:
             raise self._not_sent(error, None) from error
 
-    async def send(
+    def send(
         self,
         topic: str,
         value: bytes | None,
@@ -73,31 +73,55 @@ class Producer(ClientConnection[IdempotentProducer]):
         headers: list[tuple[str, bytes | None]] | None = None,
         partition: int | None = None,
         message_id: UUID | None = None,
-    ) -> None:
+    ) -> Awaitable[None]:
         """
-        Send *value*, and return when every replica that is in sync has stored it.
+        Send *value*. What this returns ends when every replica that is in sync has stored it.
 
-        Raises:
+        It raises:
             BrokerUnavailable: It was not handed over.
             MessageRejected: Kafka refused it.
             OutcomeUnknown: It was handed over, and not confirmed in time.
             BrokerClosed: `aclose` was called before.
         """
         loop = self._bind_to_running_loop()
-        if self.is_closed:
-            raise BrokerClosed("this broker is closed", message_id=message_id)
         deadline = loop.time() + self.timeout
-        calls, producer = self._calls, self._link
-        place = None
-        if producer is not None and not (self._queued or calls.waiting or calls.is_full):
+        calls, producer, place = self._calls, self._link, None
+        if producer is not None and not (self._queued or calls.waiting or calls.is_full or self.is_closed):
             place = producer.place(topic, key, partition, calls.in_flight > 0)
         if place is None or producer is None:
-            producer, place = await self._in_turn(topic, key, partition, message_id, deadline)
-        size = record_size(key, value, headers)
-        call = Call(place, key, value, headers, size, message_id, deadline, loop.create_future())
-        if (opened := calls.add(call, producer)) is not None:
+            return self._send_in_turn(topic, key, value, headers, partition, message_id, deadline)
+        return self._add(producer, place, key, value, headers, message_id, deadline)
+
+    async def _send_in_turn(  # noqa: PLR0917  # as `_add`
+        self,
+        topic: str,
+        key: bytes | None,
+        value: bytes | None,
+        headers: list[tuple[str, bytes | None]] | None,
+        partition: int | None,
+        message_id: UUID | None,
+        deadline: float,
+    ) -> None:
+        if self.is_closed:
+            raise BrokerClosed("this broker is closed", message_id=message_id)
+        producer, place = await self._in_turn(topic, key, partition, message_id, deadline)
+        await self._add(producer, place, key, value, headers, message_id, deadline)
+
+    def _add(  # noqa: PLR0917  # it is called for each message, and names would cost time
+        self,
+        producer: IdempotentProducer,
+        place: Place,
+        key: bytes | None,
+        value: bytes | None,
+        headers: list[tuple[str, bytes | None]] | None,
+        message_id: UUID | None,
+        deadline: float,
+    ) -> asyncio.Future[None]:
+        size, confirmed = record_size(key, value, headers), asyncio.get_running_loop().create_future()
+        call = Call(place, key, value, headers, size, message_id, deadline, confirmed)
+        if (opened := self._calls.add(call, producer)) is not None:
             self._start(opened)
-        await call.confirmed
+        return confirmed
 
     async def _in_turn(
         self, topic: str, key: bytes | None, partition: int | None, message_id: UUID | None, deadline: float

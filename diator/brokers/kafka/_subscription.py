@@ -8,7 +8,7 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -25,7 +25,7 @@ from diator.brokers.kafka._fetched import Headers, Unreadable
 from diator.brokers.kafka._names import DEAD, RETRY, Names
 from diator.brokers.kafka._offsets import Offsets, delay_bucket, longest_delay
 from diator.brokers.kafka._producer import Producer
-from diator.brokers.settling import ALL_OMITTED, OMITTED, dead_letter_headers
+from diator.brokers.settling import ALL_OMITTED, OMITTED, confirmed, dead_letter_headers
 from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, Source
 from diator.exceptions import ConfigurationError, MessageRejected
 
@@ -37,6 +37,8 @@ _MAX_WAITING = 100
 _MAX_HELD_BYTES = 8 * 1024 * 1024
 #: How many bytes a header takes beside its name and value. In a compressed batch, millions of empty ones are a few KiB.
 _HEADER_BYTES = 64
+#: A larger message is dead-lettered by itself: Kafka may refuse it, and then what is sent with it is sent again.
+_LARGE = 64 * 1024
 #: The last headers of a message in a retry topic: attempt, due (milliseconds since 1970), and where it came from.
 _RETRY_HEADERS = ("diator-retry-attempt", "diator-retry-due", "diator-retry-origin")
 #: Their values, as diator writes them. No attempt, time or offset has more digits.
@@ -478,20 +480,16 @@ class Subscription(ResilientSubscription):
         partition, record = token.partition, token.record
         if token.is_over:
             return
-        source = self._sources.get(partition.place.topic, partition.place.topic)
-        number, _, offset = _origin(partition, record).partition(":")
-        about = dead_letter_headers(
-            delivery, reason, source=source, group=self._group or "", partition=number, offset=offset
-        )
+        about = self._about(delivery, reason)
         own = _own_headers(partition, record)
-        topic_name = self._dead_letter_topics[source]
+        topic_name = self._dead_letter_topic(partition)
         refused: MessageRejected | None = None
         with self._redelivered_on_failure(token, delivery.attempt):
             for omitted in ("", "body", ALL_OMITTED) if type(record) is not Unreadable else (ALL_OMITTED,):
                 if omitted:
                     about[OMITTED] = omitted
                 headers = [] if "headers" in omitted else [*own]
-                headers += [(name, value.encode(errors="replace")) for name, value in about.items()]
+                headers += _encoded(about)
                 key, value = None if "key" in omitted else record.key, None if omitted else record.value
                 try:
                     await self._move(token, topic_name, key, value, headers)
@@ -501,6 +499,34 @@ class Subscription(ResilientSubscription):
                     return
             assert refused is not None, "it was refused, or this method has returned"  # noqa: S101
             raise refused
+
+    async def dead_letter_all(self, reasons: Mapping[Delivery, str], /) -> Collection[Delivery]:
+        sending: dict[Delivery, Awaitable[None]] = {}
+        for delivery, reason in reasons.items():
+            token = _token(delivery)
+            partition, record = token.partition, token.record
+            if not token.is_over and type(record) is not Unreadable and token.size <= _LARGE:
+                headers = [*_own_headers(partition, record), *_encoded(self._about(delivery, reason))]
+                name = self._dead_letter_topic(partition)
+                sending[delivery] = self._producer.send(name, record.value, key=record.key, headers=headers)
+        stored = await confirmed(sending)
+        for delivery in stored:
+            token = _token(delivery)
+            if not token.is_over:
+                self._finish(token, token.partition)
+        return stored
+
+    def _dead_letter_topic(self, partition: Partition) -> str:
+        return self._dead_letter_topics[self._sources.get(partition.place.topic, partition.place.topic)]
+
+    def _about(self, delivery: Delivery, reason: str) -> dict[str, str]:
+        """Return the headers that a dead letter has besides those of its message."""
+        partition, record = _token(delivery).partition, _token(delivery).record
+        source = self._sources.get(partition.place.topic, partition.place.topic)
+        number, _, offset = _origin(partition, record).partition(":")
+        return dead_letter_headers(
+            delivery, reason, source=source, group=self._group or "", partition=number, offset=offset
+        )
 
     async def _move(
         self,
@@ -587,6 +613,10 @@ def _headers(partition: Partition, record: Record) -> dict[str, str]:
     if record.key is not None:
         headers.setdefault("key", record.key.decode(errors="replace"))  # another program sends no such header
     return headers
+
+
+def _encoded(headers: Mapping[str, str]) -> Headers:
+    return [(name, value.encode(errors="replace")) for name, value in headers.items()]
 
 
 def _own_headers(partition: Partition, record: Record) -> Headers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -98,11 +98,11 @@ class Publisher(ClientConnection["_Connection"]):
         """Publish a message of a program to the topic exchange. The errors are those of `publish`."""
         await self.publish(publication)
 
-    async def publish(self, publication: Publication, *, deadline: float | None = None) -> None:
+    def publish(self, publication: Publication, *, deadline: float | None = None) -> Awaitable[None]:
         """
-        Publish, and return when RabbitMQ has confirmed, until *deadline* if it is given.
+        Publish, until *deadline* if it is given. What this returns ends when RabbitMQ has confirmed.
 
-        Raises:
+        It raises:
             BrokerUnavailable: It was not sent.
             MessageRejected: RabbitMQ refused it.
             MessageUnroutable: No queue wants it, and it is mandatory.
@@ -111,7 +111,10 @@ class Publisher(ClientConnection["_Connection"]):
         """
         if deadline is None:
             deadline = self._bind_to_running_loop().time() + self.timeout
-        await (self._publish_now(publication, deadline) or await self._publish_in_turn(publication, deadline))
+        link = self._link
+        if link is not None and not self._queued and link.has_room and publication.message_id not in link.ids:
+            return link.publish(publication, deadline)
+        return self._publish_later(publication, deadline)
 
     def blocked(self) -> Sequence[Finding]:
         """Return a finding if a resource alarm blocks publishers."""
@@ -133,12 +136,8 @@ class Publisher(ClientConnection["_Connection"]):
         await self._background.wait()
         await reading
 
-    def _publish_now(self, publication: Publication, deadline: float) -> asyncio.Future[None] | None:
-        """Publish, and return what ends with the confirm; None if the message has to wait for its turn."""
-        link = self._link
-        if link is None or self._queued or not link.has_room or publication.message_id in link.ids:
-            return None
-        return link.publish(publication, deadline)
+    async def _publish_later(self, publication: Publication, deadline: float) -> None:
+        await (await self._publish_in_turn(publication, deadline))
 
     async def _publish_in_turn(self, publication: Publication, deadline: float) -> asyncio.Future[None]:
         """Wait for a connection with room, and until no other message of this id is in flight."""
@@ -268,21 +267,25 @@ class _Connection(Channel):
 
     def publish(self, publication: Publication, deadline: float) -> asyncio.Future[None]:
         """Write a message: at once if no confirm is due, else together with the others of this turn of the loop."""
+        confirmed: asyncio.Future[None] = self._loop.create_future()
         try:
             frames = publication.frames(self.frame_max)
         except ValueError as error:
-            raise MessageRejected(str(error), message_id=uuid_of(publication.message_id)) from error
+            refused = MessageRejected(str(error), message_id=uuid_of(publication.message_id))
+            refused.__cause__ = error
+            confirmed.set_exception(refused)
+            return confirmed
         self.write(frames)
         if not self._waiting:
             self.flush()
         self._tag += 1
         now = self._loop.time()
-        self._waiting[self._tag] = call = _Call(self._loop.create_future(), publication, now, deadline)
+        self._waiting[self._tag] = call = _Call(confirmed, publication, now, deadline)
         self._bytes += call.size
         self.ids[call.key] = call
         if self._sweeper is None:
             self._sweeper = self._loop.call_at(min(deadline, now + _SWEEP_EVERY), self._sweep)
-        return call.confirmed
+        return confirmed
 
     async def finish(self) -> None:
         """Wait for the confirms that are due."""

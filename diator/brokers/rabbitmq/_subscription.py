@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -32,7 +32,7 @@ from diator.brokers.rabbitmq._frames import Publication, again
 from diator.brokers.rabbitmq._names import delay_bucket, own_queue_name, queue_name, routing_key
 from diator.brokers.rabbitmq._publisher import Publisher, ensure_exchange, is_refused_for_good
 from diator.brokers.rabbitmq._retained import claim, hand_over
-from diator.brokers.settling import OMITTED, Acknowledgements, dead_letter_headers
+from diator.brokers.settling import OMITTED, Acknowledgements, confirmed, dead_letter_headers
 from diator.brokers.supervisor import MessagesMissed, ReconnectPolicy, ResilientSubscription, Source
 from diator.exceptions import (
     AccessRefused,
@@ -228,6 +228,17 @@ class Subscription(ResilientSubscription):
     async def leave(self, prefetched: Collection[Delivery], /) -> None:
         """Wait until RabbitMQ has every settlement. The end of each connection has requeued what was prefetched."""
         await self._background.wait()
+
+    async def dead_letter_all(self, reasons: Mapping[Delivery, str], /) -> Collection[Delivery]:
+        publishing: dict[Delivery, Awaitable[None]] = {}
+        for delivery, reason in reasons.items() if self.group is not None else ():  # else its queue may be missing
+            connection = cast("Connection", delivery.settler)
+            if connection.error is None and not cast("_Token", delivery.token).properties.unreadable:
+                publishing[delivery] = self.publisher.publish(connection.dead_letter_of(delivery, reason))
+        stored = await confirmed(publishing)
+        for delivery in stored:
+            cast("Connection", delivery.settler).note_stored(delivery)
+        return stored
 
     # -- the queues ----------------------------------------------------------------------------------------------
 
@@ -502,47 +513,34 @@ class Connection(Channel):
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         """Publish to the dead-letter queue, and then acknowledge; or let RabbitMQ dead-letter what it does not take."""
         token = cast("_Token", delivery.token)
-        why = dead_letter_headers(delivery, reason, source=token.queue, group=self._subscription.group or "")
         with self._requeue_on_failure(delivery):
             async with asyncio.timeout(self._subscription.publisher.timeout):
                 if self._subscription.group is None and self.error is None:
                     await self._declare_dead_letter_queue(token.queue)
                 try:
-                    stored = await self._store_dead_letter(delivery, why)
+                    stored = await self._store_dead_letter(delivery, reason)
                 except MessageUnroutable:  # somebody has deleted the dead-letter queue
                     await self._declare_dead_letter_queue(token.queue)
                     self._dead_letter_queues_safe_at = self._loop.time() + self._subscription.safe_after
-                    stored = await self._store_dead_letter(delivery, why)
+                    stored = await self._store_dead_letter(delivery, reason)
         if stored:
-            self._settle_at(self._dead_letter_queues_safe_at, token)
+            self.note_stored(delivery)
         elif token.tag in self._open:
             what = f"RabbitMQ itself dead-letters a message of {printable(delivery.topic.message_name)}"
             self._subscription.lines.log(logging.WARNING, what, "%s, without the reason (%s)", what, reason)
             self._forget(token.tag)
             self.send(commands.Basic.Reject(token.tag, requeue=False))
 
-    async def _store_dead_letter(self, delivery: Delivery, why: Mapping[str, str]) -> bool:
+    async def _store_dead_letter(self, delivery: Delivery, reason: str) -> bool:
         """
         Publish a dead letter: as it came, or else without its headers. Return False if RabbitMQ refuses both.
 
         Without a group that is an error, and the message is redelivered: its queue has no dead-letter exchange, which
         only a user who may publish can declare.
         """
-        token = cast("_Token", delivery.token)
-        dead, unreadable = self._subscription.dead_letter_queue(token.queue), token.properties.unreadable
-        for with_headers, omitted in (True, unreadable), (False, {*unreadable, "headers"}):
-            headers = {**why, OMITTED: ",".join(sorted(omitted))} if omitted else why
-            publication = again(
-                token.properties,
-                headers,
-                delivery.body,
-                dead,
-                deaths=token.by_exchange,
-                only_readable=True,
-                with_headers=with_headers,
-            )
+        for with_headers in (True, False):
             try:
-                await self._publish(publication)
+                await self._publish(self.dead_letter_of(delivery, reason, with_headers=with_headers))
             except MessageRejected as error:
                 is_last = not with_headers and self._subscription.group is None
                 if is_last or not is_refused_for_good(error):
@@ -550,6 +548,26 @@ class Connection(Channel):
             else:
                 return True
         return False
+
+    def dead_letter_of(self, delivery: Delivery, reason: str, *, with_headers: bool = True) -> Publication:
+        """Return the dead letter of a delivery, with what can be decoded of its properties."""
+        token = cast("_Token", delivery.token)
+        headers = dead_letter_headers(delivery, reason, source=token.queue, group=self._subscription.group or "")
+        if omitted := {*token.properties.unreadable, *(() if with_headers else ("headers",))}:
+            headers[OMITTED] = ",".join(sorted(omitted))
+        return again(
+            token.properties,
+            headers,
+            delivery.body,
+            self._subscription.dead_letter_queue(token.queue),
+            deaths=token.by_exchange,
+            only_readable=True,
+            with_headers=with_headers,
+        )
+
+    def note_stored(self, delivery: Delivery) -> None:
+        """Acknowledge a delivery whose dead letter is stored."""
+        self._settle_at(self._dead_letter_queues_safe_at, cast("_Token", delivery.token))
 
     async def _publish(self, publication: Publication) -> None:
         if self.error is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, TypeAlias
@@ -25,8 +25,6 @@ _NO_ENTRY = b"18446744073709551615-18446744073709551614"
 _MOVED_AT_ONCE = 100
 # How many arguments a script can pass on at once. Lua's `unpack` has a limit of about 8,000.
 _MOST_OF_LUA = 4_000
-# What the script answers if the entry that it should copy is no longer there.
-_REMOVED = -1
 
 
 @dataclass(slots=True, eq=False)
@@ -167,7 +165,7 @@ class Group:
     async def retry(self, entry: Entry, kept: bytes, after: float) -> None:
         """Requeue an entry: at once, or *after* so many seconds. Until then it waits in the form *kept*."""
         keys = [entry.stream, self.key(entry.first, DELAYED), self.key(entry.first, AGAIN)]
-        await self._move(RETRY, keys, entry, [kept, ms(after)])
+        await self._run(RETRY, keys, [self.name, self.consumer, *_how(entry), kept, ms(after)])
 
     async def dead_letter(self, entry: Entry, why: Sequence[bytes]) -> None:
         """
@@ -175,28 +173,40 @@ class Group:
 
         If Redis refuses that for good, the dead letter contains only those; the entry itself stays in its stream.
         """
-        keys = [entry.stream, self.key(entry.first, DEAD)]
         fields = [part for pair in entry.fields for part in pair]
         try:
             if len(fields) + len(why) > _MOST_OF_LUA:
-                await self._dead_letter_many_fields(entry, keys[1], [*fields, *why])
+                await self._dead_letter_many_fields(entry, [*fields, *why])
             # A first entry is copied inside Redis, since it may be as large as its sender likes.
-            elif entry.is_retried or await self._move(DEAD_LETTER, keys, entry, [b"copy", *why]) == _REMOVED:
-                await self._move(DEAD_LETTER, keys, entry, [b"", *fields, *why])
+            elif entry.is_retried or await self.copy_dead_letters([(entry, why)]):
+                await self._dead_letter(entry, [*fields, *why])
         except MessageRejected:
             await self.check_keys(entry.first)
-            await self._move(DEAD_LETTER, keys, entry, [b"", *why, OMITTED.encode(), ALL_OMITTED.encode()])
+            await self._dead_letter(entry, [*why, OMITTED.encode(), ALL_OMITTED.encode()])
 
-    async def _dead_letter_many_fields(self, entry: Entry, dead: bytes, fields: Sequence[bytes]) -> None:
+    async def copy_dead_letters(self, entries: Sequence[tuple[Entry, Sequence[bytes]]]) -> Collection[bytes]:
+        """
+        Copy entries of one stream, each with its further fields, to the dead-letter stream.
+
+        Return the ids of those that cannot be copied because they were removed.
+        """
+        first, arguments = entries[0][0], [self.name, self.consumer]
+        for entry, why in entries:
+            arguments += [*_how(entry), b"copy", b"%d" % len(why), *why]
+        removed: Collection[bytes] = await self._run(DEAD_LETTER, self._dead_letter_keys(first), arguments)
+        return removed
+
+    async def _dead_letter(self, entry: Entry, fields: Sequence[bytes]) -> None:
+        arguments = [self.name, self.consumer, *_how(entry), b"", b"%d" % len(fields), *fields]
+        await self._run(DEAD_LETTER, self._dead_letter_keys(entry), arguments)
+
+    async def _dead_letter_many_fields(self, entry: Entry, fields: Sequence[bytes]) -> None:
         if await self.deliveries_of(entry.stream, entry.id) is not None:
-            await self.execute(b"XADD", dead, b"*", *fields)
+            await self.execute(b"XADD", self._dead_letter_keys(entry)[1], b"*", *fields)
             await self.ack(entry.stream, [entry.id], remove=entry.is_retried)
 
-    async def _move(self, script: bytes, keys: Sequence[bytes], entry: Entry, arguments: Sequence[bytes]) -> int:
-        remove = b"XDEL" if entry.is_retried else b""  # no other group reads that stream
-        which = [self.name, self.consumer, entry.id, b"leased" if entry.is_leased else b"", remove]
-        done: int = await self._run(script, keys, [*which, *arguments])
-        return done
+    def _dead_letter_keys(self, entry: Entry) -> Sequence[bytes]:
+        return [entry.stream, self.key(entry.first, DEAD)]
 
     # -- the group -----------------------------------------------------------------------------------------------
 
@@ -221,6 +231,12 @@ class Group:
 
     async def _run(self, script: bytes, keys: Sequence[bytes], arguments: Iterable[bytes]) -> Any:
         return await self.execute(b"EVAL", script, b"%d" % len(keys), *keys, *arguments)
+
+
+def _how(entry: Entry) -> Sequence[bytes]:
+    """Return the arguments of a script that settles an entry: its id, and how."""
+    remove = b"XDEL" if entry.is_retried else b""  # no other group reads that stream
+    return entry.id, b"leased" if entry.is_leased else b"", remove
 
 
 def _order(id_: bytes) -> tuple[int, int]:

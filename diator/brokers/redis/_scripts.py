@@ -6,24 +6,24 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 # Do nothing to an entry that is not this consumer's: another has it, or it was settled and the reply was lost. ARGV:
-# group, consumer, id, "leased" if nobody can have claimed the entry. If the group does not know such an entry any more,
-# and the stream has it no more, it was removed there (XCLAIM and XAUTOCLAIM then make the group forget it, as does the
-# end of the group), and nobody else will have it.
-_IF_OURS = b"""
-local held = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1, ARGV[2])
-if held.err or #held == 0 then
-  if ARGV[4] == '' or #redis.call('XRANGE', KEYS[1], ARGV[3], ARGV[3]) > 0 then
-    return 0
+# group, consumer. *leased* is "leased" if nobody can have claimed the entry. If the group does not know such an entry
+# any more, and the stream has it no more, it was removed there (XCLAIM and XAUTOCLAIM then make the group forget it, as
+# does the end of the group), and nobody else will have it. *remove* is the command that removes the entry from its
+# stream, or an empty string.
+_SETTLING = b"""
+local function is_ours(id, leased)
+  local held = redis.pcall('XPENDING', KEYS[1], ARGV[1], id, id, 1, ARGV[2])
+  if held.err or #held == 0 then
+    return leased ~= '' and #redis.call('XRANGE', KEYS[1], id, id) == 0
+  end
+  return true
+end
+local function settle(id, remove)
+  redis.call('XACK', KEYS[1], ARGV[1], id)
+  if remove ~= '' then
+    redis.call(remove, KEYS[1], id)
   end
 end
-"""
-# The end of such a script. ARGV[5]: the command that removes the entry from its stream, or an empty string.
-_DONE = b"""
-redis.call('XACK', KEYS[1], ARGV[1], ARGV[3])
-if ARGV[5] ~= '' then
-  redis.call(ARGV[5], KEYS[1], ARGV[3])
-end
-return 1
 """
 # Acknowledge entries. KEYS: stream. ARGV: group, consumer, the command that removes them or an empty string, ids.
 ACK = b"""
@@ -40,19 +40,21 @@ if #ours > 0 then
   end
 end
 """
-# Move an entry out of the group, to be retried. KEYS: stream, delayed, again. ARGV: as above, then the message as it is
-# kept, after (ms).
+# Move an entry out of the group, to be retried. KEYS: stream, delayed, again. ARGV: group, consumer, id, leased,
+# remove, the message as it is kept, after (ms).
 RETRY = (
-    _IF_OURS
+    _SETTLING
     + _NOW
     + b"""
-if tonumber(ARGV[7]) > 0 then
-  redis.call('ZADD', KEYS[2], now + ARGV[7], ARGV[6])
-else
-  redis.call('XADD', KEYS[3], '*', 'again', ARGV[6])
+if is_ours(ARGV[3], ARGV[4]) then
+  if tonumber(ARGV[7]) > 0 then
+    redis.call('ZADD', KEYS[2], now + ARGV[7], ARGV[6])
+  else
+    redis.call('XADD', KEYS[3], '*', 'again', ARGV[6])
+  end
+  settle(ARGV[3], ARGV[5])
 end
 """
-    + _DONE
 )
 # Move the messages that are due from the sorted set to the stream. KEYS: delayed, again. ARGV: how many at most.
 MOVE_DUE = (
@@ -66,25 +68,35 @@ end
 return #due
 """
 )
-# Dead-letter an entry. KEYS: stream, dead. ARGV: as above, then "copy" to begin with the fields of the entry itself, so
-# that they need not travel, and the (further) fields. Return -1 if the entry cannot be copied because it was removed.
+# Dead-letter entries. KEYS: stream, dead. ARGV: group, consumer, then for each entry: id, leased, remove, "copy" to
+# begin with the fields of the entry itself, so that they need not travel, how many (further) fields follow, and these.
+# Return the ids of the entries that cannot be copied because they were removed.
 DEAD_LETTER = (
-    _IF_OURS
+    _SETTLING
     + b"""
-local fields = {}
-if ARGV[6] ~= '' then
-  local entry = redis.call('XRANGE', KEYS[1], ARGV[3], ARGV[3])[1]
-  if not entry then
-    return -1
+local removed, at = {}, 3
+while ARGV[at] do
+  local id, last = ARGV[at], at + 4 + ARGV[at + 4]
+  if is_ours(id, ARGV[at + 1]) then
+    local fields = {}
+    if ARGV[at + 3] ~= '' then
+      local entry = redis.call('XRANGE', KEYS[1], id, id)[1]
+      fields = entry and entry[2]
+    end
+    if fields then
+      for i = at + 5, last do
+        fields[#fields + 1] = ARGV[i]
+      end
+      redis.call('XADD', KEYS[2], '*', unpack(fields))
+      settle(id, ARGV[at + 2])
+    else
+      removed[#removed + 1] = id
+    end
   end
-  fields = entry[2]
+  at = last + 1
 end
-for i = 7, #ARGV do
-  fields[#fields + 1] = ARGV[i]
-end
-redis.call('XADD', KEYS[2], '*', unpack(fields))
+return removed
 """
-    + _DONE
 )
 # Renew the leases of entries. KEYS: stream. ARGV: group, consumer, ids. Return those that are this consumer's, and
 # those that were removed from the stream.

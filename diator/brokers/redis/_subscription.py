@@ -41,6 +41,8 @@ SCAN_EVERY = 1.0
 # The same while it takes entries over: it takes as many at once as it can start.
 _SCAN_AGAIN = 0.05
 _FORGOTTEN_AFTER = 3600.0
+# An entry with more fields is dead-lettered by itself.
+_MOST_COPIED = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,22 +204,41 @@ class Subscription(ResilientSubscription):
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         entry = self._release(delivery)  # if what follows fails, the lease runs out and the message is redelivered
+        with self._noting_failure(entry):
+            await self.group.dead_letter(entry, self._why(delivery, reason))
+
+    async def dead_letter_all(self, reasons: Mapping[Delivery, str], /) -> Collection[Delivery]:
+        by_stream: dict[bytes, list[tuple[Delivery, Entry, Sequence[bytes]]]] = defaultdict(list)
+        for delivery, reason in reasons.items():
+            entry = self._release(delivery)
+            if not entry.is_retried and len(entry.fields) <= _MOST_COPIED:
+                by_stream[entry.stream].append((delivery, entry, self._why(delivery, reason)))
+        stored: set[Delivery] = set()
+        for those in by_stream.values():
+            entries = [(entry, why) for _, entry, why in those]
+            with self._noting_failure(*(entry for entry, _ in entries)):
+                removed = await self.group.copy_dead_letters(entries)
+            stored |= {delivery for delivery, entry, _ in those if entry.id not in removed}
+        return stored
+
+    def _why(self, delivery: Delivery, reason: str) -> Sequence[bytes]:
+        entry = cast("Entry", delivery.token)
         source, group, origin = entry.first.decode(), self.group.name.decode(), entry.origin.decode()
         headers = dead_letter_headers(delivery, reason, source=source, group=group, entry_id=origin)
-        why = [part.encode() for pair in headers.items() for part in pair]
-        with self._noting_failure(entry):
-            await self.group.dead_letter(entry, why)
+        return [part.encode() for pair in headers.items() for part in pair]
 
     @contextmanager
-    def _noting_failure(self, entry: Entry) -> Generator[None, None, None]:
-        """Remember an entry that could not be settled: unlike one that got lost on its way here, it was delivered."""
-        self._not_settled.add(entry.id)
+    def _noting_failure(self, *entries: Entry) -> Generator[None, None, None]:
+        """Remember entries that could not be settled: unlike one that got lost on its way here, they were delivered."""
+        ids = [entry.id for entry in entries]
+        self._not_settled.update(ids)
         try:
             yield
         except BaseException:
-            entry.was_tried = True
+            for entry in entries:
+                entry.was_tried = True
             raise
-        self._not_settled.discard(entry.id)
+        self._not_settled.difference_update(ids)
 
     def _release(self, delivery: Delivery) -> Entry:
         """Stop renewing the lease of *delivery*, and make room for the next one."""

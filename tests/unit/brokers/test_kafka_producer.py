@@ -120,7 +120,7 @@ def sender(make):
 
 
 def start(sender, *values, **options):
-    return [asyncio.create_task(sender.send("topic", value, **options)) for value in values]
+    return [asyncio.ensure_future(sender.send("topic", value, **options)) for value in values]
 
 
 async def results(tasks):
@@ -278,7 +278,7 @@ async def test_no_call_passes_those_that_wait_for_room(make, kafka):
 async def test_no_call_passes_those_that_wait_for_the_next_producer(sender, kafka):
     kafka.topics.add("slow")
     tasks = start(sender, b"1", b"2")
-    slow = asyncio.create_task(sender.send("slow", b"3"))
+    slow = asyncio.ensure_future(sender.send("slow", b"3"))
     first = await kafka.producer(0)
     await asyncio.sleep(0)
     first.sent, first.queued = first.queued[:1], first.queued[1:]
@@ -337,7 +337,7 @@ async def test_a_connection_that_takes_too_long_ends_the_calls_at_their_deadline
 async def test_a_topic_that_is_gone_fails_the_calls_that_wait_for_it_and_no_others(sender, kafka):
     kafka.topics.add("gone")
     here = start(sender, b"1", b"2")
-    there = asyncio.create_task(sender.send("gone", b"3"))
+    there = asyncio.ensure_future(sender.send("gone", b"3"))
     producer = await kafka.producer(0)
     await asyncio.sleep(0)
     batch, _ = producer.queued[0]

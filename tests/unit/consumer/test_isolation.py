@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from diator._handling import _SETTLE_TIMEOUT, DEAD_LETTERS_AT_ONCE
+from diator._handling import _LONGEST_TOGETHER, _SETTLE_TIMEOUT, DEAD_LETTERS_AT_ONCE
 from diator._log import MAX_LINES, PERIOD
 from diator.brokers.memory import MemoryMessageBroker
 from diator.exceptions import (
@@ -346,3 +346,111 @@ async def test_a_retried_message_is_requeued_before_the_next_one_is_handled():
     reports = await consume(broker, failing_first, count=2, retry=quick(delayed_retries=1))
 
     assert (outcomes(reports), [call for call, *_ in broker.log]) == (["retried", "acked"], ["retry", "ack"])
+
+
+# -- dead-lettering together -----------------------------------------------------------------------------------------
+
+
+class Together(Slow):
+    """A broker that dead-letters several messages in one call, once *stored* is set, but those whose body is b"["."""
+
+    async def __anext__(self):
+        while not self.script:  # noqa: ASYNC110  # a test may add to it
+            await asyncio.sleep(0.01)
+        return await super().__anext__()
+
+    async def dead_letter_all(self, reasons, /):
+        self.note("together", *reasons.values())
+        await self.stored.wait()
+        return {delivery for delivery in reasons if delivery.body != b"["}
+
+
+async def test_what_comes_while_dead_letters_are_stored_is_dead_lettered_together():
+    broker = Together(*[b"{"] * 10)
+    consumer, reports = consumer_of(broker, on_joined)
+    async with running(consumer):
+        await until(lambda: broker.given == 10)
+        await asyncio.sleep(1)
+        assert [len(reasons) for _, *reasons in broker.log] == [10]
+        broker.script.extend([b"{"] * 5)
+        await until(lambda: broker.given == 15)
+        await asyncio.sleep(1)
+        assert (len(broker.log), consumer.health().in_flight) == (1, 15)
+        broker.stored.set()
+        await until(lambda: len(reports) == 15)
+
+    assert [(what, len(reasons)) for what, *reasons in broker.log] == [("together", 10), ("together", 5)]
+    assert {each.reason for each in reports} == {reason for _, *reasons in broker.log for reason in reasons}
+    assert {*outcomes(reports)} == {"dead_lettered"}
+
+
+async def test_what_is_not_stored_together_is_dead_lettered_by_itself():
+    large = b" " * (_LONGEST_TOGETHER + 1)
+    broker = Together(b"{", b"[", large, b"{")
+    broker.stored.set()
+    reports = await consume(broker, on_joined, count=4)
+
+    assert [(what, len(reasons)) for what, *reasons in broker.log if what != "began"] == [
+        ("together", 3),
+        *[("dead_letter", 0)] * 2,
+    ]
+    assert outcomes(reports) == ["dead_lettered"] * 4
+
+
+async def test_an_error_of_dead_lettering_together_fails_no_message():
+    broker = Together(*[b"{"] * 3, failing={"together": LookupError(CANARY)})
+    broker.stored.set()
+    reports = await consume(broker, on_joined, count=3)
+
+    assert [what for what, *_ in broker.log] == ["began", "dead_letter"] * 3
+    assert outcomes(reports) == ["dead_lettered"] * 3
+
+
+async def test_a_call_that_does_not_end_is_given_up_and_each_message_dead_lettered_by_itself():
+    class Endless(Together):
+        async def dead_letter_all(self, reasons, /):
+            await asyncio.Event().wait()
+
+    broker = Endless(b"{", b"{")
+    broker.stored.set()
+    consumer, reports = consumer_of(broker, on_joined)
+    async with running(consumer):
+        await asyncio.sleep(_SETTLE_TIMEOUT - 1)
+        assert reports == []
+        await asyncio.sleep(2)
+        assert outcomes(reports) == ["dead_lettered"] * 2
+
+
+async def test_a_shutdown_waits_for_what_is_dead_lettered_together_and_for_the_rest():
+    broker = Together(b"{", b"[")
+    consumer, reports = consumer_of(broker, on_joined)
+    run = asyncio.create_task(consumer.run(signals=False))
+    await until(lambda: broker.log)
+
+    consumer.stop()
+    await asyncio.sleep(1)
+    assert not run.done()
+    broker.stored.set()
+    await run
+
+    assert outcomes(reports) == ["dead_lettered"] * 2
+
+
+async def test_a_shutdown_at_once_leaves_what_is_dead_lettered_together_unsettled():
+    broker = Together(b"{", b"{")
+    consumer, reports = consumer_of(broker, on_joined, drain_timeout=0)
+    run = asyncio.create_task(consumer.run(signals=False))
+    await until(lambda: broker.log)
+    broker.script.append(b"{")
+    await until(lambda: broker.given == 3)
+
+    consumer.stop()
+    await run
+
+    assert [(each.outcome, each.reason) for each in reports] == [("unsettled", "cancelled")] * 3
+
+
+async def test_the_error_of_a_poison_message_holds_no_message():
+    [undecodable, misfit] = await consume(Scripted(b"{", body_of(BAD, payload={"user_id": "x"})), on_joined, count=2)
+
+    assert (undecodable.error.__traceback__, misfit.error.__traceback__) == (None, None)

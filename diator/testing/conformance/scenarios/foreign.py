@@ -241,10 +241,12 @@ async def reasons(ctx: Context) -> None:
 async def flood(ctx: Context) -> None:
     """Catch one log line for each message, when another program sends thousands that nobody can decode."""
     broker, records = await ctx.broker(), _Records()
+    bodies = [b"{%d" % number for number in range(_FLOOD)]
     async with ctx.consuming(broker, _handle) as run:
         with records:
             for start in range(0, _FLOOD, 50):
-                await asyncio.gather(*(ctx.harness.send_raw(broker, run.topic, b"{") for _ in range(50)))
+                some = bodies[start : start + 50]
+                await asyncio.gather(*(ctx.harness.send_raw(broker, run.topic, body) for body in some))
                 await run.until_handled(start + 50)
             await ctx.send_all(broker, [run.message()])
             handled = await run.until_handled(_FLOOD + 1)
@@ -252,6 +254,9 @@ async def flood(ctx: Context) -> None:
     found = Counter(each.outcome for each in handled)
     ctx.same(found, Counter({bad: _FLOOD, "acked": 1}), "the outcomes")
     ctx.check(len(records.texts) <= _MAX_LOG_LINES, f"{len(records.texts):,} log lines for {_FLOOD:,} messages")
+    if run.group is not None and "dead_letters" in ctx.harness.facilities:
+        letters = await ctx.harness.dead_letters(broker, run.topic, run.group)
+        ctx.same(sorted(letter.body for letter in letters), sorted(bodies), "the dead letters")
 
 
 class _Records(logging.Handler):
