@@ -353,8 +353,10 @@ class Consumer:
 
 def _check_types(broker: object, event_map: object, retry: object, requires: object) -> None:
     """Check the arguments when the consumer is made, so that a mistake is not an AttributeError somewhere inside."""
-    if isinstance(broker, type) or not callable(getattr(broker, "subscribe", None)):
-        raise ConfigurationError(f"broker must be a transport with `subscribe`, and it is {described(broker)}")
+    can_receive = callable(getattr(broker, "subscribe", None)) and hasattr(broker, "capabilities")
+    if isinstance(broker, type) or not can_receive:
+        problem = f"broker must be a transport with `subscribe` and `capabilities`, and it is {described(broker)}"
+        raise ConfigurationError(problem)
     parts: list[tuple[str, object, type, bool]] = [
         ("event_map", event_map, EventMap, True),
         ("retry", retry, RetryPolicy, False),

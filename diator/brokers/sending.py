@@ -95,6 +95,20 @@ async def send_together(send: Callable[[Message], Awaitable[None]], messages: Se
         raise MessagesNotSent([message.message_id for message, _ in failed]) from failed[0][1]
 
 
+async def send_one_by_one(send: Callable[[Message], Awaitable[None]], messages: Sequence[Message]) -> None:
+    """
+    Send *messages* by one call of *send* after the other, for a broker without `send_messages`.
+
+    Raises:
+        MessagesNotSent: *send* raised an error. The later messages were not tried.
+    """
+    for position, message in enumerate(messages):
+        try:
+            await send(message)
+        except Exception as error:
+            raise MessagesNotSent([each.message_id for each in messages[position:]]) from error
+
+
 def transactional(broker: object) -> bool:
     """
     Return whether *broker* takes part in the unit of work, as a transactional outbox does.

@@ -10,7 +10,7 @@ from uuid import UUID
 from diator._handlers import PreparedHandler
 from diator._hints import name_of
 from diator.brokers.message import Message
-from diator.brokers.sending import MessageBroker, transactional
+from diator.brokers.sending import MessageBroker, send_one_by_one, transactional
 from diator.container import Container
 from diator.container.base import Resolver, Shared, has_scopes, scopes
 from diator.events._event import Event, check_integration_event, is_integration_event, message_key_of, message_name_of
@@ -21,7 +21,6 @@ from diator.exceptions import (
     DiatorError,
     EncodingError,
     EventHandlersFailed,
-    MessagesNotSent,
     NotAnEvent,
 )
 
@@ -156,11 +155,7 @@ class EventEmitter:
         elif self._send_messages is not None:
             await self._send_messages(messages)
         else:
-            for position, message in enumerate(messages):
-                try:
-                    await broker.send_message(message)
-                except Exception as error:
-                    raise MessagesNotSent([each.message_id for each in messages[position:]]) from error
+            await send_one_by_one(broker.send_message, messages)
 
     # -- preparation ---------------------------------------------------------------------------------------------
 

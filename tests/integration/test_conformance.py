@@ -9,6 +9,8 @@ from typing import ClassVar
 
 import pytest
 
+from diator.brokers.memory import MemoryMessageBroker
+from diator.brokers.wrapping import Wrapped
 from diator.testing import FaultyMessageBroker
 from diator.testing.conformance import Deviation, EnvironmentMissing, TransportConformance
 from tests.integration.harnesses import (
@@ -70,6 +72,26 @@ class TestFaulty(TransportConformance):
         **dict.fromkeys(["ACK-11", "PSN-09"], Deviation(reason="a retry is redelivered at once: a test does not wait")),
         **dict.fromkeys(["LEK-06", "LEK-08"], Deviation(reason="it keeps every delivery for the test to inspect")),
     }
+
+
+class WrappedHarness(MemoryHarness):
+    """A broker that wraps another one, and changes nothing."""
+
+    def transport(self):
+        return Wrapped(MemoryMessageBroker())
+
+    def full(self, room):
+        return Wrapped(MemoryMessageBroker(capacity=room))
+
+    def retaining(self, room):
+        return Wrapped(MemoryMessageBroker(capacity=room))
+
+    async def send_raw(self, transport, topic, body):
+        await super().send_raw(transport._wrapped, topic, body)
+
+
+class TestWrapped(TransportConformance):
+    harness = WrappedHarness
 
 
 class TestRedis(TransportConformance):
