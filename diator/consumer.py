@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Generator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 from diator._handling import Handled, Handling, routes
+from diator._signals import stopping_on_signals
 from diator._text import listed
 from diator.brokers.base import Delivery, Gap, ReadableBroker
 from diator.brokers.capabilities import Capabilities, require
@@ -80,6 +80,10 @@ class Consumer:
 
     A delivery stays unsettled if its handling was cancelled or the process died. The transport then redelivers the
     message if it can. So a handler may be called twice for one message and should be idempotent.
+
+    A program that only consumes calls `run`. A program with other work, such as a web server, uses the consumer as a
+    context manager: `async with consumer:` subscribes, consumes during the block, and shuts down gracefully at its end.
+    It handles no signals. If the consumer fails during the block, the block is cancelled and the error is raised.
 
     Use a consumer in one event loop; another thread calls `loop.call_soon_threadsafe(consumer.stop)`.
 
@@ -166,6 +170,13 @@ class Consumer:
         self._queue = _KeyedQueue(concurrency)
         self._started = False
         self._receiving = False
+        self._was_stopped = self._was_signalled = False
+        self._ready = asyncio.Event()
+        self._is_subscribed = False
+        self._failure: Exception | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._body: asyncio.Task[Any] | None = None
+        self._is_body_cancelled = False
         self._deliveries: AsyncIterator[Delivery] | None = None
         self._stopping = asyncio.Event()
         self._stopping_at_once = asyncio.Event()
@@ -176,9 +187,9 @@ class Consumer:
         """
         Consume until `stop` is called. A consumer runs once.
 
-        With *signals*, SIGTERM and SIGINT call `stop`: the first signal starts a graceful shutdown, a second one ends
-        it at once. `run` reconnects by itself whenever the service is back. If `run` is cancelled, it leaves the
-        deliveries in flight unsettled.
+        With *signals*, SIGTERM and SIGINT stop the consumer: the first signal starts a graceful shutdown, a second one
+        ends it at once. A handler that was there before, such as that of a web server, is called too. `run` reconnects
+        by itself whenever the service is back. If `run` is cancelled, it leaves the deliveries in flight unsettled.
 
         Raises:
             UsageError: This consumer was run before.
@@ -187,13 +198,20 @@ class Consumer:
             ConfigurationError: The settings of the service do not fit those of the broker.
             BrokerClosed: The broker was closed.
         """
+        self._start()
+        with stopping_on_signals(self._stop_on_signal) if signals else contextlib.nullcontext():
+            await self._run()
+
+    def _start(self) -> None:
         if self._started:
-            raise UsageError("run() was called again, and a consumer runs once; create another Consumer")
+            raise UsageError("this consumer was run before, and a consumer runs once; create another Consumer")
         self._started = True
+
+    async def _run(self) -> None:
         subscription = self._broker.subscribe(
             self._routes.keys(), group=self._group, prefetch=self._concurrency, on_gap=self._note_gap
         )
-        with _stop_on_signals(self.stop) if signals else contextlib.nullcontext():
+        try:
             async with contextlib.AsyncExitStack() as stack:
                 deliveries = await self._until_stopped(stack.enter_async_context(subscription))
                 if deliveries is not None:
@@ -203,10 +221,59 @@ class Consumer:
                         handling = self._handling
                         handling.make_room = getattr(deliveries, "make_room", handling.make_room)
                         handling.dead_letter_all = getattr(deliveries, "dead_letter_all", handling.dead_letter_all)
+                        self._is_subscribed = True
+                        self._ready.set()
                         await self._consume(deliveries)
                     finally:
                         self._receiving = False
                         self._handling.finish_log()
+        except Exception as error:
+            self._failure = error
+            raise
+        finally:
+            self._ready.set()
+
+    async def ready(self) -> None:
+        """
+        Wait until the consumer has subscribed: it receives every message that is confirmed from then on.
+
+        Another task calls `run`; it need not have begun.
+
+        Raises:
+            Exception: The error of `run`, if it ended before the consumer had subscribed.
+            UsageError: The consumer was stopped, or `run` was cancelled, before that.
+        """
+        await self._ready.wait()
+        if not self._is_subscribed:
+            raise self._failure or UsageError("the consumer was stopped before it had subscribed")
+
+    async def __aenter__(self) -> Self:
+        self._start()
+        running = self._running = asyncio.create_task(self._run(), name="diator: consumer")
+        try:
+            await self.ready()
+        except BaseException:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)  # `ready` has raised its error
+            raise
+        self._body = asyncio.current_task()
+        running.add_done_callback(self._cancel_body)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        body, self._body = self._body, None
+        self._shut_down()
+        try:
+            if self._running is not None:
+                await self._running  # if this task is cancelled, the consumer is, too
+        finally:
+            if self._is_body_cancelled and body is not None:
+                body.uncancel()
+
+    def _cancel_body(self, running: asyncio.Task[None]) -> None:
+        """End the block of `async with`: nobody consumes any more, and `__aexit__` raises the error."""
+        if self._body is not None and not running.cancelled() and running.exception() is not None:
+            self._is_body_cancelled = self._body.cancel()
 
     def _about(self) -> str:
         broker, where = type(self._broker).__name__, getattr(self._broker, "where", "")
@@ -221,10 +288,22 @@ class Consumer:
         Start a graceful shutdown: receive nothing more, finish the deliveries in flight, and let `run` return.
 
         After *drain_timeout* seconds, `run` cancels the handlers that still run and leaves their deliveries unsettled.
-        A second call of `stop` does so at once. `stop` itself returns immediately.
+        A second call of `stop` does so at once, and so does a second signal; one signal and one call do not. `stop`
+        itself returns immediately.
         """
-        if self._stopping.is_set():
+        if self._was_stopped:
             self._stopping_at_once.set()
+        self._was_stopped = True
+        self._shut_down()
+
+    def _stop_on_signal(self) -> None:
+        # Apart from `stop`: a web server calls it in its own shutdown, because of the same signal.
+        if self._was_signalled:
+            self._stopping_at_once.set()
+        self._was_signalled = True
+        self._shut_down()
+
+    def _shut_down(self) -> None:
         self._stopping.set()
         self._queue.close()
         if self._waiting is not None:
@@ -468,42 +547,3 @@ class _KeyedQueue:
 
 def _key(message: Envelope | DecodingError) -> str | None:
     return None if isinstance(message, DecodingError) else message.key
-
-
-# -- signals -----------------------------------------------------------------------------------------------------
-
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-#: The `stop` methods of all consumers of a loop: a loop has only one handler for each signal.
-_stops: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
-#: The signal handlers from before the first consumer. A loop cannot be asked for handlers of its own.
-_previous: dict[asyncio.AbstractEventLoop, dict[signal.Signals, Any]] = {}
-
-
-@contextlib.contextmanager
-def _stop_on_signals(stop: Callable[[], None]) -> Generator[None, None, None]:
-    """Call *stop* on SIGTERM and SIGINT where that is possible: in the main thread, on a loop that supports signals."""
-    loop = asyncio.get_running_loop()
-    stops = _stops.setdefault(loop, [])
-    if not stops:
-        _previous[loop] = {number: signal.getsignal(number) for number in _SIGNALS}
-    stops.append(stop)
-
-    def stop_all() -> None:
-        for each in [*stops]:
-            each()
-
-    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-        for number in _SIGNALS:
-            loop.add_signal_handler(number, stop_all)
-    try:
-        yield
-    finally:
-        stops.remove(stop)
-        if not stops:
-            del _stops[loop]
-            with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-                for number, handler in _previous.pop(loop).items():
-                    loop.remove_signal_handler(number)
-                    if handler is not None:  # None: the handler was not installed from Python
-                        signal.signal(number, handler)

@@ -192,12 +192,10 @@ async def main(address: str, *, consume: bool) -> None:
             step("Consuming; Ctrl-C ends it")
             await consumer.run()
         elif isinstance(broker, MemoryMessageBroker):  # another process cannot consume from memory
-            consuming = asyncio.create_task(consumer.run())
-            await send(broker)
-            step("The other service: an event from the message broker")
-            await arrived.wait()
-            consumer.stop()
-            await consuming
+            async with consumer:
+                await send(broker)
+                step("The other service: an event from the message broker")
+                await arrived.wait()
         else:
             await send(broker)
 

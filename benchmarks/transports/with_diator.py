@@ -54,7 +54,6 @@ class Diator:
         events.bind(UserJoined, OnUserJoined)
         consumer = Consumer(self.broker, event_map=events, group=self.group, concurrency=concurrency)
         running = asyncio.create_task(consumer.run())
-        while not consumer.health().receiving:  # noqa: ASYNC110  # as a health check does
-            await asyncio.sleep(0.01)
+        await consumer.ready()
         yield finished
         await finished()

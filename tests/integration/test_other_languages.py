@@ -127,15 +127,12 @@ def transport(request, redis_url, rabbitmq_url, kafka_servers):
 @asynccontextmanager
 async def consuming(consumer):
     """Run the consumer."""
-    task = asyncio.create_task(consumer.run(signals=False))
     async with asyncio.timeout(60):
-        while not consumer.health().receiving:  # noqa: ASYNC110  # as a health check of a service does
-            await asyncio.sleep(0.01)
+        await consumer.__aenter__()
     try:
         yield
     finally:
-        consumer.stop()
-        await asyncio.wait_for(task, 60)
+        await asyncio.wait_for(consumer.__aexit__(None, None, None), 60)
 
 
 # -- what diator sends ---------------------------------------------------------------------------------------------

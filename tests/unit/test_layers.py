@@ -19,7 +19,7 @@ LAYERS = [
     "events",
     "_handlers",
     "brokers container",
-    "_deadlines _extras _hints _log _text retrying",
+    "_deadlines _extras _hints _log _signals _text retrying",
     "response exceptions",
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names.split()}

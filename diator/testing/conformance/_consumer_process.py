@@ -111,7 +111,7 @@ async def _consume(harness: Harness, arguments: Mapping[str, Any]) -> None:
     try:
         run = ConsumerRun(broker, arguments["name"], handle, group=arguments["group"], concurrency=4)
         running = asyncio.create_task(run.consumer.run())
-        await run.ready(running)
+        await run.consumer.ready()
         _write("ready")
         await running
     finally:

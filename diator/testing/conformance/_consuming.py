@@ -70,31 +70,21 @@ class ConsumerRun:
         self.topic: Topic = self.topics[0]
         self.handled: list[Handled] = []
         self._progress = asyncio.Event()
-        self._announcing = _Announcing(broker)
+        self._reading = _Reading(broker)
         if "competing" in broker.capabilities.distribution:
             options.setdefault("group", f"{name}-group")
         options.setdefault("retry", ONCE)
         self.group: str | None = options.get("group")
-        self.consumer: Consumer = consumer(self._announcing, event_map=events, on_handled=self._note, **options)
+        self.consumer: Consumer = consumer(self._reading, event_map=events, on_handled=self._note, **options)
 
     async def run(self) -> None:
         """Consume until the consumer is stopped."""
         await self.consumer.run(signals=False)
 
-    async def ready(self, running: asyncio.Task[None]) -> None:
-        """Wait until the consumer is subscribed. Raise the error of the task *running* if it ends before that."""
-        subscribed = asyncio.create_task(self._announcing.subscribed.wait())
-        try:
-            await asyncio.wait({subscribed, running}, return_when=asyncio.FIRST_COMPLETED)
-            if running.done():
-                running.result()
-        finally:
-            subscribed.cancel()
-
     @property
     def reports_connection(self) -> bool:
         """Whether the transport reports if the subscription is connected."""
-        return hasattr(self._announcing.deliveries, "connected")
+        return hasattr(self._reading.deliveries, "connected")
 
     def message(
         self, number: int = 0, *, key: str | None = None, topic: Topic | None = None, **payload: Any
@@ -136,12 +126,11 @@ class ConsumerRun:
         self._progress.set()
 
 
-class _Announcing:
-    """A broker that signals when its subscription is ready."""
+class _Reading:
+    """A broker that shows the deliveries of its subscription."""
 
     def __init__(self, broker: ReadableBroker) -> None:
         self._broker = broker
-        self.subscribed = asyncio.Event()
         self.deliveries: AsyncIterator[Delivery] | None = None
 
     @property
@@ -157,5 +146,4 @@ class _Announcing:
     ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
         async with self._broker.subscribe(topics, group=group, prefetch=prefetch, on_gap=on_gap) as deliveries:
             self.deliveries = deliveries
-            self.subscribed.set()
             yield deliveries

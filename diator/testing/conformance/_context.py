@@ -181,7 +181,7 @@ class Context:
         """Run the consumer of *run*. It is stopped at the end of the block."""
         running = asyncio.create_task(run.run())
         try:
-            await run.ready(running)
+            await run.consumer.ready()
             yield run
         finally:
             run.consumer.stop()
