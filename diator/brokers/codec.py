@@ -126,13 +126,10 @@ class _Body(msgspec.Struct):
     payload: msgspec.Raw
     headers: dict[str, str | int | float | bool | None] | None = None
 
-    @property
-    def texts(self) -> dict[str, str]:
-        """The headers as text: a number as JSON writes it, and without those that are null."""
-        given = (self.headers or {}).items()
-        return {
-            name: value if isinstance(value, str) else json.dumps(value) for name, value in given if value is not None
-        }
+
+def _text_of(value: str | float | bool) -> str:  # noqa: FBT001
+    """Return the value of a header as text: a number as JSON writes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 _parse = msgspec.json.Decoder(_Body).decode
@@ -150,7 +147,8 @@ def decode(body: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES, headers: Mapping[
     parsed, payload_json = _parsed(body, max_bytes)
     if payload_json[:1] != b"{":
         raise DecodingError("the body is not a message: the payload is not a JSON object - at `$.payload`")
-    all_headers = {**(parsed.texts if parsed.headers else {}), **(headers or {})}
+    in_body = (parsed.headers or {}).items()
+    all_headers = {name: _text_of(value) for name, value in in_body if value is not None} | {**(headers or {})}
     return Message._of_fields(
         {
             "message_type": parsed.message_type,
@@ -171,8 +169,8 @@ def decode_envelope(body: bytes, *, max_bytes: int, headers: Mapping[str, str]) 
     """
     parsed, payload_json = _parsed(body, max_bytes)
     key = headers.get(_KEY) if headers else None
-    if key is None and parsed.headers:
-        key = parsed.texts.get(_KEY)
+    if key is None and parsed.headers and (sent := parsed.headers.get(_KEY)) is not None:
+        key = _text_of(sent)  # of thousands of headers, a consumer needs none
     return Envelope(parsed.message_type, parsed.message_name, parsed.message_id, payload_json, key)
 
 
@@ -184,11 +182,11 @@ def _parsed(body: bytes, max_bytes: int) -> tuple[_Body, bytes]:
         payload_json = bytes(parsed.payload)
         payload_json.decode()  # msgspec does not validate a raw value
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        problem = _without_content(error, _Body.__struct_fields__)
+        problem = f"the body is not a message: {_without_content(error, _Body.__struct_fields__)}"
     else:
         return parsed, payload_json
     # Here, not above: an error keeps the error that it was raised from, whose text quotes the message.
-    raise DecodingError(f"the body is not a message: {problem}")
+    raise DecodingError(problem if body and not body.isspace() else "the body is empty")
 
 
 # -- event ↔ payload ---------------------------------------------------------------------------------------------

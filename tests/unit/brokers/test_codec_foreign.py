@@ -68,6 +68,21 @@ def test_headers_that_are_not_text_lose_no_message(given_headers, key, headers):
     assert decode_envelope(body, max_bytes=MAX_MESSAGE_BYTES, headers={}).key == key
 
 
+def test_a_consumer_pays_nothing_for_headers_that_it_does_not_need(monkeypatch):
+    body = body_with(headers={"key": 7, **{str(number): number for number in range(1_000)}})
+    written = []
+    monkeypatch.setattr("diator.brokers.codec.json.dumps", lambda value: written.append(value) or str(value))
+
+    assert decode_envelope(body, max_bytes=MAX_MESSAGE_BYTES, headers={}).key == "7"
+    assert written == [7]
+
+
+@pytest.mark.parametrize("body", [b"", b" ", b"\r\n\t" * 10_000])
+def test_an_empty_body_is_called_empty(body):
+    with pytest.raises(DecodingError, match="^the body is empty$"):
+        decode(body)
+
+
 def test_unknown_keys_may_be_null():
     assert decode(body_with(tenant=None, key=None, specversion="1.0")).message_id == MESSAGE_ID
 
