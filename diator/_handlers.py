@@ -9,7 +9,7 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import Any, ClassVar, Protocol, TypeAlias, cast, get_args, get_origin
 
-from diator._hints import Parameter, UnresolvedName, fits, name_of, parameters_of
+from diator._hints import Parameter, UnresolvedName, fits, function_of, name_of, parameters_of
 from diator.container.base import BuildLater, Construction, Resolver, Shared, builder, is_registered, is_shared
 from diator.exceptions import BindingError, ResolutionError, SharedHandler
 
@@ -144,7 +144,7 @@ def _first(call: Callable[..., Any], parameters: Sequence[Parameter]) -> Paramet
 
 
 def _is_async(call: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None))  # noqa: B004
+    return inspect.iscoroutinefunction(function_of(call))
 
 
 # -- calling -----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -39,8 +39,13 @@ class Parameter:
 
 
 def name_of(thing: Any) -> str:
-    """Return the name of a type, a function or an annotation, for a text."""
-    return getattr(thing, "__qualname__", None) or str(thing)
+    """Return the name of a type, a callable or an annotation, for a text. It contains no argument of a partial."""
+    if isinstance(thing, functools.partial):
+        return name_of(thing.func)
+    if name := getattr(thing, "__qualname__", None):
+        return str(name)
+    is_object = callable(thing) and get_origin(thing) is None and type(thing).__module__ != "typing"
+    return name_of(type(thing)) if is_object else str(thing)
 
 
 def parameters_of(call: Callable[..., Any]) -> list[Parameter]:
@@ -55,6 +60,7 @@ def parameters_of(call: Callable[..., Any]) -> list[Parameter]:
     except ValueError as error:
         raise TypeError(f"the parameters of {name_of(call)} cannot be inspected; wrap it in a function") from error
     hints = hints_of(call)
+    bound = _bound(call)
     return [
         Parameter(
             name=parameter.name,
@@ -64,23 +70,34 @@ def parameters_of(call: Callable[..., Any]) -> list[Parameter]:
         )
         for parameter in signature.parameters.values()
         if parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        and parameter.name not in bound
     ]
 
 
 def hints_of(call: Callable[..., Any]) -> dict[str, Any]:
     """Return the annotations of *call*, or of the constructor of a class. TypeError if one contains an unknown name."""
-    annotated: Any = call
-    if isinstance(call, type):
-        annotated = call.__init__  # type: ignore[misc]  # a subclass may have another one
-    elif not inspect.isroutine(call) and not isinstance(call, functools.partial):
-        annotated = type(call).__call__
+    annotated: Any = function_of(call)
+    if isinstance(annotated, type):
+        annotated = annotated.__init__  # type: ignore[misc]  # a subclass may have another one
     try:
-        return get_type_hints(annotated.func if isinstance(annotated, functools.partial) else annotated)
+        return get_type_hints(annotated)
     except NameError as error:
         raise UnresolvedName(
             f"an annotation of {name_of(call)} contains the name {error.name!r}, which its module does not define at "
             "run time; import or define the name at the top of the module, outside of `if TYPE_CHECKING`"
         ) from error
+
+
+def function_of(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, method or class that runs when *call* is called: also of a partial, or of an object."""
+    while isinstance(call, functools.partial):
+        call = call.func
+    return call if isinstance(call, type) or inspect.isroutine(call) else type(call).__call__
+
+
+def _bound(call: Callable[..., Any]) -> Collection[str]:
+    """Return the arguments that a partial already has. To inspect, they look like defaults."""
+    return call.keywords if isinstance(call, functools.partial) else ()
 
 
 def fits(given: type, wanted: Any) -> bool:

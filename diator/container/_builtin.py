@@ -2,19 +2,21 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
+    AsyncContextDecorator,
+    ContextDecorator,
     asynccontextmanager,
     contextmanager,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Never, Protocol, Self, TypeAlias, TypeVar, cast, get_origin, overload
 
-from diator._hints import hints_of, name_of, parameters_of
+from diator._hints import function_of, hints_of, name_of, parameters_of
 from diator.container.base import AnyClass, Construction, Contexts, Resolver, Shared
 from diator.exceptions import ResolutionError
 
@@ -22,7 +24,8 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 Lifetime: TypeAlias = Literal["transient", "scoped", "singleton"]
-Kind: TypeAlias = Literal["plain", "awaited", "resource"]
+#: "unknown": what the factory returns decides, each time. It may have to be awaited, or to be opened.
+Kind: TypeAlias = Literal["plain", "resource", "unknown"]
 
 
 class _Constructor(Protocol[T_co]):
@@ -68,6 +71,7 @@ class Container:
 
     def __init__(self) -> None:
         self._recipes: dict[object, _Recipe] = {}
+        self._unregistered: dict[type, _Recipe] = {}
         self._singletons: dict[object, Any] = {}
         self._being_made: dict[type, asyncio.Event] = {}
         self._contexts = Contexts()
@@ -91,9 +95,9 @@ class Container:
         """
         Build *type_* with its own constructor, or with *factory*. Parameters are resolved by their type hints.
 
-        A factory may be a function, an `async def`, a generator (sync or async) that yields the object once, or a
-        function whose return annotation is a context manager. The last two are resources; their default lifetime is
-        *scoped*. All others are *transient* by default.
+        A factory may be any callable. What it returns is awaited if it is awaitable, unless it is a *type_* itself. A
+        generator (sync or async) that yields the object once, and a function whose return annotation is a context
+        manager, are resources; their default lifetime is *scoped*. All others are *transient* by default.
 
         Raises:
             ResolutionError: *type_* is already registered, a parameter has no type hint, or a resource is transient.
@@ -171,7 +175,13 @@ class Container:
                 [*map(name_of, path), name_of(type_)],
                 f"{name_of(type_)} is not registered; call register({name_of(type_)}, …) or register_instance",
             )
-        return _recipe(type_, type_, "transient")
+        return self._own_recipe(type_)
+
+    def _own_recipe(self, type_: type) -> _Recipe:
+        """Return the recipe of a type that is not registered. Computing it takes longer than a send."""
+        if (recipe := self._unregistered.get(type_)) is None:
+            recipe = self._unregistered[type_] = _recipe(type_, type_, "transient")
+        return recipe
 
     def _needs(self, recipe: _Recipe) -> dict[str, type]:
         return {
@@ -197,7 +207,7 @@ class Container:
     def _compile(self, type_: type[T]) -> Construction[T] | None:
         if type_ in self._singletons and type_ not in self._recipes:
             return Construction(_given, self._singletons[type_])
-        recipe = self._recipes.get(type_) or _recipe(type_, type_, "transient")
+        recipe = self._recipes.get(type_) or self._own_recipe(type_)
         if recipe.kind != "plain" or recipe.lifetime == "scoped":
             return None
         needs: dict[str, Construction[Any]] = {}
@@ -232,13 +242,10 @@ class Container:
         recipe = self._recipe(type_, path)
         if recipe.lifetime == "singleton":
             return await self._make_singleton(type_, recipe, path)
-        if recipe.lifetime == "scoped" and (scope is None or contexts is None):
-            raise ResolutionError(
-                [*map(name_of, path), name_of(type_)],
-                f"{name_of(type_)} is scoped, and no scope is open; resolve it inside of a send",
-            )
+        if recipe.lifetime == "scoped" and scope is None:
+            raise _no_scope((*path, type_))
         made = await self._run(recipe, scope, contexts, (*path, type_))
-        if recipe.lifetime == "scoped" and scope is not None:
+        if scope is not None and self._recipes.get(type_, recipe).lifetime == "scoped":
             scope[type_] = made
         return made
 
@@ -260,13 +267,17 @@ class Container:
     ) -> Any:
         needs = {name: await self._make(needed, scope, contexts, path) for name, needed in self._needs(recipe).items()}
         made = recipe.call(**needs)
-        match recipe.kind:
-            case "awaited":
+        if recipe.kind == "unknown" and not _is_a(made, type_ := path[-1]):
+            if inspect.isawaitable(made):
                 return await made
-            case "resource":
-                return await cast("Contexts", contexts).enter(made)
-            case _:
-                return made
+            if _is_resource(made):
+                lifetime: Lifetime = "singleton" if recipe.lifetime == "singleton" else "scoped"
+                recipe = self._recipes[type_] = replace(recipe, kind="resource", lifetime=lifetime)
+        if recipe.kind == "resource":
+            if contexts is None:
+                raise _no_scope(path)
+            return await contexts.enter(_as_context(made))
+        return made
 
 
 class _Scope:
@@ -294,23 +305,12 @@ def _recipe(type_: type, factory: Callable[..., Any], lifetime: Lifetime | None)
     if factory is type_ and inspect.isabstract(type_):
         missing = ", ".join(sorted(getattr(type_, "__abstractmethods__", ())))
         raise ResolutionError([name_of(type_)], f"{name_of(type_)} is abstract ({missing}); register a factory for it")
-    inner = inspect.unwrap(factory)
-    decorated = inner is not factory  # by contextlib: the function already returns a context manager
     call: Callable[..., Any] = factory
-    kind: Kind = "plain"
     try:
         parameters = parameters_of(factory)
-        returned = None if factory is type_ else hints_of(factory).get("return")
+        kind = _kind(type_, factory)
     except TypeError as error:
         raise ResolutionError([name_of(type_)], str(error)) from error
-    if inspect.isasyncgenfunction(inner):
-        call, kind = factory if decorated else asynccontextmanager(factory), "resource"
-    elif inspect.isgeneratorfunction(inner):
-        call, kind = factory if decorated else contextmanager(factory), "resource"
-    elif inspect.iscoroutinefunction(factory):
-        kind = "awaited"
-    elif get_origin(returned) in (AbstractContextManager, AbstractAsyncContextManager):
-        kind = "resource"
     if by_position := [each.name for each in parameters if each.kind is inspect.Parameter.POSITIONAL_ONLY]:
         call = _by_position(call, by_position)
     for parameter in parameters:
@@ -324,6 +324,56 @@ def _recipe(type_: type, factory: Callable[..., Any], lifetime: Lifetime | None)
         kind=kind,
         lifetime=lifetime or ("scoped" if kind == "resource" else "transient"),
     )
+
+
+def _kind(type_: type, factory: Callable[..., Any]) -> Kind:
+    """Return whether *factory* certainly returns an object, certainly a resource, or what only a call shows."""
+    function = function_of(factory)
+    if isinstance(function, type):
+        return "plain"
+    inner = inspect.unwrap(function)
+    returned = hints_of(factory).get("return")
+    class_ = get_origin(returned) or returned
+    if inspect.isasyncgenfunction(inner) or inspect.isgeneratorfunction(inner):
+        return "resource"
+    if inspect.iscoroutinefunction(inner) or inner is not function or not isinstance(class_, type):
+        return "unknown"  # a decorator copies the annotations, and may return something else
+    if returned == type_:
+        return "plain"
+    if class_ in (AbstractContextManager, AbstractAsyncContextManager):
+        return "resource"
+    vague = class_ in (object, Any) or issubclass(class_, (Awaitable, Iterator, AsyncIterator))
+    return "unknown" if vague else "plain"
+
+
+def _no_scope(path: Sequence[type]) -> ResolutionError:
+    problem = f"{name_of(path[-1])} is scoped, and no scope is open; resolve it inside of a send"
+    return ResolutionError([*map(name_of, path)], problem)
+
+
+def _is_a(made: object, type_: type) -> bool:
+    try:
+        return isinstance(made, type_)
+    except TypeError:  # a protocol or a generic alias
+        return False
+
+
+def _is_resource(made: object) -> bool:
+    # An object with `__aenter__` may be what the program wants to have, such as a session. One of contextlib is not.
+    opened = isinstance(made, (ContextDecorator, AsyncContextDecorator))
+    return opened or inspect.isgenerator(made) or inspect.isasyncgen(made)
+
+
+def _as_context(made: Any) -> AbstractContextManager[Any] | AbstractAsyncContextManager[Any]:
+    def iterate() -> Generator[Any]:
+        return cast("Generator[Any]", made)
+
+    def iterate_later() -> AsyncGenerator[Any]:
+        return cast("AsyncGenerator[Any]", made)
+
+    if inspect.isasyncgen(made):
+        return asynccontextmanager(iterate_later)()
+    return contextmanager(iterate)() if inspect.isgenerator(made) else made
 
 
 def _given(instance: T) -> T:

@@ -7,7 +7,9 @@ from typing import Any, Protocol, TypedDict
 
 import pytest
 
+from diator.container import Container
 from diator.exceptions import BindingError, HandlerNotFound
+from diator.mediator import Mediator
 from diator.requests import Request, RequestHandler, RequestMap
 from tests.unit.doubles import Join
 
@@ -44,7 +46,17 @@ class Service:
         return ""
 
 
-GOOD = [JoinHandler, WithoutAnnotations, AnythingHandler, join, Service().join, Service(), partial(join)]
+GOOD = [
+    JoinHandler,
+    WithoutAnnotations,
+    AnythingHandler,
+    join,
+    Service().join,
+    Service(),
+    partial(join),
+    partial(Service()),
+    partial(Service().join),
+]
 
 
 @pytest.mark.parametrize("handler", GOOD, ids=range(len(GOOD)))
@@ -64,6 +76,38 @@ def test_the_decorator_reads_the_request_from_the_annotation(handler):
     assert requests.handler(handler) is handler
 
     assert requests.get(Join) is handler
+
+
+async def test_a_partial_of_an_object_is_called_with_its_arguments():
+    """Its keywords look like defaults, which a registered type would replace."""
+
+    class Answers:
+        async def __call__(self, command: Join, text: str, number: int) -> str:
+            return f"{text} {number}"
+
+    container = Container()
+    container.register_instance(str, "registered")
+    container.register_instance(int, 7)
+    requests = RequestMap()
+    requests.bind(Join, partial(Answers(), text="bound"))
+
+    assert await Mediator(requests, container).send(Join()) == "bound 7"
+
+
+def test_the_name_of_a_handler_does_not_contain_what_a_partial_or_an_object_holds():
+    @dataclass
+    class Answers:
+        password: str
+
+        async def __call__(self, command: Join, token: str) -> str:
+            raise NotImplementedError
+
+    requests = RequestMap()
+    requests.bind(Join, partial(Answers("secret"), token="secret"))
+
+    with pytest.raises(BindingError, match=r"already bound to .*Answers;") as caught:
+        requests.bind(Join, join)
+    assert "secret" not in str(caught.value)
 
 
 def test_any_class_can_be_a_request():
