@@ -8,7 +8,7 @@ from collections.abc import Sequence
 #: The most characters of a text for a log line, or for the reason of a dead letter.
 MAX_CHARACTERS = 1024
 _MAX_NAMES = 3
-_CREDENTIALS = re.compile(r"//[^/\s]*@")
+_URL = re.compile(r"//\S*?(?=,\w+://|\s|$)")
 
 
 def listed(names: Sequence[str]) -> str:
@@ -33,7 +33,8 @@ def printable(text: str) -> str:
 
 def without_credentials(text: str) -> str:
     """Return *text* without the user and the password of any URL in it."""
-    return _CREDENTIALS.sub("//", text)
+    # The last @ ends the credentials: a password may contain one, and a slash, that should have been escaped.
+    return _URL.sub(lambda url: f"//{url[0].removeprefix('//').rpartition('@')[2]}", text)
 
 
 def explained(error: BaseException, *, within: float | None = None) -> str:

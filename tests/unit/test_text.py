@@ -72,8 +72,19 @@ def test_a_time_limit_is_named():
 
 
 @pytest.mark.parametrize(
-    "text", ["redis://:secret@h", "amqp://u:secret@h/,amqp://u:secret@h", "amqp://u:se:cret@h/v and //u:secret@h"]
+    "text",
+    [
+        "redis://:secret@h",
+        "amqp://u:secret@h/,amqp://u:secret@h",
+        "amqp://u:se:cret@h/v and //u:secret@h",
+        "amqp://u:12/secret@h/v",
+        "amqp://u:12//se@/cret@h/v",
+    ],
 )
 def test_no_credentials_of_any_url_are_shown(text):
     assert "cret" not in without_credentials(text)
     assert "h" in without_credentials(text)
+
+
+def test_every_address_of_several_is_shown():
+    assert without_credentials("amqp://u:p/p@a/,amqp://u:p@b/ or //c/d") == "amqp://a/,amqp://b/ or //c/d"

@@ -72,7 +72,7 @@ async def verified(ctx: Context) -> None:
 async def authenticated(ctx: Context) -> None:
     """Catch a client that retries for ever with a password that is refused."""
     ctx.check(
-        await _is_kept_out(ctx, "wrong password", BrokerError),  # best an `AccessRefused`
+        await _is_kept_out(ctx, "wrong password", AccessRefused),
         "the harness has no access with a wrong password, so nothing was proved",
     )
 
