@@ -125,9 +125,9 @@ def routes(
     Return the route of each integration event in *event_map*.
 
     Raises:
-        EncodingError: An event cannot be decoded from JSON by the annotations of its class.
         ResolutionError: *container* can never build a handler.
-        ConfigurationError: No integration event has a handler.
+        ConfigurationError: An event cannot travel (its class could write what it cannot read), or no integration event
+            has a handler.
     """
     found: dict[Topic, Route] = {}
     for event_type in event_map:

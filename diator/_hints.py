@@ -82,10 +82,21 @@ def hints_of(call: Callable[..., Any]) -> dict[str, Any]:
     try:
         return get_type_hints(annotated)
     except NameError as error:
-        raise UnresolvedName(
-            f"an annotation of {name_of(call)} contains the name {error.name!r}, which its module does not define at "
-            "run time; import or define the name at the top of the module, outside of `if TYPE_CHECKING`"
-        ) from error
+        raise UnresolvedName(unresolved(error, call)) from error
+
+
+def unresolved(error: NameError, annotated: Any) -> str:
+    """Return what is wrong with an annotation that contains an unknown name, and the remedy."""
+    problem = f"an annotation of {name_of(annotated)} contains the name {error.name!r}"
+    if any(str(each) == error.name for each in getattr(annotated, "__type_params__", ())):
+        return (
+            f"{problem}, a type parameter, which Python does not find in an annotation that is text; remove `from "
+            "__future__ import annotations` from its module"
+        )
+    return (
+        f"{problem}, which its module does not define at run time; import or define the name at the top of the module, "
+        "outside of `if TYPE_CHECKING`"
+    )
 
 
 def function_of(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,6 +137,31 @@ def fields_of(type_: Any) -> Sequence[str]:
         return [attribute.name for attribute in attributes]
     fields: Any = getattr(type_, "model_fields", None) or getattr(type_, "__struct_fields__", ())
     return list(fields)
+
+
+def undeclared_in(type_: type) -> str:
+    """
+    Return what objects of a class have beyond its fields, as a sentence with the remedy; empty if nothing is known.
+
+    The decorator of a dataclass or an attrs class finds the fields. A subclass needs a decorator of its own.
+    """
+    if dataclasses.is_dataclass(type_) and "__attrs_attrs__" in type_.__dict__:
+        return (
+            f"{name_of(type_)} is an attrs class that derives from a dataclass, so its message would lose fields; "
+            "derive it from Event and declare message_type, event_id and event_timestamp"
+        )
+    fields = fields_of(type_)
+    if not dataclasses.is_dataclass(type_) and not hasattr(type_, "__attrs_attrs__"):
+        return ""
+    for base in type_.__mro__:
+        if "__dataclass_fields__" in base.__dict__ or "__attrs_attrs__" in base.__dict__:
+            break
+        hints = inspect.get_annotations(base).items()
+        own = [name for name, hint in hints if name not in fields and "ClassVar" not in str(hint)]
+        if own or "__init__" in base.__dict__:
+            declares = f"declares {', '.join(own)}" if own else "has an __init__ of its own"
+            return f"{name_of(base)} {declares} but is not a dataclass; decorate it with @dataclass"
+    return ""
 
 
 def _plain(hint: Any) -> Any:

@@ -138,7 +138,7 @@ class IncompatibleClient(DiatorError, ImportError):
 # -- events ------------------------------------------------------------------------------------------------------
 
 
-class NotAnEvent(DiatorError, TypeError):
+class NotAnEvent(ConfigurationError, TypeError):
     """A handler raised an object that cannot be an event, or an integration event whose class is incomplete."""
 
 

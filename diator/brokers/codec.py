@@ -11,7 +11,6 @@ keys are ignored, and a header that is a number is read as text. Nothing is inve
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -23,9 +22,10 @@ from uuid import UUID
 import msgspec
 import orjson
 
-from diator._hints import fields_of, name_of
-from diator.brokers._standard import as_standard, standard_type, stands_for_standard
+from diator._hints import name_of
+from diator.brokers._standard import as_standard
 from diator.brokers.message import Message
+from diator.brokers.payloads import difference, dump, names_in_json, plan_payload, wire_names
 from diator.exceptions import DecodingError, EncodingError, MessageTooLarge
 
 E = TypeVar("E")
@@ -196,19 +196,29 @@ def payload_encoder(event_type: type[E]) -> Callable[[E], bytes]:
     """
     Return a function that encodes an *event_type* as the payload of a message.
 
-    The function raises `EncodingError`, with the path of the field, for a value that JSON cannot represent: an
-    unsupported type, a number that is not finite, text that is not valid Unicode, or a value that contains itself.
+    The function raises `EncodingError`, with the path of the field, for a value that would not come back as it is: an
+    unsupported type, a type other than that of the field, a number that is not finite, text that is not valid Unicode,
+    or a value that contains itself.
+
+    Raises:
+        ConfigurationError: As `plan_payload`.
     """
-    dump: Callable[[E], bytes] = _dump_model if hasattr(event_type, "model_dump_json") else _dump
+    plan = plan_payload(event_type)
+    proven, path = plan.proven, name_of(event_type)
 
     def encode_payload(event: E) -> bytes:
         try:
             payload_json = dump(event)
-        except (TypeError, ValueError, RecursionError) as error:
+        except Exception as error:  # a class may have code of its own that runs here
             raise _encoding_error(event, error) from error
-        if payload_json.find(b"null") >= 0 and (found := next(_not_finite(event, name_of(event_type)), None)):
-            # Both libraries write NaN and infinity as null. A reader would receive a value that nobody sent.
-            raise EncodingError(found, "JSON cannot represent NaN or infinity")
+        if proven is not None and proven(event):
+            return payload_json
+        try:
+            found = difference(event, plan.read(payload_json), path)
+        except Exception as error:
+            raise _unreadable(event_type, error) from error
+        if found is not None:
+            raise EncodingError(*found)
         return payload_json
 
     return encode_payload
@@ -216,7 +226,7 @@ def payload_encoder(event_type: type[E]) -> Callable[[E], bytes]:
 
 def key_of(value: object) -> str:
     """Return a value of a payload as the key of a message: its text in the payload, without quotes."""
-    text = _dump(value)
+    text = dump(value)
     return msgspec.json.decode(text, type=str) if text[:1] == b'"' else text.decode()
 
 
@@ -228,9 +238,9 @@ def payload_decoder(event_type: type[E]) -> Callable[[bytes], E]:
     wrong value.
 
     Raises:
-        EncodingError: A field has a type that cannot be read back, such as a union of two dataclasses.
+        ConfigurationError: As `plan_payload`.
     """
-    read = _reader(event_type)
+    read = plan_payload(event_type).read
 
     def decode_payload(payload_json: bytes) -> E:
         try:
@@ -251,9 +261,10 @@ def event_decoder(event_type: type[E]) -> Callable[[Envelope], E]:
     of the class would be another value at each attempt. A field that is null counts as left out.
 
     Raises:
-        EncodingError: As `payload_decoder`.
+        ConfigurationError: As `plan_payload`.
     """
-    read, names = _reader(event_type), _wire_names(event_type)
+    read = plan_payload(event_type).read
+    names = {field: names[0] for field, names in names_in_json(event_type).items() if len(names) == 1}
     has_id, has_time = "event_id" in names, "event_timestamp" in names
     id_name, time_name = names.get("event_id", "event_id"), names.get("event_timestamp", "event_timestamp")
     read_sent = _sent_decoder(id_name, time_name)
@@ -289,25 +300,6 @@ def event_decoder(event_type: type[E]) -> Callable[[Envelope], E]:
 _ABSENT = (b"", b"null")
 
 
-def _reader(event_type: type[E]) -> Callable[[bytes], E]:
-    if hasattr(event_type, "model_validate_json"):
-        model: Any = event_type
-        validate: Callable[[bytes], E] = model.model_validate_json
-        return validate
-    try:
-        return msgspec.json.Decoder(event_type, dec_hook=_read_other).decode
-    except TypeError as error:
-        raise EncodingError(name_of(event_type), f"cannot be read back from JSON: {error}") from error
-
-
-def _read_other(type_: Any, value: Any) -> Any:
-    if stands_for_standard(type_):
-        return msgspec.convert(value, standard_type(type_))
-    if isinstance(value, type_):
-        return value
-    raise NotImplementedError
-
-
 def _sent_decoder(id_name: str, time_name: str) -> Callable[[bytes], Any]:
     """Return a function that returns the id and the timestamp of a payload as they were sent, empty if absent."""
     fields = [(name, msgspec.Raw, msgspec.Raw()) for name in ("event_id", "event_timestamp")]
@@ -337,32 +329,18 @@ def _set_field(event: object, name: str, value: object) -> None:
         object.__setattr__(event, name, value)
 
 
-def _wire_names(event_type: Any) -> dict[str, str]:
-    """Return the names of the fields of a class, each with its name in JSON. A field with an alias is left out."""
-    fields = fields_of(event_type)
-    names = zip(fields, getattr(event_type, "__struct_encode_fields__", fields), strict=True)
-    models = getattr(event_type, "model_fields", {})
-    return {name: wire_name for name, wire_name in names if getattr(models.get(name), "validation_alias", None) is None}
-
-
-def _dump_other(value: Any) -> Any:
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json")
-    return as_standard(value)
-
-
-_dump = msgspec.json.Encoder(enc_hook=_dump_other).encode
-
-
-def _dump_model(model: Any) -> bytes:
-    encoded: str = model.model_dump_json()
-    return encoded.encode()
-
-
 # -- describing a message that cannot be decoded, without its content: called only after a failure ---------------
 
 # The error texts of msgspec that begin like this contain nothing of the input.
-_SAFE = ("Expected ", "Object missing ", "JSON is malformed", "Input data was truncated", "Invalid UUID")
+_SAFE = (
+    "Expected ",
+    "Input data was truncated",
+    "Invalid RFC3339",
+    "Invalid UUID",
+    "JSON is malformed",
+    "Number out of range",
+    "Object missing ",
+)
 _PLACE = re.compile(r" - at `\$([^`]*)`$")
 _INVALID = "a value is invalid"
 # To describe each error of pydantic costs time and memory, and a sender can cause 100,000 of them.
@@ -419,9 +397,7 @@ def _names_within(event_type: type) -> Collection[str]:
         hint = left.pop()
         found = [*get_args(hint), getattr(hint, "__value__", None)]  # an alias of `type X = …` has a value
         if isinstance(hint, type):
-            names.update(_wire_names(hint).values())
-            aliases = (getattr(field, "validation_alias", None) for field in getattr(hint, "model_fields", {}).values())
-            names.update(alias for alias in aliases if isinstance(alias, str))
+            names.update(*names_in_json(hint).values())
             with suppress(Exception):  # an annotation may contain a name that does not exist at run time
                 fields = get_type_hints(hint)
                 names.update(fields)
@@ -434,45 +410,47 @@ def _names_within(event_type: type) -> Collection[str]:
 
 # -- finding the value that failed: called only after a failure --------------------------------------------------
 
+# So many steps into an event are searched. Each step encodes what is left of it.
+_MAX_STEPS = 64
+
 
 def _encoding_error(event: object, error: Exception) -> EncodingError:
     """Return the error for the innermost value that cannot be encoded."""
-    path, value = name_of(type(event)), event
+    path, value, containers = [name_of(type(event))], event, [event]
+    while len(containers) <= _MAX_STEPS:
+        found = next(((step, part) for step, part in _parts(value) if not _is_encodable(part)), None)
+        if found is None:
+            break
+        path.append(found[0])
+        value = found[1]
+        if any(value is each for each in containers):
+            return EncodingError("".join(path), "the value contains itself")
+        containers.append(value)
     if isinstance(error, RecursionError):
-        return EncodingError(path, "the value is nested too deeply, or contains itself")
-    while found := next(((step, part) for step, part in _parts(value) if not _is_encodable(part)), None):
-        step, value = found
-        path += step
-    return EncodingError(path, str(error) if value is event else _problem(value))
+        return EncodingError("".join(path[:2]), "the value is nested too deeply")
+    return EncodingError("".join(path), str(error) if value is event else _problem(value))
 
 
 def _problem(value: object) -> str:
     try:
-        _dump(value)
+        dump(value)
     except UnicodeEncodeError:
         return "the text is not valid Unicode (a lone surrogate)"
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  # as when the event was encoded
         return str(error)
     return "the value cannot be encoded"  # pragma: no cover  # encoding it failed a moment ago
 
 
 def _is_encodable(value: object) -> bool:
     try:
-        _dump(value)
-    except (TypeError, ValueError, RecursionError):
+        dump(value)
+    except Exception:  # noqa: BLE001  # as when the event was encoded
         return False
     return True
 
 
-def _not_finite(value: object, path: str) -> Iterator[str]:
-    if isinstance(value, float) and not math.isfinite(value):
-        yield path
-    for step, part in _parts(value):
-        yield from _not_finite(part, path + step)
-
-
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the parts of *value*, each with the step that leads from *value* to it."""
+    """Yield the parts of *value* that are written, each with the step that leads from *value* to it."""
     if isinstance(value, Mapping):
         for key, part in value.items():
             yield f" (key {type(key).__name__})", key
@@ -481,5 +459,12 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         for index, part in enumerate(value):
             yield f"[{index}]", part
     elif not isinstance(value, type):
-        for name in fields_of(type(value)):
+        kind: Any = type(value)
+        for name in wire_names(kind):
             yield f".{name}", getattr(value, name, None)
+
+
+def _unreadable(event_type: type, error: Exception) -> EncodingError:
+    """Return the error for an event that has been written, and cannot be read back."""
+    problem, _, place = _without_content(error, _names_within(event_type)).partition(" - at `$")
+    return EncodingError(f"{name_of(event_type)}{place.partition('`')[0]}", f"it could not be read back: {problem}")

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 from datetime import UTC, datetime
 from typing import ClassVar
 from uuid import UUID, SafeUUID
 
-from diator._hints import fields_of, name_of
+from diator._hints import fields_of, name_of, undeclared_in
 from diator.exceptions import NotAnEvent
 
 
@@ -123,17 +122,8 @@ def check_integration_event(event_type: type) -> None:
         raise NotAnEvent(
             f"the integration event {name_of(event_type)} needs the field {' and the field '.join(missing)}"
         )
-    if dataclasses.is_dataclass(event_type) and "__attrs_attrs__" in event_type.__dict__:
-        raise NotAnEvent(
-            f"{name_of(event_type)} is an attrs class that derives from a dataclass, so its message would lose fields; "
-            "derive it from Event and declare message_type, event_id and event_timestamp"
-        )
-    if dataclasses.is_dataclass(event_type) and "__dataclass_fields__" not in event_type.__dict__:
-        own = [name for name in inspect.get_annotations(event_type) if name not in fields]
-        if own:
-            raise NotAnEvent(
-                f"{name_of(event_type)} declares {', '.join(own)} but is not a dataclass; decorate it with @dataclass"
-            )
+    if problem := undeclared_in(event_type):
+        raise NotAnEvent(problem)
 
 
 def _setting(event_type: type, name: str, *, inherited: bool = True) -> str | None:

@@ -61,7 +61,7 @@ class Recorder:
         return len(self.messages)
 
     def _all(self, event_type: type[E]) -> list[E]:
-        read, topic = payload_decoder(event_type), (getattr(event_type, "message_type", None), name_on_wire(event_type))
+        topic, read = (getattr(event_type, "message_type", None), name_on_wire(event_type)), payload_decoder(event_type)
         return [read(each.payload_json) for each in self.messages if (each.message_type, each.message_name) == topic]
 
     def _sent(self, event_type: type[object]) -> str:

@@ -164,7 +164,7 @@ def reader_of(annotation):
     ids=str,
 )
 def test_the_values_are_those_of_the_page(annotation, value, written, also_read, not_read):
-    event = make_dataclass("Event", ["value"], kw_only=True)
+    event = make_dataclass("Event", [("value", annotation)], kw_only=True)
     read = reader_of(annotation)
 
     assert f"| `{getattr(annotation, '__name__', 'None')}` | `{written}`" in PAGE

@@ -266,6 +266,9 @@ def test_events_can_be_sent_and_read_while_freezegun_is_active():
 
 class Tenant(enum.Enum):
     A = "a"
+
+
+class Rank(enum.Enum):
     ONE = 1
 
 
@@ -289,7 +292,7 @@ KEYS = [
     (dt.date, dt.date(2024, 1, 1), "2024-01-01"),
     (dt.timedelta, dt.timedelta(days=1), "P1D"),
     (Tenant, Tenant.A, "a"),
-    (Tenant, Tenant.ONE, "1"),
+    (Rank, Rank.ONE, "1"),
     (Color, Color.RED, "red"),
     (OldColor, OldColor.RED, "red"),
     (Level, Level.LOW, "1"),

@@ -25,7 +25,7 @@ from diator.brokers.codec import (
     payload_encoder,
 )
 from diator.events import ECSTEvent, EventEmitter, NotificationEvent
-from diator.exceptions import DecodingError, EncodingError, MessageTooLarge
+from diator.exceptions import ConfigurationError, DecodingError, EncodingError, MessageTooLarge
 from tests.unit.doubles import Recorder
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -339,16 +339,6 @@ def test_a_value_survives_a_round_trip(hint, values):
     round_trip()
 
 
-def test_a_time_zone_offset_is_written_to_the_minute():
-    """RFC 3339 allows no seconds in an offset. Amsterdam once had 19 minutes and 32 seconds."""
-    event_type = holding(datetime)
-    event = event_type(value=datetime(1900, 1, 1, tzinfo=timezone(timedelta(minutes=19, seconds=32))))
-
-    decoded = payload_decoder(event_type)(payload_encoder(event_type)(event))
-
-    assert decoded.value == datetime(1900, 1, 1, tzinfo=timezone(timedelta(minutes=20)))
-
-
 def deep(value, levels=50):
     for _ in range(levels):
         value = [value]
@@ -374,15 +364,14 @@ REFUSED = {
     "NaN": (math.nan, "Holder.value"),
     "infinity": ({"a": -math.inf}, "Holder.value['a']"),
     "NaN deep in a list": (deep(math.nan, 3), "Holder.value[0][0][0]"),
-    "NaN in a dataclass": ([Place("A", math.nan)], "Holder.value[0].seats"),
-    "NaN beside a null": ([None, {"x": (None, math.nan)}], "Holder.value[1]['x'][1]"),
+    "NaN beside a null": ([None, {"x": [None, math.nan]}], "Holder.value[1]['x'][1]"),
     "object very deep": (deep(object()), "Holder.value" + "[0]" * 50),
     "object in a dataclass": ({"a": [Place("A", object())]}, "Holder.value['a'][0].seats"),
     "lone surrogate": (["a", "\ud800"], "Holder.value[1]"),
     "lone surrogate as key": ({"\ud800": 1}, "Holder.value (key str)"),
     "object as key": ({object(): 1}, "Holder.value (key object)"),
-    "cyclic": (endless(), "Holder"),
-    "too deep": (deep(1, 100_000), "Holder"),
+    "cyclic": (endless(), "Holder.value.next[0]"),
+    "too deep": (deep(1, 100_000), "Holder.value"),
 }
 
 
@@ -404,7 +393,7 @@ def test_a_text_that_contains_null_is_not_taken_for_nan():
 
 
 def test_a_type_that_cannot_be_read_back_is_refused_when_the_decoder_is_made():
-    with pytest.raises(EncodingError, match="Holder: cannot be read back from JSON"):
+    with pytest.raises(ConfigurationError, match=r"Holder\.value cannot travel: it cannot be read back from JSON"):
         payload_decoder(holding(Place | Node))
 
 
