@@ -96,6 +96,9 @@ class Consumer:
             there is no group, and every consumer receives every message.
         concurrency: How many deliveries are handled at once. Messages with the same key are handled one after the
             other, in the order in which they were delivered.
+        prefetch: How many deliveries may wait for an earlier one with their key, beyond those that are handled. They
+            occupy no handler, so that a slow key does not delay the other keys. While so many wait, or 16 MiB, the
+            consumer receives nothing more. Nothing waits with a *concurrency* of 1.
         middlewares: Surround each handler; the first is the outermost. An event with two handlers passes through them
             twice.
         event_emitter: Handles or sends the events that handlers raise, before the delivery is acknowledged. Default:
@@ -126,6 +129,7 @@ class Consumer:
         container: Resolver | None = None,
         group: str | None = None,
         concurrency: int = 1,
+        prefetch: int = 1_000,
         middlewares: Iterable[Middleware] = (),
         event_emitter: EventEmitter | None = None,
         retry: RetryPolicy | None = None,
@@ -136,10 +140,10 @@ class Consumer:
         on_handled: Callable[[Handled], None] | None = None,
         on_gap: Callable[[Gap], None] | None = None,
     ) -> None:
-        if concurrency < 1 or handler_timeout <= 0 or drain_timeout < 0:
+        if min(concurrency, prefetch) < 1 or handler_timeout <= 0 or drain_timeout < 0:
             raise ConfigurationError(
-                f"concurrency must be at least 1, handler_timeout above 0 and drain_timeout at least 0; they are "
-                f"{concurrency}, {handler_timeout} and {drain_timeout}"
+                f"concurrency and prefetch must be at least 1, handler_timeout above 0 and drain_timeout at least 0; "
+                f"they are {concurrency}, {prefetch}, {handler_timeout} and {drain_timeout}"
             )
         _check_types(broker, event_map, retry, requires)
         promised = broker.capabilities
@@ -167,7 +171,7 @@ class Consumer:
             on_handled=on_handled,
         )
         self._gaps = 0
-        self._queue = _KeyedQueue(concurrency)
+        self._lanes = _Lanes(concurrency, prefetch)
         self._started = False
         self._receiving = False
         self._was_stopped = self._was_signalled = False
@@ -305,7 +309,7 @@ class Consumer:
 
     def _shut_down(self) -> None:
         self._stopping.set()
-        self._queue.close()
+        self._lanes.close()
         if self._waiting is not None:
             self._interrupted = True
             self._waiting.cancel()
@@ -348,8 +352,10 @@ class Consumer:
             tasks = {asyncio.create_task(self._receive_and_handle(deliveries))}
         else:
             tasks = {asyncio.create_task(self._work()) for _ in range(self._concurrency)}
-            read, queue = self._handling.read, self._queue
-            admit = self._receive(deliveries, lambda delivery: queue.put(delivery, read(delivery)))
+            read, lanes = self._handling.read, self._lanes
+            lanes.postpone = getattr(deliveries, "postpone", lanes.postpone)
+            lanes.resume = getattr(deliveries, "resume", lanes.resume)
+            admit = self._receive(deliveries, lambda delivery: lanes.put(delivery, read(delivery)))
             tasks.add(asyncio.create_task(admit))
         lost: BrokerUnavailable | None = None
         stopping = asyncio.create_task(self._stopping.wait())
@@ -415,10 +421,10 @@ class Consumer:
 
     async def _work(self) -> None:
         worker = self._handling.worker()
-        while job := await self._queue.take():
+        while job := await self._lanes.take():
             delivery, message = job
             await self._handling.handle(delivery, message, worker)
-            self._queue.done(message)
+            self._lanes.done(message)
 
     def _note_gap(self, gap: Gap) -> None:
         self._gaps += 1
@@ -476,38 +482,60 @@ def _retry(broker: object, promised: Capabilities, retry: RetryPolicy | None) ->
 _Job: TypeAlias = tuple[Delivery, Envelope | DecodingError]
 
 
-class _KeyedQueue:
-    """A queue of at most *limit* deliveries that hands out those with the same key one at a time, in their order."""
+#: How many bytes the deliveries take that wait for an earlier one of their key, before the consumer receives no more.
+_MAX_WAITING_BYTES = 16 * 1024 * 1024
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._size = 0
+
+class _Lanes:
+    """
+    Hands out deliveries to at most *slots* workers: those with the same key one at a time, in their order.
+
+    A delivery that waits for an earlier one of its key has no worker. So a slow key delays no other key, until
+    *prefetch* deliveries wait, or `_MAX_WAITING_BYTES`.
+
+    Attributes:
+        postpone: Called with a delivery that has to wait; see `ReadableBroker.subscribe`.
+        resume: Called with it when its turn has come. It returns False if the delivery was withdrawn meanwhile.
+    """
+
+    def __init__(self, slots: int, prefetch: int) -> None:
+        self._slots = slots
+        self._prefetch = prefetch
+        self._begun = self._waiting = self._waiting_bytes = 0
         self._has_room = asyncio.Event()
         self._ready: deque[_Job] = deque()
-        self._blocked: dict[str, deque[_Job]] = {}
+        self._lanes: dict[str, deque[_Job]] = {}  # each key that is being handled, with what waits behind it
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._closed = False
+        self.postpone: Callable[[Delivery], None] = lambda _: None
+        self.resume: Callable[[Delivery], bool] = lambda _: True
 
     async def put(self, delivery: Delivery, message: Envelope | DecodingError) -> None:
-        """Add a delivery, then wait until there is room for another: another consumer could handle it meanwhile."""
-        self._size += 1
-        self._put(delivery, message)
-        while self._size >= self._limit and not self._closed:
+        """Add a delivery, then wait until another one may be received: other consumers could handle it meanwhile."""
+        key = _key(message)
+        if key is None or key not in self._lanes:
+            if key is not None:
+                self._lanes[key] = deque()
+            self._begin((delivery, message))
+        else:
+            self._lanes[key].append((delivery, message))
+            self._waiting += 1
+            self._waiting_bytes += _size(delivery)
+            self.postpone(delivery)
+        while not self._closed and (
+            self._begun >= self._slots or self._waiting >= self._prefetch or self._waiting_bytes >= _MAX_WAITING_BYTES
+        ):
             self._has_room.clear()
             await self._has_room.wait()
 
-    def _put(self, delivery: Delivery, message: Envelope | DecodingError) -> None:
-        key = _key(message)
-        if key is not None and key in self._blocked:
-            self._blocked[key].append((delivery, message))
-            return
-        if key is not None:
-            self._blocked[key] = deque()
-        self._ready.append((delivery, message))
+    def _begin(self, job: _Job) -> None:
+        """Give *job* to a worker; there is a free one."""
+        self._begun += 1
+        self._ready.append(job)
         self._wake()
 
     async def take(self) -> _Job | None:
-        """Wait for the next delivery. Return None once the queue is closed."""
+        """Wait for the next delivery. Return None once the lanes are closed."""
         while not self._closed:
             if self._ready:
                 return self._ready.popleft()
@@ -518,31 +546,42 @@ class _KeyedQueue:
 
     def done(self, message: Envelope | DecodingError) -> None:
         """Mark *message* as handled, and hand out the next delivery with its key."""
-        self._size -= 1
+        self._begun -= 1
         self._has_room.set()
         key = _key(message)
-        if key is None:
+        if key is None or self._closed:
             return
-        if blocked := self._blocked[key]:
-            self._ready.append(blocked.popleft())
-            self._wake()
-        else:
-            del self._blocked[key]
+        lane = self._lanes[key]
+        while lane:
+            job = lane.popleft()
+            self._waiting -= 1
+            self._waiting_bytes -= _size(job[0])
+            if self.resume(job[0]):
+                self._begin(job)
+                return
+        del self._lanes[key]
 
     def close(self) -> None:
-        """Hand out nothing more. Deliveries that are still queued stay unsettled and return to the service."""
+        """Hand out nothing more. Deliveries that no worker has taken return to the service, as prefetched ones do."""
         self._closed = True
+        for delivery, _ in self._ready:
+            self.postpone(delivery)
+        self._ready.clear()
         self._has_room.set()
         while self._waiters:
             self._wake()
 
     def _wake(self) -> None:
-        """Wake one waiting task. Waking all would be wasted: only one of them gets the delivery."""
+        """Wake one waiting worker. Waking all would be wasted: only one of them gets the delivery."""
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_result(None)
                 return
+
+
+def _size(delivery: Delivery) -> int:
+    return len(delivery.body) + sum(len(name) + len(value) for name, value in delivery.headers.items())
 
 
 def _key(message: Envelope | DecodingError) -> str | None:

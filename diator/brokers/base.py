@@ -223,6 +223,12 @@ class ReadableBroker(MessageBroker, Protocol):
         backpressure. The transport may receive some more in advance, but it leaves enough messages for the other
         consumers of the group.
 
+        Waiting for a key: A consumer receives messages of a key faster than it handles them, one after the other. So it
+        calls `postpone(delivery)` of the iterator for a delivery that waits for an earlier one of its key, and
+        `resume(delivery)` when its turn has come. In between, the delivery counts as prefetched: it takes no place of
+        *prefetch*, and is not charged an attempt at the end. If the message was given to another consumer meanwhile, or
+        will be delivered once more, `resume` returns False, and the delivery is never handled.
+
         Isolation: No message stops another one. A message that the transport cannot deliver (metadata that cannot be
         decoded, a body that is too large) is dead-lettered by itself, with a reason that contains nothing of the
         message, and the next message is delivered. It costs neither the connection nor a place in *prefetch*.

@@ -281,6 +281,7 @@ class _Subscription:
         self.topics = {*topics}
         self._prefetch = self._most_unsettled = prefetch
         self.unsettled: dict[Delivery, _Entry] = {}
+        self._postponed: set[Delivery] = set()
         self._ended = False
 
     def __aiter__(self) -> Self:
@@ -289,7 +290,7 @@ class _Subscription:
     async def __anext__(self) -> Delivery:
         while (
             self._ended
-            or len(self.unsettled) >= self._most_unsettled
+            or len(self.unsettled) - len(self._postponed) >= self._most_unsettled
             or not (entry := self.queue.take_first(self.topics))
         ):
             if self._ended:
@@ -304,6 +305,15 @@ class _Subscription:
         """See `ResilientSubscription.make_room`."""
         self._most_unsettled = self._prefetch + deliveries
         self.queue.notify()
+
+    def postpone(self, delivery: Delivery) -> None:
+        """See `ResilientSubscription.postpone`."""
+        self._postponed.add(delivery)
+
+    def resume(self, delivery: Delivery) -> bool:
+        """See `ResilientSubscription.resume`. Nothing is withdrawn here: there is no connection to lose."""
+        self._postponed.discard(delivery)
+        return True
 
     async def ack(self, delivery: Delivery, /) -> None:
         self._release(delivery)
@@ -323,6 +333,8 @@ class _Subscription:
     def leave(self) -> None:
         """End the subscription. Its unsettled messages go to other consumers, in order."""
         self._ended = True
+        for delivery in self._postponed & self.unsettled.keys():
+            self.unsettled[delivery].attempt -= 1  # it was not delivered
         self.queue.requeue(self.unsettled.values())
         self.unsettled.clear()
 

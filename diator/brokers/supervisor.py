@@ -177,6 +177,7 @@ class ResilientSubscription(ABC):
         self._on_gap = on_gap
         self._registry = registry
         self._received: deque[Delivery] = deque()
+        self._postponed: set[Delivery] = set()
         self._changed = asyncio.Event()
         self._has_room = asyncio.Event()
         self._last_received_at = 0.0
@@ -208,8 +209,8 @@ class ResilientSubscription(ABC):
         """
         Send the last settlements to the service and return the unsettled messages to it, within a time limit.
 
-        *prefetched* are the deliveries that were never handed out; they are not charged an attempt. Called once, when
-        the subscription ends, even if it never had a connection. By default there is nothing to do.
+        *prefetched* are the deliveries that were never handed out, or are postponed; they are not charged an attempt.
+        Called once, when the subscription ends, even if it never had a connection. By default there is nothing to do.
         """
 
     async def dead_letter_all(self, reasons: Mapping[Delivery, str], /) -> Collection[Delivery]:
@@ -265,8 +266,26 @@ class ResilientSubscription(ABC):
 
     def make_room(self, deliveries: int) -> None:
         """Hand out so many *deliveries* beyond *prefetch*, of those that are received anyway."""
-        self._most_unsettled = self._prefetch + deliveries
+        self._most_unsettled = self._prefetch + deliveries + len(self._postponed)
         self._changed.set()
+
+    def postpone(self, delivery: Delivery) -> None:
+        """Count *delivery* as prefetched, not as handed out, until `resume`. See `ReadableBroker.subscribe`."""
+        self._postponed.add(delivery)
+        self._most_unsettled += 1
+
+    def resume(self, delivery: Delivery) -> bool:
+        """Hand out a postponed *delivery*. Return False if the subscription has withdrawn it meanwhile."""
+        if delivery not in self._postponed:
+            return False
+        self._postponed.remove(delivery)
+        self._most_unsettled -= 1
+        return True
+
+    @property
+    def postponed(self) -> int:
+        """How many deliveries are postponed."""
+        return len(self._postponed)
 
     @property
     def connected(self) -> bool:
@@ -298,14 +317,15 @@ class ResilientSubscription(ABC):
 
     def remove_prefetched(self, which: Callable[[Delivery], bool] = lambda _: True) -> list[Delivery]:
         """
-        Remove and return the deliveries that were received but not yet handed out; they are never handed out then.
+        Remove and return the deliveries that are not handed out: received only, or postponed. They never will be.
 
         *which* selects some of them; by default all are removed.
         """
-        taken: list[Delivery] = []
-        kept: list[Delivery] = []
-        for delivery in self._received:
-            (taken if which(delivery) else kept).append(delivery)
+        taken = [*filter(which, self._postponed), *filter(which, self._received)]
+        kept = [delivery for delivery in self._received if not which(delivery)]
+        self._most_unsettled -= len(self._postponed)
+        self._postponed.difference_update(taken)
+        self._most_unsettled += len(self._postponed)
         self._received.clear()
         self._received.extend(kept)
         self._has_room.set()
@@ -341,7 +361,7 @@ class ResilientSubscription(ABC):
         if self._receiver is not None:
             await end_task(self._receiver)
         try:
-            await self.leave(self._received)
+            await self.leave([*self._postponed, *self._received])
         finally:
             self.lines.flush()
 

@@ -122,12 +122,16 @@ class Channel:
 
     async def ask(self, frame: Frame) -> Any:
         """Send a frame that has a reply, and return that. Replies come in the order of the requests."""
+        return await self.ask_now(frame)
+
+    def ask_now(self, frame: Frame) -> asyncio.Future[Frame]:
+        """Do that, without waiting for the reply. A refusal closes the channel, whoever waits."""
         if self.error is not None:
             raise self.error
         reply = self._loop.create_future()
         self._asked.append(reply)
         self.send(frame)
-        return await reply
+        return reply
 
     async def ask_aside(self, *frames: Frame) -> None:
         """Ask on a channel of its own, because RabbitMQ may answer by closing the channel."""

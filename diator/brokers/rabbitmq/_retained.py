@@ -237,8 +237,16 @@ class Receiver(Protocol):
 
     async def is_there(self, declared_passively: Frame) -> bool: ...
 
-    def has_settled(self, consumer_tag: str) -> bool:
-        """Return whether no delivery to that consumer is unsettled."""
+    async def consume(self, *queues: str) -> None:
+        """Consume *queues* from now on."""
+        ...
+
+    async def cancel(self, queue: str) -> None:
+        """Consume *queue* no longer."""
+        ...
+
+    def has_settled(self, queue: str) -> bool:
+        """Return whether no delivery from *queue* is unsettled."""
         ...
 
 
@@ -303,10 +311,10 @@ async def hand_over(receiver: Receiver, claimed: Mapping[str, str]) -> None:
             if found.message_count:
                 continue
             if waiting.pop(retained, None):
-                await receiver.ask(commands.Basic.Consume(queue=queue, consumer_tag=queue))
+                await receiver.consume(queue)
             if receiver.has_settled(retained):
                 del unsettled[retained]
-                await receiver.ask(commands.Basic.Cancel(retained))
+                await receiver.cancel(retained)
                 if found.consumer_count == 1:  # this one; the last consumer to be done releases the claim
                     await receiver.ask_aside(commands.Queue.Unbind(queue=queue, exchange=retained))
         await asyncio.sleep(pause)

@@ -12,6 +12,8 @@ from itertools import groupby
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 from uuid import uuid4
 
+import msgspec
+
 from diator._text import explained, listed, printable
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.connecting import BackgroundTasks
@@ -93,6 +95,23 @@ class _Token(NamedTuple):
     by_exchange: bool
 
 
+class _Consumer(msgspec.Struct, eq=False):
+    """
+    A consumer of AMQP.
+
+    Attributes:
+        tag: Its consumer tag.
+        queue: The queue that it consumes.
+        prefetch_count: How many messages RabbitMQ sends to it without their settlement.
+        unsettled: How many of its deliveries are not settled.
+    """
+
+    tag: str
+    queue: str
+    prefetch_count: int
+    unsettled: int = 0
+
+
 class Subscription(ResilientSubscription):
     """
     The queues of one consumer, of a group or without one, on one connection after another.
@@ -156,7 +175,8 @@ class Subscription(ResilientSubscription):
                     "shorter ones, of valid Unicode"
                 )
             ) from error
-        self._for_each_queue = min(prefetch + options.extra_prefetch // max(1, len(self.queues)), _MAX_PREFETCH)
+        self._prefetch_count = min(prefetch + options.extra_prefetch // max(1, len(self.queues)), _MAX_PREFETCH)
+        self._connection: Connection | None = None
         self.declared = False
         self.delay_queues: dict[str, float] = {}
         self.witness = ""
@@ -176,7 +196,7 @@ class Subscription(ResilientSubscription):
             raise BrokerClosed("this broker is closed")
         for tries_left in (2, 1, 0):
             await self._background.wait()  # until the connection before is closed
-            connection = Connection(self, self._for_each_queue)
+            connection = self._connection = Connection(self, self._prefetch_count)
             began, limit = asyncio.get_running_loop().time(), self._connect_timeout
             is_ready = False
             try:
@@ -217,6 +237,12 @@ class Subscription(ResilientSubscription):
             raise BrokerUnavailable(
                 f"no connection to RabbitMQ at {self._address.where} ({explained(error)})"
             ) from error
+
+    def postpone(self, delivery: Delivery) -> None:
+        """See `ResilientSubscription.postpone`. RabbitMQ counts it as unsettled, and may have to send more."""
+        super().postpone(delivery)
+        if self._connection is not None and delivery.settler is self._connection:
+            self._connection.adjust_prefetch(delivery)
 
     def _end_soon(self, connection: Connection) -> None:
         """Requeue what the program has not seen, settle the rest, and close the connection, in the background."""
@@ -284,14 +310,16 @@ class Subscription(ResilientSubscription):
 class Connection(Channel):
     """One connection that receives, and the settler of its deliveries."""
 
-    def __init__(self, subscription: Subscription, prefetch: int) -> None:
+    def __init__(self, subscription: Subscription, prefetch_count: int) -> None:
         super().__init__()
         self._subscription = subscription
-        self._prefetch = prefetch
+        self._least_prefetch_count = prefetch_count
         self._arrived: deque[Delivery] = deque()
         self._something = asyncio.Event()
-        # The tags that are not settled, in the order of their arrival, with the tags of their consumers.
-        self._open: dict[int, str] = {}
+        self._consumers: dict[str, _Consumer] = {}  # by tag
+        self._consumer_number = 0
+        # The delivery tags that are not settled, in the order of their arrival.
+        self._open: dict[int, _Consumer] = {}
         self._without_place: set[int] = set()  # those of them whose places other deliveries have taken
         self._acked: set[int] = set()
         self._is_consuming = self._has_ended = False
@@ -310,7 +338,6 @@ class Connection(Channel):
             self.step = f"declared the queues of {len(subscription.queues):,} topics"
             are_lost = subscription.declared and not await self._are_there(subscription.queues)
             await ensure_exchange(self, subscription.prefix)
-            await self.ask(commands.Basic.Qos(prefetch_count=self._prefetch))
             await self._declare_queues()
             await self._bind()
             await self._declare_witness()
@@ -323,7 +350,7 @@ class Connection(Channel):
             self._is_consuming = True  # already: if this is cancelled now, messages may have arrived nevertheless
             later = {*self._retained.values()}
             first = [*self._retained, *(queue for queue in subscription.queues if queue not in later)]
-            await self.ask_all(commands.Basic.Consume(queue=queue, consumer_tag=queue) for queue in first)
+            await self.consume(*first)
             self._handing_over = asyncio.create_task(self._hand_over(), name="diator: handing over retained messages")
             self._checking = asyncio.create_task(self._keep_checking(), name="diator: checking an exchange")
         except Refused as error:
@@ -386,9 +413,46 @@ class Connection(Channel):
             if self.error is None:  # RabbitMQ refuses it: nobody would consume the group's own queues
                 self.abort(error)
 
-    def has_settled(self, consumer_tag: str) -> bool:
+    async def consume(self, *queues: str) -> None:
+        """See `Receiver.consume`."""
+        await asyncio.gather(*[self._consume(queue, self._least_prefetch_count) for queue in queues])
+
+    def _consume(self, queue: str, prefetch_count: int) -> asyncio.Future[Any]:
+        self._consumer_number += 1
+        tag = f"diator-{self._consumer_number}"
+        self._consumers[tag] = _Consumer(tag, queue, prefetch_count)
+        _ = self.ask_now(commands.Basic.Qos(prefetch_count=prefetch_count))  # for the next consumer, and for no other
+        return self.ask_now(commands.Basic.Consume(queue=queue, consumer_tag=tag))
+
+    async def cancel(self, queue: str) -> None:
+        """See `Receiver.cancel`."""
+        tags = [each.tag for each in self._consumers.values() if each.queue == queue]
+        await self.ask_all(map(commands.Basic.Cancel, tags))
+
+    def has_settled(self, queue: str) -> bool:
         """See `Receiver.has_settled`."""
-        return not self._acked and consumer_tag not in self._open.values()
+        return not self._acked and all(each.queue != queue for each in self._open.values())
+
+    def adjust_prefetch(self, delivery: Delivery) -> None:
+        """Adjust the prefetch count of the consumer that *delivery* came to."""
+        if consumer := self._open.get(cast("_Token", delivery.token).tag):
+            self._adjust_prefetch(consumer)
+
+    def _adjust_prefetch(self, consumer: _Consumer) -> None:
+        """
+        Replace *consumer* by one with twice its prefetch count if at least half as many deliveries are postponed.
+
+        If none is postponed any more, the new one has the least prefetch count: the messages of a queue are for all
+        consumers of the group. *consumer* is replaced only while RabbitMQ may send it nothing: RabbitMQ would return
+        what is on its way to a cancelled consumer, and deliver it after later messages.
+        """
+        now, postponed, least = consumer.prefetch_count, self._subscription.postponed, self._least_prefetch_count
+        wanted = least if not postponed else min(2 * now, _MAX_PREFETCH) if 2 * postponed >= now else now
+        is_replaced = consumer.tag not in self._consumers
+        if consumer.unsettled == now != wanted and not is_replaced and self._is_consuming and self.error is None:
+            del self._consumers[consumer.tag]
+            _ = self.ask_now(commands.Basic.Cancel(consumer.tag))
+            _ = self._consume(consumer.queue, wanted)
 
     async def probe(self) -> None:
         """Ask whether the exchange is still the same, and bind the queues again: somebody may have unbound one."""
@@ -439,17 +503,17 @@ class Connection(Channel):
 
     def take(self, frame: Any) -> bool:
         if isinstance(frame, commands.Basic.Cancel):
-            self.abort(
-                MessagesMissed(f"RabbitMQ has cancelled the consumer of {frame.consumer_tag!r}: its queue is gone")
-            )
+            consumer = self._consumers.get(frame.consumer_tag or "")
+            what = "a consumer" if consumer is None else f"the consumer of {consumer.queue!r}"
+            self.abort(MessagesMissed(f"RabbitMQ has cancelled {what}: its queue is gone"))
             return True
         return False
 
     def take_content(self, method: Content, header: bytes, body: bytes) -> None:
         if not isinstance(method, Deliver):
             return
-        properties, consumer = Properties(header), method.consumer_tag
-        queue = self._retained.get(consumer, consumer)
+        properties, consumer = Properties(header), self._consumers[method.consumer_tag]
+        queue = self._retained.get(consumer.queue, consumer.queue)
         delivery = Delivery(
             topic=self._subscription.queues[queue],
             body=body,
@@ -462,6 +526,9 @@ class Connection(Channel):
         self._open[method.delivery_tag] = consumer
         self._arrived.append(delivery)
         self._something.set()
+        consumer.unsettled += 1
+        if consumer.unsettled == consumer.prefetch_count:
+            self._adjust_prefetch(consumer)
 
     def _deliveries_before(self, method: Deliver, properties: Properties) -> int:
         """
@@ -634,7 +701,7 @@ class Connection(Channel):
     def _forget(self, tag: int) -> None:
         self._give_place(tag)
         self._without_place.discard(tag)
-        del self._open[tag]
+        self._open.pop(tag).unsettled -= 1
 
     def _give_place(self, tag: int) -> None:
         """Let another delivery be handed out for this one."""
@@ -668,8 +735,9 @@ class Connection(Channel):
                 task.cancel()
         try:
             if self.error is None and self._is_consuming:
+                self._is_consuming = False
                 async with asyncio.timeout(_END_TIMEOUT):
-                    await self.ask_all(map(commands.Basic.Cancel, (*subscription.queues, *self._retained)))
+                    await self.ask_all(map(commands.Basic.Cancel, [*self._consumers]))
                 if (wait := self._settled_at - self._loop.time()) > 0:
                     await asyncio.sleep(wait)
                 async with asyncio.timeout(_END_TIMEOUT):

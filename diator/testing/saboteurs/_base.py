@@ -42,6 +42,10 @@ class Subscription(Protocol):
 
     async def __anext__(self) -> Delivery: ...
 
+    def postpone(self, delivery: Delivery) -> None: ...
+
+    def resume(self, delivery: Delivery) -> bool: ...
+
     def leave(self) -> None: ...
 
 
@@ -103,7 +107,7 @@ class Saboteur(MemoryMessageBroker):
             subscription.topics = subscription.queue.topics  # it receives whatever a defect puts into its queue
             self._open_subscriptions.add(subscription)
             await self.on_subscribed(subscription, topics)
-            yield _Reading(subscription, self.read)
+            yield _Reading(subscription, self)
             self.before_unsubscribe(subscription)
         self.after_unsubscribe(subscription, topics, group)
 
@@ -143,6 +147,14 @@ class Saboteur(MemoryMessageBroker):
         """Return the delivery to hand out for *delivery*."""
         return delivery
 
+    def postpone(self, subscription: Subscription, delivery: Delivery) -> None:
+        """Count *delivery* as prefetched."""
+        subscription.postpone(delivery)
+
+    def resume(self, subscription: Subscription, delivery: Delivery) -> bool:
+        """Count *delivery* as handed out again."""
+        return subscription.resume(delivery)
+
     async def ack(self, settle: Settler, delivery: Delivery) -> None:
         """Acknowledge *delivery*."""
         await settle.ack(delivery)
@@ -159,16 +171,26 @@ class Saboteur(MemoryMessageBroker):
 class _Reading:
     """An iterator that reads through the methods of its broker."""
 
-    def __init__(self, subscription: Subscription, read: Callable[[Subscription], Any]) -> None:
+    def __init__(self, subscription: Subscription, broker: Saboteur) -> None:
         self._subscription = subscription
-        self._read = read
+        self._broker = broker
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Delivery:
-        delivery: Delivery = await self._read(self._subscription)
-        return delivery
+        return await self._broker.read(self._subscription)
+
+    def postpone(self, delivery: Delivery) -> None:
+        self._broker.postpone(self._subscription, _original(delivery))
+
+    def resume(self, delivery: Delivery) -> bool:
+        return self._broker.resume(self._subscription, _original(delivery))
+
+
+def _original(delivery: Delivery) -> Delivery:
+    """Return the delivery of the in-memory broker that a saboteur has made *delivery* of."""
+    return delivery.settler.delivery if isinstance(delivery.settler, Settling) else delivery
 
 
 class Settling:
@@ -177,16 +199,16 @@ class Settling:
     def __init__(self, broker: Saboteur, delivery: Delivery) -> None:
         self.inner = delivery.settler
         self._broker = broker
-        self._delivery = delivery
+        self.delivery = delivery
 
     async def ack(self, _: Delivery, /) -> None:
-        await self._broker.ack(self.inner, self._delivery)
+        await self._broker.ack(self.inner, self.delivery)
 
     async def retry(self, _: Delivery, after: float, /) -> None:
-        await self._broker.retry(self.inner, self._delivery, after)
+        await self._broker.retry(self.inner, self.delivery, after)
 
     async def dead_letter(self, _: Delivery, reason: str, /) -> None:
-        await self._broker.dead_letter(self.inner, self._delivery, reason)
+        await self._broker.dead_letter(self.inner, self.delivery, reason)
 
 
 def caught_by(*ids: str) -> Callable[[S], S]:

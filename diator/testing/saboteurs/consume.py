@@ -50,6 +50,14 @@ class HandlesOneMore(Consumer):
         super().__init__(broker, concurrency=concurrency + 1, **options)
 
 
+class HasNoLimit(Consumer):
+    """Lets any number of messages wait behind their keys."""
+
+    def __init__(self, broker: ReadableBroker, **options: Any) -> None:
+        options["prefetch"] = 1_000_000
+        super().__init__(broker, **options)
+
+
 class HasNoTimeout(Consumer):
     """Ignores the handler timeout."""
 
@@ -155,6 +163,7 @@ for _consumer, _ids in {
     CancelsOnStop: ("LIF-05",),
     NeverStops: ("LIF-06", "LIF-20"),
     HandlesOneMore: ("FLW-01", "FLW-13"),
+    HasNoLimit: ("FLW-18",),
     HasNoTimeout: ("PSN-07",),
     RetriesOnceMore: ("PSN-04", "PSN-14"),
     IgnoresRequirements: ("API-02",),

@@ -161,6 +161,16 @@ class _HasOneWindow(Saboteur):
         await super().ack(settle, delivery)
 
 
+@caught_by("FLW-17")
+class CountsWaiting(Saboteur):
+    """Counts a message that waits behind its key as handed out."""
+
+    def postpone(self, subscription: Subscription, delivery: Delivery) -> None: ...
+
+    def resume(self, subscription: Subscription, delivery: Delivery) -> bool:
+        return True
+
+
 @caught_by("FLW-16")
 class SharesPrefetch(_HasOneWindow):
     """Has one prefetch for all subscriptions."""

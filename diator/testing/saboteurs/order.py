@@ -5,7 +5,7 @@ from __future__ import annotations
 from diator.brokers.base import Delivery, Settler
 from diator.brokers.message import Message
 from diator.testing.saboteurs import content
-from diator.testing.saboteurs._base import Saboteur, caught_by
+from diator.testing.saboteurs._base import Saboteur, Subscription, caught_by
 
 
 @caught_by("ORD-01", "ORD-02", "ORD-07", "ORD-09")
@@ -60,3 +60,11 @@ class ReordersOnRetry(Saboteur):
         for queue in self._queues:
             queue.waiting.reverse()
         await super().retry(settle, delivery, after)
+
+
+@caught_by("ORD-11")
+class ReordersOnLeave(Saboteur):
+    """Returns in any order what a consumer had prefetched."""
+
+    def before_unsubscribe(self, subscription: Subscription) -> None:
+        subscription.unsettled = dict(reversed(subscription.unsettled.items()))

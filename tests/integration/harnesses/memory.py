@@ -86,6 +86,7 @@ class _PlainDeliveries:
 
     def __init__(self, deliveries):
         self._deliveries = deliveries
+        self.postpone, self.resume = deliveries.postpone, deliveries.resume
 
     def __aiter__(self):
         return self

@@ -126,6 +126,39 @@ async def test_without_extra_prefetch_a_crash_concerns_only_the_message_that_is_
     await asyncio.wait([running])
 
 
+async def test_what_waits_for_a_slow_key_does_not_count_as_prefetched(broker, plain, queue):
+    """RabbitMQ sends more meanwhile, in order. Then the consumer leaves the others of its group their share again."""
+    events, handled, gate = EventMap(), [], asyncio.Event()
+
+    @events.handler
+    async def handle(event: Counted) -> None:
+        if event.number % 1_000 == 0:
+            await gate.wait()
+        handled.append(event.number)
+
+    await collect(broker)
+    await broker.send_messages([counted(n, key=f"key-{n % 7}" if n % 2 else "slow") for n in range(1_000)])
+    consumer = Consumer(broker, event_map=events, group="readers", concurrency=4)
+    running = asyncio.create_task(consumer.run(signals=False))
+    await become(lambda: len(handled), 500)
+    gate.set()
+    await become(lambda: len(handled), 1_000)
+    for key in range(7):
+        assert [n for n in handled[:500] if n % 7 == key] == [n for n in range(1, 1_000, 2) if n % 7 == key]
+    assert handled[500:] == [*range(0, 1_000, 2)]
+
+    for count, not_sent in ((2_000, 1_000), (500, 500 - 4 - 100)):
+        gate.clear()
+        await broker.send_messages([counted(1_000) for _ in range(count)])
+        await asyncio.sleep(0.5)
+        assert (await plain.declare_queue(queue, passive=True)).declaration_result.message_count >= not_sent
+        before = len(handled)
+        gate.set()
+        await become(lambda count=before + count: len(handled) - count, 0)
+    consumer.stop()
+    await running
+
+
 async def test_prefetched_messages_go_to_the_next_consumer(broker):
     await collect(broker)
     await broker.send_messages([counted(n) for n in range(100)])

@@ -167,14 +167,14 @@ async def test_cancelled_when_it_has_just_connected_it_leaves_no_connection(rabb
 
 async def test_cancelled_as_it_begins_to_consume_it_ends_at_once(broker, monkeypatch):
     """RabbitMQ does not answer a close of a channel on which it has not yet confirmed a consumer."""
-    ask, consuming = _subscription.Connection.ask, asyncio.Event()
+    ask, consuming = _subscription.Connection.ask_now, asyncio.Event()
 
-    async def noticed(reading, frame):
+    def noticed(reading, frame):
         if isinstance(frame, _subscription.commands.Basic.Consume):
             consuming.set()
-        return await ask(reading, frame)
+        return ask(reading, frame)
 
-    monkeypatch.setattr(_subscription.Connection, "ask", noticed)
+    monkeypatch.setattr(_subscription.Connection, "ask_now", noticed)
     async with broker.subscribe([COUNTED], group="readers"):
         pass
     await broker.send_messages([counted(number) for number in range(10)])

@@ -16,6 +16,7 @@ from tests.integration.redis_streams.helpers import (
     acked,
     consuming,
     dead_letters,
+    message,
     nothing_comes,
     nothing_left,
     number_of,
@@ -68,6 +69,25 @@ async def test_a_long_handler_keeps_its_lease(make, redis_url, broker, admin, st
         await nothing_left(admin, stream)
 
     assert handled == {1: 1, 2: 1}
+
+
+async def test_what_waits_behind_its_key_keeps_its_lease(make, redis_url, broker, admin, stream) -> None:
+    """For three leases, while a second consumer of the group looks for entries to take over."""
+    handled, begun = [], asyncio.Event()
+
+    async def handle(event):
+        handled.append(event.number)
+        begun.set()
+        if event.number == 0:
+            await asyncio.sleep(LEASE * 3)
+
+    async with consuming(broker, handle, concurrency=2):
+        await broker.send_messages([message(number, key="slow") for number in range(50)])
+        await begun.wait()
+        async with consuming(await make(redis_url), handle):
+            await nothing_left(admin, stream)
+
+    assert handled == [*range(50)]
 
 
 async def test_a_lost_lease_is_not_stolen_back(make, redis_url, admin, stream) -> None:

@@ -384,6 +384,21 @@ async def test_draining_waits_for_deliveries_and_begins_nothing_more():
         assert it.subscription.unsettled == 0
 
 
+async def test_draining_does_not_wait_for_what_is_postponed():
+    """It waits for an earlier message of its key, and its turn would come too late."""
+    async with reading() as it:
+        it.client.fetch(*map(Record, range(2)))
+        first, second = await it.take(0, 1)
+        it.subscription.postpone(second)
+        draining = asyncio.create_task(it.subscription.drain({it.partition}))
+        await first.ack()
+        async with asyncio.timeout(1):
+            await draining
+
+        assert not it.subscription.resume(second)
+        assert (it.partition.unsettled, it.partition.offsets.lowest) == (0, 1)
+
+
 async def test_draining_has_a_bound(caplog):
     async with reading(drain_timeout=0.02) as it:
         it.client.fetch(Record(0))

@@ -362,7 +362,7 @@ async def test_a_retry_by_a_broker_of_another_event_loop_is_reported_as_that_and
     subscription = SimpleNamespace(publisher=Elsewhere(), delay_queues={}, unsettled=1, notify_settled=lambda: None)
     connection = Connection(subscription, 1)
     connection._loop = asyncio.get_running_loop()
-    connection._open[7] = None
+    connection._open[7] = SimpleNamespace(unsettled=1)
     token = _Token(7, "queue", Properties(header_of("Counted", str(uuid4()), {}, 2)), by_exchange=True)
     topic = Topic("notification_event", "Counted")
     delivery = Delivery(topic=topic, body=b"{}", headers={}, attempt=1, settler=connection, token=token)

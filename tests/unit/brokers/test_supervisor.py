@@ -866,6 +866,54 @@ async def test_room_for_deliveries_that_the_program_does_not_wait_for():
         assert deliveries.receive_nowait() is None
 
 
+async def test_a_postponed_delivery_takes_no_place():
+    service = Service()
+    async with service.supervised(prefetch=1, buffer_size=4) as deliveries:
+        service.links[0].put(1, 2, 3, 4)
+        await asyncio.sleep(0.01)
+        deliveries.unsettled = 4
+        first = await anext(deliveries)
+        assert deliveries.receive_nowait() is None
+        deliveries.postpone(first)
+        assert await take(deliveries, 1) == [2]
+        deliveries.make_room(1)
+        assert await take(deliveries, 1) == [3]
+
+        assert deliveries.resume(first)
+        assert not deliveries.resume(first)
+        deliveries.unsettled -= 1
+        assert deliveries.receive_nowait() is None
+        deliveries.unsettled -= 1
+        assert await take(deliveries, 1) == [4]
+
+
+async def test_postponed_deliveries_are_removed_with_the_prefetched_ones():
+    service = Service()
+    async with service.supervised(prefetch=4, buffer_size=4) as deliveries:
+        service.links[0].put(1, 2, 3)
+        await asyncio.sleep(0.01)
+        first, second = [await anext(deliveries) for _ in range(2)]
+        deliveries.postpone(first)
+        deliveries.postpone(second)
+        assert [each.body for each in deliveries.remove_prefetched(lambda each: each.body != b"1")] == [b"2", b"3"]
+        assert (deliveries.resume(first), deliveries.resume(second)) == (True, False)
+
+
+async def test_postponed_deliveries_were_not_delivered_at_the_end():
+    service, left = Service(), []
+
+    async def leave(prefetched):
+        left.extend(prefetched)
+
+    async with service.supervised(prefetch=4, buffer_size=4, leave=leave) as deliveries:
+        service.links[0].put(1, 2, 3)
+        await asyncio.sleep(0.01)
+        await anext(deliveries)
+        deliveries.postpone(await anext(deliveries))
+
+    assert [each.body for each in left] == [b"2", b"3"]
+
+
 def test_a_prefetch_below_one_is_refused():
     with pytest.raises(ConfigurationError, match="prefetch"):
         Service().supervised(prefetch=0)

@@ -80,6 +80,87 @@ async def test_a_key_that_waits_does_not_block_other_keys():
     assert handled == [3, 4, 5, 0, 1, 2]
 
 
+async def test_what_waits_for_a_slow_key_occupies_no_handler():
+    gate, handled = asyncio.Event(), []
+
+    async def on_moved(event: Moved) -> None:
+        if event.room == "slow":
+            await gate.wait()
+        handled.append(event.number)
+
+    events = [Moved(room="slow" if number % 2 == 0 else "others", number=number) for number in range(100)]
+    consumer, reports = consumer_of(await holding(*events), on_moved, concurrency=2)
+    async with running(consumer):
+        await until(lambda: len(handled) == 50)
+        assert handled == [*range(1, 100, 2)]
+        gate.set()
+        await until(lambda: len(reports) == 100)
+
+    assert handled[50:] == [*range(0, 100, 2)]
+
+
+@pytest.mark.parametrize("limit", ["messages", "bytes"])
+async def test_what_waits_is_bounded(monkeypatch, limit):
+    gate, handled = asyncio.Event(), []
+
+    async def on_moved(event: Moved) -> None:
+        await gate.wait()
+        handled.append(event.number)
+
+    events = [Moved(number=number) for number in range(20)]
+    broker = Scripted()
+    broker.script.extend(broker.delivery(body_of(event), headers={"key": "A"}) for event in events)
+    if limit == "bytes":
+        monkeypatch.setattr("diator.consumer._MAX_WAITING_BYTES", 4 * (len(body_of(events[0])) + len("keyA")))
+    consumer, reports = consumer_of(broker, on_moved, concurrency=8, **{"prefetch": 5} if limit == "messages" else {})
+    async with running(consumer):
+        await asyncio.sleep(0.01)
+        assert broker.given == {"messages": 1 + 5, "bytes": 1 + 4}[limit]
+        gate.set()
+        await until(lambda: len(reports) == 20)
+
+    assert handled == [*range(20)]
+
+
+async def test_headers_count_as_bytes_that_wait(monkeypatch):
+    monkeypatch.setattr("diator.consumer._MAX_WAITING_BYTES", 10_000)
+    gate = asyncio.Event()
+
+    async def on_moved(event: Moved) -> None:
+        await gate.wait()
+
+    broker = Scripted()
+    body = body_of(Moved())
+    broker.script.extend(broker.delivery(body, headers={"key": "A", "large": "x" * 6_000}) for _ in range(20))
+    consumer, reports = consumer_of(broker, on_moved, concurrency=8)
+    async with running(consumer):
+        await asyncio.sleep(0.01)
+        assert broker.given == 1 + 2
+        gate.set()
+        await until(lambda: len(reports) == 20)
+
+
+async def test_what_was_withdrawn_while_it_waited_is_not_handled():
+    """Such as by a lost connection. The service delivers it again."""
+    gate, handled, withdrawn = asyncio.Event(), [], []
+
+    async def on_moved(event: Moved) -> None:
+        await gate.wait()
+        handled.append(event.number)
+
+    broker = Scripted()
+    broker.script.extend(broker.delivery(body_of(Moved(number=n)), headers={"key": "A"}) for n in range(5))
+    broker.postpone = withdrawn.append
+    broker.resume = lambda delivery: delivery not in withdrawn[:3]
+    consumer, reports = consumer_of(broker, on_moved, concurrency=2)
+    async with running(consumer):
+        await until(lambda: broker.given == 5)
+        gate.set()
+        await until(lambda: len(reports) == 2)
+
+    assert handled == [0, 4]
+
+
 async def test_a_key_continues_after_a_failure():
     async def on_moved(event: Moved) -> None:
         if event.number == 0:

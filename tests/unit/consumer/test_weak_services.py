@@ -100,9 +100,9 @@ async def test_there_is_a_default_group_where_the_transport_has_groups(capabilit
     assert broker.group == group
 
 
-@pytest.mark.parametrize("option", [{"concurrency": 0}, {"handler_timeout": 0}, {"drain_timeout": -1}])
+@pytest.mark.parametrize("option", [{"concurrency": 0}, {"prefetch": 0}, {"handler_timeout": 0}, {"drain_timeout": -1}])
 def test_options_out_of_range_are_refused(option):
-    with pytest.raises(ConfigurationError, match="concurrency must be at least 1"):
+    with pytest.raises(ConfigurationError, match="concurrency and prefetch must be at least 1"):
         consumer_of(Scripted(), on_joined, **option)
 
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from diator.brokers.capabilities import Capabilities
 from diator.testing.conformance._consuming import Happened
 from diator.testing.conformance._context import Context
+from diator.testing.conformance._recovery import reconnected
 from diator.testing.conformance._scenario import scenario
 
 _DESTINATION = Capabilities(ordering="destination")
@@ -123,3 +124,58 @@ async def order_survives_retry(ctx: Context) -> None:
                 settled += 1
         await reader.until_fence()
     ctx.ledger.compare(reader.name, messages).verify(in_order=True)
+
+
+@scenario("ORD-11", "What waits behind its key when a consumer stops is delivered again, in order", needs=
+    Capabilities(ordering="key", settlement="cumulative", redelivery=frozenset({"close"})))  # fmt: skip
+async def lanes_return(ctx: Context) -> None:
+    """Catch messages that a stopped consumer keeps, or returns in another order."""
+    broker, group, at_work = await ctx.broker(), ctx.name(), asyncio.Event()
+
+    async def handle(event: Happened) -> None:
+        if event.number % 2 == 0:
+            at_work.set()
+            await asyncio.Event().wait()
+
+    async with ctx.consuming(broker, handle, group=group, concurrency=4) as run:
+        messages = [run.message(number, key="slow" if number % 2 == 0 else f"key-{number}") for number in range(40)]
+        await ctx.send_all(broker, messages)
+        await at_work.wait()
+        await run.until_handled(20)
+    async with ctx.reading(broker, run.topic, group=group) as reader:
+        again = await ctx.within(ctx.limits.redelivery, reader.take(20), "what waited")
+        await reader.until_fence()
+    waited = [each.id for each in again if each.id != messages[0].message_id]
+    ctx.same(waited, [each.message_id for each in messages[2::2]], "the messages that waited")
+
+
+@scenario("ORD-12", "What waits behind its key stays in order when the connection is lost, and is handled once",
+    needs=Capabilities(ordering="key"), level="F", facilities=["proxy"], timeout=90)  # fmt: skip
+async def lanes_survive_resets(ctx: Context) -> None:
+    """Catch a consumer that handles what waited, and then its redelivery."""
+    proxy = await ctx.proxy()
+    broker = await ctx.broker()
+    gate, handled = asyncio.Event(), list[int]()
+
+    async def handle(event: Happened) -> None:
+        if event.number == 0:
+            await gate.wait()
+        handled.append(event.number)
+
+    async with ctx.consuming(broker, handle, concurrency=4) as run:
+        messages = [run.message(number, key="slow" if number % 2 == 0 else f"key-{number}") for number in range(80)]
+        await ctx.send_all(broker, messages)
+        await run.until_handled(40)
+        before = proxy.accepted
+        proxy.reset()
+        await reconnected(ctx, proxy, before, ctx.limits.recovery)
+        last = run.message(81, key="the last")
+        await ctx.send_until_confirmed(broker, last)
+        while 81 not in handled:  # noqa: PLR2004
+            await run.until_handled(len(run.handled) + 1)
+        gate.set()
+        while 78 not in handled:  # noqa: PLR2004
+            await run.until_handled(len(run.handled) + 1)
+    slow = [number for number in handled if number % 2 == 0]
+    ctx.same([number for number in slow if number], [*range(2, 80, 2)], "the messages that waited")
+    ctx.same(slow[0], 0, "the first message of the slow key")
