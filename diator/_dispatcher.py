@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from diator._handlers import PreparedHandler
 from diator.container.base import Resolver, Shared, scopes
 from diator.events._emitter import OUTGOING, EventEmitter
-from diator.middlewares.base import Middleware, chain
+from diator.middlewares.base import Middleware, chain, middlewares_for
 from diator.requests import RequestMap
 
 #: Handles a request, and leaves the messages to send afterwards under `OUTGOING`.
@@ -57,7 +57,7 @@ class Dispatcher(dict[type, Plan]):
 
     def __missing__(self, request_type: type) -> Plan:
         handler = PreparedHandler(self._request_map.get(request_type), self._container)
-        plan = self[request_type] = Plan(handler, self._emitter, self._middlewares)
+        plan = self[request_type] = Plan(handler, self._emitter, middlewares_for(self._middlewares, request_type))
         return plan
 
 

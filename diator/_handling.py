@@ -22,7 +22,7 @@ from diator.events import EventEmitter, EventMap
 from diator.events._emitter import OUTGOING, Outgoing
 from diator.events._event import is_integration_event, message_name_of
 from diator.exceptions import ConfigurationError, DecodingError, DiatorError, EventHandlersFailed
-from diator.middlewares.base import Middleware, chain
+from diator.middlewares.base import Middleware, chain, middlewares_for
 from diator.retrying import RetryPolicy
 
 #: The logger that the documentation names for all lines about deliveries; this module is private.
@@ -134,7 +134,8 @@ def routes(
         if is_integration_event(event_type):
             topic = Topic(getattr(event_type, "message_type"), message_name_of(event_type))  # noqa: B009  # not an attribute of `type`
             prepared = [PreparedHandler(handler, container) for handler in event_map.get(event_type)]
-            handlers = [Bound(handler.name, _handle(handler, middlewares, emitter)) for handler in prepared]
+            around = middlewares_for(middlewares, event_type)
+            handlers = [Bound(handler.name, _handle(handler, around, emitter)) for handler in prepared]
             found[topic] = Route(event_decoder(event_type), handlers[0].handle, handlers, len(handlers) > 1)
     if not found:
         raise ConfigurationError(

@@ -22,7 +22,7 @@ from diator.container.base import Resolver
 from diator.events import EventEmitter, EventMap
 from diator.events._emitter import described
 from diator.exceptions import BrokerUnavailable, ConfigurationError, DecodingError, UsageError
-from diator.middlewares.base import Middleware
+from diator.middlewares.base import Middleware, checked_middlewares
 from diator.retrying import RetryPolicy
 
 __all__ = ["Consumer", "Handled", "Health"]
@@ -159,7 +159,7 @@ class Consumer:
         container = Container() if container is None else container
         emitter = event_emitter or EventEmitter(event_map, container, broker)
         emitter._wire(container)
-        self._routes = routes(event_map, container, tuple(middlewares), emitter)
+        self._routes = routes(event_map, container, checked_middlewares(middlewares), emitter)
         self._handling = Handling(
             self._routes,
             _retry(broker, promised, retry),

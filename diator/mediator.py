@@ -14,7 +14,7 @@ from diator.container.base import Resolver, Shared
 from diator.events import EventEmitter, EventMap
 from diator.events._emitter import OUTGOING, Outgoing, check_parts, described
 from diator.exceptions import ConfigurationError, EventsNotSent, MessagesNotSent
-from diator.middlewares.base import Middleware
+from diator.middlewares.base import Middleware, checked_middlewares
 from diator.requests import Request, RequestMap
 
 Res = TypeVar("Res")
@@ -78,7 +78,7 @@ class Mediator:
                 "request_map must be a RequestMap, and event_emitter an EventEmitter or None; they are "
                 f"{described(request_map)} and {described(event_emitter)}"
             )
-        middlewares = _checked(middlewares)
+        middlewares = checked_middlewares(middlewares)
         if event_emitter is None:
             event_emitter = EventEmitter(event_map=event_map, message_broker=message_broker)
         elif event_map is not None or message_broker is not None:
@@ -156,18 +156,6 @@ class Mediator:
             ids = ", ".join(str(message.message_id) for _, message in outgoing)
             logger.warning("cancelled while sending the events of a handled request; messages may not be sent: %s", ids)
             raise
-
-
-def _checked(middlewares: Iterable[Middleware]) -> tuple[Middleware, ...]:
-    if not isinstance(middlewares, Iterable):
-        raise ConfigurationError(f"middlewares must be a list of middlewares, not {middlewares!r}")
-    checked = tuple(middlewares)
-    for middleware in checked:
-        if isinstance(middleware, type) or not callable(middleware):
-            raise ConfigurationError(
-                f"{middleware!r} is not a middleware; pass an object that can be called with (message, handle)"
-            )
-    return checked
 
 
 def _not_sent(outgoing: Outgoing, response: object) -> EventsNotSent:

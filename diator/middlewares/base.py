@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import inspect
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from types import MethodType
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar, get_origin, overload
 
+from diator._hints import name_of
+from diator.exceptions import ConfigurationError
+
+M = TypeVar("M")
+M_contra = TypeVar("M_contra", contravariant=True)
 State = TypeVar("State")
 
 #: Calls the next middleware, or the handler.
@@ -24,6 +30,81 @@ class Middleware(Protocol):
     async def __call__(self, message: Any, handle: Handle, /) -> Any:
         """Handle *message*, usually with `await handle(message)`, and return the response."""
         ...
+
+
+class MiddlewareOf(Protocol[M_contra]):
+    """A middleware for messages of one class, to be limited by `only_for`."""
+
+    async def __call__(self, message: M_contra, handle: Handle, /) -> Any:
+        """As `Middleware.__call__`."""
+        ...
+
+
+@overload
+def only_for(of: Callable[[Any], bool], middleware: Middleware, /) -> Middleware: ...
+@overload
+def only_for(of: Callable[..., M], middleware: MiddlewareOf[M], /) -> Middleware: ...  # type[M] cannot be abstract
+def only_for(of: Any, middleware: Any, /) -> Middleware:
+    """
+    Limit *middleware* to some messages: those of the class *of* and its subclasses, or those for which *of* is true.
+
+    A class costs the other messages nothing: which middlewares surround a handler is decided when it is prepared. A
+    function is called with each message.
+
+    Raises:
+        ConfigurationError: *of* is neither a class nor a function, or *middleware* cannot be called.
+    """
+    [checked] = checked_middlewares([middleware])
+    if isinstance(of, type):
+        try:
+            issubclass(object, of)
+        except TypeError as error:
+            raise ConfigurationError(f"only_for cannot use {name_of(of)}: {error}; pass a function") from error
+        return _OnlyFor(of, lambda message: isinstance(message, of), checked)
+    if get_origin(of) is not None or not callable(of) or inspect.iscoroutinefunction(of):
+        raise ConfigurationError(
+            f"only_for needs a class without type arguments, or a function (message) -> bool, and it is {of!r}"
+        )
+    return _OnlyFor(None, of, checked)
+
+
+class _OnlyFor:
+    def __init__(self, of: type | None, wants: Callable[[Any], object], middleware: Middleware) -> None:
+        self.of = of
+        self.middleware = middleware
+        self._wants = wants
+
+    async def __call__(self, message: Any, handle: Handle, /) -> Any:
+        return await (self.middleware(message, handle) if self._wants(message) else handle(message))
+
+
+def middlewares_for(middlewares: Iterable[Middleware], message_type: type) -> list[Middleware]:
+    """Return those of *middlewares* that may surround handlers of *message_type*."""
+    found: list[Middleware] = []
+    for middleware in middlewares:
+        if not isinstance(middleware, _OnlyFor) or middleware.of is None:
+            found.append(middleware)
+        elif issubclass(message_type, middleware.of):
+            found += middlewares_for([middleware.middleware], message_type)
+    return found
+
+
+def checked_middlewares(middlewares: Iterable[Middleware]) -> tuple[Middleware, ...]:
+    """
+    Return *middlewares* as a tuple.
+
+    Raises:
+        ConfigurationError: They are not a list, or one of them cannot be called.
+    """
+    if not isinstance(middlewares, Iterable):
+        raise ConfigurationError(f"middlewares must be a list of middlewares, not {middlewares!r}")
+    checked = tuple(middlewares)
+    for middleware in checked:
+        if isinstance(middleware, type) or not callable(middleware):
+            raise ConfigurationError(
+                f"{middleware!r} is not a middleware; pass an object that can be called with (message, handle)"
+            )
+    return checked
 
 
 class BaseMiddleware:

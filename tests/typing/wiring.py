@@ -1,6 +1,7 @@
 """Mediator, emitter and middlewares: right programs, and wrong lines with the error of each type checker."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, assert_type
@@ -11,7 +12,7 @@ from diator.container import Container
 from diator.events import EventEmitter, EventMap, NotificationEvent
 from diator.exceptions import EventsNotSent
 from diator.mediator import Mediator
-from diator.middlewares import BaseMiddleware, Handle, LoggingMiddleware
+from diator.middlewares import BaseMiddleware, Handle, LoggingMiddleware, only_for
 from diator.requests import Request, RequestMap
 from diator.response import Response
 
@@ -36,6 +37,25 @@ class Timed:
 
 async def function(message: Any, handle: Handle) -> Any:
     return await handle(message)
+
+
+class Audited(ABC):
+    @property
+    @abstractmethod
+    def user_id(self) -> int: ...
+
+
+async def audit(message: Audited, handle: Handle) -> Any:
+    assert_type(message.user_id, int)
+    return await handle(message)
+
+
+async def on_joined(message: UserJoined, handle: Handle) -> Any:
+    return await handle(message)
+
+
+def is_join(message: object) -> bool:
+    return isinstance(message, UserJoined)
 
 
 async def lacks_handle(message: Any) -> Any: ...
@@ -76,6 +96,16 @@ def wire(requests: RequestMap, events: EventMap) -> None:
     Mediator(requests, message_broker=OwnBatchBroker())
     Mediator(requests, middlewares=(function,))
 
+    limited = [only_for(UserJoined, on_joined), only_for(UserJoined, function), only_for(Request, LoggingMiddleware())]
+    Mediator(
+        requests, middlewares=[*limited, only_for(Audited, audit), only_for(UserJoined, only_for(is_join, Timed()))]
+    )
+    only_for(lambda message: message.user_id == 1, function)
+
+    only_for(Request, on_joined)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    only_for(UserJoined, lacks_handle)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    only_for("UserJoined", function)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    only_for(UserJoined)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     Mediator()  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     Mediator(events)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     Mediator(requests, events)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
