@@ -11,7 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self, TypeAlias
 
 from aiokafka import TopicPartition
@@ -49,6 +49,10 @@ _CODECS = ("none", "gzip", "snappy", "lz4", "zstd")  # by their number in the at
 _HEADER = struct.Struct(">qiibIhiqqqhii")
 _AFTER_LENGTH, _AFTER_CRC = 12, 21
 _HAS_KAFKAS_TIME = 0x08  # in the attributes: the largest timestamp is that of every record
+# A record with more headers is not read: each takes 70 bytes in memory, and may be two in the batch.
+_MAX_HEADERS = 10_000
+# Only in a larger batch are headers counted, since it takes a fiftieth of the time of a message.
+_COUNTED_FROM = 256 * 1024
 _XERIAL = b"\x82SNAPPY\0"  # Java's snappy begins like this; then come blocks, each with its length
 _XERIAL_HEADER_BYTES = 16
 
@@ -182,6 +186,7 @@ class Fetched:
     def _read_again(self, batch: Any, error: Exception | None) -> Iterator[ForeignRecord | Unreadable]:
         """Read the rest of *batch*, of which aiokafka could not read everything. None as *error*: it is corrupt."""
         first, last = self._parsing.next_fetch_offset, batch.next_offset - 1
+        where = f"{_named(self._place)}, offset "
         if error is None:
             why = "the batch is corrupt"
         elif type(error) is _CannotBeDecompressed:
@@ -195,11 +200,12 @@ class Fetched:
                             raise ValueError("another batch has this offset")
                         if record.offset >= first:
                             first = record.offset + 1
+                            if type(record) is Unreadable:
+                                record = replace(record, why=f"{where}{record.offset}: {record.why}")  # noqa: PLW2901
                             yield record
                     return
         if first <= last:
-            where = f"{_named(self._place)}, offset {first}" + (f" to {last}" if first < last else "")
-            yield Unreadable(offset=last, why=f"{where}: {why}")
+            yield Unreadable(offset=last, why=f"{where}{first}" + (f" to {last}" if first < last else "") + f": {why}")
 
 
 def _named(place: TopicPartition) -> str:
@@ -231,8 +237,8 @@ class _Batches:
         self.current = None
         batch = self.current = self._next_batch()
         self._end = batch.next_offset
-        if type(batch) is DefaultRecordBatch and batch.compression_type:
-            return _Compressed(batch, self)
+        if type(batch) is DefaultRecordBatch and (batch.compression_type or self._is_large(batch)):
+            return _Checked(batch, self)
         return batch
 
     def checked(self, _: object, record: Any) -> Any:
@@ -260,17 +266,29 @@ class _Batches:
         """Return whether the bytes of *batch* are not those that its sender wrote."""
         return type(batch) is DefaultRecordBatch and calc_crc32c(self._bytes_of(batch)[_AFTER_CRC:]) != batch.crc
 
+    def _is_large(self, batch: Any) -> bool:
+        return len(self._answer) > _COUNTED_FROM and self._end_of(batch) - self._at > _COUNTED_FROM
+
     def _bytes_of(self, batch: Any) -> bytes:
+        end = self._end_of(batch)
+        return self._answer[self._at : end]
+
+    def _end_of(self, batch: Any) -> int:
+        """Return where *batch* ends in the answer. From then on `_at` is where it begins."""
         while True:
             offset, length = struct.unpack_from(">qi", self._answer, self._at)
-            end = self._at + _AFTER_LENGTH + length
+            end: int = self._at + _AFTER_LENGTH + length
             if offset == batch.base_offset:
-                return self._answer[self._at : end]
+                return end
             self._at = end
 
 
-class _Compressed:
-    """A compressed batch, decompressed only if aiokafka reads its records: those of an aborted transaction it skips."""
+class _Checked:
+    """
+    A batch that is compressed or large: decompressed, and its headers counted, when aiokafka reads its records.
+
+    Those of an aborted transaction it skips.
+    """
 
     def __init__(self, batch: Any, batches: _Batches) -> None:
         self._batch = batch
@@ -280,15 +298,32 @@ class _Compressed:
         return getattr(self._batch, name)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(DefaultRecordBatch(self._batches.uncompressed(self._batch)))
+        batch = self._batches.uncompressed(self._batch)
+        if len(batch) > _COUNTED_FROM and _has_too_many_headers(batch):
+            raise ValueError("a record has too many headers")
+        return iter(DefaultRecordBatch(batch) if self._batch.compression_type else self._batch)
 
 
 # -- the bytes of a batch ----------------------------------------------------------------------------------------
 
 
-def records_of(batch: bytearray) -> Iterator[ForeignRecord]:
+def _has_too_many_headers(batch: bytearray) -> bool:
+    """Look for a record with too many headers in an uncompressed *batch*. aiokafka finds out if it is not valid."""
+    at = _HEADER.size
+    with suppress(ValueError, LookupError):
+        for _ in range(_HEADER.unpack_from(batch)[-1]):
+            length, at = decode_varint(batch, at)
+            if length <= 0:
+                break
+            if length > 2 * _MAX_HEADERS and _Fields(batch, at).header_count > _MAX_HEADERS:
+                return True
+            at += length
+    return False
+
+
+def records_of(batch: bytearray) -> Iterator[ForeignRecord | Unreadable]:
     """
-    Read the records of an uncompressed *batch*, whatever the names of their headers are.
+    Read the records of an uncompressed *batch*, whatever the names of their headers are, unless they are too many.
 
     Raises:
         ValueError: The next record is not valid.
@@ -299,39 +334,46 @@ def records_of(batch: bytearray) -> Iterator[ForeignRecord]:
     for _ in range(count):
         length, at = decode_varint(batch, at)
         end = at + length
-        record = _Cursor(batch, at + 1)  # one byte of attributes, which nothing uses
-        timestamp, offset = record.number(), record.number()
-        key, value = record.text(), record.text()
+        record = _Fields(batch, at)
+        at = end
+        if record.header_count > _MAX_HEADERS:
+            why = f"the record has {record.header_count:,} headers, more than {_MAX_HEADERS:,}"
+            yield Unreadable(offset=base + record.offset, why=why)
+            continue
         headers: list[tuple[str, bytes | None]] = []
-        for _ in range(record.number()):
+        for _ in range(record.header_count):
             name = record.text()
             if name is None:
                 raise ValueError("a header has no name")
             headers.append((_name(name), record.text()))
         if record.at != end:
             raise ValueError("the length of the record is wrong")
-        at = end
         yield ForeignRecord(
-            offset=base + offset,
-            timestamp=max_timestamp if attributes & _HAS_KAFKAS_TIME else first_timestamp + timestamp,
-            key=key,
-            value=value,
+            offset=base + record.offset,
+            timestamp=max_timestamp if attributes & _HAS_KAFKAS_TIME else first_timestamp + record.timestamp,
+            key=record.key,
+            value=record.value,
             headers=headers,
         )
 
 
-class _Cursor:
+class _Fields:
+    """The fields of the record at *at*. Its headers are read with `text`, a name and a value each."""
+
     def __init__(self, batch: bytearray, at: int) -> None:
         self._batch = batch
-        self.at = at
+        self.at = at + 1  # one byte of attributes, which nothing uses
+        self.timestamp, self.offset = self._number(), self._number()
+        self.key, self.value = self.text(), self.text()
+        self.header_count = self._number()
 
-    def number(self) -> int:
+    def _number(self) -> int:
         number: int
         number, self.at = decode_varint(self._batch, self.at)
         return number
 
     def text(self) -> bytes | None:
-        length = self.number()
+        length = self._number()
         if length == -1:
             return None
         if not 0 <= length <= len(self._batch) - self.at:

@@ -79,7 +79,7 @@ def test_a_consumer_pays_nothing_for_headers_that_it_does_not_need(monkeypatch):
 
 @pytest.mark.parametrize("body", [b"", b" ", b"\r\n\t" * 10_000])
 def test_an_empty_body_is_called_empty(body):
-    with pytest.raises(DecodingError, match="^the body is empty$"):
+    with pytest.raises(DecodingError, match=r"^the body is empty$"):
         decode(body)
 
 

@@ -19,7 +19,7 @@ from aiokafka.record.memory_records import MemoryRecords
 from aiokafka.record.util import calc_crc32c
 
 from diator.brokers.kafka import _fetched
-from diator.brokers.kafka._fetched import Fetched, ForeignRecord, HeaderName, Unreadable, records_of
+from diator.brokers.kafka._fetched import _MAX_HEADERS, Fetched, ForeignRecord, HeaderName, Unreadable, records_of
 from diator.exceptions import ConfigurationError
 
 PLACE = TopicPartition("shop.notification_event.OrderPaid", 0)
@@ -107,6 +107,34 @@ def test_a_batch_that_would_be_too_large_is_left_out_alone(codec):
     assert (unreadable.offset, unreadable.value, unreadable.key) == (2, None, None)
     assert f"{PLACE.topic}, partition 0, offset 1 to 2: the batch cannot be decompressed" in unreadable.why
     assert [*unreadable.headers] == []
+
+
+@pytest.mark.parametrize("codec", ["none", "gzip", "zstd"])
+def test_a_record_with_too_many_headers_is_left_out_alone(codec):
+    number, compress = CODECS.get(codec, (0, bytes))
+    most, too_many = [[("", b"")] * (_MAX_HEADERS + more) for more in (0, 300_000)]
+    large = batch(b"1", (b"2", most), (b"3", too_many), b"4", at=1, codec=number, compress=compress)
+    reader = Reader(most=2 * KIB * KIB)
+    tracemalloc.start()
+    read = reader.read(batch(b"0"), large, batch(b"5", at=5))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    why = f"{PLACE.topic}, partition 0, offset 3: the record has 310,000 headers, more than 10,000"
+    assert values(read) == [b"0", b"1", b"2", why, b"4", b"5"]
+    assert [each.offset for each in read] == [0, 1, 2, 3, 4, 5]
+    assert len(read[2].headers) == _MAX_HEADERS
+    assert peak < 8 * KIB * KIB + len(large)
+
+
+@pytest.mark.parametrize("length", [0, 1])  # of the first record; 1 stands for -1
+def test_headers_are_not_counted_for_ever(length):
+    large = bytearray(batch(b"1" * 300 * KIB))
+    large[HEADER_BYTES] = length
+    struct.pack_into(">i", large, HEADER_BYTES - 4, 2**31 - 1)  # as many records
+
+    [unreadable] = Reader().read(changed(large))
+    assert type(unreadable) is Unreadable
 
 
 @pytest.mark.parametrize("codec", ["gzip", "gzip twice"])
