@@ -121,6 +121,7 @@ def benchmarks_smoke(session: nox.Session) -> None:
     services = images(session, "redis", "rabbitmq", "kafka")
     session.run("python", "-m", "benchmarks", "brokers", "--smoke", env=services)
     session.run("python", "-m", "benchmarks", "hostile", "--smoke", env=services)
+    session.run("python", "-m", "benchmarks", "skew", "--smoke", env=services)
 
 
 @nox.session

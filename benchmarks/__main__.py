@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import brokers, comparison, hostile, imports, memory
+from benchmarks import brokers, comparison, hostile, imports, memory, skew
 from benchmarks.environments import BROKER_LIBRARIES, CACHE, LIBRARIES
 from benchmarks.reports import keep
 from benchmarks.worker.workloads import WORKLOADS
@@ -24,6 +24,8 @@ def main() -> int:
             results = memory.measure()
         case "hostile":
             results = hostile.measure(options.transports or hostile.TRANSPORTS, flood=options.messages)
+        case "skew":
+            results = skew.measure(options.transports or skew.TRANSPORTS, rounds=options.rounds)
         case "brokers":
             results = brokers.compare(
                 options.transports or brokers.TRANSPORTS,
@@ -55,6 +57,10 @@ def smoke(options: argparse.Namespace) -> int:
     if options.benchmark == "hostile":
         faults = hostile.smoke(options.transports or hostile.TRANSPORTS)
         print("\n".join(faults) or "every message was settled")
+        return 1 if faults else 0
+    if options.benchmark == "skew":
+        faults = skew.smoke(options.transports or skew.TRANSPORTS)
+        print("\n".join(faults) or "every message of another key was handled once, in order")
         return 1 if faults else 0
     here = [name for name, library in LIBRARIES.items() if not library.pins]
     ran = comparison.smoke(options.libraries or here, options.only or WORKLOADS)
@@ -104,6 +110,9 @@ def parsed() -> argparse.Namespace:
     foreign = others.add_parser("hostile", help=hostile.__doc__, parents=[kept, smoking])
     foreign.add_argument("transports", nargs="*", type=one_of(hostile.TRANSPORTS), metavar="streams rabbitmq kafka")
     foreign.add_argument("--messages", type=int, default=hostile.FLOOD, help="how many are in a flood")
+    skewed = others.add_parser("skew", help=skew.__doc__, parents=[kept, smoking])
+    skewed.add_argument("transports", nargs="*", type=one_of(skew.TRANSPORTS), metavar="memory streams rabbitmq kafka")
+    skewed.add_argument("--rounds", type=int, default=3)
     return parser.parse_args()
 
 

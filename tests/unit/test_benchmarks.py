@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import brokers
+from benchmarks import brokers, skew
 
 
 def test_a_ratio_is_the_median_of_the_ratios_within_one_round():
@@ -28,3 +28,17 @@ def test_for_a_latency_less_is_better(ratio, met):
 def test_every_rate_has_a_target(transport):
     """Every workload that is measured has a target."""
     assert transport.targets.keys() == {*brokers.PUBLISHING, *brokers.DRAINING}
+
+
+@pytest.mark.parametrize(
+    ("wait_ms", "per_second", "met"),
+    [(2.0, 80.0, (True, True)), (2.1, 100.0, (False, True)), (1.0, 79.0, (True, False))],
+)
+def test_a_slow_key_is_judged_by_the_wait_and_the_rate_of_the_others(wait_ms, per_second, met):
+    """Both are compared within one round."""
+    without = [{"wait_ms": 1.0, "per_second": 100.0, "faults": []}]
+
+    figures = skew.figures(without, [{"wait_ms": wait_ms, "per_second": per_second, "faults": ["a fault"]}])
+
+    assert (figures["wait"]["met"], figures["rate"]["met"]) == met
+    assert figures["faults"] == ["a fault"]
