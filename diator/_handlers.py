@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from operator import attrgetter
-from typing import Any, ClassVar, Protocol, TypeAlias, cast, get_args, get_origin
+from typing import Any, Protocol, TypeAlias, cast, get_args, get_origin
 
 from diator._hints import Parameter, UnresolvedName, fits, function_of, name_of, parameters_of
 from diator.container.base import BuildLater, Construction, Resolver, Shared, builder, is_registered, is_shared
@@ -30,7 +30,8 @@ class Events(list[Any]):
 class RaisesEvents:
     """The common part of the handler base classes: a list of events, made when it is first used."""
 
-    _raised: ClassVar[Events | None] = None  # set per object; without ClassVar, containers would inject it
+    # Set per object. Without an annotation, because a container may take the annotations of a class for dependencies.
+    _raised = cast("Events | None", None)
     _diator_events_taken = False
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Self, TypeAlias
+from typing import Self, TypeAlias, overload
 from uuid import UUID, uuid4
 
 from diator.exceptions import EncodingError
@@ -14,7 +14,7 @@ _new, _set = object.__new__, object.__setattr__
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False)
 class Message:
     """
     A message that a broker sends: its type and name, an id, and a payload that is already encoded as JSON.
@@ -30,6 +30,11 @@ class Message:
         payload_json: A JSON object, encoded as UTF-8.
         key: Messages with the same key keep their order, if the transport keeps any order.
         headers: Metadata about the message, such as a trace context or a correlation id.
+
+    A program may pass a *payload* of plain JSON values instead of *payload_json*. The id is random unless it is passed.
+
+    Raises:
+        EncodingError: *payload* contains something that JSON cannot represent.
     """
 
     message_type: str
@@ -39,41 +44,70 @@ class Message:
     key: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    @overload
+    def __init__(
+        self,
+        *,
+        message_type: str,
+        message_name: str,
+        message_id: UUID,
+        payload_json: bytes,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        *,
+        message_type: str,
+        message_name: str,
+        message_id: UUID | None = None,
+        payload: Mapping[str, object],
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None: ...
+    def __init__(
+        self,
+        *,
+        message_type: str,
+        message_name: str,
+        message_id: UUID | None = None,
+        payload: Mapping[str, object] | None = None,
+        payload_json: bytes | None = None,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        if (payload is None) == (payload_json is None):
+            raise TypeError("Message needs either payload or payload_json")
+        fields = {
+            "message_type": message_type,
+            "message_name": message_name,
+            "message_id": message_id or uuid4(),
+            "payload_json": payload_json if payload is None else _encoded(message_name, payload),
+            "key": key,
+            "headers": headers or {},
+        }
+        _set(self, "__dict__", fields)
+
     @classmethod
     def create(
         cls,
         *,
         message_name: str,
-        payload: dict[str, object],
+        payload: Mapping[str, object],
         message_type: str = "notification_event",
         message_id: UUID | None = None,
         key: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Self:
-        """
-        Return a message without an event class, with a *payload* of plain JSON values and a random id by default.
-
-        Raises:
-            EncodingError: *payload* contains something that JSON cannot represent.
-        """
-        import json  # noqa: PLC0415  # used rarely; without it, importing diator is faster
-
-        try:
-            payload_json = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-        except (TypeError, ValueError, RecursionError) as error:
-            raise EncodingError(f"{message_name}.payload", str(error)) from error
-        parsed: object = json.loads(payload_json)
-        if parsed != payload or not isinstance(parsed, dict):
-            raise EncodingError(
-                f"{message_name}.payload", "the payload must be an object of plain JSON values with text as keys"
-            )
+        """Return a message with *payload*: a notification event by default. As the constructor."""
         return cls(
             message_type=message_type,
             message_name=message_name,
-            message_id=message_id or uuid4(),
-            payload_json=payload_json,
+            message_id=message_id,
+            payload=payload,
             key=key,
-            headers=headers or {},
+            headers=headers,
         )
 
     @staticmethod
@@ -90,3 +124,18 @@ class Message:
 
         parsed: dict[str, Json] = json.loads(self.payload_json)
         return parsed
+
+
+def _encoded(message_name: str, payload: Mapping[str, object]) -> bytes:
+    import json  # noqa: PLC0415  # as above
+
+    try:
+        payload_json = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise EncodingError(f"{message_name}.payload", str(error)) from error
+    parsed: object = json.loads(payload_json)
+    if parsed != payload or not isinstance(parsed, dict):
+        raise EncodingError(
+            f"{message_name}.payload", "the payload must be an object of plain JSON values with text as keys"
+        )
+    return payload_json

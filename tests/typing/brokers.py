@@ -6,6 +6,7 @@ import aio_pika
 from redis.asyncio import Redis
 from yarl import URL
 
+from diator.brokers import Message
 from diator.brokers.kafka import KafkaMessageBroker
 from diator.brokers.memory import MemoryMessageBroker
 from diator.brokers.rabbitmq import RabbitMQMessageBroker
@@ -49,12 +50,13 @@ async def construct_rabbitmq(url: URL) -> None:
     RabbitMQMessageBroker(object())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
-async def construct_others() -> None:
+async def construct_others(message: Message) -> None:
     KafkaMessageBroker("localhost:9092")
     KafkaMessageBroker(bootstrap_servers="localhost:9092,localhost:9093", timeout=5.0)
     assert_type(len(MemoryMessageBroker(capacity=10)), int)
     async with RedisMessageBroker("redis://localhost") as broker:
         assert_type(broker, RedisMessageBroker)
+        await broker.send_message(message=message)
 
     KafkaMessageBroker()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     KafkaMessageBroker(9092)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

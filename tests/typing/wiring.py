@@ -135,12 +135,17 @@ async def emit(emitter: EventEmitter, error: EventsNotSent) -> None:
 
 async def send_messages(broker: OwnBatchBroker) -> None:
     message = Message.create(message_name="UserJoined", payload={"user_id": 1})
+    message = Message(message_type="notification_event", message_name="UserJoined", payload={"user_id": 1})
+    message = Message(message_type="a", message_name="b", message_id=message.message_id, payload_json=b"{}")
     await broker.send_message(message)
     await broker.send_messages([message, message])
     assert_type(message.payload_json, bytes)
 
     await broker.send_message(UserJoined(user_id=1))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await broker.send_messages(message)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Message(message_type="a", message_name="b")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    Message(message_type="a", message_name="b", payload_json=b"{}")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    Message(message_type="a", message_name="b", payload={}, payload_json=b"{}")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     message.message_name = "UserLeft"  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
     Message.create(message_name="UserJoined")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     Message.create(message_name=UserJoined, payload={})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

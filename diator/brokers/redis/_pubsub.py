@@ -106,7 +106,7 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
         """Return a broker that makes its own client from *url*, and closes it. The options are those of the class."""
         return cls(url, *args, **options)
 
-    async def send_message(self, message: Message, /) -> None:
+    async def send_message(self, message: Message) -> None:  # older programs pass it by name
         """See `MessageBroker.send_message`. MessageUnroutable only with *require_receiver*."""
         await self.publish(message)
 

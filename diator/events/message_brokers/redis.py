@@ -1,5 +1,6 @@
-"""The older place of what is now `diator.brokers.redis`."""
+"""The older place of what is now in `diator.brokers` and `diator.brokers.redis`."""
 
+from diator.brokers import Message
 from diator.brokers.redis import RedisMessageBroker
 
-__all__ = ["RedisMessageBroker"]
+__all__ = ["Message", "RedisMessageBroker"]

@@ -1,6 +1,6 @@
 """A message keeps the values that it was made with, and its `repr` shows no payload."""
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from uuid import UUID, uuid4
 
 import pytest
@@ -27,6 +27,32 @@ def test_every_field_can_be_set():
 
     assert (message.message_type, message.message_id) == ("audit", message_id)
     assert (message.key, message.headers) == ("7", {"trace": "x"})
+
+
+def test_the_constructor_takes_a_payload_and_makes_the_id():
+    """As programs of diator 0.0.3 write it."""
+    messages = [Message(message_type="", message_name="", payload={"phrase": "hello"}) for _ in range(2)]
+
+    assert [message.payload for message in messages] == [{"phrase": "hello"}] * 2
+    assert len({message.message_id for message in messages}) == 2
+    assert all(isinstance(message.message_id, UUID) for message in messages)
+
+
+@pytest.mark.parametrize("payload", [{}, {"payload": {}, "payload_json": b"{}"}], ids=["neither", "both"])
+def test_a_message_has_one_payload(payload):
+    with pytest.raises(TypeError, match="either payload or payload_json"):
+        Message(message_type="a", message_name="b", message_id=uuid4(), **payload)
+
+
+def test_a_copy_may_have_other_fields():
+    message = Message.create(message_name="a", payload={"n": 1})
+
+    changed = replace(message, headers={"trace": "x"})
+
+    assert changed == Message.create(
+        message_name="a", payload={"n": 1}, message_id=message.message_id, headers={"trace": "x"}
+    )
+    assert changed != message
 
 
 def test_payload_returns_a_new_object_at_each_access():

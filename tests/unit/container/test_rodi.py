@@ -2,9 +2,10 @@
 
 import pytest
 
+from diator.events import EventHandler
 from diator.exceptions import ConfigurationError, ResolutionError
 from diator.mediator import Mediator
-from tests.unit.doubles import Api, Join, requests_of
+from tests.unit.doubles import Api, Join, MeetingChanged, requests_of
 
 rodi = pytest.importorskip("rodi")
 
@@ -24,6 +25,18 @@ def attached(register=lambda external: None):
     container = RodiContainer()
     container.attach_external_container(external)
     return container
+
+
+class NoteHandler(EventHandler[MeetingChanged]):
+    """Has no constructor, so rodi reads the annotations of the class and of its bases, in the names of this module."""
+
+    async def handle(self, event: MeetingChanged) -> None: ...
+
+
+async def test_builds_a_handler_without_a_constructor():
+    container = attached(lambda external: external.register(NoteHandler))
+
+    assert isinstance(await container.resolve(NoteHandler), NoteHandler)
 
 
 def test_returns_the_attached_container():

@@ -1,5 +1,3 @@
-"""Requests, their handlers, and the map from one to the other."""
-
 from __future__ import annotations
 
 import sys
@@ -7,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Concatenate, Generic, Protocol, get_args, get_origin
 
-from diator._handlers import Events, Handler, RaisesEvents, check_handler, message_type_of
+from diator._handlers import Handler, RaisesEvents, check_handler, message_type_of
 from diator._hints import fits, hints_of, name_of
 from diator.exceptions import BindingError, HandlerNotFound
 
@@ -118,6 +116,3 @@ def _check_answer(request_type: type, handler: Handler) -> None:
             f"{name_of(handler)} returns {name_of(given)}, but the response of {name_of(request_type)} is "
             f"{name_of(promised)}; change one of the annotations"
         )
-
-
-__all__ = ["Events", "HandlesRequest", "Request", "RequestHandler", "RequestMap"]
