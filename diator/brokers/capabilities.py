@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
@@ -12,7 +13,7 @@ from diator.exceptions import ConfigurationError, UnsupportedCapability
 Guarantee: TypeAlias = Literal["at_most_once", "at_least_once"]
 Receipt: TypeAlias = Literal["none", "accepted", "durable"]
 Settlement: TypeAlias = Literal["none", "cumulative", "individual"]
-Count: TypeAlias = Literal["none", "retries", "exact"]
+Count: TypeAlias = Literal["none", "retries", "deliveries", "exact"]
 Ordering: TypeAlias = Literal["none", "key", "destination"]
 Subscription: TypeAlias = Literal["ephemeral", "durable"]
 Replay: TypeAlias = Literal["none", "earliest", "position"]
@@ -34,6 +35,9 @@ class Capabilities:
     level that its transport does not promise, `require` raises an error. A transport never does something weaker
     instead.
 
+    Some promises need others, such as `at_least_once` a settlement; `contradictions` lists those that are not made. A
+    program may need a single level.
+
     Attributes:
         guarantee: How often a message reaches a subscription, end to end, under the faults that the transport survives.
             `at_least_once` needs a settlement and a receipt. With `at_most_once`, the transport itself never delivers a
@@ -53,9 +57,10 @@ class Capabilities:
         dead_letter: Whether a message can be dead-lettered: kept unchanged, with the reason, where its group does not
             read.
         delivery_count: What `Delivery.attempt` counts. `none`: nothing. `retries`: how often the message was requeued.
-            `exact`: also the deliveries that nobody settled. The count belongs to the message and its group, not to one
-            consumer. A message that was never handed out is not counted, with one exception: after a process has died,
-            every message that it had prefetched may count as delivered.
+            `deliveries`: also the deliveries that nobody settled, as the service counts them: a message that was
+            prefetched and never handed out may count too. `exact`: only deliveries that were handed out, also if the
+            connection is lost, with one exception: after a process has died, every message that it had prefetched may
+            count as delivered. The count belongs to the message and its group, not to one consumer.
         ordering: Where first deliveries keep the order of the sends, for one consumer. `key`: among the messages with
             the same `Message.key`. `destination`: among all messages of one topic. A redelivery may come later.
         ordered_retry: Whether a requeued message is redelivered before the later messages with the same key. These
@@ -114,6 +119,14 @@ class Capabilities:
         for name, levels in _LEVELS.items():
             if (level := getattr(self, name)) not in levels:
                 raise ConfigurationError(f"{name} must be one of {', '.join(levels)}; got {level!r:.80}")
+        for name, words in _SETS.items():
+            found: object = getattr(self, name)
+            if not isinstance(found, AbstractSet) or not found <= words:
+                raise ConfigurationError(f"{name} must be a set of {', '.join(sorted(words))}; got {found!r:.80}")
+
+    def contradictions(self) -> list[str]:
+        """Return the rules that a transport with these promises breaks; empty if each promise can be kept."""
+        return [rule for rule, is_kept in _RULES.items() if not is_kept(self)]
 
     def missing(self, needed: Capabilities) -> list[str]:
         """
@@ -142,6 +155,44 @@ _LEVELS: dict[str, tuple[str, ...]] = {
     "unroutable": get_args(Unroutable),
     "headers": get_args(Headers),
     "backpressure": get_args(Backpressure),
+}
+
+
+_SETS: dict[str, frozenset[str]] = {
+    "redelivery": frozenset({"retry", "close", "crash", "deadline"}),
+    "distribution": frozenset({"broadcast", "competing"}),
+}
+
+#: Which promise needs which other one.
+_RULES: dict[str, Callable[[Capabilities], bool]] = {
+    "guarantee at_least_once needs a settlement": lambda promised: (
+        promised.guarantee == "at_most_once" or promised.settlement != "none"
+    ),
+    "guarantee at_least_once needs a receipt": lambda promised: (
+        promised.guarantee == "at_most_once" or promised.receipt != "none"
+    ),
+    "redelivery needs a settlement": lambda promised: not promised.redelivery or promised.settlement != "none",
+    "redelivery after a crash or a deadline needs a redelivery_bound": lambda promised: (
+        not {"crash", "deadline"} & promised.redelivery or promised.redelivery_bound is not None
+    ),
+    "delayed_retry needs the redelivery retry": lambda promised: (
+        not promised.delayed_retry or "retry" in promised.redelivery
+    ),
+    "ordered_retry needs the redelivery retry and an ordering": lambda promised: (
+        not promised.ordered_retry or ("retry" in promised.redelivery and promised.ordering != "none")
+    ),
+    "delivery_count needs a redelivery": lambda promised: (
+        promised.delivery_count == "none" or bool(promised.redelivery)
+    ),
+    "a durable subscription needs the distribution competing": lambda promised: (
+        promised.subscription == "ephemeral" or "competing" in promised.distribution
+    ),
+    "a durable receipt needs a durability": lambda promised: (
+        promised.receipt != "durable" or promised.durability != "none"
+    ),
+    "multi_process needs a network": lambda promised: not promised.multi_process or promised.network,
+    "a transport needs a distribution": lambda promised: bool(promised.distribution),
+    "a transport needs max_message_bytes above 0": lambda promised: promised.max_message_bytes > 0,
 }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition, errors
 from aiokafka.client import ConnectionGroup
 from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
@@ -54,6 +54,7 @@ INTERNALS = {
         "GroupCoordinator.coordinator_id",
         "GroupCoordinator.ensure_coordinator_known",
         "GroupCoordinator.fetch_committed_offsets",
+        "GroupCoordinator.generation",
         "GroupCoordinator.group_id",
         "GroupCoordinator.member_id",
         "NoGroupCoordinator._reset_committed_task",
@@ -306,10 +307,18 @@ class KafkaConsumer:
         return offsets
 
     async def commit(self, offsets: Mapping[TopicPartition, OffsetAndMetadata]) -> None:
-        """Commit *offsets*, once. The client's `commit` tries for ever, in a task that outlives its caller."""
+        """
+        Commit *offsets*, once. The client's `commit` tries for ever, in a task that outlives its caller.
+
+        A consumer that the group has excluded, because it stood still beyond its session, has no generation. It must
+        not commit: while the group is empty, Kafka accepts such a commit from anybody, and what the other consumers
+        have acknowledged meanwhile would be delivered again.
+        """
         coordinator = self._consumer._coordinator  # noqa: SLF001
         assignment = self._consumer._subscription.subscription.assignment  # noqa: SLF001
         await coordinator.ensure_coordinator_known()
+        if coordinator.generation < 0:
+            raise errors.IllegalGenerationError(coordinator.group_id)
         await coordinator._do_commit_offsets(assignment, offsets)  # noqa: SLF001
 
     async def leave_group(self) -> None:

@@ -113,7 +113,7 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
             redelivery_bound=2.0 * self._address.heartbeat,
             delayed_retry=True,
             dead_letter=True,
-            delivery_count="exact" if self._options.queue_type == "quorum" else "retries",
+            delivery_count="deliveries" if self._options.queue_type == "quorum" else "retries",
             ordering="destination",
             distribution=frozenset({"broadcast", "competing"}),
             subscription="durable",

@@ -1,8 +1,8 @@
 """
 A consumer in a separate process, which a scenario may kill.
 
-The process writes `ready`, and a line when a handler starts and when it finishes. Each line is one write, so that it
-survives the death of the process.
+The process writes `ready`, a line when a handler starts and when it finishes, and the attempt of each delivery. Each
+line is one write, so that it survives the death of the process.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
+from diator._handling import Handled
 from diator.testing.conformance._consuming import ConsumerRun, Happened
 from diator.testing.conformance._harness import Harness
-from diator.testing.conformance._ledger import Nonconformance, NotApplicable
+from diator.testing.conformance._ledger import Nonconformance, NotApplicable, check_attempt
 
 # -- in the scenario ---------------------------------------------------------------------------------------------
 
@@ -38,6 +39,7 @@ class ConsumerProcess:
         self.started: list[int] = []
         self.finished: list[int] = []
         self._process = process
+        self._attempts: list[int] = []
         self._ready = False
         self._changed = asyncio.Event()
         self._reading = asyncio.create_task(self._read())
@@ -54,6 +56,19 @@ class ConsumerProcess:
         """Wait until the consumer is subscribed."""
         await self.until(lambda process: process._ready)  # noqa: SLF001
 
+    def stop(self) -> None:
+        """Stop the process where it is (SIGSTOP): it neither works nor ends, and its connections stay open."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let the stopped process continue."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def check(self) -> None:
+        """Raise `Nonconformance` if a delivery had an attempt that cannot be."""
+        for attempt in self._attempts:
+            check_attempt(attempt)
+
     async def end(self, by: signal.Signals) -> int:
         """Send the signal *by* and return the exit code, which is negative if a signal killed the process."""
         if self._process.returncode is None:
@@ -69,6 +84,8 @@ class ConsumerProcess:
                 self._ready = True
             elif what in {"begin", "end"}:
                 (self.started if what == "begin" else self.finished).append(int(number[0]))
+            elif what == "attempt":
+                self._attempts.append(int(number[0]))
             self._changed.set()
         self._changed.set()
 
@@ -96,9 +113,18 @@ async def consumer_process(
         yield running
     finally:
         await running.end(signal.SIGKILL)
+    running.check()
 
 
 # -- in the process ----------------------------------------------------------------------------------------------
+
+
+class _Reporting(ConsumerRun):
+    """Writes the attempt of each delivery."""
+
+    def _note(self, handled: Handled) -> None:
+        super()._note(handled)
+        _write(f"attempt {handled.attempt}")
 
 
 async def _consume(harness: Harness, arguments: Mapping[str, Any]) -> None:
@@ -109,7 +135,7 @@ async def _consume(harness: Harness, arguments: Mapping[str, Any]) -> None:
 
     broker = harness.transport()
     try:
-        run = ConsumerRun(broker, arguments["name"], handle, group=arguments["group"], concurrency=4)
+        run = _Reporting(broker, arguments["name"], handle, group=arguments["group"], concurrency=4)
         running = asyncio.create_task(run.consumer.run())
         await run.consumer.ready()
         _write("ready")

@@ -15,6 +15,7 @@ from diator.brokers.message import Message
 from diator.consumer import Consumer
 from diator.events import EventMap, NotificationEvent
 from diator.retrying import RetryPolicy
+from diator.testing.conformance._ledger import check_attempt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,11 @@ class ConsumerRun:
         """Return the last outcomes of *messages*, in the order of *messages*."""
         last = {handled.message_id: handled.outcome for handled in self.handled}
         return [last.get(message.message_id, "not handled") for message in messages]
+
+    def check(self) -> None:
+        """Raise `Nonconformance` if a delivery had an attempt that cannot be. The consumer itself only reports it."""
+        for handled in self.handled:
+            check_attempt(handled.attempt)
 
     def _note(self, handled: Handled) -> None:
         self.handled.append(handled)

@@ -6,13 +6,14 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, Awaitable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from time import monotonic
 from typing import Any, TypeVar
 from uuid import uuid4
 
 from diator.brokers.base import Gap, Topic, Transport
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
-from diator.exceptions import BrokerError, BrokerUnavailable, MessageUnroutable, OutcomeUnknown
+from diator.exceptions import BrokerError, BrokerUnavailable, MessageRejected, MessageUnroutable, OutcomeUnknown
 from diator.testing.conformance._consuming import ConsumerRun, Handle
 from diator.testing.conformance._harness import Harness, Limits, Outages, Proxy
 from diator.testing.conformance._ledger import Ledger, Nonconformance, NotApplicable, Received, fate_of
@@ -160,6 +161,17 @@ class Context:
         """Start a service that may be broken, until the end of the scenario. Call this before making a broker."""
         return await self._resources.enter_async_context(self.harness.private())
 
+    async def send_when_there_is_room(self, broker: Transport, message: Message) -> None:
+        """Send *message* until the full service accepts it: an acknowledgement makes room within `limits.lag`."""
+        until = monotonic() + self.limits.lag
+        while True:
+            try:
+                return await self.send_all(broker, [message])
+            except MessageRejected:
+                if monotonic() > until:
+                    raise
+            await asyncio.sleep(self.limits.lag / 100)
+
     async def send_until_confirmed(self, broker: Transport, message: Message) -> None:
         """Send *message* until it is confirmed or unroutable. Each attempt is in the ledger."""
         while True:
@@ -189,6 +201,7 @@ class Context:
             await asyncio.wait({running})
             if not running.cancelled():
                 running.result()
+        run.check()
 
     def consumer_run(self, broker: Transport, handle: Handle, **options: Any) -> ConsumerRun:
         """Return a `Consumer` of *broker* that calls *handle* for each event, without running it."""

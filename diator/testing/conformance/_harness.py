@@ -50,6 +50,8 @@ class Limits:
         liveness: The longest time until the transport notices that a silent peer is gone.
         recovery: The longest time until the transport receives again after the service is back.
         max_delay: The longest delay between two attempts to reconnect.
+        absence: The longest time that the service collects messages for a subscription without a group after the
+            process of the subscription has died.
         lag: How late a delivery may be on a busy machine, in scenarios where one task must not hold up another.
     """
 
@@ -60,6 +62,7 @@ class Limits:
     liveness: float = 15.0
     recovery: float = 10.0
     max_delay: float = 30.0
+    absence: float = 10.0
     lag: float = 1.0
 
 

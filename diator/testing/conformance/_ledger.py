@@ -74,7 +74,8 @@ class Received:
 
     @classmethod
     def of(cls, delivery: Delivery, subscription: str) -> Received:
-        """Decode *delivery* as a consumer would."""
+        """Decode *delivery* as a consumer would. Raise `Nonconformance` if its attempt is below 1."""
+        check_attempt(delivery.attempt)
         try:
             message = decode(delivery.body, max_bytes=2**31, headers=delivery.headers)
         except DecodingError:
@@ -172,6 +173,12 @@ class Ledger:
             unexpected=[each for each in came if each is None or each not in wanted or {*fates[each]} == {"failed"}],
             reordered=_late([places[each] for each in came if each is not None and each in places], ids),
         )
+
+
+def check_attempt(attempt: int) -> None:
+    """Raise `Nonconformance` unless *attempt* can be the number of a delivery, 1 or more."""
+    if attempt < 1:
+        raise Nonconformance(f"Delivery.attempt is {attempt!r}; it is 1 for the first delivery")
 
 
 def fate_of(error: BaseException) -> Fate:

@@ -62,7 +62,12 @@ WORDS: dict[str, tuple[str, dict[str, str]]] = {
     "dead_letter": ("dead letters", _YES_NO),
     "delivery_count": (
         "attempts are counted",
-        {"none": "no", "retries": "at each requeue", "exact": "at each delivery, also after a crash"},
+        {
+            "none": "no",
+            "retries": "at each requeue",
+            "deliveries": "at each delivery, also after a crash, as the service counts",
+            "exact": "at each delivery, also after a crash",
+        },
     ),
     "ordering": (
         "messages keep their order",

@@ -48,6 +48,8 @@ class Subscription(Protocol):
 
     def leave(self) -> None: ...
 
+    def make_room(self, deliveries: int) -> None: ...
+
 
 class Saboteur(MemoryMessageBroker):
     """
@@ -104,7 +106,8 @@ class Saboteur(MemoryMessageBroker):
         topics, group, prefetch = self.adjust_subscription(topics, group, prefetch)
         async with super().subscribe(topics, group=group, prefetch=prefetch, on_gap=on_gap) as deliveries:
             subscription = cast("Subscription", deliveries)
-            subscription.topics = subscription.queue.topics  # it receives whatever a defect puts into its queue
+            if group is None:
+                subscription.topics = subscription.queue.topics  # it receives whatever a defect puts into its queue
             self._open_subscriptions.add(subscription)
             await self.on_subscribed(subscription, topics)
             yield _Reading(subscription, self)
@@ -131,6 +134,8 @@ class Saboteur(MemoryMessageBroker):
     def on_crash(self, subscription: Subscription) -> None:
         """Do what the service does when the process of *subscription* has crashed."""
         subscription.leave()
+        if subscription.queue not in self._groups.values():
+            subscription.queue.topics.clear()  # nobody collects for it any more
 
     def on_close(self, subscription: Subscription) -> None:
         """Do what the service does when the broker of *subscription* is closed."""
@@ -186,6 +191,9 @@ class _Reading:
 
     def resume(self, delivery: Delivery) -> bool:
         return self._broker.resume(self._subscription, _original(delivery))
+
+    def make_room(self, deliveries: int) -> None:
+        self._subscription.make_room(deliveries)
 
 
 def _original(delivery: Delivery) -> Delivery:

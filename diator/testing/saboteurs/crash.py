@@ -20,6 +20,14 @@ class ForgetsTheCrashed(Saboteur):
         subscription.leave()
 
 
+@caught_by("UNR-13")
+class CollectsForTheDead(Saboteur):
+    """Collects messages for a subscription without a group whose process has crashed."""
+
+    def on_crash(self, subscription: Subscription) -> None:
+        subscription.leave()
+
+
 @caught_by("GRP-15")
 class KeepsGroupsToItself(Saboteur):
     """Has groups that are limited to one broker."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from diator.brokers.base import Delivery, Settler, Topic
 from diator.brokers.message import Message
-from diator.testing.saboteurs._base import Saboteur, Subscription, caught_by
+from diator.testing.saboteurs._base import FOREVER, Saboteur, Subscription, caught_by
 
 
 class _Misroutes(Saboteur):
@@ -18,6 +18,9 @@ class _Misroutes(Saboteur):
         for queue in self._queues:
             if any(self.also(topic, sent) for topic in queue.topics) and sent not in queue.topics:
                 queue.topics.add(sent)
+                for subscription in self._open_subscriptions:
+                    if subscription.queue is queue:
+                        subscription.topics.add(sent)
         await super().send_message(message)
 
     def also(self, subscribed: Topic, sent: Topic) -> bool:
@@ -102,6 +105,22 @@ class ListensToOneTopic(Saboteur):
 
     def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         return [*topics][:1], group, prefetch
+
+
+@caught_by("GRP-17")
+class FollowsTheLatestTopics(Saboteur):
+    """Lets a group collect only what its latest consumer reads."""
+
+    async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
+        subscription.queue.topics.intersection_update(topics)
+
+
+@caught_by("GRP-17")
+class DeliversWhatOthersLeft(Saboteur):
+    """Delivers the messages of every topic of the group to each of its consumers."""
+
+    async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
+        subscription.topics = subscription.queue.topics
 
 
 @caught_by("SUB-12")
@@ -208,3 +227,65 @@ class Starves(Saboteur):
 @caught_by("GRP-10")
 class ForgetsIdleConsumers(Starves):
     """Delivers nothing to an idle consumer after the busy one has left."""
+
+
+@caught_by("SUB-21")
+class CountsWhatWaits(Saboteur):
+    """Counts the first message that waits for each topic as unsettled."""
+
+    async def read(self, subscription: Subscription) -> Delivery:
+        while len({entry.topic for entry in subscription.queue.waiting}) > self._room(subscription):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        return await super().read(subscription)
+
+    def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
+        self._prefetch = prefetch
+        return topics, group, prefetch
+
+    def _room(self, subscription: Subscription) -> int:
+        return self._prefetch - len(subscription.unsettled)
+
+
+@caught_by("FLW-21")
+class AddsUpRoom(Saboteur):
+    """Adds the room of each call of `make_room` to that of the calls before."""
+
+    async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
+        made, room = subscription.make_room, 0
+
+        def make_room(deliveries: int) -> None:
+            nonlocal room
+            room += deliveries
+            made(room)
+
+        subscription.make_room = make_room  # type: ignore[method-assign]
+
+
+@caught_by("FLW-21")
+class MakesNoRoom(Saboteur):
+    """Hands out no more deliveries than the prefetch, whatever `make_room` says."""
+
+    async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
+        subscription.make_room = lambda deliveries: None  # type: ignore[method-assign]  # noqa: ARG005
+
+
+@caught_by("FLW-22")
+class NoticesRoomLate(Saboteur):
+    """Looks for a free place only when it is asked for a delivery."""
+
+    async def read(self, subscription: Subscription) -> Delivery:
+        if len(subscription.unsettled) >= self._limit:
+            await asyncio.sleep(FOREVER)
+        return await super().read(subscription)
+
+    def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
+        self._limit = prefetch
+        return topics, group, prefetch
+
+
+@caught_by("API-12")
+class TakesAnyPrefetch(Saboteur):
+    """Takes a prefetch below 1 for one of 1."""
+
+    def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
+        return topics, group, max(1, prefetch)

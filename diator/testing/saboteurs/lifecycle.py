@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from diator.brokers.base import Delivery, Settler
 from diator.brokers.message import Message
-from diator.exceptions import BrokerError, BrokerUnavailable
+from diator.exceptions import BrokerClosed, BrokerError, BrokerUnavailable
 from diator.testing.saboteurs._base import FOREVER, Saboteur, Subscription, caught_by
 
 
@@ -37,6 +37,25 @@ class HangsWhenClosedTwice(Saboteur):
         if self._closed:
             await asyncio.sleep(FOREVER)
         await super().aclose()
+
+
+@caught_by("LIF-23")
+class EndsWhenItCloses(Saboteur):
+    """Ends its iterators when it is closed, as if there were no more messages."""
+
+    async def read(self, subscription: Subscription) -> Delivery:
+        try:
+            return await super().read(subscription)
+        except BrokerClosed:
+            raise StopAsyncIteration from None
+
+
+@caught_by("LIF-23")
+class ClosesUnseen(Saboteur):
+    """Wakes nobody who waits for a delivery when it is closed."""
+
+    async def aclose(self) -> None:
+        self._closed = True
 
 
 @caught_by("LIF-03")

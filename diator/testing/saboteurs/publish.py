@@ -11,8 +11,8 @@ from uuid import UUID, uuid4
 from diator.brokers.base import Delivery
 from diator.brokers.codec import decode, encode
 from diator.brokers.message import Message
-from diator.exceptions import BrokerError, BrokerUnavailable, MessageTooLarge
-from diator.testing.saboteurs._base import FOREVER, Saboteur, caught_by
+from diator.exceptions import BrokerError, BrokerUnavailable, MessageRejected, MessageTooLarge
+from diator.testing.saboteurs._base import FOREVER, Saboteur, caught_by, topic_of
 
 
 @caught_by("PUB-01")
@@ -111,6 +111,23 @@ class SwallowsErrors(Saboteur):
     async def send_message(self, message: Message, /) -> None:
         with suppress(BrokerError):
             await super().send_message(message)
+
+
+@caught_by("PUB-20")
+class RefusesForSome(Saboteur):
+    """Refuses a message after it has reached the groups that have room."""
+
+    async def send_message(self, message: Message, /) -> None:
+        try:
+            await super().send_message(message)
+        except MessageRejected:
+            full = [queue for queue in self._queues if len(queue) >= self._capacity]
+            for queue in full:
+                self._queues.remove(queue)
+            if any(topic_of(message) in queue.topics for queue in self._queues):
+                await super().send_message(message)
+            self._queues.extend(full)
+            raise
 
 
 @caught_by("PUB-05", "FLW-05")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -147,6 +148,73 @@ class CountsNoAttempts(Saboteur):
     async def deliver(self, delivery: Delivery) -> Delivery:
         delivery.attempt = 1
         return delivery
+
+
+@caught_by("ACK-30")
+class CountsForAllGroups(Saboteur):
+    """Counts the attempts of a message in all groups together."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._requeued: Counter[bytes] = Counter()
+
+    async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
+        self._requeued[delivery.body] += 1
+        await super().retry(settle, delivery, after)
+
+    async def deliver(self, delivery: Delivery) -> Delivery:
+        delivery.attempt = max(delivery.attempt, 1 + self._requeued[delivery.body])
+        return delivery
+
+
+@caught_by("ACK-31")
+class DeadLettersForEverybody(Saboteur):
+    """Takes a dead-lettered message away from every group."""
+
+    async def dead_letter(self, settle: Settler, delivery: Delivery, reason: str) -> None:
+        await super().dead_letter(settle, delivery, reason)
+        for queue in self._queues:
+            for entry in [each for each in queue.waiting if each.body == delivery.body]:
+                queue.waiting.remove(entry)
+
+
+@caught_by("ACK-32")
+class SettlesTooLate(Saboteur):
+    """Settles the message of a delivery, whoever holds it by now."""
+
+    async def ack(self, settle: Settler, delivery: Delivery) -> None:
+        for subscription in self._open_subscriptions:
+            for each in [each for each in subscription.unsettled if each.body == delivery.body]:
+                del subscription.unsettled[each]
+        await super().ack(settle, delivery)
+
+
+@caught_by("ACK-32")
+class RequeuesTooLate(Saboteur):
+    """Requeues a message although another consumer holds it."""
+
+    async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
+        if delivery not in subscription_of(settle).unsettled:
+            await self.send_message(decode(delivery.body))
+        await super().retry(settle, delivery, after)
+
+
+@caught_by("ACK-33")
+class ForgetsDelays(Saboteur):
+    """Forgets a message that waits for its retry when its subscription ends."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._waiting: list[Any] = []
+
+    async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
+        entry = subscription_of(settle).unsettled.pop(delivery)
+        requeuing = subscription_of(settle).queue.requeue
+        self._waiting.append(asyncio.get_running_loop().call_later(after, requeuing, [entry]))
+
+    def before_unsubscribe(self, subscription: Subscription) -> None:
+        for each in self._waiting:
+            each.cancel()
 
 
 @caught_by("SUB-07", "ACK-10")

@@ -5,13 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.codec import decode
 from diator.brokers.message import Message
-from diator.exceptions import BrokerUnavailable
-from diator.testing.saboteurs._base import Saboteur, Subscription, caught_by, fields_of, subscription_of, topic_of
+from diator.exceptions import BrokerUnavailable, MessageRejected
+from diator.testing.saboteurs._base import (
+    FOREVER,
+    Saboteur,
+    Subscription,
+    caught_by,
+    fields_of,
+    subscription_of,
+    topic_of,
+)
 
 # -- joining -----------------------------------------------------------------------------------------------------
 
@@ -145,6 +153,38 @@ class LosesWithAWait(Saboteur):
         return delivery
 
 
+@caught_by("SUB-22")
+class IsReadOnlyByAnext(Saboteur):
+    """Returns an object that `anext` reads, and `async for` refuses."""
+
+    @asynccontextmanager
+    async def subscribe(
+        self, topics: Collection[Topic], /, **options: Any
+    ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
+        async with super().subscribe(topics, **options) as deliveries:
+            yield cast("AsyncIterator[Delivery]", _OnlyAnext(deliveries))
+
+
+class _OnlyAnext:
+    def __init__(self, deliveries: AsyncIterator[Delivery]) -> None:
+        self._deliveries = deliveries
+
+    async def __anext__(self) -> Delivery:
+        return await anext(self._deliveries)
+
+
+@caught_by("SUB-13")
+class CountsCancelledWaits(Saboteur):
+    """Counts each cancelled wait for a delivery as an unsettled delivery."""
+
+    async def read(self, subscription: Subscription) -> Delivery:
+        try:
+            return await super().read(subscription)
+        except asyncio.CancelledError:
+            subscription.unsettled[cast(Delivery, object())] = None
+            raise
+
+
 @caught_by("SUB-03")
 class KeepsReading(Saboteur):
     """Keeps reading from its latest subscription after its end."""
@@ -256,6 +296,27 @@ class UnsubscribesAll(Saboteur):
             queue.topics -= set(topics)
 
 
+@caught_by("LIF-22")
+class LetsOthersWait(Saboteur):
+    """Ends a subscription, and lets the task that waits for its next delivery wait for ever."""
+
+    async def read(self, subscription: Subscription) -> Delivery:
+        try:
+            return await super().read(subscription)
+        except StopAsyncIteration:
+            await asyncio.sleep(FOREVER)
+            raise
+
+
+@caught_by("UNR-12")
+class CollectsForTheGone(Saboteur):
+    """Collects messages for subscriptions without a group that have ended."""
+
+    def after_unsubscribe(self, subscription: Subscription, topics: Collection[Topic], group: str | None) -> None:
+        if group is None:
+            self._queues.append(cast(Any, subscription.queue))
+
+
 @caught_by("SUB-18", "ISO-04")
 class SwallowsTheProgramsErrors(Saboteur):
     """Swallows an error in a subscription's block."""
@@ -302,6 +363,36 @@ class SharesOutWhatItRetained(Saboteur):
                 subscription.queue.waiting.extend(queue.take_all(topics)[:10])
 
 
+@caught_by("UNR-15")
+class RetainsForOneTopic(Saboteur):
+    """Drops everything that is retained when the first group of any topic comes."""
+
+    async def on_subscribed(self, subscription: Subscription, topics: Collection[Topic]) -> None:
+        self._kept.waiting.clear()
+
+
+@caught_by("UNR-12")
+class CollectsAfterAnError(Saboteur):
+    """Collects messages for subscriptions that have ended with an error of the program."""
+
+    @asynccontextmanager
+    async def subscribe(
+        self, topics: Collection[Topic], /, *, group: str | None = None, **options: Any
+    ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
+        try:
+            async with super().subscribe(topics, group=group, **options) as deliveries:
+                yield deliveries
+        except LookupError:
+            self.adjust_group(topics)
+            raise
+
+    def adjust_group(self, topics: Collection[Topic]) -> None:
+        """Make a queue that nobody reads."""
+        queue = type(self._kept)()
+        queue.topics |= set(topics)
+        self._queues.append(queue)
+
+
 @caught_by("UNR-09")
 class RetainsOnlyTheLatest(Saboteur):
     """Drops the oldest retained message to make room."""
@@ -309,6 +400,16 @@ class RetainsOnlyTheLatest(Saboteur):
     async def send_message(self, message: Message, /) -> None:
         if len(self._kept) >= self._capacity:
             self._kept.take()
+        await super().send_message(message)
+
+
+@caught_by("UNR-14")
+class HasOneBound(Saboteur):
+    """Accepts no message of any topic while there is no room to retain one."""
+
+    async def send_message(self, message: Message, /) -> None:
+        if len(self._kept) >= self._capacity:
+            raise MessageRejected("there is no room", message_id=message.message_id)
         await super().send_message(message)
 
 

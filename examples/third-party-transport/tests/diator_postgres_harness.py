@@ -30,7 +30,7 @@ RECONNECT = ReconnectPolicy(connect_timeout=2.0, idle_timeout=4.0, max_delay=1.0
 class PostgresHarness(Harness):
     name = "postgres"
     facilities = frozenset({"raw", "foreign", "dead_letters", "crash", "proxy", "operator", "topology", "processes"})
-    limits = Limits(timeout=2.0, redelivery=3.0, liveness=6.0, recovery=5.0, max_delay=1.0)
+    limits = Limits(timeout=2.0, redelivery=3.0, liveness=6.0, recovery=5.0, max_delay=1.0, absence=31.0)
 
     def start(self) -> None:
         self._dsn = os.environ.get("DIATOR_TEST_POSTGRES_URL", "postgresql://127.0.0.1:5432/postgres")

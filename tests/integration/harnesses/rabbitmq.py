@@ -50,7 +50,15 @@ class RabbitMQHarness(ServiceHarness):
         }
     )
     limits = Limits(
-        lag=SCALE, scale=2.0 * SCALE, quiet=0.2, redelivery=3.0, timeout=5.0, liveness=6.0, recovery=8.0, max_delay=1.0
+        lag=SCALE,
+        scale=2.0 * SCALE,
+        quiet=0.2,
+        redelivery=3.0,
+        timeout=5.0,
+        liveness=6.0,
+        recovery=8.0,
+        max_delay=1.0,
+        absence=31.0,
     )
     password = "swordfish-of-the-rabbitmq-harness"
 
@@ -135,6 +143,7 @@ class RabbitMQHarness(ServiceHarness):
         # A subscription waits until a kill of RabbitMQ no longer loses its new queues. Nobody kills the shared one.
         safe_after = 0.0 if self.direct == self.shared else SAFE_AFTER
         _subscription.SAFE_AFTER = _retained.SAFE_AFTER = safe_after
+        _subscription._NO_GROUP_EXPIRES = self.limits.absence - 1  # two minutes are too long for a test
         name = f"{'&' if '?' in url else '?'}name=conformance-{uuid4().hex}"
         # After a kill, RabbitMQ answers before its queues are available.
         reconnect = ReconnectPolicy(connect_timeout=15.0, idle_timeout=1.0, probe_timeout=1.0, max_delay=1.0)

@@ -14,7 +14,7 @@ LEVELS = {
     "settlement": ["none", "cumulative", "individual"],
     "delayed_retry": [False, True],
     "dead_letter": [False, True],
-    "delivery_count": ["none", "retries", "exact"],
+    "delivery_count": ["none", "retries", "deliveries", "exact"],
     "ordering": ["none", "key", "destination"],
     "ordered_retry": [False, True],
     "subscription": ["ephemeral", "durable"],
@@ -108,3 +108,37 @@ def test_an_unknown_level_is_refused():
         ConfigurationError, match="guarantee must be one of at_most_once, at_least_once; got 'exactly_once'"
     ):
         Capabilities(guarantee="exactly_once")
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("found", [{"closd"}, frozenset({"close", "broadcast"}), "close", ["close"], None])
+def test_an_unknown_word_in_a_set_is_refused(name, found):
+    with pytest.raises(ConfigurationError, match=f"{name} must be a set of {', '.join(SETS[name])}; got "):
+        Capabilities(**{name: found})
+
+
+CONTRADICTIONS = [
+    ({"guarantee": "at_least_once"}, ["needs a settlement", "needs a receipt"]),
+    ({"redelivery": {"close"}}, ["needs a settlement"]),
+    ({"settlement": "individual", "redelivery": {"crash"}}, ["needs a redelivery_bound"]),
+    ({"settlement": "individual", "redelivery": {"deadline"}}, ["needs a redelivery_bound"]),
+    ({"settlement": "individual", "redelivery": {"close"}, "delayed_retry": True}, ["delayed_retry needs"]),
+    ({"settlement": "individual", "redelivery": {"retry"}, "ordered_retry": True}, ["ordered_retry needs"]),
+    ({"ordering": "key", "ordered_retry": True}, ["ordered_retry needs"]),
+    ({"delivery_count": "retries"}, ["delivery_count needs"]),
+    ({"subscription": "durable"}, ["a durable subscription needs"]),
+    ({"receipt": "durable"}, ["a durable receipt needs"]),
+    ({"multi_process": True}, ["multi_process needs"]),
+    ({"distribution": frozenset()}, ["needs a distribution"]),
+    ({"max_message_bytes": 0}, ["needs max_message_bytes"]),
+]
+
+
+@pytest.mark.parametrize(("promised", "rules"), CONTRADICTIONS)
+def test_a_promise_that_needs_another_one_contradicts_without_it(promised, rules):
+    kept = {"distribution": frozenset({"broadcast"}), "max_message_bytes": 1}
+
+    assert Capabilities(**kept).contradictions() == []
+    found = Capabilities(**{**kept, **promised}).contradictions()
+    assert len(found) == len(rules)
+    assert all(rule in each for rule, each in zip(rules, found, strict=True))

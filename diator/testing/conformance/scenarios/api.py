@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from contextlib import suppress
-from dataclasses import FrozenInstanceError, fields, replace
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 from diator.brokers.base import ReadableBroker
-from diator.brokers.capabilities import _LEVELS, Capabilities
-from diator.exceptions import BrokerClosed, DiatorError, MessageTooLarge, UnsupportedCapability
+from diator.brokers.capabilities import Capabilities
+from diator.exceptions import BrokerClosed, ConfigurationError, DiatorError, MessageTooLarge, UnsupportedCapability
 from diator.testing.conformance._consuming import Happened
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._refusals import REFUSALS
@@ -164,30 +164,26 @@ async def debug_mode(ctx: Context) -> None:
 @scenario("API-10", "The capabilities are consistent")
 async def consistent(ctx: Context) -> None:
     """Catch a promise that cannot be kept without another one, which is not made."""
-    promised = ctx.capabilities
-    for field in fields(Capabilities):
-        value = getattr(promised, field.name)
-        if isinstance(value, str):
-            ctx.check(value in _LEVELS[field.name], f"{field.name} is {value!r}")
-    follows = {
-        "at_least_once needs settlement": promised.guarantee == "at_most_once" or promised.settlement != "none",
-        "at_least_once needs a receipt": promised.guarantee == "at_most_once" or promised.receipt != "none",
-        "redelivery needs settlement": not promised.redelivery or promised.settlement != "none",
-        "delayed_retry needs the redelivery level retry": not promised.delayed_retry or "retry" in promised.redelivery,
-        "ordered_retry needs an ordering and the redelivery level retry": not promised.ordered_retry
-        or ("retry" in promised.redelivery and promised.ordering != "none"),
-        "delivery_count needs redelivery": promised.delivery_count == "none" or bool(promised.redelivery),
-        "redelivery after a crash or a deadline needs redelivery_bound": not {"crash", "deadline"} & promised.redelivery
-        or promised.redelivery_bound is not None,
-        "messages need a distribution": bool(promised.distribution),
-        "durable subscriptions need groups": promised.subscription == "ephemeral"
-        or "competing" in promised.distribution,
-        "a durable receipt needs durability": promised.receipt != "durable" or promised.durability != "none",
-        "several processes need a network": not promised.multi_process or promised.network,
-        "messages need max_message_bytes": promised.max_message_bytes > 0,
-    }
-    broken = [what for what, holds in follows.items() if not holds]
-    ctx.same(broken, [], "the rules that the capabilities break")
+    ctx.same(ctx.capabilities.contradictions(), [], "the rules that the capabilities break")
+
+
+@scenario("API-12", "A prefetch below 1 is refused")
+async def no_prefetch(ctx: Context) -> None:
+    """Catch a subscription that can never receive anything, or that means no limit."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    group = ctx.name() if "competing" in ctx.capabilities.distribution else None
+    for prefetch in (0, -1):
+        subscribing = _enter(ctx.reading(broker, topic, group=group, prefetch=prefetch))
+        await ctx.raises(ConfigurationError, subscribing, f"subscribe(prefetch={prefetch})")
+    async with ctx.reading(broker, topic, group=group, prefetch=1) as reader:
+        messages = await ctx.send(broker, topic, 3)
+        await reader.until_fence()
+    ctx.ledger.compare(reader.name, messages).verify()
+
+
+async def _enter(reading: AbstractAsyncContextManager[object]) -> None:
+    async with reading:
+        pass
 
 
 @scenario("API-11", "A broker that is not an outbox does not claim to be transactional")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic, process_time
 
@@ -11,6 +12,7 @@ from diator.brokers.capabilities import Capabilities
 from diator.exceptions import MessageRejected
 from diator.testing.conformance._consuming import Happened
 from diator.testing.conformance._context import Context
+from diator.testing.conformance._ledger import NotApplicable
 from diator.testing.conformance._scenario import scenario
 
 _BOUNDED = Capabilities(settlement="cumulative", backpressure="prefetch")
@@ -86,6 +88,7 @@ async def never_drops(ctx: Context) -> None:
                 refused += 1
         ctx.same(refused, 20, "the number of refused messages")
         await reader.take(10)
+        await ctx.send_when_there_is_room(broker, ctx.message(topic, 30))
         await reader.until_fence()
     ctx.ledger.compare(group, [sent.message for sent in ctx.ledger.sent]).verify()
 
@@ -237,6 +240,52 @@ async def dead_letter_makes_room(ctx: Context) -> None:
             await (await reader.next()).delivery.dead_letter("not wanted")
         await reader.until_fence()
     ctx.ledger.compare(reader.name, messages).verify()
+
+
+@scenario("FLW-21", "`make_room` hands out further deliveries, as many as it says", needs=_BOUNDED)
+async def more_room(ctx: Context) -> None:
+    """Catch a flood of poison messages that stops all others, and room that grows with every call."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic, group=ctx.name(), prefetch=1) as reader:
+        make_room: Callable[[int], None] | None = getattr(reader.deliveries, "make_room", None)
+        if make_room is None:
+            raise NotApplicable("the iterator of this transport has no make_room")
+        messages = await ctx.send(broker, topic, 8)
+        held = await reader.take(1, settle="nothing")
+        waiting = ctx.start(reader.take(2, settle="nothing"))
+        await asyncio.sleep(ctx.limits.quiet)
+        ctx.check(not waiting.done(), "a delivery was handed out beyond the prefetch")
+        for _ in range(3):
+            make_room(2)
+        await asyncio.wait({waiting}, timeout=ctx.limits.recovery)
+        ctx.check(waiting.done(), "make_room(2) did not hand out two more deliveries")
+        held += waiting.result()
+        await reader.expect_nothing()
+        make_room(0)
+        for received in held[1:]:
+            await received.delivery.ack()
+        await reader.expect_nothing()
+        await held[0].delivery.ack()
+        await reader.until_fence()
+    ctx.ledger.compare(reader.name, messages).verify()
+
+
+@scenario("FLW-22", "Settling a delivery wakes whoever waits for the next one", needs=_BOUNDED)
+async def room_is_noticed(ctx: Context) -> None:
+    """Catch a reader that notices its free place only with the next message or the next call."""
+    broker, topic, promised = await ctx.broker(), ctx.topic(), ctx.capabilities
+    ways = ["ack", *["retry"] * ("retry" in promised.redelivery), *["dead_letter"] * promised.dead_letter]
+    for way in ways:
+        async with ctx.reading(broker, topic, group=ctx.name(), prefetch=1) as reader:
+            await ctx.send(broker, topic, 2)
+            held = (await reader.take(1, settle="nothing"))[0].delivery
+            waiting = ctx.start(reader.take(1))
+            await asyncio.sleep(ctx.limits.quiet)
+            ctx.check(not waiting.done(), "a second delivery was handed out with a prefetch of 1")
+            await (held.dead_letter("not wanted") if way == "dead_letter" else getattr(held, way)())
+            await asyncio.wait({waiting}, timeout=ctx.limits.recovery)
+            ctx.check(waiting.done(), f"after {way}() nothing more was handed out to the task that waited")
+            waiting.result()
 
 
 @scenario("FLW-16", "Each subscription has its own prefetch", needs=_BOUNDED)

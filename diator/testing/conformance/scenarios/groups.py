@@ -236,6 +236,26 @@ async def across_brokers(ctx: Context) -> None:
     ctx.ledger.compare(group, messages).verify()
 
 
+@scenario("GRP-17", "A group keeps what is sent to a topic that its present consumer does not read", needs=_DURABLE)
+async def reads_less_for_a_while(ctx: Context) -> None:
+    """Catch a new list of topics that ends a group, loses its messages, or delivers those of other topics."""
+    broker, one, two, group = await ctx.broker(), ctx.topic(), ctx.topic(), ctx.name()
+    async with ctx.reading(broker, one, group=ctx.name()):
+        pass  # now no message is retained because nobody is subscribed
+    async with ctx.reading(broker, one, two, group=group) as reader:
+        messages = await ctx.send(broker, one, 2) + await ctx.send(broker, two, 2)
+        await reader.take(4)
+    waiting = [await ctx.send(broker, one, 2, start=number) for number in (2, 4)]
+    async with ctx.reading(broker, two, group=group) as reader:
+        live = await ctx.send(broker, two, 2, start=2)
+        came = {each.id for each in await reader.until_fence()}
+        ctx.same(came, {message.message_id for message in live}, "the messages of the only topic that is read")
+        waiting.append(await ctx.send(broker, one, 2, start=6))
+    async with ctx.reading(broker, one, two, group=group) as reader:
+        await ctx.until_acknowledged(reader, 12)
+    ctx.ledger.compare(group, [*messages, *live, *(each for part in waiting for each in part)]).verify()
+
+
 @scenario("GRP-16", "One group name on two topics is one group", needs=_DURABLE)
 async def one_group_two_topics(ctx: Context) -> None:
     """Catch a transport where the second topic replaces the first."""

@@ -70,7 +70,7 @@ async def again_and_again(ctx: Context) -> None:
 
 @scenario("LEK-05", "A hundred ended subscriptions leave nothing in their broker", timeout=60)
 async def came_and_went(ctx: Context) -> None:
-    """Catch a broker that keeps collecting for subscriptions that have ended."""
+    """Catch a broker that keeps the objects, tasks or connections of subscriptions that have ended."""
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic):
         pass

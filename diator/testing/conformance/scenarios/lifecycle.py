@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from time import monotonic
 
+from diator.brokers.base import Delivery
 from diator.brokers.capabilities import Capabilities
-from diator.exceptions import BrokerClosed, BrokerError
+from diator.exceptions import BrokerClosed, BrokerError, DiatorError
 from diator.testing.conformance._consuming import Happened
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._reader import cancelled
@@ -234,6 +236,53 @@ async def closed_before_its_subscription(ctx: Context) -> None:
             await broker.aclose()
 
     await ctx.within(3 * ctx.limits.lag, end(), "ending a subscription of a closed broker")
+
+
+@scenario("LIF-22", "The iterator ends with its subscription, for whoever waits and for whoever asks later")
+async def iterator_ends(ctx: Context) -> None:
+    """Catch a task that waits for ever for a delivery of a subscription that has ended, with a group or without one."""
+    groups = _with_and_without(ctx)
+    broker, topic = await ctx.broker(), ctx.topic()
+    for group in groups:
+        async with ctx.reading(broker, topic, group=group) as reader:
+            waiting = ctx.start(_outcome(reader.deliveries))
+            await asyncio.sleep(ctx.limits.quiet)
+            ctx.check(not waiting.done(), "the iterator ended before its subscription")
+        late = _outcome(reader.deliveries)
+        for each, who in ((waiting, "who waited"), (ctx.start(late), "who asked later")):
+            await asyncio.wait({each}, timeout=ctx.limits.lag)
+            ctx.check(each.done(), f"the iterator of the group {group} did not end for a task {who}")
+            ctx.same(each.result(), "StopAsyncIteration", f"the end of the iterator for a task {who}")
+
+
+@scenario("LIF-23", "Whoever waits for a delivery while the broker is closed gets BrokerClosed")
+async def closed_while_waiting(ctx: Context) -> None:
+    """Catch a reader that waits for ever on a closed broker, or that takes the close for the end of the messages."""
+    groups = _with_and_without(ctx)
+    for group in groups:
+        broker, topic = await ctx.broker(), ctx.topic()
+        async with ctx.reading(broker, topic, group=group) as reader:
+            waiting = ctx.start(_outcome(reader.deliveries))
+            await asyncio.sleep(ctx.limits.quiet)
+            await broker.aclose()
+            for each, who in ((waiting, "who waited"), (ctx.start(_outcome(reader.deliveries)), "who asked later")):
+                await asyncio.wait({each}, timeout=ctx.limits.lag)
+                ctx.check(each.done(), f"the close of the broker did not end the wait of a task {who}")
+                ctx.same(each.result(), "BrokerClosed", f"what a task {who} for a delivery got")
+
+
+def _with_and_without(ctx: Context) -> list[str | None]:
+    """Return a group and None, as far as the transport has groups and subscriptions without one."""
+    groups = {"broadcast": None, "competing": ctx.name()}
+    return [groups[each] for each in sorted(ctx.capabilities.distribution)]
+
+
+async def _outcome(deliveries: AsyncIterator[Delivery]) -> str:
+    """Return the name of the error that the next wait raises. A task could not keep a `StopAsyncIteration`."""
+    try:
+        return repr(await anext(deliveries))
+    except (StopAsyncIteration, DiatorError) as error:
+        return type(error).__name__
 
 
 @scenario("LIF-20", "A second stop ends a consumer at once")

@@ -385,6 +385,39 @@ async def settled_after_a_reset(ctx: Context) -> None:
 
 
 @scenario(
+    "ACK-27",
+    "A lost connection charges an attempt only to messages that were handed out",
+    level="F",
+    needs=Capabilities(
+        settlement="cumulative", redelivery=frozenset({"close", "crash"}), delivery_count="deliveries", network=True
+    ),
+    facilities=["proxy"],
+    timeout=90,
+)
+async def charged_once(ctx: Context) -> None:
+    """Catch a bad link that makes poison messages of messages that no handler has seen."""
+    proxy = await ctx.proxy()
+    broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
+    async with ctx.reading(broker, topic, group=group) as reader:
+        messages = await ctx.send(broker, topic, 5)
+        await reader.take(1, settle="nothing")
+        for _ in range(3):
+            before = proxy.accepted
+            proxy.reset()
+            await reconnected(ctx, proxy, before, ctx.limits.max_delay + ctx.limits.recovery)
+            await asyncio.sleep(ctx.limits.quiet)  # a transport may prefetch them again
+    bound = (ctx.capabilities.redelivery_bound or 0) + ctx.limits.redelivery + ctx.limits.recovery
+    async with ctx.reading(broker, topic, group=group) as reader:
+        again = await ctx.within(bound, reader.take(5), "the redelivery")
+    counted = {each.id: each.delivery.attempt for each in again}
+    attempts = [counted.get(message.message_id) for message in messages]
+    if ctx.capabilities.delivery_count == "exact":
+        ctx.same(attempts, [2, 1, 1, 1, 1], "the attempts after three lost connections; only the first was handed out")
+    else:
+        ctx.check((attempts[0] or 0) > 1, f"the delivery that nobody settled is not counted: {attempts}")
+
+
+@scenario(
     "ACK-17",
     "A message that could not be settled is redelivered",
     level="F",

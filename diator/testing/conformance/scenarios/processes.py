@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 
-from diator.brokers.base import Topic
+from diator.brokers.base import Topic, Transport
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
 from diator.testing.conformance._consumer_process import ConsumerProcess, consumer_process
 from diator.testing.conformance._context import Context
+from diator.testing.conformance._ledger import Received
+from diator.testing.conformance._reader import Reader
 from diator.testing.conformance._scenario import scenario
 
 _GROUP = Capabilities(
@@ -125,6 +129,96 @@ async def killed_at_work(ctx: Context) -> None:
         ctx.same(
             Counter(second.started), Counter(range(20)), "the number of times the other process handled each event"
         )
+
+
+@scenario(
+    "ACK-28",
+    "A process that was stopped beyond its lease removes nothing that another consumer holds",
+    level="F",
+    needs=replace(_GROUP, redelivery=frozenset({"crash"})),
+    facilities=["processes"],
+    timeout=150,
+)
+async def late_ack(ctx: Context) -> None:
+    """Catch an acknowledgement that counts although its message was redelivered to another consumer meanwhile."""
+    broker, topic, group, bound = await ctx.broker(), ctx.topic(), ctx.name(), _bound(ctx)
+    async with consumer_process(ctx.harness, topic.message_name, group, seconds=2 * ctx.limits.lag) as first:
+        messages = await _stopped_at_work(ctx, broker, topic, first)
+        async with ctx.reading(broker, topic, group=group) as other:
+            held = ctx.start(other.take(4, settle="nothing"))
+            await asyncio.wait({held}, timeout=bound)
+            _redelivered(ctx, held)
+            await _works_on(ctx, first)
+            again = {number for number, times in Counter(first.started).items() if times > 1}
+    # What was redelivered to the process itself, after it had joined its group again, it may acknowledge.
+    still = [message for number, message in enumerate(messages) if number not in again]
+    async with ctx.reading(broker, topic, group=group) as last:
+        await ctx.within(bound, _until(last, still), "the redelivery of what the other consumer had not settled")
+
+
+@scenario(
+    "ACK-29",
+    "A process that was stopped beyond its lease brings nothing back that others have acknowledged",
+    level="F",
+    needs=replace(_GROUP, redelivery=frozenset({"crash"})),
+    facilities=["processes"],
+    timeout=150,
+)
+async def late_position(ctx: Context) -> None:
+    """Catch an acknowledgement, or a position, that overwrites a later one: what is done begins anew."""
+    broker, topic, group, bound = await ctx.broker(), ctx.topic(), ctx.name(), _bound(ctx)
+    async with consumer_process(ctx.harness, topic.message_name, group, seconds=2 * ctx.limits.lag) as first:
+        messages = await _stopped_at_work(ctx, broker, topic, first)
+        async with ctx.reading(broker, topic, group=group) as other:
+            done = ctx.start(other.take(4))
+            await asyncio.wait({done}, timeout=bound)
+            _redelivered(ctx, done)
+            messages += (more := _events(ctx, topic, range(4, 24)))
+            await ctx.send_all(broker, more)
+            await ctx.until_acknowledged(other, len(messages))
+        await _works_on(ctx, first)
+    async with ctx.reading(broker, topic, group=group) as last:
+        came = [each.message and each.message.payload["number"] for each in await last.until_fence()]
+    ctx.same(came, [], "the numbers of the messages that came again")
+
+
+def _bound(ctx: Context) -> float:
+    """Return how long the redelivery from a stopped process may take."""
+    bound = ctx.capabilities.redelivery_bound
+    ctx.applies(bound is not None and bound <= 30, "the bound of a redelivery is too long for a test")  # noqa: PLR2004
+    return (bound or 0) + ctx.limits.redelivery + ctx.limits.recovery
+
+
+async def _stopped_at_work(ctx: Context, broker: Transport, topic: Topic, process: ConsumerProcess) -> list[Message]:
+    """Stop *process* while it handles four messages, and return them."""
+    await process.ready()
+    messages = _events(ctx, topic, range(4))
+    await ctx.send_all(broker, messages)
+    await process.until(lambda it: len(it.started) == 4)  # noqa: PLR2004
+    process.stop()
+    return messages
+
+
+def _redelivered(ctx: Context, reading: asyncio.Task[list[Received]]) -> None:
+    """Check that the messages of the stopped process came. Only a lease or a heartbeat tells that it stands still."""
+    came = reading.done() and not reading.exception()
+    ctx.applies(came or "deadline" in ctx.capabilities.redelivery, "a process that is stopped keeps its deliveries")
+    ctx.check(came, "the deliveries of a stopped process were not redelivered in time")
+
+
+async def _works_on(ctx: Context, process: ConsumerProcess) -> None:
+    """Let the stopped process go on, finish its handlers, acknowledge and end."""
+    process.resume()
+    await process.until(lambda it: {0, 1, 2, 3} <= {*it.finished})
+    await asyncio.sleep(ctx.limits.lag)  # acknowledgements may be sent in batches
+    await process.end(signal.SIGTERM)
+
+
+async def _until(reader: Reader, messages: Sequence[Message]) -> None:
+    """Read until every one of *messages* has come once more."""
+    missing = {message.message_id for message in messages}
+    while missing:
+        missing -= {each.id for each in await reader.take(1) if each.id is not None}
 
 
 async def _all_handled(count: int, *processes: ConsumerProcess) -> None:

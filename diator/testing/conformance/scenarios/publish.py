@@ -55,9 +55,27 @@ async def refused_when_full(ctx: Context) -> None:
         refused = await ctx.raises(MessageRejected, ctx.send(broker, topic, start=5), "sending to a full service")
         ctx.same(refused.message_id, ctx.ledger.sent[-1].message.message_id, "the message_id of the error")
         await reader.take(5)
-        await ctx.send(broker, topic, start=6)
+        await ctx.send_when_there_is_room(broker, ctx.message(topic, 6))
         await reader.until_fence()
     ctx.ledger.compare(group, [sent.message for sent in ctx.ledger.sent]).verify()
+
+
+@scenario(
+    "PUB-20",
+    "A message that one group has no room for reaches no other group either",
+    facilities=["full"],
+    needs=Capabilities(receipt="accepted", distribution=frozenset({"competing"})),
+)
+async def refused_for_all(ctx: Context) -> None:
+    """Catch a refused message that some groups receive: sent again, they receive it twice."""
+    broker, topic, full, free = ctx.closing(ctx.harness.full(5)), ctx.topic(), ctx.name("-full"), ctx.name("-free")
+    async with ctx.reading(broker, topic, group=full), ctx.reading(broker, topic, group=free) as reader:
+        for number in range(5):
+            await ctx.send(broker, topic, start=number)
+            await reader.take(1)
+        await ctx.raises(MessageRejected, ctx.send(broker, topic, start=5), "sending to a full group")
+        await reader.expect_nothing()
+    ctx.ledger.compare(free, [sent.message for sent in ctx.ledger.sent]).verify()
 
 
 @scenario("PUB-06", "A batch arrives complete and in order, or its error names the unsent messages")

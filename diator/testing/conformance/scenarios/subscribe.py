@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from time import monotonic
 
-from diator.brokers.base import Topic
+from diator.brokers.base import Delivery, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.exceptions import BrokerClosed
 from diator.testing.conformance._consuming import Happened
@@ -196,12 +196,46 @@ async def several_topics(ctx: Context) -> None:
         ctx.same(each.delivery.topic, sent_to, "Delivery.topic, compared with the message")
 
 
+@scenario("SUB-21", "Several topics share a prefetch of 1", needs=Capabilities(
+    settlement="cumulative", backpressure="prefetch"))  # fmt: skip
+async def several_topics_one_by_one(ctx: Context) -> None:
+    """Catch a count of unsettled deliveries that contains what waits, in a buffer for each topic, to be handed out."""
+    broker, topics = await ctx.broker(), [ctx.topic() for _ in range(4)]
+    async with ctx.reading(broker, *topics, group=ctx.name(), prefetch=1) as reader:
+        messages = [message for number in range(6) for topic in topics for message in await ctx.send(
+            broker, topic, start=number)]  # fmt: skip
+        for _ in messages:
+            await ctx.within(ctx.limits.recovery, reader.take(1), "the next delivery with a prefetch of 1")
+        await reader.until_fence()
+    ctx.ledger.compare(reader.name, messages).verify()
+
+
+@scenario("SUB-22", "`async for` receives the deliveries and ends with the subscription")
+async def in_a_loop(ctx: Context) -> None:
+    """Catch an iterator that only `anext` can read, and a loop that never ends."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic) as reader:
+        messages = await ctx.send(broker, topic, 5)
+        async for delivery in reader.deliveries:
+            ctx.ledger.received.append(Received.of(delivery, reader.name))
+            await delivery.ack()
+            if len(ctx.ledger.received) == len(messages):
+                break
+        await reader.until_fence()
+    ctx.ledger.compare(reader.name, messages).verify()
+
+    async def after_the_end() -> list[Delivery]:
+        return [delivery async for delivery in reader.deliveries]
+
+    ctx.same(await ctx.within(ctx.limits.lag, after_the_end(), "`async for` after the end"), [], "the late deliveries")
+
+
 @scenario("SUB-13", "Cancelling a wait for the next delivery loses nothing")
 async def cancelled_wait(ctx: Context) -> None:
     """Catch an iterator that ends with a cancelled wait, or loses a delivery with it."""
     broker, topic = await ctx.broker(), ctx.topic()
     messages = await ctx.send(broker, ctx.topic(), 0)
-    async with ctx.reading(broker, topic) as reader:
+    async with ctx.reading(broker, topic, prefetch=1) as reader:  # so that a lost place in it stops everything
         for number in range(20):
             waiting = asyncio.create_task(reader.next())
             await asyncio.sleep(0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
+from diator.brokers.base import Topic
 from diator.brokers.capabilities import Capabilities
 from diator.exceptions import MessageRejected, MessageUnroutable
 from diator.testing.conformance._context import Context
@@ -146,6 +148,96 @@ async def bound(ctx: Context) -> None:
         await ctx.send(broker, topic, start=30)
         await reader.until_fence()
     ctx.ledger.compare(group, [sent.message for sent in ctx.ledger.sent]).verify()
+
+
+@scenario("UNR-12", "A subscription without a group that has ended takes no message", needs=Capabilities(
+    distribution=frozenset({"broadcast"})))  # fmt: skip
+async def ended_takes_nothing(ctx: Context) -> None:
+    """Catch a queue that goes on collecting for a subscription that has ended."""
+    _shows_who_takes(ctx)
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic) as reader:
+        await ctx.send(broker, topic)
+        await reader.until_fence()
+    with suppress(LookupError):
+        async with ctx.reading(broker, topic):
+            raise LookupError("the program's own")
+    await _taken_by_nobody(ctx, topic)
+
+
+@scenario(
+    "UNR-13",
+    "A subscription without a group takes no message after its process has crashed",
+    needs=Capabilities(distribution=frozenset({"broadcast"})),
+    facilities=["crash"],
+    timeout=90,
+)
+async def crashed_takes_nothing(ctx: Context) -> None:
+    """Catch a queue that collects for ever for a reader that is dead."""
+    _shows_who_takes(ctx)
+    ctx.applies(ctx.capabilities.multi_process, "the service ends with the process")
+    broker, dying, topic = await ctx.broker(), await ctx.broker(), ctx.topic()
+    async with ctx.reading(dying, topic):
+        await ctx.use(broker, topic)
+        await ctx.harness.crash(dying)
+        await asyncio.sleep(ctx.limits.absence + ctx.limits.quiet)
+        await _taken_by_nobody(ctx, topic)
+
+
+def _shows_who_takes(ctx: Context) -> None:
+    retained = ctx.capabilities.unroutable == "retained" and "competing" in ctx.capabilities.distribution
+    ctx.applies(retained or ctx.capabilities.unroutable == "reported", "it drops what nobody has subscribed to")
+
+
+async def _taken_by_nobody(ctx: Context, topic: Topic) -> None:
+    """Check that no subscription to *topic* exists: a message is reported, or waits for the first group."""
+    broker, unroutable = await ctx.broker(), ctx.capabilities.unroutable
+    if unroutable == "reported":
+        await ctx.raises(MessageUnroutable, ctx.send(broker, topic), "sending without a subscription")
+        return
+    messages = await ctx.send(broker, topic, 3, start=10)
+    async with ctx.reading(broker, topic, group=ctx.name()) as first:
+        await first.until_fence()
+    came = {each.id for each in ctx.ledger.received if each.subscription == first.name}
+    lost = sum(message.message_id not in came for message in messages)
+    ctx.check(
+        not lost, f"{lost} of 3 messages did not reach the first group: they were collected for a dead subscription"
+    )
+
+
+@scenario("UNR-15", "The first group of one topic leaves what is retained for another topic", needs=_GROUPS)
+async def retained_for_another(ctx: Context) -> None:
+    """Catch retained messages that are dropped, or delivered, when a group subscribes to another topic."""
+    ctx.applies(ctx.capabilities.unroutable == "retained", _NOT_RETAINED)
+    broker, one, two = await ctx.broker(), ctx.topic(), ctx.topic()
+    three = Topic("ecst_event", one.message_name)  # the same name, and yet another topic
+    messages = {topic: await ctx.send(broker, topic, 3) for topic in (one, two)}
+    for topic in (one, three, two):
+        async with ctx.reading(broker, topic, group=ctx.name()) as reader:
+            await reader.until_fence()
+        ctx.ledger.compare(reader.name, messages[topic]).verify()
+        if topic == one:  # it has a group now
+            messages[three] = await ctx.send(broker, three, 3)
+
+
+@scenario(
+    "UNR-14",
+    "Messages retained for one topic take no room from another topic that has a reader",
+    needs=_GROUPS,
+    facilities=["retention"],
+)
+async def bound_of_one_topic(ctx: Context) -> None:
+    """Catch one bound for everything: a topic that nobody reads stops all others."""
+    broker, nobody, read, group = ctx.closing(ctx.harness.retaining(5)), ctx.topic(), ctx.topic(), ctx.name()
+    async with ctx.reading(broker, read, group=group) as reader:
+        for number in range(15):
+            await ctx.allow_broker_error(ctx.send(broker, nobody, start=number), "sending beyond the bound")
+        messages = [ctx.message(read, number) for number in range(3)]
+        for message in messages:
+            await ctx.send_all(broker, [message])
+            await reader.take(1)
+        await reader.until_fence()
+    ctx.ledger.compare(group, messages).verify()
 
 
 @scenario(
