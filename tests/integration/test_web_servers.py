@@ -65,6 +65,13 @@ def test_a_consumer_that_is_older_than_the_server_ends_when_the_server_has(numbe
     assert (said, code) == (["server shuts down", "handled", "acked", "consumer ended"], 0)
 
 
+@pytest.mark.parametrize("number", ENDS)
+def test_a_server_whose_consumer_has_ended_ends_too(number):
+    said, code = serve("end", number)
+
+    assert (said, code) == (["consumer ended", "server shuts down"], ENDS[number])
+
+
 def test_with_uvloop_too():
     pytest.importorskip("uvloop", reason="it is optional for uvicorn, and not for every platform")
     said, code = serve("run", signal.SIGTERM, loop="uvloop")

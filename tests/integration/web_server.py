@@ -68,7 +68,17 @@ async def run_two(stack: AsyncExitStack) -> None:
     await run_until_stopped(stack)
 
 
-BEGIN = {"run": run_until_stopped, "enter": enter, "two": run_two}
+async def run_and_end(stack: AsyncExitStack) -> None:
+    """End the consumer while the server runs on."""
+    consumer = a_consumer(0)
+    running = asyncio.create_task(consumer.run())
+    await consumer.ready()
+    consumer.stop()
+    await running
+    print("consumer ended\nbegun", flush=True)
+
+
+BEGIN = {"end": run_and_end, "run": run_until_stopped, "enter": enter, "two": run_two}
 
 
 def application(begin):
