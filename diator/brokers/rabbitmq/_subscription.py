@@ -415,7 +415,8 @@ class Connection(Channel):
 
     async def consume(self, *queues: str) -> None:
         """See `Receiver.consume`."""
-        await asyncio.gather(*[self._consume(queue, self._least_prefetch_count) for queue in queues])
+        starting = [self._consume(queue, self._least_prefetch_count) for queue in queues]
+        await asyncio.gather(*map(asyncio.shield, starting))  # if this is cancelled, `end` still waits for the replies
 
     def _consume(self, queue: str, prefetch_count: int) -> asyncio.Future[Any]:
         self._consumer_number += 1
@@ -737,6 +738,10 @@ class Connection(Channel):
             if self.error is None and self._is_consuming:
                 self._is_consuming = False
                 async with asyncio.timeout(_END_TIMEOUT):
+                    if self._asked:
+                        # A channel of RabbitMQ crashes when a consumer is cancelled before it has started, and loses
+                        # the latest settlements.
+                        await asyncio.wait(self._asked)
                     await self.ask_all(map(commands.Basic.Cancel, [*self._consumers]))
                 if (wait := self._settled_at - self._loop.time()) > 0:
                     await asyncio.sleep(wait)

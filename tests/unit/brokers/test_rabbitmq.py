@@ -372,3 +372,26 @@ async def test_a_retry_by_a_broker_of_another_event_loop_is_reported_as_that_and
 
     await asyncio.sleep(6)
     assert (subscription.unsettled, delivery.outcome) == (0, None)
+
+
+async def test_no_consumer_is_cancelled_before_it_has_started():
+    """RabbitMQ's channel would crash, and lose the latest acknowledgements."""
+    sent = []
+    subscription = SimpleNamespace(group="readers", is_ending=True, queues={})
+    connection = Connection(subscription, 1)
+    connection._loop, connection._is_consuming = asyncio.get_running_loop(), True
+    connection.send = lambda frame: sent.append(frame.name)
+    starting = asyncio.create_task(connection.consume("queue"))
+    await asyncio.sleep(0)
+    starting.cancel()  # as handing over is cancelled at the end
+
+    ending = asyncio.create_task(connection.end(()))
+    await asyncio.sleep(0.1)
+    assert sent == ["Basic.Qos", "Basic.Consume"]
+    connection._take_method(commands.Basic.QosOk())
+    connection._take_method(commands.Basic.ConsumeOk("diator-1"))
+    await asyncio.sleep(0.1)
+    assert sent == ["Basic.Qos", "Basic.Consume", "Basic.Cancel"]
+
+    connection._take_method(commands.Basic.CancelOk("diator-1"))
+    await ending
