@@ -164,7 +164,7 @@ async def test_a_plain_client_of_rabbitmq(rabbitmq_url, prefix):
 
         consumer = Receiver(broker, count=1)
         consuming = asyncio.create_task(consumer.consumer.run(signals=False))
-        await consumer.ready()
+        await consumer.consumer.ready()
         await exchange.publish(
             aio_pika.Message(body("UserJoined", 2).encode(), headers={"tenant": "7"}), "notification_event.UserJoined"
         )

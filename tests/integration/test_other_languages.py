@@ -306,6 +306,7 @@ NO_MESSAGE, NO_JSON, UNFIT = (
         "the payload does not fit UserJoined: ",
     )
 )
+EMPTY = "undecodable: the body is empty"
 NO_PROPERTIES = "undecodable: these properties of RabbitMQ cannot be decoded: "
 REASONS = {
     "pubsub": {
@@ -324,17 +325,17 @@ REASONS = {
         "text-payload": UNFIT + "Expected `object`, got `str`",
         "list": NO_MESSAGE + "Expected `object`, got `array`",
         "null": NO_MESSAGE + "Expected `object`, got `null`",
-        "empty": NO_MESSAGE,
+        "empty": EMPTY,
         "number-as-text": UNFIT + "Expected `int`, got `str` - at `$.user_id`",
         "whole-number-as-float": UNFIT + "Expected `int`, got `float` - at `$.user_id`",
         "fraction": UNFIT + "Expected `int`, got `float` - at `$.user_id`",
         "boolean-as-number": UNFIT + "Expected `int`, got `bool` - at `$.user_id`",
         "not-a-number": NO_JSON,
-        "date-only": UNFIT + "a value is invalid - at `$.joined_at`",
+        "date-only": UNFIT + "Invalid RFC3339 encoded datetime - at `$.joined_at`",
         "epoch": UNFIT + "Expected `datetime | null`, got `int` - at `$.joined_at`",
-        "zone-name": UNFIT + "a value is invalid - at `$.joined_at`",
-        "mail-date": UNFIT + "a value is invalid - at `$.joined_at`",
-        "year-10000": UNFIT + "a value is invalid - at `$.joined_at`",
+        "zone-name": UNFIT + "Invalid RFC3339 encoded datetime - at `$.joined_at`",
+        "mail-date": UNFIT + "Invalid RFC3339 encoded datetime - at `$.joined_at`",
+        "year-10000": UNFIT + "Invalid RFC3339 encoded datetime - at `$.joined_at`",
         "base64-url": UNFIT + "a value is invalid - at `$.photo`",
         "buffer": UNFIT + "Expected `bytes | null`, got `object` - at `$.photo`",
         "lone-surrogate": NO_MESSAGE,
@@ -343,10 +344,10 @@ REASONS = {
         "latin-1": NO_MESSAGE + "it is not valid UTF-8",
         "trailing-zeros": NO_JSON,
     },
-    "streams": {"no-body": NO_MESSAGE},
+    "streams": {"no-body": EMPTY},
     "rabbitmq": {
         "garbage-with-headers": NO_JSON,
-        "empty": NO_MESSAGE,
+        "empty": EMPTY,
         "gzip": "undecodable: the body is compressed (gzip)",
         "large": "undecodable: the body has 2,",
         "microseconds": NO_PROPERTIES + "timestamp",
@@ -358,8 +359,8 @@ REASONS = {
         "zero-time": NO_PROPERTIES + "headers",
     },
     "kafka": {
-        "null-value": NO_MESSAGE,
-        "empty-value": NO_MESSAGE,
+        "null-value": EMPTY,
+        "empty-value": EMPTY,
         "schema-registry": NO_JSON,
     },
 }
@@ -440,7 +441,7 @@ async def test_what_it_sends_is_the_same_after_a_retry(peer, transport):
         raise RuntimeError
 
     async with transport.broker() as broker:
-        policy = RetryPolicy(immediate_retries=0, delayed_retries=1, first_delay=0.1)
+        policy = RetryPolicy(immediate_retries=0, delayed_retries=1, first_delay=0.1, retry_undecodable=False)
         consumer = Consumer(broker, event_map=event_map, group=GROUP, retry=policy, on_handled=reports.put_nowait)
         async with consuming(consumer), asyncio.timeout(60):
             sent = (await peer("send", which=which, **transport.source))["sent"]
