@@ -358,7 +358,7 @@ class Handling:
         self.dead_lettering: set[asyncio.Task[None]] = set()
         self.make_room: Callable[[int], None] = lambda _: None
         self.dead_letter_all: Callable[[Mapping[Delivery, str]], Awaitable[Collection[Delivery]]] = _dead_letter_none
-        self._aside: dict[Delivery, float] = {}  # what is dead-lettered beside others, and when its handling began
+        self._aside: dict[Delivery, _Failure] = {}  # what is dead-lettered beside the next deliveries
         self._failures: list[_Failure] = []  # those of them that wait until the last ones are stored
         self._is_storing = False  # whether a task dead-letters those
         self.unsettled = 0
@@ -376,7 +376,8 @@ class Handling:
     @property
     def in_flight(self) -> list[float]:
         """When each delivery that is being handled began, by `time.monotonic`."""
-        return [*(worker.since for worker in self._workers if worker.since is not None), *self._aside.values()]
+        handled = (worker.since for worker in self._workers if worker.since is not None)
+        return [*handled, *(failure.started for failure in self._aside.values())]
 
     def seconds_without_progress(self, now: float, waiting: float) -> float:
         """
@@ -469,7 +470,7 @@ class Handling:
 
     def _dead_letter_aside(self, failure: _Failure) -> None:
         """Dead-letter a delivery in another task: with those that come meanwhile, once the last ones are stored."""
-        self._aside[failure.delivery] = failure.started
+        self._aside[failure.delivery] = failure
         self.make_room(len(self._aside))
         self._failures.append(failure)
         if not self._is_storing:
@@ -495,10 +496,6 @@ class Handling:
                 try:
                     async with asyncio.timeout(_SETTLE_TIMEOUT):
                         stored = await self.dead_letter_all(small)
-                except asyncio.CancelledError as ending:
-                    for failure in [*failures, *self._failures]:
-                        self._finish_aside(failure, "unsettled", _Result(_ended_by(ending), ending))
-                    raise
                 except Exception as error:  # noqa: BLE001  # a transport may raise anything
                     # Each is tried once more by itself, which decides how it is settled, and reports the error.
                     logger.debug("dead letters were not stored together: %s", name_of(type(error)))
@@ -530,8 +527,8 @@ class Handling:
             self.make_room(len(self._aside))
 
     def _finish_aside(self, failure: _Failure, outcome: Outcome, result: _Result | None) -> None:
-        del self._aside[failure.delivery]
-        self._finish(failure.delivery, failure.message, outcome, result, failure.started)
+        if self._aside.pop(failure.delivery, None) is not None:
+            self._finish(failure.delivery, failure.message, outcome, result, failure.started)
 
     def _finish(
         self,
@@ -714,6 +711,8 @@ class Handling:
         """Return *error* if its traceback is to be logged. Its text may quote the message."""
         return error if self._log_errors else None
 
-    def finish_log(self) -> None:
-        """Log how many lines were left out. Call it when the consumer has stopped."""
+    def finish(self) -> None:
+        """Report what was not dead-lettered, and log how many lines were left out. The consumer has stopped."""
+        for failure in [*self._aside.values()]:  # the tasks were cancelled, perhaps before their first step
+            self._finish_aside(failure, "unsettled", _Result("cancelled", asyncio.CancelledError()))
         self._lines.flush()

@@ -230,7 +230,7 @@ class Consumer:
                         await self._consume(deliveries)
                     finally:
                         self._receiving = False
-                        self._handling.finish_log()
+                        self._handling.finish()
         except Exception as error:
             self._failure = error
             raise

@@ -454,3 +454,22 @@ async def test_the_error_of_a_poison_message_holds_no_message():
     [undecodable, misfit] = await consume(Scripted(b"{", body_of(BAD, payload={"user_id": "x"})), on_joined, count=2)
 
     assert (undecodable.error.__traceback__, misfit.error.__traceback__) == (None, None)
+
+
+async def test_a_dead_letter_whose_task_is_cancelled_before_its_first_step_is_reported():
+    """As `asyncio.run` does at its end, in any order."""
+
+    class Cancelling(Scripted):
+        async def __anext__(self):
+            if not self.script:
+                for task in asyncio.all_tasks():
+                    if task.get_name() == "diator: dead-lettering" or task is run:
+                        task.cancel()
+            return await super().__anext__()
+
+    consumer, reports = consumer_of(Cancelling(b"{"), on_joined)
+    run = asyncio.create_task(consumer.run(signals=False))
+    await asyncio.wait([run])
+
+    assert [(each.outcome, each.reason) for each in reports] == [("unsettled", "cancelled")]
+    assert consumer.health().in_flight == 0
