@@ -466,5 +466,6 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
 
 def _unreadable(event_type: type, error: Exception) -> EncodingError:
     """Return the error for an event that has been written, and cannot be read back."""
-    problem, _, place = _without_content(error, _names_within(event_type)).partition(" - at `$")
-    return EncodingError(f"{name_of(event_type)}{place.partition('`')[0]}", f"it could not be read back: {problem}")
+    problem, _, place = _without_content(error, _names_within(event_type)).partition(" - at ")
+    step = place.partition("$")[2].partition("`")[0]
+    return EncodingError(f"{name_of(event_type)}{step}", f"it could not be read back: {problem}")

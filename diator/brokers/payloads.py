@@ -16,6 +16,7 @@ import inspect
 import itertools
 import keyword
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal
@@ -83,7 +84,9 @@ def _writer(kind: Any) -> Callable[[Any], Any]:
     pydantic: Any = sys.modules.get("pydantic_core")
 
     def write(value: Any) -> Any:
-        if pydantic is not None:  # it knows URLs, paths, IP addresses
+        if isinstance(value, deque):
+            return list(value)
+        if pydantic is not None and not isinstance(value, Iterator):  # it knows URLs, paths, IP addresses
             with suppress(pydantic.PydanticSerializationError):
                 return pydantic.to_jsonable_python(value)
         raise TypeError(f"values of {name_of(kind)} cannot be written as JSON")
@@ -293,18 +296,24 @@ class _Planner:
 
     def _read_other(self, hint: Any, value: Any) -> Any:
         """Return what *value*, plain JSON, is as a type that msgspec does not know."""
-        if _is_secret(hint):
-            return hint(msgspec.convert(value, str if "Str" in hint.__name__ else bytes))
-        if stands_for_standard(hint):
-            return msgspec.convert(value, standard_type(hint))
-        if not is_model(hint):
+        if hint is object:
             return value
+        try:
+            return self._read_json_of_other(hint, msgspec.json.encode(value))
+        except msgspec.ValidationError as error:  # msgspec adds the place to other errors only
+            raise ValueError from error
+
+    def _read_json_of_other(self, hint: Any, value: bytes) -> Any:
+        if _is_secret(hint):
+            return hint(msgspec.json.decode(value, type=str if "Str" in hint.__name__ else bytes))
+        if stands_for_standard(hint):
+            return msgspec.json.decode(value, type=standard_type(hint))
         if not self._typed:
-            return hint.model_validate_json(msgspec.json.encode(value))
+            return hint.model_validate_json(value)
         if hint.__pydantic_root_model__:
             root = hint.model_fields["root"].annotation
-            return hint.model_validate(msgspec.convert(value, root, dec_hook=self._read_other))
-        return self._built(hint, msgspec.convert(value, self._shadow(hint), dec_hook=self._read_other))
+            return hint.model_validate(msgspec.json.decode(value, type=root, dec_hook=self._read_other))
+        return self._built(hint, msgspec.json.decode(value, type=self._shadow(hint), dec_hook=self._read_other))
 
     def _shadow(self, model: Any) -> type[msgspec.Struct]:
         """Return a struct with the fields of a model, which reads their values for it."""

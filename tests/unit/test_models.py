@@ -10,10 +10,11 @@ import msgspec
 import pydantic
 import pytest
 
-from diator.brokers.codec import payload_decoder
+from diator.brokers.codec import payload_decoder, payload_encoder
 from diator.brokers.memory import MemoryMessageBroker
+from diator.consumer import Consumer
 from diator.events import DomainEvent, ECSTEvent, Event, EventEmitter, NotificationEvent
-from diator.exceptions import DecodingError, EncodingError, NotAnEvent
+from diator.exceptions import ConfigurationError, DecodingError, EncodingError, NotAnEvent
 from diator.requests import Request
 from diator.response import Response
 from tests.unit.doubles import Recorder, events_of, mediator_of
@@ -287,6 +288,12 @@ class Undecorated(NotificationEvent):
     user_id: int = 7
 
 
+class WithInit(NotificationEvent):
+    def __init__(self, user_id):
+        super().__init__()
+        object.__setattr__(self, "user_id", user_id)
+
+
 class WithoutId(msgspec.Struct, Event):
     message_type: ClassVar[str] = "notification_event"
     user_id: int
@@ -304,10 +311,11 @@ class NoModel(Event):
     [
         (AttrsOfDataclass(7), "AttrsOfDataclass is an attrs class that derives from a dataclass"),
         (Undecorated(), "Undecorated declares user_id but is not a dataclass; decorate it with @dataclass"),
+        (WithInit(7), "WithInit has an __init__ of its own but is not a dataclass; decorate it with @dataclass"),
         (WithoutId(7), "WithoutId needs the field event_id and the field event_timestamp"),
         (NoModel(7), "NoModel needs the field event_id and the field event_timestamp"),
     ],
-    ids=["attrs of a dataclass", "not decorated", "without an id", "no model"],
+    ids=["attrs of a dataclass", "not decorated", "own constructor", "without an id", "no model"],
 )
 async def test_is_refused(event, problem):
     broker = Recorder()
@@ -316,6 +324,35 @@ async def test_is_refused(event, problem):
         await EventEmitter(message_broker=broker).emit(event)
 
     assert broker.sent == []
+
+
+@pytest.mark.parametrize("event_type", [AttrsOfDataclass, Undecorated, WithInit, NoModel])
+def test_a_consumer_refuses_it_too(event_type):
+    async def on_event(event: event_type) -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"decorate it with @dataclass|derive it from Event"):
+        Consumer(MemoryMessageBroker(), event_map=events_of(on_event))
+
+
+@pytest.mark.parametrize("inner", [AttrsOfDataclass, Undecorated, WithInit])
+def test_a_class_inside_of_an_event_is_refused_too(inner):
+    holder = dataclasses.make_dataclass(
+        "Holder", [("one", list[inner])], bases=(NotificationEvent,), frozen=True, kw_only=True
+    )
+
+    with pytest.raises(ConfigurationError, match=r"^Holder\.one\[\.\.\.\]: "):
+        payload_encoder(holder)
+
+
+async def test_a_subclass_that_only_names_its_message_needs_no_decorator():
+    class Renamed(DataclassJoined):
+        message_name: ClassVar[str] = "joined"
+
+    broker = Recorder()
+
+    await EventEmitter(message_broker=broker).emit(Renamed(user_id=7))
+
+    assert broker.names == ["joined"]
 
 
 @pytest.mark.parametrize("base", [msgspec.Struct, pydantic.BaseModel])
