@@ -87,7 +87,15 @@ def _message_parameter(handler: Handler) -> Parameter:
         return _parameter_of_class(handler)
     function: Any = handler
     if not callable(function) or hasattr(function, "handle"):
-        raise BindingError(f"{handler!r} is neither a handler class nor a function; bind the class, not an instance")
+        raise BindingError(
+            f"an object of {name_of(type(handler))} is neither a handler class nor a function; bind the class, not an "
+            "instance"
+        )
+    if isinstance(function_of(handler), type):
+        raise BindingError(
+            f"a partial of the class {name_of(handler)} is no handler; bind the class, and let the container pass the "
+            "arguments"
+        )
     if not _is_async(handler):
         raise BindingError(f"{name_of(handler)} is not asynchronous; define it with `async def`")
     return _first(handler, _parameters(handler))

@@ -302,9 +302,11 @@ class _Scope:
 
 def _recipe(type_: type, factory: Callable[..., Any], lifetime: Lifetime | None) -> _Recipe:
     """Return how to call *factory*, and which types its parameters need."""
-    if factory is type_ and inspect.isabstract(type_):
-        missing = ", ".join(sorted(getattr(type_, "__abstractmethods__", ())))
-        raise ResolutionError([name_of(type_)], f"{name_of(type_)} is abstract ({missing}); register a factory for it")
+    if inspect.isabstract(factory) or getattr(factory, "_is_protocol", False):
+        missing = ", ".join(sorted(getattr(factory, "__abstractmethods__", ()))) or "a protocol"
+        raise ResolutionError(
+            [name_of(type_)], f"{name_of(factory)} is abstract ({missing}); register a factory for it"
+        )
     call: Callable[..., Any] = factory
     try:
         parameters = parameters_of(factory)

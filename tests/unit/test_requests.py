@@ -213,7 +213,9 @@ def test_an_unknown_name_in_an_annotation_is_allowed_where_the_type_is_passed():
         (takes_it_by_name, "takes_it_by_name takes no message"),
         (AnswersAnother, "AnswersAnother returns int, but the response of Join is str"),
         (answers_nothing, "answers_nothing returns NoneType, but the response of Join is str"),
-        (JoinHandler(), "bind the class, not an instance"),
+        (JoinHandler(), "an object of JoinHandler is neither .* bind the class, not an instance"),
+        (None, "an object of NoneType is neither a handler class nor a function"),
+        (partial(JoinHandler), "a partial of the class JoinHandler is no handler; bind the class"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

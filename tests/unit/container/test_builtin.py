@@ -12,7 +12,7 @@ from contextlib import (
 )
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import pytest
 
@@ -582,6 +582,10 @@ class Abstract(ABC):
     def work(self): ...
 
 
+class OnlyAttributes(Protocol):
+    open: bool
+
+
 class WithoutHint:
     def __init__(self, api) -> None: ...
 
@@ -624,6 +628,7 @@ async def test_a_missing_dependency_shows_its_path(container):
     ("type_", "problem"),
     [
         (Abstract, r"Abstract is abstract \(work\); register a factory for it"),
+        (OnlyAttributes, r"OnlyAttributes is abstract \(a protocol\); register a factory for it"),
         (WithoutHint, "parameter 'api' of WithoutHint has no type hint"),
         (RuntimeError, "the parameters of RuntimeError cannot be inspected"),
         (OnlyForCheckers, "names? 'Decimal', .* outside of `if TYPE_CHECKING`"),
@@ -635,6 +640,11 @@ async def test_refused_when_registering_and_when_resolving(container, type_, pro
 
     with pytest.raises(ResolutionError, match=problem):
         await container.resolve(type_)
+
+
+def test_a_factory_cannot_be_abstract(container):
+    with pytest.raises(ResolutionError, match=r"Abstract is abstract \(work\)"):
+        container.register(OnlyAttributes, Abstract)
 
 
 async def test_an_abstract_class_is_built_by_a_factory(container):
