@@ -49,8 +49,9 @@ class Settler(Protocol):
 
     A call that fails settles nothing: the service redelivers the message, after `Capabilities.redelivery_bound` at the
     latest. Until then it takes no place of *prefetch* from other messages. Settling too late has no effect either: if
-    another consumer already has the message, or if the subscription has ended, the message is redelivered. A settler
-    never settles a delivery that another consumer holds.
+    another consumer already has the message, or if the subscription has ended, the message is redelivered. Such a call
+    returns, or raises a `BrokerError` if the settler knows. A settler never settles a delivery that another consumer
+    holds, even if its own process stood still meanwhile.
     """
 
     async def ack(self, delivery: Delivery, /) -> None:

@@ -72,3 +72,34 @@ async def test_a_failure_between_request_and_answer_decides_the_send_error(conne
     assert type(caught.value) is send_error
     assert caught.value.message_id == message_id
     assert "hunter2" not in str(caught.value)
+
+
+async def test_a_second_proxy_stands_before_the_service_and_not_before_the_first_proxy():
+    async def answer(reader, writer):
+        writer.write(await reader.read(1))
+        writer.close()
+
+    async def connected(address):
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(b"x")
+        answered = await reader.read(1)
+        writer.close()
+        return answered
+
+    class Proxied(page.NetworkHarness):
+        def transport(self):
+            raise NotImplementedError
+
+    harness = Proxied()
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        harness.service_address = harness.address = server.sockets[0].getsockname()
+        async with harness.proxied() as first:
+            through_first = harness.address
+            async with harness.proxied() as second:
+                assert await connected(harness.address) == b"x"
+                assert (first.accepted, second.accepted) == (0, 1)
+                await second.heal()
+            assert harness.address == through_first
+            assert await connected(harness.address) == b"x"
+        assert harness.address == harness.service_address

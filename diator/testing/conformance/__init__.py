@@ -39,7 +39,7 @@ from diator.testing.conformance._pytest import TransportConformance
 from diator.testing.conformance._reader import Reader
 from diator.testing.conformance._report import SUITE_VERSION, Report
 from diator.testing.conformance._runner import Result, UnknownScenario, run_scenario, run_suite
-from diator.testing.conformance._scenario import SCENARIOS, Scenario, select
+from diator.testing.conformance._scenario import LEVELS, SCENARIOS, Scenario, select
 
 __all__ = [  # noqa: RUF022  # plainly sorted
     "Access",
@@ -51,6 +51,7 @@ __all__ = [  # noqa: RUF022  # plainly sorted
     "EnvironmentMissing",
     "Foreign",
     "Harness",
+    "LEVELS",
     "Ledger",
     "Limits",
     "Nonconformance",

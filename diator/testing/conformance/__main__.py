@@ -1,4 +1,8 @@
-"""`python -m diator.testing.conformance MODULE:HARNESS [--report FILE] [--require] [-k PATTERN] [--seed N]`."""
+"""
+The command line of the suite.
+
+`python -m diator.testing.conformance MODULE:HARNESS [--report FILE] [--require] [-k PATTERN] [--levels CXFS]`
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ from pathlib import Path
 from diator.brokers.capabilities import Capabilities
 from diator.testing.conformance._harness import EnvironmentMissing, Harness
 from diator.testing.conformance._report import Report
-from diator.testing.conformance._runner import Result, UnknownScenario, check_deviations, run_scenario
-from diator.testing.conformance._scenario import Scenario, select
+from diator.testing.conformance._runner import Result, UnknownScenario, check_deviations, explained, run_scenario
+from diator.testing.conformance._scenario import LEVELS, Scenario, select
 
 PASSED, FAILED, USAGE = 0, 1, 2
 
@@ -24,9 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         harness = _harness(options.harness)
         check_deviations(harness.deviations)
-        scenarios = select(options.pattern)
+        if unknown := {*options.levels} - LEVELS.keys():
+            raise UnknownScenario(f"there are the levels {', '.join(LEVELS)}, not {', '.join(sorted(unknown))}")
+        scenarios = select(options.pattern, options.levels)
         if not scenarios:
-            raise UnknownScenario(f"no scenario has a word of {options.pattern!r} in its id or title")
+            raise UnknownScenario(f"no scenario of these levels has a word of {options.pattern!r} in its id or title")
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return USAGE
@@ -66,7 +72,9 @@ async def _capabilities(harness: Harness) -> Capabilities:
 
 def _line(result: Result) -> str:
     reason = f"  ({result.reason})" if result.reason else ""
-    return f"{result.outcome:<11} {result.scenario.id:<7} {result.seconds:6.2f} s  {result.scenario.title}{reason}"
+    id_ = f"{result.scenario.level} {result.scenario.id:<7}"
+    line = f"{result.outcome:<11} {id_} {result.seconds:6.2f} s  {result.scenario.title}{reason}"
+    return "\n    ".join([line, *(explained(result.error) if result.error else ())])
 
 
 def _write(line: str) -> None:
@@ -98,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         metavar="PATTERN",
         help="run only the scenarios whose id or title contains one of these words",
+    )
+    parser.add_argument(
+        "--levels",
+        default="",
+        metavar="CXFS",
+        help=f"run only the scenarios of these levels: {'; '.join(map(' '.join, LEVELS.items()))}",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="use the seed of an earlier run")
     return parser

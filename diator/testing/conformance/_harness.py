@@ -28,11 +28,13 @@ class Deviation:
     Attributes:
         reason: Why the transport fails the scenario.
         raises: The error that the scenario fails with.
+        sometimes: Whether the scenario passes in some runs, because its failure is a race. Then it may pass.
         issue: Where the problem is tracked, such as the address of an issue; may be empty.
     """
 
     reason: str
     raises: type[BaseException] = AssertionError
+    sometimes: bool = False
     issue: str = ""
 
 
@@ -48,7 +50,9 @@ class Limits:
         redelivery: The longest time until an unsettled delivery is redelivered after its subscription has ended.
         timeout: The longest time that a call of the transport may take, however dead the service is: its `timeout`.
         liveness: The longest time until the transport notices that a silent peer is gone.
-        recovery: The longest time until the transport receives again after the service is back.
+        recovery: The longest time until the transport receives again after the service is back or the link is healed.
+            It covers the delay before the next attempt to connect, the connecting, and, if the service frees what a
+            lost connection held only when a lease or a session ends, that time too. It does not cover the fault itself.
         max_delay: The longest delay between two attempts to reconnect.
         absence: The longest time that the service collects messages for a subscription without a group after the
             process of the subscription has died.
@@ -208,12 +212,14 @@ class Harness(ABC):
         """
         Start the environment. The suite calls this once, before the first scenario.
 
+        With the facility `processes`, each child process calls it too, in a harness of its own.
+
         Raises:
             EnvironmentMissing: The environment is not available on this machine.
         """
 
     def stop(self) -> None:  # noqa: B027
-        """Stop the environment."""
+        """Stop the environment. A child process of `processes` calls this too: stop only what it has started itself."""
 
     def prepare(self, facility: str) -> None:  # noqa: B027
         """
@@ -281,7 +287,12 @@ class Harness(ABC):
         raise NotImplementedError
 
     def full(self, room: int) -> Transport:
-        """`full`: Return a broker whose service accepts *room* messages for a topic and refuses the next one."""
+        """
+        `full`: Return a broker whose service accepts *room* messages for each topic and group, and refuses the next.
+
+        A message takes room from its confirmation on, also while it is prefetched. An acknowledged message takes none,
+        within `limits.lag`. If one group has no room, the message is refused for all groups.
+        """
         raise NotImplementedError
 
     def retaining(self, room: int) -> Transport:

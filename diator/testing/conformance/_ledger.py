@@ -100,6 +100,7 @@ class Comparison:
         explained: Messages that were delivered again with a reason: requeued, not settled, or sent twice.
         unexpected: Deliveries that were never sent to the subscription; None for a body that cannot be decoded.
         reordered: Messages whose first delivery came after the first delivery of a later message.
+        overtaken: For each of them, who overtook whom, by their places in the order of sending.
     """
 
     subscription: str
@@ -108,6 +109,7 @@ class Comparison:
     explained: Sequence[UUID] = ()
     unexpected: Sequence[UUID | None] = ()
     reordered: Sequence[UUID] = ()
+    overtaken: Sequence[str] = ()
 
     def verify(self, *, in_order: bool = False, may_lose: bool = False, may_duplicate: bool = False) -> None:
         """Raise `Nonconformance` if a message was lost, unexpected, out of order or duplicated without a reason."""
@@ -117,7 +119,10 @@ class Comparison:
             "unexpected": self.unexpected,
             "out of order": self.reordered if in_order else (),
         }
-        if found := [f"{len(ids)} {what} ({_few(ids)})" for what, ids in faults.items() if ids]:
+        found = [f"{len(ids)} {what} ({_few(ids)})" for what, ids in faults.items() if ids]
+        if in_order and self.overtaken:
+            found[-1] += f": {_few(self.overtaken)}"
+        if found:
             raise Nonconformance(f"of the messages for {self.subscription!r}: {'; '.join(found)}")
 
 
@@ -165,13 +170,15 @@ class Ledger:
                 came[received.id].append(received)
         wanted = {*ids}
         places = {each: place for place, each in enumerate(ids)}
+        late = _late([places[each] for each in came if each is not None and each in places])
         return Comparison(
             subscription=subscription,
             lost=[each for each in ids if each in sure and each not in came],
             duplicated=[each for each in ids if _unexplained(came.get(each, ()), fates[each])],
             explained=[each for each in ids if _explained(came.get(each, ()), fates[each])],
             unexpected=[each for each in came if each is None or each not in wanted or {*fates[each]} == {"failed"}],
-            reordered=_late([places[each] for each in came if each is not None and each in places], ids),
+            reordered=[ids[place] for place, _ in late],
+            overtaken=[_overtaking(*each) for each in late],
         )
 
 
@@ -198,17 +205,32 @@ def _unexplained(came: Sequence[Received], fates: Sequence[Fate]) -> bool:
     return len(came) > len(fates) + requeued
 
 
-def _late(places: Sequence[int], ids: Sequence[UUID]) -> list[UUID]:
-    """Return the ids that came after an id with a later place."""
-    late: list[UUID] = []
+def difference(came: Sequence[object], sent: Sequence[object]) -> str:
+    """Say what is missing, what came twice and who overtook whom, by the places of the messages in *sent*."""
+    first = list(dict.fromkeys(came))
+    faults = {
+        "missing": [f"no. {place}" for place, each in enumerate(sent, 1) if each not in came],
+        "came again": [f"no. {sent.index(each) + 1}" for each in first if came.count(each) > 1],
+        "overtaken": [_overtaking(*each) for each in _late([sent.index(each) for each in first])],
+    }
+    return "; ".join(f"{len(found)} {what} ({_few(found)})" for what, found in faults.items() if found)
+
+
+def _late(places: Sequence[int]) -> list[tuple[int, int]]:
+    """Return each place that came after a later one, with the latest of those."""
+    late: list[tuple[int, int]] = []
     furthest = -1
     for place in places:
         if place < furthest:
-            late.append(ids[place])
+            late.append((place, furthest))
         furthest = max(furthest, place)
     return late
 
 
-def _few(ids: Sequence[UUID | None]) -> str:
+def _overtaking(late: int, earlier: int) -> str:
+    return f"no. {late + 1} came after no. {earlier + 1}"
+
+
+def _few(ids: Sequence[object]) -> str:
     shown = ", ".join(str(each) for each in ids[:3])
     return f"{shown}, …" if len(ids) > 3 else shown  # noqa: PLR2004

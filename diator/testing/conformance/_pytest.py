@@ -29,19 +29,21 @@ class TransportConformance:
         required: Whether a missing environment fails the tests instead of skipping them.
         only: If not empty, run only the scenarios whose id or title contains one of these words. Useful for a second
             configuration of a transport.
+        levels: If not empty, run only the scenarios of these levels, such as `CX`; see `Scenario.level`.
     """
 
     harness: ClassVar[type[Harness]]
     deviations: ClassVar[Mapping[str, Deviation]] = {}
     required: ClassVar[bool] = False
     only: ClassVar[str] = ""
+    levels: ClassVar[str] = ""
 
     _running: ClassVar[Harness | None] = None
     _missing: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        settings = {"harness", "deviations", "required", "only", "pytestmark"}
+        settings = {"harness", "deviations", "required", "only", "levels", "pytestmark"}
         own = {name for name in vars(cls) if not name.startswith("__")} - settings
         if shadowed := sorted(own):
             raise TypeError(
@@ -53,7 +55,7 @@ class TransportConformance:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Parametrize the test with every scenario."""
         if "conformance_scenario" in metafunc.fixturenames:
-            scenarios = select(self.only)
+            scenarios = select(self.only, self.levels)
             metafunc.parametrize("conformance_scenario", scenarios, ids=[each.id for each in scenarios])
 
     @classmethod

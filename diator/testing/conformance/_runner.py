@@ -118,7 +118,7 @@ def run_scenario(scenario: Scenario, harness: Harness, *, seed: int | None = Non
 
 def _strictly(result: Result, deviation: Deviation | None) -> Result:
     """Apply *deviation*. A deviation that is not needed, or that fails in another way than declared, is a failure."""
-    if deviation is None or result.outcome == "NOT_RUN":
+    if deviation is None or result.outcome == "NOT_RUN" or (deviation.sometimes and result.outcome == "PASS"):
         return result
     if result.outcome != "FAIL":
         reason = (
@@ -269,6 +269,14 @@ def _description(context: dict[str, Any]) -> str:
 def _reason(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     return text if isinstance(error, Nonconformance) else f"{type(error).__name__}: {text} in {_place(error)}"
+
+
+def explained(error: BaseException) -> list[str]:
+    """Return where a scenario failed, and each cause of its error with its place, as lines for a person."""
+    lines = [f"at {_place(error)}"] if error.__traceback__ else []
+    while (error := error.__cause__) is not None:  # type: ignore[assignment]
+        lines.append(f"because of {error!r} in {_place(error)}")
+    return lines
 
 
 def _place(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -12,7 +12,15 @@ from diator.brokers.capabilities import Capabilities
 from diator.testing.conformance._context import Context
 
 Level: TypeAlias = Literal["C", "X", "F", "S"]
-"""C: for every transport. X: for transports with a capability. F: with injected faults. S: random or under load."""
+"""A key of `LEVELS`."""
+
+LEVELS: dict[Level, str] = {
+    "C": "core: every transport",
+    "X": "extra: transports that promise a capability",
+    "F": "faults: a service or a link that fails, or several processes",
+    "S": "stress: random, or under load",
+}
+"""The kinds of scenarios. C and X prove the promises while nothing fails, F while something fails, S by chance."""
 
 Run: TypeAlias = Callable[[Context], Awaitable[None]]
 
@@ -92,11 +100,16 @@ def scenario(
     return register
 
 
-def select(pattern: str = "") -> list[Scenario]:
-    """Return the scenarios whose id or title contains one of the words of *pattern*, sorted by id."""
+def select(pattern: str = "", levels: Collection[str] = "") -> list[Scenario]:
+    """
+    Return the scenarios whose id or title contains one of the words of *pattern*, sorted by id.
+
+    *levels* are the levels to select, such as `CX`; all if it is empty.
+    """
     words = pattern.casefold().split()
     return [
         each
         for each in sorted(SCENARIOS.values(), key=lambda each: each.id)
-        if not words or any(word in f"{each.id} {each.title}".casefold() for word in words)
+        if (not words or any(word in f"{each.id} {each.title}".casefold() for word in words))
+        and (not levels or each.level in levels)
     ]

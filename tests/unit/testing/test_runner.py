@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,6 +35,7 @@ from diator.testing.conformance import (
     select,
 )
 from diator.testing.conformance.__main__ import main
+from diator.testing.conformance._ledger import difference
 from diator.testing.conformance._scenario import scenario
 from tests.integration.harnesses import MemoryHarness
 
@@ -300,6 +302,14 @@ def test_a_deviation_that_passes_is_a_failure():
     assert "remove the deviation" in result.reason
 
 
+@pytest.mark.parametrize(("run", "outcome"), [(passing, "PASS"), (failing, "DEVIATION")])
+def test_a_deviation_for_a_race_may_pass(run, outcome):
+    harness = Deviating()
+    harness.deviations = {"PUB-01": Deviation(reason="a race", sometimes=True)}
+
+    assert result_of(run, harness=harness).outcome == outcome
+
+
 def test_a_deviation_that_fails_in_another_way_is_a_failure():
     async def broken(ctx):
         raise ZeroDivisionError
@@ -366,7 +376,9 @@ async def test_the_ledger_finds_lost_duplicated_unexpected_and_reordered_message
     ids = [message.message_id for message in messages]
     assert (comparison.lost, comparison.duplicated) == (ids[3:], [ids[2]])
     assert (comparison.unexpected, comparison.reordered, comparison.explained) == ([stranger.message_id], [ids[0]], [])
-    with pytest.raises(Nonconformance, match=r"2 lost .* 1 duplicated .* 1 unexpected .* 1 out of order"):
+    with pytest.raises(
+        Nonconformance, match=r"2 lost .* 1 duplicated .* 1 unexpected .* 1 out of order \(.*: no\. 1 came after no\. "
+    ):
         comparison.verify(in_order=True)
 
 
@@ -487,6 +499,38 @@ def test_the_shape_of_the_report(tmp_path, capsys):
     assert "1 PASS, 1 UNSUPPORTED" in capsys.readouterr().out
 
 
+def test_the_levels_are_printed_and_selectable(capsys):
+    assert main([HARNESS, "-k", "PUB-01 SIZ-02 ACK-01 ACK-16", "--levels", "XS"]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[:-2]] == [["PASS", "X", "ACK-01"], ["PASS", "S", "ACK-16"]]
+    assert main([HARNESS, "--levels", "Z"]) == 2
+    assert "there are the levels C, X, F, S, not Z" in capsys.readouterr().err
+
+
+def test_a_failure_is_printed_with_its_place_and_its_causes(monkeypatch, capsys):
+    async def failing_for_a_reason(ctx):
+        raise Nonconformance("nothing came") from ConnectionError("the link")
+
+    monkeypatch.setitem(SCENARIOS, "PUB-01", replace(SCENARIOS["PUB-01"], run=failing_for_a_reason))
+
+    assert main([HARNESS, "-k", "PUB-01"]) == 1
+
+    first, place, cause, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("FAIL        C PUB-01")
+    assert re.match(r"    at test_runner.py:\d+ `raise Nonconformance", place)
+    assert cause.startswith("    because of ConnectionError('the link') in ")
+
+
+def test_the_order_is_explained_by_places():
+    sent = [*"abcdef"]
+
+    assert difference("abcdef", sent) == ""
+    assert difference("adcbff", sent) == (
+        "1 missing (no. 5); 1 came again (no. 6); 2 overtaken (no. 3 came after no. 4, no. 2 came after no. 4)"
+    )
+
+
 def test_a_failure_is_the_exit_code(monkeypatch, capsys):
     monkeypatch.setattr(MemoryHarness, "deviations", {"PUB-01": Deviation(reason="it is fine")})
 
@@ -527,7 +571,7 @@ def test_the_program_runs_without_warnings():
     run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
 
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.startswith("PASS        SIZ-02")
+    assert run.stdout.startswith("PASS        C SIZ-02")
 
 
 def test_a_facility_is_prepared_outside_of_the_scenario():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-from diator.brokers.base import Topic
+from diator.brokers.base import Topic, Transport
 from diator.brokers.capabilities import Capabilities
 from diator.exceptions import MessageRejected, MessageUnroutable
 from diator.testing.conformance._context import Context
@@ -162,7 +162,7 @@ async def ended_takes_nothing(ctx: Context) -> None:
     with suppress(LookupError):
         async with ctx.reading(broker, topic):
             raise LookupError("the program's own")
-    await _taken_by_nobody(ctx, topic)
+    await _taken_by_nobody(ctx, broker, topic)
 
 
 @scenario(
@@ -181,7 +181,7 @@ async def crashed_takes_nothing(ctx: Context) -> None:
         await ctx.use(broker, topic)
         await ctx.harness.crash(dying)
         await asyncio.sleep(ctx.limits.absence + ctx.limits.quiet)
-        await _taken_by_nobody(ctx, topic)
+        await _taken_by_nobody(ctx, broker, topic)
 
 
 def _shows_who_takes(ctx: Context) -> None:
@@ -189,10 +189,9 @@ def _shows_who_takes(ctx: Context) -> None:
     ctx.applies(retained or ctx.capabilities.unroutable == "reported", "it drops what nobody has subscribed to")
 
 
-async def _taken_by_nobody(ctx: Context, topic: Topic) -> None:
+async def _taken_by_nobody(ctx: Context, broker: Transport, topic: Topic) -> None:
     """Check that no subscription to *topic* exists: a message is reported, or waits for the first group."""
-    broker, unroutable = await ctx.broker(), ctx.capabilities.unroutable
-    if unroutable == "reported":
+    if ctx.capabilities.unroutable == "reported":
         await ctx.raises(MessageUnroutable, ctx.send(broker, topic), "sending without a subscription")
         return
     messages = await ctx.send(broker, topic, 3, start=10)
