@@ -7,7 +7,7 @@ replaces `datetime` itself, in every module. So this module finds the standard t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from diator._hints import name_of
@@ -33,10 +33,13 @@ _MAKE: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+def _standard_of(types: Iterable[type]) -> Any:
+    return next((each for each in types if f"{each.__module__}.{each.__qualname__}" in _MAKE), None)
+
+
 def standard_type(type_: type) -> Any:
     """Return the standard type that a class derives from; None if there is none."""
-    bases = type_.__mro__[1:] if type_ is not bool else ()
-    return next((base for base in bases if f"{base.__module__}.{base.__qualname__}" in _MAKE), None)
+    return _standard_of(type_.__mro__[1:]) if type_ is not bool else None
 
 
 def as_standard(value: Any) -> Any:
@@ -53,6 +56,6 @@ def as_standard(value: Any) -> Any:
 
 
 def stands_for_standard(type_: Any) -> bool:
-    """Return whether a class stands for its standard type, as the classes of freezegun do."""
-    standard = standard_type(type_) if isinstance(type_, type) else None
+    """Return whether a class is a standard type, or stands for one, as the classes of freezegun do."""
+    standard = _standard_of(type_.__mro__) if isinstance(type_, type) else None
     return standard is not None and issubclass(standard, type_)

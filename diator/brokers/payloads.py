@@ -376,7 +376,9 @@ class _Planner:
                 if "Bytes" in cls.__name__:
                     self._read_by_msgspec(path)
                 return f"type({value}) is {self._name(cls)}"
-            case of.CustomType(cls=cls) if stands_for_standard(cls):  # under freezegun
+            case of.CustomType(cls=cls) if stands_for_standard(
+                cls
+            ):  # under freezegun, msgspec does not know the real one
                 return None
             case of.MemoryViewType():
                 return None

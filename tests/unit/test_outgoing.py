@@ -236,6 +236,28 @@ async def test_times_of_pendulum():
     assert (got.event_timestamp, got.length) == (event.event_timestamp, dt.timedelta(weeks=1, seconds=7))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Booked(NotificationEvent):
+    """Planned for the first time while freezegun is active, as a class of a program is in its first frozen test."""
+
+    at: dt.datetime | None
+    days: list[dt.date]
+
+
+class BookedModel(pydantic.BaseModel, Event):
+    message_type: ClassVar[str] = "notification_event"
+    event_id: UUID = UUID(int=7)
+    event_timestamp: dt.datetime
+    days: list[dt.date]
+
+
+class BookedStruct(msgspec.Struct, Event):
+    message_type: ClassVar[str] = "notification_event"
+    event_timestamp: dt.datetime
+    days: list[dt.date]
+    event_id: UUID = UUID(int=7)
+
+
 def frozen_program():
     @dataclass(frozen=True, kw_only=True)
     class Sample(NotificationEvent):
@@ -254,11 +276,19 @@ def test_events_can_be_sent_and_read_while_freezegun_is_active():
     with freezegun.freeze_time("2024-02-29 12:00", real_asyncio=True):
         event, got = frozen_program()
         also, got_too = UserJoined(), asyncio.run(received(UserJoined()))
+        now, days = dt.datetime.now(dt.UTC), [dt.date.today()]  # noqa: DTZ011
+        booked = [
+            Booked(at=now, days=days),
+            BookedModel(event_timestamp=now, days=days),
+            BookedStruct(event_timestamp=now, days=days),
+        ]
+        assert [asyncio.run(received(each)) for each in booked] == booked
 
     assert got == event
     assert got.at.isoformat() == got_too.event_timestamp.isoformat() == "2024-02-29T12:00:00+00:00"
     assert asyncio.run(received(replace(event))) == event
     assert asyncio.run(received(also)) == also
+    assert [asyncio.run(received(each)) for each in booked] == booked
 
 
 # -- the key -----------------------------------------------------------------------------------------------------
