@@ -217,7 +217,7 @@ def test_an_unknown_name_in_an_annotation_is_allowed_where_the_type_is_passed():
         (None, "an object of NoneType is neither a handler class nor a function"),
         (partial(JoinHandler), "a partial of the class JoinHandler is no handler; bind the class"),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
+    ids=lambda value: "" if isinstance(value, str) else getattr(value, "__name__", type(value).__name__),
 )
 def test_refuses(handler, problem):
     requests = RequestMap()
@@ -286,7 +286,7 @@ def test_a_handler_may_accept_more_than_its_request(hint):
         (Named, Join),
         (Link, Link),
     ],
-    ids=str,
+    ids=lambda value: "" if isinstance(value, str) else getattr(value, "__name__", type(value).__name__),
 )
 def test_a_handler_may_return_what_type_checkers_accept(promised, given):
     request = promising(promised)
