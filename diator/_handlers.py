@@ -93,8 +93,8 @@ def _message_parameter(handler: Handler) -> Parameter:
         )
     if isinstance(function_of(handler), type):
         raise BindingError(
-            f"a partial of the class {name_of(handler)} is no handler; bind the class, and let the container pass the "
-            "arguments"
+            f"a partial of the class {name_of(handler)} is not a handler; bind the class, and let the container pass "
+            "the arguments"
         )
     if not _is_async(handler):
         raise BindingError(f"{name_of(handler)} is not asynchronous; define it with `async def`")

@@ -215,7 +215,7 @@ def test_an_unknown_name_in_an_annotation_is_allowed_where_the_type_is_passed():
         (answers_nothing, "answers_nothing returns NoneType, but the response of Join is str"),
         (JoinHandler(), "an object of JoinHandler is neither .* bind the class, not an instance"),
         (None, "an object of NoneType is neither a handler class nor a function"),
-        (partial(JoinHandler), "a partial of the class JoinHandler is no handler; bind the class"),
+        (partial(JoinHandler), "a partial of the class JoinHandler is not a handler; bind the class"),
     ],
     ids=lambda value: "" if isinstance(value, str) else getattr(value, "__name__", type(value).__name__),
 )
