@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from mmap import mmap
 from typing import Any, Self, TypeAlias
 
 from aiokafka import TopicPartition
@@ -251,13 +252,13 @@ class _Batches:
             raise ValueError("another batch has this offset")
         return record
 
-    def uncompressed(self, batch: Any) -> bytearray:
+    def uncompressed(self, batch: Any) -> memoryview:
         """Return the bytes of *batch*, as they would be if it were not compressed."""
         codec = batch.compression_type
         name = _CODECS[codec] if codec < len(_CODECS) else f"codec {codec}"
         require_codec(name, self._where)
         if not codec:
-            return bytearray(self._bytes_of(batch))
+            return memoryview(self._bytes_of(batch))
         uncompressed = _decompressed(self._bytes_of(batch), name, self._most)
         self._room -= len(uncompressed)
         return uncompressed
@@ -300,6 +301,7 @@ class _Checked:
     def __iter__(self) -> Iterator[Any]:
         batch = self._batches.uncompressed(self._batch)
         if len(batch) > _COUNTED_FROM and _has_too_many_headers(batch):
+            del batch  # the error keeps this frame, and what follows decompresses it once more
             raise ValueError("a record has too many headers")
         return iter(DefaultRecordBatch(batch) if self._batch.compression_type else self._batch)
 
@@ -307,7 +309,7 @@ class _Checked:
 # -- the bytes of a batch ----------------------------------------------------------------------------------------
 
 
-def _has_too_many_headers(batch: bytearray) -> bool:
+def _has_too_many_headers(batch: memoryview) -> bool:
     """Look for a record with too many headers in an uncompressed *batch*. aiokafka finds out if it is not valid."""
     at = _HEADER.size
     with suppress(ValueError, LookupError):
@@ -321,7 +323,7 @@ def _has_too_many_headers(batch: bytearray) -> bool:
     return False
 
 
-def records_of(batch: bytearray) -> Iterator[ForeignRecord | Unreadable]:
+def records_of(batch: memoryview) -> Iterator[ForeignRecord | Unreadable]:
     """
     Read the records of an uncompressed *batch*, whatever the names of their headers are, unless they are too many.
 
@@ -360,7 +362,7 @@ def records_of(batch: bytearray) -> Iterator[ForeignRecord | Unreadable]:
 class _Fields:
     """The fields of the record at *at*. Its headers are read with `text`, a name and a value each."""
 
-    def __init__(self, batch: bytearray, at: int) -> None:
+    def __init__(self, batch: memoryview, at: int) -> None:
         self._batch = batch
         self.at = at + 1  # one byte of attributes, which nothing uses
         self.timestamp, self.offset = self._number(), self._number()
@@ -389,37 +391,40 @@ def _name(written: bytes) -> str:
         return HeaderName(written)
 
 
-def _decompressed(batch: bytes, codec: str, most: int) -> bytearray:
+def _decompressed(batch: bytes, codec: str, most: int) -> memoryview:
     """
     Return *batch* without compression, if its records have at most *most* bytes then. Take little more memory.
 
     Its checksum is that of the compressed batch, which aiokafka has checked.
     """
     offset, _, epoch, magic, _, attributes, *others = _HEADER.unpack_from(batch)
+    start = _HEADER.size
+    plain = memoryview(mmap(-1, start + most))  # unlike a bytearray's, memory that is never written to costs nothing
     try:
-        records = _inflated(batch[_HEADER.size :], codec, most)
+        size = _inflate(batch[start:], codec, plain[start:])
     except Exception as error:
         problem = f"the batch cannot be decompressed from {codec}, or has more than {most:,} bytes then"
         raise _CannotBeDecompressed(f"{problem} ({type(error).__name__})") from error
-    plain = bytearray(_HEADER.size + len(records))
-    plain[_HEADER.size :] = records
+    plain = plain[: start + size]
     attributes &= ~DefaultRecordBatch.CODEC_MASK
     _HEADER.pack_into(plain, 0, offset, len(plain) - _AFTER_LENGTH, epoch, magic, 0, attributes, *others)
     return plain
 
 
-def _inflated(compressed: bytes, codec: str, most: int) -> bytes | memoryview:
+def _inflate(compressed: bytes, codec: str, room: memoryview) -> int:
+    """Decompress into *room*. Return how many bytes that are."""
     if codec == "gzip" and not has_codecs():
-        return _gunzipped(compressed, most)  # it takes ten times as long
+        inflated = _gunzipped(compressed, len(room))  # it takes ten times as long
+        room[: len(inflated)] = inflated
+        return len(inflated)
     import cramjam  # noqa: PLC0415  # it may be missing
 
-    room = memoryview(bytearray(most))  # memory that is never written to costs nothing
     if codec != "snappy":
-        return room[: getattr(cramjam, codec).decompress_into(compressed, room)]
+        return int(getattr(cramjam, codec).decompress_into(compressed, room))
     end = 0
     for block in _xerial_blocks(compressed) if compressed.startswith(_XERIAL) else [compressed]:
         end += cramjam.snappy.decompress_raw_into(block, room[end:])
-    return room[:end]
+    return end
 
 
 def _gunzipped(compressed: bytes, most: int) -> bytes:

@@ -1,8 +1,10 @@
 """What Kafka answers to a fetch, with batches in it that no client of Kafka would write."""
 
 import gzip
+import mmap
 import struct
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -25,6 +27,7 @@ from diator.exceptions import ConfigurationError
 PLACE = TopicPartition("shop.notification_event.OrderPaid", 0)
 HEADER_BYTES = 61
 KIB = 1024
+STATM = Path("/proc/self/statm")
 
 
 def compressed_by_java(records):
@@ -61,6 +64,10 @@ def changed(written, at=0, attributes=0):
     struct.pack_into(">h", written, 21, attributes)
     struct.pack_into(">I", written, 17, calc_crc32c(bytes(written[21:])))
     return bytes(written)
+
+
+def resident_bytes():
+    return int(STATM.read_text().split()[1]) * mmap.PAGESIZE
 
 
 class Reader:
@@ -167,6 +174,18 @@ def test_what_becomes_too_large_takes_no_memory(monkeypatch, codec, has_package)
 
     assert type(unreadable) is Unreadable
     assert peak < 3 * KIB * KIB + 3 * len(bomb)
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="Linux tells how much memory is resident")
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_small_batch_takes_little_of_the_memory_that_it_might(codec):
+    number, compress = CODECS[codec]
+    small = batch(b"1" * KIB, codec=number, compress=compress)
+    before = resident_bytes()
+    plain = _fetched._decompressed(small, _fetched._CODECS[number], 256 * KIB * KIB)
+
+    assert len(plain) > KIB
+    assert resident_bytes() - before < 8 * KIB * KIB
 
 
 @pytest.mark.parametrize("codec", [name for name in CODECS if name != "gzip twice"])
