@@ -51,9 +51,9 @@ _HEADER = struct.Struct(">qiibIhiqqqhii")
 _AFTER_LENGTH, _AFTER_CRC = 12, 21
 _HAS_KAFKAS_TIME = 0x08  # in the attributes: the largest timestamp is that of every record
 # A record with more headers is not read: each takes 70 bytes in memory, and may be two in the batch.
-_MAX_HEADERS = 10_000
-# Only in a larger batch are headers counted, since it takes a fiftieth of the time of a message.
-_COUNTED_FROM = 256 * 1024
+_MAX_HEADERS = 100_000
+# Only in a batch with so many bytes are headers counted. It takes a hundredth of the time of a message.
+_COUNTED_FROM = 2 * _MAX_HEADERS
 _XERIAL = b"\x82SNAPPY\0"  # Java's snappy begins like this; then come blocks, each with its length
 _XERIAL_HEADER_BYTES = 16
 
@@ -317,7 +317,7 @@ def _has_too_many_headers(batch: memoryview) -> bool:
             length, at = decode_varint(batch, at)
             if length <= 0:
                 break
-            if length > 2 * _MAX_HEADERS and _Fields(batch, at).header_count > _MAX_HEADERS:
+            if length > _COUNTED_FROM and _Fields(batch, at).header_count > _MAX_HEADERS:
                 return True
             at += length
     return False
