@@ -46,12 +46,16 @@ def on_gap(gap: Gap) -> None:
 def on_handled(handled: Handled) -> None:
     assert_type(handled.error, BaseException | None)
     assert_type(handled.topic, Topic)
+    assert_type(handled.retries, int)
+    assert_type(handled.errors, tuple[BaseException, ...])
 
 
 async def consume(events: EventMap) -> None:
     """What is sent only cannot be consumed from; levels that do not exist are no levels."""
     broker: ReadableBroker = MemoryMessageBroker()
-    policy = RetryPolicy(immediate_retries=1, delayed_retries=2, permanent=(Refused, LookupError))
+    policy = RetryPolicy(
+        immediate_retries=1, delayed_retries=2, permanent=(Refused, LookupError), retry_undecodable=False
+    )
     consumer = Consumer(broker, event_map=events, group="billing", retry=policy, on_gap=on_gap)
     assert_type(consumer.health(), Health)
     assert_type(consumer.health().oldest_in_flight, float)
@@ -59,6 +63,10 @@ async def consume(events: EventMap) -> None:
     consumer.stop()
     # As above, because mypy refuses to look at a None that is awaited.
     assert_type(await asyncio.gather(consumer.run(signals=False)), tuple[None])
+
+    async with Consumer(broker, event_map=events, log_errors=True) as entered:
+        assert_type(entered, Consumer)
+        assert_type(await asyncio.gather(entered.ready()), tuple[None])
 
     Consumer(
         OwnReadableBroker(),

@@ -178,7 +178,7 @@ def test_capabilities_follow_the_options():
     weaker = RabbitMQMessageBroker(URL, queue_type="classic", unroutable="drop").capabilities
 
     assert weaker.missing(default) == [
-        "delivery_count (retries, needed is exact)",
+        "delivery_count (retries, needed is deliveries)",
         "unroutable (dropped, needed is retained)",
     ]
     assert RabbitMQMessageBroker(URL, unroutable="raise").capabilities.unroutable == "reported"
