@@ -50,21 +50,26 @@ def encode(message: Message, *, max_bytes: int = MAX_MESSAGE_BYTES, headers_in_b
         EncodingError: The type or the name is not valid Unicode, or (with *headers_in_body*) the key or a header is
             not.
     """
-    envelope: dict[str, object] = {
-        "message_type": message.message_type,
-        "message_name": message.message_name,
-        "message_id": plain_id(message.message_id),
-        "payload": orjson.Fragment(message.payload_json),
-    }
-    if headers_in_body and (message.headers or message.key is not None):
-        envelope["headers"] = headers_with_key(message)
+    message_id = message.message_id
+    if type(message_id) is not UUID:
+        message_id = plain_id(message_id)
+    headers = b""
     try:
-        body = orjson.dumps(envelope)
+        if headers_in_body and (message.headers or message.key is not None):
+            headers = b',"headers":' + orjson.dumps(headers_with_key(message))
+        beginning = message._beginning or beginning_of(message.message_type, message.message_name)
+        body = b"".join((beginning, orjson.dumps(message_id), b',"payload":', message.payload_json, headers, b"}"))
     except (TypeError, UnicodeEncodeError) as error:
         raise EncodingError(message.message_name.encode(errors="replace").decode(), str(error)) from error
     if len(body) > max_bytes:
         raise MessageTooLarge(len(body), max_bytes, message_id=message.message_id)
     return body
+
+
+@lru_cache
+def beginning_of(message_type: str, message_name: str) -> bytes:
+    """Return the body of a message up to its id."""
+    return orjson.dumps({"message_type": message_type, "message_name": message_name})[:-1] + b',"message_id":'
 
 
 def headers_with_key(message: Message) -> dict[str, str]:
@@ -147,8 +152,10 @@ def decode(body: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES, headers: Mapping[
     parsed, payload_json = _parsed(body, max_bytes)
     if payload_json[:1] != b"{":
         raise DecodingError("the body is not a message: the payload is not a JSON object - at `$.payload`")
-    in_body = (parsed.headers or {}).items()
-    all_headers = {name: _text_of(value) for name, value in in_body if value is not None} | {**(headers or {})}
+    all_headers = {**headers} if headers else {}
+    if parsed.headers:
+        in_body = {name: _text_of(value) for name, value in parsed.headers.items() if value is not None}
+        all_headers = in_body | all_headers
     return Message._of_fields(
         {
             "message_type": parsed.message_type,

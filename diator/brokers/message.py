@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Self, TypeAlias, overload
+from typing import ClassVar, Self, TypeAlias, overload
 from uuid import UUID, uuid4
 
 from diator.exceptions import EncodingError
 
-_new, _set = object.__new__, object.__setattr__
+_new = object.__new__
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
@@ -43,6 +43,9 @@ class Message:
     payload_json: bytes = field(repr=False)
     key: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+
+    #: The body up to the id, if the emitter has set it: the same for all events of a class.
+    _beginning: ClassVar[bytes] = b""
 
     @overload
     def __init__(
@@ -79,7 +82,7 @@ class Message:
     ) -> None:
         if (payload is None) == (payload_json is None):
             raise TypeError("Message needs either payload or payload_json")
-        fields = {
+        fields: dict[str, object] = {
             "message_type": message_type,
             "message_name": message_name,
             "message_id": message_id or uuid4(),
@@ -87,7 +90,7 @@ class Message:
             "key": key,
             "headers": headers or {},
         }
-        _set(self, "__dict__", fields)
+        _set_fields(self, fields)
 
     @classmethod
     def create(
@@ -114,7 +117,7 @@ class Message:
     def _of_fields(fields: dict[str, object]) -> Message:
         """Return a message with all *fields*, for codecs. The constructor sets them one by one, at twice the cost."""
         message = _new(Message)
-        _set(message, "__dict__", fields)
+        _set_fields(message, fields)
         return message
 
     @property
@@ -139,3 +142,7 @@ def _encoded(message_name: str, payload: Mapping[str, object]) -> bytes:
             f"{message_name}.payload", "the payload must be an object of plain JSON values with text as keys"
         )
     return payload_json
+
+
+#: Sets all fields at once. `object.__setattr__` would look this function up in each call.
+_set_fields: Callable[[Message, dict[str, object]], None] = Message.__dict__["__dict__"].__set__

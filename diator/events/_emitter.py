@@ -234,7 +234,7 @@ def _message_factory(event_type: Any, broker: object) -> Callable[[Any], Message
     """
     # Not imported at the top: it is half of the time to import diator, and domain events do not need it.
     from diator.brokers.capabilities import Capabilities  # noqa: PLC0415
-    from diator.brokers.codec import encode, key_of, payload_encoder, plain_id  # noqa: PLC0415
+    from diator.brokers.codec import beginning_of, encode, key_of, payload_encoder, plain_id  # noqa: PLC0415
 
     check_integration_event(event_type)
     message_type: str = event_type.message_type
@@ -248,36 +248,44 @@ def _message_factory(event_type: Any, broker: object) -> Callable[[Any], Message
     empty = Message(
         message_type=message_type, message_name=message_name, message_id=UUID(int=0), payload_json=b"{}", key=""
     )
-    room = limit - len(encode(empty, headers_in_body=headers_in_body))
+    # The body may contain the key, a part of the payload, once more.
+    certainly_fits = (limit - len(encode(empty, headers_in_body=headers_in_body))) // 2
+    ambiguous = "event_id must be a UUID, and event_timestamp must have a time zone, otherwise it is ambiguous"
+    of_class: dict[str, object] = {
+        "message_type": message_type,
+        "message_name": message_name,
+        "message_id": None,
+        "payload_json": None,
+        "key": None,
+        "headers": None,
+        "_beginning": beginning_of(message_type, message_name),
+    }
 
     def message(event: Any) -> Message:
         message_id = event.event_id
         if type(message_id) is not UUID:
             message_id = plain_id(message_id)
-        if type(message_id) is not UUID or getattr(event.event_timestamp, "tzinfo", None) is None:
-            problem = "event_id must be a UUID, and event_timestamp must have a time zone, otherwise it is ambiguous"
-            raise EncodingError(name_of(event_type), problem)
+        if type(message_id) is not UUID:
+            raise EncodingError(name_of(event_type), ambiguous)
         try:
             payload_json = encode_payload(event)
-            key = None if key_field is None else getattr(event, key_field)
-            if key is not None and type(key) is not str:
-                key = key_of(key)
+            timestamp = event.event_timestamp
+            fields = of_class.copy()  # a new dictionary of all fields would take twice as long
+            if key_field is not None:
+                key = getattr(event, key_field)
+                fields["key"] = key if key is None or type(key) is str else key_of(key)
         except DiatorError:
             raise
         except Exception as error:
             problem = f"its class raised {name_of(type(error))} while it was encoded"
             raise EncodingError(name_of(event_type), problem) from error
-        message = Message._of_fields(
-            {
-                "message_type": message_type,
-                "message_name": message_name,
-                "message_id": message_id,
-                "payload_json": payload_json,
-                "key": key,
-                "headers": {},
-            }
-        )
-        if len(payload_json) * 2 > room:  # the body may contain the key, a part of the payload, once more
+        if timestamp is None or timestamp.tzinfo is None:
+            raise EncodingError(name_of(event_type), ambiguous)
+        fields["message_id"] = message_id
+        fields["payload_json"] = payload_json
+        fields["headers"] = {}
+        message = Message._of_fields(fields)
+        if len(payload_json) > certainly_fits:
             encode(message, max_bytes=limit, headers_in_body=headers_in_body)
         return message
 

@@ -1,11 +1,12 @@
 """What `EventEmitter.emit` does with each kind of event, without a mediator."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 from uuid import uuid4
 
 import pytest
 
+from diator.brokers.codec import decode, encode
 from diator.container import Container
 from diator.events import DomainEvent, EventEmitter, EventHandler, Events, NotificationEvent
 from diator.exceptions import (
@@ -47,6 +48,17 @@ async def test_an_integration_event_becomes_a_message():
         "user_id": 7,
     }
     assert (message.key, message.headers) == (None, {})
+
+
+async def test_a_copy_of_a_message_under_another_name_has_its_own_body():
+    """As a broker that wraps another one makes it. Messages of one class share the beginning of their bodies."""
+    await EventEmitter(message_broker=(broker := Recorder())).emit(UserJoined())
+    (message,) = broker.sent
+
+    copied = replace(message, message_name="Renamed")
+
+    assert decode(encode(message)) == message
+    assert decode(encode(copied)) == copied
 
 
 async def test_an_ecst_event_has_its_message_type():
