@@ -127,7 +127,7 @@ class Context:
         named = group
         if group is None and "broadcast" not in self.capabilities.distribution:
             named = self.name("-alone")
-        name = named or self.name("-subscription")
+        name = self.name("-subscription") if named is None else named
         start = len(self.ledger.received)
         gaps: list[Gap] = []
         async with broker.subscribe(topics, group=named, prefetch=prefetch, on_gap=gaps.append) as deliveries:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import struct
 from collections.abc import Collection
 from typing import Any, ClassVar
 
@@ -269,6 +270,14 @@ class MakesNoRoom(Saboteur):
         subscription.make_room = lambda deliveries: None  # type: ignore[method-assign]  # noqa: ARG005
 
 
+@caught_by("FLW-23")
+class ForgetsToResume(Saboteur):
+    """Counts a delivery as postponed for ever."""
+
+    def resume(self, subscription: Subscription, delivery: Delivery) -> bool:
+        return True
+
+
 @caught_by("FLW-22")
 class NoticesRoomLate(Saboteur):
     """Looks for a free place only when it is asked for a delivery."""
@@ -280,6 +289,23 @@ class NoticesRoomLate(Saboteur):
 
     def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         self._limit = prefetch
+        return topics, group, prefetch
+
+
+@caught_by("GRP-18")
+class TakesAnEmptyNameForNone(Saboteur):
+    """Takes a group with an empty name for no group."""
+
+    def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
+        return topics, group or None, prefetch
+
+
+@caught_by("API-12")
+class PacksThePrefetch(Saboteur):
+    """Sends the prefetch as a number of 16 bits."""
+
+    def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
+        struct.pack(">H", max(prefetch, 0))
         return topics, group, prefetch
 
 

@@ -297,6 +297,20 @@ class UnsubscribesAll(Saboteur):
 
 
 @caught_by("LIF-22")
+class StealsAfterItsEnd(Saboteur):
+    """Takes the messages that wait for the next consumer of its group, after its subscription has ended."""
+
+    async def read(self, subscription: Subscription) -> Delivery:
+        try:
+            return await super().read(subscription)
+        except StopAsyncIteration:
+            if not subscription.queue.waiting:
+                raise
+            entry = subscription.queue.waiting.popleft()
+            return Delivery(topic=entry.topic, body=entry.body, headers={}, attempt=1, settler=cast(Any, None))
+
+
+@caught_by("LIF-22")
 class LetsOthersWait(Saboteur):
     """Ends a subscription, and lets the task that waits for its next delivery wait for ever."""
 

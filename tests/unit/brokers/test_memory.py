@@ -67,10 +67,10 @@ async def test_a_message_beyond_the_capacity_is_rejected_and_none_is_dropped():
 
 
 @pytest.mark.parametrize("capacity", [0, -1])
-async def test_a_capacity_below_one_is_refused(capacity):
-    """Either the constructor or the first send refuses it."""
-    with pytest.raises((ConfigurationError, MessageRejected)):
-        await MemoryMessageBroker(capacity=capacity).send_message(message())
+def test_a_capacity_below_one_is_refused(capacity):
+    """At once, and not only when a message is sent."""
+    with pytest.raises(ConfigurationError, match="capacity must be at least 1"):
+        MemoryMessageBroker(capacity=capacity)
 
 
 async def test_a_message_that_is_too_large_is_rejected():

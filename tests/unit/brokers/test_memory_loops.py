@@ -214,3 +214,24 @@ def test_a_whole_program_can_be_made_before_its_event_loops():
         asyncio.run(program(turn))
 
     assert [event.user_id for event in handled] == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_delayed_retry_is_redelivered_once_when_an_earlier_event_loop_runs_again(broker):
+    """Both event loops have a timer for it."""
+
+    async def requeue():
+        async with broker.subscribe([COUNTED], group="g") as deliveries:
+            await broker.send_message(message())
+            await (await anext(deliveries)).retry(after=0.05)
+
+    async def later():
+        await asyncio.sleep(0.1)
+        return await attempts(broker)
+
+    with asyncio.Runner() as earlier:
+        earlier.run(requeue())
+        with asyncio.Runner() as other:
+            found = other.run(later())
+        found += earlier.run(later())
+
+    assert found == [2]

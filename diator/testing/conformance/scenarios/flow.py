@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic, process_time
+from typing import Any
 
 from diator.brokers.capabilities import Capabilities
 from diator.exceptions import MessageRejected
@@ -266,6 +267,31 @@ async def more_room(ctx: Context) -> None:
             await received.delivery.ack()
         await reader.expect_nothing()
         await held[0].delivery.ack()
+        await reader.until_fence()
+    ctx.ledger.compare(reader.name, messages).verify()
+
+
+@scenario("FLW-23", "A postponed delivery takes no place in the prefetch, and a resumed one does", needs=_BOUNDED)
+async def postponed(ctx: Context) -> None:
+    """Catch a place that a postponed delivery keeps, and a prefetch that is exceeded after it is resumed."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic, group=ctx.name(), prefetch=2) as reader:
+        deliveries: Any = reader.deliveries
+        if not hasattr(deliveries, "postpone"):
+            raise NotApplicable("the iterator of this transport postpones nothing")
+        messages = await ctx.send(broker, topic, 6)
+        first, second = await reader.take(2, settle="nothing")
+        deliveries.postpone(second.delivery)
+        third = (await ctx.within(ctx.limits.recovery, reader.take(1, settle="nothing"), "the place of the postponed"))[
+            0
+        ]
+        await reader.expect_nothing()
+        ctx.check(deliveries.resume(second.delivery), "a delivery is withdrawn although its connection is not lost")
+        await first.delivery.ack()
+        await reader.expect_nothing()
+        await second.delivery.ack()
+        await ctx.within(ctx.limits.recovery, reader.take(1), "the place of the resumed")
+        await third.delivery.ack()
         await reader.until_fence()
     ctx.ledger.compare(reader.name, messages).verify()
 

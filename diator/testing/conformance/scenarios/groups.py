@@ -236,6 +236,19 @@ async def across_brokers(ctx: Context) -> None:
     ctx.ledger.compare(group, messages).verify()
 
 
+@scenario("GRP-18", "A group with an empty name is a group", needs=_DURABLE)
+async def empty_name(ctx: Context) -> None:
+    """Catch a check for the presence of a group that takes an empty name for none."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic, group=""):
+        pass
+    messages = await ctx.send(broker, topic, 5)
+    async with ctx.reading(broker, topic, group="") as reader:
+        await ctx.within(2 * ctx.limits.lag, reader.take(5), "reading in the group with an empty name")
+        await reader.until_fence()
+    ctx.ledger.compare(reader.name, messages).verify()
+
+
 @scenario("GRP-17", "A group keeps what is sent to a topic that its present consumer does not read", needs=_DURABLE)
 async def reads_less_for_a_while(ctx: Context) -> None:
     """Catch a new list of topics that ends a group, loses its messages, or delivers those of other topics."""

@@ -241,13 +241,14 @@ async def closed_before_its_subscription(ctx: Context) -> None:
 @scenario("LIF-22", "The iterator ends with its subscription, for whoever waits and for whoever asks later")
 async def iterator_ends(ctx: Context) -> None:
     """Catch a task that waits for ever for a delivery of a subscription that has ended, with a group or without one."""
-    groups = _with_and_without(ctx)
-    broker, topic = await ctx.broker(), ctx.topic()
-    for group in groups:
+    broker = await ctx.broker()
+    for group in _with_and_without(ctx):
+        topic = ctx.topic()
         async with ctx.reading(broker, topic, group=group) as reader:
             waiting = ctx.start(_outcome(reader.deliveries))
             await asyncio.sleep(ctx.limits.quiet)
             ctx.check(not waiting.done(), "the iterator ended before its subscription")
+        await ctx.use(broker, topic)  # a message that waits for the next consumer of the group
         late = _outcome(reader.deliveries)
         for each, who in ((waiting, "who waited"), (ctx.start(late), "who asked later")):
             await asyncio.wait({each}, timeout=ctx.limits.lag)
@@ -258,8 +259,7 @@ async def iterator_ends(ctx: Context) -> None:
 @scenario("LIF-23", "Whoever waits for a delivery while the broker is closed gets BrokerClosed")
 async def closed_while_waiting(ctx: Context) -> None:
     """Catch a reader that waits for ever on a closed broker, or that takes the close for the end of the messages."""
-    groups = _with_and_without(ctx)
-    for group in groups:
+    for group in _with_and_without(ctx):
         broker, topic = await ctx.broker(), ctx.topic()
         async with ctx.reading(broker, topic, group=group) as reader:
             waiting = ctx.start(_outcome(reader.deliveries))
