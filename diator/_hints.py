@@ -88,11 +88,9 @@ def hints_of(call: Callable[..., Any]) -> dict[str, Any]:
 def unresolved(error: NameError, annotated: Any) -> str:
     """Return what is wrong with an annotation that contains an unknown name, and the remedy."""
     problem = f"an annotation of {name_of(annotated)} contains the name {error.name!r}"
-    if any(str(each) == error.name for each in getattr(annotated, "__type_params__", ())):
-        return (
-            f"{problem}, a type parameter, which Python does not find in an annotation that is text; remove `from "
-            "__future__ import annotations` from its module"
-        )
+    bases: Sequence[Any] = getattr(annotated, "__mro__", ())
+    if any(str(each) == error.name for base in bases for each in getattr(base, "__type_params__", ())):
+        return f"{problem}, a type parameter; annotate it with the type itself, in an __init__ of {name_of(annotated)}"
     return (
         f"{problem}, which its module does not define at run time; import or define the name at the top of the module, "
         "outside of `if TYPE_CHECKING`"

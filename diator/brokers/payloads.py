@@ -202,9 +202,9 @@ _EXACT: dict[type[of.Type], type] = {
     of.DateTimeType: dt.datetime,
     of.TimeType: dt.time,
 }
-# What must be true of such a value besides. NaN and infinity minus themselves are NaN; JSON cannot represent them.
+# What must be true of such a value besides. NaN and infinity, times zero, are NaN; JSON cannot represent them.
 _BESIDES: dict[type[of.Type], str] = {
-    of.FloatType: " and {0} - {0} == 0",
+    of.FloatType: " and {0} * 0.0 == 0.0",
     of.DecimalType: " and {0}.is_finite()",
     of.DateTimeType: " and ({0}.tzinfo is UTC or has_whole_minutes({0}))",
     of.TimeType: " and has_whole_minutes({0})",
@@ -519,7 +519,7 @@ def _explained(hint: Any, path: str, error: Exception) -> ConfigurationError:
         hint, path, error = found
     if isinstance(error, NameError):
         return ConfigurationError(f"{path} cannot travel: {unresolved(error, hint)}")
-    if isinstance(error, RecursionError):
+    if isinstance(error, RecursionError) or "ForwardRef(" in str(error):
         return _refusal(path, "its type contains itself", "use a class where the type refers to itself, or Any")
     remedy = "use one type, a tagged union of msgspec Structs, or a pydantic event with a discriminated union"
     return _refusal(path, f"it cannot be read back from JSON: {str(error).rstrip('.')}", remedy)
@@ -581,7 +581,7 @@ def _same(sent: Any, read: Any) -> bool:
 
 
 def _how_different(sent: Any, read: Any) -> str:
-    if isinstance(sent, float) and sent - sent != 0:
+    if isinstance(sent, float) and sent * 0.0 != 0.0:
         return "JSON cannot represent NaN or infinity"
     if isinstance(sent, type(read)):
         if isinstance(sent, (dt.datetime, dt.time)):

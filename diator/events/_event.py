@@ -62,7 +62,7 @@ class NotificationEvent(Event):
     message_type: ClassVar[str] = "notification_event"
 
     event_id: UUID = dataclasses.field(default_factory=_random_id)
-    event_timestamp: datetime = dataclasses.field(default_factory=_now)
+    event_timestamp: datetime | None = dataclasses.field(default_factory=_now)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class ECSTEvent(Event):
     message_type: ClassVar[str] = "ecst_event"
 
     event_id: UUID = dataclasses.field(default_factory=_random_id)
-    event_timestamp: datetime = dataclasses.field(default_factory=_now)
+    event_timestamp: datetime | None = dataclasses.field(default_factory=_now)
 
 
 # -- the settings of an event class --------------------------------------------------------------------------------
