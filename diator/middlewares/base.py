@@ -25,6 +25,8 @@ class Middleware(Protocol):
     A middleware may act before and after `await handle(message)`, pass on another message of the same type, return a
     response of its own, or call `handle` again after an error. Each call of `handle` builds a new handler. diator
     sends only the integration events of the last call, and only after every middleware has finished.
+
+    A consumer calls the middlewares for each handler of an event, because each is a unit of work of its own.
     """
 
     async def __call__(self, message: Any, handle: Handle, /) -> Any:

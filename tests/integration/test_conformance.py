@@ -69,7 +69,9 @@ class FaultyHarness(MemoryHarness):
 class TestFaulty(TransportConformance):
     harness = FaultyHarness
     deviations: ClassVar = {
-        **dict.fromkeys(["ACK-11", "PSN-09"], Deviation(reason="a retry is redelivered at once: a test does not wait")),
+        **dict.fromkeys(
+            ["ACK-11", "PSN-09", "PSN-16"], Deviation(reason="a retry is redelivered at once: a test does not wait")
+        ),
         **dict.fromkeys(["LEK-06", "LEK-08"], Deviation(reason="it keeps every delivery for the test to inspect")),
     }
 
