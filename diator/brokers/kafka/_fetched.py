@@ -41,6 +41,7 @@ INTERNALS = {
 }
 require_internals("aiokafka", INTERNALS)
 
+_Buffer: TypeAlias = Any  # a memoryview; the annotations of aiokafka name only bytearrays, its code takes any buffer
 Headers: TypeAlias = Sequence[tuple[str, bytes | None]]  # a value is None where its sender wrote none
 
 _CODECS = ("none", "gzip", "snappy", "lz4", "zstd")  # by their number in the attributes of a batch
@@ -252,7 +253,7 @@ class _Batches:
             raise ValueError("another batch has this offset")
         return record
 
-    def uncompressed(self, batch: Any) -> memoryview:
+    def uncompressed(self, batch: Any) -> _Buffer:
         """Return the bytes of *batch*, as they would be if it were not compressed."""
         codec = batch.compression_type
         name = _CODECS[codec] if codec < len(_CODECS) else f"codec {codec}"
@@ -309,7 +310,7 @@ class _Checked:
 # -- the bytes of a batch ----------------------------------------------------------------------------------------
 
 
-def _has_too_many_headers(batch: memoryview) -> bool:
+def _has_too_many_headers(batch: _Buffer) -> bool:
     """Look for a record with too many headers in an uncompressed *batch*. aiokafka finds out if it is not valid."""
     at = _HEADER.size
     with suppress(ValueError, LookupError):
@@ -323,7 +324,7 @@ def _has_too_many_headers(batch: memoryview) -> bool:
     return False
 
 
-def records_of(batch: memoryview) -> Iterator[ForeignRecord | Unreadable]:
+def records_of(batch: _Buffer) -> Iterator[ForeignRecord | Unreadable]:
     """
     Read the records of an uncompressed *batch*, whatever the names of their headers are, unless they are too many.
 
@@ -362,7 +363,7 @@ def records_of(batch: memoryview) -> Iterator[ForeignRecord | Unreadable]:
 class _Fields:
     """The fields of the record at *at*. Its headers are read with `text`, a name and a value each."""
 
-    def __init__(self, batch: memoryview, at: int) -> None:
+    def __init__(self, batch: _Buffer, at: int) -> None:
         self._batch = batch
         self.at = at + 1  # one byte of attributes, which nothing uses
         self.timestamp, self.offset = self._number(), self._number()
