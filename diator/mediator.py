@@ -117,7 +117,7 @@ class Mediator:
             HandlerNotFound: No handler is bound to the type of *request*.
             EventHandlersFailed: Handlers of domain events failed. All handlers ran; nothing was sent.
             EncodingError: An integration event cannot be encoded. Nothing was sent.
-            MessageTooLarge: An integration event is larger than the broker accepts. Nothing was sent.
+            MessageRejected: An integration event is too large, or its name or key too long. Nothing was sent.
             BrokerNotConfigured: An integration event was raised without a message broker. Nothing was sent.
             NotAnEvent: An object cannot be an event, or its class is incomplete. Nothing was sent.
             EventsNotSent: The request was handled, but the broker did not confirm all integration events. The error

@@ -79,6 +79,24 @@ class BatchMessageBroker(Protocol):
         ...
 
 
+class CheckingMessageBroker(Protocol):
+    """
+    A broker that knows more about what its service never accepts than `Capabilities.max_message_bytes` says.
+
+    `check_message` is optional. The emitter calls it inside the unit of work, so that nothing is committed: with an
+    empty message of each event class, and with each message that may be too large.
+    """
+
+    def check_message(self, message: Message, /) -> None:
+        """
+        Check *message* without a connection.
+
+        Raises:
+            MessageRejected, EncodingError: `send_message` would raise this too, whatever the service answers.
+        """
+        ...
+
+
 async def send_together(send: Callable[[Message], Awaitable[None]], messages: Sequence[Message]) -> None:
     """
     Send *messages* by concurrent calls of *send*, and report all failures in one error, as `send_messages` must.

@@ -26,8 +26,8 @@ class Wrapped:
     Override `send_message` to act before and after a send. `send_messages` then sends one message after the other with
     it, unless the subclass overrides that too.
 
-    *broker* may be a whole transport, or have only `send_message`: what it lacks, this broker lacks as well. Public
-    attributes that are not part of the contract, such as `publish`, are those of *broker*.
+    *broker* may be a whole transport, or have only `send_message`: what it lacks, this broker lacks as well. All other
+    public attributes, such as `check_message` and `publish`, are those of *broker*.
 
     Args:
         broker: The broker that sends and receives. It is closed together with this one.

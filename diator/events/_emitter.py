@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from types import NoneType
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -74,7 +75,7 @@ class EventEmitter:
         Raises:
             EventHandlersFailed: Handlers of domain events failed. All handlers ran; nothing was sent.
             EncodingError: An integration event cannot be encoded. Nothing was sent.
-            MessageTooLarge: An integration event is larger than the broker accepts. Nothing was sent.
+            MessageRejected: An integration event is too large, or its name or key too long. Nothing was sent.
             BrokerNotConfigured: An integration event was raised, and this emitter has no broker. Nothing was sent.
             NotAnEvent: An object cannot be an event, or its class is incomplete. Nothing was sent.
             BrokerError: The send error of the message, or `MessagesNotSent` if there were several messages.
@@ -226,6 +227,25 @@ class _Plan:
         self.message = message
 
 
+#: No service refuses a key of so many bytes.
+_SHORT_KEY = 16 * 1024
+
+
+def _check_of(broker: object, empty: Message) -> tuple[Callable[[Message], object], int]:
+    """Return what checks a message before it is sent, and which size of a payload needs no check."""
+    from diator.brokers.capabilities import Capabilities  # noqa: PLC0415  # as below
+    from diator.brokers.codec import encode  # noqa: PLC0415
+
+    promised: object = getattr(broker, "capabilities", None)
+    if not isinstance(promised, Capabilities):  # it promises nothing, or is a mock, which has every method
+        return encode, sys.maxsize
+    limit, headers_in_body = promised.max_message_bytes or sys.maxsize, promised.headers == "envelope"
+    check: Callable[[Message], object] = partial(encode, max_bytes=limit, headers_in_body=headers_in_body)
+    # The body may contain the key, a part of the payload, once more.
+    certainly_fits = (limit - len(encode(empty, headers_in_body=headers_in_body))) // 2
+    return getattr(broker, "check_message", check), certainly_fits
+
+
 def _message_factory(event_type: Any, broker: object) -> Callable[[Any], Message]:
     """
     Return a function that encodes an event. A later change to the event then does not change its message.
@@ -233,23 +253,20 @@ def _message_factory(event_type: Any, broker: object) -> Callable[[Any], Message
     Once it has returned a message, only the service of *broker* can refuse that.
     """
     # Not imported at the top: it is half of the time to import diator, and domain events do not need it.
-    from diator.brokers.capabilities import Capabilities  # noqa: PLC0415
-    from diator.brokers.codec import beginning_of, encode, key_of, payload_encoder, plain_id  # noqa: PLC0415
+    from diator.brokers.codec import beginning_of, key_of, payload_encoder, plain_id  # noqa: PLC0415
 
     check_integration_event(event_type)
     message_type: str = event_type.message_type
     message_name = message_name_of(event_type)
     key_field = message_key_of(event_type)
     encode_payload = payload_encoder(event_type)
-    promised: object = getattr(broker, "capabilities", None)
-    if not isinstance(promised, Capabilities):
-        promised = Capabilities()
-    limit, headers_in_body = promised.max_message_bytes or sys.maxsize, promised.headers == "envelope"
     empty = Message(
         message_type=message_type, message_name=message_name, message_id=UUID(int=0), payload_json=b"{}", key=""
     )
-    # The body may contain the key, a part of the payload, once more.
-    certainly_fits = (limit - len(encode(empty, headers_in_body=headers_in_body))) // 2
+    check, certainly_fits = _check_of(broker, empty)
+    check(empty)  # its name may be too long
+    if key_field is not None:
+        certainly_fits = min(certainly_fits, _SHORT_KEY)
     ambiguous = "event_id must be a UUID, and event_timestamp must have a time zone, otherwise it is ambiguous"
     of_class: dict[str, object] = {
         "message_type": message_type,
@@ -286,7 +303,7 @@ def _message_factory(event_type: Any, broker: object) -> Callable[[Any], Message
         fields["headers"] = {}
         message = Message._of_fields(fields)
         if len(payload_json) > certainly_fits:
-            encode(message, max_bytes=limit, headers_in_body=headers_in_body)
+            check(message)
         return message
 
     return message

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest.mock import AsyncMock
 from uuid import UUID, uuid4
 
 import attrs
@@ -18,6 +19,7 @@ import pytest
 from diator.brokers import Message
 from diator.brokers.codec import decode, encode
 from diator.brokers.memory import MemoryMessageBroker
+from diator.brokers.wrapping import Wrapped
 from diator.events import Event, EventEmitter, Events, NotificationEvent
 from diator.exceptions import EncodingError, EventHandlersFailed, MessageRejected, MessageTooLarge
 from tests.unit.consumer.helpers import consume
@@ -476,6 +478,48 @@ async def test_a_broker_that_promises_no_limit_is_asked_itself(capabilities):
 
     with pytest.raises(MessageRejected):
         await EventEmitter(message_broker=broker).emit(MeetingChanged(title="x" * 2_000_000))
+
+
+def kafka():
+    return pytest.importorskip("diator.brokers.kafka", exc_type=ImportError).KafkaMessageBroker("127.0.0.1:1")
+
+
+def rabbitmq(**options):
+    module = pytest.importorskip("diator.brokers.rabbitmq", exc_type=ImportError)
+    return module.RabbitMQMessageBroker("amqp://127.0.0.1:1/", **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "length"),
+    [(kafka, 230), (rabbitmq, 230), (lambda: rabbitmq(unroutable="drop"), 240), (lambda: Wrapped(kafka()), 230)],
+    ids=["kafka", "rabbitmq", "rabbitmq-drop", "wrapped"],
+)
+async def test_a_name_that_is_too_long_for_the_service_is_refused_in_the_unit_of_work(make, length):
+    @dataclass(frozen=True, kw_only=True)
+    class LongName(NotificationEvent):
+        message_name: ClassVar[str] = "x" * length
+
+    for _ in range(2):
+        with pytest.raises(MessageRejected, match=r"characters|bytes"):
+            await EventEmitter(message_broker=make())._handle([LongName()], {})
+
+
+async def test_a_key_that_is_too_long_for_kafka_is_refused_in_the_unit_of_work():
+    emitter = EventEmitter(message_broker=kafka())
+
+    await emitter._handle([Keyed(key="k" * 30_000)], {})
+    with pytest.raises(MessageRejected, match="key and headers have 62,"):
+        await emitter._handle([Keyed(key="k" * 31_000)], {})
+
+
+@pytest.mark.filterwarnings("error")
+async def test_a_mock_can_be_the_broker():
+    broker = AsyncMock()
+
+    await EventEmitter(message_broker=broker).emit(UserJoined())
+    await EventEmitter(message_broker=broker)._handle([MeetingChanged(title="x" * 2_000_000)], {})
+
+    broker.send_message.assert_awaited_once()
 
 
 @pytest.mark.parametrize("headers", [{"a": 1}, {1: "a"}, {"a": None}])

@@ -183,8 +183,16 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
             network=True,
         )
 
+    def check_message(self, message: Message, /) -> None:
+        """See `CheckingMessageBroker.check_message`. Kafka limits the lengths of names, and of keys with headers."""
+        self._record(message)
+
     async def send_message(self, message: Message, /) -> None:
         """See `MessageBroker.send_message`."""
+        topic, body, key, headers = self._record(message)
+        await self._service.send(topic, body, key=key, headers=headers, message_id=message.message_id)
+
+    def _record(self, message: Message) -> tuple[str, bytes, bytes | None, list[tuple[str, bytes | None]] | None]:
         body = encode(message, max_bytes=self._max_message_bytes)
         headers: list[tuple[str, bytes | None]] | None = None
         key = None
@@ -198,7 +206,7 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
             raise EncodingError(f"{message.message_name}.headers", str(error)) from error
         except MessageRejected as error:
             raise MessageRejected(str(error), message_id=message.message_id) from None
-        await self._service.send(topic, body, key=key, headers=headers, message_id=message.message_id)
+        return topic, body, key, headers
 
     @asynccontextmanager
     async def subscribe(

@@ -19,7 +19,7 @@ from diator.brokers.rabbitmq._audit import inspect
 from diator.brokers.rabbitmq._client import URL, Address, AioPikaConnection
 from diator.brokers.rabbitmq._content import RESERVED, ROUTING
 from diator.brokers.rabbitmq._frames import Publication, header_of
-from diator.brokers.rabbitmq._names import UNUSUAL, routing_key
+from diator.brokers.rabbitmq._names import UNUSUAL, retained_queue_name, routing_key
 from diator.brokers.rabbitmq._publisher import Publisher
 from diator.brokers.rabbitmq._retained import RetainingPublisher
 from diator.brokers.rabbitmq._subscription import QueueType, ReadOptions, Subscription
@@ -126,8 +126,20 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
             network=True,
         )
 
+    def check_message(self, message: Message, /) -> None:
+        """See `CheckingMessageBroker.check_message`. RabbitMQ limits the lengths of names."""
+        self._publication(message)
+        if self._unroutable == "retain":
+            try:
+                retained_queue_name(self._options.prefix, Topic(message.message_type, message.message_name))
+            except ValueError as error:
+                raise _too_long(message, error) from error
+
     async def send_message(self, message: Message, /) -> None:
         """See `MessageBroker.send_message`."""
+        await self._service.send(self._publication(message), (message.message_type, message.message_name))
+
+    def _publication(self, message: Message) -> Publication:
         body = encode(message, max_bytes=self._max_message_bytes)
         headers = headers_with_key(message)
         if headers:
@@ -136,13 +148,10 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         try:
             key = routing_key(message.message_type, message.message_name)
         except ValueError as error:
-            raise MessageRejected(
-                f"{message.message_name:.80}: {error}; give it a shorter name", message_id=message.message_id
-            ) from error
+            raise _too_long(message, error) from error
         header = header_of(message.message_name, message_id, headers, len(body))
         mandatory = self._unroutable != "drop"
-        publication = Publication(self._options.prefix, key, header, body, message_id, mandatory)
-        await self._service.send(publication, (message.message_type, message.message_name))
+        return Publication(self._options.prefix, key, header, body, message_id, mandatory)
 
     @asynccontextmanager
     async def subscribe(
@@ -183,6 +192,11 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
             self._address, self._options.prefix, subscriptions, retains=retains, timeout=self._timeout
         )
         return [*self._service.blocked(), *findings]
+
+
+def _too_long(message: Message, error: ValueError) -> MessageRejected:
+    text = f"{message.message_name:.80}: {error}; give it a shorter name"
+    return MessageRejected(text, message_id=message.message_id)
 
 
 def _check_headers(message: Message, headers: Mapping[str, str]) -> None:
