@@ -116,7 +116,8 @@ class Mediator:
         Raises:
             HandlerNotFound: No handler is bound to the type of *request*.
             EventHandlersFailed: Handlers of domain events failed. All handlers ran; nothing was sent.
-            EncodingError: An integration event cannot be encoded. Nothing was sent.
+            EncodingError: A value of an integration event would not come back as it is. Nothing was sent.
+            ConfigurationError: The class of an integration event cannot travel. Nothing was sent.
             MessageRejected: An integration event is too large, or its name or key too long. Nothing was sent.
             BrokerNotConfigured: An integration event was raised without a message broker. Nothing was sent.
             NotAnEvent: An object cannot be an event, or its class is incomplete. Nothing was sent.

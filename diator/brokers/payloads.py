@@ -583,6 +583,8 @@ def _same(sent: Any, read: Any) -> bool:
 def _how_different(sent: Any, read: Any) -> str:
     if isinstance(sent, float) and sent * 0.0 != 0.0:
         return "JSON cannot represent NaN or infinity"
+    if isinstance(read, dict):
+        return "its keys would be read as other keys"
     if isinstance(sent, type(read)):
         if isinstance(sent, (dt.datetime, dt.time)):
             return "an offset with seconds cannot be written; convert the time to UTC"

@@ -74,7 +74,8 @@ class EventEmitter:
 
         Raises:
             EventHandlersFailed: Handlers of domain events failed. All handlers ran; nothing was sent.
-            EncodingError: An integration event cannot be encoded. Nothing was sent.
+            EncodingError: A value of an integration event would not come back as it is. Nothing was sent.
+            ConfigurationError: The class of an integration event cannot travel. Nothing was sent.
             MessageRejected: An integration event is too large, or its name or key too long. Nothing was sent.
             BrokerNotConfigured: An integration event was raised, and this emitter has no broker. Nothing was sent.
             NotAnEvent: An object cannot be an event, or its class is incomplete. Nothing was sent.

@@ -234,6 +234,25 @@ def test_the_text_of_a_validator_is_not_quoted():
         assert "hunter2" not in str(caught.value)
 
 
+class Strict(pydantic.BaseModel):
+    name: str
+
+    @pydantic.field_validator("name", mode="before")
+    @classmethod
+    def check(cls, name):
+        if not isinstance(name, bytes):
+            raise ValueError(f"not bytes: {name}")  # noqa: TRY004  # pydantic keeps it
+        return name.decode()
+
+
+def test_an_error_of_reading_back_does_not_quote_the_event_either():
+    with pytest.raises(EncodingError, match=r"^Strict\.name: it could not be read back") as caught:
+        payload_encoder(Strict)(Strict(name=b"hunter2"))
+
+    assert "hunter2" not in str(caught.value)
+    assert (caught.value.__cause__, caught.value.__context__) == (None, None)
+
+
 class Anything(pydantic.BaseModel, Event):
     message_type: ClassVar[str] = "notification_event"
     event_id: UUID = pydantic.Field(default_factory=uuid4)

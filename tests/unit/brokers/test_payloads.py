@@ -313,16 +313,17 @@ def same(sent, back):
     return is_exact and sent == back
 
 
+pytestmark = pytest.mark.timeout(60 + settings().max_examples)
 more = settings(max_examples=settings().max_examples * 2)
 
 
 @more
 @given(st.data())
 def test_what_a_class_can_promise_is_sent_and_comes_back(data):
-    """None of it is refused; each kind of class writes the same JSON, and reads that of the others."""
+    """None of it is refused; any two kinds of classes write the same JSON, and read that of each other."""
     hint, values = data.draw(PLAIN)
     value = data.draw(values)
-    classes = [kind("Event", {"value": hint}) for kind in KINDS]
+    classes = [data.draw(st.sampled_from(KINDS))("Event", {"value": hint}) for _ in range(2)]
     payloads = [payload_encoder(cls)(built(cls, {"value": value})) for cls in classes]
 
     assert len({bytes(sorted(each)) for each in payloads}) == 1  # a set has no order
