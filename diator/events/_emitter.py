@@ -297,7 +297,11 @@ def _message_factory(event_type: Any, broker: object) -> Callable[[Any], Message
         except Exception as error:
             problem = f"its class raised {name_of(type(error))} while it was encoded"
             raise EncodingError(name_of(event_type), problem) from error
-        if timestamp is None or timestamp.tzinfo is None:
+        try:
+            is_aware = timestamp.tzinfo is not None
+        except AttributeError:  # None, or no datetime
+            is_aware = False
+        if not is_aware:
             raise EncodingError(name_of(event_type), ambiguous)
         fields["message_id"] = message_id
         fields["payload_json"] = payload_json

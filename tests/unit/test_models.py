@@ -24,6 +24,18 @@ def now():
     return dt.datetime.now(dt.UTC)
 
 
+@dataclasses.dataclass
+class TextTime:
+    event_timestamp: str
+    event_id: UUID = dataclasses.field(default_factory=uuid4)
+    message_type: ClassVar[str] = "notification_event"
+
+
+async def test_a_timestamp_that_is_no_datetime_is_refused():
+    with pytest.raises(EncodingError, match="event_timestamp must have a time zone"):
+        await EventEmitter(message_broker=MemoryMessageBroker()).emit(TextTime("2026-03-07T09:26:02Z"))
+
+
 def as_plain(base):
     class Plain(base):
         def __init__(self, user_id):
