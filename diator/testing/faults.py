@@ -410,6 +410,10 @@ class _Reading:
         self._progress = progress
         self.on_gap = on_gap
         self.unsettled: set[Delivery] = set()
+        inner: Any = deliveries  # of the in-memory broker, which has these methods
+        self.make_room: Callable[[int], None] = inner.make_room
+        self.postpone: Callable[[Delivery], None] = inner.postpone
+        self.resume: Callable[[Delivery], bool] = inner.resume
 
     def __aiter__(self) -> Self:
         return self
