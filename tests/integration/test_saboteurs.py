@@ -337,6 +337,40 @@ def test_a_storm_of_connections_is_caught(kind, outcomes):
     assert tuple(result.outcome for result in results) == outcomes, [result.reason for result in results]
 
 
+class Resetting(Inert):
+    """A link whose resets make the service charge attempts to everything that it had sent."""
+
+    def __init__(self, charged):
+        self.accepted = 1
+        self.charged = charged
+        self.brokers = []
+
+    def reset(self):
+        self.accepted += 1
+        for queue in {id(queue): queue for broker in self.brokers for queue in broker._queues}.values():
+            for entry in queue.waiting:
+                entry.attempt += self.charged
+
+
+@pytest.mark.parametrize(("charged", "outcome"), [(0, "PASS"), (1, "FAIL")])
+def test_a_count_of_what_was_not_handed_out_is_caught(charged, outcome):
+    class Flapping(Calm):
+        link = Resetting(charged)
+
+        @asynccontextmanager
+        async def proxied(self):
+            yield self.link
+
+        def transport(self):
+            self.link.brokers.append(super().transport())
+            return self.link.brokers[-1]
+
+    result = run_scenario(SCENARIOS["ACK-27"], Flapping(), seed=1)
+
+    assert result.outcome == outcome, result.reason
+    assert outcome == "PASS" or "only the first was handed out" in result.reason
+
+
 def test_every_saboteur_describes_its_defect():
     assert all(saboteur.caught_by and saboteur.__doc__ for saboteur in SABOTEURS)
     assert len({saboteur.__name__ for saboteur in SABOTEURS}) == len(SABOTEURS)

@@ -1,6 +1,7 @@
 """The transport on the page about writing one passes the suite, except for the scenarios that need a proxy."""
 
 import asyncio
+import os
 import re
 import sys
 from contextlib import asynccontextmanager
@@ -11,9 +12,11 @@ from uuid import uuid4
 import pytest
 
 from diator.exceptions import BrokerUnavailable, MessageRejected, OutcomeUnknown
+from diator.testing.conformance import SCENARIOS, run_suite
 
 pytestmark = pytest.mark.timeout(300)
 
+FOLDER = "DIATOR_TEST_TABLE"
 PAGE = Path(__file__).parents[2] / "docs" / "writing-a-transport.md"
 
 
@@ -29,6 +32,44 @@ def program_of(path):
 page = program_of(PAGE)
 TestTable = page.TestTable
 TestTable.required = True
+
+
+class TableOfProcesses(page.TableHarness):
+    """Several processes open one file."""
+
+    facilities = page.TableHarness.facilities | {"processes"}
+
+    def start(self):
+        self.folder = os.environ.get(FOLDER)
+        if self.folder is None:
+            super().start()
+            os.environ[FOLDER] = self._folder.name
+
+    def stop(self):
+        if self.folder is None:  # otherwise the folder belongs to another process
+            del os.environ[FOLDER]
+            super().stop()
+
+    def transport(self):
+        return page.TableMessageBroker(f"{os.environ[FOLDER]}/messages", lease=1.0)
+
+
+class TableWithoutFence(TableOfProcesses):
+    """Deletes an acknowledged message whoever holds it."""
+
+    def transport(self):
+        page.DELETE = "DELETE FROM messages WHERE id = :id"
+        return super().transport()
+
+
+@pytest.mark.parametrize(("harness", "outcome"), [(TableOfProcesses, "PASS"), (TableWithoutFence, "FAIL")])
+def test_a_late_acknowledgement_is_caught(monkeypatch, harness, outcome):
+    monkeypatch.setattr(page, "DELETE", page.DELETE)
+
+    [result] = run_suite(harness(), [SCENARIOS["ACK-28"]], seed=1)
+
+    assert result.outcome == outcome, result.reason
+    assert outcome == "PASS" or "what the other consumer had not settled" in result.reason
 
 
 @asynccontextmanager
