@@ -31,7 +31,7 @@ class TextTime:
     message_type: ClassVar[str] = "notification_event"
 
 
-async def test_a_timestamp_that_is_no_datetime_is_refused():
+async def test_a_timestamp_that_is_not_a_datetime_is_refused():
     with pytest.raises(EncodingError, match="event_timestamp must have a time zone"):
         await EventEmitter(message_broker=MemoryMessageBroker()).emit(TextTime("2026-03-07T09:26:02Z"))
 
