@@ -435,7 +435,7 @@ def _encoding_error(event: object, error: Exception) -> EncodingError:
         containers.append(value)
     if isinstance(error, RecursionError):
         return EncodingError("".join(path[:2]), "the value is nested too deeply")
-    return EncodingError("".join(path), str(error) if value is event else _problem(value))
+    return EncodingError("".join(path), _reason_of(error) if value is event else _problem(value))
 
 
 def _problem(value: object) -> str:
@@ -444,8 +444,13 @@ def _problem(value: object) -> str:
     except UnicodeEncodeError:
         return "the text is not valid Unicode (a lone surrogate)"
     except Exception as error:  # noqa: BLE001  # as when the event was encoded
-        return str(error)
+        return _reason_of(error)
     return "the value cannot be encoded"  # pragma: no cover  # encoding it failed a moment ago
+
+
+def _reason_of(error: Exception) -> str:
+    """Return the text of an error, which tells nothing without its class if code of the event's class has raised it."""
+    return str(error) if isinstance(error, (TypeError, ValueError)) else f"{name_of(type(error))}: {error}"
 
 
 def _is_encodable(value: object) -> bool:

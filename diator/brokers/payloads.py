@@ -81,12 +81,12 @@ def _writer(kind: Any) -> Callable[[Any], Any]:
         return kind.get_secret_value  # type: ignore[no-any-return]
     if standard_type(kind) is not None:
         return as_standard
-    pydantic: Any = sys.modules.get("pydantic_core")
 
     def write(value: Any) -> Any:
         if isinstance(value, deque):
             return list(value)
-        if pydantic is not None and not isinstance(value, Iterator):  # it knows URLs, paths, IP addresses
+        pydantic: Any = sys.modules.get("pydantic_core")  # it knows URLs, paths, IP addresses
+        if pydantic is not None and not isinstance(value, Iterator):
             with suppress(pydantic.PydanticSerializationError):
                 return pydantic.to_jsonable_python(value)
         raise TypeError(f"values of {name_of(kind)} cannot be written as JSON")
@@ -557,7 +557,7 @@ def difference(sent: Any, read: Any, path: str) -> tuple[str, str] | None:
     kind: Any = type(read)
     if fields := wire_names(kind):
         if type(sent) is not kind:
-            return path, f"a {name_of(type(sent))} would be read as a {name_of(kind)}"
+            return path, _how_different(sent, read)
         parts = [(f".{name}", getattr(sent, name), getattr(read, name)) for name in fields]
         if extra := getattr(read, "__pydantic_extra__", None):
             parts.append(("", sent.__pydantic_extra__, extra))
@@ -588,5 +588,7 @@ def _how_different(sent: Any, read: Any) -> str:
     if isinstance(sent, type(read)):
         if isinstance(sent, (dt.datetime, dt.time)):
             return "an offset with seconds cannot be written; convert the time to UTC"
-        return f"the {name_of(type(sent))} would be read as another value"
-    return f"a {name_of(type(sent))} would be read as a {name_of(type(read))}"
+        if type(sent) is type(read):
+            return f"the {name_of(type(sent))} would be read as another value"
+    sent_type, read_type = name_of(type(sent)), name_of(type(read))
+    return f"a {sent_type} would be read as a {read_type}; annotate the field with {sent_type}, or send a {read_type}"
