@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Collection
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, assert_type
 
@@ -10,6 +11,7 @@ from diator.brokers import Message
 from diator.brokers.base import Delivery, Gap, OnGap, ReadableBroker, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.memory import MemoryMessageBroker
+from diator.brokers.wrapping import Wrapped
 from diator.consumer import Consumer, Handled, Health
 from diator.container import Container
 from diator.events import EventEmitter, EventMap
@@ -41,6 +43,17 @@ class Refused(PermanentError): ...
 
 def on_gap(gap: Gap) -> None:
     assert_type(gap.until - gap.since, timedelta)
+
+
+async def on_gap_later(gap: Gap) -> None: ...
+
+
+async def on_handled_later(handled: Handled) -> None: ...
+
+
+class Correlated(Wrapped):
+    def outgoing(self, message: Message) -> Message:
+        return replace(message, headers={**message.headers, "correlation-id": "7"})
 
 
 def on_handled(handled: Handled) -> None:
@@ -78,8 +91,19 @@ async def consume(events: EventMap) -> None:
         requires=Capabilities(guarantee="at_least_once", distribution=frozenset({"competing"})),
         on_handled=on_handled,
     )
+    async with Consumer(Correlated(broker), event_map=events, prefetch=100) as running:
+        assert_type(running, Consumer)
+    await consumer.ready()
+
     Consumer(OwnBroker(), event_map=events)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     Consumer(broker, events)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    Consumer(broker, event_map=events, on_handled=on_handled_later)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Consumer(broker, event_map=events, on_gap=on_gap_later)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Consumer(broker, event_map=events, retry=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Consumer(broker, event_map=events, prefetch="all")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Consumer(broker, event_map=events, group=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Consumer(broker)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    RetryPolicy(immediate=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     Capabilities(guarantee="exactly_once")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     Capabilities(redelivery={"never"})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     RetryPolicy(permanent=(SystemExit,))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -106,6 +106,9 @@ def wire(requests: RequestMap, events: EventMap) -> None:
     only_for(UserJoined, lacks_handle)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
     only_for("UserJoined", function)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     only_for(UserJoined)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    Mediator(requests, middlewares=[only_for(Request, function), only_for(UserJoined, Hooks())])
+    Mediator(requests, middlewares=[only_for(lambda message: True, function)])
+
     Mediator()  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     Mediator(events)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     Mediator(requests, events)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
