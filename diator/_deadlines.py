@@ -84,19 +84,31 @@ class Deadline:
         self.began: float | None = None
         self.is_over = False
 
-    def __enter__(self) -> None:
+    def begin(self, now: float) -> None:
+        """Begin a block *now*, by `time.monotonic`. It ends with `end`, or the next one begins."""
         self._cancellations = self.task.cancelling()
-        self.began = monotonic()
+        self.began = now
         self.is_over = False
         if self._deadlines.timer is None:
             self._deadlines.start_timer(self._deadlines.seconds)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def end(self, error: BaseException | None) -> BaseException | None:
+        """Return what the block that ended with *error* came to: `TimeoutError` if it was cancelled here."""
         self.began = None
         # If other code cancelled the task as well, the task stays cancelled. Code that swallows its cancellation has
         # probably not finished its work.
         is_timeout = self.is_over and self.task.uncancel() <= self._cancellations
-        if is_timeout and (kind is None or kind is asyncio.CancelledError):
-            raise TimeoutError from error
+        if is_timeout and (error is None or type(error) is asyncio.CancelledError):
+            timeout = TimeoutError()
+            timeout.__cause__ = error
+            return timeout
+        return error
+
+    def __enter__(self) -> None:
+        self.begin(monotonic())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if (ended := self.end(error)) is not None and ended is not error:
+            raise ended

@@ -412,57 +412,77 @@ class Handling:
         self._workers.append(worker)
         return worker
 
-    async def handle(self, delivery: Delivery, message: Envelope | DecodingError, worker: Worker) -> None:
+    async def handle(  # noqa: C901, PLR0912  # the way to success is written out: each coroutine would cost a fiftieth
+        self, worker: Worker, delivery: Delivery, message: Envelope | DecodingError | None = None
+    ) -> None:
         """
         Handle *delivery* and settle it, in the task of *worker*; a task of its own may dead-letter it.
+
+        *message* is what `read` has returned, if it was called.
 
         It raises no error of a handler. Cancelling the task leaves the delivery unsettled.
         """
         started = worker.since = monotonic()
+        if message is None:
+            message = self.read(delivery)
         deadline = worker.deadline
         outcome: Outcome = "unsettled"
         result: _Result | None = None
-        error: BaseException | None
         try:
-            # The way to success is written out here: each further coroutine would cost a fiftieth of it.
             if (
                 isinstance(message, DecodingError)
                 or delivery.attempt > self._max_deliveries
-                or (route := self._routes.get(topic := delivery.topic)) is None
-                or topic[1] != message.message_name
-                or topic[0] != message.message_type
+                or (route := self._routes.get(delivery.topic)) is None
+                or delivery.topic != (message.message_type, message.message_name)
             ):
                 result = self._unhandled(delivery, message)
             else:
                 try:
                     event = route.read(message)
                 except DecodingError as undecodable:
-                    # Another version of the program may have a class that fits an object, and none fits anything else.
-                    may_fit = self._retry.retry_undecodable and message.payload_json[:1] == b"{"
-                    is_requeued = may_fit and self._has_retries_left(delivery)
-                    error = undecodable.with_traceback(None)  # as in `read`
-                    result = _Result(printable(f"undecodable: {error}"), error, is_requeued)
+                    result = self._undecodable(delivery, message, undecodable)
                 else:
-                    error = None
+                    error: BaseException | None = None
+                    deadline.begin(started)
                     try:
-                        with deadline:
-                            await route.handle(event)
+                        await route.handle(event)
                     except (Exception, asyncio.CancelledError) as failed:  # noqa: BLE001  # it decides how to settle
                         error = failed
+                    deadline.began = None
                     if error is not None or route.has_others or self._is_ending or deadline.task.cancelling():
-                        result = await self._call_others(delivery, message, event, deadline, error)
-            if result is not None and self._is_dead_lettered_aside(result):
+                        result = await self._call_others(delivery, message, event, deadline, deadline.end(error))
+            refused: Exception | None = None
+            if result is None:
+                try:
+                    await delivery.ack()
+                except Exception as failed:  # noqa: BLE001  # a transport may raise anything
+                    refused = failed
+                else:
+                    outcome = "acked"
+                    if self._on_handled is None:
+                        worker.since = None
+                        self._last_settled = monotonic()
+                    return
+            elif self._is_dead_lettered_aside(result):
                 worker.since = None
                 self._dead_letter_aside(_Failure(delivery, message, result, started))
                 return
-            outcome, result = await self._settle(delivery, result, worker.settling)
+            outcome, result = await self._settle(delivery, result, worker.settling, refused)
         except BaseException as ending:
+            deadline.began = None
             result = _Result(_ended_by(ending), ending)
             raise
         finally:
             if worker.since is not None:
                 worker.since = None
                 self._finish(delivery, message, outcome, result, started)
+
+    def _undecodable(self, delivery: Delivery, message: Envelope, error: DecodingError) -> _Result:
+        # Another version of the program may have a class that fits an object, and none fits anything else.
+        may_fit = self._retry.retry_undecodable and message.payload_json[:1] == b"{"
+        is_requeued = may_fit and self._has_retries_left(delivery)
+        error.with_traceback(None)  # as in `read`
+        return _Result(printable(f"undecodable: {error}"), error, is_requeued)
 
     def _is_dead_lettered_aside(self, result: _Result) -> bool:
         is_dead_lettered = result.reason is not None and not result.is_requeued and self._can_dead_letter
@@ -622,25 +642,30 @@ class Handling:
         return self._can_retry and delivery.attempt < self._retry.max_attempts
 
     async def _settle(
-        self, delivery: Delivery, result: _Result | None, deadline: Deadline
+        self, delivery: Delivery, result: _Result | None, deadline: Deadline, error: Exception | None = None
     ) -> tuple[Outcome, _Result | None]:
-        """Settle *delivery* according to *result*, or another way. Return the outcome and its reason."""
+        """
+        Settle *delivery* according to *result*, or another way. Return the outcome and its reason.
+
+        *error* is that of a first try.
+        """
         failures = 0
         reason = None if result is None else result.reason
         while True:
-            try:
-                if result is None or reason is None:
-                    await delivery.ack()
-                    return "acked", result
-                with deadline:
-                    return await self._settle_failed(delivery, reason, is_requeued=result.is_requeued), result
-            except Exception as failed:  # noqa: BLE001  # a transport may raise anything
-                error = failed
+            if error is None:
+                try:
+                    if result is None or reason is None:
+                        await delivery.ack()
+                        return "acked", result
+                    with deadline:
+                        return await self._settle_failed(delivery, reason, is_requeued=result.is_requeued), result
+                except Exception as failed:  # noqa: BLE001  # a transport may raise anything
+                    error = failed
             is_refused = isinstance(error, DiatorError) and not isinstance(error, _TEMPORARY)
             if is_refused or deadline.is_over or failures == len(_SETTLE_PAUSES):
                 break
             await asyncio.sleep(_SETTLE_PAUSES[failures])
-            failures += 1
+            failures, error = failures + 1, None
         why = name_of(type(error))
         result = result or _SUCCESS
         if result.is_requeued and not isinstance(error, _TEMPORARY):

@@ -8,6 +8,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import Any, Self, TypeAlias, TypeVar
 
@@ -393,8 +394,7 @@ class Consumer:
 
     async def _receive_and_handle(self, deliveries: AsyncIterator[Delivery]) -> None:
         """Receive and handle in one task, one delivery at a time: a queue between two tasks would cost a third."""
-        handle, read, worker = self._handling.handle, self._handling.read, self._handling.worker()
-        await self._receive(deliveries, lambda delivery: handle(delivery, read(delivery), worker))
+        await self._receive(deliveries, partial(self._handling.handle, self._handling.worker()))
 
     async def _receive(self, deliveries: AsyncIterator[Delivery], admit: Callable[[Delivery], Awaitable[None]]) -> None:
         await self._until_stopped(self._admit_all(deliveries, admit))
@@ -423,7 +423,7 @@ class Consumer:
         worker = self._handling.worker()
         while job := await self._lanes.take():
             delivery, message = job
-            await self._handling.handle(delivery, message, worker)
+            await self._handling.handle(worker, delivery, message)
             self._lanes.done(message)
 
     def _note_gap(self, gap: Gap) -> None:

@@ -250,9 +250,12 @@ class _Queue:
 
     def take_first(self, topics: Collection[Topic]) -> _Entry | None:
         """Remove and return the oldest entry of *topics*; None if there is none."""
-        for place, entry in enumerate(self.waiting):
+        waiting = self.waiting
+        if waiting and waiting[0].topic in topics:
+            return waiting.popleft()
+        for place, entry in enumerate(waiting):
             if entry.topic in topics:
-                del self.waiting[place]
+                del waiting[place]
                 return entry
         return None
 
@@ -287,32 +290,38 @@ class _Subscription:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Delivery:
-        while (
-            self._ended
-            or len(self.unsettled) - len(self._postponed) >= self._most_unsettled
-            or not (entry := self.queue.take_first(self.topics))
-        ):
-            if self._ended:
-                raise StopAsyncIteration
-            self._broker.check_open()
-            await self.queue.wait_for_change()
+    def receive_nowait(self) -> Delivery | None:
+        """See `ResilientSubscription.receive_nowait`."""
+        if len(self.unsettled) >= self._most_unsettled or self._ended:
+            return None
+        if (entry := self.queue.take_first(self.topics)) is None:
+            return None
         delivery = Delivery(topic=entry.topic, body=entry.body, headers={}, attempt=entry.attempt, settler=self)
         self.unsettled[delivery] = entry
         return delivery
 
+    async def __anext__(self) -> Delivery:
+        while (delivery := self.receive_nowait()) is None:
+            if self._ended:
+                raise StopAsyncIteration
+            self._broker.check_open()
+            await self.queue.wait_for_change()
+        return delivery
+
     def make_room(self, deliveries: int) -> None:
         """See `ResilientSubscription.make_room`."""
-        self._most_unsettled = self._prefetch + deliveries
+        self._most_unsettled = self._prefetch + deliveries + len(self._postponed)
         self.queue.notify()
 
     def postpone(self, delivery: Delivery) -> None:
         """See `ResilientSubscription.postpone`."""
         self._postponed.add(delivery)
+        self._most_unsettled += 1
 
     def resume(self, delivery: Delivery) -> bool:
         """See `ResilientSubscription.resume`. Nothing is withdrawn here: there is no connection to lose."""
-        self._postponed.discard(delivery)
+        self._postponed.remove(delivery)
+        self._most_unsettled -= 1
         return True
 
     async def ack(self, delivery: Delivery, /) -> None:

@@ -173,6 +173,7 @@ class ResilientSubscription(ABC):
         self._lossy = lossy
         self._prefetch = self._most_unsettled = prefetch
         self._buffer_size = prefetch if buffer_size is None else buffer_size
+        self._refilled_at = self._buffer_size // 2
         self._reconnect = reconnect
         self._on_gap = on_gap
         self._registry = registry
@@ -250,7 +251,7 @@ class ResilientSubscription(ABC):
         if not received or self.unsettled - len(received) >= self._most_unsettled or self._ending is not None:
             return None
         delivery = received.popleft()
-        if len(received) == self._buffer_size // 2:  # not earlier: receiving few costs as much as receiving many
+        if len(received) == self._refilled_at:  # not earlier: receiving few costs as much as receiving many
             self._has_room.set()
         return delivery
 

@@ -6,10 +6,11 @@ import math
 import os
 import socket
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 from time import monotonic
 from typing import Any, TypeAlias
 from uuid import uuid4
+
+import msgspec
 
 from diator.brokers.redis._names import AGAIN, DEAD, DELAYED, encoded, of_group
 from diator.brokers.redis._scripts import ACK, CHECK, DEAD_LETTER, FORGET, MOVE_DUE, RENEW, RETRY
@@ -27,8 +28,7 @@ _MOVED_AT_ONCE = 100
 _MOST_OF_LUA = 4_000
 
 
-@dataclass(slots=True, eq=False)
-class Entry:
+class Entry(msgspec.Struct, eq=False, gc=False):  # nothing that it refers to refers back
     """
     An entry that a consumer holds: the token of a delivery.
 
