@@ -300,6 +300,14 @@ class TakesAnEmptyNameForNone(Saboteur):
         return topics, group or None, prefetch
 
 
+@caught_by("SUB-21")
+class LimitsEachTopic(Saboteur):
+    """Applies the prefetch to each topic on its own."""
+
+    def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
+        return topics, group, prefetch * len(topics)
+
+
 @caught_by("API-12")
 class PacksThePrefetch(Saboteur):
     """Sends the prefetch as a number of 16 bits."""

@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 from diator.brokers.base import Delivery, Settler
-from diator.brokers.codec import decode
+from diator.brokers.codec import decode, encode
 from diator.exceptions import BrokerError
 from diator.testing.saboteurs._base import Saboteur, Subscription, caught_by, copy_of, subscription_of
 
@@ -215,6 +215,37 @@ class ForgetsDelays(Saboteur):
     def before_unsubscribe(self, subscription: Subscription) -> None:
         for each in self._waiting:
             each.cancel()
+
+
+@caught_by("ACK-11")
+class DropsHeadersInTheDelay(Saboteur):
+    """Requeues a message with a delay without its headers."""
+
+    async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
+        entry = subscription_of(settle).unsettled[delivery]
+        if after:
+            entry.body = encode(replace(decode(entry.body), headers={}), headers_in_body=True)
+        await super().retry(settle, delivery, after)
+
+
+@caught_by("ACK-34")
+class RequeuesToOneTopic(Saboteur):
+    """Requeues every message to the first topic of its subscription."""
+
+    async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
+        subscription = subscription_of(settle)
+        subscription.unsettled[delivery].topic = min(subscription.topics)
+        await super().retry(settle, delivery, after)
+
+
+@caught_by("ACK-35")
+class RemovesBeforeItStores(Saboteur):
+    """Removes a message before it has stored its copy or its dead letter."""
+
+    async def retry(self, settle: Settler, delivery: Delivery, after: float) -> None:
+        entry = subscription_of(settle).unsettled.pop(delivery)
+        await asyncio.sleep(0)
+        subscription_of(settle).queue.requeue([entry])
 
 
 @caught_by("SUB-07", "ACK-10")

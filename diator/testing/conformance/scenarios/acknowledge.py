@@ -201,7 +201,7 @@ async def attempts(ctx: Context) -> None:
 async def delayed(ctx: Context) -> None:
     """Catch a delay that is ignored, or that holds up messages which it must not hold up."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
-    messages = [ctx.message(topic, number, key=key) for number, key in enumerate(("a", "a", "b"))]
+    messages = [ctx.message(topic, number, key=key, headers={"a": key}) for number, key in enumerate(("a", "a", "b"))]
     held_up = messages[1:2] if ctx.capabilities.ordered_retry else []
     delay = ctx.limits.lag  # time enough for the others, however busy the machine is
     async with ctx.reading(broker, topic, group=group) as reader:
@@ -219,7 +219,7 @@ async def delayed(ctx: Context) -> None:
         "the messages delivered during the delay",
     )
     ctx.check(all(each.at < requeued_at + delay for each in between), "the delay held up messages that it must not")
-    ctx.same(again.id, messages[0].message_id, "the message delivered after the delay")
+    ctx.same(again.message, messages[0], "the message delivered after the delay")
     ctx.same(later, [each.message_id for each in held_up], "the messages held up by the delay")
     after = again.at - requeued_at
     ctx.check(after >= delay - 0.01, f"it was redelivered after {after:.3f} s instead of {delay:g} s")
@@ -472,6 +472,56 @@ async def settled_too_late(ctx: Context) -> None:
     if "dead_letters" in ctx.harness.facilities:
         ctx.same(await ctx.harness.dead_letters(broker, topic, group), [], "the dead letters")
     ctx.ledger.compare(group, messages).verify()
+
+
+@scenario("ACK-34", "A message that is requeued keeps its topic among several", needs=_RETRY)
+async def keeps_its_topic(ctx: Context) -> None:
+    """Catch a retry that sends every message to the first topic of its subscription."""
+    broker, topics, group = await ctx.broker(), [ctx.topic() for _ in range(3)], ctx.name()
+    later = 0.05 * ctx.capabilities.delayed_retry
+    async with ctx.reading(broker, *topics, group=group) as reader:
+        messages = [message for topic in topics for message in await ctx.send(broker, topic, 2)]
+        for number, received in enumerate(await reader.take(6, settle="nothing")):
+            await received.delivery.retry(after=later * (number % 2))
+        again = await ctx.within(ctx.limits.redelivery + ctx.limits.lag, reader.take(6), "the redelivery")
+        await reader.until_fence()
+    wrong = [each for each in again if each.message and each.delivery.topic.message_name != each.message.message_name]
+    ctx.check(not wrong, f"{len(wrong)} of 6 requeued messages came from another topic than before")
+    ctx.ledger.compare(group, messages).verify()
+
+
+@scenario("ACK-35", "A retry or a dead letter that is cancelled loses no message, at 8 moments", needs=Capabilities(
+    settlement="cumulative", redelivery=frozenset({"retry", "close"})), timeout=60)  # fmt: skip
+async def cancelled_settling(ctx: Context) -> None:
+    """Catch a message that is removed before its copy, or its dead letter, is stored."""
+    broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
+    has_letters = ctx.capabilities.dead_letter and "dead_letters" in ctx.harness.facilities
+    at_risk: dict[object, int] = {}  # by id: how many deliveries there were when settling it was cancelled last
+    async with ctx.reading(broker, topic, group=group) as reader:
+        for number in range(16):
+            await ctx.send(broker, topic, start=number)
+            received = await reader.next()  # perhaps once more what was requeued before
+            is_letter = has_letters and number % 2
+            settling = received.delivery.dead_letter("no") if is_letter else received.delivery.retry()
+            task = asyncio.create_task(settling)
+            for _ in range(number // 2):
+                await asyncio.sleep(0)
+            await cancelled(task)
+            at_risk[received.id] = len(ctx.ledger.received)
+    letters = [each.body for each in await ctx.harness.dead_letters(broker, topic, group)] if has_letters else []
+
+    def lost() -> list[object]:
+        came = [each.id for each in ctx.ledger.received]
+        stored = {each for each in at_risk if any(str(each).encode() in body for body in letters)}
+        return [each for each, place in at_risk.items() if each not in stored and each not in came[place:]]
+
+    async with ctx.reading(broker, topic, group=group) as reader:
+        reading = ctx.start(reader.take(1_000))
+        until = monotonic() + ctx.limits.redelivery + ctx.limits.lag
+        while lost() and monotonic() < until and not reading.done():  # noqa: ASYNC110  # it also depends on time
+            await asyncio.sleep(ctx.limits.quiet)
+        await cancelled(reading)
+    ctx.check(not lost(), f"{len(lost())} of {len(at_risk)} messages are lost")
 
 
 @scenario("ACK-33", "A delayed retry survives the end of its subscription", needs=Capabilities(
