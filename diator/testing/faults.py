@@ -424,10 +424,6 @@ class _Reading:
         self.unsettled.add(delivery)
         return delivery
 
-    def __getattr__(self, name: str) -> Any:
-        """Return what else the iterator of the in-memory broker has, such as `postpone` and `make_room`."""
-        return getattr(self._deliveries, name)
-
     def settled(self, delivery: Delivery) -> None:
         self.unsettled.discard(delivery)
         self._progress.set()
