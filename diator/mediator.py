@@ -49,7 +49,7 @@ class Mediator:
         container: Resolver | None = None,
         event_emitter: EventEmitter | None = None,
         *,
-        middlewares: Iterable[Middleware] = (),
+        middlewares: Iterable[Middleware] | None = None,
     ) -> None: ...
     @overload
     def __init__(
@@ -59,7 +59,7 @@ class Mediator:
         *,
         event_map: EventMap | None = None,
         message_broker: MessageBroker | None = None,
-        middlewares: Iterable[Middleware] = (),
+        middlewares: Iterable[Middleware] | None = None,
     ) -> None: ...
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Mediator:
         *,
         event_map: EventMap | None = None,
         message_broker: MessageBroker | None = None,
-        middlewares: Iterable[Middleware] = (),
+        middlewares: Iterable[Middleware] | None = None,
     ) -> None:
         check_parts(event_map=event_map, container=container, message_broker=message_broker)
         parts: list[tuple[object, Any]] = [(request_map, RequestMap), (event_emitter, (EventEmitter, NoneType))]
@@ -78,7 +78,7 @@ class Mediator:
                 "request_map must be a RequestMap, and event_emitter an EventEmitter or None; they are "
                 f"{described(request_map)} and {described(event_emitter)}"
             )
-        middlewares = checked_middlewares(middlewares)
+        middlewares = checked_middlewares(() if middlewares is None else middlewares)
         if event_emitter is None:
             event_emitter = EventEmitter(event_map=event_map, message_broker=message_broker)
         elif event_map is not None or message_broker is not None:

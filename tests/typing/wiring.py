@@ -95,6 +95,7 @@ def wire(requests: RequestMap, events: EventMap) -> None:
     Mediator(requests, OwnContainer(), event_map=events, message_broker=MemoryMessageBroker())
     Mediator(requests, message_broker=OwnBatchBroker())
     Mediator(requests, middlewares=(function,))
+    Mediator(requests, middlewares=None)
 
     limited = [only_for(UserJoined, on_joined), only_for(UserJoined, function), only_for(Request, LoggingMiddleware())]
     Mediator(

@@ -38,6 +38,13 @@ async def test_the_first_is_outermost(count):
     assert answer == " ".join(["user 1", *map(str, reversed(numbers))])
 
 
+async def test_none_is_no_middlewares():
+    """As older programs may pass it."""
+    broker = Recorder()
+
+    assert await mediator_of(join, message_broker=broker, middlewares=None).send(Join(user_id=7)) == "user 7"
+
+
 async def test_the_handler_is_built_inside_the_middlewares():
     steps = []
 

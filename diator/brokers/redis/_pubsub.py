@@ -55,9 +55,10 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
     connection of a client's pool, and `aclose` returns this connection; the broker never closes the client. From a URL
     the broker makes a client of its own, which `aclose` closes.
 
-    *timeout* bounds every call, in seconds. *max_message_bytes* bounds the encoded message. *max_in_flight* bounds the
-    messages that wait for Redis's reply; further sends wait for room. With *require_receiver* a message that nobody
-    received raises `MessageUnroutable`; Redis counts the receivers on the node to which the message was sent.
+    *channel_prefix* is `python_diator_channel` by default. *timeout* bounds every call, in seconds. *max_message_bytes*
+    bounds the encoded message. *max_in_flight* bounds the messages that wait for Redis's reply; further sends wait for
+    room. With *require_receiver* a message that nobody received raises `MessageUnroutable`; Redis counts the receivers
+    on the node to which the message was sent.
 
     A subscription takes a connection of its own from the pool, prefetches at most *extra_prefetch* messages, and
     reconnects as *reconnect* specifies. With *older_senders* it also receives the messages of diator 0.1, whose
@@ -71,7 +72,7 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
     def __init__(
         self,
         client: Client | str,
-        channel_prefix: str = "python_diator_channel",
+        channel_prefix: str | None = None,
         *,
         timeout: float = 10.0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
@@ -84,8 +85,8 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
         if extra_prefetch < 1 or max_in_flight < 1 or timeout <= 0:
             raise ConfigurationError("extra_prefetch and max_in_flight must be at least 1, and timeout above 0")
         self._client, owned = client_of(client, timeout=timeout)
-        self._prefix = channel_prefix
-        encoded(channel_prefix)
+        self._prefix = "python_diator_channel" if channel_prefix is None else channel_prefix
+        encoded(self._prefix)
         self._max_message_bytes = max_message_bytes
         self._require_receiver = require_receiver
         self._older_senders = older_senders

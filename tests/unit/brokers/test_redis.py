@@ -4,8 +4,17 @@ import pytest
 
 pytest.importorskip("redis")
 
+from diator.brokers.base import Topic
+from diator.brokers.redis import RedisMessageBroker
 from diator.brokers.redis_streams import RedisStreamMessageBroker
 from diator.exceptions import ConfigurationError
+
+
+@pytest.mark.parametrize("arguments", [{}, {"channel_prefix": None}], ids=["left out", "None"])
+def test_the_default_prefix_is_that_of_older_programs(arguments):
+    broker = RedisMessageBroker("redis://localhost", **arguments)
+
+    assert broker._channel(Topic("notification_event", "A")) == b"python_diator_channel:notification_event:A"
 
 
 def test_an_unknown_durability_is_refused_at_once():
