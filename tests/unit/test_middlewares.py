@@ -38,7 +38,7 @@ async def test_the_first_is_outermost(count):
     assert answer == " ".join(["user 1", *map(str, reversed(numbers))])
 
 
-async def test_none_is_no_middlewares():
+async def test_middlewares_may_be_none():
     """As older programs may pass it."""
     broker = Recorder()
 
