@@ -110,7 +110,7 @@ class Saboteur(MemoryMessageBroker):
                 subscription.topics = subscription.queue.topics  # it receives whatever a defect puts into its queue
             self._open_subscriptions.add(subscription)
             await self.on_subscribed(subscription, topics)
-            yield _Reading(subscription, self)
+            yield self.reading(subscription)
             self.before_unsubscribe(subscription)
         self.after_unsubscribe(subscription, topics, group)
 
@@ -141,6 +141,10 @@ class Saboteur(MemoryMessageBroker):
         """Do what the service does when the broker of *subscription* is closed."""
         subscription.queue.requeue(subscription.unsettled.values())
         subscription.unsettled.clear()
+
+    def reading(self, subscription: Subscription) -> Reading:
+        """Return the iterator of *subscription*."""
+        return Reading(subscription, self)
 
     async def read(self, subscription: Subscription) -> Delivery:
         """Wait for the next delivery of *subscription*."""
@@ -173,7 +177,7 @@ class Saboteur(MemoryMessageBroker):
         await settle.dead_letter(delivery, reason)
 
 
-class _Reading:
+class Reading:
     """An iterator that reads through the methods of its broker."""
 
     def __init__(self, subscription: Subscription, broker: Saboteur) -> None:

@@ -6,11 +6,11 @@ import asyncio
 import re
 import struct
 from collections.abc import Collection
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from diator.brokers.base import Delivery, Settler, Topic
 from diator.brokers.message import Message
-from diator.testing.saboteurs._base import FOREVER, Saboteur, Subscription, caught_by
+from diator.testing.saboteurs._base import FOREVER, Reading, Saboteur, Subscription, caught_by
 
 
 class _Misroutes(Saboteur):
@@ -276,6 +276,24 @@ class ForgetsToResume(Saboteur):
 
     def resume(self, subscription: Subscription, delivery: Delivery) -> bool:
         return True
+
+
+@caught_by("FLW-24")
+class HurriesPastThePrefetch(Saboteur):
+    """Hands out what is there without counting it, if nobody has to wait."""
+
+    def reading(self, subscription: Subscription) -> Reading:
+        return _Hurrying(subscription, self)
+
+
+class _Hurrying(Reading):
+    def receive_nowait(self) -> Delivery | None:
+        try:
+            entry = self._subscription.queue.waiting.popleft()
+        except IndexError:
+            return None
+        settler = cast("Any", self._subscription)
+        return Delivery(topic=entry.topic, body=entry.body, headers={}, attempt=entry.attempt, settler=settler)
 
 
 @caught_by("FLW-22")

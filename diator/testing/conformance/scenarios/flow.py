@@ -9,11 +9,12 @@ from pathlib import Path
 from time import monotonic, process_time
 from typing import Any
 
+from diator.brokers.base import Delivery
 from diator.brokers.capabilities import Capabilities
 from diator.exceptions import MessageRejected
 from diator.testing.conformance._consuming import Happened
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._ledger import NotApplicable
+from diator.testing.conformance._ledger import NotApplicable, Received
 from diator.testing.conformance._scenario import scenario
 
 _BOUNDED = Capabilities(settlement="cumulative", backpressure="prefetch")
@@ -294,6 +295,36 @@ async def postponed(ctx: Context) -> None:
         await third.delivery.ack()
         await reader.until_fence()
     ctx.ledger.compare(reader.name, messages).verify()
+
+
+@scenario("FLW-24", "`receive_nowait` hands out what the iterator would, and no more", needs=_BOUNDED)
+async def without_waiting(ctx: Context) -> None:
+    """Catch a fast path that ignores the prefetch, the order, or the end of the subscription."""
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic, group=ctx.name(), prefetch=2) as reader:
+        receive_nowait: Callable[[], Delivery | None] | None = getattr(reader.deliveries, "receive_nowait", None)
+        if receive_nowait is None:
+            raise NotApplicable("the iterator of this transport has no receive_nowait")
+        messages = await ctx.send(broker, topic, 6)
+        held = [each.delivery for each in await reader.take(1, settle="nothing")]
+        until = monotonic() + ctx.limits.recovery
+        while len(ctx.ledger.received) < len(messages) and monotonic() < until:
+            if delivery := receive_nowait():
+                ctx.ledger.received.append(Received.of(delivery, reader.name))
+                held.append(delivery)
+            else:
+                await asyncio.sleep(ctx.limits.quiet / 10)
+            ctx.check(len(held) <= 2, "a delivery was handed out beyond the prefetch of 2")  # noqa: PLR2004
+            if len(held) == 2 and not delivery:  # noqa: PLR2004
+                for each in held:
+                    await each.ack()
+                held.clear()
+        for each in held:
+            await each.ack()
+        await reader.until_fence()
+        await ctx.send(broker, topic, start=6)
+    ctx.check(receive_nowait() is None, "a subscription handed out a message after its end")
+    ctx.ledger.compare(reader.name, messages).verify(in_order=ctx.capabilities.ordering == "destination")
 
 
 @scenario("FLW-22", "Settling a delivery wakes whoever waits for the next one", needs=_BOUNDED)
