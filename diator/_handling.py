@@ -449,7 +449,8 @@ class Handling:
                     except (Exception, asyncio.CancelledError) as failed:  # noqa: BLE001  # it decides how to settle
                         error = failed
                     deadline.began = None
-                    if error is not None or route.has_others or self._is_ending or deadline.task.cancelling():
+                    is_late = deadline.is_over or deadline.task.cancelling()
+                    if error is not None or is_late or route.has_others or self._is_ending:
                         result = await self._call_others(delivery, message, event, deadline, deadline.end(error))
             refused: Exception | None = None
             if result is None:

@@ -195,13 +195,16 @@ async def test_a_handler_that_hangs_fails_after_its_timeout():
 
 
 @pytest.mark.usefixtures("loop_clock")
+@pytest.mark.parametrize("uncancels", [False, True])
 @pytest.mark.parametrize("several", [False, True])
-async def test_a_handler_that_swallows_the_cancellation_of_its_timeout_fails_too(several):
+async def test_a_handler_that_swallows_the_cancellation_of_its_timeout_fails_too(several, uncancels):
     """It was told to stop, so its work is probably not done. An acknowledgement would lose the message."""
 
     async def swallowing(event: UserJoined) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
+        if uncancels:
+            asyncio.current_task().uncancel()
 
     handlers = [swallowing, on_joined] if several else [swallowing]
     [handled] = await consume(Scripted(body_of(JOIN)), *handlers, retry=ONCE, handler_timeout=0.01)
