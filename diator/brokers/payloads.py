@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal
-from enum import Flag
 from functools import lru_cache
 from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_type_hints
 from uuid import UUID
@@ -350,7 +349,7 @@ class _Planner:
             case of.NoneType():
                 return f"{value} is None"
             case of.EnumType(cls=cls):
-                return None if issubclass(cls, Flag) else f"type({value}) is {self._name(cls)}"
+                return f"type({value}) is {self._name(cls)}"
             case of.LiteralType(values=values):
                 return f"({value} in {values!r} and type({value}) in {self._name({*map(type, values)})})"
             case of.UnionType(types=types):
@@ -473,7 +472,7 @@ class _Planner:
         return (
             hasattr(cls, "__post_init__")
             or hasattr(cls, "__attrs_post_init__")
-            or any(each.converter or each.validator for each in getattr(cls, "__attrs_attrs__", ()))
+            or any(each.validator for each in getattr(cls, "__attrs_attrs__", ()))
             or (self._in_models > 0 and hasattr(cls, "__pydantic_fields__"))
             or (
                 self._in_models > 0

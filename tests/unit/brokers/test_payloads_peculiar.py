@@ -1,0 +1,343 @@
+"""Classes whose own code or settings decide what is written and read: each value comes back, or is refused with why."""
+
+import dataclasses
+import datetime as dt
+import enum
+import itertools
+from collections import deque
+from typing import Annotated, Any, Generic, TypeVar
+
+import attrs
+import msgspec
+import pydantic
+import pytest
+
+from diator.brokers.codec import payload_decoder, payload_encoder
+from diator.exceptions import ConfigurationError, DecodingError, EncodingError
+
+T = TypeVar("T")
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+
+
+@attrs.define
+class Converted:
+    number: int = attrs.field(converter=lambda number: number + 1)
+
+
+@attrs.define(on_setattr=[])
+class Validated:
+    number: int = attrs.field(validator=attrs.validators.ge(0))
+
+
+@dataclasses.dataclass
+class Doubled:
+    number: int
+
+    def __post_init__(self):
+        self.number *= 2
+
+
+@dataclasses.dataclass
+class Later:
+    number: int
+    later: int = dataclasses.field(init=False, default=2)
+
+
+def later():
+    made = Later(1)
+    made.later = 3
+    return made
+
+
+@dataclasses.dataclass(eq=False)
+class Incomparable:
+    number: int
+    zone: dt.time
+
+
+@pydantic.dataclasses.dataclass
+class Counted:
+    number: int
+
+    @pydantic.field_validator("number")
+    @classmethod
+    def count(cls, number):
+        return number + 1
+
+
+class Nameless(pydantic.BaseModel):
+    number: int = pydantic.Field(validation_alias=pydantic.AliasPath("numbers", "first"))
+
+
+class Choices(pydantic.BaseModel):
+    number: int = pydantic.Field(validation_alias=pydantic.AliasChoices("no", "nr"))
+
+
+class ByName(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(populate_by_name=True)
+    number: int = pydantic.Field(alias="no")
+
+
+class Excluded(pydantic.BaseModel):
+    number: int = pydantic.Field(exclude=True)
+
+
+class ExcludedDefault(pydantic.BaseModel):
+    number: int
+    parent: Any = pydantic.Field(default=None, exclude=True)
+
+
+class Computed(pydantic.BaseModel):
+    number: int
+
+    @pydantic.computed_field
+    @property
+    def double(self) -> int:
+        return self.number * 2
+
+
+class ComputedStrictly(Computed):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+
+class Open(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="allow")
+    number: int
+
+
+class Root(pydantic.RootModel[dict[int, bytes]]): ...
+
+
+class Generics(pydantic.BaseModel, Generic[T]):
+    number: T
+
+
+class Cat(pydantic.BaseModel):
+    name: str
+
+
+class Dog(pydantic.BaseModel):
+    name: str
+
+
+class Seconds(pydantic.BaseModel):
+    at: dt.datetime
+
+    @pydantic.field_serializer("at")
+    def in_seconds(self, at):
+        return at.timestamp()
+
+
+class SecondsAndBytes(Seconds):
+    raw: bytes
+
+
+class Twice(pydantic.BaseModel):
+    number: int
+
+    @pydantic.model_serializer
+    def twice(self):
+        return {"number": self.number * 2}
+
+
+class Excited(pydantic.BaseModel):
+    number: Annotated[int, pydantic.PlainSerializer(lambda number: f"{number}!")]
+
+
+class Later2(pydantic.BaseModel):
+    number: int
+
+    def model_post_init(self, _):
+        self.number += 1
+
+
+class Stripped(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(str_strip_whitespace=True)
+    name: str
+
+
+class Forbidding(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+    raw: bytes
+
+
+class Private(pydantic.BaseModel):
+    number: int
+    _seen: int = pydantic.PrivateAttr(default=3)
+
+
+class Incomplete(pydantic.BaseModel):
+    number: "Nowhere"  # noqa: F821
+
+
+Odd = pydantic.create_model("Odd", **{"class": (int, ...), "a-b": (int, ...)})
+
+
+class Omitting(msgspec.Struct, omit_defaults=True, rename="camel"):
+    first_name: str = "x"
+    numbers: list[int] = []
+
+
+class Row(msgspec.Struct, array_like=True):
+    number: int
+
+
+class Unset(msgspec.Struct):
+    number: int | msgspec.UnsetType = msgspec.UNSET
+
+
+def assigned(model, name, value):
+    setattr(model, name, value)
+    return model
+
+
+NOON = dt.datetime(2026, 3, 7, 12, tzinfo=dt.UTC)
+COMES_BACK = [
+    (Converted, Converted(1)),
+    (Later, later()),
+    (Incomparable, Incomparable(1, dt.time(1, tzinfo=dt.UTC))),
+    (Choices, Choices(no=1)),
+    (ByName, ByName(number=1)),
+    (ExcludedDefault, ExcludedDefault(number=1)),
+    (Computed, Computed(number=1)),
+    (Open, Open(number=1, more=[1])),
+    (Root, Root({1: b"\xff"})),
+    (Generics[dt.date], Generics[dt.date](number=dt.date(2026, 3, 7))),
+    (Seconds, Seconds(at=NOON)),
+    (Private, Private(number=1)),
+    (Odd, Odd(**{"class": 1, "a-b": 2})),
+    (Omitting, Omitting()),
+    (Omitting, Omitting("y", [1])),
+    (list[Row], [Row(1)]),
+    (Unset, Unset()),
+    (Forbidding, Forbidding(raw=b"\xff")),
+    (Stripped, Stripped(name=" a ")),
+]
+COMES_BACK_IN_A_MODEL = [
+    (dict[Level, int], {Level.LOW: 1}),
+    (Cat | Dog, Cat(name="a")),
+    (list[Root], [Root({1: b"\xff"})]),
+    (deque[int], deque([1])),
+    (pydantic.HttpUrl, pydantic.HttpUrl("http://a/b")),
+    (pydantic.Json[list[int]], "[1]"),
+    (pydantic.Json[list[int]] | None, "[1]"),
+]
+REFUSED_AS_A_VALUE = [
+    (Validated, assigned(Validated(1), "number", -1), r"^Event\.value: it could not be read back"),
+    (Doubled, Doubled(1), r"^Event\.value\.number"),
+    (Annotated[int, msgspec.Meta(ge=0)], -1, r"^Event\.value: .* >= 0"),
+    (Incomparable, Incomparable(1, dt.time(1, tzinfo=dt.timezone(dt.timedelta(seconds=1)))), "offset with seconds"),
+    (list[Cat], [type("Lion", (Cat,), {})(name="a")], r"^Event\.value\[0\]: a Lion would be read as a Cat; annotate"),
+    (Twice, Twice(number=1), r"^Event\.value\.number"),
+    (Excited, Excited(number=1), r"^Event\.value: it could not be read back"),
+    (Later2, Later2(number=1), r"^Event\.value\.number"),
+    (Stripped, assigned(Stripped(name="a"), "name", " a "), r"^Event\.value\.name"),
+    (Forbidding, assigned(Forbidding(raw=b""), "raw", "a"), r"^Event\.value: it could not be read back"),
+    (Open, Open(number=1, more=b"\xff"), r"^Event\.value\['more'\]: a bytes would be read as a str"),
+    (Any, itertools.count(), r"^Event\.value: values of count cannot be written"),
+    (Any, (n for n in itertools.count()), r"^Event\.value: values of generator cannot be written"),
+    (dict[str, int], {"a": True}, r"Expected `int`, got `bool`"),
+    (list[int], [1, "2"], r"^Event\.value\[1\]"),
+    (dict[int, int], {"a": 1}, r"^Event\.value: "),
+]
+REFUSED_IN_A_MODEL = [
+    (Cat | Dog, Dog(name="a"), r"a Dog would be read as a Cat"),
+    (Later, later(), r"^Event\.value\.later"),
+    (Counted, Counted(1), r"^Event\.value\.number"),
+    (deque[bytes], deque([b"\xff"]), r"^Event\.value"),
+]
+REFUSED_AS_A_CLASS = [
+    (Nameless, r"^Event\.value\.number cannot travel: its alias is a path; give it an alias that is a name"),
+    (Excluded, r"^Event\.value\.number cannot travel: .* excluded and has no default; give it a default"),
+    (ComputedStrictly, r"^Event\.value\.double cannot travel: .*; make it a property"),
+    (Incomplete, r"^Event\.value cannot travel: .* Incomplete contains a name .* model_rebuild\(\)"),
+    (SecondsAndBytes, r"^Event\.value cannot travel: only pydantic can read it, and Event\.value\.raw is"),
+    (msgspec.Raw, r"^Event\.value cannot travel: RawType"),
+]
+
+
+def as_dataclass(hint):
+    return dataclasses.make_dataclass("Event", [("value", hint)])
+
+
+def as_model(hint):
+    return pydantic.create_model("Event", value=(hint, ...))
+
+
+def cases(cases, kind):
+    return [
+        pytest.param(kind(hint), *rest, id=f"{position} {kind.__name__} {hint}")
+        for position, (hint, *rest) in enumerate(cases)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("event_type", "value"), cases(COMES_BACK, as_dataclass) + cases(COMES_BACK_IN_A_MODEL, as_model)
+)
+def test_comes_back(event_type, value):
+    event = event_type(value=value)
+
+    back = payload_decoder(event_type)(payload_encoder(event_type)(event))
+
+    if isinstance(value, (Later, Incomparable)):
+        back.value, event.value = vars(back.value), vars(event.value)
+    assert back.value == getattr(event, "value", value)
+    assert type(back.value) is type(event.value)
+
+
+@pytest.mark.parametrize(
+    ("event_type", "value", "problem"),
+    cases(REFUSED_AS_A_VALUE, as_dataclass) + cases(REFUSED_IN_A_MODEL, as_model),
+)
+def test_is_refused_when_it_is_sent(event_type, value, problem):
+    event = event_type(value=value)
+
+    with pytest.raises(EncodingError, match=problem):
+        payload_encoder(event_type)(event)
+
+
+@pytest.mark.parametrize(("event_type", "problem"), cases(REFUSED_AS_A_CLASS, as_dataclass))
+@pytest.mark.parametrize("plan", [payload_encoder, payload_decoder])
+def test_is_refused_when_its_class_is_planned(event_type, problem, plan):
+    with pytest.raises(ConfigurationError, match=problem):
+        plan(event_type)
+
+
+def test_an_event_is_an_object_in_json():
+    with pytest.raises(ConfigurationError, match="Row cannot travel: a payload is a JSON object; remove array_like"):
+        payload_decoder(Row)
+
+
+def test_computed_fields_are_written_and_additional_ones_come_back():
+    assert payload_encoder(as_dataclass(Computed))(as_dataclass(Computed)(Computed(number=1))) == (
+        b'{"value":{"number":1,"double":2}}'
+    )
+    back = payload_decoder(Open)(payload_encoder(Open)(Open(number=1, more=2)))
+    assert back.more == 2
+
+
+def test_unknown_fields_are_refused_if_the_model_asks_for_it():
+    with pytest.raises(DecodingError, match="the payload does not fit Forbidding"):
+        payload_decoder(Forbidding)(b'{"raw":"","more":1}')
+
+
+def test_the_name_that_a_model_reads_is_the_one_that_is_written():
+    assert payload_encoder(ByName)(ByName(number=1)) == b'{"number":1}'
+    assert payload_encoder(Choices)(Choices(nr=1)) == b'{"no":1}'
+
+
+def test_a_type_that_contains_itself_is_planned():
+    @dataclasses.dataclass
+    class Node:
+        number: int
+        nodes: "list[Node]"
+
+    Node.__annotations__["nodes"] = list[Node]
+    event = Node(1, [Node(2, [])])
+
+    assert payload_decoder(Node)(payload_encoder(Node)(event)) == event
+    with pytest.raises(EncodingError, match=r"Node\.nodes\[0\]\.number: "):
+        payload_encoder(Node)(Node(1, [Node(number=True, nodes=[])]))
