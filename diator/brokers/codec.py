@@ -24,7 +24,7 @@ import orjson
 
 from diator._hints import name_of
 from diator.brokers._standard import as_standard
-from diator.brokers.message import Message
+from diator.brokers.message import Message, set_fields
 from diator.brokers.payloads import difference, dump, names_in_json, plan_payload, wire_names
 from diator.exceptions import DecodingError, EncodingError, MessageTooLarge
 
@@ -156,7 +156,9 @@ def decode(body: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES, headers: Mapping[
     if parsed.headers:
         in_body = {name: _text_of(value) for name, value in parsed.headers.items() if value is not None}
         all_headers = in_body | all_headers
-    return Message._of_fields(
+    message = object.__new__(Message)
+    set_fields(
+        message,
         {
             "message_type": parsed.message_type,
             "message_name": parsed.message_name,
@@ -164,8 +166,9 @@ def decode(body: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES, headers: Mapping[
             "payload_json": payload_json,
             "key": all_headers.pop(_KEY, None),
             "headers": all_headers,
-        }
+        },
     )
+    return message
 
 
 def decode_envelope(body: bytes, *, max_bytes: int, headers: Mapping[str, str]) -> Envelope:

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from diator._handlers import PreparedHandler
 from diator._hints import name_of
-from diator.brokers.message import Message
+from diator.brokers.message import Message, set_fields
 from diator.brokers.sending import MessageBroker, send_one_by_one, transactional
 from diator.container import Container
 from diator.container.base import Resolver, Shared, has_scopes, scopes
@@ -279,12 +279,14 @@ def _message_factory(event_type: Any, broker: object) -> Callable[[Any], Message
         "_beginning": beginning_of(message_type, message_name),
     }
 
+    new = object.__new__
+
     def message(event: Any) -> Message:
         message_id = event.event_id
         if type(message_id) is not UUID:
             message_id = plain_id(message_id)
-        if type(message_id) is not UUID:
-            raise EncodingError(name_of(event_type), ambiguous)
+            if type(message_id) is not UUID:
+                raise EncodingError(name_of(event_type), ambiguous)
         try:
             payload_json = encode_payload(event)
             timestamp = event.event_timestamp
@@ -298,15 +300,16 @@ def _message_factory(event_type: Any, broker: object) -> Callable[[Any], Message
             problem = f"its class raised {name_of(type(error))} while it was encoded"
             raise EncodingError(name_of(event_type), problem) from error
         try:
-            is_aware = timestamp.tzinfo is not None
+            zone = timestamp.tzinfo
         except AttributeError:  # None, or no datetime
-            is_aware = False
-        if not is_aware:
+            zone = None
+        if zone is None:
             raise EncodingError(name_of(event_type), ambiguous)
         fields["message_id"] = message_id
         fields["payload_json"] = payload_json
         fields["headers"] = {}
-        message = Message._of_fields(fields)
+        message = new(Message)
+        set_fields(message, fields)
         if len(payload_json) > certainly_fits:
             check(message)
         return message
