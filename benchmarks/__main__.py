@@ -100,7 +100,7 @@ def parsed() -> argparse.Namespace:
     others.add_parser("memory", help=memory.__doc__, parents=[kept])
     transports = others.add_parser("brokers", help=brokers.__doc__, parents=[kept, smoking])
     transports.add_argument(
-        "transports", nargs="*", type=one_of(brokers.TRANSPORTS), metavar="redis streams rabbitmq kafka"
+        "transports", nargs="*", type=one_of(brokers.TRANSPORTS), metavar="memory redis streams rabbitmq kafka"
     )
     transports.add_argument("--rounds", type=int, default=3)
     transports.add_argument("--messages", type=int, default=20_000, help="how many are drained")

@@ -59,13 +59,29 @@ class Transport:
     keeps: bool = True
     """Whether it stores messages for later readers."""
     targets: Mapping[str, tuple[float, float]]
-    """The lowest ratios of diator to the plain client and to FastStream."""
+    """The lowest ratios of diator to the plain client and to FastStream; empty if diator alone is measured."""
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether it is in the process of its consumer, so that only draining can be measured."""
+        return self.service == "memory"
+
+    def has(self, library: Library, workload: str) -> bool:
+        """Return whether *workload* can be measured with *library*."""
+        return not self.is_inside or (library.name == "diator" and workload in DRAINING)
 
     def destination(self, library: Library, name: str) -> str:
         return self.diator.format(name=name) if library.name == "diator" else name
 
 
 TRANSPORTS = {
+    "memory": Transport(
+        service="memory",
+        class_name="Memory",
+        look=destinations.memory,
+        diator="{name}",
+        targets={},
+    ),
     "redis": Transport(
         service="redis",
         class_name="PubSub",
@@ -170,14 +186,15 @@ async def _compare(
 ) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for library in libraries:
-        library.python  # installed before anything is measured  # noqa: B018
+        if any(TRANSPORTS[name].has(library, workload) for name in transports for workload in workloads):
+            library.python  # installed before anything is measured  # noqa: B018
     for name in transports:
         transport = TRANSPORTS[name]
         with running(transport.service) as url:
             measured = _Measuring(transport, url, effort)
             await measured.rounds(libraries, workloads)
             results[name] = table(name, transport, measured.runs, workloads)
-            if "M" in workloads and any(library.name == "diator" for library in libraries):
+            if "M" in workloads and not transport.is_inside and any(library.name == "diator" for library in libraries):
                 results[name]["M"] = await measured.memory(BROKER_LIBRARIES["diator"])
         for fault in measured.faults:
             print(f"NOT AS IT SHOULD BE: {fault}")
@@ -217,6 +234,8 @@ class _Measuring:
         for number in range(self._effort.rounds):
             for workload in random.sample(measured, k=len(measured)):
                 for library in random.sample(libraries, k=len(libraries)):
+                    if not self._transport.has(library, workload):
+                        continue
                     told = f"{self._transport.class_name}: round {number + 1} of {self._effort.rounds}, {workload}"
                     print(f"\r\033[K{told}, {library.name}", end="", file=sys.stderr, flush=True)
                     self.runs[workload, library.name].append(await self._measure(library, workload))
@@ -234,7 +253,7 @@ class _Measuring:
         async with asyncio.TaskGroup() as running:
             for workload in workloads:
                 for library in libraries:
-                    if workload != "M" or library.name == "diator":
+                    if (workload != "M" or library.name == "diator") and self._transport.has(library, workload):
                         running.create_task(run(library, workload))
 
     async def _measure(self, library: Library, workload: str) -> dict[str, Any]:
@@ -274,7 +293,9 @@ class _Measuring:
     ) -> dict[str, Any]:
         (concurrency, pause), messages = DRAINING[workload], self._effort.messages
         options = {"messages": messages, "concurrency": concurrency, "pause": pause}
-        if self._transport.keeps:
+        if self._transport.is_inside:
+            options["is_filled"] = False
+        elif self._transport.keeps:
             await self._fill(library, name, messages)
         async with self._worker(library, name, "consume", options) as worker:
             await worker.reply()
@@ -402,6 +423,8 @@ def table(
     rows, results = [], {}
     for workload in (each for each in workloads if each in MEASURED):
         measured = {library: runs[workload, library] for library in libraries}
+        if not all(measured.values()):
+            continue
         kinds = ["p50_ms", "p99_ms"] if workload == "L" else ["per_second"]
         for kind in kinds:
             row = f"L {kind[:3]}" if workload == "L" else workload

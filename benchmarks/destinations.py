@@ -27,6 +27,12 @@ class Destination(Protocol):
 
 
 @asynccontextmanager
+async def memory(_url: str, _name: str) -> AsyncGenerator[Destination, None]:
+    """Another process cannot see into the in-memory broker."""
+    yield _Nothing()
+
+
+@asynccontextmanager
 async def pubsub(_url: str, _name: str) -> AsyncGenerator[Destination, None]:
     """Redis Pub/Sub stores no messages."""
     yield _Nothing()

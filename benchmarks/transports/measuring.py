@@ -5,6 +5,7 @@ Every library creates, encodes, decodes and handles the same event.
 """
 
 import asyncio
+import gc
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -103,12 +104,19 @@ async def consume(
     concurrency: int,
     pause: float = 0.0,
     marks: Sequence[int] = (),
+    is_filled: bool = True,
 ) -> None:
     """
     Handle *messages* messages. The clock runs from the first handler until the last acknowledgement is received.
 
+    Unless *is_filled*, this process sends them before that.
+
     Handlers wait *pause* seconds. The memory is measured at each of the *marks* (numbers of messages).
     """
+    if not is_filled:
+        await fill(transport, lambda _: None, callers=64, messages=messages)
+        gc.collect()
+        gc.freeze()
     times = bytearray(messages)
     waited: list[float] = []
     resident: list[float] = []

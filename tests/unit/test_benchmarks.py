@@ -26,8 +26,8 @@ def test_for_a_latency_less_is_better(ratio, met):
 
 @pytest.mark.parametrize("transport", brokers.TRANSPORTS.values(), ids=brokers.TRANSPORTS)
 def test_every_rate_has_a_target(transport):
-    """Every workload that is measured has a target."""
-    assert transport.targets.keys() == {*brokers.PUBLISHING, *brokers.DRAINING}
+    """Every workload that is measured beside other libraries has a target."""
+    assert transport.targets.keys() == (set() if transport.is_inside else {*brokers.PUBLISHING, *brokers.DRAINING})
 
 
 @pytest.mark.parametrize(
