@@ -18,7 +18,7 @@ from diator.exceptions import ConfigurationError, DecodingError, EncodingError
 T = TypeVar("T")
 
 
-class Level(enum.IntEnum):
+class Level(enum.Enum):
     LOW = 1
 
 
