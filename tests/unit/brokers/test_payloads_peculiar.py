@@ -5,6 +5,7 @@ import datetime as dt
 import enum
 import itertools
 from collections import deque
+from decimal import Decimal
 from typing import Annotated, Any, Generic, TypeVar
 
 import attrs
@@ -147,11 +148,19 @@ class Excited(pydantic.BaseModel):
     number: Annotated[int, pydantic.PlainSerializer(lambda number: f"{number}!")]
 
 
-class Later2(pydantic.BaseModel):
+class Incremented(pydantic.BaseModel):
     number: int
 
     def model_post_init(self, _):
         self.number += 1
+
+
+class Raised(pydantic.BaseModel):
+    price: Annotated[Decimal, pydantic.AfterValidator(lambda price: price + 1)]
+
+
+class First(pydantic.BaseModel):
+    names: Annotated[list[str], pydantic.AfterValidator(lambda names: names[:1])]
 
 
 class Stripped(pydantic.BaseModel):
@@ -233,7 +242,10 @@ REFUSED_AS_A_VALUE = [
     (list[Cat], [type("Lion", (Cat,), {})(name="a")], r"^Event\.value\[0\]: a Lion would be read as a Cat; annotate"),
     (Twice, Twice(number=1), r"^Event\.value\.number"),
     (Excited, Excited(number=1), r"^Event\.value: it could not be read back"),
-    (Later2, Later2(number=1), r"^Event\.value\.number"),
+    (First, assigned(First(names=["a"]), "names", ["a", "b"]), r"^Event\.value\.names: the list would be read as"),
+    (Generics[int], assigned(Generics[int](number=1), "number", True), r"^Event\.value\.number: a bool would be read"),  # noqa: FBT003
+    (Raised, Raised(price=1), r"^Event\.value\.price: the Decimal would be read as another value"),
+    (Incremented, Incremented(number=1), r"^Event\.value\.number"),
     (Stripped, assigned(Stripped(name="a"), "name", " a "), r"^Event\.value\.name"),
     (Forbidding, assigned(Forbidding(raw=b""), "raw", "a"), r"^Event\.value: it could not be read back"),
     (Open, Open(number=1, more=b"\xff"), r"^Event\.value\['more'\]: a bytes would be read as a str"),
@@ -327,6 +339,22 @@ def test_unknown_fields_are_refused_if_the_model_asks_for_it():
 def test_the_name_that_a_model_reads_is_the_one_that_is_written():
     assert payload_encoder(ByName)(ByName(number=1)) == b'{"number":1}'
     assert payload_encoder(Choices)(Choices(nr=1)) == b'{"no":1}'
+
+
+def test_an_excluded_field_is_not_written():
+    assert payload_encoder(ExcludedDefault)(ExcludedDefault(number=1, parent=[])) == b'{"number":1}'
+
+
+def test_a_value_in_a_collection_that_only_pydantic_knows_has_the_form_of_its_type():
+    event_type = as_model(deque[dt.timedelta])
+
+    assert payload_encoder(event_type)(event_type(value=[dt.timedelta(400)])) == b'{"value":["P400D"]}'
+
+
+def test_a_decimal_that_is_no_number_comes_back():
+    event_type = as_dataclass(Decimal)
+
+    assert payload_decoder(event_type)(payload_encoder(event_type)(event_type(Decimal("NaN")))).value.is_nan()
 
 
 def test_a_type_that_contains_itself_is_planned():
