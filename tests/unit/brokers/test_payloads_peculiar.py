@@ -159,6 +159,11 @@ class Raised(pydantic.BaseModel):
     price: Annotated[Decimal, pydantic.AfterValidator(lambda price: price + 1)]
 
 
+class Tree(pydantic.BaseModel):
+    raw: bytes
+    trees: "list[Tree]" = []
+
+
 class First(pydantic.BaseModel):
     names: Annotated[list[str], pydantic.AfterValidator(lambda names: names[:1])]
 
@@ -214,6 +219,7 @@ COMES_BACK = [
     (Computed, Computed(number=1)),
     (Open, Open(number=1, more=[1])),
     (Root, Root({1: b"\xff"})),
+    (Tree, Tree(raw=b"\xff", trees=[Tree(raw=b"\xfe")])),
     (Generics[dt.date], Generics[dt.date](number=dt.date(2026, 3, 7))),
     (Seconds, Seconds(at=NOON)),
     (Private, Private(number=1)),
@@ -267,6 +273,7 @@ REFUSED_AS_A_CLASS = [
     (ComputedStrictly, r"^Event\.value\.double cannot travel: .*; make it a property"),
     (Incomplete, r"^Event\.value cannot travel: .* Incomplete contains a name .* model_rebuild\(\)"),
     (SecondsAndBytes, r"^Event\.value cannot travel: only pydantic can read it, and Event\.value\.raw is"),
+    (dict[str, "Recursive"] | int, r"^Event\.value cannot travel: its type contains itself; use a class"),
     (msgspec.Raw, r"^Event\.value cannot travel: RawType"),
 ]
 
