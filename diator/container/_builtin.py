@@ -391,7 +391,8 @@ def _call(call: Callable[..., T], needs: dict[str, Construction[Any]]) -> tuple[
         return (call, [*instances.values()]) if by_position else (partial(call, **instances), ())
     match [*needs.values()]:
         case [only] if by_position:
-            return (lambda: call(only.call(*only.arguments))), ()
+            needed, its_arguments = only.call, only.arguments
+            return (lambda: call(needed(*its_arguments))), ()
         case _:
             return (lambda: call(**{name: each.call(*each.arguments) for name, each in needs.items()})), ()
 

@@ -102,6 +102,15 @@ def builder(container: Resolver, type_: type[T]) -> tuple[Build[T] | None, Build
 
 
 def _waiting(build: Build[T]) -> BuildLater[T]:
+    if isinstance(build, Construction):
+        call: Callable[..., T] = build.call
+        arguments = build.arguments
+
+        async def call_at_once(_: Shared) -> T:
+            return call(*arguments)
+
+        return call_at_once
+
     async def build_at_once(shared: Shared) -> T:
         return build(shared)
 
