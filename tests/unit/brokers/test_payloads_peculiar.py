@@ -208,6 +208,7 @@ def assigned(model, name, value):
     return model
 
 
+Recursive = dict[str, "Recursive"] | int
 NOON = dt.datetime(2026, 3, 7, 12, tzinfo=dt.UTC)
 COMES_BACK = [
     (Converted, Converted(1)),
@@ -273,13 +274,13 @@ REFUSED_AS_A_CLASS = [
     (ComputedStrictly, r"^Event\.value\.double cannot travel: .*; make it a property"),
     (Incomplete, r"^Event\.value cannot travel: .* Incomplete contains a name .* model_rebuild\(\)"),
     (SecondsAndBytes, r"^Event\.value cannot travel: only pydantic can read it, and Event\.value\.raw is"),
-    (dict[str, "Recursive"] | int, r"^Event\.value cannot travel: its type contains itself; use a class"),
+    (Recursive, r"^Event\.value cannot travel: its type contains itself; use a class"),
     (msgspec.Raw, r"^Event\.value cannot travel: RawType"),
 ]
 
 
 def as_dataclass(hint):
-    return dataclasses.make_dataclass("Event", [("value", hint)])
+    return dataclasses.make_dataclass("Event", [("value", hint)], namespace={"__module__": __name__})
 
 
 def as_model(hint):
