@@ -651,6 +651,7 @@ class Handling:
         *error* is that of a first try.
         """
         failures = 0
+        deadline.is_over = False  # it was perhaps over for an earlier delivery, and `ack` does not begin it
         reason = None if result is None else result.reason
         while True:
             if error is None:

@@ -213,10 +213,10 @@ class Consumer:
         self._started = True
 
     async def _run(self) -> None:
-        subscription = self._broker.subscribe(
-            self._routes.keys(), group=self._group, prefetch=self._concurrency, on_gap=self._note_gap
-        )
         try:
+            subscription = self._broker.subscribe(  # a broker may raise here already
+                self._routes.keys(), group=self._group, prefetch=self._concurrency, on_gap=self._note_gap
+            )
             async with contextlib.AsyncExitStack() as stack:
                 deliveries = await self._until_stopped(stack.enter_async_context(subscription))
                 if deliveries is not None:
@@ -345,8 +345,12 @@ class Consumer:
             raise
         finally:
             self._waiting = None
+        if not self._stopping.is_set():
+            return result
         # Code may ignore its cancellation. A delivery that arrives anyway is not handled, but returned to the service.
-        return None if self._stopping.is_set() else result
+        if self._interrupted and task is not None:
+            task.uncancel()
+        return None
 
     async def _consume(self, deliveries: AsyncIterator[Delivery]) -> None:
         if self._concurrency == 1:

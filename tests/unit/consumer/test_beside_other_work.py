@@ -135,6 +135,19 @@ async def test_an_error_of_the_subscription_is_raised_at_the_entry():
     assert asyncio.all_tasks() == before
 
 
+async def test_an_error_of_the_call_that_subscribes_is_raised_at_the_entry():
+    """`subscribe` need not be a generator, and may check its arguments at once."""
+
+    class Eager(Scripted):
+        def subscribe(self, topics, /, **_):
+            raise ConfigurationError("no such topic")
+
+    consumer, _ = consumer_of(Eager(), on_joined)
+    with pytest.raises(ConfigurationError, match="no such topic"):
+        async with asyncio.timeout(1), consumer:
+            pytest.fail("nothing can be consumed here")
+
+
 async def test_a_consumer_that_fails_during_its_block_ends_it_with_its_error():
     """Otherwise the program would go on, and nobody would consume."""
     went_on = []

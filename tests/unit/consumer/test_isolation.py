@@ -160,6 +160,20 @@ async def test_a_call_to_settle_that_hangs_stops_nothing_else(hanging, concurren
     assert "not settled: TimeoutError" in "".join(each.reason or "" for each in reports)
 
 
+@pytest.mark.usefixtures("loop_clock")
+async def test_after_a_call_that_hung_acknowledgements_are_tried_again_as_before():
+    class Hanging(Failing):
+        async def retry(self, delivery, after, /):
+            await asyncio.Event().wait()
+
+    broker = Hanging(body_of(BAD), body_of(JOIN), failing={"ack": [BrokerUnavailable("away")]})
+    consumer, reports = consumer_of(broker, failing_first, retry=quick(delayed_retries=1))
+    async with running(consumer):
+        await asyncio.sleep(_SETTLE_TIMEOUT + 1)
+
+    assert outcomes(reports) == ["unsettled", "acked"]
+
+
 async def test_an_event_class_that_rejects_a_message_only_the_second_time_stops_nothing():
     """Its checks may depend on the time, or on anything else."""
     checks = []

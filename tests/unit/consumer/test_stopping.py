@@ -182,6 +182,23 @@ async def test_a_loop_that_cancels_every_task_leaves_deliveries_unsettled(concur
     assert (outcomes(reports), broker.dead_letters) == (["unsettled"] * concurrency, [])
 
 
+async def test_a_subscription_that_swallows_the_stop_leaves_no_cancellation_behind():
+    """Clients swallow one now and then. The task of `run` goes on after it, so it must not look cancelled."""
+
+    class Deaf(Scripted):
+        @contextlib.asynccontextmanager
+        async def subscribe(self, topics, /, **options):
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+            yield self
+
+    consumer, _ = consumer_of(Deaf(body_of(JOIN)), on_joined)
+    asyncio.get_running_loop().call_later(1, consumer.stop)
+    await consumer.run(signals=False)
+
+    assert not asyncio.current_task().cancelling()
+
+
 @pytest.mark.parametrize("swallows", [False, True], ids=["turns it into an error", "swallows it"])
 @pytest.mark.parametrize("concurrency", [1, 2])
 async def test_a_handler_that_swallows_its_cancellation_neither_fails_nor_blocks_the_stop(concurrency, swallows):
