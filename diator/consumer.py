@@ -21,7 +21,7 @@ from diator.brokers.codec import Envelope
 from diator.container import Container
 from diator.container.base import Resolver
 from diator.events import EventEmitter, EventMap
-from diator.events._emitter import described
+from diator.events._emitter import check_parts, check_type, described
 from diator.exceptions import BrokerUnavailable, ConfigurationError, DecodingError, UsageError
 from diator.middlewares.base import Middleware, checked_middlewares
 from diator.retrying import RetryPolicy
@@ -118,8 +118,8 @@ class Consumer:
     Raises:
         UnsupportedCapability: The transport does not promise a capability that an option needs.
         ResolutionError: *container* can never build a handler.
-        EncodingError: An event cannot be decoded from JSON by the annotations of its class.
-        ConfigurationError: *event_map* has no handler for an integration event, or an option is out of range.
+        ConfigurationError: The class of an event cannot travel, *event_map* has no handler for an integration event, or
+            an argument has the wrong type or is out of range.
     """
 
     def __init__(
@@ -141,12 +141,17 @@ class Consumer:
         on_handled: Callable[[Handled], None] | None = None,
         on_gap: Callable[[Gap], None] | None = None,
     ) -> None:
-        if min(concurrency, prefetch) < 1 or handler_timeout <= 0 or drain_timeout < 0:
+        if min(concurrency, prefetch) < 1 or not handler_timeout > 0 or not drain_timeout >= 0:  # nor is NaN
             raise ConfigurationError(
                 f"concurrency and prefetch must be at least 1, handler_timeout above 0 and drain_timeout at least 0; "
                 f"they are {concurrency}, {prefetch}, {handler_timeout} and {drain_timeout}"
             )
-        _check_types(broker, event_map, retry, requires)
+        _check_broker(broker)
+        check_type("event_map", event_map, EventMap, is_needed=True)
+        check_parts(event_map=event_map, container=container, message_broker=None)
+        check_type("event_emitter", event_emitter, EventEmitter)
+        check_type("retry", retry, RetryPolicy)
+        check_type("requires", requires, Capabilities)
         promised = broker.capabilities
         if requires is not None:
             remedy = "use a transport that does, or ask for less"
@@ -158,7 +163,7 @@ class Consumer:
         self._on_gap = on_gap
 
         container = Container() if container is None else container
-        emitter = event_emitter or EventEmitter(event_map, container, broker)
+        emitter = EventEmitter(event_map, container, broker) if event_emitter is None else event_emitter
         emitter._wire(container)
         self._routes = routes(event_map, container, checked_middlewares(middlewares), emitter)
         self._handling = Handling(
@@ -440,20 +445,12 @@ class Consumer:
                 logger.exception("on_gap failed")
 
 
-def _check_types(broker: object, event_map: object, retry: object, requires: object) -> None:
-    """Check the arguments when the consumer is made, so that a mistake is not an AttributeError somewhere inside."""
+def _check_broker(broker: object) -> None:
+    """Check that it is a transport, so that a mistake is not an AttributeError somewhere inside."""
     can_receive = callable(getattr(broker, "subscribe", None)) and hasattr(broker, "capabilities")
     if isinstance(broker, type) or not can_receive:
         problem = f"broker must be a transport with `subscribe` and `capabilities`, and it is {described(broker)}"
         raise ConfigurationError(problem)
-    parts: list[tuple[str, object, type, bool]] = [
-        ("event_map", event_map, EventMap, True),
-        ("retry", retry, RetryPolicy, False),
-        ("requires", requires, Capabilities, False),
-    ]
-    for name, part, kind, is_needed in parts:
-        if not isinstance(part, kind) and (is_needed or part is not None):
-            raise ConfigurationError(f"{name} must be of the type {kind.__name__}, and it is {described(part)}")
 
 
 # -- options that depend on the capabilities of the transport ----------------------------------------------------

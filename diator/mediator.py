@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from types import NoneType
 from typing import Any, TypeVar, overload
 
 from diator._dispatcher import Dispatcher
@@ -12,7 +11,7 @@ from diator.brokers.sending import MessageBroker
 from diator.container import Container
 from diator.container.base import Resolver, Shared
 from diator.events import EventEmitter, EventMap
-from diator.events._emitter import OUTGOING, Outgoing, check_parts, described
+from diator.events._emitter import OUTGOING, Outgoing, check_parts, check_type
 from diator.exceptions import ConfigurationError, EventsNotSent, MessagesNotSent
 from diator.middlewares.base import Middleware, checked_middlewares
 from diator.requests import Request, RequestMap
@@ -72,12 +71,8 @@ class Mediator:
         middlewares: Iterable[Middleware] | None = None,
     ) -> None:
         check_parts(event_map=event_map, container=container, message_broker=message_broker)
-        parts: list[tuple[object, Any]] = [(request_map, RequestMap), (event_emitter, (EventEmitter, NoneType))]
-        if not all(isinstance(part, kind) for part, kind in parts):
-            raise ConfigurationError(
-                "request_map must be a RequestMap, and event_emitter an EventEmitter or None; they are "
-                f"{described(request_map)} and {described(event_emitter)}"
-            )
+        check_type("request_map", request_map, RequestMap, is_needed=True)
+        check_type("event_emitter", event_emitter, EventEmitter)
         middlewares = checked_middlewares(() if middlewares is None else middlewares)
         if event_emitter is None:
             event_emitter = EventEmitter(event_map=event_map, message_broker=message_broker)

@@ -4,7 +4,6 @@ import itertools
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
-from types import NoneType
 from typing import Any, TypeAlias
 from uuid import UUID
 
@@ -203,18 +202,23 @@ class EventEmitter:
 
 def check_parts(*, event_map: object, container: object, message_broker: object) -> None:
     """Check the types of the arguments when an object is made, before any request fails. None: not passed."""
-    if not isinstance(event_map, (EventMap, NoneType)):
-        raise ConfigurationError(f"event_map must be an EventMap, and it is {described(event_map)}")
+    check_type("event_map", event_map, EventMap)
     for name, part, method in (("container", container, "resolve"), ("message_broker", message_broker, "send_message")):
         if part is not None and (isinstance(part, type) or not callable(getattr(part, method, None))):
             raise ConfigurationError(f"{name} must be an object with `async def {method}`, and it is {described(part)}")
+
+
+def check_type(name: str, part: object, wanted: type, *, is_needed: bool = False) -> None:
+    """Check the type of the argument *name*. None, unless *is_needed*: not passed."""
+    if not isinstance(part, wanted) and (is_needed or part is not None):
+        raise ConfigurationError(f"{name} must be of the type {wanted.__name__}, and it is {described(part)}")
 
 
 def described(part: object) -> str:
     """Return what *part* is, for the text of an error."""
     if part is None:
         return "None"
-    return f"the class {name_of(part)}" if isinstance(part, type) else f"a {name_of(type(part))}"
+    return f"the class {name_of(part)}" if isinstance(part, type) else f"an object of {name_of(type(part))}"
 
 
 class _Plan:

@@ -191,6 +191,22 @@ def test_a_parameter_without_a_hint_is_refused_at_construction():
         mediator_of(join)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong", "what"),
+    [
+        ("request_map", None, "None"),
+        ("request_map", events_of(), "an object of EventMap"),
+        ("event_emitter", Recorder(), "an object of Recorder"),
+        ("event_map", requests_of(), "an object of RequestMap"),
+        ("container", Singletons, "the class Singletons"),
+        ("message_broker", "redis://localhost", "an object of str"),
+    ],
+)
+def test_an_argument_of_the_wrong_type_is_named(name, wrong, what):
+    with pytest.raises(ConfigurationError, match=f"^{name} must be .*, and it is {what}$"):
+        Mediator(**{"request_map": requests_of(), name: wrong})
+
+
 @pytest.mark.parametrize("option", [{"event_map": events_of()}, {"message_broker": Recorder()}])
 def test_an_emitter_and_its_parts_cannot_be_passed_together(option):
     with pytest.raises(ConfigurationError, match="event_emitter was passed together with event_map or message_broker"):

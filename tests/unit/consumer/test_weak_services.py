@@ -1,6 +1,7 @@
 """Brokers with few capabilities, and brokers that fail."""
 
 import asyncio
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +10,7 @@ from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES
 from diator.brokers.memory import MemoryMessageBroker, _Subscription
 from diator.consumer import DEFAULT_GROUP, Consumer
-from diator.events import NotificationEvent
+from diator.events import EventEmitter, NotificationEvent
 from diator.exceptions import (
     BrokerUnavailable,
     ConfigurationError,
@@ -100,7 +101,13 @@ async def test_there_is_a_default_group_where_the_transport_has_groups(capabilit
     assert broker.group == group
 
 
-@pytest.mark.parametrize("option", [{"concurrency": 0}, {"prefetch": 0}, {"handler_timeout": 0}, {"drain_timeout": -1}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        *({"concurrency": 0}, {"prefetch": 0}, {"handler_timeout": 0}, {"drain_timeout": -1}),
+        *({"handler_timeout": math.nan}, {"drain_timeout": math.nan}),
+    ],
+)
 def test_options_out_of_range_are_refused(option):
     with pytest.raises(ConfigurationError, match="concurrency and prefetch must be at least 1"):
         consumer_of(Scripted(), on_joined, **option)
@@ -114,13 +121,15 @@ def test_options_out_of_range_are_refused(option):
         ("broker", MemoryMessageBroker),
         ("event_map", None),
         ("event_map", [on_joined]),
+        ("container", UserJoined()),
+        ("event_emitter", Recorder()),
+        ("event_emitter", []),
         ("retry", 3),
         ("requires", {"at_least_once"}),
     ],
-    ids=["broker-url", "broker-recorder", "broker-class", "event-map-none", "event-map-list", "retry", "requires"],
 )
 def test_an_argument_of_the_wrong_type_is_named(name, wrong):
-    arguments = {"broker": Scripted(), "event_map": events_of(on_joined), name: wrong}
+    arguments = {"broker": Scripted(), "event_map": events_of(on_joined), "event_emitter": EventEmitter(), name: wrong}
 
     with pytest.raises(ConfigurationError, match=f"^{name} must be"):
         Consumer(**arguments)
