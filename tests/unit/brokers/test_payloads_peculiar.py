@@ -359,7 +359,7 @@ def test_a_value_in_a_collection_that_only_pydantic_knows_has_the_form_of_its_ty
     assert payload_encoder(event_type)(event_type(value=[dt.timedelta(400)])) == b'{"value":["P400D"]}'
 
 
-def test_a_decimal_that_is_no_number_comes_back():
+def test_a_decimal_that_is_not_a_number_comes_back():
     event_type = as_dataclass(Decimal)
 
     assert payload_decoder(event_type)(payload_encoder(event_type)(event_type(Decimal("NaN")))).value.is_nan()
