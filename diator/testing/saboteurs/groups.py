@@ -271,6 +271,15 @@ class MakesNoRoom(Saboteur):
 
 
 @caught_by("FLW-23")
+class ChargesThePostponed(Saboteur):
+    """Counts an attempt for a delivery that was only postponed."""
+
+    def before_unsubscribe(self, subscription: Subscription) -> None:
+        for entry in subscription.unsettled.values():
+            entry.attempt += 1
+
+
+@caught_by("FLW-23")
 class ForgetsToResume(Saboteur):
     """Counts a delivery as postponed for ever."""
 

@@ -287,6 +287,9 @@ async def postponed(ctx: Context) -> None:
             0
         ]
         await reader.expect_nothing()
+        deliveries.make_room(1)
+        await ctx.within(ctx.limits.recovery, reader.take(1), "the room made beside the postponed")
+        deliveries.make_room(0)
         ctx.check(deliveries.resume(second.delivery), "a delivery is withdrawn although its connection is not lost")
         await first.delivery.ack()
         await reader.expect_nothing()
@@ -295,6 +298,14 @@ async def postponed(ctx: Context) -> None:
         await third.delivery.ack()
         await reader.until_fence()
     ctx.ledger.compare(reader.name, messages).verify()
+    if ctx.capabilities.delivery_count != "exact" or "close" not in ctx.capabilities.redelivery:
+        return
+    async with ctx.reading(broker, topic, group=reader.name) as leaving:
+        await ctx.send(broker, topic, start=6)
+        postponed_at_the_end: Any = leaving.deliveries
+        postponed_at_the_end.postpone((await leaving.take(1, settle="nothing"))[0].delivery)
+    async with ctx.reading(broker, topic, group=reader.name) as last:
+        ctx.same((await last.take(1))[0].delivery.attempt, 1, "the attempt of a message that was only postponed")
 
 
 @scenario("FLW-24", "`receive_nowait` hands out what the iterator would, and no more", needs=_BOUNDED)
