@@ -429,6 +429,8 @@ def _names_within(event_type: type) -> Collection[str]:
 
 # -- finding the value that failed: called only after a failure --------------------------------------------------
 
+# An error from these modules is diator's own, or one of msgspec, which has no frames in Python.
+_OWN_ERRORS = {__name__, "diator.brokers.payloads", "diator.brokers._standard"}
 # So many steps into an event are searched. Each step encodes what is left of it.
 _MAX_STEPS = 64
 
@@ -461,8 +463,12 @@ def _problem(value: object) -> str:
 
 
 def _reason_of(error: Exception) -> str:
-    """Return the text of an error, which tells nothing without its class if code of the event's class has raised it."""
-    return str(error) if isinstance(error, (TypeError, ValueError)) else f"{name_of(type(error))}: {error}"
+    """Return the text of an error of msgspec or diator. Code of a class may quote a value in the text of its error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    is_ours = trace is not None and trace.tb_frame.f_globals.get("__name__") in _OWN_ERRORS
+    return str(error) if is_ours else f"code of its class raised {name_of(type(error))}"
 
 
 def _is_encodable(value: object) -> bool:
@@ -478,7 +484,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, part in value.items():
             yield f" (key {type(key).__name__})", key
-            yield f"[{key!r}]", part
+            yield "[...]", part  # a key is content: it may be an e-mail address
     elif isinstance(value, (list, tuple, set, frozenset)):
         for index, part in enumerate(value):
             yield f"[{index}]", part

@@ -87,7 +87,9 @@ def _writer(kind: Any) -> Callable[[Any], Any]:
         pydantic: Any = sys.modules.get("pydantic_core")  # it knows URLs, paths, IP addresses
         if pydantic is not None and not isinstance(value, Iterator):
             with suppress(pydantic.PydanticSerializationError):
-                return pydantic.to_jsonable_python(value)
+                # Some come back as they are, such as a key that is None, which pydantic would know.
+                if (written := pydantic.to_jsonable_python(value)) is not value:
+                    return written
         raise TypeError(f"values of {name_of(kind)} cannot be written as JSON")
 
     return write
@@ -100,7 +102,7 @@ def _model_writer(model: Any) -> Callable[[Any], Any]:
         return lambda value: value.root
     names = [*wire_names(model).items()]
     texts = _json_texts(model)
-    computed = [(field.alias or name, name) for name, field in model.model_computed_fields.items()]
+    computed = [*_computed(model).items()]
 
     def write(value: Any) -> dict[str, Any]:
         fields = value.__dict__
@@ -151,6 +153,11 @@ def _aliases(field: Any) -> list[str]:
 def wire_names(type_: Any) -> Mapping[str, str]:
     """Return the fields of a class that are written, each with the name by which it is written."""
     return {field: names[0] for field, names in names_in_json(type_).items()}
+
+
+def _computed(model: Any) -> Mapping[str, str]:
+    """Return the names in JSON of the computed fields, each with its attribute."""
+    return {field.alias or name: name for name, field in model.model_computed_fields.items()}
 
 
 def _json_texts(model: Any) -> Sequence[str]:
@@ -374,7 +381,8 @@ class _Planner:
             case of.CustomType(cls=cls) if _is_secret(cls):
                 if "Bytes" in cls.__name__:
                     self._read_by_msgspec(path)
-                return f"type({value}) is {self._name(cls)}"
+                inside = self._name(bytes if "Bytes" in cls.__name__ else str)  # its class accepts any value, as None
+                return f"type({value}) is {self._name(cls)} and type({value}.get_secret_value()) is {inside}"
             case of.CustomType(cls=cls) if stands_for_standard(
                 cls
             ):  # under freezegun, msgspec does not know the real one
@@ -400,7 +408,9 @@ class _Planner:
             self._read_by_msgspec(keys)
         if isinstance(node.key_type, (of.AnyType, of.StrType)) and proofs[1] == f"is_plain_json({item})":
             return f"type({value}) is dict and is_plain_json({value})"
-        if isinstance(node.key_type, (of.AnyType, of.UnionType)) or None in proofs:  # 1 and "1" are one key in JSON
+        is_mixed = isinstance(node.key_type, of.LiteralType) and len({*map(type, node.key_type.values)}) > 1
+        is_mixed = is_mixed or isinstance(node.key_type, (of.AnyType, of.UnionType))
+        if is_mixed or None in proofs:  # 1 and "1" are one key in JSON
             return None
         return f"type({value}) is dict and all([{' and '.join(map(str, proofs))} for {key}, {item} in {value}.items()])"
 
@@ -440,7 +450,7 @@ class _Planner:
         if (computed := [*model.model_computed_fields]) and model.model_config.get("extra") == "forbid":
             problem = "extra='forbid' refuses a computed field when it is read"
             raise _refusal(f"{path}.{computed[0]}", problem, "make it a property")
-        if _serializes_itself(model) or _json_texts(model):
+        if _serializes_itself(model) or _json_texts(model) or model.model_config.get("extra") == "allow":
             self._foreign = path
         self._within.append(model)
         self._in_models += 1
@@ -449,7 +459,9 @@ class _Planner:
         ]
         self._in_models -= 1
         self._within.pop()
-        return None if _model_changes(model) else self._of_fields(model, [*names], value, proofs)
+        all_names = [*itertools.chain(*names.values()), *_computed(model)]
+        is_clear = len({*all_names}) == len(all_names)
+        return self._of_fields(model, [*names], value, proofs) if is_clear and not _model_changes(model) else None
 
     def _of_hint(self, hint: Any, value: str, path: str) -> str | None:
         """Return the proof of a field of a pydantic model, which may have types that msgspec does not know."""
@@ -473,6 +485,7 @@ class _Planner:
             hasattr(cls, "__post_init__")
             or hasattr(cls, "__attrs_post_init__")
             or any(each.validator for each in getattr(cls, "__attrs_attrs__", ()))
+            or any(isinstance(inspect.getattr_static(cls, name, None), property) for name in fields_of(cls))
             or (self._in_models > 0 and hasattr(cls, "__pydantic_fields__"))
             or (
                 self._in_models > 0
@@ -558,10 +571,11 @@ def difference(sent: Any, read: Any, path: str) -> tuple[str, str] | None:
         if type(sent) is not kind:
             return path, _how_different(sent, read)
         parts = [(f".{name}", getattr(sent, name), getattr(read, name)) for name in fields]
-        if extra := getattr(read, "__pydantic_extra__", None):
-            parts.append(("", sent.__pydantic_extra__, extra))
+        sent_extra, read_extra = (getattr(each, "__pydantic_extra__", None) for each in (sent, read))
+        if sent_extra or read_extra:
+            parts.append(("", sent_extra, read_extra))
     elif isinstance(read, dict) and isinstance(sent, Mapping) and sent.keys() == read.keys():
-        parts = [(f"[{key!r}]", sent[key], value) for key, value in read.items()]
+        parts = [("[...]", sent[key], value) for key, value in read.items()]  # a key is content
     elif isinstance(read, (list, tuple)) and isinstance(sent, kind) and len(sent) == len(read):
         parts = [(f"[{at}]", *pair) for at, pair in enumerate(zip(sent, read, strict=True))]
     else:

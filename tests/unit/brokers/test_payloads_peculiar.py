@@ -6,7 +6,7 @@ import enum
 import itertools
 from collections import deque
 from decimal import Decimal
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import attrs
 import msgspec
@@ -210,6 +210,43 @@ def assigned(model, name, value):
 
 Recursive = dict[str, "Recursive"] | int
 NOON = dt.datetime(2026, 3, 7, 12, tzinfo=dt.UTC)
+
+
+class Swapped(pydantic.BaseModel, populate_by_name=True):
+    number: int = pydantic.Field(alias="no")
+    no: int = pydantic.Field(alias="number")
+
+
+class Shadowed(pydantic.BaseModel):
+    number: int
+
+    @pydantic.computed_field(alias="number")
+    @property
+    def double(self) -> int:
+        return 2 * self.number
+
+
+@dataclasses.dataclass
+class SetByProperty:
+    number: int
+
+
+SetByProperty.number = property(lambda self: self._number, lambda self, number: setattr(self, "_number", number + 1))
+
+
+class ComputedOpenly(pydantic.BaseModel, extra="allow"):
+    number: int
+
+    @pydantic.computed_field
+    @property
+    def double(self) -> int:
+        return 2 * self.number
+
+
+class OpenAndBytes(pydantic.BaseModel, extra="allow"):
+    raw: bytes = b""
+
+
 COMES_BACK = [
     (Converted, Converted(1)),
     (Later, later()),
@@ -255,12 +292,20 @@ REFUSED_AS_A_VALUE = [
     (Incremented, Incremented(number=1), r"^Event\.value\.number"),
     (Stripped, assigned(Stripped(name="a"), "name", " a "), r"^Event\.value\.name"),
     (Forbidding, assigned(Forbidding(raw=b""), "raw", "a"), r"^Event\.value: it could not be read back"),
-    (Open, Open(number=1, more=b"\xff"), r"^Event\.value\['more'\]: a bytes would be read as a str"),
+    (Open, Open(number=1, more=b"\xff"), r"^Event\.value\[\.\.\.\]: a bytes would be read as a str"),
     (Any, itertools.count(), r"^Event\.value: values of count cannot be written"),
     (Any, (n for n in itertools.count()), r"^Event\.value: values of generator cannot be written"),
     (dict[str, int], {"a": True}, r"Expected `int`, got `bool`"),
     (list[int], [1, "2"], r"^Event\.value\[1\]"),
     (dict[int, int], {"a": 1}, r"^Event\.value: "),
+    (dict[int, int], {True: 1}, r"^Event\.value: values of bool cannot be written as JSON"),
+    (dict[Literal[1, "1"], int], {"1": 1}, r"^Event\.value: its keys would be read as other keys"),
+    (pydantic.SecretStr, pydantic.SecretStr(None), r"^Event\.value: it could not be read back"),
+    (pydantic.SecretBytes, pydantic.SecretBytes("text"), r"^Event: it could not be read back"),
+    (Swapped, Swapped.model_construct(number=1, no=2), r"^Event\.value\.number: the int would be read as another"),
+    (Shadowed, Shadowed(number=1), r"^Event\.value\.number: the int would be read as another value"),
+    (SetByProperty, SetByProperty(1), r"^Event\.value\.number: the int would be read as another value"),
+    (ComputedOpenly, ComputedOpenly(number=1), r"^Event\.value: its keys would be read as other keys"),
 ]
 REFUSED_IN_A_MODEL = [
     (Cat | Dog, Dog(name="a"), r"a Dog would be read as a Cat"),
@@ -273,6 +318,7 @@ REFUSED_AS_A_CLASS = [
     (Excluded, r"^Event\.value\.number cannot travel: .* excluded and has no default; give it a default"),
     (ComputedStrictly, r"^Event\.value\.double cannot travel: .*; make it a property"),
     (Incomplete, r"^Event\.value cannot travel: .* Incomplete contains a name .* model_rebuild\(\)"),
+    (OpenAndBytes, r"^Event\.value cannot travel: only pydantic can read it, and Event\.value\.raw is"),
     (SecondsAndBytes, r"^Event\.value cannot travel: only pydantic can read it, and Event\.value\.raw is"),
     (Recursive, r"^Event\.value cannot travel: its type contains itself; use a class"),
     (msgspec.Raw, r"^Event\.value cannot travel: RawType"),
@@ -377,3 +423,48 @@ def test_a_type_that_contains_itself_is_planned():
     assert payload_decoder(Node)(payload_encoder(Node)(event)) == event
     with pytest.raises(EncodingError, match=r"Node\.nodes\[0\]\.number: "):
         payload_encoder(Node)(Node(1, [Node(number=True, nodes=[])]))
+
+
+class Serialized(pydantic.BaseModel):
+    name: str
+
+    @pydantic.field_serializer("name")
+    def quote(self, name: str) -> str:
+        raise ValueError(name)
+
+
+class ComputedWrongly(pydantic.BaseModel):
+    name: str
+
+    @pydantic.computed_field
+    @property
+    def upper(self) -> str:
+        raise TypeError(self.name)
+
+
+class Zone(dt.tzinfo):
+    def utcoffset(self, _):
+        raise ValueError("secret-4711")
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "problem"),
+    [
+        (
+            Serialized,
+            Serialized(name="secret-4711"),
+            r"Event\.value: code of its class raised PydanticSerializationError",
+        ),
+        (ComputedWrongly, ComputedWrongly(name="secret-4711"), r"Event\.value: code of its class raised TypeError"),
+        (dt.datetime, dt.datetime(2026, 3, 7, tzinfo=Zone()), r"Event\.value: code of its class raised ValueError"),
+        (Any, {"secret-4711": object()}, r"Event\.value\[\.\.\.\]: values of object cannot be written as JSON"),
+        (Any, {"secret-4711": (1,)}, r"Event\.value\[\.\.\.\]: a tuple would be read as a list"),
+    ],
+)
+def test_the_error_of_a_value_does_not_quote_it(hint, value, problem):
+    event_type = as_dataclass(hint)
+
+    with pytest.raises(EncodingError, match=problem) as caught:
+        payload_encoder(event_type)(event_type(value))
+
+    assert "4711" not in f"{caught.value!r} {caught.value.path}"
