@@ -300,7 +300,7 @@ def _events_of(handler: type, *, is_new: bool) -> tuple[PendingEvents, TakeEvent
     if declared is None:
         return _events_if_any, _copied if is_new else _take_declared  # its constructor may set them
     if declared is _EVENTS:
-        return (_raised, _copied) if is_new else (_pending_of_base, _take_of_base)
+        return (_raised, _copied) if is_new else (_pending_of_base(handler), _take_of_base)
     if is_new and type(declared) is property and declared.fget is not None:
         return declared.fget, _copied  # the function of the property takes half of the time of the property
     return attrgetter("events"), _copied if is_new else _take_declared
@@ -314,8 +314,11 @@ def _events_if_any(handler: Any) -> Sequence[Any] | None:
     return getattr(handler, "events", None)
 
 
-def _pending_of_base(handler: RaisesEvents) -> Sequence[Any] | None:
-    return _raised(handler) if type(handler).events is _EVENTS else handler.events
+def _pending_of_base(handler: Any) -> PendingEvents:
+    def pending(built: RaisesEvents) -> Sequence[Any] | None:
+        return built._raised if type(built) is handler else built.events  # noqa: SLF001
+
+    return pending
 
 
 def _copied(_: Any, events: Sequence[Any]) -> list[Any]:
