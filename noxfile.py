@@ -107,6 +107,17 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def mutation(session: nox.Session) -> None:
+    """
+    Find what no unit test notices: `nox -s mutation -- FILE… [--minutes N]`, such as `retrying codec`.
+
+    It takes minutes to hours for each file, so neither `nox` nor CI runs this session. See `tests/mutation.py`.
+    """
+    session.install("-e", f".[{CLIENTS}]", *group("mutation"))
+    session.run("python", "tests/mutation.py", *session.posargs)
+
+
+@nox.session
 def benchmarks(session: nox.Session) -> None:
     """Measure the numbers of the documentation on this machine."""
     session.install(f".[{CLIENTS}]", *group("bench"))  # they install the compared libraries themselves

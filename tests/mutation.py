@@ -1,0 +1,138 @@
+"""
+Find the lines that could be wrong without a unit test noticing it, in the files that decide about messages.
+
+``python tests/mutation.py retrying codec`` changes these files in a copy of the checkout, one small change after the
+other (mutmut makes them), and runs the unit tests of the file on each. A change that no test notices has survived:
+write the test that was missing, or, if no program can tell the difference, add the changed lines with the reason to
+``tests/survivors.toml``. ``--minutes`` limits the time; what was tried by then counts. ``nox -s mutation`` runs this.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from tempfile import mkdtemp
+
+ROOT = Path(__file__).parents[1]
+SURVIVORS = ROOT / "tests" / "survivors.toml"
+#: What share of the changes that matter must be noticed.
+ENOUGH = 0.95
+
+_OF_HANDLERS = ["test_mediator.py", "test_requests.py", "test_events.py", "test_emitter.py", "test_middlewares.py"]
+_OF_EMITTER = ["test_emitter.py", "test_mediator.py", "test_outgoing.py", "test_events.py"]
+_OF_CONSUMER = ["consumer", "test_awkward_errors.py", "test_signals.py"]
+
+#: The files, each with the unit tests that have to notice a change of it.
+FILES = {
+    "diator/_dispatcher.py": ["test_mediator.py", "test_middlewares.py", "test_only_for.py"],
+    "diator/_handlers.py": [*_OF_HANDLERS, "test_awkward_errors.py", "container"],
+    "diator/_handling.py": _OF_CONSUMER,
+    "diator/brokers/batching.py": ["brokers/test_batching.py"],
+    "diator/brokers/capabilities.py": ["brokers/test_capabilities.py"],
+    "diator/brokers/codec.py": [
+        *("brokers/test_codec.py", "brokers/test_codec_foreign.py", "brokers/test_payloads.py"),
+        *("brokers/test_payloads_peculiar.py", "brokers/test_message.py", "test_models.py"),
+    ],
+    "diator/brokers/kafka/_offsets.py": ["brokers/test_kafka_offsets.py"],
+    "diator/brokers/settling.py": ["brokers/test_settling.py"],
+    "diator/brokers/supervisor.py": ["brokers/test_supervisor.py", "brokers/test_connecting.py"],
+    "diator/consumer.py": [*_OF_CONSUMER, "test_only_for.py"],
+    "diator/container/_builtin.py": [
+        "container/test_builtin.py",
+        "container/test_contract.py",
+        "container/test_factories.py",
+    ],
+    "diator/events/_emitter.py": [*_OF_EMITTER, "test_awkward_errors.py"],
+    "diator/mediator.py": ["test_mediator.py", "test_middlewares.py"],
+    "diator/retrying.py": ["test_retrying.py"],
+}
+
+
+def main() -> None:
+    """Try the files of the command line, and print what survived."""
+    parser = argparse.ArgumentParser(prog="nox -s mutation --")
+    known = {Path(file).stem.lstrip("_"): file for file in FILES}
+    parser.add_argument("files", nargs="+", metavar="FILE", choices=[*known, *FILES], help=", ".join(known))
+    parser.add_argument("--minutes", type=float, default=30, help="how long it may take for each file (default: 30)")
+    arguments = parser.parse_args()
+    rates = [tried(known.get(file, file), arguments.minutes) for file in arguments.files]
+    sys.exit(not all(rate >= ENOUGH for rate in rates))
+
+
+def tried(file: str, minutes: float) -> float:
+    """Change *file* again and again, print the survivors without a reason, and return the share that was noticed."""
+    folder = copy_of_checkout(file)
+    run = [sys.executable, "-m", "mutmut", "run", "--max-children", "1", f"{file[:-3].replace('/', '.')}.*"]
+    with (folder / "mutmut.log").open("w") as log:
+        mutating = subprocess.Popen(run, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            mutating.wait(60 * minutes)
+        except subprocess.TimeoutExpired:
+            mutating.send_signal(subprocess.signal.SIGINT)
+            mutating.wait()
+    found = folder / "mutants" / f"{file}.meta"
+    codes: dict[str, int | None] = json.loads(found.read_text())["exit_code_by_key"] if found.exists() else {}
+    done = {name: code for name, code in codes.items() if code is not None}
+    if not done:  # such as because the tests fail as they are
+        sys.exit((folder / "mutmut.log").read_text().replace("\r", "\n")[-4_000:])
+    survivors = [name for name, code in done.items() if code in (0, 33)]  # 33: no test calls the function
+    with SURVIVORS.open("rb") as listed:
+        reasons = tomllib.load(listed).get(file, {})
+    explained = 0
+    for name in survivors:
+        diff = difference(name, folder)
+        changed = " ".join(line[1:].strip() for line in diff.splitlines() if line.startswith("+"))
+        if changed in reasons:
+            explained += 1
+        else:
+            print(f"{name}\n{diff}", flush=True)
+    matter = max(1, len(done) - explained)
+    rate = 1 - (len(survivors) - explained) / matter
+    print(
+        f"{file}: {rate:.1%} noticed; {len(done)} of {len(codes)} changes tried, {len(survivors)} survived, "
+        f"{explained} of them with a reason",
+        flush=True,
+    )
+    shutil.rmtree(folder)
+    return rate
+
+
+def copy_of_checkout(file: str) -> Path:
+    """Copy what git tracks to a new folder, with the settings that mutmut needs for *file*."""
+    folder = Path(mkdtemp(prefix="diator-mutation-"))
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    for name in tracked.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    beside = sorted(each.name for each in folder.iterdir() if each.name not in {"diator", "tests", "pyproject.toml"})
+    settings = {
+        "source_paths": ["diator"],
+        "only_mutate": [file],
+        "also_copy": beside,
+        "pytest_add_cli_args_test_selection": [f"tests/unit/{name}" for name in FILES[file]],
+        "pytest_add_cli_args": ["-p", "no:cacheprovider"],
+        "use_git_change_detection": False,
+    }
+    with (folder / "pyproject.toml").open("a") as project:
+        project.write("\n[tool.mutmut]\n")
+        project.writelines(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
+    return folder
+
+
+def difference(name: str, folder: Path) -> str:
+    """Return the lines that mutmut has removed and added."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "mutmut", "show", name], cwd=folder, check=True, capture_output=True, text=True
+    )
+    _header, _, diff = shown.stdout.partition("@@")
+    return "\n".join(line for line in diff.splitlines() if line.startswith(("-", "+")))
+
+
+if __name__ == "__main__":
+    main()
