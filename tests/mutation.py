@@ -10,6 +10,7 @@ write the test that was missing, or, if no program can tell the difference, add 
 import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -71,7 +72,7 @@ def tried(file: str, minutes: float) -> float:
         try:
             mutating.wait(60 * minutes)
         except subprocess.TimeoutExpired:
-            mutating.send_signal(subprocess.signal.SIGINT)
+            mutating.send_signal(signal.SIGINT)
             mutating.wait()
     found = folder / "mutants" / f"{file}.meta"
     codes: dict[str, int | None] = json.loads(found.read_text())["exit_code_by_key"] if found.exists() else {}

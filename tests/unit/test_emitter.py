@@ -13,11 +13,14 @@ from diator.exceptions import (
     BindingError,
     BrokerNotConfigured,
     BrokerUnavailable,
+    ConfigurationError,
     EncodingError,
     EventHandlersFailed,
     MessagesNotSent,
     NotAnEvent,
 )
+from diator.mediator import Mediator
+from diator.requests import RequestMap
 from tests.unit.doubles import (
     Api,
     BatchRecorder,
@@ -285,6 +288,71 @@ async def test_events_of_a_failed_handler_are_not_sent():
     assert handled == []
 
 
+async def test_events_of_a_failed_handler_are_not_sent_with_a_later_event_either():
+    """Even if the container returns one object for several events, without saying so."""
+
+    class OnNoticed(EventHandler[Noticed]):
+        async def handle(self, event: Noticed) -> None:
+            self.events.append(UserJoined(user_id=event.user_id))
+            if event.user_id == 1:
+                raise LookupError
+
+    class Singletons:
+        def __init__(self):
+            self.made = {}
+
+        async def resolve(self, type_):
+            return self.made.setdefault(type_, type_())
+
+        def factory(self, type_):
+            return lambda shared: self.made.setdefault(type_, type_())
+
+    emitter = EventEmitter(events_of(OnNoticed), Singletons(), message_broker=(broker := Recorder()))
+    with pytest.raises(EventHandlersFailed):
+        await emitter.emit(Noticed(user_id=1))
+    await emitter.emit(Noticed(user_id=2))
+
+    assert [message.payload["user_id"] for message in broker.sent] == [2]
+
+
+async def test_a_handler_that_needs_a_scope_may_stand_beside_one_that_does_not():
+    handled, container = [], Container()
+
+    async def make_api():
+        yield Api()
+        handled.append("closed")
+
+    async def plain(event: Noticed) -> None:
+        handled.append("plain")
+
+    async def scoped(event: Noticed, api: Api) -> None:
+        handled.append("scoped")
+
+    container.register(Api, make_api)
+    await EventEmitter(events_of(plain, scoped), container).emit(Noticed())
+
+    assert handled == ["plain", "scoped", "closed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("event_map", RequestMap()),
+        ("event_map", {}),
+        ("container", Api()),
+        ("container", Container),
+        ("message_broker", Api()),
+        ("message_broker", Recorder),
+    ],
+    ids=["request-map", "dict", "no-container", "container-class", "no-broker", "broker-class"],
+)
+def test_an_argument_of_the_wrong_type_is_named(name, wrong):
+    with pytest.raises(ConfigurationError, match=f"^{name} must be"):
+        EventEmitter(**{name: wrong})
+    with pytest.raises(ConfigurationError, match=f"^{name} must be"):
+        Mediator(RequestMap(), **{name: wrong})
+
+
 # -- several messages ------------------------------------------------------------------------------------------------
 
 
@@ -313,3 +381,20 @@ async def test_a_batch_broker_receives_all_messages_at_once():
     await EventEmitter(events_of(on_chain), message_broker=Batches()).emit(Chain(events))
 
     assert batches == [[event.event_id for event in events]]
+
+
+async def test_an_outbox_receives_each_message_once():
+    """It is called inside of the unit of work, and not again after it."""
+    broker = Outbox()
+
+    await EventEmitter(events_of(on_chain), message_broker=broker).emit(Chain([UserJoined(), MeetingChanged()]))
+
+    assert broker.names == ["UserJoined", "MeetingChanged"]
+
+
+async def test_a_batch_broker_is_not_called_without_messages():
+    class Batches(Recorder):
+        async def send_messages(self, messages, /):
+            raise AssertionError("there is nothing to send")
+
+    await EventEmitter(events_of(on_chain), message_broker=Batches()).emit(Chain())

@@ -52,10 +52,17 @@ class Singletons:
         return self._made.setdefault(type_, type_())
 
 
-@pytest.fixture
-def sharing():
+class SingletonsAtOnce(Singletons):
+    """The same, without waiting."""
+
+    def factory(self, type_):
+        return lambda shared: self._made.setdefault(type_, type_())
+
+
+@pytest.fixture(params=[Singletons, SingletonsAtOnce])
+def sharing(request):
     """Make a container that returns the same object of each type, and has no `is_shared`."""
-    return lambda *_: Singletons()
+    return lambda *_: request.param()
 
 
 class Newly:
@@ -191,12 +198,23 @@ def test_a_parameter_without_a_hint_is_refused_at_construction():
         mediator_of(join)
 
 
+def test_a_parameter_that_cannot_be_passed_by_name_is_refused_at_construction():
+    async def join(command: Join, api: Api, /) -> str: ...
+
+    container = Container()
+    container.register_instance(Api, Api())
+
+    with pytest.raises(ResolutionError, match="parameter 'api' is positional-only; remove the `/`"):
+        mediator_of(join, container=container)
+
+
 @pytest.mark.parametrize(
     ("name", "wrong", "what"),
     [
         ("request_map", None, "None"),
         ("request_map", events_of(), "an object of EventMap"),
         ("event_emitter", Recorder(), "an object of Recorder"),
+        ("event_emitter", EventEmitter, "the class EventEmitter"),
         ("event_map", requests_of(), "an object of RequestMap"),
         ("container", Singletons, "the class Singletons"),
         ("message_broker", "redis://localhost", "an object of str"),
@@ -752,8 +770,9 @@ async def test_a_shared_handler_with_the_list_of_the_base_class_forgets_its_even
     assert len({message.message_id for message in broker.sent}) == len(broker.sent) == 3
 
 
+@pytest.mark.parametrize("middlewares", [[], [through]])
 @pytest.mark.parametrize("base", [BySelfEvents, ByProperty])
-async def test_a_shared_handler_that_failed_does_not_send_its_events_later(sharing, base):
+async def test_a_shared_handler_that_failed_does_not_send_its_events_later(sharing, base, middlewares):
     """An event of a failed request is never sent: the next request sends its own, or is refused."""
     broker = Recorder()
 
@@ -767,7 +786,9 @@ async def test_a_shared_handler_that_failed_does_not_send_its_events_later(shari
                 raise TimeoutError
             return answer
 
-    mediator = mediator_of(FailsAtFirst, container=sharing(FailsAtFirst), message_broker=broker)
+    mediator = mediator_of(
+        FailsAtFirst, container=sharing(FailsAtFirst), message_broker=broker, middlewares=middlewares
+    )
     with pytest.raises(TimeoutError):
         await mediator.send(Join())
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypedDict
+from typing import Any, Generic, Protocol, TypedDict, TypeVar
 
 import pytest
 
@@ -12,6 +12,8 @@ from diator.exceptions import BindingError, HandlerNotFound
 from diator.mediator import Mediator
 from diator.requests import Request, RequestHandler, RequestMap
 from tests.unit.doubles import Join
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -34,6 +36,27 @@ class AnythingHandler:
         return ""
 
 
+class Logging(Generic[T]):
+    """A generic base class that says nothing about messages."""
+
+
+class OfTwoBases(Logging[int], RequestHandler[Join, str]):
+    async def handle(self, request):
+        return ""
+
+
+class ByClass:
+    @classmethod
+    async def handle(cls, request: Join) -> str:
+        return ""
+
+
+class ByNothing:
+    @staticmethod
+    async def handle(request: Join) -> str:
+        return ""
+
+
 async def join(command: Join) -> str:
     return ""
 
@@ -50,6 +73,9 @@ GOOD = [
     JoinHandler,
     WithoutAnnotations,
     AnythingHandler,
+    OfTwoBases,
+    ByClass,
+    ByNothing,
     join,
     Service().join,
     Service(),
@@ -69,7 +95,7 @@ def test_returns_the_bound_handler(handler):
     assert [*requests] == [Join]
 
 
-@pytest.mark.parametrize("handler", [JoinHandler, WithoutAnnotations, join])
+@pytest.mark.parametrize("handler", [JoinHandler, WithoutAnnotations, OfTwoBases, ByClass, ByNothing, join])
 def test_the_decorator_reads_the_request_from_the_annotation(handler):
     requests = RequestMap()
 
@@ -164,6 +190,11 @@ class TakesNothing:
         return ""
 
 
+class NeedsMore:
+    async def handle(self, request: Join, retries: int, timeout: float = 1.0) -> str:
+        return ""
+
+
 class AnswersAnother:
     async def handle(self, request: Join) -> int:
         return 1
@@ -209,6 +240,7 @@ def test_an_unknown_name_in_an_annotation_is_allowed_where_the_type_is_passed():
         (Synchronous, r"Synchronous\.handle is not asynchronous; define it with `async def`"),
         (synchronous, "synchronous is not asynchronous; define it with `async def`"),
         (TakesNothing, r"TakesNothing\.handle takes no message"),
+        (NeedsMore, r"NeedsMore\.handle is called with the message alone, but also needs retries; let the constructor"),
         (takes_nothing, "takes_nothing takes no message"),
         (takes_it_by_name, "takes_it_by_name takes no message"),
         (AnswersAnother, "AnswersAnother returns int, but the response of Join is str"),
@@ -239,7 +271,10 @@ async def without_annotation(message): ...
 async def of_two_kinds(message: Join | Read): ...
 
 
-@pytest.mark.parametrize("anything", [without_annotation, of_two_kinds])
+async def of_any_kind(message: Any): ...
+
+
+@pytest.mark.parametrize("anything", [without_annotation, of_two_kinds, of_any_kind])
 def test_the_decorator_refuses_a_handler_without_a_usable_annotation(anything):
     with pytest.raises(BindingError, match="annotate 'message' with one class"):
         RequestMap().handler(anything)

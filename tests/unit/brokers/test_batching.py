@@ -82,6 +82,28 @@ async def test_a_batch_ends_at_max_bytes_and_a_larger_item_is_sent_alone(service
     assert service.batches == ["ab", "c", "d", "e"]
 
 
+async def test_a_batch_is_full_with_exactly_max_bytes(service):
+    sender = sender_to(service, max_bytes=10)
+    service.may_answer.set()
+
+    sends = []
+    for item, size in zip("abc", (9, 1, 1), strict=True):
+        sends.append(asyncio.create_task(sender.send(item, size=size, message_id=uuid4())))
+    await asyncio.gather(*sends)
+
+    assert service.batches == ["ab", "c"]
+
+
+async def test_by_default_a_batch_has_500_messages_of_a_usual_size_or_4_mib(service):
+    sender = sender_to(service)
+    service.may_answer.set()
+
+    await asyncio.gather(*await begun(sender, "a" * 501, size=1_000))
+    await asyncio.gather(*await begun(sender, "b" * 5, size=1024 * 1024))
+
+    assert service.batches == ["a" * 500, "a", "bbbb", "b"]
+
+
 async def test_the_deadline_of_a_batch_is_that_of_its_first_call(service):
     sender = sender_to(service, timeout=5.0)
     now = asyncio.get_running_loop().time()

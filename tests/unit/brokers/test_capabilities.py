@@ -52,6 +52,11 @@ def test_the_default_is_the_weakest_level(name):
     assert Capabilities().missing(Capabilities()) == []
 
 
+def test_by_default_there_is_no_link_and_no_bound():
+    assert (Capabilities().network, Capabilities().redelivery_bound) == (False, None)
+    assert (Capabilities().redelivery, Capabilities().distribution) == (frozenset(), frozenset())
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_a_set_covers_its_subsets(name):
     everything, (one, *others) = frozenset(SETS[name]), SETS[name]

@@ -276,6 +276,11 @@ def test_a_body_that_is_not_a_message_is_refused_without_being_quoted(body):
     assert "hunter2" not in str(caught.value)
 
 
+def test_text_that_is_not_utf_8_is_called_so():
+    with pytest.raises(DecodingError, match=r"it is not valid UTF-8 - at byte \d+$"):
+        decode(body_with().replace(b"hunter2", b"hunter2 \xe9"))
+
+
 @given(st.binary())
 def test_any_other_bytes_raise_a_decoding_error(body):
     with pytest.raises(DecodingError):
@@ -439,6 +444,24 @@ def test_the_error_names_the_field():
 
     with pytest.raises(DecodingError, match=r"Expected `str`, got `int` - at `\$\.places\[1\]\.room`"):
         payload_decoder(Meeting)(b'{"places":[{"room":"A"},{"room":2}]}')
+
+
+def test_the_error_names_the_field_of_a_value_that_is_not_allowed():
+    @dataclass
+    class Painted:
+        color: Color
+
+    with pytest.raises(DecodingError, match=r"at `\$\.color`") as caught:
+        payload_decoder(Painted)(b'{"color":"hunter2"}')
+
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_text_that_is_not_valid_unicode_is_called_so():
+    event_type = holding(str)
+
+    with pytest.raises(EncodingError, match=r"value: the text is not valid Unicode \(a lone surrogate\)"):
+        payload_encoder(event_type)(event_type(value="\ud800"))
 
 
 def test_unknown_fields_are_ignored():

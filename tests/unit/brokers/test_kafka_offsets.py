@@ -23,6 +23,11 @@ def test_nothing_taken_is_nothing_to_commit():
     assert Offsets(7).progress() == (7, "")
 
 
+def test_unfinished_neighbours_need_no_metadata():
+    """A commit without metadata is that of a program without diator, and the usual one."""
+    assert taken(5, 6, 7, position=5).progress() == (5, "")
+
+
 def test_offsets_finished_in_order_are_committed():
     partition = taken(5, 6, 7, position=5)
 

@@ -414,6 +414,30 @@ async def test_the_iterator_ends_with_its_context():
         assert await numbers(deliveries, 2) == [1, 2]
 
 
+async def test_the_iterator_serves_a_loop():
+    broker, got = MemoryMessageBroker(), []
+    async with broker.subscribe({COUNTED}) as deliveries:
+        await send(broker, 1, 2)
+        async for delivery in deliveries:
+            got.append((number_of(delivery), delivery.attempt))
+            if len(got) == 2:
+                break
+
+    assert got == [(1, 1), (2, 1)]
+
+
+async def test_a_subscription_without_a_group_that_has_ended_collects_nothing():
+    broker = MemoryMessageBroker()
+    async with broker.subscribe({COUNTED}):
+        pass
+
+    await send(broker, 1)
+
+    assert len(broker) == 1  # it is retained for the first group that subscribes
+    async with broker.subscribe({COUNTED}, group="billing") as deliveries:
+        assert await numbers(deliveries, 1) == [1]
+
+
 async def test_a_closed_broker_refuses_subscriptions_and_still_settles_deliveries():
     broker = MemoryMessageBroker()
     async with broker.subscribe({COUNTED}, group="billing") as deliveries:

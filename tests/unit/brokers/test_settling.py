@@ -1,11 +1,13 @@
-"""Acknowledgements are sent in batches. A failed batch is logged, because nobody waits for it."""
+"""How deliveries are settled: acknowledgements in batches, and what a dead letter says about its message."""
 
 import asyncio
 import logging
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from diator.brokers.settling import Acknowledgements
+from diator.brokers.base import Delivery, Topic
+from diator.brokers.settling import Acknowledgements, confirmed, dead_letter_headers
 from diator.exceptions import BrokerUnavailable, ConfigurationError
 
 
@@ -41,3 +43,90 @@ async def test_a_failed_batch_is_logged_and_flush_raises_nothing(kind, caplog):
             "2 acknowledgements did not reach the service; their messages will be redelivered: connection lost",
         )
     ]
+
+
+async def test_every_batch_is_sent_after_a_short_time():
+    """And not only the first one: each batch starts a timer of its own."""
+    sent = []
+
+    async def send(items):
+        sent.append([*items])
+
+    acknowledgements = Acknowledgements(send)
+    for number in (1, 2, 3):
+        acknowledgements.add(number)
+        await asyncio.sleep(0.1)
+
+    assert sent == [[1], [2], [3]]
+
+
+async def test_a_full_batch_does_not_shorten_the_time_of_the_next_one():
+    sent = []
+
+    async def send(items):
+        sent.append(len(items))
+
+    acknowledgements = Acknowledgements(send)
+    acknowledgements.add(0)
+    await asyncio.sleep(0.0015)
+    for number in range(1, 101):
+        acknowledgements.add(number)
+    await asyncio.sleep(0.001)
+    assert sent == [100]
+    await asyncio.sleep(0.0015)
+    assert sent == [100, 1]
+
+
+# -- dead letters ----------------------------------------------------------------------------------------------------
+
+
+def delivery(**options):
+    return Delivery(
+        **{"topic": Topic("event", "counted"), "body": b"", "headers": {}, "attempt": 1} | options, settler=None
+    )
+
+
+async def test_only_dead_letters_that_were_sent_are_confirmed():
+    """Whether a send ends at once, later, with an error, or by a cancellation of its own."""
+    at_once, later, failed, cancelled = (delivery(attempt=attempt) for attempt in (1, 2, 3, 4))
+
+    async def send(seconds):
+        await asyncio.sleep(seconds)
+
+    async def fail():
+        await asyncio.sleep(0.01)
+        raise BrokerUnavailable("connection lost")
+
+    given_up = asyncio.get_running_loop().create_future()
+    given_up.cancel()
+    sending = {at_once: send(0), failed: fail(), cancelled: given_up, later: send(0.02)}
+
+    assert await confirmed(sending) == {at_once, later}
+
+
+async def test_cancelling_the_wait_for_dead_letters_cancels_their_sends():
+    sends = [asyncio.create_task(asyncio.Event().wait()) for _ in range(2)]
+    waiting = asyncio.create_task(confirmed({delivery(attempt=number): each for number, each in enumerate(sends, 1)}))
+    await asyncio.sleep(0.01)
+
+    waiting.cancel()
+    await asyncio.wait({waiting, *sends}, timeout=1)
+
+    assert [each.cancelled() for each in (waiting, *sends)] == [True] * 3
+
+
+def test_a_dead_letter_says_why_when_and_from_where():
+    headers = dead_letter_headers(
+        delivery(attempt=3), "undecodable: empty", source="orders", group="billing", entry_id="7-0"
+    )
+
+    failed_at = datetime.fromisoformat(headers.pop("diator-dlq-last-failed-at"))
+    assert timedelta() <= datetime.now(UTC) - failed_at < timedelta(minutes=1)
+    assert headers == {
+        "diator-dlq-version": "1",
+        "diator-dlq-reason": "undecodable: empty",
+        "diator-dlq-source": "orders",
+        "diator-dlq-consumer-group": "billing",
+        "diator-dlq-attempts": "3",
+        "diator-dlq-entry-id": "7-0",
+    }

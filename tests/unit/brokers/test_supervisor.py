@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise, takewhile
@@ -654,6 +654,21 @@ async def test_the_end_is_prompt(monkeypatch, busy, raised):
 
     assert error is raised
     assert asyncio.get_running_loop().time() == ending
+    assert service.live == 0
+
+
+async def test_a_receive_that_swallows_its_first_cancellation_is_cancelled_again():
+    service = Service()
+
+    async def stubborn(limit):
+        with suppress(asyncio.CancelledError):
+            await forever()
+        await forever()
+
+    service.prepare = lambda link: setattr(link, "receive", stubborn)
+    async with service.supervised():
+        await asyncio.sleep(0.01)
+
     assert service.live == 0
 
 

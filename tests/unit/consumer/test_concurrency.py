@@ -206,6 +206,26 @@ async def test_it_receives_no_more_than_it_can_handle_without_backpressure(concu
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
+async def test_it_does_not_receive_more_later_either(concurrency):
+    """After many messages that were handled at once: each of them has made room for one, and no more."""
+    gate, begun = asyncio.Event(), []
+
+    async def slow_at_last(event: UserJoined) -> None:
+        begun.append(event)
+        if len(begun) > 40:
+            await gate.wait()
+
+    broker = Scripted(*[body_of(JOIN)] * 500, capabilities=WEAK)
+    consumer, _ = consumer_of(broker, slow_at_last, concurrency=concurrency)
+    async with running(consumer):
+        await asyncio.sleep(0.1)
+        given = broker.given
+        gate.set()
+
+    assert 40 < given <= 40 + 2 * concurrency
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
 async def test_a_backlog_does_not_starve_the_event_loop(concurrency):
     """Neither the handler nor the transport waits here, but signals, health checks and timers still run."""
     broker = await holding(*[UserJoined() for _ in range(3_000)])

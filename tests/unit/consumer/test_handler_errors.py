@@ -92,6 +92,20 @@ async def test_raised_events_go_through_the_emitter_that_is_passed():
     assert (elsewhere.log, broker.log) == ([("send", "MeetingChanged")], [("ack",)])
 
 
+async def test_an_emitter_without_a_container_uses_that_of_the_consumer():
+    given = []
+
+    async def on_noticed(event: Noticed, api: Api) -> None:
+        given.append(api)
+
+    container = Container()
+    container.register_instance(Api, api := Api())
+    emitter = EventEmitter(events_of(on_noticed), message_broker=Scripted())
+    await consume(Scripted(body_of(JOIN)), raising, event_emitter=emitter, container=container)
+
+    assert given == [api]
+
+
 async def test_if_sending_fails_the_delivery_is_retried():
     broker = Scripted(body_of(JOIN), failing={"send": BrokerUnavailable("it is away")})
     [handled] = await consume(broker, raising, retry=quick(immediate_retries=1, delayed_retries=1))

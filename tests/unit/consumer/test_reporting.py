@@ -29,7 +29,7 @@ async def test_health_reports_the_state():
     slow = Slow()
     consumer, reports = consumer_of(broker, slow)
     idle = consumer.health()
-    assert (idle.receiving, idle.in_flight, idle.oldest_in_flight, idle.gaps) == (False, 0, 0, 0)
+    assert (idle.receiving, idle.connected, idle.in_flight, idle.oldest_in_flight, idle.gaps) == (False, False, 0, 0, 0)
 
     async with running(consumer):
         await until(lambda: slow.begun)
@@ -39,11 +39,12 @@ async def test_health_reports_the_state():
         await until(lambda: reports)
         after = consumer.health()
 
-    assert (busy.receiving, busy.in_flight) == (True, 1)
+    assert (busy.receiving, busy.connected, busy.in_flight) == (True, True, 1)
     assert 20 <= busy.oldest_in_flight <= busy.since_last_progress < 21
     assert (after.in_flight, after.oldest_in_flight) == (0, 0)
     assert after.since_last_progress < busy.since_last_progress
-    assert not consumer.health().receiving
+    ended = consumer.health()
+    assert (ended.receiving, ended.connected) == (False, False)
 
 
 @pytest.mark.parametrize("end", ["cancelled", "failed"])

@@ -251,12 +251,13 @@ async def test_a_cancellation_that_a_handler_leaves_behind_does_not_end_the_run(
     assert await is_drained(broker)
 
 
-async def test_a_subscription_that_cancels_itself_does_not_look_like_a_stop():
+@pytest.mark.parametrize("concurrency", [1, 3])
+async def test_a_subscription_that_cancels_itself_does_not_look_like_a_stop(concurrency):
     class Cancelled(Scripted):
         async def __anext__(self):
             await cancelling()
 
-    run = asyncio.create_task(consumer_of(Cancelled(), on_joined)[0].run(signals=False))
+    run = asyncio.create_task(consumer_of(Cancelled(), on_joined, concurrency=concurrency)[0].run(signals=False))
     await asyncio.wait({run}, timeout=1)
 
     assert run.done()

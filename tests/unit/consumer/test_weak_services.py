@@ -19,7 +19,7 @@ from diator.exceptions import (
 )
 from diator.retrying import PermanentError, RetryPolicy
 from diator.testing import Recorder
-from tests.unit.consumer.helpers import CANARY, JOIN, consume, consumer_of, on_joined, outcomes, quick
+from tests.unit.consumer.helpers import CANARY, JOIN, consume, consumer_of, on_joined, outcomes, quick, reason_of
 from tests.unit.doubles import (
     FULL,
     WEAK,
@@ -140,6 +140,8 @@ def test_handlers_that_can_never_work_are_refused_at_construction():
 
     async def needy(event: UserJoined, api: Api) -> None: ...
 
+    async def needy_inside(event: Noticed, api: Api) -> None: ...
+
     async def on_unencodable(event: Unencodable) -> None: ...
 
     @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,8 @@ def test_handlers_that_can_never_work_are_refused_at_construction():
         consumer_of(Scripted(), on_noticed)
     with pytest.raises(ResolutionError, match="Api is not registered"):
         consumer_of(Scripted(), needy)
+    with pytest.raises(ResolutionError, match="Api is not registered"):
+        consumer_of(Scripted(), on_joined, needy_inside)
     with pytest.raises(ConfigurationError, match=r"Either\.one cannot travel: it cannot be read back"):
         consumer_of(Scripted(), on_either)
 
@@ -168,7 +172,8 @@ async def test_a_failure_to_settle_is_reported_and_the_next_delivery_is_handled(
 
     assert (outcomes(reports)[0], len(reports)) == ("unsettled", 2)
     assert "could not be settled: BrokerUnavailable('it is away')" in caplog.text
-    assert reports[0].reason is not None
+    why = {"retry": " (failed: LookupError)", "dead_letter": " (permanent: PermanentError)"}.get(failing, "")
+    assert reason_of(reports[0]) == f"not settled: BrokerUnavailable{why}"
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])

@@ -122,6 +122,34 @@ async def test_a_singleton_is_built_once_for_many_tasks(container, waits):
     assert len(set(answers)) == 2
 
 
+@pytest.mark.parametrize("instances", [1, 2])
+async def test_a_singleton_may_need_registered_instances(container, instances):
+    default = Service(Api())
+
+    class Both:
+        def __init__(self, api: Api, *, service: Service = default) -> None:
+            self.needs = [api, service]
+
+    class JoinHandler:
+        def __init__(self, both: Both) -> None:
+            self.both = both
+
+        async def handle(self, request: Join):
+            return self.both
+
+    container.register_instance(Api, api := Api())
+    service = default
+    if instances == 2:
+        container.register_instance(Service, service := Service(api))
+    container.register(Both, lifetime="singleton")
+    mediator = Mediator(requests_of(JoinHandler), container)
+
+    first, second = await mediator.send(Join()), await mediator.send(Join())
+
+    assert first is second
+    assert first.needs == [api, service]
+
+
 async def test_a_singleton_may_need_another(container):
     async def make() -> Api:
         return Api()
@@ -394,6 +422,21 @@ async def test_a_resource_that_is_a_singleton_is_closed_with_the_container(conta
     await container.aclose()
 
     assert log == [None]
+
+
+async def test_the_end_of_its_block_closes_a_container():
+    closed = []
+
+    async def make():
+        yield Api()
+        closed.append("closed")
+
+    async with Container() as container:
+        container.register(Api, make, lifetime="singleton")
+        await container.resolve(Api)
+        assert closed == []
+
+    assert closed == ["closed"]
 
 
 async def test_after_closing_a_singleton_is_built_again(container, log):
