@@ -703,7 +703,8 @@ class ByNew(ByProperty):
 
 
 @pytest.mark.parametrize("handler", [ByMetaclass, ByNew])
-async def test_a_class_that_shares_one_object_is_refused_too(handler):
+async def test_a_class_that_shares_one_object_is_refused_too(handler, monkeypatch):
+    monkeypatch.setattr(handler, "made", None)
     broker = Recorder()
     mediator = mediator_of(handler, message_broker=broker)
     await mediator.send(Join())
