@@ -623,10 +623,11 @@ class Handling:
                 break
             retries += 1
             await asyncio.sleep(self._retry.pause())
-        if healed:
-            self._log_healed(message, healed, retries)
         if not failures:
-            return _Result(None, retries=retries, errors=tuple(errors)) if errors else None
+            if not healed:
+                return None
+            self._log_healed(message, healed, retries)
+            return _Result(None, retries=retries, errors=tuple(errors))
         is_requeued = bool(waiting) and self._has_retries_left(delivery)
         word = "failed" if is_requeued else "retries-exhausted" if waiting else "permanent"
         error = _together(failures, event) if route.has_others else failures[first]

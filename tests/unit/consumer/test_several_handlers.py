@@ -43,6 +43,19 @@ async def test_an_immediate_retry_calls_only_the_handlers_that_failed(middleware
     assert [type(error) for error in handled.errors] == [LookupError, OSError, LookupError]
 
 
+async def test_no_line_says_that_a_message_succeeded_of_which_only_one_handler_did(caplog):
+    caplog.set_level("INFO")
+    several = Handlers(books=[LookupError(), None], limit=[PermanentError()])
+
+    [handled] = await consume(Scripted(body_of(JOIN)), *several.handlers, retry=quick(immediate_retries=1))
+
+    assert (handled.outcome, [type(error) for error in handled.errors]) == (
+        "dead_lettered",
+        [LookupError, PermanentError],
+    )
+    assert [line.levelname for line in caplog.records if str(JOIN.event_id) in line.getMessage()] == ["ERROR"]
+
+
 async def test_a_handler_that_succeeded_keeps_its_work_if_another_one_fails():
     """Its scope has committed, so it need not run again; one transaction for all of them would have rolled back."""
     log, gone = [], [LookupError(), None]
