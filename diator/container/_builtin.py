@@ -14,7 +14,7 @@ from contextlib import (
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Never, Protocol, Self, TypeAlias, TypeVar, cast, get_origin, overload
+from typing import Any, Literal, Never, Protocol, Self, TypeAlias, TypeVar, cast, get_args, get_origin, overload
 
 from diator._hints import function_of, hints_of, name_of, parameters_of
 from diator.container.base import AnyClass, Construction, Contexts, Resolver, Shared
@@ -100,8 +100,12 @@ class Container:
         manager, are resources; their default lifetime is *scoped*. All others are *transient* by default.
 
         Raises:
-            ResolutionError: *type_* is already registered, a parameter has no type hint, or a resource is transient.
+            ResolutionError: *type_* is already registered, a parameter has no type hint, *lifetime* is unknown, or a
+                resource is transient.
         """
+        if lifetime not in {None, *get_args(Lifetime)}:
+            problem = f"the lifetime must be one of {', '.join(get_args(Lifetime))}, and it is {lifetime!r}"
+            raise ResolutionError([name_of(type_)], problem)
         if self.is_registered(type_):
             raise ResolutionError([name_of(type_)], f"{name_of(type_)} is already registered; register it once")
         recipe = _recipe(type_, factory or type_, lifetime)

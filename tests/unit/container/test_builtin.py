@@ -713,6 +713,11 @@ def test_a_type_is_registered_once(before, again):
         register(again)
 
 
+def test_a_lifetime_that_does_not_exist_is_refused(container):
+    with pytest.raises(ResolutionError, match="must be one of transient, scoped, singleton, and it is 'request'"):
+        container.register(Session, lifetime="request")
+
+
 async def test_a_resource_cannot_be_transient(container):
     with pytest.raises(ResolutionError, match="Session is a resource, so its lifetime must be scoped or singleton"):
         container.register(Session, generator, lifetime="transient")
