@@ -376,9 +376,8 @@ def _without_content(error: BaseException, names: Collection[str]) -> str:
 
     *names* are those that the class has given to its fields. Any other name in a place is a key that the sender chose.
     """
-    pydantic: Any = sys.modules.get("pydantic_core")
-    if pydantic is not None and isinstance(error, pydantic.ValidationError):
-        return _errors_of_pydantic(error, names)
+    if _is_of_pydantic(error):
+        return _errors_of_pydantic(error, names, "$")
     if isinstance(error, UnicodeDecodeError):
         return f"it is not valid UTF-8 - at byte {error.start}"
     if isinstance(error, RecursionError):
@@ -389,11 +388,18 @@ def _without_content(error: BaseException, names: Collection[str]) -> str:
         return text
     place = _PLACE.search(text)
     steps = re.findall(r"[^.\[\]]+", place[1]) if place else ()
-    is_ours = all(step.isdecimal() or step in names for step in steps)
-    return f"{_INVALID}{place[0]}" if place and is_ours else _INVALID
+    if not place or not all(step.isdecimal() or step in names for step in steps):
+        return _INVALID
+    is_model = _is_of_pydantic(error.__cause__)  # a model in another class
+    return _errors_of_pydantic(error.__cause__, names, f"${place[1]}") if is_model else f"{_INVALID}{place[0]}"
 
 
-def _errors_of_pydantic(error: Any, names: Collection[str]) -> str:
+def _is_of_pydantic(error: object) -> bool:
+    pydantic: Any = sys.modules.get("pydantic_core")
+    return pydantic is not None and isinstance(error, pydantic.ValidationError)
+
+
+def _errors_of_pydantic(error: Any, names: Collection[str], root: str) -> str:
     if (count := error.error_count()) > _MAX_ERRORS:
         return f"{count:,} values are invalid"
     known = get_args(sys.modules["pydantic_core.core_schema"].ErrorType)  # a validator can make up further types
@@ -402,7 +408,7 @@ def _errors_of_pydantic(error: Any, names: Collection[str]) -> str:
         steps = (
             f".{step}" if step in names else f"[{step}]" if isinstance(step, int) else "[...]" for step in each["loc"]
         )
-        described.append(f"{each['type'] if each['type'] in known else _INVALID} - at `${''.join(steps)}`")
+        described.append(f"{each['type'] if each['type'] in known else _INVALID} - at `{root}{''.join(steps)}`")
     return "; ".join(described)
 
 

@@ -79,7 +79,7 @@ class Message:
         headers: Mapping[str, str] | None = None,
     ) -> None:
         if (payload is None) == (payload_json is None):
-            raise TypeError("Message needs either payload or payload_json")
+            raise TypeError("Message needs either payload or payload_json; replace() needs payload_json")
         fields: dict[str, object] = {
             "message_type": message_type,
             "message_name": message_name,

@@ -396,8 +396,8 @@ class _Planner:
                 remedy = "decorate it with @dataclass, or derive it from a pydantic or msgspec model"
                 raise _refusal(path, "it has no fields", remedy)
             case _:
-                problem = f"{name_of(getattr(node, 'cls', type(node)))} can be written, but it cannot be read back"
-                raise _refusal(path, problem, "use a type of the table in docs/payloads.md")
+                unreadable = name_of(getattr(node, "cls", type(node)))
+                raise _refusal(path, f"{unreadable} cannot be read back from JSON", _ELSE)
 
     def _of_dict(self, node: Any, value: str, path: str) -> str | None:
         keys, key, item = f"{path} (key)", f"item{next(self._numbers)}", f"item{next(self._numbers)}"
@@ -520,6 +520,9 @@ def _model_changes(model: Any) -> bool:
     )
 
 
+_ELSE = "docs/payloads.md lists the types that can be, and what to use instead of others"
+
+
 def _refusal(path: str, problem: str, remedy: str) -> ConfigurationError:
     return ConfigurationError(f"{path} cannot travel: {problem}; {remedy}")
 
@@ -534,7 +537,8 @@ def _explained(hint: Any, path: str, error: Exception) -> ConfigurationError:
     if isinstance(error, RecursionError) or "ForwardRef(" in str(error):
         return _refusal(path, "its type contains itself", "use a class where the type refers to itself, or Any")
     remedy = "use one type, a tagged union of msgspec Structs, or a pydantic event with a discriminated union"
-    return _refusal(path, f"it cannot be read back from JSON: {str(error).rstrip('.')}", remedy)
+    is_union = str(error).startswith("Type unions")
+    return _refusal(path, f"it cannot be read back from JSON: {str(error).rstrip('.')}", remedy if is_union else _ELSE)
 
 
 def _broken_fields(hint: Any, path: str, seen: set[int]) -> Iterator[tuple[Any, str, Exception]]:
@@ -596,7 +600,7 @@ def _same(sent: Any, read: Any) -> bool:
 def _how_different(sent: Any, read: Any) -> str:
     if isinstance(sent, float) and sent * 0.0 != 0.0:
         return "JSON cannot represent NaN or infinity"
-    if isinstance(read, dict):
+    if isinstance(read, dict) and isinstance(sent, Mapping):
         return "its keys would be read as other keys"
     if isinstance(sent, type(read)):
         if isinstance(sent, (dt.datetime, dt.time)):
@@ -604,4 +608,7 @@ def _how_different(sent: Any, read: Any) -> str:
         if type(sent) is type(read):
             return f"the {name_of(type(sent))} would be read as another value"
     sent_type, read_type = name_of(type(sent)), name_of(type(read))
-    return f"a {sent_type} would be read as a {read_type}; annotate the field with {sent_type}, or send a {read_type}"
+    return (
+        f"a value of type {sent_type} would be read as {read_type}; annotate the field with {sent_type}, or send "
+        f"{read_type}"
+    )

@@ -308,6 +308,12 @@ class Dog(pydantic.BaseModel, extra="forbid"):
     legs: int
 
 
+@dataclasses.dataclass
+class HoldsModel:
+    part: ModelPart
+    parts: list[ModelPart] = dataclasses.field(default_factory=list)
+
+
 class ModelWhole(pydantic.BaseModel, extra="forbid"):
     part: ModelPart
     parts: list[ModelPart] = []
@@ -357,6 +363,9 @@ MISFITS = [
     (ModelRefusing, {"name": SECRET}, "value_error - at `$.name`"),
     (ModelRefusing, {"name": f"type {SECRET}"}, "a value is invalid - at `$.name`"),
     (ModelRefusing, {"name": "broken"}, ""),
+    (HoldsModel, {"part": {"size": SECRET}}, "int_parsing - at `$.part.size`"),
+    (HoldsModel, {"part": {"size": 1}, "parts": [{"size": 1}, {"size": SECRET}]}, "int_parsing - at `$.parts[1].size`"),
+    (HoldsModel, {"part": {"size": 1, SECRET: 1}}, "extra_forbidden - at `$.part[...]`"),
 ]
 
 

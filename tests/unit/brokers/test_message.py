@@ -29,6 +29,14 @@ def test_every_field_can_be_set():
     assert (message.key, message.headers) == ("7", {"trace": "x"})
 
 
+def test_a_payload_that_replaces_another_one_is_encoded():
+    message = Message.create(message_name="a", payload={"a": 1})
+
+    assert replace(message, payload_json=b'{"b":2}').payload == {"b": 2}
+    with pytest.raises(TypeError, match=r"replace\(\) needs payload_json"):
+        replace(message, payload={"b": 2})
+
+
 def test_the_constructor_takes_a_payload_and_makes_the_id():
     """As programs of diator 0.0.3 write it."""
     messages = [Message(message_type="", message_name="", payload={"phrase": "hello"}) for _ in range(2)]
