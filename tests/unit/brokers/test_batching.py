@@ -6,8 +6,15 @@ from uuid import uuid4
 
 import pytest
 
-from diator.brokers.batching import BatchSender
-from diator.exceptions import BrokerClosed, BrokerUnavailable, MessageRejected, MessageTooLarge, OutcomeUnknown
+from diator.brokers.batching import BatchSender, own_error
+from diator.exceptions import (
+    BrokerClosed,
+    BrokerUnavailable,
+    MessageRejected,
+    MessageTooLarge,
+    OutcomeUnknown,
+    UsageError,
+)
 
 
 class Service:
@@ -223,3 +230,31 @@ def test_a_new_event_loop_starts_without_earlier_sends():
         task.cancel()
     first.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
     first.close()
+
+
+@pytest.mark.real_time
+async def test_an_event_loop_that_still_runs_keeps_its_sender(service):
+    sender = sender_to(service)
+    [first] = await begun(sender, "a")
+
+    async def send_elsewhere():
+        await sender.send("b", size=1, message_id=uuid4())
+
+    with pytest.raises(UsageError):
+        await asyncio.to_thread(asyncio.run, send_elsewhere())
+
+    service.may_answer.set()
+    await first
+    assert service.batches == ["a"]
+
+
+@pytest.mark.parametrize("message_id", [None, uuid4()], ids=["unknown", "of the message"])
+@pytest.mark.parametrize("error", [OutcomeUnknown("lost", message_id=uuid4()), MessageTooLarge(2, 1)], ids=repr)
+def test_an_error_that_names_its_message_or_its_size_stays_the_same(error, message_id):
+    assert own_error(error, message_id) is error
+
+
+def test_an_error_of_a_batch_stays_the_same_for_a_message_without_an_id():
+    error = OutcomeUnknown("lost")
+
+    assert own_error(error, None) is error

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("aiokafka")
 
-from diator.brokers.kafka._offsets import DELAYS, Offsets, delay_bucket, longest_delay
+from diator.brokers.kafka import _offsets
+from diator.brokers.kafka._offsets import DELAYS, TOPIC_ID_LENGTH, Offsets, delay_bucket, longest_delay
 from diator.retrying import RetryPolicy
 
 WEEK = 7 * 24 * 3600.0
@@ -115,6 +116,36 @@ def test_attempts_of_unread_messages_are_kept():
     third = Offsets(*second.progress())
 
     assert [third.take(0), third.take(1), third.take(2)] == [1, 1, 2]
+
+
+def test_the_attempt_of_a_message_is_known_until_it_is_finished():
+    partition = taken(0, 1)
+    partition.requeue(1)
+
+    assert [partition.attempt(0), partition.attempt(1)] == [1, 2]
+    partition.finish(1)
+    assert partition.attempt(1) == 1
+
+
+def test_what_an_earlier_consumer_has_finished_is_written_once():
+    later = Offsets(0, "1 1+2")
+
+    assert [later.take(offset) for offset in range(3)] == [1, 0, 0]
+    assert later.progress() == (0, "1 1+2")
+
+
+@pytest.mark.parametrize("room", range(11))
+def test_the_metadata_has_the_room_that_the_id_of_the_topic_leaves(room, monkeypatch):
+    monkeypatch.setattr(_offsets, "MAX_COMMIT_METADATA", TOPIC_ID_LENGTH + room)
+    partition = taken(*range(4))
+    partition.finish(1)
+    partition.finish(3)
+
+    _, metadata = partition.progress()
+
+    assert len(metadata) <= room
+    assert "1 1+1 3+1".startswith(metadata)
+    assert room < 10 or metadata == "1 1+1 3+1"
 
 
 def test_an_offset_is_taken_once():
