@@ -148,7 +148,7 @@ def test_what_is_not_a_middleware_is_refused(middleware):
         only_for(Join, middleware)
 
 
-@pytest.mark.parametrize("middlewares", [[LoggingMiddleware], [None], BaseMiddleware(), None])
+@pytest.mark.parametrize("middlewares", [[LoggingMiddleware], [None], BaseMiddleware()])
 def test_a_consumer_refuses_what_is_not_a_middleware_as_a_mediator_does(middlewares):
     with pytest.raises(ConfigurationError, match="middleware"):
         Consumer(Scripted(), event_map=events_of(on_joined), middlewares=middlewares)
