@@ -24,11 +24,12 @@ ENOUGH = 0.95
 
 _OF_HANDLERS = ["test_mediator.py", "test_requests.py", "test_events.py", "test_emitter.py", "test_middlewares.py"]
 _OF_EMITTER = ["test_emitter.py", "test_mediator.py", "test_outgoing.py", "test_events.py"]
+_OF_MEDIATOR = ["test_mediator.py", "test_middlewares.py", "container/test_builtin.py", "container/test_contract.py"]
 _OF_CONSUMER = ["consumer", "test_awkward_errors.py", "test_signals.py"]
 
 #: The files, each with the unit tests that have to notice a change of it.
 FILES = {
-    "diator/_dispatcher.py": ["test_mediator.py", "test_middlewares.py", "test_only_for.py"],
+    "diator/_dispatcher.py": [*_OF_MEDIATOR, "test_only_for.py"],
     "diator/_handlers.py": [*_OF_HANDLERS, "test_awkward_errors.py", "container"],
     "diator/_handling.py": _OF_CONSUMER,
     "diator/brokers/batching.py": ["brokers/test_batching.py"],
@@ -47,7 +48,7 @@ FILES = {
         "container/test_factories.py",
     ],
     "diator/events/_emitter.py": [*_OF_EMITTER, "test_awkward_errors.py"],
-    "diator/mediator.py": ["test_mediator.py", "test_middlewares.py"],
+    "diator/mediator.py": _OF_MEDIATOR,
     "diator/retrying.py": ["test_retrying.py"],
 }
 

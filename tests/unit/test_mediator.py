@@ -227,7 +227,9 @@ def test_an_argument_of_the_wrong_type_is_named(name, wrong, what):
 
 @pytest.mark.parametrize("option", [{"event_map": events_of()}, {"message_broker": Recorder()}])
 def test_an_emitter_and_its_parts_cannot_be_passed_together(option):
-    with pytest.raises(ConfigurationError, match="event_emitter was passed together with event_map or message_broker"):
+    problem = "event_emitter was passed together with event_map or message_broker"
+    remedy = "pass event_map and message_broker to the EventEmitter instead"
+    with pytest.raises(ConfigurationError, match=f"^{problem}; {remedy}$"):
         Mediator(requests_of(), event_emitter=EventEmitter(), **option)
 
 
@@ -823,6 +825,7 @@ async def test_the_first_unconfirmed_message_stops_the_rest(wire, raising):
     with pytest.raises(EventsNotSent) as caught:
         await wire(raising(first, second, third), message_broker=broker).send(Join())
 
+    assert caught.value.response == "user 1"
     assert caught.value.events == (second, third)
     assert isinstance(caught.value.__cause__, BrokerUnavailable)
     assert [message.message_id for message in broker.sent] == [first.event_id]
@@ -835,6 +838,7 @@ async def test_the_unconfirmed_messages_of_a_batch_are_named(wire, raising):
     with pytest.raises(EventsNotSent) as caught:
         await wire(raising(first, second, third), message_broker=broker).send(Join())
 
+    assert caught.value.response == "user 1"
     assert caught.value.events == (second,)
     assert isinstance(caught.value.__cause__, BrokerUnavailable)
 
@@ -859,12 +863,15 @@ async def test_a_send_that_is_cancelled_while_sending_logs_the_message_ids(wire,
             started.set()
             await asyncio.Event().wait()
 
-    joined, started = UserJoined(), asyncio.Event()
-    sending = asyncio.create_task(wire(raising(joined), message_broker=Slow()).send(Join()))
+    joined, changed, started = UserJoined(), MeetingChanged(), asyncio.Event()
+    sending = asyncio.create_task(wire(raising(joined, changed), message_broker=Slow()).send(Join()))
     await started.wait()
     sending.cancel()
 
     with pytest.raises(asyncio.CancelledError):
         await sending
 
-    assert str(joined.event_id) in caplog.text
+    assert caplog.messages == [
+        "cancelled while sending the events of a handled request; messages may not be sent: "
+        f"{joined.event_id}, {changed.event_id}"
+    ]
