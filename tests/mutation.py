@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
 SURVIVORS = ROOT / "tests" / "survivors.toml"
@@ -66,7 +66,31 @@ def main() -> None:
 
 def tried(file: str, minutes: float) -> float:
     """Change *file* again and again, print the survivors without a reason, and return the share that was noticed."""
-    folder = copy_of_checkout(file)
+    with TemporaryDirectory(prefix="diator-mutation-") as folder:
+        codes = mutate(file, Path(folder), minutes)
+        done = {name: code for name, code in codes.items() if code is not None}
+        survivors = {name: difference(name, folder) for name, code in done.items() if code in (0, 33)}  # 33: no test
+        if not done:  # such as because the tests fail as they are
+            print((Path(folder) / "mutmut.log").read_text().replace("\r", "\n")[-4_000:])
+    with SURVIVORS.open("rb") as listed:
+        reasons = tomllib.load(listed).get(file, {})
+    unexplained = {name: diff for name, diff in survivors.items() if changed(diff) not in reasons}
+    explained = len(survivors) - len(unexplained)
+    for name, diff in unexplained.items():
+        print(f"{name}\n{diff}")
+    matter = len(done) - explained
+    rate = 1 - len(unexplained) / matter if matter else 0.0
+    print(
+        f"{file}: {rate:.1%} noticed; {len(done)} of {len(codes)} changes tried, {len(survivors)} survived, "
+        f"{explained} of them with a reason",
+        flush=True,
+    )
+    return rate
+
+
+def mutate(file: str, folder: Path, minutes: float) -> dict[str, int | None]:
+    """Let mutmut change *file* in a copy of the checkout. Return the exit code of the tests for each change."""
+    copy_checkout(file, folder)
     run = [sys.executable, "-m", "mutmut", "run", "--max-children", "1", f"{file[:-3].replace('/', '.')}.*"]
     with (folder / "mutmut.log").open("w") as log:
         mutating = subprocess.Popen(run, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
@@ -76,35 +100,11 @@ def tried(file: str, minutes: float) -> float:
             mutating.send_signal(signal.SIGINT)
             mutating.wait()
     found = folder / "mutants" / f"{file}.meta"
-    codes: dict[str, int | None] = json.loads(found.read_text())["exit_code_by_key"] if found.exists() else {}
-    done = {name: code for name, code in codes.items() if code is not None}
-    if not done:  # such as because the tests fail as they are
-        sys.exit((folder / "mutmut.log").read_text().replace("\r", "\n")[-4_000:])
-    survivors = [name for name, code in done.items() if code in (0, 33)]  # 33: no test calls the function
-    with SURVIVORS.open("rb") as listed:
-        reasons = tomllib.load(listed).get(file, {})
-    explained = 0
-    for name in survivors:
-        diff = difference(name, folder)
-        changed = " ".join(line[1:].strip() for line in diff.splitlines() if line.startswith("+"))
-        if changed in reasons:
-            explained += 1
-        else:
-            print(f"{name}\n{diff}", flush=True)
-    matter = max(1, len(done) - explained)
-    rate = 1 - (len(survivors) - explained) / matter
-    print(
-        f"{file}: {rate:.1%} noticed; {len(done)} of {len(codes)} changes tried, {len(survivors)} survived, "
-        f"{explained} of them with a reason",
-        flush=True,
-    )
-    shutil.rmtree(folder)
-    return rate
+    return json.loads(found.read_text())["exit_code_by_key"] if found.exists() else {}
 
 
-def copy_of_checkout(file: str) -> Path:
-    """Copy what git tracks to a new folder, with the settings that mutmut needs for *file*."""
-    folder = Path(mkdtemp(prefix="diator-mutation-"))
+def copy_checkout(file: str, folder: Path) -> None:
+    """Copy what git tracks to *folder*, with the settings that mutmut needs for *file*."""
     tracked = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
     )
@@ -119,15 +119,20 @@ def copy_of_checkout(file: str) -> Path:
         "also_copy": beside,
         "pytest_add_cli_args_test_selection": [f"tests/unit/{name}" for name in FILES[file]],
         "pytest_add_cli_args": ["-p", "no:cacheprovider"],
+        "timeout_multiplier": 6.0,  # a change may make a loop endless, and most tests take milliseconds
         "use_git_change_detection": False,
     }
     with (folder / "pyproject.toml").open("a") as project:
         project.write("\n[tool.mutmut]\n")
         project.writelines(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
-    return folder
 
 
-def difference(name: str, folder: Path) -> str:
+def changed(diff: str) -> str:
+    """Return what a change has made of its lines: the key of `survivors.toml`."""
+    return " ".join(line[1:].strip() for line in diff.splitlines() if line.startswith("+"))
+
+
+def difference(name: str, folder: str) -> str:
     """Return the lines that mutmut has removed and added."""
     shown = subprocess.run(
         [sys.executable, "-m", "mutmut", "show", name], cwd=folder, check=True, capture_output=True, text=True
