@@ -92,6 +92,32 @@ async def test_raised_events_go_through_the_emitter_that_is_passed():
     assert (elsewhere.log, broker.log) == ([("send", "MeetingChanged")], [("ack",)])
 
 
+@pytest.mark.parametrize("middlewares", [[], [BaseMiddleware()]], ids=["alone", "with a middleware"])
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_events_of_a_failed_handler_are_not_sent_with_a_later_message(middlewares, at_once):
+    """Even if the container returns one object for several messages, without saying so."""
+
+    class FailsAtFirst(EventHandler[UserJoined]):
+        async def handle(self, event: UserJoined) -> None:
+            self.events.append(MeetingChanged())
+            if event.user_id == 1:
+                raise LookupError
+
+    class Singletons:
+        def __init__(self):
+            self.made = {}
+            if at_once:
+                self.factory = lambda type_: lambda shared: self.made.setdefault(type_, type_())
+
+        async def resolve(self, type_):
+            return self.made.setdefault(type_, type_())
+
+    broker = Scripted(*(body_of(UserJoined(user_id=number)) for number in (1, 2)))
+    await consume(broker, FailsAtFirst, count=2, container=Singletons(), middlewares=middlewares, retry=ONCE)
+
+    assert [call[0] for call in broker.log].count("send") == 1
+
+
 async def test_an_emitter_without_a_container_uses_that_of_the_consumer():
     given = []
 
