@@ -126,16 +126,19 @@ class Group:
         found = await self.execute(b"XPENDING", stream, self.name, id_, id_, b"1", self.consumer)
         return found[0][3] if found else None
 
-    async def renew(self, entries: Sequence[Entry], lease: float) -> None:
-        """Renew the leases of *entries* of one stream, unless another consumer has claimed them meanwhile."""
+    async def renew(self, entries: Sequence[Entry], lease: float) -> Collection[Entry]:
+        """Renew the leases of *entries* of one stream. Return those that other consumers have claimed meanwhile."""
         by_id = {entry.id: entry for entry in entries}
+        claimed = {*entries}
         ids, now = [*by_id], monotonic()
         for start in range(0, len(ids), _MOST_OF_LUA):
             some = ids[start : start + _MOST_OF_LUA]
             ours, removed = await self._run(RENEW, [entries[0].stream], [self.name, self.consumer, *some])
+            claimed.difference_update(by_id[id_] for id_ in [*ours, *removed])
             removed = [id_ for id_ in removed if now < by_id[id_].leased_until]  # so nobody claimed it before
             for id_ in [*ours, *removed]:
                 by_id[id_].leased_until = now + lease
+        return claimed
 
     async def let_go(self, stream: bytes, id_: bytes, times: int, idle_ms: int) -> None:
         """Let others claim an entry that counts as delivered so many *times*."""

@@ -275,9 +275,15 @@ class Subscription(ResilientSubscription):
             for held in filter(None, self._held.values()):
                 try:
                     entries = [cast("Entry", delivery.token) for delivery in held.values()]
-                    await self.group.renew(entries, self.options.lease)
+                    if claimed := await self.group.renew(entries, self.options.lease):
+                        self._withdraw(claimed)
                 except DiatorError as error:
                     logger.warning("the leases of %d messages could not be renewed: %s", len(held), error)
+
+    def _withdraw(self, claimed: Collection[Entry]) -> None:
+        """Hand out nothing of what other consumers have claimed, since this process stood still for too long."""
+        for delivery in self.remove_prefetched(lambda delivery: delivery.token in claimed):
+            self._release(delivery)
 
     async def leave(self, prefetched: Collection[Delivery], /) -> None:
         """

@@ -69,7 +69,7 @@ async def nothing_comes(deliveries, *, within=0.5) -> None:
 
 @asynccontextmanager
 async def consuming(broker, handle, **options):
-    """A consumer in its own task, whose handlers call *handle* with each event."""
+    """A consumer that has subscribed, and whose handlers call *handle* with each event."""
 
     async def handler(event: Counted) -> None:
         if (waiting := handle(event)) is not None:
@@ -77,13 +77,8 @@ async def consuming(broker, handle, **options):
 
     event_map = EventMap()
     event_map.bind(Counted, handler)
-    consumer = Consumer(broker, event_map=event_map, group="billing", **options)
-    running = asyncio.create_task(consumer.run(signals=False))
-    try:
+    async with Consumer(broker, event_map=event_map, group="billing", **options) as consumer:
         yield consumer
-    finally:
-        consumer.stop()
-        await running
 
 
 async def eventually(holds, *, within=30.0) -> None:

@@ -16,6 +16,7 @@ from tests.integration.redis_streams.helpers import (
     acked,
     consuming,
     dead_letters,
+    eventually,
     message,
     nothing_comes,
     nothing_left,
@@ -102,6 +103,31 @@ async def test_a_lost_lease_is_not_stolen_back(make, redis_url, admin, stream) -
         assert (owner["consumer"], owner["times_delivered"]) == (b"another", 1)
         assert owner["time_since_delivered"] > 1200
         await admin.xack(stream, "billing", delivery.token.id)
+
+
+async def test_what_waits_here_and_is_given_to_another_consumer_is_not_handled(make, redis_url, admin, stream) -> None:
+    """As after a stop of this process: behind its key, and before it is handed out."""
+    broker, handled = await make(redis_url, extra_prefetch=10), []
+
+    async def handle(event):
+        handled.append(event.number)
+        if event.number in {0, 1}:
+            await asyncio.sleep(LEASE * 2)
+
+    async with consuming(broker, handle, concurrency=2):
+        await broker.send_messages([message(number, key=f"{number % 2}") for number in range(6)])
+        await broker.send_messages([message(number) for number in range(6, 9)])
+
+        async def all_are_here() -> bool:
+            return await pending(admin, stream) == 9
+
+        await eventually(all_are_here)
+        ids = [each["message_id"] for each in await admin.xpending_range(stream, "billing", "-", "+", 9)]
+        await admin.xclaim(stream, "billing", "another", 0, ids[2:8], justid=True)
+        await admin.xack(stream, "billing", *ids[2:8])
+        await nothing_left(admin, stream)
+
+    assert handled == [0, 1, 8]
 
 
 @pytest.mark.usefixtures("quick")
