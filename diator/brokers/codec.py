@@ -123,6 +123,10 @@ class Envelope(msgspec.Struct):
     payload_json: bytes
     key: str | None
 
+    def __repr__(self) -> str:
+        """Name the message, without its content."""
+        return f"Envelope({self.message_type} {self.message_name} {self.message_id})"
+
 
 class _Body(msgspec.Struct):
     message_type: str

@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 from uuid import UUID
 
@@ -194,7 +194,7 @@ class DeadLetter:
     """
 
     topic: Topic
-    body: bytes
+    body: bytes = field(repr=False)
     attempts: int
     reason: str
 

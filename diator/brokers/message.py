@@ -18,8 +18,8 @@ class Message:
     A message that a broker sends: its type and name, an id, and a payload that is already encoded as JSON.
 
     The payload is encoded when the message is made. So a payload that JSON cannot represent fails inside the unit of
-    work, and a later change to the event does not change the message. The `repr` does not contain the payload, so that
-    no log does.
+    work, and a later change to the event does not change the message. The `repr` contains neither payload nor key nor
+    headers, so that no log does.
 
     Attributes:
         message_type: `notification_event`, `ecst_event`, or a type that the program defines.
@@ -39,8 +39,8 @@ class Message:
     message_name: str
     message_id: UUID
     payload_json: bytes = field(repr=False)
-    key: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
+    key: str | None = field(default=None, repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     #: The body up to the id, if the emitter has set it: the same for all events of a class.
     _beginning: ClassVar[bytes] = b""

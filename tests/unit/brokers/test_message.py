@@ -1,4 +1,4 @@
-"""A message keeps the values that it was made with, and its `repr` shows no payload."""
+"""A message keeps the values that it was made with, and its `repr` shows no content."""
 
 from dataclasses import FrozenInstanceError, replace
 from uuid import UUID, uuid4
@@ -6,6 +6,9 @@ from uuid import UUID, uuid4
 import pytest
 
 from diator.brokers import Message
+from diator.brokers.base import Topic
+from diator.brokers.codec import decode_envelope, encode
+from diator.brokers.memory import DeadLetter
 from diator.exceptions import EncodingError
 
 
@@ -85,8 +88,16 @@ def test_a_message_is_frozen():
         Message.create(message_name="a", payload={}).message_name = "b"
 
 
-def test_the_repr_does_not_contain_the_payload():
-    assert "secret" not in repr(Message.create(message_name="a", payload={"password": "secret"}))
+def test_no_repr_contains_what_a_message_does():
+    message = Message.create(
+        message_name="a", payload={"password": "secret"}, key="secret", headers={"token": "secret"}
+    )
+    body = encode(message)
+    letter = DeadLetter(topic=Topic("notification_event", "a"), body=body, attempts=1, reason="permanent")
+
+    for described in (message, letter, decode_envelope(body, max_bytes=1_000, headers={})):
+        assert "secret" not in repr(described)
+        assert "notification_event" in repr(described)
 
 
 cyclic: list = []
