@@ -377,6 +377,7 @@ class Consumer:
                 await asyncio.wait({at_once, drained}, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)
                 drained.cancel()
         finally:
+            self._lanes.close()
             if left := len(self._handling.in_flight):
                 logger.warning("stopped before %d deliveries were handled; they stay unsettled", left)
             if any(task.cancelled() for task in tasks):

@@ -7,6 +7,7 @@ import pytest
 
 from diator.brokers.base import Topic
 from diator.brokers.memory import MemoryMessageBroker
+from diator.events import EventEmitter
 from diator.exceptions import (
     BrokerUnavailable,
     UsageError,
@@ -180,6 +181,19 @@ async def test_a_loop_that_cancels_every_task_leaves_deliveries_unsettled(concur
         await run
 
     assert (outcomes(reports), broker.dead_letters) == (["unsettled"] * concurrency, [])
+
+
+async def test_a_message_that_no_handler_has_seen_is_charged_no_attempt_if_run_is_cancelled():
+    """It has arrived at that moment, and waits for a worker."""
+    consumer, reports = consumer_of(broker := MemoryMessageBroker(), on_joined, concurrency=2)
+    run = asyncio.create_task(consumer.run(signals=False))
+    await consumer.ready()
+    await asyncio.sleep(0.1)
+    await EventEmitter(message_broker=broker).emit(JOIN)
+    run.cancel()
+    await asyncio.wait({run})
+
+    assert (reports, await left_in(broker, 1)) == ([], [1])
 
 
 async def test_a_subscription_that_swallows_the_stop_leaves_no_cancellation_behind():
