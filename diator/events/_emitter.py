@@ -251,6 +251,16 @@ def _check_of(broker: object, empty: Message) -> tuple[Callable[[Message], objec
     return getattr(broker, "check_message", check), certainly_fits
 
 
+def _check_included(event_type: type, key_field: str | None) -> None:
+    """Check that the payload contains what its message and its reader need: pydantic can exclude a field."""
+    from diator.brokers.payloads import wire_names  # noqa: PLC0415  # as below
+
+    written = wire_names(event_type)
+    for name in ("event_id", "event_timestamp", key_field):
+        if name is not None and name not in written:
+            raise NotAnEvent(f"{name_of(event_type)}.{name} is excluded from the payload, which needs it; include it")
+
+
 def _message_factory(event_type: Any, broker: object) -> Callable[[Any], Message]:  # noqa: C901  # one function, for speed
     """
     Return a function that encodes an event. A later change to the event then does not change its message.
@@ -265,6 +275,7 @@ def _message_factory(event_type: Any, broker: object) -> Callable[[Any], Message
     message_name = message_name_of(event_type)
     key_field = message_key_of(event_type)
     encode_payload = payload_encoder(event_type)
+    _check_included(event_type, key_field)
     empty = Message(
         message_type=message_type, message_name=message_name, message_id=UUID(int=0), payload_json=b"{}", key=""
     )

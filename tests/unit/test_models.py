@@ -401,3 +401,24 @@ async def test_a_subclass_without_new_fields_needs_no_decorator():
     await EventEmitter(message_broker=broker).emit(Rejoined(user_id=7))
 
     assert broker.names == ["Rejoined"]
+
+
+@pytest.mark.parametrize("excluded", ["event_id", "event_timestamp", "room"])
+async def test_a_field_that_the_message_needs_must_not_be_excluded(excluded):
+    class Base(Event):
+        message_type: ClassVar[str] = "notification_event"
+        message_key: ClassVar[str] = "room"
+
+    defaults = {"event_id": uuid4(), "event_timestamp": dt.datetime.now(dt.UTC), "room": "A"}
+    fields = {
+        name: (type(value), pydantic.Field(default=value, exclude=name == excluded)) for name, value in defaults.items()
+    }
+    event_type = pydantic.create_model("Moved", __base__=(pydantic.BaseModel, Base), **fields)
+    recorder = Recorder()
+
+    with pytest.raises(
+        NotAnEvent, match=rf"Moved\.{excluded} is excluded from the payload, which needs it; include it"
+    ):
+        await EventEmitter(message_broker=recorder).emit(event_type())
+
+    assert recorder.sent == []
