@@ -188,6 +188,8 @@ class EventEmitter:
             plan = _Plan((), message=_message_factory(event_type, self._broker))
         else:
             handlers = self._event_map._freeze(event_type)
+            if not handlers and issubclass(event_type, type):
+                raise NotAnEvent("a class was raised; raise an instance of the class")
             if not handlers and not issubclass(event_type, Event):
                 raise NotAnEvent(
                     f"an object of {name_of(event_type)} was raised, which is neither an Event nor bound to a handler; "

@@ -174,10 +174,15 @@ async def test_unbound_classes_cannot_share_a_wire_name():
         await emitter.emit(Other())
 
 
-@pytest.mark.parametrize("thing", [object(), "a text", {"message_type": "notification_event"}, UserJoined, None])
+@pytest.mark.parametrize("thing", [object(), "a text", {"message_type": "notification_event"}, None])
 async def test_an_object_that_cannot_be_an_event_is_refused(thing):
     with pytest.raises(NotAnEvent, match="is neither an Event nor bound to a handler"):
         await EventEmitter(message_broker=Recorder()).emit(thing)
+
+
+async def test_a_class_instead_of_an_event_is_refused():
+    with pytest.raises(NotAnEvent, match="a class was raised; raise an instance"):
+        await EventEmitter(message_broker=Recorder()).emit(UserJoined)
 
 
 # -- domain events ---------------------------------------------------------------------------------------------------
