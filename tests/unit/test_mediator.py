@@ -753,6 +753,54 @@ async def test_a_shared_event_handler_that_keeps_its_events_is_refused(sharing, 
     assert isinstance(caught.value.exceptions[0], SharedHandler)
 
 
+class PerSend:
+    """A container that looks at the state of the send."""
+
+    def __init__(self):
+        self.states = []
+
+    def factory(self, type_):
+        def build(shared):
+            self.states.append(shared)
+            return type_()
+
+        return build
+
+    async def resolve(self, type_):
+        raise AssertionError("`factory` is enough")
+
+
+@pytest.mark.parametrize("middlewares", [[], [through]])
+@pytest.mark.parametrize("kind", ["class", "function"])
+async def test_a_container_receives_one_state_for_all_handlers_of_a_send(kind, middlewares):
+    """And another one for the next send."""
+
+    class OfClass:
+        def __init__(self) -> None:
+            self.events = [Noticed()]
+
+        async def handle(self, request: Join) -> str:
+            return ""
+
+    async def of_function(command: Join, api: Api, events: Events) -> str:
+        events.append(Noticed())
+        return ""
+
+    class OnNoticed:
+        async def handle(self, event: Noticed) -> None: ...
+
+    handler = OfClass if kind == "class" else of_function
+    container = PerSend()
+    mediator = mediator_of(handler, on_events=[OnNoticed], container=container, middlewares=middlewares)
+    for _ in range(2):
+        await mediator.send(Join())
+
+    first, second, third, fourth = container.states
+    assert isinstance(first, dict)
+    assert first is second is not third
+    assert third is fourth
+
+
 async def test_a_shared_handler_without_events_is_allowed(sharing):
     class Quiet(ByProperty):
         async def handle(self, request: Join) -> str:
