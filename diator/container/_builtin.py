@@ -73,7 +73,7 @@ class Container:
         self._recipes: dict[object, _Recipe] = {}
         self._unregistered: dict[type, _Recipe] = {}
         self._singletons: dict[object, Any] = {}
-        self._being_made: dict[type, asyncio.Event] = {}
+        self._being_made: dict[type, tuple[asyncio.Event, asyncio.Task[Any] | None]] = {}  # and by which task
         self._contexts = Contexts()
 
     # -- registration --------------------------------------------------------------------------------------------
@@ -169,9 +169,7 @@ class Container:
     def _recipe(self, type_: type, path: tuple[type, ...]) -> _Recipe:
         """Return the recipe of *type_*. A type at the start of the path, such as a handler, needs no registration."""
         if type_ in path:
-            raise ResolutionError(
-                [*map(name_of, path), name_of(type_)], f"{name_of(type_)} depends on itself; break the cycle"
-            )
+            raise _cycle((*path, type_))
         if recipe := self._recipes.get(type_):
             return recipe
         if path:
@@ -255,10 +253,14 @@ class Container:
 
     async def _make_singleton(self, type_: type, recipe: _Recipe, path: tuple[type, ...]) -> Any:
         while type_ not in self._singletons:
+            task = asyncio.current_task()
             if other := self._being_made.get(type_):
-                await other.wait()
+                if other[1] is task:  # a factory resolves it, and would wait for itself
+                    raise _cycle((*path, type_))
+                await other[0].wait()
                 continue
-            made = self._being_made[type_] = asyncio.Event()
+            made = asyncio.Event()
+            self._being_made[type_] = made, task
             try:
                 self._singletons[type_] = await self._run(recipe, None, self._contexts, (*path, type_))
             finally:
@@ -271,13 +273,15 @@ class Container:
     ) -> Any:
         needs = {name: await self._make(needed, scope, contexts, path) for name, needed in self._needs(recipe).items()}
         made = recipe.call(**needs)
+        is_resource = recipe.kind == "resource"
         if recipe.kind == "unknown" and not _is_a(made, type_ := path[-1]):
             if inspect.isawaitable(made):
-                return await made
-            if _is_resource(made):
+                made = await made
+            is_resource = not _is_a(made, type_) and _is_resource(made)
+            if is_resource:
                 lifetime: Lifetime = "singleton" if recipe.lifetime == "singleton" else "scoped"
-                recipe = self._recipes[type_] = replace(recipe, kind="resource", lifetime=lifetime)
-        if recipe.kind == "resource":
+                self._recipes[type_] = replace(recipe, lifetime=lifetime)
+        if is_resource:
             if contexts is None:
                 raise _no_scope(path)
             return await contexts.enter(_as_context(made))
@@ -350,6 +354,10 @@ def _kind(type_: type, factory: Callable[..., Any]) -> Kind:
         return "resource"
     vague = class_ in (object, Any) or issubclass(class_, (Awaitable, Iterator, AsyncIterator))
     return "unknown" if vague else "plain"
+
+
+def _cycle(path: Sequence[type]) -> ResolutionError:
+    return ResolutionError([*map(name_of, path)], f"{name_of(path[-1])} depends on itself; break the cycle")
 
 
 def _no_scope(path: Sequence[type]) -> ResolutionError:

@@ -275,3 +275,53 @@ async def test_a_partial_of_a_class_receives_its_other_dependencies():
     container.register(Api, functools.partial(Api, "url"))
 
     assert type((await container.resolve(Api)).connection) is Connection
+
+
+@pytest.mark.parametrize("lifetime", [None, "singleton"])
+@pytest.mark.parametrize(
+    "opens", [asynccontextmanager(lambda: closing()), lambda: closing()], ids=["context", "generator"]
+)
+async def test_a_resource_that_a_coroutine_returns_is_opened_each_time_and_closed(opens, lifetime):
+    async def opens_later():
+        await asyncio.sleep(0)
+        return opens()
+
+    async with Container() as container:
+        container.register(Connection, opens_later, lifetime=lifetime)
+        made = []
+        for _ in range(2):
+            async with container.scope({}) as scope:
+                made.append(await scope.resolve(Connection))
+                assert made[-1].open
+                assert await scope.resolve(Connection) is made[-1]
+        assert (made[0] is made[1]) is (lifetime == "singleton")
+
+    assert not any(each.open for each in made)
+
+
+async def closing() -> AsyncGenerator[Connection]:
+    connection = Connection()
+    try:
+        yield connection
+    finally:
+        connection.open = False
+
+
+async def test_a_singleton_whose_factory_resolves_it_is_refused_and_does_not_wait_for_itself():
+    class Other:
+        pass
+
+    async def connection() -> Connection:
+        await container.resolve(Other)
+        return Connection()
+
+    async def other() -> Other:
+        await container.resolve(Connection)
+        return Other()
+
+    container = Container()
+    container.register(Connection, connection, lifetime="singleton")
+    container.register(Other, other, lifetime="singleton")
+
+    with pytest.raises(ResolutionError, match="Connection depends on itself; break the cycle"):
+        await container.resolve(Connection)
