@@ -517,7 +517,9 @@ class Handling:
                 try:
                     async with asyncio.timeout(_SETTLE_TIMEOUT):
                         stored = await self.dead_letter_all(small)
-                except Exception as error:  # noqa: BLE001  # a transport may raise anything
+                except (Exception, asyncio.CancelledError) as error:  # a transport may raise anything
+                    if _current_task().cancelling():
+                        raise  # otherwise a client library has cancelled its own work
                     # Each is tried once more by itself, which decides how it is settled, and reports the error.
                     logger.debug("dead letters were not stored together: %s", name_of(type(error)))
                 for failure in failures:

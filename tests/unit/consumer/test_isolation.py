@@ -411,8 +411,9 @@ async def test_what_is_not_stored_together_is_dead_lettered_by_itself():
     assert outcomes(reports) == ["dead_lettered"] * 4
 
 
-async def test_an_error_of_dead_lettering_together_fails_no_message():
-    broker = Together(*[b"{"] * 3, failing={"together": LookupError(CANARY)})
+@pytest.mark.parametrize("error", [LookupError(CANARY), asyncio.CancelledError()], ids=["error", "cancelled by itself"])
+async def test_an_error_of_dead_lettering_together_fails_no_message(error):
+    broker = Together(*[b"{"] * 3, failing={"together": error})
     broker.stored.set()
     reports = await consume(broker, on_joined, count=3)
 
