@@ -237,6 +237,13 @@ def _current_task() -> asyncio.Task[Any]:
     return task
 
 
+def _unless_cancelled(error: BaseException) -> BaseException:
+    """Return the error of a transport. Raise it if the running task is cancelled, not only a client's own work."""
+    if isinstance(error, asyncio.CancelledError) and _current_task().cancelling():
+        raise error
+    return error
+
+
 #: How many deliveries are dead-lettered at once, beside those that are being handled: in a flood of poison messages, a
 #: round trip for each would take nearly all of a consumer's time.
 DEAD_LETTERS_AT_ONCE = 256
@@ -452,12 +459,12 @@ class Handling:
                     is_late = deadline.is_over or deadline.task.cancelling()
                     if error is not None or is_late or route.has_others or self._is_ending:
                         result = await self._call_others(delivery, message, event, deadline, deadline.end(error))
-            refused: Exception | None = None
+            refused: BaseException | None = None
             if result is None:
                 try:
                     await delivery.ack()
-                except Exception as failed:  # noqa: BLE001  # a transport may raise anything
-                    refused = failed
+                except (Exception, asyncio.CancelledError) as failed:  # noqa: BLE001  # a transport may raise anything
+                    refused = _unless_cancelled(failed)
                 else:
                     outcome = "acked"
                     if self._on_handled is None:
@@ -517,11 +524,10 @@ class Handling:
                 try:
                     async with asyncio.timeout(_SETTLE_TIMEOUT):
                         stored = await self.dead_letter_all(small)
-                except (Exception, asyncio.CancelledError) as error:  # a transport may raise anything
-                    if _current_task().cancelling():
-                        raise  # otherwise a client library has cancelled its own work
+                except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # a transport may raise anything
                     # Each is tried once more by itself, which decides how it is settled, and reports the error.
-                    logger.debug("dead letters were not stored together: %s", name_of(type(error)))
+                    error_type = type(_unless_cancelled(error))
+                    logger.debug("dead letters were not stored together: %s", name_of(error_type))
                 for failure in failures:
                     if failure.delivery in stored:
                         failure.delivery.outcome = "dead_letter"
@@ -646,7 +652,7 @@ class Handling:
         return self._can_retry and delivery.attempt < self._retry.max_attempts
 
     async def _settle(
-        self, delivery: Delivery, result: _Result | None, deadline: Deadline, error: Exception | None = None
+        self, delivery: Delivery, result: _Result | None, deadline: Deadline, error: BaseException | None = None
     ) -> tuple[Outcome, _Result | None]:
         """
         Settle *delivery* according to *result*, or another way. Return the outcome and its reason.
@@ -664,8 +670,8 @@ class Handling:
                         return "acked", result
                     with deadline:
                         return await self._settle_failed(delivery, reason, is_requeued=result.is_requeued), result
-                except Exception as failed:  # noqa: BLE001  # a transport may raise anything
-                    error = failed
+                except (Exception, asyncio.CancelledError) as failed:  # noqa: BLE001  # a transport may raise anything
+                    error = _unless_cancelled(failed)
             is_refused = isinstance(error, DiatorError) and not isinstance(error, _TEMPORARY)
             if is_refused or deadline.is_over or failures == len(_SETTLE_PAUSES):
                 break

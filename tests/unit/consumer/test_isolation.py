@@ -66,7 +66,7 @@ REFUSALS = [
     EncodingError("UserJoined.headers", "cannot be written"),
     UnsupportedCapability("Scripted", ["delayed_retry"], why="retry", remedy="none"),
 ]
-DEFECTS = [ValueError(TEXT), KeyError(CANARY), OverflowError(TEXT)]
+DEFECTS = [ValueError(TEXT), KeyError(CANARY), OverflowError(TEXT), asyncio.CancelledError(TEXT)]
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -83,6 +83,14 @@ async def test_a_retry_that_is_refused_for_good_is_dead_lettered_and_the_next_me
     assert sorted(outcomes(reports)) == ["acked", "dead_lettered"]
     [bad] = [each for each in reports if each.reason]
     assert (bad.reason, type(bad.error)) == (reason, LookupError)
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+async def test_an_acknowledgement_that_a_client_library_cancels_is_tried_again(concurrency):
+    broker = Failing(body_of(JOIN), failing={"ack": [asyncio.CancelledError()]})
+    reports = await consume(broker, on_joined, concurrency=concurrency)
+
+    assert (outcomes(reports), broker.calls) == (["acked"], ["ack", "ack"])
 
 
 async def test_a_defect_that_does_not_happen_again_changes_nothing():
