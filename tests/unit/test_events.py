@@ -134,7 +134,11 @@ class WithOneList(EventHandler[Noticed]):
         (Greeted, Third, "Third handles Noticed and cannot be bound to Greeted"),
         (Noticed, Unfinished, "Unfinished is abstract"),
         (Noticed, Synchronous, r"Synchronous\.handle is not asynchronous"),
-        (Noticed, WithOneList, r"WithOneList\.events is one list for all objects of the class"),
+        (
+            Noticed,
+            WithOneList,
+            r"^WithOneList\.events is one list for all objects of the class, .*; make it in the constructor$",
+        ),
         (Noticed(), first, "is not a class; bind handlers to the class"),
     ],
 )

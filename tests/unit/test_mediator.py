@@ -204,8 +204,20 @@ def test_a_parameter_that_cannot_be_passed_by_name_is_refused_at_construction():
     container = Container()
     container.register_instance(Api, Api())
 
-    with pytest.raises(ResolutionError, match="parameter 'api' is positional-only; remove the `/`"):
+    with pytest.raises(ResolutionError, match=r"parameter 'api' is positional-only; remove the `/`\n.*join$"):
         mediator_of(join, container=container)
+
+
+def test_a_dependency_whose_type_does_not_exist_is_refused_at_construction():
+    async def join(command: Join, api: "Apy") -> str: ...  # noqa: F821
+
+    requests = requests_of()
+    requests.bind(Join, join)
+
+    with pytest.raises(ResolutionError, match="name 'Apy', which its module does not define at run time") as caught:
+        Mediator(requests)
+
+    assert [step.rpartition(".")[2] for step in caught.value.path] == ["join"]
 
 
 @pytest.mark.parametrize(
@@ -661,16 +673,40 @@ async def test_a_cancelled_event_handler_sends_nothing_and_is_not_a_failure(wire
 # -- handlers that are shared between messages -----------------------------------------------------------------------
 
 
-async def test_a_shared_handler_that_keeps_its_events_is_refused(sharing):
+@pytest.mark.parametrize("handler", [ByProperty, WithoutBase])
+async def test_a_shared_handler_that_keeps_its_events_is_refused(sharing, handler):
     """Otherwise the events of the first message would be sent again with the second."""
     broker = Recorder()
-    mediator = mediator_of(ByProperty, container=sharing(ByProperty), message_broker=broker)
+    mediator = mediator_of(handler, container=sharing(handler), message_broker=broker)
     await mediator.send(Join())
 
-    with pytest.raises(SharedHandler, match="ByProperty") as caught:
+    with pytest.raises(SharedHandler, match=handler.__name__) as caught:
         await mediator.send(Join())
 
-    assert caught.value.handler_type is ByProperty
+    assert caught.value.handler_type is handler
+    assert len(broker.sent) == 1
+
+
+async def test_a_shared_object_of_a_subclass_that_keeps_its_events_is_refused():
+    """The bound class has the list of the base class, which forgets its events; the object has another one."""
+
+    class Keeps(BySelfEvents):
+        def __init__(self) -> None:
+            self._own: list[Event] = []
+
+        @property
+        def events(self) -> list[Event]:
+            return self._own
+
+    container = Singletons()
+    container._made[BySelfEvents] = Keeps()
+    mediator = mediator_of(BySelfEvents, container=container, message_broker=(broker := Recorder()))
+    await mediator.send(Join())
+
+    with pytest.raises(SharedHandler) as caught:
+        await mediator.send(Join())
+
+    assert caught.value.handler_type is Keeps
     assert len(broker.sent) == 1
 
 

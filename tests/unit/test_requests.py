@@ -173,7 +173,15 @@ class Unfinished(RequestHandler[Join, str], ABC):
     @abstractmethod
     def answer(self): ...
 
+    @abstractmethod
+    def ask(self): ...
+
     async def handle(self, request: Join) -> str:
+        return ""
+
+
+class CallableHandler(JoinHandler):
+    async def __call__(self, request: Join) -> str:
         return ""
 
 
@@ -191,7 +199,7 @@ class TakesNothing:
 
 
 class NeedsMore:
-    async def handle(self, request: Join, retries: int, timeout: float = 1.0) -> str:
+    async def handle(self, request: Join, retries: int, pause: float, timeout: float = 1.0) -> str:
         return ""
 
 
@@ -235,19 +243,23 @@ def test_an_unknown_name_in_an_annotation_is_allowed_where_the_type_is_passed():
     [
         (ForRead, "ForRead handles Read and cannot be bound to Join"),
         (RequestHandler, "RequestHandler is abstract; define handle"),
-        (Unfinished, "Unfinished is abstract; define answer"),
+        (Unfinished, "Unfinished is abstract; define answer, ask$"),
         (WithoutHandle, "WithoutHandle has no method `handle`"),
         (Synchronous, r"Synchronous\.handle is not asynchronous; define it with `async def`"),
         (synchronous, "synchronous is not asynchronous; define it with `async def`"),
         (TakesNothing, r"TakesNothing\.handle takes no message"),
-        (NeedsMore, r"NeedsMore\.handle is called with the message alone, but also needs retries; let the constructor"),
+        (NeedsMore, r"NeedsMore\.handle is called with the message alone, but also needs retries, pause; let the "),
         (takes_nothing, "takes_nothing takes no message"),
         (takes_it_by_name, "takes_it_by_name takes no message"),
         (AnswersAnother, "AnswersAnother returns int, but the response of Join is str"),
         (answers_nothing, "answers_nothing returns NoneType, but the response of Join is str"),
         (JoinHandler(), "an object of JoinHandler is neither .* bind the class, not an instance"),
+        (CallableHandler(), "an object of CallableHandler is neither .* bind the class, not an instance"),
         (None, "an object of NoneType is neither a handler class nor a function"),
-        (partial(JoinHandler), "a partial of the class JoinHandler is not a handler; bind the class"),
+        (
+            partial(JoinHandler),
+            "a partial of the class JoinHandler is not a handler; .* let the container pass the arguments$",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else getattr(value, "__name__", type(value).__name__),
 )
@@ -274,7 +286,15 @@ async def of_two_kinds(message: Join | Read): ...
 async def of_any_kind(message: Any): ...
 
 
-@pytest.mark.parametrize("anything", [without_annotation, of_two_kinds, of_any_kind])
+class WithoutAnnotation:
+    async def handle(self, message): ...
+
+
+class OfAnotherBase(Logging[int]):
+    async def handle(self, message): ...
+
+
+@pytest.mark.parametrize("anything", [without_annotation, of_two_kinds, of_any_kind, WithoutAnnotation, OfAnotherBase])
 def test_the_decorator_refuses_a_handler_without_a_usable_annotation(anything):
     with pytest.raises(BindingError, match="annotate 'message' with one class"):
         RequestMap().handler(anything)

@@ -249,7 +249,9 @@ async def test_an_event_loop_that_still_runs_keeps_its_sender(service):
 
 
 @pytest.mark.parametrize("message_id", [None, uuid4()], ids=["unknown", "of the message"])
-@pytest.mark.parametrize("error", [OutcomeUnknown("lost", message_id=uuid4()), MessageTooLarge(2, 1)], ids=repr)
+@pytest.mark.parametrize(
+    "error", [OutcomeUnknown("lost", message_id=uuid4()), MessageTooLarge(2, 1)], ids=["message", "size"]
+)
 def test_an_error_that_names_its_message_or_its_size_stays_the_same(error, message_id):
     assert own_error(error, message_id) is error
 
