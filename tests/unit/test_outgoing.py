@@ -336,7 +336,9 @@ KEYS = [
 ]
 
 
-@pytest.mark.parametrize(("hint", "value", "key"), KEYS, ids=[f"{hint}-{value!r}" for hint, value, _ in KEYS])
+@pytest.mark.parametrize(
+    ("hint", "value", "key"), KEYS, ids=[f"{n}-{type(value).__name__}" for n, (_, value, _) in enumerate(KEYS)]
+)
 async def test_the_key_is_what_the_payload_has(hint, value, key):
     event_type = as_dataclass(hint)
     event_type.message_key = "value"

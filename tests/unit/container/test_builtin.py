@@ -177,6 +177,40 @@ async def test_a_singleton_whose_factory_failed_is_built_again(container):
     assert isinstance(await container.resolve(Api), Api)
 
 
+async def test_who_waits_for_a_singleton_whose_factory_fails_builds_it(container):
+    calls = []
+
+    async def make() -> Api:
+        calls.append(1)
+        await asyncio.sleep(0.01)
+        if len(calls) == 1:
+            raise TimeoutError
+        return Api()
+
+    container.register(Api, make, lifetime="singleton")
+    failed, *built = await asyncio.gather(*(container.resolve(Api) for _ in range(3)), return_exceptions=True)
+
+    assert isinstance(failed, TimeoutError)
+    assert isinstance(built[0], Api)
+    assert (built[0] is built[1], len(calls)) == (True, 2)
+
+
+async def test_a_singleton_that_shows_itself_as_a_resource_stays_a_singleton(container):
+    """Only a call shows that the lambda returns a generator."""
+    closed = []
+
+    async def make():
+        yield Api()
+        closed.append("closed")
+
+    container.register(Api, lambda: make(), lifetime="singleton")  # noqa: PLW0108  # such a factory hides what it is
+    for number in (1, 2):
+        first, second = await container.resolve(Api), await container.resolve(Api)
+        assert first is second
+        await container.aclose()
+        assert closed == ["closed"] * number
+
+
 async def test_a_factory_may_resolve_further_objects(container):
     """Also while it builds a singleton."""
 
@@ -248,27 +282,38 @@ async def test_a_factory_may_be_an_object(container):
     assert isinstance((await container.resolve(Service)).api, Api)
 
 
-@pytest.mark.parametrize("parameters", ["one", "several", "by position", "by name"])
+@pytest.mark.parametrize("parameters", ["one", "several", "by position", "by name", "by both"])
 async def test_every_kind_of_parameter_is_passed(container, parameters):
     class One:
-        def __init__(self, api: Api) -> None: ...
+        def __init__(self, api: Api) -> None:
+            self.given = [api]
 
     class Several:
-        def __init__(self, api: Api, text: str, *rest: int, **options: int) -> None: ...
+        def __init__(self, api: Api, text: str, *rest: int, **options: int) -> None:
+            self.given = [api, text, *rest, *options]
 
     class ByPosition:
-        def __init__(self, api: Api, text: str, /) -> None: ...
+        def __init__(self, api: Api, text: str, /) -> None:
+            self.given = [api, text]
 
     class ByName:
-        def __init__(self, *, api: Api) -> None: ...
+        def __init__(self, *, api: Api) -> None:
+            self.given = [api]
 
-    wanted = {"one": One, "several": Several, "by position": ByPosition, "by name": ByName}[parameters]
+    class ByBoth:
+        def __init__(self, api: Api, /, *, text: str) -> None:
+            self.given = [api, text]
+
+    classes = {"one": One, "several": Several, "by position": ByPosition, "by name": ByName, "by both": ByBoth}
+    wanted = classes[parameters]
     container.register(Api)
     container.register_instance(str, "a")
     container.register(wanted)
 
-    assert isinstance(await container.resolve(wanted), wanted)
-    assert isinstance(await send(container, handling(wanted)), wanted)
+    for made in (await container.resolve(wanted), await send(container, handling(wanted))):
+        api, *text = made.given
+        assert isinstance(api, Api)
+        assert text == ([] if parameters in {"one", "by name"} else ["a"])
 
 
 @dataclass
@@ -709,7 +754,7 @@ def test_a_type_is_registered_once(before, again):
 
     register(before)
 
-    with pytest.raises(ResolutionError, match="Api is already registered"):
+    with pytest.raises(ResolutionError, match=r"^Api is already registered; register it once\n.*Api$"):
         register(again)
 
 
