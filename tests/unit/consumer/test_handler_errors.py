@@ -118,6 +118,29 @@ async def test_events_of_a_failed_handler_are_not_sent_with_a_later_message(midd
     assert [call[0] for call in broker.log].count("send") == 1
 
 
+@pytest.mark.parametrize("scoped", [True, False])
+async def test_after_a_swallowed_error_no_event_is_sent(scoped):
+    """A middleware calls the handler twice, and swallows the error of the second call."""
+    calls = []
+
+    async def twice(event, handle):
+        await handle(event)
+        with contextlib.suppress(LookupError):
+            await handle(event)
+
+    async def fails_at_last(event: UserJoined, api: Api, events: Events) -> None:
+        calls.append(event)
+        events.append(MeetingChanged())
+        if len(calls) > 1:
+            raise LookupError
+
+    container = Container()
+    container.register(Api, lifetime="scoped" if scoped else "transient")
+    await consume(broker := Scripted(body_of(JOIN)), fails_at_last, container=container, middlewares=[twice])
+
+    assert (len(calls), broker.log) == (2, [("ack",)])
+
+
 async def test_an_emitter_without_a_container_uses_that_of_the_consumer():
     given = []
 

@@ -119,18 +119,22 @@ async def test_a_handler_that_hangs_shows(concurrency):
         slow.gate.set()
 
 
-async def test_one_hanging_handler_among_others_is_not_a_consumer_without_progress():
-    slow = Slow()
+@pytest.mark.parametrize("reporting", [True, False])
+async def test_one_hanging_handler_among_others_is_not_a_consumer_without_progress(reporting):
+    """Also if the program does not ask for the outcomes."""
+    slow, handled = Slow(), []
 
     async def first_hangs(event: UserJoined) -> None:
         if not event.user_id:
             await slow(event)
+        handled.append(event)
 
-    async with consuming(first_hangs, concurrency=2) as (service, consumer, reports):
+    options = {} if reporting else {"on_handled": None}
+    async with consuming(first_hangs, concurrency=2, **options) as (service, consumer, _):
         service.arriving.put_nowait(body_of(BAD))
         await asyncio.sleep(100)
         service.arriving.put_nowait(GOOD)
-        await until(lambda: reports)
+        await until(lambda: handled)
         await asyncio.sleep(1)
 
         health = consumer.health()

@@ -406,6 +406,34 @@ async def test_what_comes_while_dead_letters_are_stored_is_dead_lettered_togethe
     assert {*outcomes(reports)} == {"dead_lettered"}
 
 
+async def test_what_was_dead_lettered_together_is_settled():
+    broker = Together()
+    broker.stored.set()
+    deliveries = [broker.delivery(b"{") for _ in range(3)]
+    broker.script.extend(deliveries)
+
+    await consume(broker, on_joined, count=3)
+
+    assert [delivery.outcome for delivery in deliveries] == ["dead_letter"] * 3
+
+
+@pytest.mark.parametrize("body", [b"{", b"["], ids=["together", "one by one"])
+async def test_dead_letters_leave_nothing_behind(body):
+    """A consumer dead-letters thousands of messages in its life."""
+    broker, rooms = Together(*[body] * 20), []
+    broker.stored.set()
+    broker.make_room = rooms.append
+    consumer, reports = consumer_of(broker, on_joined)
+    handling = consumer._handling
+    async with running(consumer):
+        await until(lambda: len(reports) == 20)
+        await until(lambda: not handling.dead_lettering)
+        kept = [handling._workers, handling._deadlines._deadlines, handling._settling._deadlines]
+        assert [len(each) for each in kept] == [1, 1, 1]
+
+    assert (max(rooms) > 0, rooms[-1]) == (True, 0)
+
+
 async def test_what_is_not_stored_together_is_dead_lettered_by_itself():
     large = b" " * (_LONGEST_TOGETHER + 1)
     broker = Together(b"{", b"[", large, b"{")

@@ -93,8 +93,9 @@ async def test_gaps_are_counted_logged_and_reported(breaks, caplog):
     async with running(consumer):
         await asyncio.sleep(0)
         broker.on_gap(gap)
+        broker.on_gap(gap)
 
-    assert (gaps, consumer.health().gaps) == ([gap], 1)
+    assert (gaps, consumer.health().gaps) == ([gap, gap], 2)
     assert "messages may have been missed between 2026-01-01" in caplog.text
     assert ("on_gap failed" in caplog.text) == breaks
 

@@ -23,6 +23,7 @@ from tests.unit.consumer.helpers import (
     on_joined,
     outcomes,
     quick,
+    reason_of,
 )
 from tests.unit.doubles import (
     Moved,
@@ -407,3 +408,25 @@ async def test_stopping_at_any_moment_neither_loses_nor_duplicates():
 
     assert sorted(handled) == [*range(200)]
     assert broker.dead_letters == []
+
+
+@pytest.mark.usefixtures("loop_clock")
+async def test_by_default_a_handler_has_300_seconds_and_a_shutdown_waits_for_20():
+    begun, ended = [], []
+
+    async def hangs(event: UserJoined) -> None:
+        begun.append(asyncio.get_running_loop().time())
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(asyncio.get_running_loop().time())
+
+    consumer, reports = consumer_of(Scripted(*[body_of(UserJoined())] * 2), hangs, retry=ONCE)
+    run = asyncio.create_task(consumer.run(signals=False))
+    await asyncio.sleep(310)
+    consumer.stop()
+    stopping = asyncio.get_running_loop().time()
+    await run
+
+    assert [reason_of(each) for each in reports] == ["retries-exhausted: TimeoutError", "cancelled"]
+    assert [ended[0] - begun[0], ended[1] - stopping] == pytest.approx([300, 20], abs=1.5)

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 
@@ -174,6 +175,22 @@ async def test_a_failure_to_settle_is_reported_and_the_next_delivery_is_handled(
     assert "could not be settled: BrokerUnavailable('it is away')" in caplog.text
     why = {"retry": " (failed: LookupError)", "dead_letter": " (permanent: PermanentError)"}.get(failing, "")
     assert reason_of(reports[0]) == f"not settled: BrokerUnavailable{why}"
+
+
+async def test_the_pauses_between_attempts_to_settle_grow():
+    """A short failure of the service costs no redelivery."""
+    attempts = []
+
+    class Away(Scripted):
+        async def ack(self, delivery, /):
+            attempts.append(asyncio.get_running_loop().time())
+            if len(attempts) < 3:
+                raise BrokerUnavailable("it is away")
+
+    reports = await consume(Away(body_of(UserJoined())), on_joined)
+
+    assert outcomes(reports) == ["acked"]
+    assert [later - earlier for earlier, later in pairwise(attempts)] == pytest.approx([0.05, 0.1])
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])
