@@ -222,7 +222,7 @@ async def test_the_transport_sets_the_largest_size_of_a_message():
         {"message_name": ""},
         {"message_name": f"\nERROR {CANARY}\x1b[2J" + "x" * 3_000},
     ],
-    ids=ascii,
+    ids=range(7),
 )
 @pytest.mark.parametrize("concurrency", [1, 4])
 async def test_the_topic_chooses_the_handler_and_a_body_that_names_another_one_is_dead_lettered(
