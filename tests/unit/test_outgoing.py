@@ -385,6 +385,12 @@ class BadName(NotificationEvent):
     message_name: ClassVar[str] = "\ud800"
 
 
+AMBIGUOUS = "event_id must be a UUID, and event_timestamp must have a time zone, otherwise it is ambiguous"
+RAISED = "its class raised LookupError while it was encoded"
+TEXTS = {
+    **dict.fromkeys(["no timestamp", "naive", "id is text", "no id"], f"UserJoined: {AMBIGUOUS}"),
+    "key": f"KeyRaises: {RAISED}",
+}
 REFUSED = {
     "no timestamp": (UserJoined(event_timestamp=None), EncodingError),
     "naive": (UserJoined(event_timestamp=dt.datetime(2024, 1, 1)), EncodingError),  # noqa: DTZ001
@@ -417,6 +423,7 @@ async def test_an_event_that_cannot_be_sent_fails_in_the_unit_of_work(case):
 
     assert witness.outcome is caught.value
     assert "4711" not in str(caught.value)
+    assert TEXTS.get(case, str(caught.value)) == str(caught.value)
     assert (len(handled), len(broker)) == (1, 0)
 
 
