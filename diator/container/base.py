@@ -69,9 +69,9 @@ class Construction(Generic[T]):
     __slots__ = ("arguments", "call", "is_new")
 
     def __init__(self, call: Callable[..., T], *arguments: Any, is_new: bool = False) -> None:
-        self.call = call
-        self.arguments = arguments
-        self.is_new = is_new
+        self.call: Callable[..., T] = call
+        self.arguments: tuple[Any, ...] = arguments
+        self.is_new: bool = is_new
 
     def __call__(self, _: Shared) -> T:
         return self.call(*self.arguments)
