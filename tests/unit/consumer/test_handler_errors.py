@@ -118,6 +118,36 @@ async def test_events_of_a_failed_handler_are_not_sent_with_a_later_message(midd
     assert [call[0] for call in broker.log].count("send") == 1
 
 
+async def test_a_container_receives_one_state_for_all_handlers_of_a_delivery():
+    """And another one for the next delivery."""
+    states = []
+
+    class LooksAtState:
+        def factory(self, type_):
+            def build(shared):
+                states.append(shared)
+                return type_()
+
+            return build
+
+        async def resolve(self, type_):
+            raise AssertionError("`factory` is enough")
+
+    class RaisesNoticed(EventHandler[UserJoined]):
+        async def handle(self, event: UserJoined) -> None:
+            self.events.append(Noticed())
+
+    class OnNoticed(EventHandler[Noticed]):
+        async def handle(self, event: Noticed) -> None: ...
+
+    await consume(Scripted(*[body_of(JOIN)] * 2), RaisesNoticed, OnNoticed, container=LooksAtState(), count=2)
+
+    first, second, third, fourth = states
+    assert isinstance(first, dict)
+    assert first is second is not third
+    assert third is fourth
+
+
 @pytest.mark.parametrize("scoped", [True, False])
 async def test_after_a_swallowed_error_no_event_is_sent(scoped):
     """A middleware calls the handler twice, and swallows the error of the second call."""

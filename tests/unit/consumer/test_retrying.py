@@ -171,6 +171,11 @@ async def test_a_handler_that_cancels_itself_fails(where):
     )
 
     assert outcomes(reports) == ["dead_lettered"] * 2
+    if where == "one of two":
+        assert reports[0].error.message == "handlers of UserJoined failed"
+        [error] = reports[0].error.exceptions
+        assert str(error).endswith("on_user was cancelled by its own code")
+        assert isinstance(error.__cause__, asyncio.CancelledError)
     assert sorted(runs) == {"handler": ["one"] * 4, "one of two": ["one"] * 4 + ["other"] * 2, "middleware": []}[where]
 
 
@@ -242,4 +247,6 @@ async def test_a_poison_message_is_dead_lettered(attempt, outcome):
 
     assert (outcomes(reports), reports[0].attempt) == ([outcome], attempt)
     assert len(runs) == (outcome == "acked")
-    assert all(letter.reason.startswith("poison-message: ") for letter in broker.dead_letters)
+    ended = "4 deliveries ended without success, more than the retry policy allows"
+    expected = [f"poison-message: {ended}"] if outcome == "dead_lettered" else []
+    assert [letter.reason for letter in broker.dead_letters] == expected

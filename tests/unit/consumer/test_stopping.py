@@ -320,10 +320,12 @@ async def test_a_base_exception_ends_the_run_and_settles_nothing(when, concurren
         await asyncio.sleep(0.005)
     gate.set()
 
-    with pytest.raises(Fatal):
+    with pytest.raises(Fatal) as caught:
         await run
 
-    assert outcomes(reports) == ["unsettled"]
+    assert [(each.outcome, each.reason, each.error) for each in reports] == [
+        ("unsettled", "ended by Fatal", caught.value)
+    ]
     assert await left_in(broker, 1) == [2]
 
 
