@@ -34,6 +34,26 @@ ONCE = RetryPolicy(immediate_retries=0, delayed_retries=0)
 """A retry policy without retries: a failing message is dead-lettered at once."""
 
 
+class FirstWaits:
+    """
+    A handler of `Happened` that waits with the event 0 until *gate* is set.
+
+    Attributes:
+        gate: Set it to let the event 0 go on.
+        handled: The numbers of the handled events, in the order of their ends.
+    """
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.handled: list[int] = []
+
+    async def handle(self, event: Happened) -> None:
+        """Handle *event*."""
+        if event.number == 0:
+            await self.gate.wait()
+        self.handled.append(event.number)
+
+
 class ConsumerRun:
     """
     A consumer, with the outcomes of its deliveries.

@@ -12,7 +12,7 @@ from typing import Any
 from diator.brokers.base import Delivery
 from diator.brokers.capabilities import Capabilities
 from diator.exceptions import MessageRejected
-from diator.testing.conformance._consuming import Happened
+from diator.testing.conformance._consuming import FirstWaits, Happened
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._ledger import NotApplicable, Received
 from diator.testing.conformance._scenario import scenario
@@ -375,22 +375,16 @@ async def prefetch_each(ctx: Context) -> None:
 async def slow_key(ctx: Context) -> None:
     """Catch a message that waits behind another one of its key, and takes the place of a message that could begin."""
     broker = await ctx.broker()
-    gate, handled = asyncio.Event(), list[int]()
-
-    async def handle(event: Happened) -> None:
-        if event.number == 0:
-            await gate.wait()
-        handled.append(event.number)
-
-    async with ctx.consuming(broker, handle, concurrency=4) as run:
+    first = FirstWaits()
+    async with ctx.consuming(broker, first.handle, concurrency=4) as run:
         slow = [run.message(number, key="slow") for number in range(200)]
         others = [run.message(200 + number, key=f"key-{number % 50}") for number in range(200)]
         await ctx.send_all(broker, [each for pair in zip(slow, others, strict=True) for each in pair])
         await run.until_handled(200)
-        ctx.check(min(handled) >= 200, "a message was handled before an earlier one of its key")  # noqa: PLR2004
-        gate.set()
+        ctx.check(min(first.handled) >= 200, "a message was handled before an earlier one of its key")  # noqa: PLR2004
+        first.gate.set()
         await run.until_handled(400)
-    ctx.same(handled[200:], [*range(200)], "the messages of the slow key")
+    ctx.same(first.handled[200:], [*range(200)], "the messages of the slow key")
     ctx.same(run.outcomes_of([*slow, *others]), ["acked"] * 400, "the outcomes, by message")
 
 
@@ -399,19 +393,13 @@ async def full_buffer(ctx: Context) -> None:
     """Catch a buffer without a limit: a slow key would fill the memory."""
     ctx.applies(not ctx.capabilities.ordered_retry, "the transport delivers the messages of a key one by one")
     broker = await ctx.broker()
-    gate, handled = asyncio.Event(), list[int]()
-
-    async def handle(event: Happened) -> None:
-        if event.number == 0:
-            await gate.wait()
-        handled.append(event.number)
-
-    async with ctx.consuming(broker, handle, concurrency=4, prefetch=5) as run:
+    first = FirstWaits()
+    async with ctx.consuming(broker, first.handle, concurrency=4, prefetch=5) as run:
         await ctx.send_all(broker, [run.message(number, key="slow") for number in range(6)])
         await asyncio.sleep(ctx.limits.quiet)  # it has received all of them
         await ctx.send_all(broker, [run.message(6, key="another")])
         await asyncio.sleep(ctx.limits.quiet)
-        ctx.same(handled, [], "the handled messages while the buffer is full")
-        gate.set()
+        ctx.same(first.handled, [], "the handled messages while the buffer is full")
+        first.gate.set()
         await run.until_handled(7)
-    ctx.same(sorted(handled), [*range(7)], "the handled messages")
+    ctx.same(sorted(first.handled), [*range(7)], "the handled messages")

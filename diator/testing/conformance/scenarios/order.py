@@ -6,7 +6,7 @@ import asyncio
 from collections import defaultdict
 
 from diator.brokers.capabilities import Capabilities
-from diator.testing.conformance._consuming import Happened
+from diator.testing.conformance._consuming import FirstWaits, Happened
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._recovery import reconnected
 from diator.testing.conformance._scenario import scenario
@@ -155,14 +155,8 @@ async def lanes_survive_resets(ctx: Context) -> None:
     """Catch a consumer that handles what waited, and then its redelivery."""
     proxy = await ctx.proxy()
     broker = await ctx.broker()
-    gate, handled = asyncio.Event(), list[int]()
-
-    async def handle(event: Happened) -> None:
-        if event.number == 0:
-            await gate.wait()
-        handled.append(event.number)
-
-    async with ctx.consuming(broker, handle, concurrency=4) as run:
+    first = FirstWaits()
+    async with ctx.consuming(broker, first.handle, concurrency=4) as run:
         messages = [run.message(number, key="slow" if number % 2 == 0 else f"key-{number}") for number in range(80)]
         await ctx.send_all(broker, messages)
         await run.until_handled(40)
@@ -171,11 +165,11 @@ async def lanes_survive_resets(ctx: Context) -> None:
         await reconnected(ctx, proxy, before, ctx.limits.recovery)
         last = run.message(81, key="the last")
         await ctx.send_until_confirmed(broker, last)
-        while 81 not in handled:  # noqa: PLR2004
+        while 81 not in first.handled:  # noqa: PLR2004
             await run.until_handled(len(run.handled) + 1)
-        gate.set()
-        while 78 not in handled:  # noqa: PLR2004
+        first.gate.set()
+        while 78 not in first.handled:  # noqa: PLR2004
             await run.until_handled(len(run.handled) + 1)
-    slow = [number for number in handled if number % 2 == 0]
+    slow = [number for number in first.handled if number % 2 == 0]
     ctx.same([number for number in slow if number], [*range(2, 80, 2)], "the messages that waited")
     ctx.same(slow[0], 0, "the first message of the slow key")
