@@ -848,7 +848,9 @@ async def test_after_the_end_the_iterator_is_exhausted():
 # -- backpressure ----------------------------------------------------------------------------------------------------
 
 
-async def test_at_most_prefetch_deliveries_are_handed_out_and_unsettled():
+@asynccontextmanager
+async def full_subscription():
+    """A subscription with a prefetch of 2 that has handed out two deliveries, and a task that waits for the third."""
     service = Service()
     async with service.supervised(prefetch=2, buffer_size=4) as deliveries:
         service.links[0].put(1, 2, 3, 4)
@@ -857,6 +859,11 @@ async def test_at_most_prefetch_deliveries_are_handed_out_and_unsettled():
         assert await take(deliveries, 2) == [1, 2]
         waiting = asyncio.create_task(take(deliveries, 1))
         await asyncio.sleep(0.01)
+        yield deliveries, waiting
+
+
+async def test_at_most_prefetch_deliveries_are_handed_out_and_unsettled():
+    async with full_subscription() as (deliveries, waiting):
         assert not waiting.done()
 
         deliveries.unsettled -= 1
@@ -865,14 +872,7 @@ async def test_at_most_prefetch_deliveries_are_handed_out_and_unsettled():
 
 
 async def test_room_for_deliveries_that_the_program_does_not_wait_for():
-    service = Service()
-    async with service.supervised(prefetch=2, buffer_size=4) as deliveries:
-        service.links[0].put(1, 2, 3, 4)
-        await asyncio.sleep(0.01)
-        deliveries.unsettled = 4
-        assert await take(deliveries, 2) == [1, 2]
-        waiting = asyncio.create_task(take(deliveries, 1))
-        await asyncio.sleep(0.01)
+    async with full_subscription() as (deliveries, waiting):
         deliveries.make_room(1)
         assert await waiting == [3]
 
