@@ -157,8 +157,7 @@ async def _bootstrap(client: Any, cluster: Cluster) -> None:
                 connection.close()
     else:
         raise not_connected(problems, within=within)
-    if client._sync_task is None:  # noqa: SLF001
-        client._sync_task = asyncio.create_task(client._md_synchronizer())  # noqa: SLF001
+    refresh_metadata(client)
 
 
 # -- starting and ending tasks -------------------------------------------------------------------------------------
@@ -243,6 +242,12 @@ require_internals("aiokafka", INTERNALS)
 
 BatchBuilderInPython: Any = default_records._DefaultRecordBatchBuilderPy  # noqa: SLF001
 """Writes what the one in C refuses: names of headers that are not `str`, but a class derived from it."""
+
+
+def refresh_metadata(client: Any) -> None:
+    """Let *client* refresh its metadata from now on, as its own `bootstrap` does."""
+    if client._sync_task is None:  # noqa: SLF001
+        client._sync_task = asyncio.create_task(client._md_synchronizer())  # noqa: SLF001
 
 
 def pace(client: Any, cluster: Cluster) -> None:
