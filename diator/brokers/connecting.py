@@ -85,13 +85,13 @@ class ClientConnection(ABC, Generic[L]):
 
     One attempt to connect runs at a time, for all callers that wait. It has a task and a deadline of its own,
     `ReconnectPolicy.connect_timeout`: a caller that reaches its own deadline, or is cancelled, leaves the attempt to
-    the others. If an attempt fails, everybody who has waited for it gets its error. Between two attempts is a delay, as
-    *reconnect* says, of half of *timeout* at most: a caller that comes during the delay waits for the next attempt. So
-    a call never fails because of an earlier attempt than its own.
+    the others. If an attempt fails, everybody who came before it began gets its error. Between two attempts is a delay,
+    as *reconnect* says, of half of *timeout* at most: a caller that comes during an attempt that fails, or during the
+    delay, waits for the next attempt. So a call never fails because of how the service was before the call.
 
     A subclass writes `open`, `_connect` and `_close`, and `_reset` if it keeps more than the connection. Each of its
-    calls begins with `_bind_to_running_loop`. A call that has to wait counts itself in `_queued` and takes `_lock`;
-    then it gets the connection from `_connected`. Work that nobody waits for runs in `_background`.
+    calls begins with `_bind_to_running_loop` and notes `_attempts`. A call that has to wait counts itself in `_queued`
+    and takes `_lock`; then it gets the connection from `_connected`. Work that nobody waits for runs in `_background`.
 
     It logs once that an attempt has failed, and once that a later one was successful.
 
@@ -108,7 +108,7 @@ class ClientConnection(ABC, Generic[L]):
         self._reconnect = reconnect.capped(timeout / 2)  # so that each call has the time for an attempt
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing: asyncio.Task[None] | None = None
-        self._failures = 0  # the number of attempts to connect that have failed
+        self._attempts = self._failed = 0  # how many attempts to connect have begun, and which of them failed last
         self._was_connected = False
         self._begin()
 
@@ -158,15 +158,15 @@ class ClientConnection(ABC, Generic[L]):
 
     # -- connecting --------------------------------------------------------------------------------------------------
 
-    async def _connected(self, failures: int) -> L:
+    async def _connected(self, attempts: int) -> L:
         """
         Return the connection. If there is none, wait for the attempt that is under way, or begin one.
 
-        The caller holds the lock. *failures* is the value of `_failures` when the call began: if an attempt has failed
-        since, this raises its error.
+        The caller holds the lock. *attempts* is the value of `_attempts` when the call began: if an attempt that began
+        later has failed, this raises its error.
         """
         while self._link is None:
-            if self._failures > failures and self._failure is not None:
+            if self._failed > attempts and self._failure is not None:
                 # Without the frames of the callers that raised it before: they would add up.
                 raise self._failure.with_traceback(self._failed_at)
             if self._connecting is None or self._connecting.done():
@@ -177,6 +177,7 @@ class ClientConnection(ABC, Generic[L]):
     async def _make_attempt(self) -> None:
         this = asyncio.current_task()
         async with self._backoff.attempt():
+            self._attempts += 1
             try:
                 async with asyncio.timeout(self._reconnect.connect_timeout):
                     self._link = await self._connect()
@@ -191,7 +192,7 @@ class ClientConnection(ABC, Generic[L]):
                 ):  # otherwise nothing is lost: the callers get the error
                     why = explained(error, within=self._reconnect.connect_timeout)
                     logger.warning("no connection to %s (%s); the next calls try again", self.where, why)
-                self._failures += 1
+                self._failed = self._attempts
                 self._failure = error if isinstance(error, Exception) else ConnectionError("connecting was cancelled")
                 self._failed_at = self._failure.__traceback__
 

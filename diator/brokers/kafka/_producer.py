@@ -55,12 +55,12 @@ class Producer(ClientConnection[IdempotentProducer]):
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
         self._bind_to_running_loop()
-        failures = self._failures
+        attempts = self._attempts
         try:
             async with asyncio.timeout(self.timeout), self._lock:
                 if self.is_closed:
                     raise BrokerClosed("this broker is closed")
-                await self._prepared(failures)
+                await self._prepared(attempts)
         except CLIENT_ERRORS as error:
             raise self._not_sent(error, None) from error
 
@@ -127,13 +127,13 @@ class Producer(ClientConnection[IdempotentProducer]):
         self, topic: str, key: bytes | None, partition: int | None, message_id: UUID | None, deadline: float
     ) -> tuple[IdempotentProducer, Place]:
         """Wait for a producer that knows the partitions of *topic*, and for room."""
-        failures, waited_for = self._failures, "the sends before it"
+        attempts, waited_for = self._attempts, "the sends before it"
         self._queued += 1
         try:
             async with asyncio.timeout_at(deadline), self._lock:
                 while not self.is_closed:
                     waited_for = "the partitions of earlier messages"
-                    producer = await self._prepared(failures)
+                    producer = await self._prepared(attempts)
                     if self._calls.is_full:
                         waited_for = f"the confirmation of one of {self._max_in_flight:,} messages in flight"
                         self._room.clear()
@@ -158,13 +158,13 @@ class Producer(ClientConnection[IdempotentProducer]):
         await self._background.wait()  # the old producer may still send a message of the same key
         return await IdempotentProducer.connect(self._cluster, on_failure=self._give_up)
 
-    async def _prepared(self, failures: int) -> IdempotentProducer:
+    async def _prepared(self, attempts: int) -> IdempotentProducer:
         """Return a producer that works, and that has been given all calls that waited for one. See `_connected`."""
         async with self._preparing:
             while True:
                 if self._link is not None and self._link.has_ended:
                     self._give_up(self._link, OutcomeUnknown("its sender was cancelled; it may have arrived"))
-                producer = await self._connected(failures)
+                producer = await self._connected(attempts)
                 for topic in {call.place[0] for call in self._calls.waiting}:
                     if not producer.knows(topic):
                         await self._look_up(producer, topic)
@@ -268,7 +268,7 @@ class Producer(ClientConnection[IdempotentProducer]):
         while self._calls.waiting:
             try:
                 async with asyncio.timeout(self.timeout):
-                    await self._prepared(self._failures)
+                    await self._prepared(self._attempts)
             except TimeoutError:
                 continue  # the overdue calls have ended
             except CLIENT_ERRORS as error:

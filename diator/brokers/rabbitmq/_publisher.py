@@ -87,10 +87,10 @@ class Publisher(ClientConnection["_Connection"]):
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
         deadline = self._bind_to_running_loop().time() + self.timeout
-        failures = self._failures
+        attempts = self._attempts
         try:
             async with asyncio.timeout_at(deadline), self._lock:
-                await self._open_link(failures, None)
+                await self._open_link(attempts, None)
         except TimeoutError as error:
             raise BrokerUnavailable(f"RabbitMQ is not available ({self._no_connection()})") from error
 
@@ -143,13 +143,13 @@ class Publisher(ClientConnection["_Connection"]):
         """Wait for a connection with room, and until no other message of this id is in flight."""
         message_id = publication.message_id
         concerned = uuid_of(message_id)
-        failures = self._failures
+        attempts = self._attempts
         self._queued += 1
         try:
             async with asyncio.timeout_at(deadline):
                 while True:
                     async with self._lock:
-                        while not (link := await self._open_link(failures, concerned)).has_room:
+                        while not (link := await self._open_link(attempts, concerned)).has_room:
                             await link.room()
                         if message_id not in link.ids:
                             return link.publish(publication, deadline)
@@ -164,10 +164,10 @@ class Publisher(ClientConnection["_Connection"]):
         finally:
             self._queued -= 1
 
-    async def _open_link(self, failures: int, message_id: UUID | None) -> _Connection:
+    async def _open_link(self, attempts: int, message_id: UUID | None) -> _Connection:
         """Return the connection; see `_connected`. BrokerClosed if it is closed."""
         try:
-            link = None if self.is_closed else await self._connected(failures)
+            link = None if self.is_closed else await self._connected(attempts)
         except Refused as error:
             raise MessageRejected(
                 f"RabbitMQ refuses the exchange {self._exchange!r} ({error}); it must be a durable topic exchange that "

@@ -178,7 +178,7 @@ class RetainingPublisher(Publisher):
         exchange has no alternate exchange.
         """
         async with self._lock:
-            link = await self._open_link(self._failures, None)
+            link = await self._open_link(self._attempts, None)
         if not link.retains:
             return False
         exchange, queue = retained_exchange_name(self._exchange), retained_queue_name(self._exchange, topic)

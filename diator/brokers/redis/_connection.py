@@ -96,10 +96,10 @@ class CommandConnection(ClientConnection["_Connection | _Unshared"]):
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
         deadline = self._bind_to_running_loop().time() + self.timeout
-        failures = self._failures
+        attempts = self._attempts
         try:
             async with asyncio.timeout_at(deadline), self._lock:
-                link = await self._open_link(failures, None)
+                link = await self._open_link(attempts, None)
                 if isinstance(link, _Unshared):
                     await link.ping()
         except CLIENT_ERRORS as error:
@@ -171,21 +171,21 @@ class CommandConnection(ClientConnection["_Connection | _Unshared"]):
         self, command: Sequence[bytes], message_id: UUID | None, deadline: float, replicas: int
     ) -> Awaitable[Any]:
         """Wait for a connection with room, and send."""
-        failures = self._failures
+        attempts = self._attempts
         self._queued += 1
         try:
             async with asyncio.timeout_at(deadline), self._lock:
                 while True:
-                    link = await self._open_link(failures, message_id)
+                    link = await self._open_link(attempts, message_id)
                     if link.has_room:
                         return link.call(command, message_id, deadline, replicas)
                     await link.room()
         finally:
             self._queued -= 1
 
-    async def _open_link(self, failures: int, message_id: UUID | None) -> _Connection | _Unshared:
+    async def _open_link(self, attempts: int, message_id: UUID | None) -> _Connection | _Unshared:
         """Return the connection; see `_connected`. BrokerClosed if it is closed."""
-        link = None if self._closed else await self._connected(failures)
+        link = None if self._closed else await self._connected(attempts)
         if link is None or self._closed:
             raise BrokerClosed("this broker is closed", message_id=message_id)
         return link

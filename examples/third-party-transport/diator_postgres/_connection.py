@@ -54,14 +54,14 @@ class Connection(ClientConnection[Any]):
 
     async def _run(self, statement: str, arguments: Sequence[object], until: float) -> Sequence[Any]:
         written = answered = False
-        failures = self._failures
+        attempts = self._attempts
         try:
             async with asyncio.timeout_at(until), self._lock:
                 if self._is_over:
                     raise BrokerClosed("this broker is closed")
                 if self.raw is not None and self.raw.is_closed():
                     self.abort()
-                raw = await self._connected(failures)
+                raw = await self._connected(attempts)
                 try:
                     written = True
                     rows: Sequence[Any] = await raw.fetch(statement, *arguments)

@@ -33,13 +33,13 @@ class Connection(ClientConnection[Link]):
     async def call(self):
         """Return the connection, as a call of a transport gets it."""
         loop = self._bind_to_running_loop()
-        failures = self._failures
+        attempts = self._attempts
         self._queued += 1
         try:
             async with asyncio.timeout_at(loop.time() + self.timeout), self._lock:
                 if self.is_closed:
                     raise BrokerClosed("closed")
-                return await self._connected(failures)
+                return await self._connected(attempts)
         finally:
             self._queued -= 1
 
@@ -111,7 +111,7 @@ async def test_callers_keep_their_order():
     assert order == [*range(200)]
 
 
-async def test_a_failed_attempt_fails_everybody_who_has_waited_for_it_and_nobody_else():
+async def test_a_failed_attempt_fails_everybody_who_came_before_it_and_nobody_else():
     connection = Connection()
     connection.error = OSError("refused")
     waiting = calls(connection, 50)
@@ -121,6 +121,20 @@ async def test_a_failed_attempt_fails_everybody_who_has_waited_for_it_and_nobody
 
     connection.error = None
     assert await connection.call() is connection.open_links[0]  # it waits for an attempt of its own
+    assert len(connection.began) == 2
+
+
+async def test_a_caller_who_comes_during_an_attempt_that_fails_waits_for_the_next():
+    """A network that heals during an attempt may have lost what the attempt has sent."""
+    connection = Connection()
+    connection.error = OSError("the answer was lost")
+    before = calls(connection, 1)
+    await asyncio.sleep(0.05)
+    after = calls(connection, 20)
+    assert await kinds(before) == [OSError]
+
+    connection.error = None
+    assert await kinds(after) == [Link] * 20
     assert len(connection.began) == 2
 
 
