@@ -72,6 +72,25 @@ def test_a_late_acknowledgement_is_caught(monkeypatch, harness, outcome):
     assert outcome == "PASS" or "what the other consumer had not settled" in result.reason
 
 
+async def test_a_process_that_slept_past_its_lease_settles_nothing(monkeypatch):
+    now, deleted, renewed = 0.0, [], []
+    monkeypatch.setattr("diator.brokers.leases.monotonic", lambda: now)
+
+    async def delete(receipts):
+        deleted.append(receipts)
+
+    async def renew(receipt):
+        renewed.append(receipt)
+
+    service = page.UnfencedService(delete, renew)
+    over, leased = page.Lent("over", leased_until=1.0), page.Lent("leased", leased_until=3.0)
+    now = 2.0
+    await service.send_acks([over, leased])
+
+    assert await service.renew([over, leased]) == [over]
+    assert (deleted, renewed) == ([["leased"]], ["leased"])
+
+
 @asynccontextmanager
 async def connection():
     yield "a connection"

@@ -6,12 +6,10 @@ import math
 import os
 import socket
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from time import monotonic
 from typing import Any, TypeAlias
 from uuid import uuid4
 
-import msgspec
-
+from diator.brokers.leases import Leased
 from diator.brokers.redis._names import AGAIN, DEAD, DELAYED, encoded, of_group
 from diator.brokers.redis._scripts import ACK, CHECK, DEAD_LETTER, FORGET, MOVE_DUE, RENEW, RETRY
 from diator.brokers.settling import ALL_OMITTED, OMITTED
@@ -28,7 +26,7 @@ _MOVED_AT_ONCE = 100
 _MOST_OF_LUA = 4_000
 
 
-class Entry(msgspec.Struct, eq=False, gc=False):  # nothing that it refers to refers back
+class Entry(Leased, eq=False, gc=False):  # nothing that it refers to refers back
     """
     An entry that a consumer holds: the token of a delivery.
 
@@ -38,8 +36,7 @@ class Entry(msgspec.Struct, eq=False, gc=False):  # nothing that it refers to re
         first: The stream that all groups share. Another *stream* is that of the retried messages of one group.
         fields: The fields of the message.
         origin: The id of the message's first entry; of a retried message that is another than *id*.
-        leased_until: Until when nobody else can claim it, by `time.monotonic`.
-        was_tried: Whether settling it has failed, so that it may be settled although no reply says so.
+        is_suspect: Whether it was taken over after a delivery elsewhere: it may be a poison message.
     """
 
     stream: bytes
@@ -47,17 +44,11 @@ class Entry(msgspec.Struct, eq=False, gc=False):  # nothing that it refers to re
     first: bytes
     fields: list[tuple[bytes, bytes]]
     origin: bytes
-    leased_until: float
-    was_tried: bool = False
+    is_suspect: bool = False
 
     @property
     def is_retried(self) -> bool:
         return self.stream != self.first
-
-    @property
-    def is_leased(self) -> bool:
-        """Return whether it is this consumer's even if the group has forgotten it, since nobody can have claimed it."""
-        return not self.was_tried and monotonic() < self.leased_until
 
 
 class Group:
@@ -126,19 +117,17 @@ class Group:
         found = await self.execute(b"XPENDING", stream, self.name, id_, id_, b"1", self.consumer)
         return found[0][3] if found else None
 
-    async def renew(self, entries: Sequence[Entry], lease: float) -> Collection[Entry]:
-        """Renew the leases of *entries* of one stream. Return those that other consumers have claimed meanwhile."""
+    async def renew(self, entries: Sequence[Entry]) -> Collection[Entry]:
+        """Renew the leases of *entries* of one stream. Return those that other consumers may have claimed meanwhile."""
         by_id = {entry.id: entry for entry in entries}
-        claimed = {*entries}
-        ids, now = [*by_id], monotonic()
+        leased = {entry.id for entry in entries if entry.is_leased}  # so nobody has claimed them before
+        ids = [*by_id]
         for start in range(0, len(ids), _MOST_OF_LUA):
             some = ids[start : start + _MOST_OF_LUA]
             ours, removed = await self._run(RENEW, [entries[0].stream], [self.name, self.consumer, *some])
-            claimed.difference_update(by_id[id_] for id_ in [*ours, *removed])
-            removed = [id_ for id_ in removed if now < by_id[id_].leased_until]  # so nobody claimed it before
-            for id_ in [*ours, *removed]:
-                by_id[id_].leased_until = now + lease
-        return claimed
+            for id_ in [*ours, *leased.intersection(removed)]:
+                del by_id[id_]
+        return by_id.values()
 
     async def let_go(self, stream: bytes, id_: bytes, times: int, idle_ms: int) -> None:
         """Let others claim an entry that counts as delivered so many *times*."""

@@ -11,12 +11,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Gen
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from time import monotonic
 from typing import Annotated, cast
 
 import msgspec
 
 from diator.brokers.base import Delivery, OnGap, Topic
+from diator.brokers.leases import Leases
 from diator.brokers.redis._client import (
     Client,
     RedisConnection,
@@ -82,6 +82,7 @@ class Subscription(ResilientSubscription):
         group: The consumer's commands.
         options: How it reads.
         streams: The streams that all groups share, one for each topic.
+        leases: What it holds.
         topics: Every stream that this consumer reads, with its topic: also the group's streams of retried messages.
     """
 
@@ -117,11 +118,10 @@ class Subscription(ResilientSubscription):
         self._first = {self.group.key(stream, AGAIN): stream for stream in streams}
         self.topics = {**streams, **{again: streams[stream] for again, stream in self._first.items()}}
         self._cursors = dict.fromkeys(self.topics, b"0-0")
-        self._held: dict[bytes, dict[bytes, Delivery]] = {stream: {} for stream in self.topics}
-        self._suspects: set[bytes] = set()  # taken over after a delivery elsewhere: one may be a poison message
+        self.leases: Leases[Entry] = Leases(self, options.lease, self._renew)
+        self._suspects: set[Entry] = set()
         self._not_settled: set[bytes] = set()
         self._acked: Acknowledgements[Entry] = Acknowledgements(self._send_acked)
-        self._renewing: asyncio.Task[None] | None = None
 
     @property
     def is_taking_over(self) -> bool:
@@ -131,7 +131,7 @@ class Subscription(ResilientSubscription):
     @property
     def oldest_message(self) -> float | None:
         """See `ResilientSubscription.oldest_message`. An id that Redis makes begins with the time, in milliseconds."""
-        added = [int(id_.partition(b"-")[0]) for held in self._held.values() for id_ in held]
+        added = [int(entry.id.partition(b"-")[0]) for entry in self.leases]
         return max(0.0, time.time() - min(added) / 1000) if added else 0.0
 
     @asynccontextmanager
@@ -149,10 +149,9 @@ class Subscription(ResilientSubscription):
             await self.group.check_keys(stream)
         created = await self.group.create(self.topics)
         await self.group.check_access([*self.topics])
-        if created and self._renewing is not None:
+        if created and self.leases.have_begun:
             raise MessagesMissed(f"Redis had lost {created[0].decode()}, or its group; both are there again")
-        if self._renewing is None:
-            self._renewing = asyncio.create_task(self._keep_renewing(), name="diator: renewing leases")
+        self.leases.begin()
         connection = await subscribing_connection(self._client, within=self._reconnect.connect_timeout)
         try:
             yield Connection(connection, self)
@@ -182,18 +181,14 @@ class Subscription(ResilientSubscription):
                     body = value
                 else:
                     headers[name.decode(errors="replace")] = value.decode(errors="replace")
-        delivery = Delivery(
+        return Delivery(
             topic=self.topics[stream],
             body=body or b"",
             headers=headers,
             attempt=attempt,
             settler=self,
-            token=Entry(stream, id_, first, fields, origin, monotonic() + self.options.lease),
+            token=Entry(stream, id_, first, fields, origin),
         )
-        held = self._held[stream]
-        self.unsettled += id_ not in held
-        held[id_] = delivery
-        return delivery
 
     # -- settling ------------------------------------------------------------------------------------------------
 
@@ -240,18 +235,15 @@ class Subscription(ResilientSubscription):
             yield
         except BaseException:
             for entry in entries:
-                entry.was_tried = True
+                entry.leased_until = 0.0  # it may be settled although no reply says so
             raise
         self._not_settled.difference_update(ids)
 
     def _release(self, delivery: Delivery) -> Entry:
-        """Stop renewing the lease of *delivery*, and make room for the next one."""
         entry: Entry = delivery.token  # type: ignore[assignment]  # `cast` is a call, for each message
-        if self._held[entry.stream].pop(entry.id, None) is not None:
-            self.unsettled -= 1
+        self.leases.release(entry)
         if self._suspects:
-            self._suspects.discard(entry.id)
-        self.notify_settled()
+            self._suspects.discard(entry)
         return entry
 
     async def _send_acked(self, entries: Sequence[Entry]) -> None:
@@ -268,22 +260,13 @@ class Subscription(ResilientSubscription):
 
     # -- holding -------------------------------------------------------------------------------------------------
 
-    async def _keep_renewing(self) -> None:
-        """Renew the leases for as long as this process lives, however long a handler takes."""
-        while True:
-            await asyncio.sleep(self.options.lease / 3)
-            for held in filter(None, self._held.values()):
-                try:
-                    entries = [cast("Entry", delivery.token) for delivery in held.values()]
-                    if claimed := await self.group.renew(entries, self.options.lease):
-                        self._withdraw(claimed)
-                except DiatorError as error:
-                    logger.warning("the leases of %d messages could not be renewed: %s", len(held), error)
-
-    def _withdraw(self, claimed: Collection[Entry]) -> None:
-        """Hand out nothing of what other consumers have claimed, since this process stood still for too long."""
-        for delivery in self.remove_prefetched(lambda delivery: delivery.token in claimed):
-            self._release(delivery)
+    async def _renew(self, held: Collection[Entry]) -> Collection[Entry]:
+        by_stream: dict[bytes, list[Entry]] = defaultdict(list)
+        for entry in held:
+            by_stream[entry.stream].append(entry)
+        lost = [entry for entries in by_stream.values() for entry in await self.group.renew(entries)]
+        self._suspects.difference_update(lost)
+        return lost
 
     async def leave(self, prefetched: Collection[Delivery], /) -> None:
         """
@@ -291,25 +274,24 @@ class Subscription(ResilientSubscription):
 
         It takes at most `options.timeout` seconds.
         """
-        if self._renewing is None:
+        if not self.leases.have_begun:
             return  # this consumer never joined
-        self._renewing.cancel()
-        unseen = {cast("Entry", delivery.token).id for delivery in prefetched}
         try:
             async with asyncio.timeout(self.options.timeout):
+                await self.leases.end()
                 await self._acked.flush()
+                delivered = {*self.leases}.difference(cast("Entry", delivery.token) for delivery in prefetched)
                 for stream in self.topics:
-                    await self._leave(stream, unseen)
+                    await self._leave(stream, {entry.id for entry in delivered if entry.stream == stream})
         except TimeoutError:
             logger.warning("Redis does not answer; others take over the unsettled messages when their lease is over")
 
-    async def _leave(self, stream: bytes, unseen: Collection[bytes]) -> None:
+    async def _leave(self, stream: bytes, delivered: Collection[bytes]) -> None:
         try:
             for id_, _, _, times in await self.group.pending(stream):
                 # A message that the program has not seen was not delivered, whether it waited here or was on its way.
-                delivered = id_ in self._held[stream] and id_ not in unseen
                 lease_ms = math.ceil(self.options.lease * 1000)
-                await self.group.let_go(stream, id_, times if delivered else times - 1, lease_ms)
+                await self.group.let_go(stream, id_, times if id_ in delivered else times - 1, lease_ms)
             await self.group.forget(stream, _FORGOTTEN_AFTER)
         except DiatorError as error:
             logger.warning(
@@ -320,27 +302,27 @@ class Subscription(ResilientSubscription):
 
     async def lost_on_the_way(self, stream: bytes) -> list[Delivery]:
         """Return what Redis has delivered to this consumer on a connection that broke before it arrived."""
-        with self._finding() as found:
-            for id_, _, _, times in await self.group.pending(stream):
-                if id_ not in self._held[stream]:
-                    attempt = times + (id_ in self._not_settled)
-                    claimed = await self.group.redeliver(stream, id_, attempt)
-                    self._not_settled.discard(id_)
-                    if not claimed:
-                        self._report_removed(stream, [id_])
-                    found += [self.delivery(stream, id_, pairs or (), attempt) for id_, pairs in claimed]
-        return found
-
-    @contextmanager
-    def _finding(self) -> Generator[list[Delivery], None, None]:
-        """Collect deliveries in a list. If that fails half-way, the program never gets them, and their leases end."""
         found: list[Delivery] = []
-        try:
-            yield found
-        except BaseException:
-            for delivery in found:
-                self._release(delivery)
-            raise
+        held = self._held_of(stream)
+        for id_, _, _, times in await self.group.pending(stream):
+            if id_ not in held:
+                attempt = times + (id_ in self._not_settled)
+                claimed = await self.group.redeliver(stream, id_, attempt)
+                self._not_settled.discard(id_)
+                if not claimed:
+                    self._report_removed(stream, [id_])
+                found += [self.delivery(stream, id_, pairs or (), attempt) for id_, pairs in claimed]
+        return self._hold(found)
+
+    def _held_of(self, stream: bytes) -> Collection[bytes]:
+        return {entry.id for entry in self.leases if entry.stream == stream}
+
+    def _hold(self, found: list[Delivery]) -> list[Delivery]:
+        """Hold all that was *found*. If finding fails half-way, nothing is held, and the leases end."""
+        entries = [cast("Entry", delivery.token) for delivery in found]
+        self.leases.hold(entries)
+        self._suspects.update(entry for entry in entries if entry.is_suspect)
+        return found
 
     # -- looking after the group ---------------------------------------------------------------------------------
 
@@ -354,27 +336,28 @@ class Subscription(ResilientSubscription):
         for stream in self.streams:
             await self.group.move_due(self.group.key(stream, DELAYED), self.group.key(stream, AGAIN))
         most = min(most, self._prefetch - len(self._suspects))
-        with self._finding() as found:
-            for stream in self.topics:
-                if len(found) < most:
-                    await self._take_over(stream, most - len(found), found)
-        return found
+        found: list[Delivery] = []
+        for stream in self.topics:
+            if len(found) < most:
+                found += await self._take_over(stream, most - len(found))
+        return self._hold(found)
 
-    async def _take_over(self, stream: bytes, most: int, found: list[Delivery]) -> None:
+    async def _take_over(self, stream: bytes, most: int) -> list[Delivery]:
         self._cursors[stream], entries, gone = await self.group.take_over(
             stream, self.options.lease, self._cursors[stream], most
         )
+        held, found = self._held_of(stream), list[Delivery]()
         # XAUTOCLAIM takes all removed entries out of the group, those that are still being handled, too.
-        if lost := [id_ for id_ in gone if id_ not in self._held[stream] and id_ not in self._not_settled]:
+        if lost := [id_ for id_ in gone if id_ not in held and id_ not in self._not_settled]:
             self._report_removed(stream, lost)
         for id_, pairs in entries:
-            if id_ in self._held[stream]:
+            if id_ in held:
                 continue  # this consumer's own, renewed late; its handler is running
             times = await self.group.deliveries_of(stream, id_)  # None if its old owner has acknowledged it by now
             if times is not None:
                 found.append(self.delivery(stream, id_, pairs, times))
-                if times > 1:  # else its old owner's program never saw it
-                    self._suspects.add(id_)
+                cast("Entry", found[-1].token).is_suspect = times > 1  # else its old owner's program never saw it
+        return found
 
     def _report_removed(self, stream: bytes, ids: Sequence[bytes]) -> None:
         """Report entries that another program has removed from the stream before they were acknowledged."""
@@ -428,11 +411,12 @@ class Connection:
         answered = [*(reply.items() if isinstance(reply, dict) else reply or ())]
         if len(streams) > 1 and len(answered) == 1 and len(answered[0][1]) == count:
             self._busy = answered[0][0]
-        return [
-            self._subscription.delivery(stream, id_, pairs or (), 1)
-            for stream, entries in answered
-            for id_, pairs in entries
+        subscription = self._subscription
+        received = [
+            subscription.delivery(stream, id_, pairs or (), 1) for stream, entries in answered for id_, pairs in entries
         ]
+        subscription.leases.hold([delivery.token for delivery in received])  # type: ignore[misc]  # as `_release`
+        return received
 
     def _to_ask(self, most: int) -> tuple[list[bytes], tuple[bytes, ...]]:
         """

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 from uuid import uuid4
 
 from diator.brokers.base import Delivery, Topic
+from diator.brokers.leases import Leased, Leases
 from diator.brokers.settling import Acknowledgements, dead_letter_headers
 from diator.brokers.supervisor import ResilientSubscription, Source
 from diator.exceptions import BrokerClosed, BrokerError
 from diator_postgres._connection import Connection
-
-logger: logging.Logger = logging.getLogger(__name__)
-
-# The id of a row and the attempt. Two deliveries never have the same, so none can settle what another one holds.
-Token: TypeAlias = tuple[int, int]
 
 # Redeliveries come first, because new messages could hold them up for ever. `ANY (ARRAY (…))` is always an index scan.
 _CLAIM = """
@@ -41,7 +36,7 @@ _OURS = """
 unnest($2::text[]::bigint[], $3::text[]::int[]) AS ours (id, n) WHERE holder = $1 AND m.id = ours.id AND attempt = n
 """
 _DELETE = f"DELETE FROM messages AS m USING {_OURS}"
-_RENEW = f"UPDATE messages AS m SET due = now() + $4 FROM {_OURS}"
+_RENEW = f"UPDATE messages AS m SET due = now() + $4 FROM {_OURS} RETURNING m.id, attempt"
 _REQUEUE = f"""
 WITH requeued AS (UPDATE messages AS m SET holder = NULL, due = now() + $4 FROM {_OURS} RETURNING grp)
 SELECT pg_notify(current_schema, grp) FROM requeued
@@ -61,6 +56,13 @@ WITH ours AS (SELECT * FROM unnest($2::text[]::bigint[], $3::text[]::int[])), ba
 )
 SELECT pg_notify(current_schema, grp) FROM back LIMIT 1
 """
+
+
+class Token(Leased):
+    """The id of a row and the attempt. No two deliveries have the same, so none can settle what another one holds."""
+
+    id: int
+    attempt: int
 
 
 class Subscription(ResilientSubscription):
@@ -88,10 +90,9 @@ class Subscription(ResilientSubscription):
         self.notified = asyncio.Event()
         self._connection, self._group, self._topics = connection, group or "", topics
         self._lease, self._expires_after = lease, expires_after
-        self._held: set[Token] = set()
+        self._leases = Leases[Token](self, lease.total_seconds(), self._renew)
         self._claimed: set[Token] = set()  # held, or settled but not yet confirmed by the service
         self._acknowledgements = Acknowledgements[Token](self._settle)
-        self._renewing: asyncio.Task[None] | None = None
         self._has_left = False
         self._last_empty_at = datetime.now(UTC)
         self._gap_since: datetime | None = None
@@ -104,7 +105,7 @@ class Subscription(ResilientSubscription):
         if self._connection.is_closed:
             raise BrokerClosed("this broker is closed")
         await self._join()
-        self._renewing = self._renewing or asyncio.create_task(self._keep_renewing(), name="diator: renewing")
+        self._leases.begin()
         await self._release()
         self._raw: Any = self._connection.raw
         yield self
@@ -116,14 +117,14 @@ class Subscription(ResilientSubscription):
         began = datetime.now(UTC)
         claim = self._connection.run(_CLAIM, self.consumer, self.group_key, [*self._topics], limit, self._lease)
         rows = sorted(map(tuple, await claim))  # RETURNING does not keep the order
-        tokens = {(id_, attempt) for id_, attempt, *_ in rows}
-        self._held |= tokens
-        self._claimed |= tokens
-        self.unsettled = len(self._held)
+        deliveries = [self._delivery(*row) for row in rows]
+        tokens = [cast(Token, delivery.token) for delivery in deliveries]
+        self._leases.hold(tokens)
+        self._claimed.update(tokens)
         if not rows:
             self._last_empty_at = began
             await self._wait()
-        return [self._delivery(*row) for row in rows]
+        return deliveries
 
     async def probe(self) -> None:
         """Do nothing: `receive` asks the service more often than that."""
@@ -151,7 +152,7 @@ class Subscription(ResilientSubscription):
             headers=texts,
             attempt=attempt,
             settler=self,
-            token=(id_, attempt),
+            token=Token(id_, attempt),
             unreadable=unreadable,
         )
 
@@ -168,11 +169,8 @@ class Subscription(ResilientSubscription):
         await self._settle([self._let_go(delivery)], _DEAD_LETTER, json.dumps(origin))
 
     def _let_go(self, delivery: Delivery) -> Token:
-        """Stop renewing the lease of *delivery*, so that the message is redelivered if settling fails."""
         token = cast(Token, delivery.token)
-        self._held.discard(token)
-        self.unsettled = len(self._held)
-        self.notify_settled()
+        self._leases.release(token)
         return token
 
     async def _settle(self, tokens: Sequence[Token], statement: str = _DELETE, *values: object) -> None:
@@ -182,14 +180,10 @@ class Subscription(ResilientSubscription):
 
     # -- the group, and the end ----------------------------------------------------------------------------------
 
-    async def _keep_renewing(self) -> None:
-        while True:
-            await asyncio.sleep(self._lease.total_seconds() / 3)
-            try:
-                await self._connection.run(_RENEW, self.consumer, *_columns(self._held), self._lease)
-                await self._join()
-            except Exception as error:  # noqa: BLE001  # whatever failed, there is time for another attempt
-                logger.warning("a lease could not be renewed: %r", error)
+    async def _renew(self, held: Collection[Token]) -> Collection[Token]:
+        await self._join()
+        renewed = {*map(tuple, await self._connection.run(_RENEW, self.consumer, *_columns(held), self._lease))}
+        return [token for token in held if (token.id, token.attempt) not in renewed]
 
     async def _join(self) -> None:
         empty_at = self._last_empty_at
@@ -201,11 +195,10 @@ class Subscription(ResilientSubscription):
 
     async def leave(self, prefetched: Collection[Delivery], /) -> None:
         """Send the last acknowledgements and release what is held. If this fails, the lease ends by itself."""
-        if self._renewing is None:
+        if not self._leases.have_begun:
             return  # it never joined its group
         until = asyncio.get_running_loop().time() + self._connection.timeout
-        self._renewing.cancel()
-        await asyncio.wait([self._renewing])
+        await self._leases.end()
         await self._acknowledgements.flush()
         self._has_left = True
         with suppress(BrokerError):
@@ -221,4 +214,4 @@ class Subscription(ResilientSubscription):
 
 def _columns(tokens: Collection[Token]) -> tuple[list[str], list[str]]:
     """Return ids and attempts as text: asyncpg would have to look up the type of an array of numbers first."""
-    return [str(id_) for id_, _ in tokens], [str(attempt) for _, attempt in tokens]
+    return [str(token.id) for token in tokens], [str(token.attempt) for token in tokens]

@@ -130,6 +130,36 @@ async def test_what_waits_here_and_is_given_to_another_consumer_is_not_handled(m
     assert handled == [0, 1, 8]
 
 
+@pytest.mark.parametrize(("is_over", "left"), [(True, []), (False, [2])])
+async def test_an_entry_that_was_removed_is_handed_out_while_its_lease_lasts(
+    *, make, redis_url, admin, stream, is_over, left
+):
+    """After that, most probably another consumer has claimed and finished it."""
+    broker = await make(redis_url, lease=10 * LEASE)
+    async with subscribed(broker, prefetch=1) as deliveries:
+        await send(broker, 1, 2)
+        [first] = await take(deliveries, 1)
+
+        async def both_are_here() -> bool:
+            return len([*deliveries.leases]) == 2
+
+        await eventually(both_are_here)
+        [second] = [entry for entry in deliveries.leases if entry is not first.token]
+        await admin.xdel(stream, second.id)
+        if is_over:
+            second.leased_until = 0.0  # as after a stop of this process
+        before = first.token.leased_until
+
+        async def leases_are_renewed() -> bool:
+            return first.token.leased_until > before
+
+        await eventually(leases_are_renewed)
+        await first.ack()
+
+        assert [number_of(each) for each in await take(deliveries, len(left))] == left
+        await nothing_comes(deliveries)
+
+
 @pytest.mark.usefixtures("quick")
 async def test_messages_behind_many_pending_ones_are_found(*, make, redis_url, broker, admin, stream) -> None:
     """XAUTOCLAIM looks at ten pending entries for each one that it is asked for; there are more behind them."""
