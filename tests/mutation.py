@@ -8,6 +8,7 @@ write the test that was missing, or, if no program can tell the difference, add 
 """
 
 import argparse
+import ast
 import json
 import shutil
 import signal
@@ -41,6 +42,9 @@ FILES = {
         *("brokers/test_payloads_peculiar.py", "brokers/test_message.py", "test_models.py"),
     ],
     "diator/brokers/kafka/_offsets.py": ["brokers/test_kafka_offsets.py"],
+    "diator/brokers/memory.py": [
+        *("brokers/test_memory.py", "brokers/test_memory_subscription.py", "brokers/test_memory_loops.py"),
+    ],
     "diator/brokers/settling.py": ["brokers/test_settling.py"],
     "diator/brokers/supervisor.py": ["brokers/test_supervisor.py", "brokers/test_connecting.py"],
     "diator/consumer.py": [*_OF_CONSUMER, "test_only_for.py"],
@@ -72,7 +76,7 @@ def tried(file: str, minutes: float) -> float:
     with TemporaryDirectory(prefix="diator-mutation-") as folder:
         codes = mutate(file, Path(folder), minutes)
         done = {name: code for name, code in codes.items() if code is not None}
-        survivors = {name: difference(name, folder) for name, code in done.items() if code in (0, 33)}  # 33: no test
+        survivors = differences(file, folder, [name for name, code in done.items() if code in (0, 33)])  # 33: no test
         if not done:  # such as because the tests fail as they are
             print((Path(folder) / "mutmut.log").read_text().replace("\r", "\n")[-4_000:])
     with SURVIVORS.open("rb") as listed:
@@ -115,6 +119,7 @@ def copy_checkout(file: str, folder: Path) -> None:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    (folder / file).write_text(undecorated((ROOT / file).read_text()))
     beside = sorted(each.name for each in folder.iterdir() if each.name not in {"diator", "tests", "pyproject.toml"})
     settings = {
         "source_paths": ["diator"],
@@ -122,7 +127,7 @@ def copy_checkout(file: str, folder: Path) -> None:
         "also_copy": beside,
         "pytest_add_cli_args_test_selection": [f"tests/unit/{name}" for name in FILES[file]],
         # What mutmut puts around each function takes time, so tests that measure it would fail.
-        "pytest_add_cli_args": ["-p", "no:cacheprovider", "-m", "not real_time", "-k", "not as_fast_as"],
+        "pytest_add_cli_args": ["-p", "no:cacheprovider", "-k", "not as_fast_as"],
         "timeout_multiplier": 6.0,  # a change may make a loop endless, and most tests take milliseconds
         "do_not_mutate_patterns": _INVISIBLE,
         "use_git_change_detection": False,
@@ -132,6 +137,18 @@ def copy_checkout(file: str, folder: Path) -> None:
         project.writelines(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
 
 
+def undecorated(source: str) -> str:
+    """Decorate properties and context managers after their definition: mutmut passes over whatever has a decorator."""
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            names = [each.id for each in node.decorator_list if isinstance(each, ast.Name)]
+            if names in (["property"], ["contextmanager"], ["asynccontextmanager"]):
+                lines[node.decorator_list[0].lineno - 1] = ""
+                lines[node.end_lineno - 1] += f"\n{' ' * node.col_offset}{node.name} = {names[0]}({node.name})"
+    return "\n".join(lines) + "\n"
+
+
 def changed(diff: str) -> str:
     """Return what a change has made of its lines, or which it has removed: the key of `survivors.toml`."""
     lines = diff.splitlines()
@@ -139,13 +156,23 @@ def changed(diff: str) -> str:
     return " ".join(made) or "without " + " ".join(line[1:].strip() for line in lines)
 
 
-def difference(name: str, folder: str) -> str:
-    """Return the lines that mutmut has removed and added."""
+#: Prints each name of the command line with its change. One process for each name would take a second.
+_SHOW = """
+import json, sys
+from mutmut.mutation.diff_apply import get_diff_for_mutant
+print(json.dumps({name: get_diff_for_mutant(name, path=sys.argv[1]) for name in sys.argv[2:]}))
+"""
+
+
+def differences(file: str, folder: str, names: list[str]) -> dict[str, str]:
+    """Return the lines that mutmut has removed from *file* and added, for each of its changes of these *names*."""
     shown = subprocess.run(
-        [sys.executable, "-m", "mutmut", "show", name], cwd=folder, check=True, capture_output=True, text=True
+        [sys.executable, "-c", _SHOW, file, *names], cwd=folder, check=True, capture_output=True, text=True
     )
-    _header, _, diff = shown.stdout.partition("@@")
-    return "\n".join(line for line in diff.splitlines() if line.startswith(("-", "+")))
+    return {
+        name: "\n".join(line for line in diff.partition("@@")[2].splitlines() if line.startswith(("-", "+")))
+        for name, diff in json.loads(shown.stdout).items()
+    }
 
 
 if __name__ == "__main__":

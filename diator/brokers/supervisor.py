@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from abc import ABC, abstractmethod
 from collections import deque
@@ -31,9 +32,9 @@ from diator.exceptions import (
     UsageError,
 )
 
-# While a lossy subscription receives messages, it probes its connection so often, in seconds. The answer comes after
-# all messages that were sent before the probe, so it proves that none of them was missed. Silence proves nothing: the
-# link or this process may have stood still, and messages that the service had queued are lost with the connection.
+# A lossy subscription probes its connection so often, in seconds. The answer comes after all messages that were sent
+# before the probe, so it proves that none of them was missed. Silence proves nothing: the link or this process may have
+# stood still, and messages that the service had queued are lost with the connection.
 _PROVE_EVERY = 1.0
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -181,11 +182,9 @@ class ResilientSubscription(ABC):
         self._postponed: set[Delivery] = set()
         self._changed = asyncio.Event()
         self._has_room = asyncio.Event()
-        self._last_received_at = 0.0
-        self._complete_until = 0.0
+        self._last_received_at = self._complete_until = self._waiting_since = 0.0  # each is set before it is read
         self._probed_at: deque[float] = deque()  # the probes without an answer
         self._has_connection = False
-        self._waiting_since = 0.0
         self.reconnects: int = 0
         self.lines: RepeatedLines = RepeatedLines(logging.getLogger(type(self).__module__))
         self._end_error: DiatorError | None = None
@@ -373,12 +372,11 @@ class ResilientSubscription(ABC):
         lost: tuple[datetime, str] | None = None
         missed = self._lossy
         while True:
-            since = loop.time()
-            connected = False
+            ready_at = math.inf
             try:
                 async with asyncio.timeout(self._reconnect.connect_timeout) as connecting, self.connect() as source:
                     connecting.reschedule(None)
-                    since, connected = loop.time(), True
+                    ready_at = loop.time()
                     self._has_connection = True
                     if not ready.done():
                         ready.set_result(None)
@@ -406,9 +404,8 @@ class ResilientSubscription(ABC):
                 missed = missed or isinstance(error, MessagesMissed)
                 reason = explained(error)
                 logger.warning("%s has no connection (%s); reconnecting", self._name, reason)
-                behind = loop.time() - max(since, self._complete_until) if connected else 0.0
-                lost = lost or (datetime.now(UTC) - timedelta(seconds=behind), reason)
-            if connected and loop.time() - since > self._reconnect.reset_after:
+                lost = lost or (datetime.now(UTC) - timedelta(seconds=loop.time() - self._complete_until), reason)
+            if loop.time() - ready_at >= self._reconnect.reset_after:
                 failures = 0
             await asyncio.sleep(self._reconnect.delay(failures))
             failures += 1
@@ -445,8 +442,8 @@ class ResilientSubscription(ABC):
             quiet = loop.time() - self._last_received_at
             if quiet < policy.idle_timeout or not self._has_room.is_set():  # it sent something, or the buffer is full
                 pause = max(policy.idle_timeout - quiet, policy.probe_timeout / 10)
-                await asyncio.sleep(min(pause, _PROVE_EVERY) if self._lossy else pause)
-                if self._lossy and self._must_prove():
+                await asyncio.sleep(min(pause, _PROVE_EVERY))
+                if self._lossy and loop.time() - self._complete_until >= _PROVE_EVERY and not self._probed_at:
                     await self._probe(source)
                 continue
             asked = loop.time()
@@ -455,10 +452,6 @@ class ResilientSubscription(ABC):
             if self._last_received_at < asked and self._has_room.is_set():
                 deadline.reschedule(loop.time())
                 return
-
-    def _must_prove(self) -> bool:
-        proved, now = self._complete_until, asyncio.get_running_loop().time()
-        return self._last_received_at > proved and now - proved >= _PROVE_EVERY and not self._probed_at
 
     async def _probe(self, source: Source) -> bool:
         """Return whether the probe was sent."""

@@ -1,16 +1,29 @@
 """The in-memory broker as a bounded queue of encoded messages."""
 
 import asyncio
+import json
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 from diator.brokers import Message
+from diator.brokers.codec import MAX_MESSAGE_BYTES
 from diator.brokers.memory import MemoryMessageBroker
 from diator.exceptions import BrokerClosed, ConfigurationError, MessageRejected, MessageTooLarge
 
 
 def message(number=0, **options):
     return Message.create(message_name="counted", payload={"number": number}, **options)
+
+
+def test_it_promises_what_its_report_says():
+    """The report was written for these promises. If this fails, run `nox -s conformance` again."""
+    promised = asdict(MemoryMessageBroker().capabilities)
+
+    report = json.loads((Path(__file__).parents[3] / "docs" / "conformance" / "memory.json").read_text())
+    sets = {name: sorted(each) for name, each in promised.items() if isinstance(each, frozenset)}
+    assert promised | sets == report["capabilities"]
 
 
 async def test_receive_returns_the_message_that_was_sent():
@@ -66,10 +79,19 @@ async def test_a_message_beyond_the_capacity_is_rejected_and_none_is_dropped():
     assert [(await broker.receive()).payload["number"] for _ in range(2)] == [1, 2]
 
 
+async def test_by_default_10_000_messages_may_wait():
+    broker, sent = MemoryMessageBroker(), message()
+    for _ in range(10_000):
+        await broker.send_message(sent)
+
+    with pytest.raises(MessageRejected, match="is full, 10,000 messages are waiting"):
+        await broker.send_message(sent)
+
+
 @pytest.mark.parametrize("capacity", [0, -1])
 def test_a_capacity_below_one_is_refused(capacity):
     """At once, and not only when a message is sent."""
-    with pytest.raises(ConfigurationError, match="capacity must be at least 1"):
+    with pytest.raises(ConfigurationError, match=r"^capacity must be at least 1$"):
         MemoryMessageBroker(capacity=capacity)
 
 
@@ -83,6 +105,14 @@ async def test_a_message_that_is_too_large_is_rejected():
     assert len(broker) == 0
 
 
+async def test_a_message_up_to_its_own_limit_is_received():
+    broker = MemoryMessageBroker(max_message_bytes=2 * MAX_MESSAGE_BYTES)
+    sent = Message.create(message_name="counted", payload={"text": "x" * (MAX_MESSAGE_BYTES + 1)})
+    await broker.send_message(sent)
+
+    assert await broker.receive() == sent
+
+
 async def test_a_closed_broker_refuses_messages_and_still_returns_the_waiting_ones():
     broker = MemoryMessageBroker()
     await broker.send_message(sent := message())
@@ -90,10 +120,12 @@ async def test_a_closed_broker_refuses_messages_and_still_returns_the_waiting_on
     await broker.aclose()
     await broker.aclose()
 
-    with pytest.raises(BrokerClosed) as caught:
+    with pytest.raises(BrokerClosed, match=r": this broker is closed$") as caught:
         await broker.send_message(refused := message())
     assert caught.value.message_id == refused.message_id
     assert await broker.receive() == sent
+    with pytest.raises(BrokerClosed, match=r"^this broker is closed$"):
+        await broker.receive()
 
 
 async def test_the_end_of_its_context_closes_the_broker():

@@ -216,7 +216,7 @@ def test_a_whole_program_can_be_made_before_its_event_loops():
     assert [event.user_id for event in handled] == [1, 1, 2, 2, 3, 3]
 
 
-def test_a_delayed_retry_is_redelivered_once_when_an_earlier_event_loop_runs_again(broker):
+def test_a_delayed_retry_is_redelivered_once_when_an_earlier_event_loop_runs_again(broker, caplog):
     """Both event loops have a timer for it."""
 
     async def requeue():
@@ -233,3 +233,4 @@ def test_a_delayed_retry_is_redelivered_once_when_an_earlier_event_loop_runs_aga
         with asyncio.Runner() as other:
             assert other.run(later(1)) == [2]
         assert earlier.run(later(0)) == []
+    assert not [each for each in caplog.messages if each.startswith("Exception in callback")]

@@ -165,9 +165,74 @@ async def test_a_prefetch_below_one_is_refused(prefetch):
     broker = MemoryMessageBroker()
     await send(broker, 1)
 
-    with pytest.raises(ConfigurationError):
+    with pytest.raises(ConfigurationError, match=r"^prefetch must be at least 1$"):
         async with broker.subscribe({COUNTED}, prefetch=prefetch):
             pass
+
+
+def handed_out(deliveries):
+    """Take whatever may be handed out now."""
+    return [*iter(deliveries.receive_nowait, None)]
+
+
+async def test_by_default_64_deliveries_may_be_unsettled():
+    broker = MemoryMessageBroker()
+    async with broker.subscribe({COUNTED}) as deliveries:
+        await send(broker, *range(70))
+        assert len(handed_out(deliveries)) == 64
+
+
+async def test_postponed_deliveries_take_no_place_until_they_are_resumed():
+    """Two of them: as a subscription with a connection counts them, see `test_supervisor.py`."""
+    broker = MemoryMessageBroker()
+    async with broker.subscribe({COUNTED}, prefetch=2) as deliveries:
+        await send(broker, *range(1, 9))
+        postponed = handed_out(deliveries)
+        for each in postponed:
+            deliveries.postpone(each)
+        third, fourth = handed_out(deliveries)
+        deliveries.make_room(1)
+        [fifth] = handed_out(deliveries)
+        deliveries.make_room(0)
+        assert [number_of(each) for each in (*postponed, third, fourth, fifth)] == [1, 2, 3, 4, 5]
+
+        await third.ack()
+        assert handed_out(deliveries) == []
+        assert [deliveries.resume(each) for each in postponed] == [True, True]
+        for each in (fourth, fifth):
+            await each.ack()
+        assert handed_out(deliveries) == []
+        await postponed[0].ack()
+        assert [number_of(each) for each in handed_out(deliveries)] == [6]
+
+
+async def test_making_room_wakes_the_wait_for_a_delivery():
+    broker = MemoryMessageBroker()
+    async with broker.subscribe({COUNTED}, prefetch=1) as deliveries:
+        await send(broker, 1, 2)
+        await take(deliveries, 1)
+        waiting = asyncio.create_task(numbers(deliveries, 1))
+        await asyncio.sleep(0)
+
+        deliveries.make_room(1)
+
+        assert await waiting == [2]
+
+
+async def test_a_delivery_that_is_postponed_at_the_end_does_not_count_as_an_attempt():
+    """Nobody has handled it, at any attempt; the others were handled."""
+    broker = MemoryMessageBroker()
+    attempts = []
+    async with broker.subscribe({COUNTED}, group="billing") as deliveries:
+        await send(broker, 1, 2)
+    for _ in range(3):
+        async with broker.subscribe({COUNTED}, group="billing") as deliveries:
+            _, second = taken = await take(deliveries, 2)
+            attempts.append([each.attempt for each in taken])
+            if len(attempts) == 2:
+                deliveries.postpone(second)
+
+    assert attempts == [[1, 1], [2, 2], [3, 2]]
 
 
 async def test_a_full_queue_of_one_group_rejects_the_message_for_all():
@@ -208,10 +273,11 @@ async def test_a_retry_is_redelivered_at_once_as_the_next_attempt():
             [delivery] = await take(deliveries, 1)
             attempts.append(delivery.attempt)
             await delivery.retry()
+        assert deliveries.receive_nowait() is not None  # there is no delay of a turn
     async with broker.subscribe({COUNTED}, group="billing") as deliveries:
         [delivery] = await take(deliveries, 1)
 
-    assert [*attempts, delivery.attempt] == [1, 2, 3, 4, 5]
+    assert [*attempts, delivery.attempt] == [1, 2, 3, 4, 6]
 
 
 async def test_a_delayed_retry_is_redelivered_when_it_is_due_and_does_not_hold_up_others():
@@ -449,7 +515,7 @@ async def test_a_closed_broker_refuses_subscriptions_and_still_settles_deliverie
         await one.ack()
         await two.dead_letter("late")
     assert len(broker.dead_letters) == 1
-    with pytest.raises(BrokerClosed):
+    with pytest.raises(BrokerClosed, match=r"^this broker is closed$"):
         async with broker.subscribe({COUNTED}):
             pass
 

@@ -1,6 +1,7 @@
 """The supervisor, with connections that do what the test scripts."""
 
 import asyncio
+import logging
 import random
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -14,7 +15,8 @@ from diator.brokers.supervisor import MessagesMissed, ReconnectPolicy, Resilient
 from diator.exceptions import AccessRefused, BrokerClosed, BrokerUnavailable, ConfigurationError, MessageRejected
 
 PATIENT = ReconnectPolicy(connect_timeout=5, idle_timeout=5, probe_timeout=5, first_delay=0, max_delay=0)
-WATCHFUL = replace(PATIENT, idle_timeout=0.05, probe_timeout=0.05)
+#: Powers of two, so that the times are exact.
+WATCHFUL = replace(PATIENT, idle_timeout=0.0625, probe_timeout=0.0625)
 #: Within so many seconds of virtual time all work is finished that has nothing to wait for.
 PROMPTLY = 0.25
 
@@ -149,6 +151,7 @@ async def test_a_failed_first_connection_raises_at_once():
 
     refused = raised.value.__cause__
     assert isinstance(refused, OSError)
+    assert str(raised.value) == "the subscription to Counted cannot start (OSError: nobody there)"
     assert (len(service.attempts), service.live) == (1, 0)
 
 
@@ -210,11 +213,12 @@ async def test_logs_name_the_subscription_that_lost_its_connection(names, group,
     caplog.set_level("INFO")
     service = Service()
     async with service.supervised(topics=[Topic("notification_event", name) for name in names], group=group):
-        await service.flap(OSError("gone"))
-        await asyncio.sleep(0)
+        for _ in range(2):
+            await service.flap(OSError("gone"))
+            await asyncio.sleep(0)
 
-    assert f"{named} has no connection (OSError: gone); reconnecting" in caplog.messages
-    assert f"{named} is reconnected" in caplog.messages
+    told = [f"{named} has no connection (OSError: gone); reconnecting", f"{named} is reconnected"]
+    assert caplog.messages == told * 2
 
 
 async def test_there_is_one_connection_after_any_number_of_losses():
@@ -225,6 +229,7 @@ async def test_there_is_one_connection_after_any_number_of_losses():
             (await service.flap()).put(number)
             assert await take(deliveries, 1) == [number]
             assert service.live == 1
+        assert deliveries.reconnects == len(service.attempts) - 1
 
     assert (service.most_live, service.live) == (1, 0)
 
@@ -287,9 +292,9 @@ async def test_delays_grow_if_connections_do_not_last(monkeypatch):
 async def test_the_backoff_starts_again_after_reset_after(monkeypatch):
     failures = recorded_failures(monkeypatch)
     service = Service(None, OSError(), OSError())
-    async with service.supervised(reconnect=replace(PATIENT, reset_after=0.1)):
+    async with service.supervised(reconnect=replace(PATIENT, reset_after=0.5)):
         await service.flap()
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.5)
         await service.flap()
         await service.flap()
 
@@ -325,6 +330,13 @@ def test_delays_are_random_below_their_limit():
         delays = [reconnect.delay(failures) for _ in range(1_000)]
         assert 0 <= min(delays) < longest * 0.1
         assert longest * 0.9 < max(delays) <= longest
+
+
+@pytest.mark.parametrize(("limit", "longest"), [(1.5, 1.5), (60.0, 30.0)])
+def test_a_delay_can_be_limited_further(limit, longest):
+    policy = ReconnectPolicy(first_delay=0.5, max_delay=30.0)
+
+    assert policy.capped(limit) == replace(policy, max_delay=longest)
 
 
 # -- gaps ------------------------------------------------------------------------------------------------------------
@@ -418,7 +430,7 @@ async def test_a_gap_is_reported_before_the_messages_after_it():
     assert reported == [0, "gap", 1]
 
 
-async def test_an_error_in_on_gap_does_not_end_the_subscription():
+async def test_an_error_in_on_gap_does_not_end_the_subscription(caplog):
     """It does not break the connection either."""
     reported = []
 
@@ -432,6 +444,8 @@ async def test_an_error_in_on_gap_does_not_end_the_subscription():
 
         assert await take(deliveries, 1) == [1]
     assert (len(reported), len(service.attempts)) == (1, 2)
+    assert caplog.messages[-1] == "on_gap failed"
+    assert str(caplog.records[-1].exc_info[1]) == "a mistake in the program"
 
 
 async def test_the_gap_of_a_dead_connection_begins_when_it_last_received():
@@ -469,6 +483,16 @@ async def test_the_gap_begins_with_the_last_probe_that_was_answered():
     assert (gaps[0].until - gaps[0].since).total_seconds() == pytest.approx(2.5, abs=0.1)
 
 
+@pytest.mark.parametrize(("lossy", "probes"), [(True, 5), (False, 0)])
+async def test_a_lossy_subscription_proves_every_second_that_it_has_missed_nothing(lossy, probes):
+    """While nothing comes, too: a gap should not begin earlier than it must. Others are only probed in silence."""
+    service = Service()
+    async with service.supervised(lossy=lossy, reconnect=replace(PATIENT, idle_timeout=60)):
+        await asyncio.sleep(5.5)
+
+    assert service.links[0].probes == probes
+
+
 # -- dead connections ------------------------------------------------------------------------------------------------
 
 
@@ -480,8 +504,16 @@ async def send_without_answer():
     pass
 
 
-@pytest.mark.parametrize(("on_probe", "after"), [(send_without_answer, 0.1), (forever, 0.1), (fail_to_send, 0.05)])
-async def test_a_silent_connection_is_probed_and_then_replaced(on_probe, after):
+async def send_slowly():
+    await asyncio.sleep(0.03125)
+
+
+@pytest.mark.parametrize(
+    ("on_probe", "after"),
+    [(send_without_answer, 0.125), (send_slowly, 0.125), (forever, 0.125), (fail_to_send, 0.0625)],
+)
+async def test_a_silent_connection_is_probed_and_then_replaced(on_probe, after, caplog):
+    caplog.set_level("DEBUG")
     service = Service()
     async with service.supervised(reconnect=WATCHFUL) as deliveries:
         [dead] = service.links
@@ -490,9 +522,11 @@ async def test_a_silent_connection_is_probed_and_then_replaced(on_probe, after):
         link = await service.next_link()
         link.put(1)
 
-        assert service.attempts[-1] - started == pytest.approx(after, abs=0.01)
+        assert service.attempts[-1] - started == after
         assert await take(deliveries, 1) == [1]
     assert dead.probes == 1
+    failed = "probing the connection failed: OSError('broken pipe')"
+    assert caplog.messages.count(failed) == (on_probe is fail_to_send)
 
 
 async def test_a_quiet_connection_that_answers_the_probe_is_kept():
@@ -587,6 +621,26 @@ async def test_the_buffer_is_bounded_over_all_connections():
         assert await take(deliveries, 8) == [0, 1, 0, 1, 0, 1, 0, 1]
 
 
+async def test_waiting_counts_from_the_first_delivery_that_is_there():
+    """Not from the connection, nor from the last delivery."""
+    service = Service()
+    assert service.supervised().waiting == 0
+    async with service.supervised() as deliveries:
+        await asyncio.sleep(1)
+        seen = [deliveries.waiting]
+        for number in range(3):
+            service.links[0].put(number)
+            await asyncio.sleep(0.5)
+            seen.append(deliveries.waiting)
+        await take(deliveries, 3)
+        seen.append(deliveries.waiting)
+        service.links[0].put(3)
+        await asyncio.sleep(0.25)
+        seen.append(deliveries.waiting)
+
+    assert seen == [0, 0.5, 1, 1.5, 0, 0.25]
+
+
 async def test_cancelling_a_wait_loses_nothing():
     service, taken = Service(), []
     async with service.supervised(prefetch=3) as deliveries:
@@ -666,7 +720,7 @@ async def test_a_receive_that_swallows_its_first_cancellation_is_cancelled_again
         await forever()
 
     service.prepare = lambda link: setattr(link, "receive", stubborn)
-    async with service.supervised():
+    async with asyncio.timeout(PROMPTLY), service.supervised():
         await asyncio.sleep(0.01)
 
     assert service.live == 0
@@ -715,11 +769,14 @@ async def test_a_permission_that_is_refused_later_does_not_end_the_iterator():
 async def test_connected_shows_whether_there_is_a_connection():
     """A health check reads it."""
     service = Service(None, forever)
-    async with service.supervised() as deliveries:
+    deliveries = service.supervised()
+    assert deliveries.connected is False
+    async with deliveries:
         assert deliveries.connected
         service.links[0].put(ConnectionError())
         while deliveries.connected:  # noqa: ASYNC110  # polls like a health check
             await asyncio.sleep(0)
+        assert deliveries.connected is False
         assert len(service.attempts) <= 2
 
 
@@ -765,6 +822,24 @@ async def test_leave_is_called_once_after_the_last_connection():
     assert service.registry == set()
 
 
+async def test_what_was_logged_too_often_is_counted_at_the_end_under_the_name_of_the_transport(caplog):
+    async with Service().supervised() as deliveries:
+        for _ in range(30):
+            deliveries.lines.log(logging.WARNING, "a stale answer", "a stale answer")
+        told = len(caplog.messages)
+
+    assert {record.name for record in caplog.records} == {__name__}
+    assert len(caplog.messages) == told + 1
+
+
+async def test_a_subscription_can_be_closed_before_it_was_entered():
+    service = Service()
+    leave = Leaving(service)
+    await service.supervised(leave=leave).aclose()
+
+    assert leave.calls == [(0, [])]
+
+
 async def test_leave_is_called_even_if_there_never_was_a_connection():
     service = Service(OSError())
     leave = Leaving(service)
@@ -792,8 +867,9 @@ async def test_close_all_ends_the_subscriptions_of_a_broker():
         with pytest.raises(BrokerClosed):
             await waiting
         for _ in range(2):
-            with pytest.raises(BrokerClosed):
+            with pytest.raises(BrokerClosed) as closed:
                 await take(deliveries, 1)
+            assert str(closed.value) == "this broker is closed"
     assert len(leave.calls) == 1
 
 
@@ -838,7 +914,9 @@ async def test_after_the_end_the_iterator_is_exhausted():
         await take(deliveries, 1)
         waiting = asyncio.create_task(anext(deliveries))
         await asyncio.sleep(0.01)
+        assert not deliveries.is_ending
 
+    assert deliveries.is_ending
     for asking in (waiting, anext(deliveries)):
         with pytest.raises(StopAsyncIteration):
             async with asyncio.timeout(1):
@@ -914,6 +992,34 @@ async def test_postponed_deliveries_are_removed_with_the_prefetched_ones():
         assert (deliveries.resume(first), deliveries.resume(second)) == (True, False)
 
 
+async def test_what_is_removed_leaves_room_for_as_many_as_before():
+    """What was received only as well as what is postponed; the others stay, in their order."""
+    service = Service()
+    async with service.supervised(prefetch=2, buffer_size=8) as deliveries:
+        service.links[0].put(*range(1, 8))
+        await asyncio.sleep(0.01)
+        deliveries.unsettled = 7
+        first, second = [await anext(deliveries) for _ in range(2)]
+        deliveries.postpone(first)
+        deliveries.postpone(second)
+
+        removed = deliveries.remove_prefetched(lambda each: each.body in {b"1", b"4", b"6"})
+        deliveries.unsettled -= 3
+
+        assert ([each.body for each in removed], deliveries.postponed) == ([b"1", b"4", b"6"], 1)
+        assert [each.body for each in handed_out(deliveries)] == [b"3", b"5"]
+        assert deliveries.resume(second)
+        deliveries.unsettled -= 1
+        assert handed_out(deliveries) == []
+        deliveries.unsettled -= 1
+        assert [each.body for each in handed_out(deliveries)] == [b"7"]
+
+
+def handed_out(deliveries):
+    """Take whatever may be handed out now."""
+    return [*iter(deliveries.receive_nowait, None)]
+
+
 async def test_postponed_deliveries_were_not_delivered_at_the_end():
     service, left = Service(), []
 
@@ -930,7 +1036,7 @@ async def test_postponed_deliveries_were_not_delivered_at_the_end():
 
 
 def test_a_prefetch_below_one_is_refused():
-    with pytest.raises(ConfigurationError, match="prefetch"):
+    with pytest.raises(ConfigurationError, match=r"^prefetch must be at least 1$"):
         Service().supervised(prefetch=0)
 
 
