@@ -16,7 +16,8 @@ from diator._hints import name_of
 from diator._log import RepeatedLines
 from diator._text import listed, printable
 from diator.brokers.base import Delivery, Topic
-from diator.brokers.codec import Envelope, decode_envelope, event_decoder
+from diator.brokers.codec import Envelope, decode_envelope, decode_with, event_decoder
+from diator.brokers.message import Codec
 from diator.container.base import Resolver, Shared, scopes
 from diator.events import EventEmitter, EventMap
 from diator.events._emitter import OUTGOING, Outgoing
@@ -349,7 +350,9 @@ class Handling:
         timeout: float,
         log_errors: bool,
         on_handled: Callable[[Handled], None] | None,
+        codec: Codec | None,
     ) -> None:
+        self._codec = codec
         self._routes = dict(by_topic)
         self._retry = retry
         self._max_deliveries = retry.max_attempts + retry.max_crashes
@@ -407,8 +410,11 @@ class Handling:
         """Return the decoded message of *delivery*, or the error: `handle` dead-letters a message that has one."""
         if delivery.unreadable is not None:
             return DecodingError(delivery.unreadable)
+        body, headers, most = delivery.body, delivery.headers, self._max_message_bytes
         try:
-            return decode_envelope(delivery.body, max_bytes=self._max_message_bytes, headers=delivery.headers)
+            if self._codec is not None:
+                return decode_with(self._codec, body, max_bytes=most, headers=headers, topic=delivery.topic)
+            return decode_envelope(body, max_bytes=most, headers=headers)
         except DecodingError as error:
             return error.with_traceback(None)  # its frames hold the message, and this error is handed out
 

@@ -18,10 +18,11 @@ from diator._text import listed
 from diator.brokers.base import Delivery, Gap, ReadableBroker
 from diator.brokers.capabilities import Capabilities, require
 from diator.brokers.codec import Envelope
+from diator.brokers.message import Codec
 from diator.container import Container
 from diator.container.base import Resolver
 from diator.events import EventEmitter, EventMap
-from diator.events._emitter import check_parts, check_type, described
+from diator.events._emitter import check_codec, check_parts, check_type, described
 from diator.exceptions import BrokerUnavailable, ConfigurationError, DecodingError, UsageError
 from diator.middlewares.base import Middleware, checked_middlewares
 from diator.retrying import RetryPolicy
@@ -103,7 +104,8 @@ class Consumer:
         middlewares: Surround each handler; the first is the outermost. An event with two handlers passes through them
             twice.
         event_emitter: Handles or sends the events that handlers raise, before the delivery is acknowledged. Default:
-            an emitter with *event_map*, *container* and *broker*.
+            an emitter with *event_map*, *container*, *broker* and *codec*.
+        codec: Reads the messages. Default: diator's own envelope.
         retry: How often a failing message is retried. Default: `RetryPolicy()`, with `delayed_retries=0` where the
             transport has no delayed retries.
         requires: Further capabilities that the transport has to promise.
@@ -133,6 +135,7 @@ class Consumer:
         prefetch: int = 1_000,
         middlewares: Iterable[Middleware] = (),
         event_emitter: EventEmitter | None = None,
+        codec: Codec | None = None,
         retry: RetryPolicy | None = None,
         requires: Capabilities | None = None,
         handler_timeout: float = 300.0,
@@ -150,6 +153,7 @@ class Consumer:
         check_type("event_map", event_map, EventMap, is_needed=True)
         check_parts(event_map=event_map, container=container, message_broker=None)
         check_type("event_emitter", event_emitter, EventEmitter)
+        check_codec(codec)
         check_type("retry", retry, RetryPolicy)
         check_type("requires", requires, Capabilities)
         promised = broker.capabilities
@@ -163,7 +167,7 @@ class Consumer:
         self._on_gap = on_gap
 
         container = Container() if container is None else container
-        emitter = EventEmitter(event_map, container, broker) if event_emitter is None else event_emitter
+        emitter = EventEmitter(event_map, container, broker, codec=codec) if event_emitter is None else event_emitter
         emitter._wire(container)
         self._routes = routes(event_map, container, checked_middlewares(middlewares), emitter)
         self._handling = Handling(
@@ -175,6 +179,7 @@ class Consumer:
             timeout=handler_timeout,
             log_errors=log_errors,
             on_handled=on_handled,
+            codec=codec,
         )
         self._gaps = 0
         self._lanes = _Lanes(concurrency, prefetch)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar, overload
 
 from diator._dispatcher import Dispatcher
+from diator.brokers.message import Codec
 from diator.brokers.sending import MessageBroker
 from diator.container import Container
 from diator.container.base import Resolver, Shared
@@ -34,6 +35,7 @@ class Mediator:
         event_emitter: Handles and sends the events. Default: an emitter with *event_map* and *message_broker*.
         event_map: The handlers of domain events, if *event_emitter* is not passed.
         message_broker: Sends the integration events, if *event_emitter* is not passed. The mediator does not close it.
+        codec: The envelope of the integration events, if *event_emitter* is not passed. Default: diator's own.
         middlewares: Surround the handler of each request; the first is the outermost.
 
     Raises:
@@ -58,6 +60,7 @@ class Mediator:
         *,
         event_map: EventMap | None = None,
         message_broker: MessageBroker | None = None,
+        codec: Codec | None = None,
         middlewares: Iterable[Middleware] | None = None,
     ) -> None: ...
     def __init__(
@@ -68,6 +71,7 @@ class Mediator:
         *,
         event_map: EventMap | None = None,
         message_broker: MessageBroker | None = None,
+        codec: Codec | None = None,
         middlewares: Iterable[Middleware] | None = None,
     ) -> None:
         check_parts(event_map=event_map, container=container, message_broker=message_broker)
@@ -75,11 +79,11 @@ class Mediator:
         check_type("event_emitter", event_emitter, EventEmitter)
         middlewares = checked_middlewares(() if middlewares is None else middlewares)
         if event_emitter is None:
-            event_emitter = EventEmitter(event_map=event_map, message_broker=message_broker)
-        elif event_map is not None or message_broker is not None:
+            event_emitter = EventEmitter(event_map=event_map, message_broker=message_broker, codec=codec)
+        elif any(part is not None for part in (event_map, message_broker, codec)):
             raise ConfigurationError(
-                "event_emitter was passed together with event_map or message_broker; pass event_map and message_broker "
-                "to the EventEmitter instead"
+                "event_emitter was passed together with event_map, message_broker or codec; pass these to the "
+                "EventEmitter instead"
             )
         container = Container() if container is None else container
         event_emitter._wire(container)

@@ -1,7 +1,7 @@
 """The properties of a message in AMQP 0-9-1, as bytes: what no client library writes."""
 
-HEADERS, DELIVERY_MODE, REPLY_TO, EXPIRATION, MESSAGE_ID, TIMESTAMP, USER_ID = (
-    1 << bit for bit in (13, 12, 9, 8, 7, 6, 4)
+CONTENT_TYPE, HEADERS, DELIVERY_MODE, REPLY_TO, EXPIRATION, MESSAGE_ID, TIMESTAMP, USER_ID = (
+    1 << bit for bit in (15, 13, 12, 9, 8, 7, 6, 4)
 )
 
 

@@ -5,7 +5,7 @@ Each transport is a module of this package: `diator.brokers.memory`, `redis`, `r
 The one in memory needs no extra; each other one needs the extra with the name of its service.
 """
 
-from diator.brokers.message import Json, Message
+from diator.brokers.message import Codec, Json, Message
 from diator.brokers.sending import BatchMessageBroker, MessageBroker
 
-__all__ = ["BatchMessageBroker", "Json", "Message", "MessageBroker"]
+__all__ = ["BatchMessageBroker", "Codec", "Json", "Message", "MessageBroker"]

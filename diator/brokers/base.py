@@ -11,32 +11,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NamedTuple, Protocol, Self, TypeAlias
+from typing import Protocol, Self, TypeAlias
 
 import msgspec
 
 from diator._text import printable
 from diator.brokers.capabilities import Capabilities
+from diator.brokers.message import Topic as Topic  # noqa: PLC0414  # it belongs here; importing it is fast from there
 from diator.brokers.sending import MessageBroker
 from diator.exceptions import AlreadySettled
-
-
-class Topic(NamedTuple):
-    """
-    The destination of a message: its type and its name. A subscription reads one or more topics.
-
-    Each part may be any text, and so may the name of a group. Two different topics are two destinations: a transport
-    encodes them for its service so that they never collide, whatever the service does with separators, wildcards,
-    upper and lower case, or long names. If a transport cannot encode a topic or a group, sending raises
-    `MessageRejected` and subscribing raises `ConfigurationError`.
-
-    Attributes:
-        message_type: The kind of the message, such as `notification_event`.
-        message_name: The wire name of the event.
-    """
-
-    message_type: str
-    message_name: str
 
 
 class Settler(Protocol):

@@ -1,6 +1,8 @@
 """
 The wire format: event → message → bytes, and back. No other module knows what a message looks like on the wire.
 
+A program may choose another codec for its messages: `Message.codec`. The functions here then call that one.
+
 The body is one JSON object with four keys: `message_type`, `message_name`, `message_id` and `payload`. It has a fifth
 key, `headers`, only if the transport has no headers of its own and the message has headers or a key.
 
@@ -13,8 +15,9 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import lru_cache
 from typing import Any, TypeVar, get_args, get_type_hints
 from uuid import UUID
@@ -24,9 +27,9 @@ import orjson
 
 from diator._hints import name_of
 from diator.brokers._standard import as_standard
-from diator.brokers.message import Message, set_fields
+from diator.brokers.message import Codec, Message, Topic, set_fields
 from diator.brokers.payloads import difference, dump, names_in_json, plan_payload, wire_names
-from diator.exceptions import DecodingError, EncodingError, MessageTooLarge
+from diator.exceptions import DecodingError, DiatorError, EncodingError, MessageTooLarge
 
 E = TypeVar("E")
 
@@ -48,8 +51,15 @@ def encode(message: Message, *, max_bytes: int = MAX_MESSAGE_BYTES, headers_in_b
     Raises:
         MessageTooLarge: The body has more than *max_bytes* bytes.
         EncodingError: The type or the name is not valid Unicode, or (with *headers_in_body*) the key or a header is
-            not.
+            not; or the codec of the message cannot encode it.
+        ConfigurationError: The codec of the message needs headers beside the body.
     """
+    if message.codec is not None:
+        with _errors_of_codec(message):
+            body = message.codec.encode(message, headers_in_body=headers_in_body)
+        if len(body) > max_bytes:
+            raise MessageTooLarge(len(body), max_bytes, message_id=message.message_id)
+        return body
     message_id = message.message_id
     if type(message_id) is not UUID:
         message_id = plain_id(message_id)
@@ -66,29 +76,45 @@ def encode(message: Message, *, max_bytes: int = MAX_MESSAGE_BYTES, headers_in_b
     return body
 
 
+@contextmanager
+def _errors_of_codec(message: Message) -> Generator[None]:
+    """Raise what a codec raises as an `EncodingError`, unless it is one of diator's errors."""
+    try:
+        yield
+    except DiatorError:
+        raise
+    except Exception as error:
+        raise EncodingError(message.message_name, f"its codec raised {name_of(type(error))}") from error
+
+
 @lru_cache
 def beginning_of(message_type: str, message_name: str) -> bytes:
     """Return the body of a message up to its id."""
     return orjson.dumps({"message_type": message_type, "message_name": message_name})[:-1] + b',"message_id":'
 
 
-def headers_with_key(message: Message) -> dict[str, str]:
+def headers_with_key(message: Message, *, attribute_prefix: str = "ce_") -> dict[str, str]:
     """
     Return the headers of *message* as they are sent; the key is one of them.
 
     For transports whose service has headers of its own. Every returned text can be encoded as UTF-8. `decode` separates
-    the key from the headers again.
+    the key from the headers again. If the message has a codec, the headers are those of its envelope, and
+    *attribute_prefix* is how their names begin, see `Codec.headers`.
 
     Raises:
         EncodingError: The program has set a header that is named `key`, or a header or the key is not text, or not
-            valid Unicode.
+            valid Unicode; or the codec of the message cannot encode it.
     """
-    if _KEY in message.headers:
+    if message.codec is not None:
+        with _errors_of_codec(message):
+            headers = {**message.codec.headers(message, attribute_prefix=attribute_prefix)}
+    elif _KEY in message.headers:
         raise EncodingError(
             f"{message.message_name}.headers",
             f"the header {_KEY!r} is reserved for the key of the message; set the key instead",
         )
-    headers = {**message.headers} if message.key is None else {**message.headers, _KEY: message.key}
+    else:
+        headers = {**message.headers} if message.key is None else {**message.headers, _KEY: message.key}
     try:
         for name, value in headers.items():
             (name + value).encode()
@@ -115,6 +141,8 @@ class Envelope(msgspec.Struct):
         message_id: As `Message.message_id`.
         payload_json: As `Message.payload_json`.
         key: As `Message.key`.
+        time: As `Message.time`, if a codec has read it.
+        headers: As `Message.headers`, if a codec has read them; None if they are those of the delivery.
     """
 
     message_type: str
@@ -122,6 +150,8 @@ class Envelope(msgspec.Struct):
     message_id: UUID
     payload_json: bytes
     key: str | None
+    time: datetime | None = None
+    headers: Mapping[str, str] | None = None
 
     def __repr__(self) -> str:
         """Name the message, without its content."""
@@ -197,9 +227,39 @@ def decode_envelope(body: bytes, *, max_bytes: int, headers: Mapping[str, str]) 
     return Envelope(parsed.message_type, parsed.message_name, parsed.message_id, payload_json, key)
 
 
-def _parsed(body: bytes, max_bytes: int) -> tuple[_Body, bytes]:
+def decode_with(codec: Codec, body: bytes, *, max_bytes: int, headers: Mapping[str, str], topic: Topic) -> Envelope:
+    """
+    Return what a consumer needs of a message from *topic* whose envelope is that of *codec*.
+
+    Raises:
+        DecodingError: The body is too large, or *codec* has raised any error.
+    """
+    _check_size(body, max_bytes)
+    try:
+        message = codec.decode(body, headers, topic)
+        return Envelope(
+            message.message_type,
+            message.message_name,
+            message.message_id,
+            message.payload_json,
+            message.key,
+            message.time,
+            message.headers,
+        )
+    except DecodingError:
+        raise
+    except Exception as error:  # noqa: BLE001  # a program has written it, and no message stops another one
+        problem = f"the codec raised {name_of(type(error))}"
+    raise DecodingError(problem)  # here, not above: the error would keep the one that may quote the message
+
+
+def _check_size(body: bytes, max_bytes: int) -> None:
     if len(body) > max_bytes:
         raise DecodingError(f"the body has {len(body):,} bytes; this broker accepts at most {max_bytes:,}")
+
+
+def _parsed(body: bytes, max_bytes: int) -> tuple[_Body, bytes]:
+    _check_size(body, max_bytes)
     try:
         parsed = _parse(body)
         payload_json = bytes(parsed.payload)
@@ -280,8 +340,9 @@ def event_decoder(event_type: type[E]) -> Callable[[Envelope], E]:
     Return a function that decodes the payload of a message into an *event_type*, as `payload_decoder` does.
 
     Another program may leave out what diator always writes. Nothing is invented then: without an `event_id`, the event
-    has the id of its message, at each attempt and in each group; without an `event_timestamp`, it has None. A default
-    of the class would be another value at each attempt. A field that is null counts as left out.
+    has the id of its message, at each attempt and in each group; without an `event_timestamp`, it has the time of its
+    envelope, or None. A default of the class would be another value at each attempt. A field that is null counts as
+    left out.
 
     Raises:
         ConfigurationError: As `plan_payload`.
@@ -308,8 +369,11 @@ def event_decoder(event_type: type[E]) -> Callable[[Envelope], E]:
                 payload_json = _without_null(payload_json, {id_name, time_name})
             if has_id and sent_id in _ABSENT:
                 payload_json = _with_field(payload_json, id_name, envelope.message_id)
+            lacks_time = has_time and sent_time in _ABSENT
+            if lacks_time and envelope.time is not None:
+                payload_json, lacks_time = _with_field(payload_json, time_name, envelope.time), False
             event = read(payload_json)
-            if has_time and sent_time in _ABSENT:
+            if lacks_time:
                 _set_field(event, "event_timestamp", None)
         except Exception as error:  # noqa: BLE001  # as above
             problem = _misfit(event_type, error)

@@ -17,7 +17,7 @@ from uuid import UUID
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode
-from diator.brokers.message import Message
+from diator.brokers.message import Codec, Message
 from diator.brokers.sending import check_has_ended
 from diator.exceptions import BrokerClosed, ConfigurationError, MessageRejected
 
@@ -89,9 +89,9 @@ class MemoryMessageBroker:
         if self._closed:
             raise BrokerClosed("this broker is closed", message_id=message.message_id)
         body = encode(message, max_bytes=self._max_message_bytes, headers_in_body=True)
-        self._put(Topic(message.message_type, message.message_name), body, message.message_id)
+        self._put(Topic(message.message_type, message.message_name), body, message.message_id, message.codec)
 
-    def _put(self, topic: Topic, body: bytes, message_id: UUID | None = None) -> None:
+    def _put(self, topic: Topic, body: bytes, message_id: UUID | None = None, codec: Codec | None = None) -> None:
         queues = [queue for queue in self._queues if topic in queue.topics]
         if any(len(queue) >= self._capacity for queue in queues) or (not queues and len(self._kept) >= self._capacity):
             raise MessageRejected(
@@ -100,7 +100,7 @@ class MemoryMessageBroker:
                 message_id=message_id,
             )
         for queue in queues or [self._kept]:
-            queue.put(_Entry(topic, body))
+            queue.put(_Entry(topic, body, codec))
 
     @asynccontextmanager
     async def subscribe(
@@ -144,7 +144,10 @@ class MemoryMessageBroker:
         while not len(self._kept):
             self.check_open()
             await self._kept.wait_for_change()
-        return decode(self._kept.take().body, max_bytes=self._max_message_bytes)
+        entry = self._kept.take()
+        if entry.codec is not None:
+            return entry.codec.decode(entry.body, {}, entry.topic)
+        return decode(entry.body, max_bytes=self._max_message_bytes)
 
     def __len__(self) -> int:
         """Return the number of messages that `receive` can return."""
@@ -203,6 +206,7 @@ class DeadLetter:
 class _Entry:
     topic: Topic
     body: bytes
+    codec: Codec | None = None
     attempt: int = 1
 
 

@@ -1,15 +1,34 @@
-"""`Message`: what a program sends through a broker."""
+"""`Message`: what a program sends through a broker, `Topic`: where it goes, and `Codec`: how it is written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Self, TypeAlias, overload
+from datetime import datetime
+from typing import ClassVar, NamedTuple, Protocol, Self, TypeAlias, overload
 from uuid import UUID, uuid4
 
 from diator.exceptions import EncodingError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+
+class Topic(NamedTuple):
+    """
+    The destination of a message: its type and its name. A subscription reads one or more topics.
+
+    Each part may be any text, and so may the name of a group. Two different topics are two destinations: a transport
+    encodes them for its service so that they never collide, whatever the service does with separators, wildcards,
+    upper and lower case, or long names. If a transport cannot encode a topic or a group, sending raises
+    `MessageRejected` and subscribing raises `ConfigurationError`.
+
+    Attributes:
+        message_type: The kind of the message, such as `notification_event`.
+        message_name: The wire name of the event.
+    """
+
+    message_type: str
+    message_name: str
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
@@ -28,6 +47,8 @@ class Message:
         payload_json: A JSON object, encoded as UTF-8.
         key: Messages with the same key keep their order, if the transport keeps any order.
         headers: Metadata about the message, such as a trace context or a correlation id.
+        codec: Writes the message in another envelope than diator's own; None for diator's own.
+        time: When the event happened, for a codec whose envelope says so. The emitter sets it if it has a codec.
 
     A program may pass a *payload* of plain JSON values instead of *payload_json*. The id is random unless it is passed.
 
@@ -41,6 +62,8 @@ class Message:
     payload_json: bytes = field(repr=False)
     key: str | None = field(default=None, repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    codec: Codec | None = field(default=None, repr=False)
+    time: datetime | None = field(default=None, repr=False)
 
     #: The body up to the id, if the emitter has set it: the same for all events of a class.
     _beginning: ClassVar[bytes] = b""
@@ -55,6 +78,8 @@ class Message:
         payload_json: bytes,
         key: str | None = None,
         headers: Mapping[str, str] | None = None,
+        codec: Codec | None = None,
+        time: datetime | None = None,
     ) -> None: ...
     @overload
     def __init__(
@@ -66,6 +91,8 @@ class Message:
         payload: Mapping[str, object],
         key: str | None = None,
         headers: Mapping[str, str] | None = None,
+        codec: Codec | None = None,
+        time: datetime | None = None,
     ) -> None: ...
     def __init__(
         self,
@@ -77,6 +104,8 @@ class Message:
         payload_json: bytes | None = None,
         key: str | None = None,
         headers: Mapping[str, str] | None = None,
+        codec: Codec | None = None,
+        time: datetime | None = None,
     ) -> None:
         if (payload is None) == (payload_json is None):
             raise TypeError("Message needs either payload or payload_json; replace() needs payload_json")
@@ -87,6 +116,8 @@ class Message:
             "payload_json": payload_json if payload is None else _encoded(message_name, payload),
             "key": key,
             "headers": headers or {},
+            "codec": codec,
+            "time": time,
         }
         set_fields(self, fields)
 
@@ -100,6 +131,8 @@ class Message:
         message_id: UUID | None = None,
         key: str | None = None,
         headers: Mapping[str, str] | None = None,
+        codec: Codec | None = None,
+        time: datetime | None = None,
     ) -> Self:
         """Return a message with *payload*: a notification event by default. As the constructor."""
         return cls(
@@ -109,6 +142,8 @@ class Message:
             payload=payload,
             key=key,
             headers=headers,
+            codec=codec,
+            time=time,
         )
 
     @property
@@ -118,6 +153,54 @@ class Message:
 
         parsed: dict[str, Json] = json.loads(self.payload_json)
         return parsed
+
+
+class Codec(Protocol):
+    """
+    An envelope: how a message becomes a body and headers, and back. Pass it to an `EventEmitter` and to a `Consumer`.
+
+    Without a codec, messages have diator's own envelope. `diator.brokers.cloudevents.CloudEvents` is a codec, and a
+    program may write its own. Any transport carries its messages, and keeps their body and headers as they are when it
+    retries or dead-letters them. A codec has no state that a call changes: several emitters and consumers may use it.
+    """
+
+    def encode(self, message: Message, /, *, headers_in_body: bool) -> bytes:
+        """
+        Return the body of *message*.
+
+        With *headers_in_body* the transport has no headers of its own: the body has to contain the key and the headers.
+
+        Raises:
+            EncodingError: The envelope cannot hold this message.
+            ConfigurationError: The codec needs headers, and the transport has none.
+        """
+        ...
+
+    def headers(self, message: Message, /, *, attribute_prefix: str) -> Mapping[str, str]:
+        """
+        Return the headers of *message*, for a transport that has headers of its own.
+
+        They include the headers of the program and the key, if `encode` does not write them into the body. A header
+        `content-type` is the media type of the body; on RabbitMQ it becomes the property of this name.
+
+        *attribute_prefix* is how the names of headers begin in CloudEvents' binding for this service, such as `ce_`.
+
+        Raises:
+            EncodingError: The envelope cannot hold this message.
+        """
+        ...
+
+    def decode(self, body: bytes, headers: Mapping[str, str], topic: Topic, /) -> Message:
+        """
+        Return the message that was received from *topic*. The consumer dead-letters a message that names another event.
+
+        *headers* are the service's own; empty if the transport has none. The returned message has the headers of the
+        sender without those of the envelope.
+
+        Raises:
+            DecodingError: The message has not this envelope. The text contains nothing of the message.
+        """
+        ...
 
 
 def _encoded(message_name: str, payload: Mapping[str, object]) -> bytes:

@@ -4,12 +4,12 @@ import itertools
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 from uuid import UUID
 
 from diator._handlers import PreparedHandler
 from diator._hints import name_of
-from diator.brokers.message import Message, set_fields
+from diator.brokers.message import Codec, Message, set_fields
 from diator.brokers.sending import MessageBroker, send_one_by_one, transactional
 from diator.container import Container
 from diator.container.base import Resolver, Shared, has_scopes, scopes
@@ -44,9 +44,10 @@ class EventEmitter:
         container: Builds the handlers. Default: the container of the mediator or consumer that uses this emitter, or
             diator's own `Container`.
         message_broker: Sends the integration events. The emitter does not close it.
+        codec: The envelope of the integration events. Default: diator's own.
 
     Raises:
-        ConfigurationError: An argument has the wrong type.
+        ConfigurationError: An argument has the wrong type, or *codec* needs headers and *message_broker* has none.
     """
 
     def __init__(
@@ -54,8 +55,12 @@ class EventEmitter:
         event_map: EventMap | None = None,
         container: Resolver | None = None,
         message_broker: MessageBroker | None = None,
+        *,
+        codec: Codec | None = None,
     ) -> None:
         check_parts(event_map=event_map, container=container, message_broker=message_broker)
+        check_codec(codec, message_broker)
+        self._codec = codec
         self._event_map = EventMap() if event_map is None else event_map
         self._container = container
         self._default_container: Resolver | None = None
@@ -185,7 +190,7 @@ class EventEmitter:
             if self._broker is None:
                 raise BrokerNotConfigured(event_type)
             self._event_map._reserve_name(event_type)
-            plan = _Plan((), message=_message_factory(event_type, self._broker))
+            plan = _Plan((), message=_message_factory(event_type, self._broker, self._codec))
         else:
             handlers = self._event_map._freeze(event_type)
             if not handlers and issubclass(event_type, type):
@@ -208,6 +213,21 @@ def check_parts(*, event_map: object, container: object, message_broker: object)
     for name, part, method in (("container", container, "resolve"), ("message_broker", message_broker, "send_message")):
         if part is not None and (isinstance(part, type) or not callable(getattr(part, method, None))):
             raise ConfigurationError(f"{name} must be an object with `async def {method}`, and it is {described(part)}")
+
+
+def check_codec(codec: object, broker: object = None) -> None:
+    """Check the codec when an object is made. With *broker*: that it can encode for this transport."""
+    if codec is None:
+        return
+    if isinstance(codec, type) or not all(callable(getattr(codec, each, None)) for each in _METHODS_OF_CODEC):
+        methods = ", ".join(_METHODS_OF_CODEC)
+        raise ConfigurationError(f"codec must be an object with the methods {methods}, and it is {described(codec)}")
+    if broker is not None:
+        probe = Message.create(message_name="probe", payload={}, codec=cast("Codec", codec))
+        _check_of(broker, probe)[0](probe)
+
+
+_METHODS_OF_CODEC = ("encode", "headers", "decode")
 
 
 def check_type(name: str, part: object, wanted: type, *, is_needed: bool = False) -> None:
@@ -241,16 +261,25 @@ _SHORT_KEY = 16 * 1024
 def _check_of(broker: object, empty: Message) -> tuple[Callable[[Message], object], int]:
     """Return what checks a message before it is sent, and which size of a payload needs no check."""
     from diator.brokers.capabilities import Capabilities  # noqa: PLC0415  # as below
-    from diator.brokers.codec import encode  # noqa: PLC0415
+    from diator.brokers.codec import encode, headers_with_key  # noqa: PLC0415
 
     promised: object = getattr(broker, "capabilities", None)
     if not isinstance(promised, Capabilities):  # it promises nothing, or is a mock, which has every method
         return encode, sys.maxsize
     limit, headers_in_body = promised.max_message_bytes or sys.maxsize, promised.headers == "envelope"
     check: Callable[[Message], object] = partial(encode, max_bytes=limit, headers_in_body=headers_in_body)
+    check = getattr(broker, "check_message", check)
+    if empty.codec is not None:  # it may refuse any value, also one in a header
+
+        def check_all(message: Message) -> None:
+            check(message)
+            if not headers_in_body:
+                headers_with_key(message)
+
+        return check_all, -1
     # The body may contain the key, a part of the payload, once more.
     certainly_fits = (limit - len(encode(empty, headers_in_body=headers_in_body))) // 2
-    return getattr(broker, "check_message", check), certainly_fits
+    return check, certainly_fits
 
 
 def _check_included(event_type: type, key_field: str | None) -> None:
@@ -263,7 +292,7 @@ def _check_included(event_type: type, key_field: str | None) -> None:
             raise NotAnEvent(f"{name_of(event_type)}.{name} is excluded from the payload, which needs it; include it")
 
 
-def _message_factory(event_type: Any, broker: object) -> Callable[[Any], Message]:  # noqa: C901  # one function, for speed
+def _message_factory(event_type: Any, broker: object, codec: Codec | None) -> Callable[[Any], Message]:  # noqa: C901  # one function, for speed
     """
     Return a function that encodes an event. A later change to the event then does not change its message.
 
@@ -279,7 +308,12 @@ def _message_factory(event_type: Any, broker: object) -> Callable[[Any], Message
     encode_payload = payload_encoder(event_type)
     _check_included(event_type, key_field)
     empty = Message(
-        message_type=message_type, message_name=message_name, message_id=UUID(int=0), payload_json=b"{}", key=""
+        message_type=message_type,
+        message_name=message_name,
+        message_id=UUID(int=0),
+        payload_json=b"{}",
+        key="0",
+        codec=codec,
     )
     check, certainly_fits = _check_of(broker, empty)
     check(empty)  # its name may be too long
@@ -294,6 +328,7 @@ def _message_factory(event_type: Any, broker: object) -> Callable[[Any], Message
         "key": None,
         "headers": None,
         "_beginning": beginning_of(message_type, message_name),
+        "codec": codec,
     }
 
     new = object.__new__
@@ -325,6 +360,8 @@ def _message_factory(event_type: Any, broker: object) -> Callable[[Any], Message
         fields["message_id"] = message_id
         fields["payload_json"] = payload_json
         fields["headers"] = {}
+        if codec is not None:
+            fields["time"] = timestamp
         message = new(Message)
         set_fields(message, fields)
         if len(payload_json) > certainly_fits:

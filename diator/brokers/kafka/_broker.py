@@ -199,7 +199,7 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
         try:
             if message.key is not None:
                 key = message.key.encode()
-            if key is not None or message.headers:
+            if key is not None or message.headers or message.codec is not None:
                 headers = _encoded(headers_with_key(message), key or b"")
             topic = self._names.topic(Topic(message.message_type, message.message_name))
         except UnicodeEncodeError as error:

@@ -17,7 +17,7 @@ from diator.brokers.connecting import ServiceBroker
 from diator.brokers.message import Message
 from diator.brokers.rabbitmq._audit import inspect
 from diator.brokers.rabbitmq._client import URL, Address, AioPikaConnection
-from diator.brokers.rabbitmq._content import RESERVED, ROUTING
+from diator.brokers.rabbitmq._content import CONTENT_TYPE, JSON, RESERVED, ROUTING
 from diator.brokers.rabbitmq._frames import Publication, header_of
 from diator.brokers.rabbitmq._names import UNUSUAL, retained_queue_name, routing_key
 from diator.brokers.rabbitmq._publisher import Publisher
@@ -141,7 +141,8 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
 
     def _publication(self, message: Message) -> Publication:
         body = encode(message, max_bytes=self._max_message_bytes)
-        headers = headers_with_key(message)
+        headers = headers_with_key(message, attribute_prefix="ce-")
+        content_type = JSON if message.codec is None else headers.pop(CONTENT_TYPE, JSON)
         if headers:
             _check_headers(message, headers)
         message_id = str(message.message_id)
@@ -149,7 +150,7 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
             key = routing_key(message.message_type, message.message_name)
         except ValueError as error:
             raise _too_long(message, error) from error
-        header = header_of(message.message_name, message_id, headers, len(body))
+        header = header_of(message.message_name, message_id, headers, len(body), content_type)
         mandatory = self._unroutable != "drop"
         return Publication(self._options.prefix, key, header, body, message_id, mandatory)
 

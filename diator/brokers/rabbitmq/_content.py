@@ -25,6 +25,10 @@ _FLAGS = {name: 1 << 15 - index for index, name in enumerate(_NAMES)}
 _SIZES = {"headers": 0, "delivery-mode": 1, "priority": 1, "timestamp": 8}
 _PERSISTENT = b"\x02"
 
+#: The property with the media type of the body. It is a header in a `Delivery`, unless it is this one.
+CONTENT_TYPE, JSON = "content-type", "application/json"
+JSON_FIELD = b"\x10" + JSON.encode()
+
 # The kinds of values in a table: those that begin with their size, and those of a fixed size.
 _TEXT, _BYTES, _TABLE, _LIST, _TIME, _DECIMAL = b"SxFATD"
 _SIZED = frozenset({_TEXT, _BYTES, _TABLE, _LIST})
@@ -139,12 +143,19 @@ class Properties:
         return good
 
     def headers(self) -> dict[str, str]:
-        """Return the headers of the program that sent the message, as texts; a table or a list is an empty one."""
-        return {
+        """
+        Return the headers of the program that sent the message, as texts; a table or a list is an empty one.
+
+        The content type is one of them, unless it is JSON.
+        """
+        headers = {
             text: _text(value)
             for name, value, readable in self._headers
             if readable and value != _VOID and not (text := name.decode()).startswith(RESERVED)
         }
+        if self._fields.get(CONTENT_TYPE, JSON_FIELD) != JSON_FIELD and (content_type := self.text(CONTENT_TYPE)):
+            headers.setdefault(CONTENT_TYPE, content_type)
+        return headers
 
     def count(self, header: str) -> int:
         """Return the number in *header*; 0 if there is no number above 0."""

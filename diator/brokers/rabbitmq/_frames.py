@@ -18,12 +18,11 @@ from diator.brokers.rabbitmq._client import (
     commands,
     marshal,
 )
-from diator.brokers.rabbitmq._content import BASIC, HEADER, PUBLICATION_ID, Properties
+from diator.brokers.rabbitmq._content import BASIC, HEADER, JSON, JSON_FIELD, PUBLICATION_ID, Properties
 from diator.exceptions import EncodingError
 
 _FLAGS = 1 << 15 | 1 << 12 | 1 << 7 | 1 << 6 | 1 << 5  # content_type, delivery_mode, message_id, timestamp, type
 _HEADERS_FLAG = 1 << 13
-_JSON = b"\x10application/json"
 _PERSISTENT = b"\x02"
 
 
@@ -67,7 +66,7 @@ def _publish(exchange: str, routing_key: str, mandatory: bool) -> bytes:  # noqa
     return marshal(frame, Channel.NUMBER)
 
 
-def header_of(name: str, message_id: str, headers: Mapping[str, str], size: int) -> bytes:
+def header_of(name: str, message_id: str, headers: Mapping[str, str], size: int, content_type: str = JSON) -> bytes:
     """
     Encode the properties of a message whose body has *size* bytes.
 
@@ -75,15 +74,16 @@ def header_of(name: str, message_id: str, headers: Mapping[str, str], size: int)
         EncodingError: A header is not valid Unicode, or its name is too long.
     """
     try:
+        media_type = JSON_FIELD if content_type is JSON else _short(content_type, 255)
         kind, table = _short(name, 255), b""
         for each, value in headers.items():
             text = value.encode()
             table += _short(each, 128) + b"S" + len(text).to_bytes(4) + text
     except (UnicodeEncodeError, ValueError) as error:
         raise EncodingError(f"{name}.headers", str(error)) from error
-    flags, properties = _FLAGS, _JSON
+    flags, properties = _FLAGS, media_type
     if table:
-        flags, properties = _FLAGS | _HEADERS_FLAG, _JSON + len(table).to_bytes(4) + table
+        flags, properties = _FLAGS | _HEADERS_FLAG, media_type + len(table).to_bytes(4) + table
     known = b"%b%b\x24%b%b" % (properties, _PERSISTENT, message_id.encode(), int(time()).to_bytes(8))
     return HEADER.pack(BASIC, 0, size, flags) + known + kind
 

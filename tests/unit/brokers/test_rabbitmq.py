@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from uuid import uuid4
@@ -18,6 +19,7 @@ from pamqp import commands
 from pamqp.frame import marshal, unmarshal
 from pamqp.heartbeat import Heartbeat
 
+from diator.brokers import Message
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.rabbitmq import RabbitMQMessageBroker, _client
 from diator.brokers.rabbitmq._channel import Channel
@@ -227,6 +229,25 @@ def test_a_publication_is_read_by_others_as_it_was_written(frame_max):
     assert (properties.content_type, properties.delivery_mode) == ("application/json", 2)
     assert properties.message_type == "Joined"
     assert abs((datetime.now(UTC) - properties.timestamp).total_seconds()) < 5
+
+
+def test_a_codec_sets_the_content_type():
+    class Plain:
+        def encode(self, message, /, *, headers_in_body):
+            return b"text"
+
+        def headers(self, message, /, *, attribute_prefix):
+            return {"content-type": "text/plain", f"{attribute_prefix}id": "7"}
+
+        decode = None
+
+    broker = RabbitMQMessageBroker("amqp://localhost")
+    message = Message.create(message_name="Joined", payload={})
+
+    ours, plain = (broker._publication(each) for each in (message, replace(message, codec=Plain())))
+
+    assert Properties(ours.header).headers() == {}
+    assert Properties(plain.header).headers() == {"ce-id": "7", "content-type": "text/plain"}
 
 
 @pytest.mark.parametrize("headers", [{"x" * 129: "1"}, {"a": "\ud800"}])

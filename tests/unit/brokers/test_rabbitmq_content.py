@@ -44,6 +44,17 @@ def header(*, size: int = 2, **properties: bytes) -> bytes:
 ID = short(b"id")
 
 
+def test_the_content_type_is_a_header_unless_it_is_json():
+    json, xml = short(b"application/json"), short(b"application/xml")
+    named = table(**{"content-type": text(b"text/plain")})
+
+    assert Properties(header(content_type=json)).headers() == {}
+    assert Properties(header(content_type=xml)).headers() == {"content-type": "application/xml"}
+    assert Properties(header(content_type=xml, headers=named)).headers() == {"content-type": "text/plain"}
+    assert Properties(header(content_type=short(b"\xff"))).headers() == {}
+    assert Properties(header()).headers() == {}
+
+
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
