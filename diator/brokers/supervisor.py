@@ -431,6 +431,7 @@ class ResilientSubscription(ABC):
                         self._changed.set()
                     elif self._probed_at:
                         self._complete_until = self._probed_at.popleft()
+                    del deliveries  # the next wait must not keep them alive when they are settled
                     self._last_received_at = asyncio.get_running_loop().time()
             finally:
                 await end_task(watching)

@@ -1,6 +1,7 @@
 """The supervisor, with connections that do what the test scripts."""
 
 import asyncio
+import gc
 import logging
 import random
 from contextlib import asynccontextmanager, suppress
@@ -609,6 +610,18 @@ async def test_it_receives_again_when_the_buffer_is_half_empty():
         assert len(link.arriving) == 15
 
     assert service.links == [link]
+
+
+async def test_waiting_for_more_keeps_no_delivery_alive():
+    service, numbers = Service(), range(7_000, 7_008)  # no other test uses them
+    async with service.supervised(prefetch=8) as deliveries:
+        service.links[0].put(*numbers)
+        assert await take(deliveries, 8) == [*numbers]
+        await asyncio.sleep(PROMPTLY)
+        gc.collect()
+        alive = [each.body for each in gc.get_objects() if type(each) is Delivery]
+
+    assert not {b"%d" % number for number in numbers}.intersection(alive)
 
 
 async def test_the_buffer_is_bounded_over_all_connections():
