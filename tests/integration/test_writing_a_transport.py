@@ -91,6 +91,40 @@ async def test_a_process_that_slept_past_its_lease_settles_nothing(monkeypatch):
     assert (deleted, renewed) == ([["leased"]], ["leased"])
 
 
+async def test_a_subscription_receives_what_a_client_has_pushed():
+    """Of two topics, with one place for both; a probe is answered after the messages."""
+    probed = asyncio.Event()
+
+    async def flush():
+        probed.set()
+
+    class Subscription(page.ResilientSubscription):
+        @asynccontextmanager
+        async def connect(self):
+            self.source = page.PushedSource(self, self, flush)
+            for number in range(5):
+                self.source.on_message(topics[number % 2], b"%d" % number, page.Lent("receipt"))
+            yield self.source
+
+        async def ack(self, delivery, /):
+            self.unsettled -= 1
+            self.notify_settled()
+
+    topics, handed_out = [page.Topic("event", "first"), page.Topic("event", "second")], []
+    policy = page.ReconnectPolicy(idle_timeout=0.05, probe_timeout=20.0, max_delay=0.0)
+    subscription = Subscription(topics, "g", lossy=False, prefetch=1, reconnect=policy, on_gap=None, registry=set())
+    async with subscription as deliveries, asyncio.timeout(20):
+        for _ in range(5):
+            handed_out.append(delivery := await anext(deliveries))
+            await delivery.ack()
+        await probed.wait()
+        subscription.source.inbox.fail(ConnectionError("lost"))
+        handed_out.append(await anext(deliveries))
+
+    assert [delivery.body for delivery in handed_out] == [b"0", b"1", b"2", b"3", b"4", b"0"]
+    assert subscription.reconnects == 1
+
+
 @asynccontextmanager
 async def connection():
     yield "a connection"

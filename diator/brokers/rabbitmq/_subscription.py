@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import msgspec
 from diator._text import explained, listed, printable
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.connecting import BackgroundTasks
+from diator.brokers.inbox import Inbox
 from diator.brokers.rabbitmq._channel import (
     ACCESS_REFUSED,
     CHANNEL_ERRORS,
@@ -314,8 +314,7 @@ class Connection(Channel):
         super().__init__()
         self._subscription = subscription
         self._least_prefetch_count = prefetch_count
-        self._arrived: deque[Delivery] = deque()
-        self._something = asyncio.Event()
+        self._inbox = Inbox()
         self._consumers: dict[str, _Consumer] = {}  # by tag
         self._consumer_number = 0
         # The delivery tags that are not settled, in the order of their arrival.
@@ -396,14 +395,8 @@ class Connection(Channel):
             logger.warning("%s; the dead-letter queue is used as it is, and audit() has the remedy", error)
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:
-        while not self._something.is_set():
-            await self._something.wait()
-        if self.error is not None:
-            raise self.error
-        taken = [self._arrived.popleft() for _ in range(min(most, len(self._arrived)))]
+        taken = await self._inbox.receive(most)
         self._subscription.unsettled += len(taken)
-        if not self._arrived:
-            self._something.clear()
         return taken
 
     async def _hand_over(self) -> None:
@@ -459,7 +452,7 @@ class Connection(Channel):
         """Ask whether the exchange is still the same, and bind the queues again: somebody may have unbound one."""
         if await self._check_exchange():
             await self._bind()
-            self._something.set()
+            self._inbox.note_answer()
 
     async def _keep_checking(self) -> None:
         """Check the exchange often: without it the group misses messages, while other groups receive them."""
@@ -525,8 +518,7 @@ class Connection(Channel):
             unreadable=_why_unreadable(properties, body),
         )
         self._open[method.delivery_tag] = consumer
-        self._arrived.append(delivery)
-        self._something.set()
+        self._inbox.put(delivery)
         consumer.unsettled += 1
         if consumer.unsettled == consumer.prefetch_count:
             self._adjust_prefetch(consumer)
@@ -546,7 +538,7 @@ class Connection(Channel):
 
     def lost(self, error: Exception) -> None:
         """Drop what was prefetched: RabbitMQ redelivers it, and may have done so already."""
-        self._something.set()
+        self._inbox.fail(error)
         unseen = self._subscription.remove_prefetched(lambda delivery: delivery.settler is self)
         self._subscription.unsettled -= len(unseen)
 
@@ -746,7 +738,8 @@ class Connection(Channel):
                 if (wait := self._settled_at - self._loop.time()) > 0:
                     await asyncio.sleep(wait)
                 async with asyncio.timeout(_END_TIMEOUT):
-                    self._settle_all({*unseen, *(cast("_Token", delivery.token).tag for delivery in self._arrived)})
+                    waiting = {cast("_Token", delivery.token).tag for delivery in self._inbox.take_all()}
+                    self._settle_all(waiting.union(unseen))
                     if subscription.group is None and subscription.is_ending:
                         await self.ask_all(commands.Queue.Delete(queue=queue) for queue in subscription.queues)
                         if subscription.witness:
