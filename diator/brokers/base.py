@@ -58,10 +58,10 @@ class Delivery(msgspec.Struct, kw_only=True, eq=False):  # a dataclass with slot
     The service then redelivers the message, as `Capabilities.redelivery` says. The body is not decoded yet and may
     contain anything. Each redelivery is a new object, and each subscription has its own objects.
 
-    The transport passes a message on as it came: a requeued or dead-lettered message has the same body and the same
-    headers, byte for byte, and the transport only adds its own. What one of its own headers says (an attempt, a due
-    time) counts only where the transport wrote it itself, such as in a retry queue of the group, and within its own
-    limits. The transport ignores such a header of a sender.
+    The transport passes a message on as it came: body, headers and key arrive byte for byte. A requeued or
+    dead-lettered message has the same body and the same headers, and the transport only adds its own. What one of its
+    own headers says (an attempt, a due time) counts only where the transport wrote it itself, such as in a retry queue
+    of the group, and within its own limits. The transport ignores such a header of a sender.
 
     Attributes:
         topic: The topic that the message came from: one of the subscription's topics, whatever the body contains.
@@ -203,9 +203,9 @@ class ReadableBroker(MessageBroker, Protocol):
         `Capabilities.replay` defines where a new group starts. From then on the group collects messages, if
         `Capabilities.subscription` is `durable`. A subscription without a group starts at its entry.
 
-        Prefetch: At most *prefetch* deliveries are handed out and unsettled at any time, if the transport has
-        backpressure. The transport may receive some more in advance, but it leaves enough messages for the other
-        consumers of the group.
+        Prefetch: The iterator hands out deliveries until *prefetch* of them, any number from 1 on, are unsettled, and
+        no more if the transport has backpressure. The transport may receive some more in advance, but it leaves enough
+        messages for the other consumers of the group.
 
         Waiting for a key: A consumer receives messages of a key faster than it handles them, one after the other. So it
         calls `postpone(delivery)` of the iterator for a delivery that waits for an earlier one of its key, and
@@ -220,7 +220,7 @@ class ReadableBroker(MessageBroker, Protocol):
         Several subscriptions: One broker can have any number of them, to the same topics or to others. No
         subscription delays or ends another.
 
-        Waiting: A cancelled wait for the next delivery loses no message.
+        Waiting: A wait for the next delivery takes no processor time. A cancelled wait loses no message.
 
         Reconnecting: The iterator reconnects by itself, with exponential backoff and jitter. It calls *on_gap*
         whenever messages may have been missed meanwhile. It ends only when its context ends, or with an error that
@@ -245,7 +245,11 @@ class Transport(ReadableBroker, Protocol):
     """A broker that can also be opened and closed, as each of diator's can. A program creates one and shares it."""
 
     async def aclose(self) -> None:
-        """Refuse new messages, end the subscriptions, and close the connections. A further call does nothing."""
+        """
+        Refuse new messages, end the subscriptions, and close the connections. A further call does nothing.
+
+        Nothing remains: no task, no thread, no open file, and no error that nobody has retrieved.
+        """
         ...
 
     async def __aenter__(self) -> Self: ...

@@ -26,6 +26,7 @@ class MessageBroker(Protocol):
       also when the task starts several sends one after the other and then waits for all of them.
     - It serves one event loop at a time. When that has ended, another one may use the broker, as with several calls of
       `asyncio.run`; while it is running, calls in another one raise `UsageError`.
+    - It never blocks the event loop: while it waits for the service, other tasks run.
     - It never runs a handler, never waits for a consumer, and never changes a message or keeps a reference to it.
     - Every call returns or raises within the broker's `timeout` (in seconds), even if the service does not respond.
     - It does not retry a send, and it does not drop a message that looks like a duplicate. The program decides what

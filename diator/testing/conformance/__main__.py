@@ -74,7 +74,7 @@ def _line(result: Result) -> str:
     reason = f"  ({result.reason})" if result.reason else ""
     id_ = f"{result.scenario.level} {result.scenario.id:<7}"
     line = f"{result.outcome:<11} {id_} {result.seconds:6.2f} s  {result.scenario.title}{reason}"
-    return "\n    ".join([line, *(explained(result.error) if result.error else ())])
+    return "\n    ".join([line, *(each.replace("\n", "\n    ") for each in explained(result))])
 
 
 def _write(line: str) -> None:

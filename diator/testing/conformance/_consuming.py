@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ class ConsumerRun:
         self.topic: Topic = self.topics[0]
         self.handled: list[Handled] = []
         self._progress = asyncio.Event()
+        self._failure: Exception | None = None
         self._reading = _Reading(broker)
         if "competing" in broker.capabilities.distribution:
             options.setdefault("group", f"{name}-group")
@@ -100,7 +102,13 @@ class ConsumerRun:
 
     async def run(self) -> None:
         """Consume until the consumer is stopped."""
-        await self.consumer.run(signals=False)
+        try:
+            await self.consumer.run(signals=False)
+        except Exception as error:
+            self._failure = error
+            raise
+        finally:
+            self._progress.set()
 
     @property
     def reports_connection(self) -> bool:
@@ -115,8 +123,14 @@ class ConsumerRun:
         return Message.create(message_name=name, payload={"number": number, "tags": [], **payload}, key=key)
 
     async def until_handled(self, count: int) -> list[Handled]:
-        """Wait until *count* deliveries are handled, and return the reports of all."""
+        """
+        Wait until *count* deliveries are handled, and return the reports of all.
+
+        Raise the error of the consumer if it has ended with one: it will handle no more.
+        """
         while len(self.handled) < count:
+            if self._failure is not None:
+                raise self._failure
             self._progress.clear()
             await self._progress.wait()
         return self.handled
@@ -141,6 +155,12 @@ class ConsumerRun:
         """Return the last outcomes of *messages*, in the order of *messages*."""
         last = {handled.message_id: handled.outcome for handled in self.handled}
         return [last.get(message.message_id, "not handled") for message in messages]
+
+    def summary(self) -> str:
+        """Say what the consumer has handled so far."""
+        counted = Counter(self.outcomes())
+        outcomes = ", ".join(f"{number:,} {outcome}" for outcome, number in counted.items()) or "nothing"
+        return f"the consumer of {self.topic.message_name!r} has handled {outcomes}"
 
     def check(self) -> None:
         """Raise `Nonconformance` if a delivery had an attempt that cannot be. The consumer itself only reports it."""

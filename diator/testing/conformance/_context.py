@@ -16,7 +16,7 @@ from diator.brokers.message import Message
 from diator.exceptions import BrokerError, BrokerUnavailable, MessageRejected, MessageUnroutable, OutcomeUnknown
 from diator.testing.conformance._consuming import ConsumerRun, Handle
 from diator.testing.conformance._harness import Harness, Limits, Outages, Proxy
-from diator.testing.conformance._ledger import Ledger, Nonconformance, NotApplicable, Received, fate_of
+from diator.testing.conformance._ledger import Ledger, Nonconformance, NotApplicable, Received, contrast, fate_of
 from diator.testing.conformance._reader import Reader, Work, cancelled, share
 
 __all__ = ["ConsumerRun", "Context"]
@@ -48,6 +48,7 @@ class Context:
         self._resources = resources
         self._run = uuid4().hex[:12]
         self._names = 0
+        self._runs: list[ConsumerRun] = []
 
     # -- names and messages --------------------------------------------------------------------------------------
 
@@ -205,7 +206,12 @@ class Context:
 
     def consumer_run(self, broker: Transport, handle: Handle, **options: Any) -> ConsumerRun:
         """Return a `Consumer` of *broker* that calls *handle* for each event, without running it."""
-        return ConsumerRun(broker, self.name("-event"), handle, consumer=self.harness.consumer, **options)
+        self._runs.append(ConsumerRun(broker, self.name("-event"), handle, consumer=self.harness.consumer, **options))
+        return self._runs[-1]
+
+    def summary(self) -> str:
+        """Say what has happened in the scenario so far: what was sent, received and handled."""
+        return "; ".join([*self.ledger.summary(), *(run.summary() for run in self._runs)])
 
     # -- checks --------------------------------------------------------------------------------------------------
 
@@ -222,7 +228,8 @@ class Context:
     def same(self, found: object, wanted: object, what: str) -> None:
         """Raise `Nonconformance` unless *found* equals *wanted*. The error begins with *what*."""
         if found != wanted:
-            raise Nonconformance(f"{what}: got {found!r}, expected {wanted!r}")
+            names = {sent.message.message_id: f"no. {place}" for place, sent in enumerate(self.ledger.sent, 1)}
+            raise Nonconformance(f"{what}: {contrast(found, wanted, lambda id_: names.get(id_, str(id_)))}")
 
     async def raises(self, error: type[E], doing: Awaitable[object], what: str) -> E:
         """Return the *error* that *doing* raises. Raise `Nonconformance` if it raises none or another one."""

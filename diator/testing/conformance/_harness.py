@@ -56,6 +56,7 @@ class Limits:
         max_delay: The longest delay between two attempts to reconnect.
         absence: The longest time that the service collects messages for a subscription without a group after the
             process of the subscription has died.
+        standstill: The longest time that the event loop may stand still. The suite interrupts what blocks it longer.
         lag: How late a delivery may be on a busy machine, in scenarios where one task must not hold up another.
     """
 
@@ -67,6 +68,7 @@ class Limits:
     recovery: float = 10.0
     max_delay: float = 30.0
     absence: float = 10.0
+    standstill: float = 15.0
     lag: float = 1.0
 
 

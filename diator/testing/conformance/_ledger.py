@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from time import monotonic
@@ -19,7 +20,16 @@ Fate: TypeAlias = Literal["attempted", "confirmed", "failed", "indeterminate"]
 
 
 class Nonconformance(AssertionError):
-    """The transport violates its contract."""
+    """
+    The transport violates its contract.
+
+    Attributes:
+        rule: The rule that is broken, as a key of `RULES`; empty for the rule that the scenario proves.
+    """
+
+    def __init__(self, text: str, *, rule: str = "") -> None:
+        super().__init__(text)
+        self.rule = rule
 
 
 class NotApplicable(Exception):
@@ -100,7 +110,9 @@ class Comparison:
         explained: Messages that were delivered again with a reason: requeued, not settled, or sent twice.
         unexpected: Deliveries that were never sent to the subscription; None for a body that cannot be decoded.
         reordered: Messages whose first delivery came after the first delivery of a later message.
-        overtaken: For each of them, who overtook whom, by their places in the order of sending.
+        expected: The messages that were sent to it.
+        strangers: For each unexpected delivery, what it is.
+        overtaken: For each reordered message, who overtook whom, by their places in the order of sending.
     """
 
     subscription: str
@@ -109,21 +121,26 @@ class Comparison:
     explained: Sequence[UUID] = ()
     unexpected: Sequence[UUID | None] = ()
     reordered: Sequence[UUID] = ()
+    expected: Sequence[UUID] = ()
+    strangers: Sequence[str] = ()
     overtaken: Sequence[str] = ()
 
     def verify(self, *, in_order: bool = False, may_lose: bool = False, may_duplicate: bool = False) -> None:
         """Raise `Nonconformance` if a message was lost, unexpected, out of order or duplicated without a reason."""
         faults = {
-            "lost": () if may_lose else self.lost,
-            "duplicated without a reason": () if may_duplicate else self.duplicated,
-            "unexpected": self.unexpected,
-            "out of order": self.reordered if in_order else (),
+            "lost": () if may_lose else self._places(self.lost),
+            "duplicated without a reason": () if may_duplicate else self._places(self.duplicated),
+            "unexpected": self.strangers,
+            "out of order": self.overtaken if in_order else (),
         }
-        found = [f"{len(ids)} {what} ({_few(ids)})" for what, ids in faults.items() if ids]
-        if in_order and self.overtaken:
-            found[-1] += f": {_few(self.overtaken)}"
+        found = [f"{len(which)} {what} ({_few(which)})" for what, which in faults.items() if which]
         if found:
-            raise Nonconformance(f"of the messages for {self.subscription!r}: {'; '.join(found)}")
+            raise Nonconformance(
+                f"of {_many(len(self.expected), 'message')} for {self.subscription!r}: {'; '.join(found)}"
+            )
+
+    def _places(self, ids: Sequence[UUID]) -> list[str]:
+        return [f"no. {self.expected.index(each) + 1}" for each in ids]
 
 
 class Ledger:
@@ -171,21 +188,48 @@ class Ledger:
         wanted = {*ids}
         places = {each: place for place, each in enumerate(ids)}
         late = _late([places[each] for each in came if each is not None and each in places])
+        unexpected = [each for each in came if each is None or each not in wanted or {*fates[each]} == {"failed"}]
         return Comparison(
             subscription=subscription,
             lost=[each for each in ids if each in sure and each not in came],
             duplicated=[each for each in ids if _unexplained(came.get(each, ()), fates[each])],
             explained=[each for each in ids if _explained(came.get(each, ()), fates[each])],
-            unexpected=[each for each in came if each is None or each not in wanted or {*fates[each]} == {"failed"}],
+            unexpected=unexpected,
             reordered=[ids[place] for place, _ in late],
+            expected=ids,
+            strangers=[self._stranger(each, wanted) for each in unexpected],
             overtaken=[_overtaking(*each) for each in late],
         )
+
+    def _stranger(self, id_: UUID | None, wanted: Collection[UUID]) -> str:
+        if id_ is None:
+            return "a body that is not a message"
+        if id_ in wanted:
+            return "one whose send failed"
+        topics = [sent.message.message_name for sent in self.sent if sent.message.message_id == id_]
+        return f"one that was sent to {topics[0]!r}" if topics else "one that nobody sent"
+
+    def summary(self) -> list[str]:
+        """Say how many messages were sent, with which fates, and what each subscription received."""
+        texts = [f"{_many(len(self.sent), 'message')} sent ({_counts(sent.fate for sent in self.sent)})"]
+        known = {sent.message.message_id for sent in self.sent}
+        subscriptions: dict[str, list[Received]] = defaultdict(list)
+        for received in self.received:
+            subscriptions[received.subscription].append(received)
+        for name, own in subscriptions.items():
+            outcomes = _counts(each.delivery.outcome or "unsettled" for each in own)
+            made_up = sum(each.id not in known for each in own)
+            strange = f", {made_up:,} of a message that nobody sent" if made_up else ""
+            texts.append(f"{name!r} received {_many(len(own), 'delivery', 'deliveries')} ({outcomes}){strange}")
+        return texts
 
 
 def check_attempt(attempt: int) -> None:
     """Raise `Nonconformance` unless *attempt* can be the number of a delivery, 1 or more."""
     if attempt < 1:
-        raise Nonconformance(f"Delivery.attempt is {attempt!r}; it is 1 for the first delivery")
+        raise Nonconformance(
+            f"Delivery.attempt is {attempt!r}; it is 1 for the first delivery", rule="Delivery: attempt:"
+        )
 
 
 def fate_of(error: BaseException) -> Fate:
@@ -231,6 +275,76 @@ def _overtaking(late: int, earlier: int) -> str:
     return f"no. {late + 1} came after no. {earlier + 1}"
 
 
-def _few(ids: Sequence[object]) -> str:
-    shown = ", ".join(str(each) for each in ids[:3])
-    return f"{shown}, …" if len(ids) > 3 else shown  # noqa: PLR2004
+def _few(texts: Sequence[str]) -> str:
+    return ", ".join(texts if len(texts) <= _FEW else [*texts[:_FEW], "…"])
+
+
+def _many(number: int, one: str, several: str = "") -> str:
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+
+
+def _counts(words: Iterable[str]) -> str:
+    return ", ".join(f"{number:,} {word}" for word, number in Counter(words).items()) or "none"
+
+
+# -- texts for a person ------------------------------------------------------------------------------------------
+
+_FEW = 3
+_MOST_CHARACTERS, _MOST_ITEMS = 120, 12
+
+
+def contrast(found: object, wanted: object, name: Callable[[UUID], str] = str) -> str:
+    """Say in which point *found* differs from *wanted*. *name* returns the name of a message, from its id."""
+    if isinstance(found, Message) and isinstance(wanted, Message):
+        fields = "message_type", "message_name", "message_id", "payload_json", "key", "headers"
+        values = [(each, getattr(found, each), getattr(wanted, each)) for each in fields]
+        return "; ".join(f"{each}: {contrast(own, right, name)}" for each, own, right in values if own != right)
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        faults = {
+            "missing": [f"{_shown(key, name)}" for key in wanted if key not in found],
+            "added": [f"{_shown(key, name)}" for key in found if key not in wanted],
+            "different": [
+                f"{_shown(key, name)}: {contrast(found[key], wanted[key], name)}"
+                for key in wanted
+                if key in found and found[key] != wanted[key]
+            ],
+        }
+        return "; ".join(f"{len(keys)} {what} ({_few(keys)})" for what, keys in faults.items() if keys)
+    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted) and _is_long(wanted):
+        unlike = [(place, *pair) for place, pair in enumerate(zip(found, wanted, strict=True), 1) if pair[0] != pair[1]]
+        place, own, right = unlike[0]
+        return f"{len(unlike)} of {len(wanted)} differ, the first is no. {place}: {contrast(own, right, name)}"
+    if isinstance(found, str) and isinstance(wanted, str) and _is_long(wanted):
+        return _unlike(found, wanted)
+    if isinstance(found, bytes) and isinstance(wanted, bytes) and _is_long(wanted):
+        return _unlike(found, wanted)
+    return f"got {_shown(found, name)}, expected {_shown(wanted, name)}"
+
+
+def _unlike(found: str | bytes, wanted: str | bytes) -> str:
+    pairs = enumerate(zip(found, wanted, strict=False))
+    same = next((place for place, (own, right) in pairs if own != right), min(len(found), len(wanted)))
+    around = slice(max(0, same - 20), same + 20)
+    where = f"{len(found):,} instead of {len(wanted):,} long, " * (len(found) != len(wanted))
+    return f"{where}different from position {same} on: got …{found[around]!r}…, expected …{wanted[around]!r}…"
+
+
+def _is_long(value: object) -> bool:
+    return len(repr(value)) > _MOST_CHARACTERS
+
+
+def _shown(value: object, name: Callable[[UUID], str]) -> str:
+    """Return *value* as a short text, with the names of messages instead of their ids."""
+    if isinstance(value, UUID):
+        return name(value)
+    if isinstance(value, Message):
+        return f"the message {name(value.message_id)}"
+    if isinstance(value, list | tuple | AbstractSet):
+        texts = [_shown(each, name) for each in value]
+        if isinstance(value, AbstractSet):
+            texts.sort()
+        begin, end = "()" if isinstance(value, tuple) else "{}" if isinstance(value, AbstractSet) else "[]"
+        shown = ", ".join(texts if len(texts) <= _MOST_ITEMS else [*texts[:_MOST_ITEMS], f"… ({len(texts):,})"])
+        return f"{begin}{shown}{end}"
+    text = repr(value)
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}… ({len(text):,} characters)"

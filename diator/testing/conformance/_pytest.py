@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 from diator.exceptions import MissingExtra
 from diator.testing.conformance._harness import Deviation, EnvironmentMissing, Harness
-from diator.testing.conformance._runner import check_deviations, run_scenario
+from diator.testing.conformance._runner import check_deviations, explained, run_scenario
 from diator.testing.conformance._scenario import Scenario, select
 
 try:
@@ -78,15 +79,18 @@ class TransportConformance:
             cls._running.stop()
             cls._running = None
 
-    def test_scenario(self, conformance_scenario: Scenario) -> None:
+    def test_scenario(self, conformance_scenario: Scenario, pytestconfig: pytest.Config) -> None:
         """Run one scenario of the catalogue."""
         if self._running is None:
             missing = pytest.fail if self.required else pytest.skip
             missing(self._missing)
-        result = run_scenario(conformance_scenario, self._running)
+        capture: Any = pytestconfig.pluginmanager.getplugin("capturemanager")
+        uncaptured = capture.global_and_fixture_disabled() if capture else nullcontext()
+        result = run_scenario(conformance_scenario, self._running, uncaptured=uncaptured)
         if result.outcome == "FAIL":
-            text = f"{conformance_scenario.id}: {result.reason}\n\n{conformance_scenario.catches}\n\nseed {result.seed}"
-            raise AssertionError(text) from result.error
+            title = f"{conformance_scenario.id}: {conformance_scenario.title}"
+            lines = [result.reason, title, *explained(result), f"seed {result.seed}"]
+            pytest.fail("\n".join(lines), pytrace=False)
         if result.outcome in {"DEVIATION", "PROVISIONAL"}:
             pytest.xfail(f"{result.outcome}: {result.reason}")
         if result.outcome != "PASS":

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import os
 import random
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager, suppress
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Literal, TypeAlias
@@ -19,14 +20,18 @@ from typing import Any, Literal, TypeAlias
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._harness import Deviation, EnvironmentMissing, Harness
 from diator.testing.conformance._ledger import Nonconformance, NotApplicable
+from diator.testing.conformance._places import in_scenario, in_transport, place
 from diator.testing.conformance._refusals import verify_refusal
+from diator.testing.conformance._rules import rule, rule_of
 from diator.testing.conformance._scenario import SCENARIOS, Scenario
+from diator.testing.conformance._watchdog import Watchdog
 
 Outcome: TypeAlias = Literal["PASS", "FAIL", "UNSUPPORTED", "NOT_RUN", "DEVIATION", "PROVISIONAL"]
 
 _GRACE = 2.0
 """How many seconds a cancelled scenario has to end."""
 _MOST_CANCELLATIONS = 50
+_NOTHING_REMAINS = "aclose: Nothing remains:"
 
 
 class UnknownScenario(ValueError):
@@ -45,6 +50,7 @@ class Result:
         seconds: How long the scenario took.
         seed: The seed of the run.
         error: The error of a failure.
+        observed: What was sent, received and handled until the failure.
         applicable: False if the scenario has nothing to prove for this transport.
     """
 
@@ -54,6 +60,7 @@ class Result:
     seconds: float = 0.0
     seed: int = 0
     error: BaseException | None = field(default=None, repr=False)
+    observed: str = ""
     applicable: bool = True
 
 
@@ -85,9 +92,18 @@ def check_deviations(deviations: Mapping[str, Deviation]) -> None:
         raise UnknownScenario(f"the deviation for {', '.join(silent)} has no reason")
 
 
-def run_scenario(scenario: Scenario, harness: Harness, *, seed: int | None = None) -> Result:
+def run_scenario(
+    scenario: Scenario,
+    harness: Harness,
+    *,
+    seed: int | None = None,
+    uncaptured: AbstractContextManager[object] = nullcontext(),  # noqa: B008  # it has no state
+) -> Result:
     """
     Run *scenario* against *harness*, which must be started, and return its result.
+
+    If the transport blocks the event loop in a call that cannot be interrupted, the process ends, with an error that is
+    written to standard error inside *uncaptured*.
 
     Every scenario also has to leave nothing behind: no task, thread, open file or unclosed resource, and no unretrieved
     error. A provisional scenario that fails is PROVISIONAL instead of FAIL, unless DIATOR_CONFORMANCE_STRICT is set in
@@ -106,7 +122,7 @@ def run_scenario(scenario: Scenario, harness: Harness, *, seed: int | None = Non
             return Result(
                 scenario=scenario, outcome="NOT_RUN", reason=f"facility {facility} is not available: {error}", seed=seed
             )
-    result = _strictly(_run(scenario, harness, seed), harness.deviations.get(scenario.id))
+    result = _strictly(_run(scenario, harness, seed, uncaptured), harness.deviations.get(scenario.id))
     if result.outcome == "FAIL" and scenario.provisional and not os.environ.get("DIATOR_CONFORMANCE_STRICT"):
         result = replace(
             result,
@@ -134,41 +150,52 @@ def _strictly(result: Result, deviation: Deviation | None) -> Result:
     )
 
 
-def _run(scenario: Scenario, harness: Harness, seed: int) -> Result:
+def _run(scenario: Scenario, harness: Harness, seed: int, uncaptured: AbstractContextManager[object]) -> Result:
     outcome: list[tuple[Outcome, str]] = []
     problems: list[str] = []
+    contexts: list[Context] = []
+    watchdog = Watchdog(scenario.id, harness.limits.standstill, uncaptured)
 
     async def run(resources: AsyncExitStack) -> None:
         broker = harness.transport()
         resources.push_async_callback(broker.aclose)
         capabilities = broker.capabilities
         context = Context(harness, capabilities, seed=seed, resources=resources)
+        contexts.append(context)
         if lacks := capabilities.missing(scenario.needs):
-            await verify_refusal(context, scenario.needs)
+            try:
+                await verify_refusal(context, scenario.needs)
+            except Nonconformance as error:
+                error.rule = "Capabilities: Each field defaults"
+                raise
             outcome.append(("UNSUPPORTED", f"not promised: {'; '.join(lacks)}"))
         else:
             await scenario.run(context)
 
     async def within_deadline() -> None:
         files, threads = open_files(), threading.active_count()
+        watchdog.listen(asyncio.get_running_loop())
         asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(_description(context)))
         await _bounded(run, scenario.timeout * harness.limits.scale)
+        contexts.clear()  # so that the garbage collection below finds what the scenario has left
         await _no_task_is_left()
         await _ended(files, threads)
 
     try:
-        with _nothing_left_open(problems), _collecting_only_what_is_new():
+        with watchdog.watching(), _nothing_left_open(problems), _collecting_only_what_is_new():
             with asyncio.Runner() as runner:
                 runner.run(within_deadline())
                 gc.collect()  # unretrieved errors and unclosed resources are reported while they are recorded
             gc.collect()
-        _raise_problems(problems)
+        _raise_problems(problems, watchdog.error)
     except NotApplicable as error:
         return Result(scenario=scenario, outcome="NOT_RUN", reason=f"not applicable: {error}", applicable=False)
     except EnvironmentMissing as error:
         return Result(scenario=scenario, outcome="NOT_RUN", reason=f"not available: {error}")
-    except Exception as error:  # noqa: BLE001  # any error is a failure
-        return Result(scenario=scenario, outcome="FAIL", reason=_reason(error), error=error)
+    except Exception as raised:  # noqa: BLE001  # any error is a failure
+        failure = watchdog.error or raised  # the call that was interrupted may raise another one
+        observed = contexts[0].summary() if contexts else ""
+        return Result(scenario=scenario, outcome="FAIL", reason=_reason(failure), error=failure, observed=observed)
     result, reason = outcome[0] if outcome else ("PASS", "")
     return Result(scenario=scenario, outcome=result, reason=reason)
 
@@ -187,15 +214,30 @@ async def _bounded(run: Any, seconds: float) -> None:
     task.cancel()
     done, _ = await asyncio.wait({task}, timeout=min(_GRACE, seconds))
     if not done:
+        where = place(_waiting(task.get_coro()))
         for _ in range(_MOST_CANCELLATIONS):  # each ends one nested wait, such as a close after another close
             task.cancel()
             if (await asyncio.wait({task}, timeout=_GRACE / _MOST_CANCELLATIONS))[0]:
                 break
-        raise Nonconformance(f"not done after {seconds:g} s, and it cannot be cancelled")
+        raise Nonconformance(
+            f"not done after {seconds:g} s, and it cannot be cancelled; it waits in {where}",
+            rule="MessageBroker: A cancelled call",
+        )
     try:
         await task
-    except BaseException as error:  # it was cancelled where it waited
-        raise Nonconformance(f"not done after {seconds:g} s; it waited in {_place(error)}") from error
+    except BaseException as error:  # noqa: BLE001  # it was cancelled where it waited
+        frames = traceback.extract_tb(error.__traceback__)
+        cause = None if isinstance(error, asyncio.CancelledError) else error
+        raise Nonconformance(f"not done after {seconds:g} s; it waited in {place(frames)}") from cause
+
+
+def _waiting(coroutine: Any) -> list[traceback.FrameSummary]:
+    """Return the lines in which *coroutine* waits, the innermost one last, as far as Python shows them."""
+    frames: list[traceback.FrameSummary] = []
+    while inspect.iscoroutine(coroutine) and coroutine.cr_frame is not None:
+        frames += traceback.StackSummary.extract([(coroutine.cr_frame, coroutine.cr_frame.f_lineno)])
+        coroutine = coroutine.cr_await
+    return frames
 
 
 async def _no_task_is_left() -> None:
@@ -204,7 +246,7 @@ async def _no_task_is_left() -> None:
         _, left = await asyncio.wait(left, timeout=2)
     if left:
         names = ", ".join(sorted(getattr(task.get_coro(), "__qualname__", task.get_name()) for task in left))
-        raise Nonconformance(f"tasks are still running: {names}")
+        raise Nonconformance(f"tasks are still running: {names}", rule=_NOTHING_REMAINS)
 
 
 async def _ended(files: set[str], threads: int) -> None:
@@ -244,9 +286,11 @@ def _collecting_only_what_is_new() -> Generator[None, None, None]:
         gc.unfreeze()
 
 
-def _raise_problems(problems: list[str]) -> None:
+def _raise_problems(problems: list[str], blocked: Nonconformance | None) -> None:
+    if blocked is not None:
+        raise blocked
     if problems:
-        raise Nonconformance("; ".join(dict.fromkeys(problems)))
+        raise Nonconformance("; ".join(dict.fromkeys(problems)), rule=_NOTHING_REMAINS)
 
 
 def open_files() -> set[str]:
@@ -267,20 +311,30 @@ def _description(context: dict[str, Any]) -> str:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, Nonconformance):
+        return str(error)
     text = str(error) or type(error).__name__
-    return text if isinstance(error, Nonconformance) else f"{type(error).__name__}: {text} in {_place(error)}"
+    return f"{type(error).__name__}: {text} in {place(traceback.extract_tb(error.__traceback__))}"
 
 
-def explained(error: BaseException) -> list[str]:
-    """Return where a scenario failed, and each cause of its error with its place, as lines for a person."""
-    lines = [f"at {_place(error)}"] if error.__traceback__ else []
-    while (error := error.__cause__) is not None:  # type: ignore[assignment]
-        lines.append(f"because of {error!r} in {_place(error)}")
-    return lines
+def explained(result: Result) -> list[str]:
+    """
+    Return what the author of a transport needs to know about a failure, as lines.
 
-
-def _place(error: BaseException) -> str:
-    """Return the line of the scenario that raised *error*, rather than the line of a function that it called."""
-    frames: Sequence[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "scenarios" in frame.filename] or [*frames]
-    return f"{os.path.basename(own[-1].filename)}:{own[-1].lineno} `{own[-1].line}`" if own else "an unknown place"  # noqa: PTH119
+    These are: where the scenario failed; each cause of its error, with its place; what had happened until then; the
+    rule of the contract that is broken, and where it stands; and the defects that the scenario catches.
+    """
+    if (error := result.error) is None:
+        return []
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f"at {in_scenario(frames)}"] if frames and frames[-1].filename != __file__ else []
+    lines += getattr(error, "__notes__", ())
+    broken = error.rule if isinstance(error, Nonconformance) else ""
+    while (error := error.__cause__) is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines.append(f"because of {error!r} in {in_transport(frames) or in_scenario(frames)}")
+    if result.observed:
+        lines.append(f"until then: {result.observed}")
+    contract = rule(broken) if broken else rule_of(result.scenario.id)
+    lines += [f"the contract: {contract.text}", f"    {contract.place}; {contract.guide}"]
+    return [*lines, f"the scenario: {' '.join(result.scenario.catches.split())}"]

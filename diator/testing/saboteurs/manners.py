@@ -129,6 +129,21 @@ class BlocksTheLoop(Saboteur):
         await super().send_message(message)
 
 
+@caught_by("PUB-01", "FLW-07")
+class BlocksForEver(Saboteur):
+    """Waits for the answer of its service with a call that blocks the event loop."""
+
+    _count = 0
+
+    async def send_message(self, message: Message, /) -> None:
+        self._count += 1
+        if self._count == 100:  # noqa: PLR2004
+            one, other = socket.socketpair()
+            with one, other:
+                one.recv(1)
+        await super().send_message(message)
+
+
 @caught_by("OBS-04")
 class CriesWolf(Saboteur):
     """Logs a warning when nothing is wrong."""

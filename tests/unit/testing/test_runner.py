@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -35,7 +36,8 @@ from diator.testing.conformance import (
     select,
 )
 from diator.testing.conformance.__main__ import main
-from diator.testing.conformance._ledger import difference
+from diator.testing.conformance._ledger import contrast, difference
+from diator.testing.conformance._rules import RULES, rule
 from diator.testing.conformance._scenario import scenario
 from tests.integration.harnesses import MemoryHarness
 
@@ -377,7 +379,7 @@ async def test_the_ledger_finds_lost_duplicated_unexpected_and_reordered_message
     assert (comparison.lost, comparison.duplicated) == (ids[3:], [ids[2]])
     assert (comparison.unexpected, comparison.reordered, comparison.explained) == ([stranger.message_id], [ids[0]], [])
     with pytest.raises(
-        Nonconformance, match=r"2 lost .* 1 duplicated .* 1 unexpected .* 1 out of order \(.*: no\. 1 came after no\. "
+        Nonconformance, match=r"2 lost .* 1 duplicated .* 1 unexpected .* 1 out of order \(no\. 1 came after no\. 2\)"
     ):
         comparison.verify(in_order=True)
 
@@ -516,10 +518,179 @@ def test_a_failure_is_printed_with_its_place_and_its_causes(monkeypatch, capsys)
 
     assert main([HARNESS, "-k", "PUB-01"]) == 1
 
-    first, place, cause, *_ = capsys.readouterr().out.splitlines()
+    first, place, cause, observed, contract, stands, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith("FAIL        C PUB-01")
-    assert re.match(r"    at test_runner.py:\d+ `raise Nonconformance", place)
+    assert re.match(r"    at .*test_runner.py:\d+ `raise Nonconformance", place)
     assert cause.startswith("    because of ConnectionError('the link') in ")
+    assert observed == "    until then: 0 messages sent (none)"
+    assert contract.startswith("    the contract: Publish *message*. Return when the service has confirmed it")
+    assert re.match(r"        MessageBroker.send_message, diator/brokers/sending.py:\d+; docs/writing-a-tran", stands)
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "text"),
+    [
+        (1, 2, "got 1, expected 2"),
+        ({"a": "1", "b": "2"}, {"a": "1", "c": "3"}, "1 missing ('c'); 1 added ('b')"),
+        ({"a": "1"}, {"a": "2"}, "1 different ('a': got '1', expected '2')"),
+        ([*range(50)], [*range(49), 99], "1 of 50 differ, the first is no. 50: got 49, expected 99"),
+        ([*range(50)], [], "got [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, … (50)], expected []"),
+        ("x" * 200, "x" * 100 + "y" * 100, f"different from position 100 on: got …{'x' * 40!r}…, expected …"),
+        (b"x" * 200, b"x" * 201, "200 instead of 201 long, different from position 200 on: got …"),
+        (None, "x" * 200, f"got None, expected '{'x' * 119}… (202 characters)"),
+        ({"b", "a"}, {"a"}, "got {'a', 'b'}, expected {'a'}"),
+        (("b", "a"), ("a",), "got ('b', 'a'), expected ('a')"),
+    ],
+)
+def test_two_values_are_contrasted_briefly(found, wanted, text):
+    assert contrast(found, wanted).startswith(text)
+
+
+def test_two_messages_are_contrasted_by_their_fields():
+    message = Message.create(message_name="n", payload={"n": 1}, headers={"a": "1"})
+    other = replace(message, payload_json=b"{}", headers={})
+
+    assert contrast(other, message) == "payload_json: got b'{}', expected b'{\"n\":1}'; headers: 1 missing ('a')"
+    assert contrast([other.message_id], [], lambda _: "no. 1") == "got [no. 1], expected []"
+    assert contrast(other, None, lambda _: "no. 1") == "got the message no. 1, expected None"
+
+
+def test_each_scenario_proves_one_rule_of_the_contract():
+    """The rules are found where they stand. A scenario that is new has to say which one it proves, in `RULES`."""
+    ids = [id_ for ids in RULES.values() for id_ in ids.split()]
+
+    assert sorted(ids) == sorted(SCENARIOS)
+    for name in RULES:
+        found = rule(name)
+        file, line = found.place.rpartition(", ")[2].split(":")
+        assert found.text.split(" ")[0].strip("*`") in (ROOT / file).read_text().splitlines()[int(line) - 1]
+        page, _, section = found.guide.partition("#")
+        titles = [line.lstrip("# ") for line in (ROOT / page).read_text().splitlines() if line.startswith("#")]
+        assert not section or section in [re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in titles]
+
+
+def test_a_rule_that_nobody_wrote_is_not_found():
+    with pytest.raises(LookupError, match="no paragraph that begins with 'Nonsense'"):
+        rule("subscribe: Nonsense")
+
+
+def test_a_failure_says_what_happened_until_then():
+    async def losing(ctx):
+        broker, topic = await ctx.broker(), ctx.topic()
+        async with ctx.reading(broker, topic) as reader:
+            await ctx.send(broker, topic, 3)
+            await reader.take(2)
+            await reader.take(1, settle="nothing")
+            ctx.ledger.sent.pop()
+            ctx.check(holds=False, otherwise="this is wrong")
+
+    assert re.fullmatch(
+        r"2 messages sent \(2 confirmed\); '.*' received 3 deliveries \(2 ack, 1 unsettled\), 1 of a message that "
+        "nobody sent",
+        result_of(losing).observed,
+    )
+
+
+def test_a_consumer_that_has_failed_is_not_waited_for():
+    """The error of the consumer is the result, not the end of the time."""
+
+    async def failing_consumer(ctx):
+        async def handle(event): ...
+
+        async with ctx.consuming(Failing(), handle) as run:
+            await run.until_handled(1)
+
+    class Failing(MemoryMessageBroker):
+        @asynccontextmanager
+        async def subscribe(self, topics, /, **options):
+            async def deliveries():
+                raise ZeroDivisionError
+                yield
+
+            yield deliveries()
+
+    assert result_of(failing_consumer).reason.startswith("ZeroDivisionError")
+
+
+# -- a blocked event loop ----------------------------------------------------------------------------------------
+
+
+class Impatient(MemoryHarness):
+    limits = Limits(standstill=0.3)
+
+
+def forever():
+    while True:
+        ...
+
+
+def read_for_ever():
+    one, other = socket.socketpair()
+    with one, other:
+        one.recv(1)
+
+
+def swallow():
+    try:
+        forever()
+    except Exception:  # noqa: BLE001  # as a careless transport
+        return
+
+
+@pytest.mark.real_time
+@pytest.mark.parametrize("block", [forever, read_for_ever, lambda: threading.Event().wait(), swallow])
+@pytest.mark.parametrize("where", ["scenario", "callback"])
+def test_a_call_that_blocks_the_event_loop_is_interrupted(block, where):
+    """The result shows the place and the stack, also if the transport swallows the interruption."""
+    before = signal.getsignal(signal.SIGUSR2)
+
+    async def blocking(ctx):
+        if where == "callback":
+            asyncio.get_running_loop().call_soon(block)
+            await asyncio.sleep(0.1)
+        else:
+            block()
+
+    result = result_of(blocking, harness=Impatient(), timeout=10.0)
+
+    assert result.outcome == "FAIL"
+    assert re.match(r"the event loop stood still for 0.3 s, in .*test_runner.py:\d+ `", result.reason)
+    assert "the stack:" in "".join(result.error.__notes__)
+    assert signal.getsignal(signal.SIGUSR2) is before
+
+
+BLOCKED = """
+import threading
+from diator.testing.conformance import *
+from tests.integration.harnesses import MemoryHarness
+
+class TestBlocked(TransportConformance):
+    class harness(MemoryHarness):
+        limits = Limits(standstill=0.3)
+
+        def transport(self):
+            while True:
+                try:
+                    threading.Event().wait()
+                except Exception:
+                    pass
+"""
+
+
+@pytest.mark.real_time
+def test_a_call_that_cannot_be_interrupted_ends_the_run(tmp_path):
+    """The scenario, the place and the stack are shown although pytest captures the output."""
+    (tmp_path / "test_it.py").write_text(BLOCKED)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:asyncio", "-c", "/dev/null"]
+
+    run = subprocess.run(
+        [*command, "--rootdir", str(tmp_path), "-k", "PUB-01", str(tmp_path)],
+        check=False, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, timeout=60,
+    )  # fmt: skip
+
+    assert run.returncode == 1
+    assert re.search(r"FAIL PUB-01: the event loop stood still for 0.3 s, in .*test_it.py:\d+ ", run.stderr)
+    assert "the call cannot be interrupted, so the run ends here" in run.stderr
 
 
 def test_the_order_is_explained_by_places():

@@ -136,7 +136,7 @@ async def blocked_loop(ctx: Context) -> None:
     broker = await ctx.broker()
     sent, at_work, blocked = asyncio.Event(), asyncio.Event(), asyncio.Event()
     connections: list[int] = []
-    pause = ctx.limits.liveness * 0.4
+    pause = min(ctx.limits.liveness * 0.4, ctx.limits.standstill / 2)
     if "deadline" in ctx.capabilities.redelivery and ctx.capabilities.redelivery_bound is not None:
         pause = min(pause, ctx.capabilities.redelivery_bound / 4)  # a longer block would let the lease expire
 
@@ -185,7 +185,7 @@ async def quiet_beside_busy(ctx: Context) -> None:
         await reading
 
 
-@scenario("FLW-12", "Waiting for a message takes next to no CPU time", level="S")
+@scenario("FLW-12", "Waiting for a message takes next to no CPU time", level="S", timeout=30)
 async def idle(ctx: Context) -> None:
     """Catch a reader that polls in a tight loop."""
     broker, topic = await ctx.broker(), ctx.topic()
