@@ -14,14 +14,11 @@ from typing import Any, Generic, Self, TypeVar
 from diator._text import explained
 from diator.brokers.message import Message
 from diator.brokers.sending import check_has_ended, send_together
-from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, end_task
+from diator.brokers.supervisor import CLEANING_UP, ReconnectPolicy, ResilientSubscription, end_task
 
 L = TypeVar("L")
 
 logger: logging.Logger = logging.getLogger(__name__)
-
-# How long an attempt to connect that is cancelled may take to close what it has opened, in seconds.
-_CLEANING_UP = 2.0
 
 
 class BackgroundTasks:
@@ -207,7 +204,7 @@ class ClientConnection(ABC, Generic[L]):
         """End the attempt to connect, if there is one, and return the connection that is to be closed."""
         if self._connecting is not None:
             self._connecting.cancel()
-            await asyncio.wait([self._connecting], timeout=_CLEANING_UP)  # a second cancellation would interrupt it
+            await asyncio.wait([self._connecting], timeout=CLEANING_UP)  # a second cancellation would interrupt it
             await end_task(self._connecting)
         link, self._link = self._link, None
         return link

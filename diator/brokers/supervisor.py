@@ -36,6 +36,10 @@ from diator.exceptions import (
 # before the probe, so it proves that none of them was missed. Silence proves nothing: the link or this process may have
 # stood still, and messages that the service had queued are lost with the connection.
 _PROVE_EVERY = 1.0
+# How long a task that is cancelled may take to close what it has opened, in seconds.
+CLEANING_UP = 2.0
+# After so many seconds a task that goes on in spite of its cancellation is cancelled again.
+_AGAIN = 0.1
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -189,6 +193,7 @@ class ResilientSubscription(ABC):
         self.lines: RepeatedLines = RepeatedLines(logging.getLogger(type(self).__module__))
         self._end_error: DiatorError | None = None
         self._receiver: asyncio.Task[None] | None = None
+        self._opens_or_closes = False  # a connection, which a second cancellation would leave open
         self._ending: asyncio.Task[None] | None = None
 
     # -- what a transport writes ---------------------------------------------------------------------------------
@@ -359,11 +364,20 @@ class ResilientSubscription(ABC):
     async def _end_once(self) -> None:
         self._registry.discard(self)
         if self._receiver is not None:
-            await end_task(self._receiver)
+            await self._end_receiver(self._receiver)
         try:
             await self.leave([*self._postponed, *self._received])
         finally:
             self.lines.flush()
+
+    async def _end_receiver(self, receiver: asyncio.Task[None]) -> None:
+        """Cancel *receiver* again and again until it has ended, but let it close its connection undisturbed."""
+        late = asyncio.get_running_loop().time() + CLEANING_UP
+        receiver.cancel()
+        while not receiver.done():
+            await asyncio.wait([receiver], timeout=_AGAIN)
+            if not self._opens_or_closes or asyncio.get_running_loop().time() > late:
+                receiver.cancel()
 
     async def _keep_receiving(self, ready: asyncio.Future[None]) -> None:
         loop, receiver = asyncio.get_running_loop(), asyncio.current_task()
@@ -372,7 +386,7 @@ class ResilientSubscription(ABC):
         lost: tuple[datetime, str] | None = None
         missed = self._lossy
         while True:
-            ready_at = math.inf
+            ready_at, self._opens_or_closes = math.inf, True
             try:
                 async with asyncio.timeout(self._reconnect.connect_timeout) as connecting, self.connect() as source:
                     connecting.reschedule(None)
@@ -405,6 +419,7 @@ class ResilientSubscription(ABC):
                 reason = explained(error)
                 logger.warning("%s has no connection (%s); reconnecting", self._name, reason)
                 lost = lost or (datetime.now(UTC) - timedelta(seconds=loop.time() - self._complete_until), reason)
+            self._opens_or_closes = False
             if loop.time() - ready_at >= self._reconnect.reset_after:
                 failures = 0
             await asyncio.sleep(self._reconnect.delay(failures))
@@ -415,6 +430,7 @@ class ResilientSubscription(ABC):
         self._last_received_at = self._complete_until = asyncio.get_running_loop().time()
         self._probed_at.clear()
         self._has_room.set()
+        self._opens_or_closes = False
         async with asyncio.timeout(None) as deadline:
             watching = asyncio.create_task(self._watch(source, deadline), name="diator: watching for silence")
             try:
@@ -434,6 +450,7 @@ class ResilientSubscription(ABC):
                     del deliveries  # the next wait must not keep them alive when they are settled
                     self._last_received_at = asyncio.get_running_loop().time()
             finally:
+                self._opens_or_closes = True
                 await end_task(watching)
 
     async def _watch(self, source: Source, deadline: asyncio.Timeout) -> None:
@@ -485,7 +502,7 @@ async def end_task(task: asyncio.Task[None]) -> None:
     """
     while not task.done():
         task.cancel()
-        await asyncio.wait([task], timeout=0.1)
+        await asyncio.wait([task], timeout=_AGAIN)
 
 
 def _log_name(topics: Collection[Topic], group: str | None) -> str:

@@ -160,7 +160,8 @@ class ConsumerRun:
         """Say what the consumer has handled so far."""
         counted = Counter(self.outcomes())
         outcomes = ", ".join(f"{number:,} {outcome}" for outcome, number in counted.items()) or "nothing"
-        return f"the consumer of {self.topic.message_name!r} has handled {outcomes}"
+        lost = f", and reconnected {health.reconnects} times" if (health := self.consumer.health()).reconnects else ""
+        return f"the consumer of {self.topic.message_name!r} has handled {outcomes}{lost}"
 
     def check(self) -> None:
         """Raise `Nonconformance` if a delivery had an attempt that cannot be. The consumer itself only reports it."""

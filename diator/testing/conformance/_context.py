@@ -49,6 +49,7 @@ class Context:
         self._run = uuid4().hex[:12]
         self._names = 0
         self._runs: list[ConsumerRun] = []
+        self._gaps: list[Gap] = []
 
     # -- names and messages --------------------------------------------------------------------------------------
 
@@ -131,7 +132,12 @@ class Context:
         name = self.name("-subscription") if named is None else named
         start = len(self.ledger.received)
         gaps: list[Gap] = []
-        async with broker.subscribe(topics, group=named, prefetch=prefetch, on_gap=gaps.append) as deliveries:
+
+        def on_gap(gap: Gap) -> None:
+            gaps.append(gap)
+            self._gaps.append(gap)
+
+        async with broker.subscribe(topics, group=named, prefetch=prefetch, on_gap=on_gap) as deliveries:
             reader = Reader(broker, topics, name, deliveries, gaps=gaps, ledger=self.ledger, limits=self.limits)
             try:
                 yield reader
@@ -211,7 +217,8 @@ class Context:
 
     def summary(self) -> str:
         """Say what has happened in the scenario so far: what was sent, received and handled."""
-        return "; ".join([*self.ledger.summary(), *(run.summary() for run in self._runs)])
+        gaps = [f"a gap was reported ({gap.reason})" for gap in self._gaps]
+        return "; ".join([*self.ledger.summary(), *(run.summary() for run in self._runs), *gaps])
 
     # -- checks --------------------------------------------------------------------------------------------------
 

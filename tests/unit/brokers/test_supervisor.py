@@ -739,6 +739,59 @@ async def test_a_receive_that_swallows_its_first_cancellation_is_cancelled_again
     assert service.live == 0
 
 
+async def test_a_connection_that_closes_slowly_is_closed_completely():
+    """Ending the subscription cancels the closing only once it takes so long that it would never end."""
+    service, closed = Service(), []
+
+    class Slow(Subscription):
+        @asynccontextmanager
+        async def connect(self):
+            async with self.service.connection() as link:
+                try:
+                    yield link
+                finally:
+                    await asyncio.sleep(1.5 if not closed else 10)
+                    closed.append(asyncio.get_running_loop().time())
+
+    for _ in range(2):
+        began = asyncio.get_running_loop().time()
+        async with Slow(
+            service,
+            [Topic("event", "counted")],
+            lossy=True,
+            prefetch=10,
+            reconnect=PATIENT,
+            on_gap=None,
+            registry=set(),
+        ):
+            await asyncio.sleep(0.01)
+        took = asyncio.get_running_loop().time() - began
+
+    assert (len(closed), service.live) == (1, 0)
+    assert 2 < took < 2.3
+
+
+async def test_a_watcher_that_ends_slowly_is_waited_for():
+    """Otherwise it would go on without its connection."""
+    service, ended = Service(), []
+
+    async def slow():
+        try:
+            await forever()
+        finally:
+            for _ in range(5):
+                with suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0.3)
+            ended.append("the watcher")
+
+    service.prepare = lambda link: setattr(link, "on_probe", slow)
+    async with service.supervised(reconnect=replace(WATCHFUL, probe_timeout=10)):
+        await asyncio.sleep(1.5)
+    ended.append("the subscription")
+
+    assert ended == ["the watcher", "the subscription"]
+
+
 async def test_entering_can_be_cancelled():
     service = Service(forever)
     entering = asyncio.create_task(service.supervised().__aenter__())
