@@ -38,8 +38,8 @@ FILES = {
     "diator/brokers/batching.py": ["brokers/test_batching.py"],
     "diator/brokers/capabilities.py": ["brokers/test_capabilities.py"],
     "diator/brokers/codec.py": [
-        *("brokers/test_codec.py", "brokers/test_codec_foreign.py", "brokers/test_payloads.py"),
-        *("brokers/test_payloads_peculiar.py", "brokers/test_message.py", "test_models.py"),
+        *("brokers/test_codec.py", "brokers/test_codec_chosen.py", "brokers/test_codec_foreign.py"),
+        *("brokers/test_payloads.py", "brokers/test_payloads_peculiar.py", "brokers/test_message.py", "test_models.py"),
     ],
     "diator/brokers/kafka/_offsets.py": ["brokers/test_kafka_offsets.py"],
     "diator/brokers/memory.py": [

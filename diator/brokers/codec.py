@@ -126,9 +126,9 @@ def headers_with_key(message: Message, *, attribute_prefix: str = "ce_") -> dict
     return headers
 
 
-def plain_id(message_id: UUID) -> UUID:
-    """Return the id of a message as a plain `UUID`: orjson writes no other."""
-    return message_id if type(message_id) is UUID or not isinstance(message_id, UUID) else as_standard(message_id)
+def plain_id(message_id: object) -> Any:
+    """Return an id whose class derives from `UUID` as a plain `UUID`: orjson writes no other. Return any other as it is."""
+    return as_standard(message_id) if isinstance(message_id, UUID) else message_id
 
 
 class Envelope(msgspec.Struct):
@@ -374,7 +374,7 @@ def event_decoder(event_type: type[E]) -> Callable[[Envelope], E]:
                 payload_json, lacks_time = _with_field(payload_json, time_name, envelope.time), False
             event = read(payload_json)
             if lacks_time:
-                _set_field(event, "event_timestamp", None)
+                _forget_time(event)
         except Exception as error:  # noqa: BLE001  # as above
             problem = _misfit(event_type, error)
         else:
@@ -404,16 +404,16 @@ def _without_null(payload_json: bytes, names: Collection[str]) -> bytes:
 
 def _with_field(payload_json: bytes, name: str, value: object) -> bytes:
     """Append a field. The payload is not parsed for it: that could take a multiple of its size in memory."""
-    begin = payload_json.rstrip()[:-1].rstrip()
+    begin = payload_json.strip()[:-1].rstrip()
     return begin + (b"" if begin == b"{" else b",") + orjson.dumps({name: value})[1:]
 
 
-def _set_field(event: object, name: str, value: object) -> None:
-    """Set a field, of a frozen object too."""
+def _forget_time(event: object) -> None:
+    """Set the timestamp of an event to None, also if the event is frozen."""
     if isinstance(event, msgspec.Struct):
-        msgspec.structs.force_setattr(event, name, value)
+        msgspec.structs.force_setattr(event, "event_timestamp", None)
     else:
-        object.__setattr__(event, name, value)
+        object.__setattr__(event, "event_timestamp", None)
 
 
 # -- describing a message that cannot be decoded, without its content: called only after a failure ---------------
@@ -523,7 +523,7 @@ def _encoding_error(event: object, error: Exception) -> EncodingError:
         containers.append(value)
     if isinstance(error, RecursionError):
         return EncodingError("".join(path[:2]), "the value is nested too deeply")
-    return EncodingError("".join(path), _reason_of(error) if value is event else _problem(value))
+    return EncodingError("".join(path), _problem(value))
 
 
 def _problem(value: object) -> str:

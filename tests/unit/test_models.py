@@ -265,6 +265,15 @@ def test_an_error_of_reading_back_does_not_quote_the_event_either():
     assert (caught.value.__cause__, caught.value.__context__) == (None, None)
 
 
+def test_of_several_fields_that_cannot_be_read_back_the_first_is_named():
+    class Sizes(pydantic.BaseModel):
+        width: int
+        height: int
+
+    with pytest.raises(EncodingError, match=r"\.Sizes\.width: it could not be read back: int_parsing$"):
+        payload_encoder(Sizes)(Sizes.model_construct(width="x", height="y"))
+
+
 class Anything(pydantic.BaseModel, Event):
     message_type: ClassVar[str] = "notification_event"
     event_id: UUID = pydantic.Field(default_factory=uuid4)

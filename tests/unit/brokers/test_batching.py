@@ -8,6 +8,7 @@ import pytest
 
 from diator.brokers.batching import BatchSender, own_error
 from diator.exceptions import (
+    AccessRefused,
     BrokerClosed,
     BrokerUnavailable,
     MessageRejected,
@@ -126,7 +127,7 @@ async def test_the_deadline_of_a_batch_is_that_of_its_first_call(service):
     assert [deadline - now for deadline in service.deadlines] == pytest.approx([5.0, 5.11], abs=0.05)
 
 
-@pytest.mark.parametrize("kind", [BrokerClosed, BrokerUnavailable, MessageRejected, OutcomeUnknown])
+@pytest.mark.parametrize("kind", [AccessRefused, BrokerClosed, BrokerUnavailable, MessageRejected, OutcomeUnknown])
 async def test_each_caller_receives_an_error_of_its_own(service, kind):
     sender = sender_to(service)
     cause = OSError("gone")
@@ -208,6 +209,20 @@ async def test_if_the_client_cancels_a_batch_by_itself_each_caller_receives_an_e
     for _ in range(2):
         with pytest.raises(OutcomeUnknown, match=r": the client library cancelled the request by itself$"):
             await asyncio.wait_for(sender.send("a", size=1, message_id=uuid4()), 1)
+
+
+async def test_if_the_event_loop_ends_during_a_batch_every_caller_is_cancelled_and_the_sender_ends(service):
+    """The callers of this batch, and those who wait for the next one."""
+    sender = sender_to(service, max_items=1)
+    before = asyncio.all_tasks()
+    sends = await begun(sender, "ab")
+    [sending] = asyncio.all_tasks() - before - {*sends}
+
+    sending.cancel()
+    ends = await asyncio.wait_for(asyncio.gather(sending, *sends, return_exceptions=True), 1)
+
+    assert [type(end) for end in ends] == [asyncio.CancelledError] * 3
+    assert service.batches == ["a"]
 
 
 def test_a_new_event_loop_starts_without_earlier_sends():

@@ -1,6 +1,6 @@
 """The promises of a transport are compared with the needs of a program: every field, in both directions."""
 
-from dataclasses import fields
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
@@ -115,6 +115,19 @@ def test_an_unknown_level_is_refused():
         Capabilities(guarantee="exactly_once")
 
 
+@pytest.mark.parametrize("name", [name for name, levels in LEVELS.items() if isinstance(levels[0], str)])
+def test_every_field_with_levels_refuses_an_unknown_one(name):
+    with pytest.raises(ConfigurationError, match=f"{name} must be one of {', '.join(LEVELS[name])}; got 'other'"):
+        Capabilities(**{name: "other"})
+
+
+def test_a_promise_does_not_change_and_is_made_by_name():
+    with pytest.raises(FrozenInstanceError):
+        Capabilities().dead_letter = True
+    with pytest.raises(TypeError):
+        Capabilities("at_least_once")
+
+
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("found", [{"closd"}, frozenset({"close", "broadcast"}), "close", ["close"], None])
 def test_an_unknown_word_in_a_set_is_refused(name, found):
@@ -147,3 +160,40 @@ def test_a_promise_that_needs_another_one_contradicts_without_it(promised, rules
     found = Capabilities(**{**kept, **promised}).contradictions()
     assert len(found) == len(rules)
     assert all(rule in each for rule, each in zip(rules, found, strict=True))
+
+
+EVERYTHING = {
+    **{name: levels[-1] for name, levels in LEVELS.items()},
+    **{name: frozenset(words) for name, words in SETS.items()},
+    **INFORMATION,
+}
+
+
+@pytest.mark.parametrize(
+    ("without", "rules"),
+    [
+        ({"settlement": "none"}, ["guarantee at_least_once needs a settlement", "redelivery needs a settlement"]),
+        ({"receipt": "none"}, ["guarantee at_least_once needs a receipt"]),
+        ({"redelivery_bound": None}, ["redelivery after a crash or a deadline needs a redelivery_bound"]),
+        (
+            {"redelivery": {"close", "crash", "deadline"}},
+            [
+                "delayed_retry needs the redelivery retry",
+                "ordered_retry needs the redelivery retry and an ordering",
+            ],
+        ),
+        (
+            {"redelivery": set(), "delayed_retry": False, "ordered_retry": False},
+            ["delivery_count needs a redelivery"],
+        ),
+        ({"ordering": "none"}, ["ordered_retry needs the redelivery retry and an ordering"]),
+        ({"distribution": {"broadcast"}}, ["a durable subscription needs the distribution competing"]),
+        ({"distribution": set(), "subscription": "ephemeral"}, ["a transport needs a distribution"]),
+        ({"durability": "none"}, ["a durable receipt needs a durability"]),
+        ({"network": False}, ["multi_process needs a network"]),
+        ({"max_message_bytes": 0}, ["a transport needs max_message_bytes above 0"]),
+    ],
+)
+def test_who_promises_everything_needs_everything(without, rules):
+    assert Capabilities(**EVERYTHING).contradictions() == []
+    assert Capabilities(**{**EVERYTHING, **without}).contradictions() == rules

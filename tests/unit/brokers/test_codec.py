@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass, field, make_dataclass
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from uuid import UUID
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from diator.brokers.codec import (
     decode_envelope,
     encode,
     headers_with_key,
+    key_of,
     payload_decoder,
     payload_encoder,
 )
@@ -189,6 +192,11 @@ def test_unknown_keys_are_ignored():
     assert decode(json.dumps(body).encode()).message_id == EVENT_ID
 
 
+def enveloped(body, max_bytes=MAX_MESSAGE_BYTES):
+    """Decode as a consumer does: the usual body has a way of its own."""
+    return decode_envelope(body, max_bytes=max_bytes, headers={})
+
+
 def sized(size):
     """Return a message whose body has *size* bytes."""
     empty = len(encode(Message.create(message_name="a", payload={"x": ""})))
@@ -214,22 +222,67 @@ def test_one_byte_more_is_not_encoded():
 def test_one_byte_more_is_not_decoded():
     body = encode(sized(101 + 200), max_bytes=1000)
 
-    with pytest.raises(DecodingError, match="the body has 301 bytes; this broker accepts at most 300"):
-        decode(body, max_bytes=300)
+    for read in (decode, enveloped):
+        with pytest.raises(DecodingError, match=r"^the body has 301 bytes; this broker accepts at most 300$"):
+            read(body, max_bytes=300)
+        assert read(body, max_bytes=301).message_name == "a"
 
 
 @pytest.mark.parametrize("bad", [{"key": "\ud800"}, {"headers": {"\ud800": "1"}}, {"headers": {"trace": "\ud800"}}])
 def test_headers_beside_the_body_that_are_not_valid_unicode_are_refused(bad):
-    with pytest.raises(EncodingError, match=r"a\.headers"):
+    with pytest.raises(EncodingError, match=r"^a\.headers: .*surrogates not allowed$"):
         headers_with_key(Message.create(message_name="a", payload={}, **bad))
 
 
-@pytest.mark.parametrize("part", ["message_name", "message_type", "key", "headers"])
-def test_text_that_is_not_valid_unicode_raises_an_encoding_error(part):
+NOT_TEXT = "the names and values of headers, and the key, must be text"
+
+
+@pytest.mark.parametrize("write", [headers_with_key, lambda message: encode(message, headers_in_body=True)])
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        (
+            {"headers": {"key": "7"}},
+            "the header 'key' is reserved for the key of the message; set the key instead",
+        ),
+        ({"headers": {"trace": 1}}, NOT_TEXT),
+        ({"headers": {1: "trace"}}, NOT_TEXT),
+        ({"key": 7}, NOT_TEXT),
+    ],
+)
+def test_headers_that_could_not_be_told_apart_or_are_not_text_are_refused(write, bad, problem):
+    with pytest.raises(EncodingError) as caught:
+        write(Message.create(message_name="a", payload={}, **bad))
+
+    assert str(caught.value) == f"a.headers: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("part", "path"),
+    [("message_name", "?"), ("message_type", "a"), ("key", "a.headers"), ("headers", "a.headers")],
+)
+def test_text_that_is_not_valid_unicode_raises_an_encoding_error(part, path):
     bad = {"trace": "\ud800"} if part == "headers" else "\ud800"
 
-    with pytest.raises(EncodingError):
+    with pytest.raises(EncodingError, match=r"surrogates not allowed$") as caught:
         encode(Message.create(**{"message_name": "a", "payload": {}, part: bad}), headers_in_body=True)
+
+    assert caught.value.path == path
+
+
+def test_an_id_of_a_class_that_derives_from_uuid_is_written_as_any_other():
+    """SQLAlchemy returns UUIDs of asyncpg, for example."""
+
+    class Id(UUID): ...
+
+    message = Message.create(message_name="a", payload={}, message_id=Id(int=EVENT_ID.int))
+
+    assert decode(encode(message)).message_id == EVENT_ID
+
+
+def test_an_id_that_json_does_not_have_is_refused():
+    with pytest.raises(EncodingError, match=r"^a: Type is not JSON serializable: object$"):
+        encode(Message.create(message_name="a", payload={}, message_id=object()))
 
 
 def body_with(**changes):
@@ -276,9 +329,39 @@ def test_a_body_that_is_not_a_message_is_refused_without_being_quoted(body):
     assert "hunter2" not in str(caught.value)
 
 
+#: A consumer accepts such payloads, because no event can be decoded from one anyway.
+OTHER_PAYLOADS = ["payload a list", "payload a text", "payload null"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NOT_MESSAGES if kind not in OTHER_PAYLOADS])
+def test_a_consumer_refuses_a_body_with_the_same_error(kind):
+    with pytest.raises(DecodingError) as by_message:
+        decode(NOT_MESSAGES[kind])
+    with pytest.raises(DecodingError) as by_envelope:
+        enveloped(NOT_MESSAGES[kind])
+
+    assert str(by_envelope.value) == str(by_message.value)
+
+
+@pytest.mark.parametrize("kind", OTHER_PAYLOADS)
+def test_a_payload_that_is_not_an_object_makes_no_message(kind):
+    problem = "the body is not a message: the payload is not a JSON object - at `$.payload`"
+
+    with pytest.raises(DecodingError, match=f"^{re.escape(problem)}$"):
+        decode(NOT_MESSAGES[kind])
+    assert not enveloped(NOT_MESSAGES[kind]).payload_json.startswith(b"{")
+
+
+@pytest.mark.parametrize("kind", ["deep payload", "deep unknown"])
+def test_a_body_that_is_nested_too_deeply_is_called_so(kind):
+    with pytest.raises(DecodingError, match=r"^the body is not a message: it is nested too deeply$"):
+        decode(NOT_MESSAGES[kind])
+
+
 def test_text_that_is_not_utf_8_is_called_so():
-    with pytest.raises(DecodingError, match=r"it is not valid UTF-8 - at byte \d+$"):
-        decode(body_with().replace(b"hunter2", b"hunter2 \xe9"))
+    for read in (decode, enveloped):
+        with pytest.raises(DecodingError, match=r"it is not valid UTF-8 - at byte \d+$"):
+            read(body_with().replace(b"hunter2", b"hunter2 \xe9"))
 
 
 @given(st.binary())
@@ -371,6 +454,7 @@ REFUSED = {
     "NaN deep in a list": (deep(math.nan, 3), "Holder.value[0][0][0]"),
     "NaN beside a null": ([None, {"x": [None, math.nan]}], "Holder.value[1][...][1]"),
     "object very deep": (deep(object()), "Holder.value" + "[0]" * 50),
+    "object deeper than anybody looks": (deep(object(), 99), "Holder.value" + "[0]" * 63),
     "object in a dataclass": ({"a": [Place("A", object())]}, "Holder.value[...][0].seats"),
     "lone surrogate": (["a", "\ud800"], "Holder.value[1]"),
     "lone surrogate as key": ({"\ud800": 1}, "Holder.value (key str)"),
@@ -389,6 +473,38 @@ def test_a_value_that_json_cannot_represent_is_refused_with_its_path(value, path
 
     assert caught.value.path == path
     assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"), [("cyclic", "the value contains itself"), ("too deep", "the value is nested too deeply")]
+)
+def test_a_value_without_an_end_is_called_so(kind, problem):
+    value, path = REFUSED[kind]
+    event_type = holding(Any)
+
+    with pytest.raises(EncodingError, match=f"^{re.escape(path)}: {problem}$"):
+        payload_encoder(event_type)(event_type(value=value))
+
+
+def test_a_field_that_an_event_has_lost_is_named():
+    class Lossy(msgspec.Struct):
+        kept: int
+        lost: int
+
+    event = Lossy(1, 2)
+    del event.lost
+
+    with pytest.raises(EncodingError, match=r"\.Lossy: Struct field 'lost' is unset$"):
+        payload_encoder(Lossy)(event)
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [("", ""), ('"a" é ☕', '"a" é ☕'), (7, "7"), (True, "true"), (EVENT_ID, str(EVENT_ID)), (Mood.GOOD, "good")],
+    ids=repr,
+)
+def test_a_key_is_the_text_of_its_value_without_quotes(value, key):
+    assert key_of(value) == key
 
 
 def test_a_text_that_contains_null_is_not_taken_for_nan():

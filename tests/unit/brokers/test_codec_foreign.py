@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from diator.brokers.codec import (
     MAX_MESSAGE_BYTES,
+    Envelope,
     _misfit,
     decode,
     decode_envelope,
@@ -166,6 +167,15 @@ def test_an_empty_payload_is_completed_too():
     assert (event.event_id, event.event_timestamp) == (MESSAGE_ID, None)
 
 
+@pytest.mark.parametrize("payload", [b" { } \n", b'\n{"user_id":7}\n'])
+def test_white_space_around_a_payload_does_not_matter(payload):
+    """A codec that a program chose may leave it there."""
+    event_type = TRAVELLERS[0] if b"user_id" in payload else NotificationEvent
+    event = event_decoder(event_type)(Envelope("t", "N", MESSAGE_ID, payload, None))
+
+    assert (event.event_id, event.event_timestamp) == (MESSAGE_ID, None)
+
+
 @pytest.mark.parametrize("event_type", TRAVELLERS)
 @pytest.mark.parametrize(
     "order", [["event_id", "event_timestamp", "user_id"], ["user_id", "event_timestamp", "event_id"]]
@@ -267,6 +277,16 @@ class Refusing:
 
 
 @dataclasses.dataclass
+class Looking:
+    """Its error is none that msgspec translates, and begins like one of msgspec's own."""
+
+    name: str
+
+    def __post_init__(self):
+        raise LookupError(f"Expected {self.name}")
+
+
+@dataclasses.dataclass
 class HoldsRefusing:
     part: Refusing
 
@@ -359,6 +379,7 @@ MISFITS = [
     (ModelWhole, {"part": {"size": 1}, "pet": {"kind": "cat", SECRET: SECRET}}, "$.pet[...].lives"),
     (ModelWhole, {"part": {"size": 1}, "either": {SECRET: SECRET}}, "$.either[...]"),
     (Refusing, {"name": SECRET}, ""),
+    (Looking, {"name": SECRET}, "a value is invalid"),
     (HoldsRefusing, {"part": {"name": SECRET}}, "$.part"),
     (ModelRefusing, {"name": SECRET}, "value_error - at `$.name`"),
     (ModelRefusing, {"name": f"type {SECRET}"}, "a value is invalid - at `$.name`"),
@@ -405,6 +426,21 @@ def test_whatever_is_sent_an_error_does_not_quote_it(event_type, payload):
 
     assert SECRET not in error
     assert error.isprintable()
+
+
+def test_a_model_lists_its_first_errors_and_counts_many():
+    problem = "int_parsing - at `$.sizes[{}]`"
+
+    class Sizes(pydantic.BaseModel):
+        sizes: list[int]
+
+    for count, described in (
+        (8, "; ".join(problem.format(number) for number in range(8))),
+        (9, "9 values are invalid"),
+        (1_000, "1,000 values are invalid"),
+    ):
+        with pytest.raises(DecodingError, match=re.escape(f": {described}") + "$"):
+            payload_decoder(Sizes)(json.dumps({"sizes": ["x"] * count}).encode())
 
 
 def test_the_names_of_a_class_are_found_wherever_its_fields_lead():
