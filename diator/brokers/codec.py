@@ -127,7 +127,7 @@ def headers_with_key(message: Message, *, attribute_prefix: str = "ce_") -> dict
 
 
 def plain_id(message_id: object) -> Any:
-    """Return an id whose class derives from `UUID` as a plain `UUID`: orjson writes no other. Return any other as it is."""
+    """Return an id of a subclass of `UUID` as a plain `UUID`: orjson writes no other. Return any other id as it is."""
     return as_standard(message_id) if isinstance(message_id, UUID) else message_id
 
 
