@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import copy_context
 from time import monotonic
 from types import TracebackType
 from typing import Any
@@ -24,6 +25,7 @@ class Deadlines:
         self.seconds = seconds
         self.timer: asyncio.TimerHandle | None = None
         self._deadlines: list[Deadline] = []
+        self._context = copy_context()  # that of a task would keep the delivery alive which it handles
 
     def limit(self, task: asyncio.Task[Any]) -> Deadline:
         """
@@ -46,7 +48,7 @@ class Deadlines:
 
     def start_timer(self, seconds: float) -> None:
         """Check the deadlines after so many seconds."""
-        self.timer = asyncio.get_running_loop().call_later(seconds, self._check)
+        self.timer = asyncio.get_running_loop().call_later(seconds, self._check, context=self._context)
 
     def _check(self) -> None:
         self.timer = None

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeAlias, cast, get_args, get_origin
 
 from diator._hints import Parameter, UnresolvedName, fits, function_of, name_of, parameters_of
 from diator.container.base import BuildLater, Construction, Resolver, Shared, builder, is_registered, is_shared
+from diator.context import MessageContext, current_message, needed_message
 from diator.exceptions import BindingError, ResolutionError, SharedHandler
 
 #: A class with `async def handle(self, message)`, or an `async def` function whose first parameter is the message.
@@ -269,6 +270,8 @@ def _dependencies(function: Callable[..., Any], container: Resolver) -> list[tup
             )
         if parameter.hint is Events:
             dependencies.append((parameter.name, None, False))
+        elif parameter.hint is MessageContext and not is_registered(container, MessageContext, default=False):
+            dependencies.append((parameter.name, _asking(is_needed=not parameter.may_be_none), False))
         elif parameter.has_default and not is_registered(container, parameter.hint, default=False):
             continue
         elif parameter.hint is None:
@@ -283,6 +286,15 @@ def _dependencies(function: Callable[..., Any], container: Resolver) -> list[tup
             build, build_later = builder(container, parameter.hint)
             dependencies.append((parameter.name, build_later, build is None))
     return dependencies
+
+
+def _asking(*, is_needed: bool) -> BuildLater[MessageContext | None]:
+    ask = needed_message if is_needed else current_message
+
+    async def ask_at_once(_: Shared) -> MessageContext | None:
+        return ask()
+
+    return ask_at_once
 
 
 _EVENTS = RaisesEvents.__dict__["events"]

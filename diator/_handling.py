@@ -6,7 +6,9 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from time import monotonic
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 from uuid import UUID
 
@@ -16,9 +18,10 @@ from diator._hints import name_of
 from diator._log import RepeatedLines
 from diator._text import listed, printable
 from diator.brokers.base import Delivery, Topic
-from diator.brokers.codec import Envelope, decode_envelope, decode_with, event_decoder
+from diator.brokers.codec import Envelope, decode, decode_envelope, decode_with, event_decoder
 from diator.brokers.message import Codec
 from diator.container.base import Resolver, Shared, scopes
+from diator.context import CONTEXT_OF, DELIVERY, MessageContext
 from diator.events import EventEmitter, EventMap
 from diator.events._emitter import OUTGOING, Outgoing
 from diator.events._event import is_integration_event, message_name_of
@@ -254,6 +257,9 @@ _LONGEST_TOGETHER = 16 * 1024
 
 _SUCCESS = _Result(None)
 
+#: Say which delivery is handled here, for `current_message`; None: none.
+set_delivery: Callable[[Delivery | None], object] = DELIVERY.set
+
 
 async def _attempt(
     handler: Bound, read: Callable[[Envelope], Any], message: Envelope, deadline: Deadline
@@ -306,6 +312,15 @@ class _Failure(NamedTuple):
     started: float
 
 
+def _sent_at(delivery: Delivery) -> datetime | None:
+    ask: Callable[[Delivery], float | None] = getattr(delivery.settler, "sent_at", lambda _: None)
+    try:
+        seconds = ask(delivery)
+        return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    except (ValueError, OverflowError, OSError):  # another program may have written any time
+        return None
+
+
 async def _dead_letter_none(_: Mapping[Delivery, str]) -> Collection[Delivery]:
     return ()
 
@@ -344,6 +359,7 @@ class Handling:
         by_topic: Mapping[Topic, Route],
         retry: RetryPolicy,
         *,
+        group: str | None,
         can_retry: bool,
         can_dead_letter: bool,
         max_message_bytes: int,
@@ -354,6 +370,7 @@ class Handling:
     ) -> None:
         self._codec = codec
         self._routes = dict(by_topic)
+        self._group = group
         self._retry = retry
         self._max_deliveries = retry.max_attempts + retry.max_crashes
         self._can_retry = can_retry
@@ -418,14 +435,36 @@ class Handling:
         except DecodingError as error:
             return error.with_traceback(None)  # its frames hold the message, and this error is handed out
 
+    def _context_of(self, delivery: Delivery) -> MessageContext | None:
+        body, headers = delivery.body, delivery.headers
+        try:
+            if self._codec is None:
+                message = decode(body, max_bytes=len(body), headers=headers)
+            else:
+                message = self._codec.decode(body, headers, delivery.topic)
+        except Exception:  # noqa: BLE001  # the consumer reports it
+            return None
+        return MessageContext(
+            message_id=message.message_id,
+            message_type=message.message_type,
+            message_name=message.message_name,
+            group=self._group,
+            key=message.key,
+            headers=MappingProxyType({**message.headers}),
+            attempt=delivery.attempt,
+            redelivered=delivery.redelivered or delivery.attempt > 1,
+            sent_at=_sent_at(delivery),
+        )
+
     def worker(self) -> Worker:
         """Return the running task as a worker, which `handle` needs for each delivery of this task."""
         task = _current_task()
+        CONTEXT_OF.set(self._context_of)
         worker = Worker(self._deadlines.limit(task), self._settling.limit(task))
         self._workers.append(worker)
         return worker
 
-    async def handle(  # noqa: C901, PLR0912  # the way to success is written out: each coroutine would cost a fiftieth
+    async def handle(  # noqa: C901, PLR0912, PLR0915  # the way to success is written out: a coroutine costs a fiftieth
         self, worker: Worker, delivery: Delivery, message: Envelope | DecodingError | None = None
     ) -> None:
         """
@@ -436,6 +475,7 @@ class Handling:
         It raises no error of a handler. Cancelling the task leaves the delivery unsettled.
         """
         started = worker.since = monotonic()
+        set_delivery(delivery)
         if message is None:
             message = self.read(delivery)
         deadline = worker.deadline
@@ -445,8 +485,9 @@ class Handling:
             if (
                 isinstance(message, DecodingError)
                 or delivery.attempt > self._max_deliveries
-                or (route := self._routes.get(delivery.topic)) is None
-                or delivery.topic != (message.message_type, message.message_name)
+                or (route := self._routes.get(topic := delivery.topic)) is None
+                or message.message_name != topic[1]
+                or message.message_type != topic[0]
             ):
                 result = self._unhandled(delivery, message)
             else:
@@ -456,7 +497,11 @@ class Handling:
                     result = self._undecodable(delivery, message, undecodable)
                 else:
                     error: BaseException | None = None
-                    deadline.begin(started)
+                    # As `deadline.begin`, written out: nobody cancels the task of a worker between two deliveries.
+                    deadline.is_over = False
+                    deadline.began = started
+                    if self._deadlines.timer is None:
+                        self._deadlines.start_timer(self._deadlines.seconds)
                     try:
                         await route.handle(event)
                     except (Exception, asyncio.CancelledError) as failed:  # noqa: BLE001  # it decides how to settle
@@ -563,6 +608,7 @@ class Handling:
 
     def _finish_aside(self, failure: _Failure, outcome: Outcome, result: _Result | None) -> None:
         if self._aside.pop(failure.delivery, None) is not None:
+            set_delivery(failure.delivery)
             self._finish(failure.delivery, failure.message, outcome, result, failure.started)
 
     def _finish(

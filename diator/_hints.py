@@ -25,12 +25,14 @@ class Parameter:
         hint: Its annotation, without `Annotated` and `| None`; None if it has none.
         has_default: Whether it has a default.
         kind: Its kind, as in `inspect.Parameter`.
+        may_be_none: Whether its annotation has `| None`, or it has a default.
     """
 
     name: str
     hint: Any
     has_default: bool
     kind: inspect._ParameterKind
+    may_be_none: bool
 
     @property
     def by_position(self) -> bool:
@@ -67,6 +69,7 @@ def parameters_of(call: Callable[..., Any]) -> list[Parameter]:
             hint=_plain(hints.get(parameter.name)),
             has_default=parameter.default is not inspect.Parameter.empty,
             kind=parameter.kind,
+            may_be_none=_allows_none(hints.get(parameter.name)) or parameter.default is not inspect.Parameter.empty,
         )
         for parameter in signature.parameters.values()
         if parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -160,6 +163,12 @@ def undeclared_in(type_: type) -> str:
             declares = f"declares {', '.join(own)}" if own else "has an __init__ of its own"
             return f"{name_of(base)} {declares} but is not a dataclass; decorate it with @dataclass"
     return ""
+
+
+def _allows_none(hint: Any) -> bool:
+    if get_origin(hint) is Annotated:
+        return _allows_none(get_args(hint)[0])
+    return get_origin(hint) in (Union, types.UnionType) and types.NoneType in get_args(hint)
 
 
 def _plain(hint: Any) -> Any:

@@ -12,7 +12,7 @@ from functools import partial
 from time import monotonic
 from typing import Any, Self, TypeAlias, TypeVar
 
-from diator._handling import Handled, Handling, routes
+from diator._handling import Handled, Handling, routes, set_delivery
 from diator._signals import stopping_on_signals
 from diator._text import listed
 from diator.brokers.base import Delivery, Gap, ReadableBroker
@@ -173,6 +173,7 @@ class Consumer:
         self._handling = Handling(
             self._routes,
             _retry(broker, promised, retry),
+            group=self._group,
             can_retry=not promised.missing(_DELAYED_RETRIES),
             can_dead_letter=promised.dead_letter,
             max_message_bytes=promised.max_message_bytes,
@@ -425,6 +426,7 @@ class Consumer:
             delivery = receive_nowait()
             if delivery is None:
                 self._waiting = task
+                set_delivery(None)  # what the transport does meanwhile belongs to no message
                 delivery = await anext(deliveries)
                 self._waiting = None
                 if self._stopping.is_set():  # the iterator ignored its cancellation, see `_until_stopped`
@@ -440,6 +442,7 @@ class Consumer:
             delivery, message = job
             await self._handling.handle(worker, delivery, message)
             self._lanes.done(message)
+            del job, delivery, message  # a worker that waits keeps nothing alive
 
     def _note_gap(self, gap: Gap) -> None:
         self._gaps += 1
@@ -546,6 +549,7 @@ class _Lanes:
         while not self._closed:
             if self._ready:
                 return self._ready.popleft()
+            set_delivery(None)
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             await waiter

@@ -35,6 +35,9 @@ class Settler(Protocol):
     another consumer already has the message, or if the subscription has ended, the message is redelivered. Such a call
     returns, or raises a `BrokerError` if the settler knows. A settler never settles a delivery that another consumer
     holds, even if its own process stood still meanwhile.
+
+    A settler may also have `sent_at(delivery)`, for `MessageContext.sent_at`: when the service stored the message, in
+    seconds since 1970; None if it does not know. It is called only if a handler asks.
     """
 
     async def ack(self, delivery: Delivery, /) -> None:
@@ -72,6 +75,7 @@ class Delivery(msgspec.Struct, kw_only=True, eq=False):  # a dataclass with slot
         settler: The transport's side, which the three methods call.
         token: Identifies the delivery for its settler: a tag, an offset or an entry id. Only the transport uses it.
         outcome: How the delivery was settled: `ack`, `retry` or `dead_letter`; None while it is unsettled.
+        redelivered: Whether the service says that it has delivered the message before, although *attempt* may be 1.
         unreadable: What of the service's own metadata, or of the form of the body, the transport cannot read; None if
             nothing. It contains nothing of the message. A consumer dead-letters such a message.
     """
@@ -83,6 +87,7 @@ class Delivery(msgspec.Struct, kw_only=True, eq=False):  # a dataclass with slot
     settler: Settler
     token: object = None
     outcome: str | None = None
+    redelivered: bool = False
     unreadable: str | None = None
 
     async def ack(self) -> None:

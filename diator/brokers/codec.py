@@ -142,7 +142,6 @@ class Envelope(msgspec.Struct):
         payload_json: As `Message.payload_json`.
         key: As `Message.key`.
         time: As `Message.time`, if a codec has read it.
-        headers: As `Message.headers`, if a codec has read them; None if they are those of the delivery.
     """
 
     message_type: str
@@ -151,7 +150,6 @@ class Envelope(msgspec.Struct):
     payload_json: bytes
     key: str | None
     time: datetime | None = None
-    headers: Mapping[str, str] | None = None
 
     def __repr__(self) -> str:
         """Name the message, without its content."""
@@ -244,7 +242,6 @@ def decode_with(codec: Codec, body: bytes, *, max_bytes: int, headers: Mapping[s
             message.payload_json,
             message.key,
             message.time,
-            message.headers,
         )
     except DecodingError:
         raise

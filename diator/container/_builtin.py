@@ -16,8 +16,9 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Never, Protocol, Self, TypeAlias, TypeVar, cast, get_args, get_origin, overload
 
-from diator._hints import function_of, hints_of, name_of, parameters_of
+from diator._hints import Parameter, function_of, hints_of, name_of, parameters_of
 from diator.container.base import AnyClass, Construction, Contexts, Resolver, Shared
+from diator.context import MessageContext, current_message, needed_message
 from diator.exceptions import ResolutionError
 
 T = TypeVar("T")
@@ -54,12 +55,21 @@ class _Recipe:
     optional: frozenset[str]
 
 
+#: What a parameter needs whose type is `MessageContext | None`, or which has a default.
+_PERHAPS: Any = MessageContext | None
+#: What the container builds without a registration, anew each time.
+_OF_MESSAGE: dict[object, _Recipe] = {
+    type_: _Recipe(call=call, needs={}, kind="plain", lifetime="transient", optional=frozenset())
+    for type_, call in ((MessageContext, needed_message), (_PERHAPS, current_message))
+}
+
+
 class Container:
     """
     Builds handlers and their dependencies, from the type hints of their constructors.
 
     Register the dependencies; handlers need no registration. A parameter with a default keeps the default unless its
-    type is registered.
+    type is registered. `MessageContext`, the context of the message that is being handled, needs no registration.
 
     There are three lifetimes. *transient*: a new object each time. *scoped*: one object per send, shared by the request
     handler and the domain event handlers. *singleton*: one object per container, built when it is first needed. A
@@ -170,7 +180,7 @@ class Container:
         """Return the recipe of *type_*. A type at the start of the path, such as a handler, needs no registration."""
         if type_ in path:
             raise _cycle((*path, type_))
-        if recipe := self._recipes.get(type_):
+        if recipe := self._recipes.get(type_) or _OF_MESSAGE.get(type_):
             return recipe
         if path:
             raise ResolutionError(
@@ -187,7 +197,7 @@ class Container:
 
     def _needs(self, recipe: _Recipe) -> dict[str, type]:
         return {
-            name: type_
+            name: MessageContext if type_ is _PERHAPS and self.is_registered(MessageContext) else type_
             for name, type_ in recipe.needs.items()
             if self.is_registered(type_) or name not in recipe.optional
         }
@@ -201,6 +211,9 @@ class Container:
             steps = [*map(name_of, path), name_of(type_)]
             problem = f"{name_of(type_)} is scoped, and a singleton depends on it; give both the same lifetime"
             raise ResolutionError(steps, problem)
+        if within == "singleton" and recipe in _OF_MESSAGE.values():
+            problem = "MessageContext is another one for each message, and a singleton depends on it; let it call "
+            raise ResolutionError([*map(name_of, path), "MessageContext"], f"{problem}current_message()")
         for needed in self._needs(recipe).values():
             self._check(
                 needed, (*path, type_), within="singleton" if "singleton" in (within, recipe.lifetime) else "transient"
@@ -209,7 +222,7 @@ class Container:
     def _compile(self, type_: type[T]) -> Construction[T] | None:
         if type_ in self._singletons and type_ not in self._recipes:
             return Construction(_given, self._singletons[type_])
-        recipe = self._recipes.get(type_) or self._own_recipe(type_)
+        recipe = self._recipes.get(type_) or _OF_MESSAGE.get(type_) or self._own_recipe(type_)
         if recipe.kind != "plain" or recipe.lifetime == "scoped":
             return None
         needs: dict[str, Construction[Any]] = {}
@@ -329,11 +342,15 @@ def _recipe(type_: type, factory: Callable[..., Any], lifetime: Lifetime | None)
             raise ResolutionError([name_of(type_)], problem)
     return _Recipe(
         call=call,
-        needs={parameter.name: parameter.hint for parameter in parameters},
-        optional=frozenset(parameter.name for parameter in parameters if parameter.has_default),
+        needs={each.name: _PERHAPS if _asks(each) and each.may_be_none else each.hint for each in parameters},
+        optional=frozenset(each.name for each in parameters if each.has_default and not _asks(each)),
         kind=kind,
         lifetime=lifetime or ("scoped" if kind == "resource" else "transient"),
     )
+
+
+def _asks(parameter: Parameter) -> bool:
+    return parameter.hint is MessageContext
 
 
 def _kind(type_: type, factory: Callable[..., Any]) -> Kind:

@@ -8,6 +8,7 @@ from typing import TypeVar, cast
 
 from diator._extras import importing
 from diator.container.base import AnyClass, Resolver, Shared
+from diator.context import MessageContext, current_message
 
 with importing(__name__, "dishka", "dishka"):
     from dishka import AsyncContainer
@@ -20,6 +21,9 @@ class DishkaContainer:
     Resolves handlers from a dishka container, in one request scope for each send.
 
     The handlers must be provided there. The program owns *container*, and diator never closes it.
+
+    Inside of a consumer, the context of a request scope contains the `MessageContext`: a provider that declares
+    `from_context(MessageContext, scope=Scope.REQUEST)` passes it to handlers and to what they depend on.
     """
 
     def __init__(self, container: AsyncContainer) -> None:
@@ -35,5 +39,6 @@ class DishkaContainer:
 
     @asynccontextmanager
     async def _request_scope(self) -> AsyncGenerator[Resolver, None]:
-        async with self._container() as request_container:
+        message = current_message()
+        async with self._container(None if message is None else {MessageContext: message}) as request_container:
             yield DishkaContainer(request_container)

@@ -7,6 +7,7 @@ from typing import TypeVar, cast
 from diator._extras import importing, require_internals
 from diator._hints import name_of
 from diator.container.base import AnyClass, Build, Shared
+from diator.context import MessageContext, needed_message
 from diator.exceptions import ConfigurationError, ResolutionError
 
 with importing(__name__, "rodi", "rodi"):
@@ -50,8 +51,10 @@ class RodiContainer:
         return self._external_container
 
     def attach_external_container(self, container: rodi.Container) -> None:
-        """Build all objects with *container*."""
+        """Build all objects with *container*. Register `MessageContext` there, unless the program has done so."""
         self._external_container = container
+        if MessageContext not in container:
+            container.add_transient_by_factory(needed_message, MessageContext)
 
     async def resolve(self, type_: AnyClass[T], /) -> T:
         """Return a *type_*, in a rodi scope of its own. ResolutionError if it is not registered or cannot be built."""

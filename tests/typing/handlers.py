@@ -1,10 +1,14 @@
 """Requests, events, their handlers and maps: right programs, and wrong lines with the error of each type checker."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import assert_type
+from uuid import UUID
 
+from diator.brokers.base import Topic
+from diator.context import MessageContext, current_message
 from diator.events import DomainEvent, ECSTEvent, Event, EventHandler, EventMap, Events, NotificationEvent
 from diator.requests import Request, RequestHandler, RequestMap
 from diator.response import Response
@@ -195,6 +199,38 @@ async def on_any_event(event: Event) -> None: ...
 
 
 def on_joined_at_once(event: Joined) -> None: ...
+
+
+async def with_context(event: UserJoined, context: MessageContext, events: Events) -> None:
+    assert_type(context.message_id, UUID)
+    assert_type(context.topic, Topic)
+    assert_type(context.headers, Mapping[str, str])
+    assert_type(context.correlation_id, str)
+    assert_type(context.causation_id, str | None)
+    assert_type(context.sent_at, datetime | None)
+    context.attempt = 2  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    context.headers["tenant"] = "7"  # type: ignore[index]  # pyright: ignore[reportIndexIssue]
+
+
+async def perhaps_with_context(request: Count, context: MessageContext | None) -> int:
+    return context.attempt  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+
+
+class WithContext(EventHandler[UserJoined]):
+    def __init__(self, context: MessageContext) -> None:
+        self._context = context
+
+    async def handle(self, event: UserJoined) -> None:
+        current_message().attempt  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def bind_with_context(events: EventMap, requests: RequestMap) -> None:
+    """The context is one of the parameters that are injected, so it is not part of what `bind` checks."""
+    events.bind(UserJoined, with_context)
+    events.bind(UserJoined, WithContext)
+    requests.bind(Count, perhaps_with_context)
+    MessageContext(message_id="7")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    MessageContext(headers={"tenant": 7})  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]
 
 
 def bind_events(events: EventMap) -> None:

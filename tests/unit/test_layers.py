@@ -18,7 +18,9 @@ LAYERS = [
     "requests",
     "events",
     "_handlers",
-    "brokers container",
+    "container",
+    "context",
+    "brokers",
     "_deadlines _extras _hints _log _signals _text retrying",
     "response exceptions",
 ]

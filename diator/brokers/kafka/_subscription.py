@@ -444,6 +444,11 @@ class Subscription(ResilientSubscription):
             unreadable=record.why if type(record) is Unreadable else None,
         )
 
+    def sent_at(self, delivery: Delivery) -> float | None:
+        """See `Settler`: the time of the record. A message in a retry topic has that of its retry, so it has none."""
+        partition, record = _token(delivery).partition, _token(delivery).record
+        return None if partition.is_retries or record.timestamp < 0 else record.timestamp / 1000
+
     # -- settling ------------------------------------------------------------------------------------------------
 
     async def ack(self, delivery: Delivery, /) -> None:

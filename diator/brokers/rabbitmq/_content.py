@@ -174,6 +174,12 @@ class Properties:
         return next((_text(value) for each, value, _ in self._headers if each == name.encode()), "")
 
     @property
+    def timestamp(self) -> int | None:
+        """Return the timestamp, in seconds since 1970; None if there is none that can be decoded."""
+        field = self._fields.get("timestamp")
+        return None if field is None or "timestamp" in self.unreadable else int.from_bytes(field)
+
+    @property
     def key(self) -> str:
         """Return what a returned message is recognised by: its message-id, or else the header in its place."""
         return self.text("message-id") or self.header(PUBLICATION_ID)

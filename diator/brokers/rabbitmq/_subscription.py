@@ -515,6 +515,7 @@ class Connection(Channel):
             attempt=1 + self._deliveries_before(method, properties),
             settler=self,
             token=_Token(method.delivery_tag, queue, properties, method.exchange != b""),
+            redelivered=method.redelivered,
             unreadable=_why_unreadable(properties, body),
         )
         self._open[method.delivery_tag] = consumer
@@ -541,6 +542,10 @@ class Connection(Channel):
         self._inbox.fail(error)
         unseen = self._subscription.remove_prefetched(lambda delivery: delivery.settler is self)
         self._subscription.unsettled -= len(unseen)
+
+    def sent_at(self, delivery: Delivery) -> int | None:
+        """See `Settler`: the timestamp that the sender gave to the message."""
+        return cast("_Token", delivery.token).properties.timestamp
 
     # -- settling ------------------------------------------------------------------------------------------------
 

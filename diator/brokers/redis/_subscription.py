@@ -130,8 +130,8 @@ class Subscription(ResilientSubscription):
 
     @property
     def oldest_message(self) -> float | None:
-        """See `ResilientSubscription.oldest_message`. An id that Redis makes begins with the time, in milliseconds."""
-        added = [int(entry.id.partition(b"-")[0]) for entry in self.leases]
+        """See `ResilientSubscription.oldest_message`."""
+        added = [_added(entry.id) for entry in self.leases]
         return max(0.0, time.time() - min(added) / 1000) if added else 0.0
 
     @asynccontextmanager
@@ -189,6 +189,10 @@ class Subscription(ResilientSubscription):
             settler=self,
             token=Entry(stream, id_, first, fields, origin),
         )
+
+    def sent_at(self, delivery: Delivery) -> float:
+        """See `Settler`: the time in the id of the first entry."""
+        return _added(cast("Entry", delivery.token).origin) / 1000
 
     # -- settling ------------------------------------------------------------------------------------------------
 
@@ -376,6 +380,11 @@ class Subscription(ResilientSubscription):
                 except DiatorError as error:
                     what = f"{stream.decode()} could not be trimmed"
                     self.lines.log(logging.WARNING, what, "%s: %s", what, error)
+
+
+def _added(id_: bytes) -> int:
+    """Return when an entry was added, in milliseconds since 1970: an id that Redis makes begins with the time."""
+    return int(id_.partition(b"-")[0])
 
 
 class Connection:

@@ -1,0 +1,104 @@
+"""What a handler can know about the message that it handles: its id, headers, attempt, topic and so on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+from diator.brokers.message import Topic
+from diator.exceptions import UsageError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MessageContext:
+    """
+    What is known about the message that a consumer handles, apart from the event in it.
+
+    A handler that is a function has it as a parameter, `context: MessageContext`; a handler class, and what it depends
+    on, takes it in the constructor. `current_message` returns it everywhere else. A request handler may run outside of
+    any message. Then a `MessageContext` is an error, and `MessageContext | None` is None.
+
+    Its `repr` contains neither the key nor the headers, so that no log does. Each field has a default, so that a test
+    can make one.
+
+    Attributes:
+        message_id: The id of the message; a duplicate and a redelivery have the same id.
+        message_type: `notification_event`, `ecst_event`, or a type that a program defines.
+        message_name: The wire name of the event.
+        group: The consumer group; None without one.
+        key: Messages with the same key keep their order; None if the message has no key.
+        headers: The headers of the message as texts, without the key. Do not trust them more than their sender.
+        attempt: As `Delivery.attempt`: 1 for the first delivery to the group.
+        redelivered: Whether it is known that the message was delivered to the group before.
+        sent_at: When the service stored the message (UTC), on RabbitMQ when the sender says that it was sent; None if
+            nothing says it.
+    """
+
+    message_id: UUID = field(default_factory=uuid4)
+    message_type: str = "notification_event"
+    message_name: str = ""
+    group: str | None = None
+    key: str | None = field(default=None, repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    attempt: int = 1
+    redelivered: bool = False
+    sent_at: datetime | None = None
+
+    @property
+    def topic(self) -> Topic:
+        """The destination that the message came from."""
+        return Topic(self.message_type, self.message_name)
+
+    @property
+    def correlation_id(self) -> str:
+        """What all messages have in common that go back to one cause: the header, or else the id of this message."""
+        return usable_id(self.headers.get(CORRELATION_ID)) or str(self.message_id)
+
+    @property
+    def causation_id(self) -> str | None:
+        """The id of the message whose handler has sent this one; None if no message caused it."""
+        return usable_id(self.headers.get(CAUSATION_ID))
+
+
+CORRELATION_ID = "correlation-id"
+CAUSATION_ID = "causation-id"
+#: An id in a header of another program is ignored if it has more characters: diator passes it on.
+_LONGEST_ID = 255
+
+
+def usable_id(text: str | None) -> str | None:
+    """Return the id in a header; None if it should be neither passed on nor logged."""
+    return text if text and len(text) <= _LONGEST_ID and text.isprintable() else None
+
+
+#: The delivery that a consumer handles here. Setting it is all that a context costs until somebody asks.
+DELIVERY: ContextVar[Any] = ContextVar("diator.context.DELIVERY", default=None)
+#: Makes the context of a delivery; None if it cannot be decoded. Each worker of a consumer sets it once.
+CONTEXT_OF: ContextVar[Callable[[Any], MessageContext | None]] = ContextVar("diator.context.CONTEXT_OF")
+
+
+def current_message() -> MessageContext | None:
+    """
+    Return the context of the message that a consumer handles here; None if there is none.
+
+    It is right with any concurrency: in middlewares, in all that a handler calls or sends, and in the tasks and threads
+    (`asyncio.to_thread`) that it starts, for as long as they run. A message is handled until its outcome is reported:
+    `on_handled` and the log lines of a consumer have the context too, unless the message cannot be decoded.
+    """
+    delivery = DELIVERY.get()
+    return None if delivery is None else CONTEXT_OF.get()(delivery)
+
+
+def needed_message() -> MessageContext:
+    """Return what `current_message` does. UsageError outside of a consumer's handlers."""
+    context = current_message()
+    if context is None:
+        raise UsageError(
+            "a handler needs a MessageContext, and no message is being handled: its request was not sent by a handler "
+            "of a consumer; annotate it with `MessageContext | None` if it can do without"
+        )
+    return context
