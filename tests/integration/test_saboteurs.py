@@ -50,7 +50,7 @@ def harness_of(saboteur, limits):
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_saboteur_is_caught(saboteur, id_):
     """Each saboteur fails the scenarios that it names."""
-    hurried = Limits(scale=0.04, quiet=0.03, redelivery=0.3, lag=0.3, absence=0.3, standstill=2.0)
+    hurried = Limits(scale=0.02, quiet=0.03, redelivery=0.3, lag=0.3, absence=0.3, standstill=2.0)
 
     result = run_scenario(SCENARIOS[id_], harness_of(saboteur, hurried), seed=1)
 
@@ -262,11 +262,11 @@ class Sharing(ClientConnection[None]):
 
     async def connect(self):
         loop = self._bind_to_running_loop()
-        failures = self._failures
+        attempts = self._attempts
         async with asyncio.timeout_at(loop.time() + self.timeout), self._lock:
             if self.link.fault:
                 self._link = None
-            await self._connected(failures)
+            await self._connected(attempts)
 
     async def _connect(self):
         await self.link.connect()

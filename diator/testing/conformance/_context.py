@@ -51,6 +51,11 @@ class Context:
         self._runs: list[ConsumerRun] = []
         self._gaps: list[Gap] = []
 
+    @property
+    def redelivery_bound(self) -> float:
+        """How long the redelivery of what a lost consumer held may take, in seconds."""
+        return (self.capabilities.redelivery_bound or 0.0) + self.limits.redelivery + self.limits.recovery
+
     # -- names and messages --------------------------------------------------------------------------------------
 
     def name(self, hint: str = "") -> str:

@@ -216,11 +216,14 @@ class Ledger:
         subscriptions: dict[str, list[Received]] = defaultdict(list)
         for received in self.received:
             subscriptions[received.subscription].append(received)
+        alike: dict[str, list[str]] = defaultdict(list)
         for name, own in subscriptions.items():
             outcomes = _counts(each.delivery.outcome or "unsettled" for each in own)
             made_up = sum(each.id not in known for each in own)
             strange = f", {made_up:,} of a message that nobody sent" if made_up else ""
-            texts.append(f"{name!r} received {_many(len(own), 'delivery', 'deliveries')} ({outcomes}){strange}")
+            alike[f"received {_many(len(own), 'delivery', 'deliveries')} ({outcomes}){strange}"].append(repr(name))
+        for received_so, names in alike.items():
+            texts.append(f"{_few(names)} {f'({len(names)} subscriptions) ' * (len(names) > 1)}{received_so}")
         return texts
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine
+from contextlib import asynccontextmanager, suppress
 from time import monotonic
 from typing import Any
 
@@ -14,6 +14,18 @@ from diator.testing.conformance._context import Context
 from diator.testing.conformance._harness import Proxy
 from diator.testing.conformance._ledger import difference
 from diator.testing.conformance._reader import Reader, cancelled
+
+
+@asynccontextmanager
+async def reading_through_a_proxy(ctx: Context) -> AsyncGenerator[tuple[Reader, Proxy], None]:
+    """Subscribe through a proxy, and receive a first message."""
+    proxy = await ctx.proxy()
+    broker, topic = await ctx.broker(), ctx.topic()
+    async with ctx.reading(broker, topic) as reader:
+        await ctx.send(broker, topic)
+        await reader.until_fence()
+        yield reader, proxy
+
 
 # -- the fault has an effect -------------------------------------------------------------------------------------
 

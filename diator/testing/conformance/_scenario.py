@@ -37,7 +37,8 @@ class Scenario:
         run: The coroutine function that proves the promise.
         needs: The capabilities that a transport needs to be tested. A transport without them has to refuse them.
         facilities: The facilities that the harness needs, by the names of `Harness.facilities`.
-        timeout: The timeout of the whole scenario in seconds, on a machine with one spare core; the harness scales it.
+        timeout: The timeout of the whole scenario in seconds; the harness scales it. Only a hanging scenario takes that
+            long, so it is generous: what is to happen in time has a limit of its own.
         since: The minor release of diator in which the scenario is new, such as `1.1`; empty for the first scenarios.
     """
 
@@ -47,7 +48,7 @@ class Scenario:
     run: Run = field(repr=False)
     needs: Capabilities = field(default=Capabilities(), repr=False)
     facilities: frozenset[str] = frozenset()
-    timeout: float = 10.0
+    timeout: float = 30.0
     since: str = ""
 
     @property
@@ -77,7 +78,7 @@ def scenario(
     level: Level | None = None,
     needs: Capabilities | None = None,
     facilities: Iterable[str] = (),
-    timeout: float = 10.0,
+    timeout: float = 30.0,
     since: str = "",
 ) -> Callable[[Run], Run]:
     """Register the decorated coroutine function. Its docstring names the defect that it catches."""

@@ -26,10 +26,31 @@ SCHEMA = "diator_postgres_conformance"
 
 RECONNECT = ReconnectPolicy(connect_timeout=2.0, idle_timeout=4.0, max_delay=1.0)
 
+# Refuses a message for a group that has as many messages as the setting of the connection allows.
+LIMIT_ROOM = (
+    """
+    CREATE OR REPLACE FUNCTION limit_room() RETURNS trigger LANGUAGE plpgsql AS $$
+    DECLARE
+        room integer := current_setting('diator.room');
+    BEGIN
+        IF (SELECT count(*) FROM messages WHERE topic = NEW.topic AND grp = NEW.grp) >= room THEN
+            RAISE EXCEPTION USING ERRCODE = 'check_violation';
+        END IF;
+        RETURN NEW;
+    END $$
+    """,
+    """
+    CREATE OR REPLACE TRIGGER limit_room BEFORE INSERT ON messages
+        FOR EACH ROW WHEN (current_setting('diator.room', true) <> '') EXECUTE FUNCTION limit_room()
+    """,
+)
+
 
 class PostgresHarness(Harness):
     name = "postgres"
-    facilities = frozenset({"raw", "foreign", "dead_letters", "crash", "proxy", "operator", "topology", "processes"})
+    facilities = frozenset(
+        {"raw", "foreign", "dead_letters", "full", "crash", "proxy", "operator", "topology", "processes"}
+    )
     limits = Limits(timeout=2.0, redelivery=3.0, liveness=6.0, recovery=5.0, max_delay=1.0, absence=31.0)
 
     def start(self) -> None:
@@ -46,15 +67,27 @@ class PostgresHarness(Harness):
     def driver(self) -> str:
         return f"asyncpg {version('asyncpg')}"
 
-    def transport(self) -> Any:
+    def transport(self, **settings: str) -> Any:
         host, port = self._address
         name = f"conformance-{uuid4().hex}"
-        settings = {"host": host, "port": port, "server_settings": {"application_name": name}}
+        options = {"host": host, "port": port, "server_settings": {"application_name": name, **settings}}
         transport: Any = PostgresMessageBroker(
-            self._dsn, schema=SCHEMA, timeout=2.0, lease=2.0, absence=30.0, reconnect=RECONNECT, **settings
+            self._dsn, schema=SCHEMA, timeout=2.0, lease=2.0, absence=30.0, reconnect=RECONNECT, **options
         )
         transport.name = name
         return transport
+
+    def prepare(self, facility: str) -> None:
+        if facility == "full":
+            asyncio.run(self._limit_room())
+
+    async def _limit_room(self) -> None:
+        async with self.transport():
+            for statement in LIMIT_ROOM:
+                await self._ask(statement)
+
+    def full(self, room: int) -> Any:
+        return self.transport(**{"diator.room": str(room)})
 
     async def send_raw(self, transport: Any, topic: Topic, body: bytes) -> None:
         await self._store(topic, body)

@@ -103,7 +103,7 @@ async def _meet(ctx: Context, kind: Foreign, *, fails: bool = False) -> list[Han
     return foreign
 
 
-@scenario("FRN-01", "Metadata that cannot be decoded stops no other message", facilities=["foreign"], timeout=30)
+@scenario("FRN-01", "Metadata that cannot be decoded stops no other message", facilities=["foreign"])
 async def metadata(ctx: Context) -> None:
     """Catch a client library that ends the connection because of a header that it cannot decode."""
     await _meet(ctx, "metadata")
@@ -114,7 +114,6 @@ async def metadata(ctx: Context) -> None:
     "A message with headers that only another program writes can be requeued and dead-lettered",
     needs=_LATER,
     facilities=["foreign", "dead_letters"],
-    timeout=30,
 )
 async def headers(ctx: Context) -> None:
     """Catch headers that can be received, but not sent again when their message is requeued or dead-lettered."""
@@ -127,7 +126,6 @@ async def headers(ctx: Context) -> None:
     "A message that is as large as the service takes is dead-lettered, whole or without its body",
     needs=_LETTERS,
     facilities=["foreign", "dead_letters"],
-    timeout=30,
 )
 async def large(ctx: Context) -> None:
     """Catch a dead letter that the service refuses, because the reason makes it too large: it would come for ever."""
@@ -135,7 +133,7 @@ async def large(ctx: Context) -> None:
     ctx.same({each.outcome for each in foreign}, {"dead_lettered"}, "the outcomes of the foreign messages")
 
 
-@scenario("FRN-04", "A count of attempts that another program wrote has no effect", facilities=["foreign"], timeout=30)
+@scenario("FRN-04", "A count of attempts that another program wrote has no effect", facilities=["foreign"])
 async def counters(ctx: Context) -> None:
     """Catch a sender that can have its message dead-lettered unhandled, or make the transport count wrongly."""
     foreign = await _meet(ctx, "counters")
@@ -143,7 +141,7 @@ async def counters(ctx: Context) -> None:
     ctx.same(found, {("acked", 1)}, "the outcomes and attempts of the foreign messages")
 
 
-@scenario("FRN-05", "Compressed bodies stop no other message", facilities=["foreign"], timeout=30)
+@scenario("FRN-05", "Compressed bodies stop no other message", facilities=["foreign"])
 async def compressed(ctx: Context) -> None:
     """Catch a reader that cannot decompress, and reconnects for ever, or that decompresses without a limit."""
     await _meet(ctx, "compressed")
@@ -154,7 +152,6 @@ async def compressed(ctx: Context) -> None:
     "A due time that another program wrote delays no retry",
     needs=_RETRIES,
     facilities=["foreign"],
-    timeout=30,
 )
 async def due_times(ctx: Context) -> None:
     """Catch retries that wait behind one which is due in a thousand years, or whose due time cannot be decoded."""

@@ -17,7 +17,14 @@ from diator.exceptions import OutcomeUnknown
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._harness import Proxy
 from diator.testing.conformance._ledger import NotApplicable
-from diator.testing.conformance._recovery import read_while, receives_again, reconnected, survives_faults
+from diator.testing.conformance._reader import Reader
+from diator.testing.conformance._recovery import (
+    read_while,
+    reading_through_a_proxy,
+    receives_again,
+    reconnected,
+    survives_faults,
+)
 from diator.testing.conformance._scenario import scenario
 from diator.testing.fault_proxy import Flow
 
@@ -31,11 +38,7 @@ from diator.testing.fault_proxy import Flow
 )
 async def reset_while_idle(ctx: Context) -> None:
     """Catch a subscription that ends silently with its connection."""
-    proxy = await ctx.proxy()
-    broker, topic = await ctx.broker(), ctx.topic()
-    async with ctx.reading(broker, topic) as reader:
-        await ctx.send(broker, topic)
-        await reader.until_fence()
+    async with reading_through_a_proxy(ctx) as (reader, proxy):
         before = proxy.accepted
         proxy.reset()
         await reconnected(ctx, proxy, before, ctx.limits.recovery)
@@ -51,6 +54,10 @@ async def reset_while_idle(ctx: Context) -> None:
 )
 async def reset_under_load(ctx: Context) -> None:
     """Catch messages that are lost when sent, when received, or with a lost acknowledgement."""
+    await _survives_resets(ctx)
+
+
+async def _survives_resets(ctx: Context, count: int = 300) -> Reader:
     proxy = await ctx.proxy()
     before: list[int] = []
 
@@ -58,8 +65,9 @@ async def reset_under_load(ctx: Context) -> None:
         before.append(proxy.accepted)
         proxy.reset()
 
-    await survives_faults(ctx, reset)
+    reader = await survives_faults(ctx, reset, count=count)
     ctx.check(before[0] < before[1] < proxy.accepted, "the resets had no effect, so nothing was proved")
+    return reader
 
 
 @scenario("FLT-03", "A silent peer is noticed", level="F", facilities=["proxy"], timeout=120)
@@ -85,11 +93,7 @@ async def outgoing_lost(ctx: Context) -> None:
 
 
 async def _half_open(ctx: Context, *flows: Flow) -> None:
-    proxy = await ctx.proxy()
-    broker, topic = await ctx.broker(), ctx.topic()
-    async with ctx.reading(broker, topic) as reader:
-        await ctx.send(broker, topic)
-        await reader.until_fence()
+    async with reading_through_a_proxy(ctx) as (reader, proxy):
         before = proxy.accepted
         proxy.black_hole(*flows)
         await reconnected(ctx, proxy, before, ctx.limits.liveness)
@@ -128,11 +132,7 @@ async def short_silence(ctx: Context) -> None:
 )
 async def long_outage(ctx: Context) -> None:
     """Catch a client that reconnects without backoff, in step with all others, and logs each attempt."""
-    proxy = await ctx.proxy()
-    broker, topic = await ctx.broker(), ctx.topic()
-    async with ctx.reading(broker, topic) as reader:
-        await ctx.send(broker, topic)
-        await reader.until_fence()
+    async with reading_through_a_proxy(ctx) as (reader, proxy):
         with _Logged() as logged, _Memory() as memory:
             proxy.reject()
             proxy.reset()
@@ -202,11 +202,7 @@ class _Memory:
 @scenario("FLT-08", "Ten resets leave one subscription, not ten", level="F", facilities=["proxy"], timeout=90)
 async def flapping(ctx: Context) -> None:
     """Catch a reader that is left over from each reconnect, and a client that gives up."""
-    proxy = await ctx.proxy()
-    broker, topic = await ctx.broker(), ctx.topic()
-    async with ctx.reading(broker, topic) as reader:
-        await ctx.send(broker, topic)
-        await reader.until_fence()
+    async with reading_through_a_proxy(ctx) as (reader, proxy):
         connections, before = proxy.connections, proxy.accepted
         for _ in range(10):
             proxy.reset()
@@ -225,11 +221,7 @@ async def flapping(ctx: Context) -> None:
 )
 async def silently_dropped(ctx: Context) -> None:
     """Catch a client that trusts a connection until the peer closes it."""
-    proxy = await ctx.proxy()
-    broker, topic = await ctx.broker(), ctx.topic()
-    async with ctx.reading(broker, topic) as reader:
-        await ctx.send(broker, topic)
-        await reader.until_fence()
+    async with reading_through_a_proxy(ctx) as (reader, proxy):
         before = proxy.accepted
         proxy.black_hole_existing()
         await reconnected(ctx, proxy, before, ctx.limits.liveness)
@@ -406,9 +398,8 @@ async def charged_once(ctx: Context) -> None:
             proxy.reset()
             await reconnected(ctx, proxy, before, ctx.limits.max_delay + ctx.limits.recovery)
             await asyncio.sleep(ctx.limits.quiet)  # a transport may prefetch them again
-    bound = (ctx.capabilities.redelivery_bound or 0) + ctx.limits.redelivery + ctx.limits.recovery
     async with ctx.reading(broker, topic, group=group) as reader:
-        again = await ctx.within(bound, reader.take(5), "the redelivery")
+        again = await ctx.within(ctx.redelivery_bound, reader.take(5), "the redelivery")
     counted = {each.id: each.delivery.attempt for each in again}
     attempts = [counted.get(message.message_id) for message in messages]
     if ctx.capabilities.delivery_count == "exact":
@@ -445,8 +436,7 @@ async def not_settled(ctx: Context) -> None:
         )
         ctx.check(rejected.delivery.outcome is None, "dead_letter() returned without a connection")
         await proxy.heal()
-        bound = (ctx.capabilities.redelivery_bound or 0) + ctx.limits.redelivery + ctx.limits.recovery
-        again = await ctx.within(bound, reader.take(2), "the redelivery")
+        again = await ctx.within(ctx.redelivery_bound, reader.take(2), "the redelivery")
         ctx.same({each.id for each in again}, {each.message_id for each in messages}, "the redelivered messages")
         await receives_again(ctx, reader)
 
@@ -461,15 +451,7 @@ async def not_settled(ctx: Context) -> None:
 )
 async def order_across_resets(ctx: Context) -> None:
     """Catch a new connection that overtakes messages which wait for the old one."""
-    proxy = await ctx.proxy()
-    before: list[int] = []
-
-    async def reset() -> None:
-        before.append(proxy.accepted)
-        proxy.reset()
-
-    reader = await survives_faults(ctx, reset, count=90)
-    ctx.check(before[0] < before[1] < proxy.accepted, "the resets had no effect, so nothing was proved")
+    reader = await _survives_resets(ctx, count=90)
     topic = reader.topics[0]
     sent = [each.message for each in ctx.ledger.sent if each.message.message_name == topic.message_name]
     kept = ctx.capabilities.guarantee == "at_least_once"
@@ -479,11 +461,7 @@ async def order_across_resets(ctx: Context) -> None:
 @scenario("LEK-04", "Twelve reconnects leave one connection", level="F", facilities=["proxy"], timeout=120)
 async def many_reconnects(ctx: Context) -> None:
     """Catch a socket or a task that is left over from each earlier connection."""
-    proxy = await ctx.proxy()
-    broker, topic = await ctx.broker(), ctx.topic()
-    async with ctx.reading(broker, topic) as reader:
-        await ctx.send(broker, topic)
-        await reader.until_fence()
+    async with reading_through_a_proxy(ctx) as (reader, proxy):
         connections, tasks = proxy.connections, len(asyncio.all_tasks())
         for _ in range(12):
             before = proxy.accepted

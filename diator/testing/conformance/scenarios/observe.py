@@ -14,7 +14,7 @@ from diator.consumer import Consumer
 from diator.exceptions import BrokerError
 from diator.testing.conformance._consuming import Happened
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._recovery import receives_again, reconnected
+from diator.testing.conformance._recovery import reading_through_a_proxy, receives_again, reconnected
 from diator.testing.conformance._scenario import scenario
 
 
@@ -128,11 +128,7 @@ async def _reports(ctx: Context, consumer: Consumer, *, connected: bool, by: flo
 )
 async def lost_quietly(ctx: Context) -> None:
     """Catch a client library that logs an error, a traceback or an unhandled exception for each lost connection."""
-    proxy = await ctx.proxy()
-    broker, topic = await ctx.broker(), ctx.topic()
-    async with ctx.reading(broker, topic) as reader:
-        await ctx.send(broker, topic)
-        await reader.until_fence()
+    async with reading_through_a_proxy(ctx) as (reader, proxy):
         with _log_records() as records:
             before, lost = proxy.accepted, 2 * proxy.connections
             proxy.reset()
@@ -140,7 +136,7 @@ async def lost_quietly(ctx: Context) -> None:
             await receives_again(ctx, reader)
             proxy.refuse()
             proxy.reset()
-            refused = ctx.start(_attempts(ctx, broker))
+            refused = ctx.start(_attempts(ctx, reader.broker))
             await asyncio.sleep(ctx.limits.max_delay)
             refused.cancel()
             await proxy.heal()

@@ -10,7 +10,13 @@ from diator.brokers.message import Message
 from diator.exceptions import BrokerUnavailable, OutcomeUnknown
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._ledger import Nonconformance
-from diator.testing.conformance._recovery import receives_again, reconnected, service_is_down, survives_faults
+from diator.testing.conformance._recovery import (
+    reading_through_a_proxy,
+    receives_again,
+    reconnected,
+    service_is_down,
+    survives_faults,
+)
 from diator.testing.conformance._scenario import scenario
 
 _GROUPS = Capabilities(distribution=frozenset({"competing"}), subscription="durable", settlement="cumulative")
@@ -66,14 +72,10 @@ def _demand_gap(ctx: Context, gaps: object) -> None:
 )
 async def disconnected(ctx: Context) -> None:
     """Catch a client that treats an orderly close of its connection as the end of its work."""
-    proxy = await ctx.proxy()
-    broker, topic = await ctx.broker(), ctx.topic()
-    async with ctx.reading(broker, topic) as reader:
-        await ctx.send(broker, topic)
-        await reader.until_fence()
+    async with reading_through_a_proxy(ctx) as (reader, proxy):
         for _ in range(3):
             before = proxy.accepted
-            await ctx.harness.disconnect(broker)
+            await ctx.harness.disconnect(reader.broker)
             await reconnected(ctx, proxy, before, ctx.limits.max_delay + ctx.limits.recovery)
         await receives_again(ctx, reader, by=ctx.limits.max_delay + ctx.limits.recovery)
 

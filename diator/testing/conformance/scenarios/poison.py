@@ -310,7 +310,6 @@ class _Renewed(NotificationEvent):
     "PSN-16",
     "What an older consumer of a group cannot decode is handled by a newer one",
     needs=_COUNTED,
-    timeout=30,
 )
 async def rolling_deploy(ctx: Context) -> None:
     """Catch a message that is dead-lettered, changed or lost during a rolling deploy."""

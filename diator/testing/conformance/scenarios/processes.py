@@ -124,8 +124,7 @@ async def killed_at_work(ctx: Context) -> None:
         ctx.same(await first.end(signal.SIGKILL), -signal.SIGKILL, "the exit code of the killed process")
     async with consumer_process(ctx.harness, topic.message_name, group, seconds=0.0) as second:
         await second.ready()
-        bound = (ctx.capabilities.redelivery_bound or 0) + ctx.limits.redelivery + ctx.limits.recovery
-        await ctx.within(bound, _all_handled(20, second), "redelivery after the process was killed")
+        await ctx.within(ctx.redelivery_bound, _all_handled(20, second), "redelivery after the process was killed")
         ctx.same(
             Counter(second.started), Counter(range(20)), "the number of times the other process handled each event"
         )
@@ -186,7 +185,7 @@ def _bound(ctx: Context) -> float:
     """Return how long the redelivery from a stopped process may take."""
     bound = ctx.capabilities.redelivery_bound
     ctx.applies(bound is not None and bound <= 30, "the bound of a redelivery is too long for a test")  # noqa: PLR2004
-    return (bound or 0) + ctx.limits.redelivery + ctx.limits.recovery
+    return ctx.redelivery_bound
 
 
 async def _stopped_at_work(ctx: Context, broker: Transport, topic: Topic, process: ConsumerProcess) -> list[Message]:

@@ -153,7 +153,6 @@ class _Listening(logging.Handler):
     level="F",
     needs=Capabilities(settlement="cumulative", dead_letter=True),
     facilities=["dead_letters"],
-    timeout=30,
 )
 async def forged(ctx: Context) -> None:
     """Catch an attempt, a group or a reason that a sender can forge."""

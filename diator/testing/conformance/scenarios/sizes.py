@@ -27,7 +27,7 @@ def _padded(topic: Topic, length: int) -> Message:
     )
 
 
-@scenario("SIZ-01", "Messages of sizes around every usual buffer arrive unchanged", timeout=30)
+@scenario("SIZ-01", "Messages of sizes around every usual buffer arrive unchanged")
 async def sizes(ctx: Context) -> None:
     """Catch a buffer that is truncated, or a length that overflows."""
     broker, topic = await ctx.broker(), ctx.topic()
@@ -42,7 +42,7 @@ async def sizes(ctx: Context) -> None:
     ctx.same(changed, [], "the sizes of the messages that did not arrive unchanged")
 
 
-@scenario("SIZ-02", "A message of exactly max_message_bytes is delivered", timeout=30)
+@scenario("SIZ-02", "A message of exactly max_message_bytes is delivered")
 async def largest(ctx: Context) -> None:
     """Catch a limit that is promised and not kept."""
     broker, topic = await ctx.broker(), ctx.topic()
@@ -54,7 +54,7 @@ async def largest(ctx: Context) -> None:
     ctx.check(received[0].message == message, "the message did not arrive unchanged")
 
 
-@scenario("SIZ-03", "One byte more is refused before it is sent, and the broker keeps working", timeout=30)
+@scenario("SIZ-03", "One byte more is refused before it is sent, and the broker keeps working")
 async def too_large(ctx: Context) -> None:
     """Catch a message that costs the connection, or that the service drops."""
     broker, topic, limit = await ctx.broker(), ctx.topic(), ctx.capabilities.max_message_bytes
@@ -78,7 +78,7 @@ async def headers(ctx: Context) -> None:
     ctx.same(received[0].message and received[0].message.headers, sent, "the headers")
 
 
-@scenario("SIZ-05", "Large messages do not hold up small ones", timeout=30)
+@scenario("SIZ-05", "Large messages do not hold up small ones")
 async def small_beside_large(ctx: Context) -> None:
     """Catch a connection that one large message blocks for long."""
     broker, big, small = await ctx.broker(), ctx.topic(), ctx.topic()

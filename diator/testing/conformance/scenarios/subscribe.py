@@ -109,7 +109,7 @@ async def delivery_in_full(ctx: Context) -> None:
         ctx.same(delivery.outcome, "ack", "Delivery.outcome after it is settled")
 
 
-@scenario("SUB-08", "Each of 50 subscriptions of one broker receives its own messages", level="S", timeout=30)
+@scenario("SUB-08", "Each of 50 subscriptions of one broker receives its own messages", level="S", timeout=90)
 async def many_subscriptions(ctx: Context) -> None:
     """Catch a limit on subscriptions that nobody has declared."""
     broker, topics = await ctx.broker(), [ctx.topic() for _ in range(50)]
@@ -117,8 +117,10 @@ async def many_subscriptions(ctx: Context) -> None:
         readers = [await stack.enter_async_context(ctx.reading(broker, topic)) for topic in topics]
         sent = [await ctx.send(broker, topic, 20) for topic in topics]
         await asyncio.gather(*(reader.until_fence() for reader in readers))
+    # With so much to do, a busy machine may miss the renewal of a short lease.
+    leased = "deadline" in ctx.capabilities.redelivery
     for reader, messages in zip(readers, sent, strict=True):
-        ctx.ledger.compare(reader.name, messages).verify()
+        ctx.ledger.compare(reader.name, messages).verify(may_duplicate=leased)
 
 
 @scenario(
@@ -143,6 +145,8 @@ async def cancelled_joining(ctx: Context) -> None:
     began = monotonic()
     async with ctx.reading(broker, topic, group=group):
         took = monotonic() - began
+    # Well before the service takes back what a consumer holds that is left behind, and late for a busy machine.
+    soon = max(ctx.limits.lag, (ctx.capabilities.redelivery_bound or 0.0) / 3)
     tasks, files = len(asyncio.all_tasks()), len(open_files())
     messages = []
     for number in range(21):
@@ -152,7 +156,7 @@ async def cancelled_joining(ctx: Context) -> None:
         await ctx.within(ctx.limits.timeout + ctx.limits.lag, cancelled(joining), "cancelling the subscribe")
         ctx.check(joining.cancelled(), "the cancelled subscribe did not end with the cancellation")
         messages += await ctx.send(broker, topic, start=3 * number + 2)
-        received = await ctx.within(ctx.limits.lag, read_all(), "reading after a consumer was cancelled")
+        received = await ctx.within(soon, read_all(), "reading after a consumer was cancelled")
         ctx.same(len(received), 3, "the number of messages for the only consumer")
     # What ends in the background may take a moment on a busy machine; what is left behind stays.
     deadline = monotonic() + ctx.limits.quiet + ctx.limits.lag
