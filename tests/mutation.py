@@ -26,14 +26,17 @@ ENOUGH = 0.95
 _INVISIBLE = [r"\bcast\(", r"\bcreate_task\(.*name=", r"^\s*assert "]
 
 _OF_HANDLERS = ["test_mediator.py", "test_requests.py", "test_events.py", "test_emitter.py", "test_middlewares.py"]
-_OF_EMITTER = ["test_emitter.py", "test_mediator.py", "test_outgoing.py", "test_events.py"]
-_OF_MEDIATOR = ["test_mediator.py", "test_middlewares.py", "container/test_builtin.py", "container/test_contract.py"]
+_OF_EMITTER = ["test_emitter.py", "test_mediator.py", "test_outgoing.py", "test_events.py", "test_context.py"]
+_OF_MEDIATOR = [
+    *("test_mediator.py", "test_middlewares.py", "test_context.py"),
+    *("container/test_builtin.py", "container/test_contract.py", "brokers/test_codec_chosen.py"),
+]
 _OF_CONSUMER = ["consumer", "test_awkward_errors.py", "test_signals.py"]
 
 #: The files, each with the unit tests that have to notice a change of it.
 FILES = {
     "diator/_dispatcher.py": [*_OF_MEDIATOR, "test_only_for.py"],
-    "diator/_handlers.py": [*_OF_HANDLERS, "test_awkward_errors.py", "container"],
+    "diator/_handlers.py": [*_OF_HANDLERS, "test_context.py", "test_awkward_errors.py", "container"],
     "diator/_handling.py": _OF_CONSUMER,
     "diator/brokers/batching.py": ["brokers/test_batching.py"],
     "diator/brokers/capabilities.py": ["brokers/test_capabilities.py"],
@@ -48,13 +51,16 @@ FILES = {
     "diator/brokers/settling.py": ["brokers/test_settling.py"],
     "diator/brokers/supervisor.py": ["brokers/test_supervisor.py", "brokers/test_connecting.py"],
     "diator/consumer.py": [*_OF_CONSUMER, "test_only_for.py"],
+    "diator/container/base.py": [
+        *("container", "test_mediator.py", "test_events.py"),
+    ],
     "diator/container/_builtin.py": [
         "test_mediator.py",
         "container/test_builtin.py",
         "container/test_contract.py",
         "container/test_factories.py",
     ],
-    "diator/events/_emitter.py": [*_OF_EMITTER, "test_awkward_errors.py"],
+    "diator/events/_emitter.py": [*_OF_EMITTER, "test_awkward_errors.py", "brokers/test_codec_chosen.py"],
     "diator/mediator.py": _OF_MEDIATOR,
     "diator/retrying.py": ["test_retrying.py"],
 }

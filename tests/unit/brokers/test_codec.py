@@ -501,7 +501,7 @@ def test_a_field_that_an_event_has_lost_is_named():
 @pytest.mark.parametrize(
     ("value", "key"),
     [("", ""), ('"a" é ☕', '"a" é ☕'), (7, "7"), (True, "true"), (EVENT_ID, str(EVENT_ID)), (Mood.GOOD, "good")],
-    ids=repr,
+    ids=["empty", "text", "number", "bool", "UUID", "enum"],
 )
 def test_a_key_is_the_text_of_its_value_without_quotes(value, key):
     assert key_of(value) == key

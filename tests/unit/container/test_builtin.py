@@ -20,6 +20,7 @@ from diator.container import Container
 from diator.events import Events
 from diator.exceptions import EventHandlersFailed, ResolutionError
 from diator.mediator import Mediator
+from diator.requests import RequestHandler
 from tests.unit.doubles import Api, Join, MeetingChanged, Noticed, Recorder, events_of, mediator_of, requests_of
 
 if TYPE_CHECKING:
@@ -316,6 +317,88 @@ async def test_every_kind_of_parameter_is_passed(container, parameters):
         assert text == ([] if parameters in {"one", "by name"} else ["a"])
 
 
+class Unfriendly(type):
+    def __call__(cls, api: Api):
+        return super().__call__(api)
+
+
+class MadeByItsMetaclass(Service, metaclass=Unfriendly):
+    pass
+
+
+class MadeByItsNew(Service):
+    def __new__(cls, api):
+        return super().__new__(cls)
+
+
+def make_service(api: Api) -> Service:
+    return Service(api)
+
+
+@pytest.mark.parametrize("given", ["an object", "an instance", "a singleton"])
+@pytest.mark.parametrize(
+    ("type_", "factory", "is_new"),
+    [
+        (Service, Service, True),
+        (MadeByItsNew, MadeByItsNew, False),
+        (MadeByItsMetaclass, MadeByItsMetaclass, False),
+        (Service, make_service, False),
+        (Service, partial(Service), False),
+    ],
+)
+def test_what_needs_nothing_of_the_send_is_built_by_a_plain_function(type_, factory, is_new, given):
+    """A mediator then builds its handlers without an await. Only of new objects it knows the events at once."""
+    container = Container()
+    container.register(type_, factory)
+    if given == "an instance":
+        container.register_instance(Api, Api())
+    else:
+        container.register(Api, lifetime="singleton" if given == "a singleton" else "transient")
+
+    construction = container.factory(type_)
+    first, second = construction({}), construction({})
+
+    assert construction.is_new is is_new
+    assert {type(first), type(second)} == {type_}
+    assert first is not second
+    assert (first.api is second.api) is (given != "an object")
+
+
+@pytest.mark.parametrize("several", [False, True])
+async def test_a_handler_may_need_registered_instances_alone(container, several):
+    class One:
+        def __init__(self, api: Api) -> None:
+            self.given = [api]
+
+        async def handle(self, request: Join):
+            return self.given
+
+    class Several(One):
+        def __init__(self, api: Api, text: str) -> None:
+            self.given = [api, text]
+
+    container.register_instance(Api, api := Api())
+    container.register_instance(str, "a")
+
+    assert await send(container, Several if several else One) == [api, "a"][: 1 + several]
+
+
+@pytest.mark.parametrize("how", ["awaited", "scoped", "resource", "unknown", "below"])
+def test_what_has_to_be_awaited_or_belongs_to_the_send_is_not(how):
+    async def make() -> Api:
+        return Api()
+
+    def yielding() -> Iterator[Api]:
+        yield Api()
+
+    factory = {"awaited": make, "resource": yielding, "unknown": lambda: Api()}.get(how, Api)  # noqa: PLW0108
+    container = Container()
+    container.register(Api, factory, lifetime="scoped" if how in {"scoped", "below"} else None)
+    container.register(Service)
+
+    assert container.factory(Service if how == "below" else Api) is None
+
+
 @dataclass
 class Settings:
     api: Api
@@ -590,11 +673,16 @@ async def test_a_send_shares_its_scope_with_the_handlers_of_its_domain_events(co
     assert log == [None]
 
 
-async def test_a_scope_that_only_event_handlers_need_is_closed_after_the_last_of_them(container, log):
+@pytest.mark.parametrize("kind", ["function", "class"])
+async def test_a_scope_that_only_event_handlers_need_is_closed_after_the_last_of_them(container, log, kind):
     given = []
 
     async def join(command: Join, raised: Events) -> str:
         raised += [Noticed(), Noticed()]
+
+    class JoinHandler(RequestHandler[Join, str]):
+        async def handle(self, request: Join) -> str:
+            self.events.extend([Noticed(), Noticed()])
 
     async def on_noticed(event: Noticed, session: Session) -> None:
         assert log == []
@@ -602,7 +690,7 @@ async def test_a_scope_that_only_event_handlers_need_is_closed_after_the_last_of
 
     container.register(Session, generator)
 
-    await send(container, join, event_map=events_of(on_noticed))
+    await send(container, join if kind == "function" else JoinHandler, event_map=events_of(on_noticed))
 
     assert given[0] is given[1]
     assert log == [None]
@@ -723,11 +811,13 @@ async def test_a_missing_dependency_shows_its_path(container):
     ],
 )
 async def test_refused_when_registering_and_when_resolving(container, type_, problem):
-    with pytest.raises(ResolutionError, match=problem):
+    with pytest.raises(ResolutionError, match=problem) as registering:
         container.register(type_)
 
-    with pytest.raises(ResolutionError, match=problem):
+    with pytest.raises(ResolutionError, match=problem) as resolving:
         await container.resolve(type_)
+
+    assert registering.value.path == resolving.value.path == (type_.__name__,)
 
 
 def test_a_factory_cannot_be_abstract(container):
@@ -759,13 +849,22 @@ def test_a_type_is_registered_once(before, again):
 
 
 def test_a_lifetime_that_does_not_exist_is_refused(container):
-    with pytest.raises(ResolutionError, match="must be one of transient, scoped, singleton, and it is 'request'"):
+    problem = "must be one of transient, scoped, singleton, and it is 'request'"
+
+    with pytest.raises(ResolutionError, match=problem) as caught:
         container.register(Session, lifetime="request")
 
+    assert caught.value.path == ("Session",)
 
-async def test_a_resource_cannot_be_transient(container):
-    with pytest.raises(ResolutionError, match="Session is a resource, so its lifetime must be scoped or singleton"):
-        container.register(Session, generator, lifetime="transient")
+
+@pytest.mark.parametrize("certainly", [generator, async_generator, returning, async_returning])
+async def test_a_resource_cannot_be_transient(container, certainly):
+    problem = "Session is a resource, so its lifetime must be scoped or singleton"
+
+    with pytest.raises(ResolutionError, match=problem) as caught:
+        container.register(Session, certainly, lifetime="transient")
+
+    assert caught.value.path == ("Session",)
 
 
 async def test_a_scoped_type_needs_a_scope(container):

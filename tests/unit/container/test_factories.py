@@ -5,7 +5,13 @@
 import asyncio
 import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncContextDecorator,
+    asynccontextmanager,
+    contextmanager,
+)
 from typing import Any, Protocol
 
 import pytest
@@ -250,6 +256,25 @@ async def test_an_object_that_is_its_own_context_is_not_opened():
     container.register(IsOpen, lambda: Session())
 
     assert type(await container.resolve(IsOpen)) is Session
+
+
+@pytest.mark.parametrize("hides", [lambda make: make, lambda make: lambda: make()], ids=["plain", "hidden"])
+@pytest.mark.parametrize("later", [False, True])
+async def test_an_object_of_the_type_is_not_opened_even_if_contextlib_could(hides, later):
+    class Lock(AsyncContextDecorator):
+        async def __aenter__(self):
+            raise AssertionError
+
+        async def __aexit__(self, *_: object):
+            raise AssertionError
+
+    async def make_later():
+        return Lock()
+
+    container = Container()
+    container.register(Lock, hides(make_later if later else Lock))
+    async with container.scope({}) as scope:
+        assert type(await scope.resolve(Lock)) is Lock
 
 
 async def test_an_argument_of_a_partial_is_kept():
