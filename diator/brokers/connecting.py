@@ -6,15 +6,24 @@ import asyncio
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from diator._text import explained
+from diator.brokers.base import Delivery, OnGap, Topic
+from diator.brokers.capabilities import Capabilities, require
 from diator.brokers.message import Message
 from diator.brokers.sending import check_has_ended, send_together
-from diator.brokers.supervisor import CLEANING_UP, ReconnectPolicy, ResilientSubscription, end_task
+from diator.brokers.supervisor import (
+    CLEANING_UP,
+    ReconnectPolicy,
+    ResilientSubscription,
+    SubscriptionSettings,
+    end_task,
+)
+from diator.exceptions import BrokerClosed
 
 L = TypeVar("L")
 
@@ -96,12 +105,14 @@ class ClientConnection(ABC, Generic[L]):
         where: The address of the service, without credentials, for logs.
         subscriptions: The open subscriptions of the same broker. They end with it.
         timeout: The time limit for each call, in seconds.
+        reconnect: The delays and time limits of the broker. Its own delays are shorter than `timeout` / 2.
     """
 
     def __init__(self, where: str, *, timeout: float, reconnect: ReconnectPolicy) -> None:
         self.where = where
         self.subscriptions: set[ResilientSubscription] = set()
         self.timeout = timeout
+        self.reconnect = reconnect
         self._reconnect = reconnect.capped(timeout / 2)  # so that each call has the time for an attempt
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -241,6 +252,9 @@ class ServiceBroker(ABC, Generic[S]):
         service: The connection. A subclass finds it in `_service`.
     """
 
+    #: What a program uses instead if it needs a distribution that this broker does not promise.
+    _alternative = "another transport"
+
     def __init__(self, service: S) -> None:
         self._service = service
 
@@ -249,6 +263,11 @@ class ServiceBroker(ABC, Generic[S]):
         """The address of the service, without credentials."""
         return self._service.where
 
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """See `MessageBroker.capabilities`."""
+
     @abstractmethod
     async def send_message(self, message: Message, /) -> None:
         """Send *message*; see `MessageBroker.send_message`."""
@@ -256,6 +275,35 @@ class ServiceBroker(ABC, Generic[S]):
     async def send_messages(self, messages: Sequence[Message], /) -> None:
         """Send *messages* in their order, in as few writes as possible; see `BatchMessageBroker.send_messages`."""
         await send_together(self.send_message, messages)
+
+    @asynccontextmanager
+    async def subscribe(
+        self, topics: Collection[Topic], /, *, group: str | None = None, prefetch: int = 64, on_gap: OnGap | None = None
+    ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
+        """Subscribe to *topics*; see `ReadableBroker.subscribe`."""
+        if group is None:
+            call, remedy = "subscribe() without a group", "name a group, one for each service"
+            needed = Capabilities(distribution=frozenset({"broadcast"}))
+        else:
+            call, remedy = f"subscribe(group={group!r})", "leave the group out"
+            needed = Capabilities(distribution=frozenset({"competing"}))
+        require(self, self.capabilities, needed, for_=call, remedy=f"{remedy}, or use {self._alternative}")
+        if self._service.is_closed:
+            raise BrokerClosed("this broker is closed")
+        settings = SubscriptionSettings(
+            topics=topics,
+            group=group,
+            prefetch=prefetch,
+            on_gap=on_gap,
+            reconnect=self._service.reconnect,
+            registry=self._service.subscriptions,
+        )
+        async with self._subscription(settings) as deliveries:
+            yield deliveries
+
+    @abstractmethod
+    def _subscription(self, settings: SubscriptionSettings) -> ResilientSubscription:
+        """Make a subscription. It is not entered yet. The broker promises what *settings* need, and is open."""
 
     async def aclose(self) -> None:
         """Refuse new messages and wait, at most *timeout*, for outstanding answers. A further call does nothing."""

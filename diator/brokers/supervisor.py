@@ -119,6 +119,30 @@ class ReconnectPolicy:
         return replace(self, max_delay=min(self.max_delay, max_delay))
 
 
+@dataclass(frozen=True, kw_only=True)
+class SubscriptionSettings:
+    """
+    What a broker passes on to its subscription: what the program asked of `subscribe`, and what the broker has.
+
+    Attributes:
+        topics: What the subscription reads. Logs name the subscription by *topics* and *group*.
+        group: Its consumer group; None for a subscription without a group.
+        prefetch: How many deliveries may be handed out and unsettled. At this number it hands out no further one,
+            except those for which the program calls `make_room`.
+        on_gap: Called when messages may have been missed.
+        reconnect: The time limits and delays.
+        registry: The open subscriptions of the same broker, which `close_all` ends. It contains this one while it is
+            open.
+    """
+
+    topics: Collection[Topic]
+    group: str | None
+    prefetch: int
+    on_gap: OnGap | None
+    reconnect: ReconnectPolicy
+    registry: set[ResilientSubscription]
+
+
 class ResilientSubscription(ABC):
     """
     A subscription that reconnects whenever its connection breaks. It has at most one connection at any time.
@@ -135,19 +159,13 @@ class ResilientSubscription(ABC):
     When the subscription ends, with its context or with its broker, it calls `leave` once, after its last connection.
 
     Args:
-        topics: The topics that it reads. Logs name the subscription by *topics* and *group*.
-        group: Its consumer group; None for a subscription without a group.
-        lossy: Whether messages are missed while there is no connection. If so, *on_gap* is called after a reconnect.
-        prefetch: How many deliveries may be handed out and unsettled. At this number it hands out no further one,
-            except those for which the program calls `make_room`.
-        buffer_size: How many deliveries it receives before the program asks for them; by default *prefetch*. They
+        settings: What its broker passes on.
+        lossy: Whether messages are missed while there is no connection. If so, `on_gap` is called after a reconnect.
+        buffer_size: How many deliveries it receives before the program asks for them; by default `prefetch`. They
             outlive the connection.
-        reconnect: The time limits and delays.
-        on_gap: Called when messages may have been missed.
-        registry: The open subscriptions of the same broker, which `close_all` ends. It contains this one while it is
-            open.
 
     Attributes:
+        settings: See above.
         reconnects: How often the subscription had to reconnect.
         lines: Logs, under the name of the transport's module, what a sender can cause thousands of times.
         unsettled: How many deliveries of this subscription are not settled, handed out or not. The transport counts
@@ -155,33 +173,20 @@ class ResilientSubscription(ABC):
             0.
 
     Raises:
-        ConfigurationError: *prefetch* is below 1.
+        ConfigurationError: `prefetch` is below 1.
     """
 
     unsettled: int = 0
 
-    def __init__(
-        self,
-        topics: Collection[Topic],
-        group: str | None = None,
-        *,
-        lossy: bool,
-        prefetch: int,
-        buffer_size: int | None = None,
-        reconnect: ReconnectPolicy,
-        on_gap: OnGap | None,
-        registry: set[ResilientSubscription],
-    ) -> None:
-        if prefetch < 1:
+    def __init__(self, settings: SubscriptionSettings, *, lossy: bool, buffer_size: int | None = None) -> None:
+        if settings.prefetch < 1:
             raise ConfigurationError("prefetch must be at least 1")
-        self._name = _log_name(topics, group)
+        self.settings = settings
+        self._name = _log_name(settings.topics, settings.group)
         self._lossy = lossy
-        self._prefetch = self._most_unsettled = prefetch
-        self._buffer_size = prefetch if buffer_size is None else buffer_size
+        self._most_unsettled = settings.prefetch
+        self._buffer_size = settings.prefetch if buffer_size is None else buffer_size
         self._refilled_at = self._buffer_size // 2
-        self._reconnect = reconnect
-        self._on_gap = on_gap
-        self._registry = registry
         self._received: deque[Delivery] = deque()
         self._postponed: set[Delivery] = set()
         self._changed = asyncio.Event()
@@ -233,7 +238,7 @@ class ResilientSubscription(ABC):
         ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with own_client():
             self._receiver = asyncio.create_task(self._keep_receiving(ready), name="diator: receiving")
-        self._registry.add(self)
+        self.settings.registry.add(self)
         try:
             await ready
         except BaseException:
@@ -271,7 +276,7 @@ class ResilientSubscription(ABC):
 
     def make_room(self, deliveries: int) -> None:
         """Hand out so many *deliveries* beyond *prefetch*, of those that are received anyway."""
-        self._most_unsettled = self._prefetch + deliveries + len(self._postponed)
+        self._most_unsettled = self.settings.prefetch + deliveries + len(self._postponed)
         self._changed.set()
 
     def postpone(self, delivery: Delivery) -> None:
@@ -343,9 +348,9 @@ class ResilientSubscription(ABC):
 
     def report_gap(self, since: datetime, reason: str) -> None:
         """Report to the program that messages may have been missed between *since* (aware) and now."""
-        if self._on_gap is not None:
+        if (on_gap := self.settings.on_gap) is not None:
             try:
-                self._on_gap(Gap(since=since, until=datetime.now(UTC), reason=reason))
+                on_gap(Gap(since=since, until=datetime.now(UTC), reason=reason))
             except Exception:
                 logger.exception("on_gap failed")
 
@@ -362,7 +367,7 @@ class ResilientSubscription(ABC):
         await asyncio.shield(self._ending)
 
     async def _end_once(self) -> None:
-        self._registry.discard(self)
+        self.settings.registry.discard(self)
         if self._receiver is not None:
             await self._end_receiver(self._receiver)
         try:
@@ -380,7 +385,7 @@ class ResilientSubscription(ABC):
                 receiver.cancel()
 
     async def _keep_receiving(self, ready: asyncio.Future[None]) -> None:
-        loop, receiver = asyncio.get_running_loop(), asyncio.current_task()
+        loop, receiver, policy = asyncio.get_running_loop(), asyncio.current_task(), self.settings.reconnect
         assert receiver is not None, "it runs in a task"  # noqa: S101  # asyncio has no other way
         failures = 0
         lost: tuple[datetime, str] | None = None
@@ -388,7 +393,7 @@ class ResilientSubscription(ABC):
         while True:
             ready_at, self._opens_or_closes = math.inf, True
             try:
-                async with asyncio.timeout(self._reconnect.connect_timeout) as connecting, self.connect() as source:
+                async with asyncio.timeout(policy.connect_timeout) as connecting, self.connect() as source:
                     connecting.reschedule(None)
                     ready_at = loop.time()
                     self._has_connection = True
@@ -420,9 +425,9 @@ class ResilientSubscription(ABC):
                 logger.warning("%s has no connection (%s); reconnecting", self._name, reason)
                 lost = lost or (datetime.now(UTC) - timedelta(seconds=loop.time() - self._complete_until), reason)
             self._opens_or_closes = False
-            if loop.time() - ready_at >= self._reconnect.reset_after:
+            if loop.time() - ready_at >= policy.reset_after:
                 failures = 0
-            await asyncio.sleep(self._reconnect.delay(failures))
+            await asyncio.sleep(policy.delay(failures))
             failures += 1
 
     async def _receive_from(self, source: Source) -> None:
@@ -455,7 +460,7 @@ class ResilientSubscription(ABC):
 
     async def _watch(self, source: Source, deadline: asyncio.Timeout) -> None:
         """Detect a dead connection. Its packets may disappear without any error, so that only silence shows it."""
-        loop, policy = asyncio.get_running_loop(), self._reconnect
+        loop, policy = asyncio.get_running_loop(), self.settings.reconnect
         while True:
             quiet = loop.time() - self._last_received_at
             if quiet < policy.idle_timeout or not self._has_room.is_set():  # it sent something, or the buffer is full
@@ -476,7 +481,7 @@ class ResilientSubscription(ABC):
         if self._lossy:
             self._probed_at.append(asyncio.get_running_loop().time())
         try:
-            async with asyncio.timeout(self._reconnect.probe_timeout):
+            async with asyncio.timeout(self.settings.reconnect.probe_timeout):
                 await source.probe()
         except Exception as error:  # noqa: BLE001  # any error means that there was no sign of life
             logger.debug("probing the connection failed: %r", error)

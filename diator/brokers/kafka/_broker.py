@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from functools import partial
 
 from diator.brokers.audit import Finding
-from diator.brokers.base import Delivery, OnGap, Topic
+from diator.brokers.base import Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import encode, headers_with_key
 from diator.brokers.connecting import ServiceBroker
@@ -23,7 +22,7 @@ from diator.brokers.kafka._producer import Producer
 from diator.brokers.kafka._subscription import Subscription
 from diator.brokers.kafka._topics import MAX_HEADERS_BYTES, MAX_KAFKA_BYTES, TopicPolicy
 from diator.brokers.message import Message
-from diator.brokers.supervisor import ReconnectPolicy
+from diator.brokers.supervisor import ReconnectPolicy, SubscriptionSettings
 from diator.exceptions import BrokerClosed, ConfigurationError, EncodingError, MessageRejected
 
 # What Kafka's protocol can hold, less some room.
@@ -125,11 +124,11 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
             raise ConfigurationError(
                 f"replication_factor must be from 1 to {_MAX_REPLICAS:,}; None means one for each broker, at most 3"
             )
-        self._reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
+        reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
         self._cluster = Cluster(
             bootstrap_servers=tuple(each.strip() for each in str(bootstrap_servers).split(",")),
             timeout=timeout,
-            reconnect=self._reconnect,
+            reconnect=reconnect,
             ssl_context=ssl_context,
             sasl_mechanism=sasl_mechanism,
             username=username,
@@ -147,13 +146,13 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
             heartbeat_interval=heartbeat_interval,
             drain_timeout=drain_timeout,
             max_unacked_per_partition=max_unacked_per_partition,
+            extra_prefetch=extra_prefetch,
             in_place=retry_in_place,
             metadata_max_age=metadata_max_age,
             max_message_bytes=max_message_bytes,
-            assignment_timeout=self._reconnect.connect_timeout / 3,
+            assignment_timeout=reconnect.connect_timeout / 3,
         )
         self._max_message_bytes = max_message_bytes
-        self._extra_prefetch = extra_prefetch
         super().__init__(Producer(self._cluster, self._policy, max_in_flight=max_in_flight))
 
     @property
@@ -208,33 +207,9 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
             raise MessageRejected(str(error), message_id=message.message_id) from None
         return topic, body, key, headers
 
-    @asynccontextmanager
-    async def subscribe(
-        self,
-        topics: Collection[Topic],
-        /,
-        *,
-        group: str | None = None,
-        prefetch: int = 64,
-        on_gap: OnGap | None = None,
-    ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
-        """See `ReadableBroker.subscribe`."""
-        if self._service.is_closed:
-            raise BrokerClosed("this broker is closed")
-        subscription = Subscription(
-            topics,
-            group,
-            prefetch=prefetch,
-            extra_prefetch=self._extra_prefetch,
-            on_gap=on_gap,
-            options=self._options,
-            names=self._names,
-            producer=self._service,
-            reconnect=self._reconnect,
-            connect=partial(connected, cluster=self._cluster, policy=self._policy),
-        )
-        async with subscription:
-            yield subscription
+    def _subscription(self, settings: SubscriptionSettings) -> Subscription:
+        connect = partial(connected, cluster=self._cluster, policy=self._policy)
+        return Subscription(settings, self._options, self._names, self._service, connect)
 
     async def audit(self) -> Sequence[Finding]:
         """See `Auditable.audit`. It reads the settings of the cluster and of every topic of this prefix."""

@@ -77,6 +77,7 @@ class ReadOptions:
         heartbeat_interval: How often a consumer sends a heartbeat.
         drain_timeout: How long a rebalance waits for the deliveries of a partition that goes to another consumer.
         max_unacked_per_partition: How far a partition is read beyond its oldest unsettled message.
+        extra_prefetch: How many deliveries are received beyond those that the program may hold.
         in_place: Whether a retry waits in the partition, and the later messages of its key behind it.
         metadata_max_age: How often the client looks for new topics and partitions.
         max_message_bytes: The largest body that the broker sends or receives.
@@ -88,6 +89,7 @@ class ReadOptions:
     heartbeat_interval: float
     drain_timeout: float
     max_unacked_per_partition: int
+    extra_prefetch: int
     in_place: bool
     metadata_max_age: float
     max_message_bytes: int

@@ -18,7 +18,7 @@ from uuid import UUID
 import msgspec
 from aiokafka import TopicPartition
 
-from diator.brokers.base import Delivery, OnGap, Topic
+from diator.brokers.base import Delivery, Topic
 from diator.brokers.connecting import BackgroundTasks
 from diator.brokers.kafka._consumer import ReadOptions, Record
 from diator.brokers.kafka._fetched import Headers, Unreadable
@@ -26,7 +26,7 @@ from diator.brokers.kafka._names import DEAD, RETRY, Names
 from diator.brokers.kafka._offsets import Offsets, delay_bucket, longest_delay
 from diator.brokers.kafka._producer import Producer
 from diator.brokers.settling import ALL_OMITTED, OMITTED, confirmed, dead_letter_headers
-from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, Source
+from diator.brokers.supervisor import ResilientSubscription, Source, SubscriptionSettings
 from diator.exceptions import ConfigurationError, MessageRejected
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -195,15 +195,10 @@ class Subscription(ResilientSubscription):
     A subscription to Kafka: it outlives its connections, and settles its deliveries.
 
     Args:
-        topics: What it reads.
-        group: Its consumer group; None for a subscription without one.
-        prefetch: See `ResilientSubscription`.
-        extra_prefetch: How many deliveries it receives beyond *prefetch*.
-        on_gap: See `ResilientSubscription`.
+        settings: See `ResilientSubscription`.
         options: How it reads.
         names: How its topics and its group are named.
         producer: Sends the retries and dead letters. This subscription ends with it.
-        reconnect: See `ResilientSubscription`.
         connect: Makes one connection of a subscription; `connected` of `_group.py`.
 
     Attributes:
@@ -221,32 +216,13 @@ class Subscription(ResilientSubscription):
     """
 
     def __init__(
-        self,
-        topics: Collection[Topic],
-        group: str | None,
-        *,
-        prefetch: int,
-        extra_prefetch: int,
-        on_gap: OnGap | None,
-        options: ReadOptions,
-        names: Names,
-        producer: Producer,
-        reconnect: ReconnectPolicy,
-        connect: Connect,
+        self, settings: SubscriptionSettings, options: ReadOptions, names: Names, producer: Producer, connect: Connect
     ) -> None:
+        topics, group, policy = settings.topics, settings.group, settings.reconnect
         if group is not None:  # what its session survives, its connection survives
-            bound = max(reconnect.probe_timeout, options.session_timeout - reconnect.idle_timeout)
-            reconnect = replace(reconnect, probe_timeout=bound)
-        super().__init__(
-            topics,
-            group,
-            lossy=False,
-            prefetch=prefetch,
-            buffer_size=prefetch + extra_prefetch,
-            reconnect=reconnect,
-            on_gap=on_gap,
-            registry=producer.subscriptions,
-        )
+            bound = max(policy.probe_timeout, options.session_timeout - policy.idle_timeout)
+            settings = replace(settings, reconnect=replace(policy, probe_timeout=bound))
+        super().__init__(settings, lossy=False, buffer_size=settings.prefetch + options.extra_prefetch)
         self.options = options
         self.group_id = None if group is None else names.group(group)
         self._connect = connect

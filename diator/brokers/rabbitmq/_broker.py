@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal, TypeAlias
 
 from diator.brokers.audit import Finding
-from diator.brokers.base import Delivery, OnGap, Topic
+from diator.brokers.base import Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.capabilities import Unroutable as Level
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
@@ -23,7 +22,7 @@ from diator.brokers.rabbitmq._names import UNUSUAL, retained_queue_name, routing
 from diator.brokers.rabbitmq._publisher import Publisher
 from diator.brokers.rabbitmq._retained import RetainingPublisher
 from diator.brokers.rabbitmq._subscription import QueueType, ReadOptions, Subscription
-from diator.brokers.supervisor import ReconnectPolicy
+from diator.brokers.supervisor import ReconnectPolicy, SubscriptionSettings
 from diator.exceptions import BrokerClosed, ConfigurationError, EncodingError, MessageRejected
 
 Unroutable: TypeAlias = Literal["retain", "raise", "drop"]
@@ -92,9 +91,7 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         self._max_message_bytes = max_message_bytes
         self._unroutable: Unroutable = unroutable
         reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
-        self._options = ReadOptions(
-            prefix=prefix, queue_type=queue_type, extra_prefetch=extra_prefetch, reconnect=reconnect
-        )
+        self._options = ReadOptions(prefix=prefix, queue_type=queue_type, extra_prefetch=extra_prefetch)
         publisher: Callable[..., Publisher] = Publisher
         if unroutable == "retain":
             publisher = partial(RetainingPublisher, queue_type=queue_type, max_retained=max_retained)
@@ -154,28 +151,8 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         mandatory = self._unroutable != "drop"
         return Publication(self._options.prefix, key, header, body, message_id, mandatory)
 
-    @asynccontextmanager
-    async def subscribe(
-        self,
-        topics: Collection[Topic],
-        /,
-        *,
-        group: str | None = None,
-        prefetch: int = 64,
-        on_gap: OnGap | None = None,
-    ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
-        """
-        See `ReadableBroker.subscribe`. Each subscription has a connection of its own.
-
-        Raises:
-            ConfigurationError: A queue exists with other settings.
-            AccessRefused: The user may not declare or read a queue.
-        """
-        subscription = Subscription(
-            self._service, self._address, topics, group, self._options, prefetch=prefetch, on_gap=on_gap
-        )
-        async with subscription as deliveries:
-            yield deliveries
+    def _subscription(self, settings: SubscriptionSettings) -> Subscription:
+        return Subscription(settings, self._service, self._address, self._options)
 
     async def audit(self) -> Sequence[Finding]:
         """

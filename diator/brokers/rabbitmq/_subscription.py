@@ -14,7 +14,7 @@ from uuid import uuid4
 import msgspec
 
 from diator._text import explained, listed, printable
-from diator.brokers.base import Delivery, OnGap, Topic
+from diator.brokers.base import Delivery
 from diator.brokers.connecting import BackgroundTasks
 from diator.brokers.inbox import Inbox
 from diator.brokers.rabbitmq._channel import (
@@ -35,10 +35,9 @@ from diator.brokers.rabbitmq._names import delay_bucket, own_queue_name, queue_n
 from diator.brokers.rabbitmq._publisher import Publisher, ensure_exchange, is_refused_for_good
 from diator.brokers.rabbitmq._retained import claim, hand_over
 from diator.brokers.settling import OMITTED, Acknowledgements, confirmed, dead_letter_headers
-from diator.brokers.supervisor import MessagesMissed, ReconnectPolicy, ResilientSubscription, Source
+from diator.brokers.supervisor import MessagesMissed, ResilientSubscription, Source, SubscriptionSettings
 from diator.exceptions import (
     AccessRefused,
-    BrokerClosed,
     BrokerUnavailable,
     ConfigurationError,
     DiatorError,
@@ -77,13 +76,11 @@ class ReadOptions:
         prefix: The name of the exchange, which starts the names of queues.
         queue_type: The type of a group's queues.
         extra_prefetch: Messages that are received beyond those that the program may hold.
-        reconnect: How to connect again.
     """
 
     prefix: str
     queue_type: QueueType
     extra_prefetch: int
-    reconnect: ReconnectPolicy
 
 
 class _Token(NamedTuple):
@@ -130,29 +127,20 @@ class Subscription(ResilientSubscription):
 
     def __init__(
         self,
+        settings: SubscriptionSettings,
         publisher: Publisher,
         address: Address,
-        topics: Collection[Topic],
-        group: str | None,
         options: ReadOptions,
-        *,
-        prefetch: int,
-        on_gap: OnGap | None,
     ) -> None:
+        topics, group, prefetch = settings.topics, settings.group, settings.prefetch
         self._queue_type: QueueType = "classic" if group is None else options.queue_type
         self.counts_deliveries = self._queue_type == "quorum"
         self.safe_after = SAFE_AFTER if self._queue_type == "quorum" else 0.0
-        limits = options.reconnect.connect_timeout, self.safe_after + _EACH_TOPIC * len(topics)
+        limits = settings.reconnect.connect_timeout, self.safe_after + _EACH_TOPIC * len(topics)
         self._connect_timeout, self._time_for_queues = limits
+        reconnect = replace(settings.reconnect, connect_timeout=sum(limits) + _END_TIMEOUT)
         super().__init__(
-            topics,
-            group,
-            lossy=False,
-            prefetch=prefetch,
-            buffer_size=prefetch + options.extra_prefetch,
-            reconnect=replace(options.reconnect, connect_timeout=sum(limits) + _END_TIMEOUT),
-            on_gap=on_gap,
-            registry=publisher.subscriptions,
+            replace(settings, reconnect=reconnect), lossy=False, buffer_size=prefetch + options.extra_prefetch
         )
         self.publisher = publisher
         self._address = address
@@ -192,8 +180,6 @@ class Subscription(ResilientSubscription):
             AccessRefused: The user may not declare or read it.
             MessagesMissed: A queue existed before, and RabbitMQ had lost it.
         """
-        if self.publisher.is_closed:
-            raise BrokerClosed("this broker is closed")
         for tries_left in (2, 1, 0):
             await self._background.wait()  # until the connection before is closed
             connection = self._connection = Connection(self, self._prefetch_count)
@@ -226,7 +212,7 @@ class Subscription(ResilientSubscription):
                 raise
             finally:
                 self._end_soon(connection)
-            await asyncio.sleep(self._reconnect.delay(0))
+            await asyncio.sleep(self.settings.reconnect.delay(0))
 
     async def _dial(self) -> Any:
         try:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
 from diator._log import RepeatedLines
 from diator._text import printable
-from diator.brokers.base import Delivery, OnGap, Topic
-from diator.brokers.capabilities import Capabilities, require
+from diator.brokers.base import Delivery, Topic
+from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode
 from diator.brokers.connecting import ServiceBroker
 from diator.brokers.message import Message
@@ -29,9 +29,8 @@ from diator.brokers.redis._client import (
 )
 from diator.brokers.redis._connection import CommandConnection
 from diator.brokers.redis._names import channel, channels_of, encoded
-from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, Source
+from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, Source, SubscriptionSettings
 from diator.exceptions import (
-    BrokerClosed,
     ConfigurationError,
     DecodingError,
     MessageUnroutable,
@@ -65,6 +64,10 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
     channels end in the id of the message instead of its name: the subscription then looks for the name in every message
     of that type.
 
+    Every subscription receives every message that is sent while it is connected. Redis closes the connection of a
+    subscriber that is too slow (`client-output-buffer-limit pubsub`). As after any other lost connection, *on_gap* is
+    called when the subscription has reconnected.
+
     Raises:
         ConfigurationError: *client* is neither an asynchronous client nor a URL, or an option is out of its range.
     """
@@ -91,15 +94,16 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
         self._require_receiver = require_receiver
         self._older_senders = older_senders
         self._extra_prefetch = extra_prefetch
-        self._reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
         service = CommandConnection(
             self._client,
             owns_client=owned,
             timeout=timeout,
             max_in_flight=max_in_flight,
-            reconnect=self._reconnect,
+            reconnect=reconnect or ReconnectPolicy(connect_timeout=timeout),
         )
         super().__init__(service)
+
+    _alternative = "Redis Streams"
 
     @classmethod
     @options_of(__init__)
@@ -139,42 +143,15 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
             network=True,
         )
 
-    @asynccontextmanager
-    async def subscribe(
-        self,
-        topics: Collection[Topic],
-        /,
-        *,
-        group: str | None = None,
-        prefetch: int = 64,  # nothing is settled here, so nothing can be held back by it
-        on_gap: OnGap | None = None,
-    ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
-        """
-        See `ReadableBroker.subscribe`. Every subscription receives every message that is sent while it is connected.
-
-        Redis closes the connection of a subscriber that is too slow (`client-output-buffer-limit pubsub`). As after any
-        other lost connection, *on_gap* is called when the subscription has reconnected.
-        """
-        if group is not None:
-            remedy = "leave the group out, or use Redis Streams"
-            competing = Capabilities(distribution=frozenset({"competing"}))
-            require(self, self.capabilities, competing, for_=f"subscribe(group={group!r})", remedy=remedy)
-        subscription = Subscription(
-            self._service,
-            self._client,
-            channels={self._channel(topic): topic for topic in topics},
-            patterns={
-                pattern: (begin, message_type)
-                for message_type in {topic.message_type for topic in topics if self._older_senders}
-                for pattern, begin in [channels_of(self._prefix, message_type)]
-            },
-            prefetch=prefetch,
-            buffer_size=prefetch + self._extra_prefetch,
-            reconnect=self._reconnect,
-            on_gap=on_gap,
-        )
-        async with subscription as deliveries:
-            yield deliveries
+    def _subscription(self, settings: SubscriptionSettings) -> Subscription:
+        topics = settings.topics
+        patterns = {
+            pattern: (begin, message_type)
+            for message_type in {topic.message_type for topic in topics if self._older_senders}
+            for pattern, begin in [channels_of(self._prefix, message_type)]
+        }
+        channels = {self._channel(topic): topic for topic in topics}
+        return Subscription(settings, self._client, channels, patterns, self._extra_prefetch)
 
     def _channel(self, topic: tuple[str, str]) -> bytes:
         return channel(self._prefix, topic)
@@ -185,27 +162,14 @@ class Subscription(ResilientSubscription):
 
     def __init__(
         self,
-        service: CommandConnection,
+        settings: SubscriptionSettings,
         client: Client,
-        *,
         channels: Mapping[bytes, Topic],
         patterns: Mapping[bytes, tuple[bytes, str]],
-        prefetch: int,
-        buffer_size: int,
-        reconnect: ReconnectPolicy,
-        on_gap: OnGap | None,
+        extra_prefetch: int,
     ) -> None:
-        super().__init__(
-            channels.values(),
-            lossy=True,
-            prefetch=prefetch,
-            buffer_size=buffer_size,
-            reconnect=reconnect,
-            on_gap=on_gap,
-            registry=service.subscriptions,
-        )
+        super().__init__(settings, lossy=True, buffer_size=settings.prefetch + extra_prefetch)
         require_pool(client)
-        self._service = service
         self._client = client
         self._channels = channels
         self._patterns = patterns
@@ -213,9 +177,7 @@ class Subscription(ResilientSubscription):
     @asynccontextmanager
     async def connect(self) -> AsyncGenerator[Source, None]:
         """Take a connection of the client's pool, and wait until Redis has confirmed every channel."""
-        if self._service.is_closed:
-            raise BrokerClosed("this broker is closed")
-        connection = await subscribing_connection(self._client, within=self._reconnect.connect_timeout)
+        connection = await subscribing_connection(self._client, within=self.settings.reconnect.connect_timeout)
         try:
             source = Connection(connection, self._channels, self._patterns, self.lines)
             try:

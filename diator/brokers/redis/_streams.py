@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Collection
-from contextlib import asynccontextmanager
 from typing import Any, Self
 
 from diator.brokers.audit import Finding
-from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities, Durability, require
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
 from diator.brokers.connecting import ServiceBroker
@@ -18,7 +15,7 @@ from diator.brokers.redis._client import Client, client_of, options_of, sends_by
 from diator.brokers.redis._connection import CommandConnection
 from diator.brokers.redis._names import encoded, stream
 from diator.brokers.redis._subscription import BODY, SCAN_EVERY, ReadOptions, Subscription
-from diator.brokers.supervisor import ReconnectPolicy
+from diator.brokers.supervisor import ReconnectPolicy, SubscriptionSettings
 from diator.exceptions import ConfigurationError
 
 
@@ -79,21 +76,17 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
         self._max_message_bytes = max_message_bytes
         self._durability: Durability = Capabilities(durability=durability).durability  # refuses an unknown level
         self._is_verified = durability == "none"
-        self._options = ReadOptions(
-            lease=lease,
-            retention=retention,
-            timeout=timeout,
-            extra_prefetch=extra_prefetch,
-            reconnect=reconnect or ReconnectPolicy(connect_timeout=timeout),
-        )
+        self._options = ReadOptions(lease=lease, retention=retention, extra_prefetch=extra_prefetch)
         service = CommandConnection(
             self._client,
             owns_client=owned,
             timeout=timeout,
             max_in_flight=max_in_flight,
-            reconnect=self._options.reconnect,
+            reconnect=reconnect or ReconnectPolicy(connect_timeout=timeout),
         )
         super().__init__(service)
+
+    _alternative = "Redis Pub/Sub"
 
     @classmethod
     @options_of(__init__)
@@ -138,33 +131,9 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
         command = (b"XADD", key, b"*", *fields)
         await self._service.execute(*command, message_id=message.message_id, replicas=self._replicas)
 
-    @asynccontextmanager
-    async def subscribe(
-        self,
-        topics: Collection[Topic],
-        /,
-        *,
-        group: str | None = None,
-        prefetch: int = 64,
-        on_gap: OnGap | None = None,
-    ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
-        """See `ReadableBroker.subscribe`. A *group* is required: Redis records acknowledgements for groups only."""
-        if group is None:
-            broadcast = Capabilities(distribution=frozenset({"broadcast"}))
-            remedy = "name a group, one for each service, or use Redis Pub/Sub"
-            require(self, self.capabilities, broadcast, for_="subscribe() without a group", remedy=remedy)
-        subscription = Subscription(
-            self._service,
-            self._client,
-            {self._stream(topic): topic for topic in topics},
-            str(group),
-            self._options,
-            verify=self._verify,
-            prefetch=prefetch,
-            on_gap=on_gap,
-        )
-        async with subscription as deliveries:
-            yield deliveries
+    def _subscription(self, settings: SubscriptionSettings) -> Subscription:
+        streams = {self._stream(topic): topic for topic in settings.topics}
+        return Subscription(settings, self._service, self._client, streams, self._options, verify=self._verify)
 
     async def audit(self) -> list[Finding]:
         """See `Auditable.audit`. It needs permission for INFO; without CONFIG GET it cannot check every setting."""

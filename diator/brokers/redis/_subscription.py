@@ -15,7 +15,7 @@ from typing import Annotated, cast
 
 import msgspec
 
-from diator.brokers.base import Delivery, OnGap, Topic
+from diator.brokers.base import Delivery, Topic
 from diator.brokers.leases import Leases
 from diator.brokers.redis._client import (
     Client,
@@ -30,8 +30,8 @@ from diator.brokers.redis._connection import CommandConnection
 from diator.brokers.redis._group import Entry, Group, ms
 from diator.brokers.redis._names import AGAIN, DELAYED
 from diator.brokers.settling import Acknowledgements, dead_letter_headers
-from diator.brokers.supervisor import MessagesMissed, ReconnectPolicy, ResilientSubscription, Source
-from diator.exceptions import BrokerClosed, DiatorError
+from diator.brokers.supervisor import MessagesMissed, ResilientSubscription, Source, SubscriptionSettings
+from diator.exceptions import DiatorError
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -53,16 +53,12 @@ class ReadOptions:
     Attributes:
         lease: Seconds after which others may take over the entries of a consumer that does not renew them.
         retention: Seconds for which acknowledged entries are kept; None keeps them for good.
-        timeout: Seconds that leaving the group may take.
         extra_prefetch: Messages that are received beyond those that the program may hold.
-        reconnect: How to connect again.
     """
 
     lease: float
     retention: float | None
-    timeout: float
     extra_prefetch: int
-    reconnect: ReconnectPolicy
 
 
 class _Kept(msgspec.Struct):
@@ -88,32 +84,21 @@ class Subscription(ResilientSubscription):
 
     def __init__(
         self,
+        settings: SubscriptionSettings,
         service: CommandConnection,
         client: Client,
         streams: Mapping[bytes, Topic],
-        group: str,
         options: ReadOptions,
         *,
         verify: Callable[[], Awaitable[None]],
-        prefetch: int,
-        on_gap: OnGap | None,
     ) -> None:
-        super().__init__(
-            streams.values(),
-            group,
-            lossy=False,
-            prefetch=prefetch,
-            buffer_size=prefetch + options.extra_prefetch,
-            reconnect=options.reconnect,
-            on_gap=on_gap,
-            registry=service.subscriptions,
-        )
+        super().__init__(settings, lossy=False, buffer_size=settings.prefetch + options.extra_prefetch)
         require_pool(client)
         self._service = service
         self._client = client
         self._verify = verify
         self.options = options
-        self.group = Group(service.execute, group)
+        self.group = Group(service.execute, str(settings.group))
         self.streams = tuple(streams)
         self._first = {self.group.key(stream, AGAIN): stream for stream in streams}
         self.topics = {**streams, **{again: streams[stream] for again, stream in self._first.items()}}
@@ -142,8 +127,6 @@ class Subscription(ResilientSubscription):
         Raises:
             MessagesMissed: The group existed before, and Redis had lost it.
         """
-        if self._service.is_closed:
-            raise BrokerClosed("this broker is closed")
         await self._verify()
         for stream in self.streams:
             await self.group.check_keys(stream)
@@ -152,7 +135,7 @@ class Subscription(ResilientSubscription):
         if created and self.leases.have_begun:
             raise MessagesMissed(f"Redis had lost {created[0].decode()}, or its group; both are there again")
         self.leases.begin()
-        connection = await subscribing_connection(self._client, within=self._reconnect.connect_timeout)
+        connection = await subscribing_connection(self._client, within=self.settings.reconnect.connect_timeout)
         try:
             yield Connection(connection, self)
         finally:
@@ -276,12 +259,12 @@ class Subscription(ResilientSubscription):
         """
         Send the outstanding acknowledgements, and leave the rest to other consumers at once, before the lease is over.
 
-        It takes at most `options.timeout` seconds.
+        It takes at most one `timeout` of the broker.
         """
         if not self.leases.have_begun:
             return  # this consumer never joined
         try:
-            async with asyncio.timeout(self.options.timeout):
+            async with asyncio.timeout(self._service.timeout):
                 await self.leases.end()
                 await self._acked.flush()
                 delivered = {*self.leases}.difference(cast("Entry", delivery.token) for delivery in prefetched)
@@ -339,7 +322,7 @@ class Subscription(ResilientSubscription):
         """
         for stream in self.streams:
             await self.group.move_due(self.group.key(stream, DELAYED), self.group.key(stream, AGAIN))
-        most = min(most, self._prefetch - len(self._suspects))
+        most = min(most, self.settings.prefetch - len(self._suspects))
         found: list[Delivery] = []
         for stream in self.topics:
             if len(found) < most:

@@ -13,8 +13,8 @@ from uuid import uuid4
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.leases import Leased, Leases
 from diator.brokers.settling import Acknowledgements, dead_letter_headers
-from diator.brokers.supervisor import ResilientSubscription, Source
-from diator.exceptions import BrokerClosed, BrokerError
+from diator.brokers.supervisor import ResilientSubscription, Source, SubscriptionSettings
+from diator.exceptions import BrokerError
 from diator_postgres._connection import Connection
 
 # Redeliveries come first, because new messages could hold them up for ever. `ANY (ARRAY (…))` is always an index scan.
@@ -76,19 +76,20 @@ class Subscription(ResilientSubscription):
 
     def __init__(
         self,
+        settings: SubscriptionSettings,
         connection: Connection,
-        group: str | None,
         group_key: str,
         topics: Mapping[str, Topic],
         *,
         lease: timedelta,
         expires_after: timedelta | None,
-        **options: Any,
     ) -> None:
-        super().__init__(topics.values(), group, registry=connection.subscriptions, **options)
+        # Messages that are sent meanwhile wait in the table; an expired group reports its gap itself. A small buffer
+        # leaves some messages for the other consumers of the group.
+        super().__init__(settings, lossy=False, buffer_size=min(settings.prefetch, 32))
         self.group_key, self.consumer = group_key, uuid4()
         self.notified = asyncio.Event()
-        self._connection, self._group, self._topics = connection, group or "", topics
+        self._connection, self._topics = connection, topics
         self._lease, self._expires_after = lease, expires_after
         self._leases = Leases[Token](self, lease.total_seconds(), self._renew)
         self._claimed: set[Token] = set()  # held, or settled but not yet confirmed by the service
@@ -102,8 +103,6 @@ class Subscription(ResilientSubscription):
     @asynccontextmanager
     async def connect(self) -> AsyncGenerator[Source, None]:
         """Join the group. Then release what was claimed by a request whose answer was lost."""
-        if self._connection.is_closed:
-            raise BrokerClosed("this broker is closed")
         await self._join()
         self._leases.begin()
         await self._release()
@@ -165,7 +164,8 @@ class Subscription(ResilientSubscription):
         await self._settle([self._let_go(delivery)], _REQUEUE, timedelta(seconds=after))
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
-        origin = dead_letter_headers(delivery, reason, source=delivery.topic.message_name, group=self._group)
+        source, group = delivery.topic.message_name, self.settings.group or ""
+        origin = dead_letter_headers(delivery, reason, source=source, group=group)
         await self._settle([self._let_go(delivery)], _DEAD_LETTER, json.dumps(origin))
 
     def _let_go(self, delivery: Delivery) -> Token:

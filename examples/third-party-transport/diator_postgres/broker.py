@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from importlib.resources import files
@@ -17,12 +15,11 @@ from uuid import uuid4
 import asyncpg
 
 from diator.brokers import Message
-from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.batching import BatchSender
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
 from diator.brokers.connecting import ServiceBroker
-from diator.brokers.supervisor import ReconnectPolicy
+from diator.brokers.supervisor import ReconnectPolicy, SubscriptionSettings
 from diator.exceptions import ConfigurationError
 from diator_postgres._connection import Connection
 from diator_postgres._subscription import Subscription
@@ -77,10 +74,10 @@ class PostgresMessageBroker(ServiceBroker[Connection]):
         }
         connect = partial(asyncpg.connect, dsn, server_settings=settings, **options)
         self._schema, self._timeout, self._lease, self._absence = schema, timeout, lease, absence
-        self._reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout, idle_timeout=2 * timeout)
+        reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout, idle_timeout=2 * timeout)
         self._max_message_bytes = max_message_bytes
-        super().__init__(Connection(connect, self._prepare, timeout=timeout, reconnect=self._reconnect))
-        self._reader = Connection(connect, self._prepare_to_read, timeout=timeout, reconnect=self._reconnect)
+        super().__init__(Connection(connect, self._prepare, timeout=timeout, reconnect=reconnect))
+        self._reader = Connection(connect, self._prepare_to_read, timeout=timeout, reconnect=reconnect)
         self._batches = BatchSender(self._send, timeout=timeout)
 
     @property
@@ -119,30 +116,22 @@ class PostgresMessageBroker(ServiceBroker[Connection]):
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def subscribe(
-        self, topics: Collection[Topic], /, *, group: str | None = None, prefetch: int = 64, on_gap: OnGap | None = None
-    ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
-        subscription = Subscription(
+    def _subscription(self, settings: SubscriptionSettings) -> Subscription:
+        group = settings.group
+        return Subscription(
+            settings,
             self._reader,
-            group,
             _encoded("", uuid4().hex) if group is None else _encoded(group),
-            {_encoded(*topic): topic for topic in topics},
+            {_encoded(*topic): topic for topic in settings.topics},
             lease=timedelta(seconds=self._lease),
             expires_after=timedelta(seconds=self._absence) if group is None else None,
-            lossy=False,  # messages that are sent meanwhile wait in the table; an expired group reports its gap itself
-            prefetch=prefetch,
-            buffer_size=min(prefetch, 32),  # leave some messages for the other consumers of the group
-            reconnect=self._reconnect,
-            on_gap=on_gap,
         )
-        async with subscription as deliveries:
-            yield deliveries
 
     # -- connections ---------------------------------------------------------------------------------------------
 
     async def aclose(self) -> None:
-        await asyncio.gather(super().aclose(), self._reader.aclose())
+        await super().aclose()  # first, because it ends the subscriptions, which need the other connection
+        await self._reader.aclose()
         await self._batches.wait()
 
     async def _prepare(self, connection: Any) -> None:
@@ -152,7 +141,7 @@ class PostgresMessageBroker(ServiceBroker[Connection]):
 
     async def _prepare_to_read(self, connection: Any) -> None:
         def notify(group: str | None) -> None:
-            for subscription in self._reader.subscriptions:
+            for subscription in self._service.subscriptions:
                 if isinstance(subscription, Subscription) and group in {None, subscription.group_key}:
                     subscription.notified.set()
 

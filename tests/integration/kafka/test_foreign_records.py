@@ -228,6 +228,7 @@ async def reading(servers, place):
         heartbeat_interval=1.0,
         drain_timeout=1.0,
         max_unacked_per_partition=100,
+        extra_prefetch=0,
         in_place=False,
         metadata_max_age=60.0,
         max_message_bytes=MIB,

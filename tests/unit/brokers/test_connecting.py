@@ -2,14 +2,16 @@
 
 import asyncio
 import threading
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 
 from diator.brokers import Message
+from diator.brokers.base import Topic
+from diator.brokers.capabilities import Capabilities
 from diator.brokers.connecting import BackgroundTasks, ClientConnection, ServiceBroker
-from diator.brokers.supervisor import ReconnectPolicy
-from diator.exceptions import MessageRejected, MessagesNotSent, UsageError
+from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, SubscriptionSettings
+from diator.exceptions import BrokerClosed, MessageRejected, MessagesNotSent, UnsupportedCapability, UsageError
 
 
 class Connection(ClientConnection):
@@ -122,8 +124,71 @@ async def test_background_tasks_continue_if_the_wait_for_them_is_cancelled():
 
 
 class Broker(ServiceBroker[Connection]):
+    capabilities = Capabilities(distribution=frozenset({"broadcast", "competing"}))
+
     async def send_message(self, message, /):
         self._service.events.append(message)
+
+    def _subscription(self, settings):
+        return Subscription(settings, lossy=False)
+
+
+class Subscription(ResilientSubscription):
+    @asynccontextmanager
+    async def connect(self):
+        yield self
+
+    async def receive(self, limit, /):
+        await asyncio.Event().wait()
+
+    async def probe(self): ...
+
+
+TOPICS = [Topic("notification_event", "Happened")]
+
+
+async def test_a_subscription_gets_what_the_program_asked_for_and_what_the_broker_has():
+    connection = Connection()
+    async with Broker(connection).subscribe(TOPICS, group="g", prefetch=3, on_gap=print) as subscription:
+        assert subscription.settings == SubscriptionSettings(
+            topics=TOPICS,
+            group="g",
+            prefetch=3,
+            on_gap=print,
+            reconnect=ReconnectPolicy(),  # whose delays are longer than those of the sending connection
+            registry=connection.subscriptions,
+        )
+        assert connection.subscriptions == {subscription}
+    assert not connection.subscriptions
+
+
+@pytest.mark.parametrize(
+    ("promised", "group", "refusal"),
+    [
+        ("competing", None, "subscribe() without a group.*name a group"),
+        ("broadcast", "g", "subscribe(group='g').*leave the group out"),
+    ],
+)
+async def test_a_subscription_that_the_broker_does_not_promise_is_refused(promised, group, refusal):
+    broker = Broker(Connection())
+    broker.capabilities = Capabilities(distribution=frozenset({promised}))
+
+    with pytest.raises(UnsupportedCapability, match=refusal.replace("(", r"\(").replace(")", r"\)")):
+        async with broker.subscribe(TOPICS, group=group):
+            pass
+    async with broker.subscribe(TOPICS, group=None if group else "g"):
+        pass
+
+
+async def test_a_closed_broker_makes_no_subscription():
+    connection = Connection()
+    connection.may_end.set()
+    broker = Broker(connection)
+    await broker.aclose()
+
+    with pytest.raises(BrokerClosed):
+        async with broker.subscribe(TOPICS):
+            pass
 
 
 async def test_a_broker_opens_and_closes_its_connection():

@@ -21,7 +21,7 @@ from diator.brokers.kafka._group import GroupConnection
 from diator.brokers.kafka._names import Names
 from diator.brokers.kafka._offsets import Offsets
 from diator.brokers.kafka._subscription import Partition, Subscription, Wakeup, _control_of
-from diator.brokers.supervisor import ReconnectPolicy
+from diator.brokers.supervisor import ReconnectPolicy, SubscriptionSettings
 from diator.exceptions import BrokerUnavailable, ConfigurationError, MessageRejected
 
 ORDERS = Topic("notification_event", "OrderPaid")
@@ -32,6 +32,7 @@ OPTIONS = {
     "heartbeat_interval": 0.01,
     "drain_timeout": 5.0,
     "max_unacked_per_partition": 100,
+    "extra_prefetch": 0,
     "in_place": False,
     "metadata_max_age": 60.0,
     "max_message_bytes": 1000,
@@ -144,18 +145,16 @@ class Reading:
         self.connections = 0
         self.place = place
         self.client, self.producer = Client(place), Producer()
-        self.subscription = Subscription(
-            [ORDERS],
-            "billing",
+        settings = SubscriptionSettings(
+            topics=[ORDERS],
+            group="billing",
             prefetch=prefetch,
-            extra_prefetch=0,
             on_gap=on_gap,
-            options=ReadOptions(**OPTIONS | options),
-            names=Names("shop"),
-            producer=self.producer,
             reconnect=reconnect or ReconnectPolicy(),
-            connect=self.connect,
+            registry=self.producer.subscriptions,
         )
+        options = ReadOptions(**OPTIONS | options)
+        self.subscription = Subscription(settings, options, Names("shop"), self.producer, self.connect)
 
     @asynccontextmanager
     async def connect(self, subscription):

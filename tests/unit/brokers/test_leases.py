@@ -7,7 +7,7 @@ import pytest
 
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.leases import Leased, Leases
-from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription
+from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, SubscriptionSettings
 from diator.exceptions import BrokerUnavailable
 
 pytestmark = pytest.mark.usefixtures("loop_clock")
@@ -24,8 +24,10 @@ class Subscription(ResilientSubscription):
 
     def __init__(self, *numbers, prefetch=10):
         topics = [Topic("notification_event", "Counted")]
-        policy = ReconnectPolicy()
-        super().__init__(topics, "g", lossy=False, prefetch=prefetch, reconnect=policy, on_gap=None, registry=set())
+        settings = SubscriptionSettings(
+            topics=topics, group="g", prefetch=prefetch, on_gap=None, reconnect=ReconnectPolicy(), registry=set()
+        )
+        super().__init__(settings, lossy=False)
         self.arriving = [Token(number) for number in numbers]
         self.leases = Leases(self, LEASE, self.renew)
         self.renewed, self.lost, self.errors = [], lambda _: False, []

@@ -12,7 +12,13 @@ from itertools import pairwise, takewhile
 import pytest
 
 from diator.brokers.base import Delivery, Topic
-from diator.brokers.supervisor import MessagesMissed, ReconnectPolicy, ResilientSubscription, close_all
+from diator.brokers.supervisor import (
+    MessagesMissed,
+    ReconnectPolicy,
+    ResilientSubscription,
+    SubscriptionSettings,
+    close_all,
+)
 from diator.exceptions import AccessRefused, BrokerClosed, BrokerUnavailable, ConfigurationError, MessageRejected
 
 PATIENT = ReconnectPolicy(connect_timeout=5, idle_timeout=5, probe_timeout=5, first_delay=0, max_delay=0)
@@ -108,17 +114,18 @@ class Service:
         self.links[-1].put(error or ConnectionError("lost"))
         return await self.next_link()
 
-    def supervised(self, **options):
-        defaults = {"lossy": True, "prefetch": 10, "reconnect": PATIENT, "on_gap": None, "registry": self.registry}
-        topics = options.pop("topics", [Topic("notification_event", "Counted")])
-        return Subscription(self, topics, options.pop("group", None), **defaults | options)
+    def supervised(self, kind=None, **options):
+        defaults = {"group": None, "prefetch": 10, "reconnect": PATIENT, "on_gap": None, "registry": self.registry}
+        defaults["topics"] = [Topic("notification_event", "Counted")]
+        settings = {name: options.pop(name, default) for name, default in defaults.items()}
+        return (kind or Subscription)(self, SubscriptionSettings(**settings), **{"lossy": True} | options)
 
 
 class Subscription(ResilientSubscription):
     """The part that a transport writes: how it connects to the service, and what it does at the end."""
 
-    def __init__(self, service, *arguments, leave=None, **options):
-        super().__init__(*arguments, **options)
+    def __init__(self, service, settings, leave=None, **options):
+        super().__init__(settings, **options)
         self.service = service
         self.on_leave = leave
 
@@ -755,15 +762,7 @@ async def test_a_connection_that_closes_slowly_is_closed_completely():
 
     for _ in range(2):
         began = asyncio.get_running_loop().time()
-        async with Slow(
-            service,
-            [Topic("event", "counted")],
-            lossy=True,
-            prefetch=10,
-            reconnect=PATIENT,
-            on_gap=None,
-            registry=set(),
-        ):
+        async with service.supervised(Slow):
             await asyncio.sleep(0.01)
         took = asyncio.get_running_loop().time() - began
 

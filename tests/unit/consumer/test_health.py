@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from diator.brokers.base import Delivery
-from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription
+from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, SubscriptionSettings
 from diator.exceptions import BrokerUnavailable, MessageRejected
 from tests.unit.consumer.helpers import JOINED, ONCE, Slow, consumer_of, on_joined, quick
 from tests.unit.consumer.test_isolation import BAD, failing_first
@@ -60,8 +60,10 @@ class Service:
 class Subscription(ResilientSubscription):
     def __init__(self, service, topics, prefetch):
         policy = ReconnectPolicy(idle_timeout=100_000, first_delay=0.1, max_delay=0.1)
-        options = {"lossy": False, "on_gap": None, "reconnect": policy, "buffer_size": 10}
-        super().__init__(topics, "g", prefetch=prefetch, registry=service.registry, **options)
+        settings = SubscriptionSettings(
+            topics=topics, group="g", prefetch=prefetch, on_gap=None, reconnect=policy, registry=service.registry
+        )
+        super().__init__(settings, lossy=False, buffer_size=10)
         self.service = service
 
     @property
