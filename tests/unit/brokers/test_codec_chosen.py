@@ -12,6 +12,7 @@ from diator.brokers.base import Topic
 from diator.brokers.codec import decode_with, encode, event_decoder, headers_with_key
 from diator.brokers.memory import MemoryMessageBroker
 from diator.consumer import Consumer
+from diator.context import MessageContext
 from diator.events import EventEmitter, Events
 from diator.exceptions import ConfigurationError, DecodingError, EncodingError, MessageTooLarge
 from diator.mediator import Mediator
@@ -115,7 +116,7 @@ def test_what_a_codec_reads_is_what_a_consumer_gets():
     envelope = received(Plain(), encode(sent), headers={"tenant": "8"}, topic=Topic("audit", "Other"))
 
     assert (envelope.message_type, envelope.message_name) == ("audit", "Other")
-    assert (envelope.message_id, envelope.key, envelope.headers) == (sent.message_id, "7", {"tenant": "8"})
+    assert (envelope.message_id, envelope.key) == (sent.message_id, "7")
     assert envelope.payload_json == sent.payload_json
 
 
@@ -171,6 +172,24 @@ async def test_an_emitter_writes_and_a_consumer_reads_the_envelope():
     await consume(broker, handler, codec=codec)
 
     assert events == [sent]
+
+
+async def test_the_context_of_a_message_is_what_the_codec_reads():
+    broker, contexts = MemoryMessageBroker(), []
+
+    class Tenanted(Plain):
+        def decode(self, body, headers, topic, /):
+            return replace(super().decode(body, headers, topic), headers={"tenant": "8"})
+
+    async def handler(event: Moved, context: MessageContext) -> None:
+        contexts.append(context)
+
+    sent = Moved()
+    await EventEmitter(message_broker=broker, codec=Plain()).emit(sent)
+    await consume(broker, handler, codec=Tenanted())
+
+    (context,) = contexts
+    assert (context.message_id, context.key, context.headers) == (sent.event_id, "A", {"tenant": "8"})
 
 
 async def test_the_message_of_an_emitter_has_the_codec_and_the_time_of_its_event():

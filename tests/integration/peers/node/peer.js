@@ -4,6 +4,7 @@
 const { createInterface } = require('node:readline');
 const { parse } = require('./event');
 const { cases } = require('./cases');
+const cloudEvents = require('./cloudevents');
 
 const transports = { ...require('./redis'), rabbitmq: require('./rabbitmq'), kafka: require('./kafka') };
 const listening = {};
@@ -19,6 +20,18 @@ const commands = {
   async read({ name, raw }) {
     const { body, ...beside } = await listening[name].next();
     return { ...beside, body: body?.toString('base64') ?? null, event: raw ? null : parse(body) };
+  },
+
+  // Return the next message as the SDK of CloudEvents reads it.
+  async readEvent({ transport, name }) {
+    return { event: cloudEvents.read(transport, await listening[name].next()) };
+  },
+
+  // Send a message that the SDK of CloudEvents writes.
+  async sendEvent({ transport, address, name, mode, event }) {
+    const send = await transports[transport].sender(address, name);
+    await send(cloudEvents.written(transport, mode, event));
+    return {};
   },
 
   // Send the next message again, to another place.
