@@ -143,7 +143,9 @@ class Context:
             self._gaps.append(gap)
 
         async with broker.subscribe(topics, group=named, prefetch=prefetch, on_gap=on_gap) as deliveries:
-            reader = Reader(broker, topics, name, deliveries, gaps=gaps, ledger=self.ledger, limits=self.limits)
+            reader = Reader(
+                broker, topics, name, deliveries, gaps=gaps, ledger=self.ledger, limits=self.limits, prefetch=prefetch
+            )
             try:
                 yield reader
             finally:
@@ -240,8 +242,7 @@ class Context:
     def same(self, found: object, wanted: object, what: str) -> None:
         """Raise `Nonconformance` unless *found* equals *wanted*. The error begins with *what*."""
         if found != wanted:
-            names = {sent.message.message_id: f"no. {place}" for place, sent in enumerate(self.ledger.sent, 1)}
-            raise Nonconformance(f"{what}: {contrast(found, wanted, lambda id_: names.get(id_, str(id_)))}")
+            raise Nonconformance(f"{what}: {contrast(found, wanted, self.ledger.name_of)}")
 
     async def raises(self, error: type[E], doing: Awaitable[object], what: str) -> E:
         """Return the *error* that *doing* raises. Raise `Nonconformance` if it raises none or another one."""

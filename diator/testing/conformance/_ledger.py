@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Literal, TypeAlias
@@ -209,6 +209,11 @@ class Ledger:
         topics = [sent.message.message_name for sent in self.sent if sent.message.message_id == id_]
         return f"one that was sent to {topics[0]!r}" if topics else "one that nobody sent"
 
+    def name_of(self, id_: UUID | None) -> str:
+        """Return the place of a message in the order of sending, as `no. 3`; its id if nobody has sent it."""
+        places = (place for place, sent in enumerate(self.sent, 1) if sent.message.message_id == id_)
+        return next((f"no. {place}" for place in places), str(id_))
+
     def summary(self) -> list[str]:
         """Say how many messages were sent, with which fates, and what each subscription received."""
         texts = [f"{_many(len(self.sent), 'message')} sent ({_counts(sent.fate for sent in self.sent)})"]
@@ -298,9 +303,8 @@ _MOST_CHARACTERS, _MOST_ITEMS = 120, 12
 
 def contrast(found: object, wanted: object, name: Callable[[UUID], str] = str) -> str:
     """Say in which point *found* differs from *wanted*. *name* returns the name of a message, from its id."""
-    if isinstance(found, Message) and isinstance(wanted, Message):
-        fields = "message_type", "message_name", "message_id", "payload_json", "key", "headers"
-        values = [(each, getattr(found, each), getattr(wanted, each)) for each in fields]
+    if is_dataclass(found) and type(found) is type(wanted):
+        values = [(each.name, getattr(found, each.name), getattr(wanted, each.name)) for each in fields(found)]
         return "; ".join(f"{each}: {contrast(own, right, name)}" for each, own, right in values if own != right)
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
         faults = {

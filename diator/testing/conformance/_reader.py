@@ -43,6 +43,7 @@ class Reader:
         gaps: Sequence[Gap],
         ledger: Ledger,
         limits: Limits,
+        prefetch: int,
     ) -> None:
         self.broker = broker
         self.topics = topics
@@ -51,6 +52,7 @@ class Reader:
         self.gaps = gaps
         self._ledger = ledger
         self._limits = limits
+        self._prefetch = prefetch
 
     @property
     def acknowledged(self) -> set[object]:
@@ -120,7 +122,11 @@ class Reader:
         done, _ = await asyncio.wait({waiting}, timeout=self._limits.quiet)
         await cancelled(waiting)
         if done:
-            raise Nonconformance(f"{self.name!r} received {waiting.result()}, expected nothing")
+            came = Received.of(waiting.result(), self.name)
+            raise Nonconformance(
+                f"{self.name!r}, whose prefetch is {self._prefetch}, received message "
+                f"{self._ledger.name_of(came.id)}, attempt {came.delivery.attempt}; expected nothing"
+            )
 
     async def _stragglers(self, settle: Settle) -> list[Received]:
         taken: list[Received] = []

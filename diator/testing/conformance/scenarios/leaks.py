@@ -11,27 +11,22 @@ from diator.brokers.base import Delivery
 from diator.brokers.capabilities import Capabilities
 from diator.testing.conformance._consuming import Happened
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._runner import open_files
+from diator.testing.conformance._leftovers import Open, nothing_is_left
 from diator.testing.conformance._scenario import scenario
-
-
-def _tasks() -> int:
-    return len(asyncio.all_tasks())
 
 
 @scenario("LEK-01", "A closed broker holds no task and no connection")
 async def closed_is_gone(ctx: Context) -> None:
     """Catch a task or a socket that lives until the program ends."""
     await ctx.use(await ctx.broker())  # a library may open and keep something on first use
-    tasks, files = _tasks(), len(open_files())
+    before = Open.now()
     broker, topic = ctx.harness.transport(), ctx.topic()
     async with ctx.reading(broker, topic) as reader:
         messages = await ctx.send(broker, topic, 3)
         await reader.until_fence()
     await broker.aclose()
-    await asyncio.sleep(ctx.limits.quiet)
     ctx.ledger.compare(reader.name, messages).verify()
-    ctx.same((_tasks(), len(open_files())), (tasks, files), "the tasks and open files after closing")
+    await nothing_is_left(ctx, before, "a closed broker")
 
 
 @scenario("LEK-02", "Failures in the middle of work leave no unretrieved error")
@@ -56,7 +51,7 @@ async def nothing_unseen(ctx: Context) -> None:
 async def again_and_again(ctx: Context) -> None:
     """Catch a small leak in each broker."""
     await ctx.use(await ctx.broker())
-    tasks, files = _tasks(), len(open_files())
+    before = Open.now()
     for _ in range(30):
         async with ctx.harness.transport() as broker:
             topic = ctx.topic()
@@ -64,8 +59,7 @@ async def again_and_again(ctx: Context) -> None:
                 messages = await ctx.send(broker, topic)
                 await reader.take(1)
             ctx.ledger.compare(reader.name, messages).verify()
-    await asyncio.sleep(ctx.limits.quiet)
-    ctx.same((_tasks(), len(open_files())), (tasks, files), "the tasks and open files after 30 brokers")
+    await nothing_is_left(ctx, before, "30 closed brokers")
 
 
 @scenario("LEK-05", "A hundred ended subscriptions leave nothing in their broker", timeout=60)
@@ -74,16 +68,14 @@ async def came_and_went(ctx: Context) -> None:
     broker, topic = await ctx.broker(), ctx.topic()
     async with ctx.reading(broker, topic):
         pass
-    tasks, files = _tasks(), len(open_files())
+    before = Open.now()
     left: list[weakref.ref[object]] = []
     for _ in range(100):
         async with ctx.reading(broker, topic) as reader:
             left.append(weakref.ref(reader.deliveries))
             del reader
-    await asyncio.sleep(ctx.limits.quiet)
+    await nothing_is_left(ctx, before, "100 ended subscriptions")
     gc.collect()
-    more = _tasks() - tasks, len(open_files()) - files  # negative if the first subscription was still ending
-    ctx.check(max(more) <= 0, f"{more[0]} tasks and {more[1]} open files are left of 100 subscriptions")
     alive = sum(each() is not None for each in left)
     ctx.check(alive < 5, f"the broker still holds {alive} of 100 subscriptions")  # noqa: PLR2004
     async with ctx.reading(broker, topic) as reader:
@@ -161,12 +153,11 @@ async def books_are_empty(ctx: Context) -> None:
 async def unsettled_leave_nothing(ctx: Context) -> None:
     """Catch a broker that keeps unsettled deliveries, or renews their leases, after the subscription has ended."""
     broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
-    tasks = _tasks()
+    before = Open.now()
     for _ in range(5):
         async with ctx.reading(broker, topic, group=group) as reader:
             messages = await ctx.send(broker, topic, 0) or [ctx.message(topic)]
             await ctx.send_all(broker, messages)
             await reader.take(1, settle="nothing")
     await broker.aclose()
-    await asyncio.sleep(ctx.limits.quiet)
-    ctx.check(_tasks() <= tasks, f"{_tasks() - tasks} tasks are left")
+    await nothing_is_left(ctx, before, "a closed broker")

@@ -65,9 +65,8 @@ async def garbage(ctx: Context) -> None:
     async with ctx.consuming(broker, _handle) as run:
         bad = await _raw(ctx, broker, run, *bodies)
     ctx.same([each.outcome for each in bad], [_bad(ctx)] * len(bodies), "the outcomes")
-    ctx.check(
-        all((each.reason or "").startswith("undecodable") for each in bad), f"the reasons: {[e.reason for e in bad]}"
-    )
+    other = [each.reason for each in bad if not (each.reason or "").startswith("undecodable")]
+    ctx.same(other, [], "the reasons that do not begin with `undecodable`")
 
 
 _ran: list[str] = []
@@ -105,9 +104,8 @@ async def runs_nothing(ctx: Context) -> None:
         bad = await _raw(ctx, broker, run, *bodies)
     ctx.same(_ran, [], "the code that was run")
     ctx.same([each.outcome for each in bad], [_bad(ctx)] * len(bodies), "the outcomes")
-    ctx.check(
-        all((each.reason or "").startswith("undecodable") for each in bad), f"the reasons: {[e.reason for e in bad]}"
-    )
+    other = [each.reason for each in bad if not (each.reason or "").startswith("undecodable")]
+    ctx.same(other, [], "the reasons that do not begin with `undecodable`")
 
 
 @scenario(
@@ -276,8 +274,8 @@ async def misfit(ctx: Context) -> None:
         await ctx.send_all(broker, messages)
         handled = await run.until_handled(2)
     ctx.same(run.outcomes_of(messages), [_bad(ctx), "acked"], "the outcomes")
-    reasons = [each.reason for each in handled if each.reason]
-    ctx.check("$.number" in reasons[0], f"the reason does not name the field: {reasons}")
+    [bad] = [each for each in handled if each.outcome != "acked"]
+    ctx.check("$.number" in (bad.reason or ""), f"the reason does not name the field: {bad.reason}")
 
 
 @scenario("PSN-14", "A permanent error is not retried")

@@ -13,8 +13,8 @@ from diator.exceptions import BrokerClosed
 from diator.testing.conformance._consuming import Happened
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._ledger import Received
+from diator.testing.conformance._leftovers import Open, nothing_is_left
 from diator.testing.conformance._reader import Reader, cancelled
-from diator.testing.conformance._runner import open_files
 from diator.testing.conformance._scenario import scenario
 
 
@@ -147,7 +147,7 @@ async def cancelled_joining(ctx: Context) -> None:
         took = monotonic() - began
     # Well before the service takes back what a consumer holds that is left behind, and late for a busy machine.
     soon = max(ctx.limits.lag, (ctx.capabilities.redelivery_bound or 0.0) / 3)
-    tasks, files = len(asyncio.all_tasks()), len(open_files())
+    before = Open.now()
     messages = []
     for number in range(21):
         messages += await ctx.send(broker, topic, 2, start=3 * number)
@@ -158,14 +158,7 @@ async def cancelled_joining(ctx: Context) -> None:
         messages += await ctx.send(broker, topic, start=3 * number + 2)
         received = await ctx.within(soon, read_all(), "reading after a consumer was cancelled")
         ctx.same(len(received), 3, "the number of messages for the only consumer")
-    # What ends in the background may take a moment on a busy machine; what is left behind stays.
-    deadline = monotonic() + ctx.limits.quiet + ctx.limits.lag
-    while max(more := (len(asyncio.all_tasks()) - tasks, len(open_files()) - files)) > 0:
-        if monotonic() > deadline:
-            break
-        await asyncio.sleep(ctx.limits.quiet)
-    running = sorted(str(task.get_coro()) for task in asyncio.all_tasks())
-    ctx.check(max(more) <= 0, f"{more[0]} tasks and {more[1]} open files are left of 21 consumers: {running}")
+    await nothing_is_left(ctx, before, "21 cancelled consumers")
     ctx.ledger.compare(group, messages).verify()
 
 
