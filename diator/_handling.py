@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from time import monotonic
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, TypeAlias
-from uuid import UUID
+from typing import Any, NamedTuple
 
 from diator._deadlines import Deadline, Deadlines
 from diator._handlers import PreparedHandler
@@ -26,50 +25,12 @@ from diator.events import EventEmitter, EventMap
 from diator.events._emitter import OUTGOING, Outgoing
 from diator.events._event import is_integration_event, message_name_of
 from diator.exceptions import ConfigurationError, DecodingError, DiatorError, EventHandlersFailed
+from diator.instruments import Handled, Observer, Outcome
 from diator.middlewares.base import Middleware, chain, middlewares_for
 from diator.retrying import RetryPolicy
 
 #: The logger that the documentation names for all lines about deliveries; this module is private.
 logger: logging.Logger = logging.getLogger("diator.consumer")
-
-Outcome: TypeAlias = Literal["acked", "retried", "dead_lettered", "given_up", "unsettled"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Handled:
-    """
-    The outcome of one delivery. It contains nothing of the message except its id, so it may be logged.
-
-    Attributes:
-        topic: The topic that the delivery came from.
-        message_id: The id of the message; None if the body could not be decoded.
-        attempt: 1 for the first delivery to this consumer group, 2 for the second; always 1 on a transport that does
-            not count deliveries.
-        outcome: `acked`: every handler succeeded. `retried`: the message was requeued, with a delay. `dead_lettered`:
-            the message is in the dead-letter queue. `given_up`: the message could not be handled and is lost, because
-            the transport has no dead-letter queue. `unsettled`: the handling was cancelled, or the delivery could
-            not be settled; the transport redelivers the message if it can.
-        reason: Why the message was not acknowledged; None if it was. It begins with a fixed word and a colon: `failed`
-            (it is requeued), `retries-exhausted`, `retry-refused`, `permanent`, `undecodable`, `mismatch` or
-            `poison-message`; or it is `cancelled`, `ended by …` or `not settled: …`. It names each handler that failed,
-            with the type of its error.
-        error: The error of the last attempt; None if there was none. If the event has several handlers, it is an
-            `EventHandlersFailed`, with one error for each handler that failed.
-        seconds: How long the handling took, with its immediate retries.
-        retries: How many immediate retries were made.
-        errors: The errors of all attempts, in their order, also of those that a retry has healed. Each error has a note
-            that names its handler.
-    """
-
-    topic: Topic
-    message_id: UUID | None
-    attempt: int
-    outcome: Outcome
-    reason: str | None
-    error: BaseException | None
-    seconds: float
-    retries: int = 0
-    errors: tuple[BaseException, ...] = ()
 
 
 class Bound(NamedTuple):
@@ -257,6 +218,19 @@ _LONGEST_TOGETHER = 16 * 1024
 
 _SUCCESS = _Result(None)
 
+
+def _both(observer: Observer | None, on_handled: Callable[[Handled], None] | None) -> Callable[[Handled], None] | None:
+    """Return a function that passes an outcome to the instrument and to the program; None if neither wants it."""
+    if observer is None or on_handled is None:
+        return on_handled if observer is None else observer.settled
+
+    def note(handled: Handled) -> None:
+        observer.settled(handled)
+        on_handled(handled)
+
+    return note
+
+
 #: Say which delivery is handled here, for `current_message`; None: none.
 set_delivery: Callable[[Delivery | None], object] = DELIVERY.set
 
@@ -366,6 +340,7 @@ class Handling:
         timeout: float,
         log_errors: bool,
         on_handled: Callable[[Handled], None] | None,
+        observer: Observer | None,
         codec: Codec | None,
     ) -> None:
         self._codec = codec
@@ -379,7 +354,8 @@ class Handling:
         self._deadlines = Deadlines(timeout)
         self._settling = Deadlines(_SETTLE_TIMEOUT)
         self._log_errors = log_errors
-        self._on_handled = on_handled
+        self._observer = observer
+        self._on_handled = _both(observer, on_handled)
         self._lines = RepeatedLines(logger)
         self._workers: list[Worker] = []
         self.dead_lettering: set[asyncio.Task[None]] = set()
@@ -464,15 +440,36 @@ class Handling:
         self._workers.append(worker)
         return worker
 
-    async def handle(  # noqa: C901, PLR0912, PLR0915  # the way to success is written out: a coroutine costs a fiftieth
+    async def handle_observed(
         self, worker: Worker, delivery: Delivery, message: Envelope | DecodingError | None = None
     ) -> None:
+        """Handle *delivery* as `handle` does, and let the instrument observe it."""
+        set_delivery(delivery)
+        if self._observer is None or (context := self._context_of(delivery)) is None:
+            await self.handle(worker, delivery, message)
+            return
+        observed = self._observer.processing(context)
+        observed.__enter__()
+        error: BaseException | None = None
+        try:
+            result = await self.handle(worker, delivery, message)
+            error = None if result is None or result.reason is None else result.error
+        except BaseException as ending:
+            error = ending
+            raise
+        finally:
+            observed.end(error)
+
+    async def handle(  # noqa: C901, PLR0912, PLR0915  # the way to success is written out: a coroutine costs a fiftieth
+        self, worker: Worker, delivery: Delivery, message: Envelope | DecodingError | None = None
+    ) -> _Result | None:
         """
         Handle *delivery* and settle it, in the task of *worker*; a task of its own may dead-letter it.
 
         *message* is what `read` has returned, if it was called.
 
-        It raises no error of a handler. Cancelling the task leaves the delivery unsettled.
+        It raises no error of a handler, but returns what the handlers came to. Cancelling the task leaves the delivery
+        unsettled.
         """
         started = worker.since = monotonic()
         set_delivery(delivery)
@@ -521,12 +518,13 @@ class Handling:
                     if self._on_handled is None:
                         worker.since = None
                         self._last_settled = monotonic()
-                    return
+                    return None
             elif self._is_dead_lettered_aside(result):
                 worker.since = None
                 self._dead_letter_aside(_Failure(delivery, message, result, started))
-                return
+                return result
             outcome, result = await self._settle(delivery, result, worker.settling, refused)
+            return result
         except BaseException as ending:
             deadline.began = None
             result = _Result(_ended_by(ending), ending)
@@ -631,6 +629,7 @@ class Handling:
             reason, error, _, retries, errors = result or _SUCCESS
             handled = Handled(
                 topic=delivery.topic,
+                group=self._group,
                 message_id=None if isinstance(message, DecodingError) else message.message_id,
                 attempt=delivery.attempt,
                 outcome=outcome,

@@ -12,7 +12,7 @@ from functools import partial
 from time import monotonic
 from typing import Any, Self, TypeAlias, TypeVar
 
-from diator._handling import Handled, Handling, routes, set_delivery
+from diator._handling import Handling, routes, set_delivery
 from diator._signals import stopping_on_signals
 from diator._text import listed
 from diator.brokers.base import Delivery, Gap, ReadableBroker
@@ -24,6 +24,7 @@ from diator.container.base import Resolver
 from diator.events import EventEmitter, EventMap
 from diator.events._emitter import check_codec, check_parts, check_type, described
 from diator.exceptions import BrokerUnavailable, ConfigurationError, DecodingError, UsageError
+from diator.instruments import Handled, Instrument, observer_of
 from diator.middlewares.base import Middleware, checked_middlewares
 from diator.retrying import RetryPolicy
 
@@ -104,8 +105,9 @@ class Consumer:
         middlewares: Surround each handler; the first is the outermost. An event with two handlers passes through them
             twice.
         event_emitter: Handles or sends the events that handlers raise, before the delivery is acknowledged. Default:
-            an emitter with *event_map*, *container*, *broker* and *codec*.
+            an emitter with *event_map*, *container*, *broker*, *codec* and *instrument*.
         codec: Reads the messages. Default: diator's own envelope.
+        instrument: Observes the handling of messages, for telemetry. An *event_emitter* has an instrument of its own.
         retry: How often a failing message is retried. Default: `RetryPolicy()`, with `delayed_retries=0` where the
             transport has no delayed retries.
         requires: Further capabilities that the transport has to promise.
@@ -136,6 +138,7 @@ class Consumer:
         middlewares: Iterable[Middleware] = (),
         event_emitter: EventEmitter | None = None,
         codec: Codec | None = None,
+        instrument: Instrument | None = None,
         retry: RetryPolicy | None = None,
         requires: Capabilities | None = None,
         handler_timeout: float = 300.0,
@@ -167,7 +170,10 @@ class Consumer:
         self._on_gap = on_gap
 
         container = Container() if container is None else container
-        emitter = EventEmitter(event_map, container, broker, codec=codec) if event_emitter is None else event_emitter
+        observer = observer_of(instrument, broker)
+        emitter = event_emitter
+        if emitter is None:
+            emitter = EventEmitter(event_map, container, broker, codec=codec, instrument=instrument)
         emitter._wire(container)
         self._routes = routes(event_map, container, checked_middlewares(middlewares), emitter)
         self._handling = Handling(
@@ -180,8 +186,10 @@ class Consumer:
             timeout=handler_timeout,
             log_errors=log_errors,
             on_handled=on_handled,
+            observer=observer,
             codec=codec,
         )
+        self._handle = self._handling.handle if observer is None else self._handling.handle_observed
         self._gaps = 0
         self._lanes = _Lanes(concurrency, prefetch)
         self._started = False
@@ -410,13 +418,15 @@ class Consumer:
 
     async def _receive_and_handle(self, deliveries: AsyncIterator[Delivery]) -> None:
         """Receive and handle in one task, one delivery at a time: a queue between two tasks would cost a third."""
-        await self._receive(deliveries, partial(self._handling.handle, self._handling.worker()))
+        await self._receive(deliveries, partial(self._handle, self._handling.worker()))
 
-    async def _receive(self, deliveries: AsyncIterator[Delivery], admit: Callable[[Delivery], Awaitable[None]]) -> None:
+    async def _receive(
+        self, deliveries: AsyncIterator[Delivery], admit: Callable[[Delivery], Awaitable[object]]
+    ) -> None:
         await self._until_stopped(self._admit_all(deliveries, admit))
 
     async def _admit_all(
-        self, deliveries: AsyncIterator[Delivery], admit: Callable[[Delivery], Awaitable[None]]
+        self, deliveries: AsyncIterator[Delivery], admit: Callable[[Delivery], Awaitable[object]]
     ) -> None:
         """Pass each delivery to *admit*. `stop` cancels only the wait for the next delivery, never *admit*."""
         task, self._waiting, number = self._waiting, None, 0
@@ -440,7 +450,7 @@ class Consumer:
         worker = self._handling.worker()
         while job := await self._lanes.take():
             delivery, message = job
-            await self._handling.handle(worker, delivery, message)
+            await self._handle(worker, delivery, message)
             self._lanes.done(message)
             del job, delivery, message  # a worker that waits keeps nothing alive
 

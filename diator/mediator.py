@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any, TypeVar, overload
 
-from diator._dispatcher import Dispatcher
+from diator._dispatcher import Dispatcher, Plan
 from diator.brokers.message import Codec
 from diator.brokers.sending import MessageBroker
 from diator.container import Container
@@ -14,6 +14,7 @@ from diator.container.base import Resolver, Shared
 from diator.events import EventEmitter, EventMap
 from diator.events._emitter import OUTGOING, Outgoing, check_parts, check_type
 from diator.exceptions import ConfigurationError, EventsNotSent, MessagesNotSent
+from diator.instruments import Instrument, observer_of
 from diator.middlewares.base import Middleware, checked_middlewares
 from diator.requests import Request, RequestMap
 
@@ -36,6 +37,8 @@ class Mediator:
         event_map: The handlers of domain events, if *event_emitter* is not passed.
         message_broker: Sends the integration events, if *event_emitter* is not passed. The mediator does not close it.
         codec: The envelope of the integration events, if *event_emitter* is not passed. Default: diator's own.
+        instrument: Observes the handling of requests, for telemetry, and the sends; an *event_emitter* that is passed
+            needs it too.
         middlewares: Surround the handler of each request; the first is the outermost.
 
     Raises:
@@ -50,6 +53,7 @@ class Mediator:
         container: Resolver | None = None,
         event_emitter: EventEmitter | None = None,
         *,
+        instrument: Instrument | None = None,
         middlewares: Iterable[Middleware] | None = None,
     ) -> None: ...
     @overload
@@ -61,6 +65,7 @@ class Mediator:
         event_map: EventMap | None = None,
         message_broker: MessageBroker | None = None,
         codec: Codec | None = None,
+        instrument: Instrument | None = None,
         middlewares: Iterable[Middleware] | None = None,
     ) -> None: ...
     def __init__(
@@ -72,6 +77,7 @@ class Mediator:
         event_map: EventMap | None = None,
         message_broker: MessageBroker | None = None,
         codec: Codec | None = None,
+        instrument: Instrument | None = None,
         middlewares: Iterable[Middleware] | None = None,
     ) -> None:
         check_parts(event_map=event_map, container=container, message_broker=message_broker)
@@ -79,7 +85,7 @@ class Mediator:
         check_type("event_emitter", event_emitter, EventEmitter)
         middlewares = checked_middlewares(() if middlewares is None else middlewares)
         if event_emitter is None:
-            event_emitter = EventEmitter(event_map=event_map, message_broker=message_broker, codec=codec)
+            event_emitter = EventEmitter(event_map, None, message_broker, codec=codec, instrument=instrument)
         elif any(part is not None for part in (event_map, message_broker, codec)):
             raise ConfigurationError(
                 "event_emitter was passed together with event_map, message_broker or codec; pass these to the "
@@ -87,6 +93,7 @@ class Mediator:
             )
         container = Container() if container is None else container
         event_emitter._wire(container)
+        self._observer = observer_of(instrument)
         self._emitter = event_emitter
         self._dispatcher = Dispatcher(request_map, container, event_emitter, middlewares)
         for request_type in request_map:
@@ -124,6 +131,9 @@ class Mediator:
                 contains these events and the response.
         """
         plan = self._dispatcher[type(request)]
+        if self._observer is not None:
+            with self._observer.handling(request):
+                return await self._send_by(plan, request)
         shared: Shared | None = None
         if plan.build is None:
             shared = {}
@@ -141,6 +151,14 @@ class Mediator:
             raised = plan.take_events(handler, events)
             outgoing = await self._emitter._handle(raised, {} if shared is None else shared)
         if outgoing:
+            await self._send_events(outgoing, response)
+        return response
+
+    async def _send_by(self, plan: Plan, request: object) -> Any:
+        """Do what `send` does, with a *plan* of any kind."""
+        shared: Shared = {}
+        response = await plan.dispatch(request, shared)
+        if outgoing := shared.get(OUTGOING):
             await self._send_events(outgoing, response)
         return response
 

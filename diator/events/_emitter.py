@@ -23,6 +23,7 @@ from diator.exceptions import (
     EventHandlersFailed,
     NotAnEvent,
 )
+from diator.instruments import Instrument, Observer, observer_of
 
 #: Integration events, and their messages.
 Outgoing: TypeAlias = list[tuple[Any, Message]]
@@ -45,6 +46,7 @@ class EventEmitter:
             diator's own `Container`.
         message_broker: Sends the integration events. The emitter does not close it.
         codec: The envelope of the integration events. Default: diator's own.
+        instrument: Observes the sends, and adds headers, for telemetry.
 
     Raises:
         ConfigurationError: An argument has the wrong type, or *codec* needs headers and *message_broker* has none.
@@ -57,6 +59,7 @@ class EventEmitter:
         message_broker: MessageBroker | None = None,
         *,
         codec: Codec | None = None,
+        instrument: Instrument | None = None,
     ) -> None:
         check_parts(event_map=event_map, container=container, message_broker=message_broker)
         check_codec(codec, message_broker)
@@ -65,6 +68,8 @@ class EventEmitter:
         self._container = container
         self._default_container: Resolver | None = None
         self._broker = message_broker
+        self._observer = observer_of(instrument, message_broker)
+        self._direct = message_broker if instrument is None else None  # what `emit` may call without an instrument
         self._send_messages: Callable[[Sequence[Message]], Awaitable[None]] | None = getattr(
             message_broker, "send_messages", None
         )
@@ -86,8 +91,8 @@ class EventEmitter:
             BrokerError: The send error of the message, or `MessagesNotSent` if there were several messages.
         """
         plan = self._plans.get(type(event)) or self._plan(type(event))
-        if plan.message is not None and self._broker is not None:
-            await self._broker.send_message(plan.message(event))
+        if plan.message is not None and self._direct is not None:
+            await self._direct.send_message(plan.message(event))
         else:
             await self._send(await self._handle([event], {}))
 
@@ -145,7 +150,7 @@ class EventEmitter:
             return []
         return outgoing
 
-    async def _send(self, outgoing: Outgoing) -> None:
+    async def _send(self, outgoing: Outgoing, *, is_observed: bool = False) -> None:
         """
         Send the messages that `_handle` returned, in their order. Stop at the first one that is not confirmed.
 
@@ -156,7 +161,10 @@ class EventEmitter:
         broker, messages = self._broker, [message for _, message in outgoing]
         if not messages or broker is None:  # without a broker, `_handle` has refused every integration event
             return
-        if len(messages) == 1:
+        if self._observer is not None and not is_observed:
+            with self._observer.sending(messages):
+                await self._send(outgoing, is_observed=True)
+        elif len(messages) == 1:
             await broker.send_message(messages[0])
         elif self._send_messages is not None:
             await self._send_messages(messages)
@@ -190,7 +198,7 @@ class EventEmitter:
             if self._broker is None:
                 raise BrokerNotConfigured(event_type)
             self._event_map._reserve_name(event_type)
-            plan = _Plan((), message=_message_factory(event_type, self._broker, self._codec))
+            plan = _Plan((), message=_message_factory(event_type, self._broker, self._codec, self._observer))
         else:
             handlers = self._event_map._freeze(event_type)
             if not handlers and issubclass(event_type, type):
@@ -292,7 +300,9 @@ def _check_included(event_type: type, key_field: str | None) -> None:
             raise NotAnEvent(f"{name_of(event_type)}.{name} is excluded from the payload, which needs it; include it")
 
 
-def _message_factory(event_type: Any, broker: object, codec: Codec | None) -> Callable[[Any], Message]:  # noqa: C901  # one function, for speed
+def _message_factory(  # noqa: C901  # one function, for speed
+    event_type: Any, broker: object, codec: Codec | None, observer: Observer | None
+) -> Callable[[Any], Message]:
     """
     Return a function that encodes an event. A later change to the event then does not change its message.
 
@@ -359,7 +369,7 @@ def _message_factory(event_type: Any, broker: object, codec: Codec | None) -> Ca
             raise EncodingError(name_of(event_type), ambiguous)
         fields["message_id"] = message_id
         fields["payload_json"] = payload_json
-        fields["headers"] = {}
+        fields["headers"] = {} if observer is None else observer.headers(event)
         if codec is not None:
             fields["time"] = timestamp
         message = new(Message)

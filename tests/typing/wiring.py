@@ -2,15 +2,19 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, assert_type
 
 from diator.brokers import Message
 from diator.brokers.memory import MemoryMessageBroker
+from diator.consumer import Consumer
 from diator.container import Container
+from diator.context import MessageContext
 from diator.events import EventEmitter, EventMap, NotificationEvent
 from diator.exceptions import EventsNotSent
+from diator.instruments import Handled, Instrument
 from diator.mediator import Mediator
 from diator.middlewares import BaseMiddleware, Handle, LoggingMiddleware, only_for
 from diator.requests import Request, RequestMap
@@ -37,6 +41,51 @@ class Timed:
 
 async def function(message: Any, handle: Handle) -> Any:
     return await handle(message)
+
+
+class Tracing(Instrument):
+    """Derived: it observes two things."""
+
+    def processing(self, context: MessageContext, broker: object, /) -> AbstractContextManager[None]:
+        return self._span(context.message_name)
+
+    def headers(self, event: object, /) -> Mapping[str, str]:
+        return {"traceparent": ""}
+
+    @contextmanager
+    def _span(self, name: str) -> Generator[None]:
+        yield
+
+
+class Counting:
+    """Not derived: it has all methods."""
+
+    def handling(self, request: object, /) -> AbstractContextManager[int]:
+        raise NotImplementedError
+
+    def headers(self, event: object, /) -> dict[str, str]:
+        return {}
+
+    def sending(self, messages: Sequence[Message], broker: object, /) -> AbstractContextManager[int]:
+        raise NotImplementedError
+
+    def processing(self, context: MessageContext, broker: object, /) -> AbstractContextManager[int]:
+        raise NotImplementedError
+
+    def settled(self, handled: Handled, broker: object, /) -> None: ...
+
+
+class Partial:
+    def settled(self, handled: Handled, broker: object, /) -> None: ...
+
+
+def instrument(requests: RequestMap, events: EventMap, broker: MemoryMessageBroker) -> None:
+    Mediator(requests, instrument=Tracing())
+    Mediator(requests, event_emitter=EventEmitter(instrument=Counting()), instrument=Counting())
+    Consumer(broker, event_map=events, instrument=Tracing())
+    Mediator(requests, instrument=Tracing)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    EventEmitter(instrument=Partial())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Consumer(broker, event_map=events, instrument=Partial())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 class Audited(ABC):

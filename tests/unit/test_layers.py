@@ -19,6 +19,7 @@ LAYERS = [
     "events",
     "_handlers",
     "container",
+    "instruments",
     "context",
     "brokers",
     "_deadlines _extras _hints _log _signals _text retrying",

@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from diator._handling import Handled
+from diator.instruments import Handled
 from diator.testing.conformance._consuming import ConsumerRun, Happened
 from diator.testing.conformance._harness import Harness
 from diator.testing.conformance._ledger import Nonconformance, NotApplicable, check_attempt

@@ -9,12 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from diator._handling import Handled
 from diator.brokers.base import Delivery, OnGap, ReadableBroker, Topic, Transport
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
 from diator.consumer import Consumer
 from diator.events import EventMap, NotificationEvent
+from diator.instruments import Handled
 from diator.retrying import RetryPolicy
 from diator.testing.conformance._ledger import check_attempt
 

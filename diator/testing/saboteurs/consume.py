@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any, ClassVar
 from uuid import UUID
 
-from diator._handling import Handled
 from diator.brokers.base import ReadableBroker
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import Envelope
 from diator.consumer import Consumer, Health
+from diator.instruments import Handled
 from diator.retrying import RetryPolicy
 from diator.testing.saboteurs._base import FOREVER, Saboteur, caught_by
 

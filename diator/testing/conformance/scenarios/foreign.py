@@ -9,10 +9,10 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from uuid import UUID
 
-from diator._handling import Handled
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import encode
 from diator.events._event import message_name_of
+from diator.instruments import Handled
 from diator.retrying import RetryPolicy
 from diator.testing.conformance._consuming import ConsumerRun, Happened
 from diator.testing.conformance._context import Context

@@ -8,12 +8,12 @@ import pickle
 from dataclasses import dataclass
 from uuid import uuid4
 
-from diator._handling import Handled
 from diator.brokers.base import Transport
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import encode
 from diator.brokers.message import Message
 from diator.events import NotificationEvent
+from diator.instruments import Handled
 from diator.retrying import PermanentError, RetryPolicy
 from diator.testing.conformance._consuming import ConsumerRun, Happened
 from diator.testing.conformance._context import Context

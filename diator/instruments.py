@@ -1,0 +1,194 @@
+"""The hook for telemetry: what a program may measure or trace while diator handles requests and messages."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from uuid import UUID
+
+from diator._hints import name_of
+from diator.brokers.message import Message, Topic
+from diator.context import MessageContext
+from diator.exceptions import ConfigurationError
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Outcome: TypeAlias = Literal["acked", "retried", "dead_lettered", "given_up", "unsettled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handled:
+    """
+    The outcome of one delivery. It contains nothing of the message except its id, so it may be logged.
+
+    Attributes:
+        topic: The topic that the delivery came from.
+        group: The consumer group; None without one.
+        message_id: The id of the message; None if the body could not be decoded.
+        attempt: 1 for the first delivery to this consumer group, 2 for the second; always 1 on a transport that does
+            not count deliveries.
+        outcome: `acked`: every handler succeeded. `retried`: the message was requeued, with a delay. `dead_lettered`:
+            the message is in the dead-letter queue. `given_up`: the message could not be handled and is lost, because
+            the transport has no dead-letter queue. `unsettled`: the handling was cancelled, or the delivery could
+            not be settled; the transport redelivers the message if it can.
+        reason: Why the message was not acknowledged; None if it was. It begins with a fixed word and a colon: `failed`
+            (it is requeued), `retries-exhausted`, `retry-refused`, `permanent`, `undecodable`, `mismatch` or
+            `poison-message`; or it is `cancelled`, `ended by …` or `not settled: …`. It names each handler that failed,
+            with the type of its error.
+        error: The error of the last attempt; None if there was none. If the event has several handlers, it is an
+            `EventHandlersFailed`, with one error for each handler that failed.
+        seconds: How long the handling took, with its immediate retries.
+        retries: How many immediate retries were made.
+        errors: The errors of all attempts, in their order, also of those that a retry has healed. Each error has a note
+            that names its handler.
+    """
+
+    topic: Topic
+    group: str | None = None
+    message_id: UUID | None
+    attempt: int
+    outcome: Outcome
+    reason: str | None
+    error: BaseException | None
+    seconds: float
+    retries: int = 0
+    errors: tuple[BaseException, ...] = ()
+
+
+class Instrument(Protocol):
+    """
+    Observes what diator does. Derive a class from it, and override what you need: each method does nothing.
+
+    A program passes it as `instrument=…` to a mediator, an emitter or a consumer. An error of an instrument changes
+    nothing: it is logged, once for each method and type of error. The methods are called in the task of what they
+    observe, so a context variable that one of them sets is seen there. They must not block.
+    """
+
+    def handling(self, request: object, /) -> AbstractContextManager[object]:
+        """Surround `Mediator.send`: the middlewares, the handler, and the sending of its events."""
+        return nullcontext()
+
+    def headers(self, event: object, /) -> Mapping[str, str]:
+        """Return headers for the message of *event*, such as a trace context. Called inside the unit of work."""
+        return {}
+
+    def sending(self, messages: Sequence[Message], broker: object, /) -> AbstractContextManager[object]:
+        """Surround the sending of *messages*, at least one. The context receives the send error."""
+        return nullcontext()
+
+    def processing(self, context: MessageContext, broker: object, /) -> AbstractContextManager[object]:
+        """
+        Surround the handling of a message in a consumer: the handlers, what they send, and the settlement.
+
+        The context receives the last error of the handlers, and cannot swallow it. A message that cannot be decoded is
+        only `settled`. A dead letter may still be on its way when the context ends.
+        """
+        return nullcontext()
+
+    def settled(self, handled: Handled, broker: object, /) -> None:
+        """Observe the outcome of each delivery, as `on_handled` does. Mostly, its `processing` has not ended yet."""
+        return  # otherwise it would be an abstract method for mypy
+
+
+_METHODS = ("handling", "headers", "sending", "processing", "settled")
+
+
+class Observer:
+    """An instrument beside its broker. Its errors are logged, and reach nobody."""
+
+    def __init__(self, instrument: Instrument, broker: object = None) -> None:
+        self._instrument = instrument
+        self._broker = broker
+        self._logged: set[tuple[str, type]] = set()
+
+    def handling(self, request: object) -> AbstractContextManager[None]:
+        return _Around(self, "handling", lambda: self._instrument.handling(request))
+
+    def headers(self, event: object) -> Mapping[str, str]:
+        return self.call("headers", lambda: _texts(self._instrument.headers(event))) or {}
+
+    def sending(self, messages: Sequence[Message]) -> AbstractContextManager[None]:
+        return _Around(self, "sending", lambda: self._instrument.sending(messages, self._broker))
+
+    def processing(self, context: MessageContext) -> _Around:
+        return _Around(self, "processing", lambda: self._instrument.processing(context, self._broker))
+
+    def settled(self, handled: Handled) -> None:
+        self.call("settled", lambda: self._instrument.settled(handled, self._broker))
+
+    def call(self, method: str, call: Callable[[], T]) -> T | None:
+        """Return the result of *call*; None after an error."""
+        try:
+            return call()
+        except Exception as error:  # noqa: BLE001  # it is logged
+            self.note(method, error)
+            return None
+
+    def note(self, method: str, error: Exception) -> None:
+        """Log *error*, unless one of its type was logged for this method."""
+        if (kind := (method, type(error))) not in self._logged:
+            self._logged.add(kind)
+            name = name_of(type(self._instrument))
+            line = "%s.%s failed with %s; diator ignores this, and logs it once"
+            logger.error(line, name, method, name_of(type(error)), exc_info=error)
+
+
+def _texts(headers: Mapping[str, str]) -> Mapping[str, str]:
+    for text in (*headers.keys(), *headers.values()):
+        str.encode(text)
+    return headers
+
+
+class _Around(AbstractContextManager[None]):
+    """The context of an instrument, without its errors."""
+
+    __slots__ = ("_begin", "_entered", "_method", "_observer")
+
+    def __init__(self, observer: Observer, method: str, begin: Callable[[], AbstractContextManager[object]]) -> None:
+        self._observer = observer
+        self._method = method
+        self._begin = begin
+        self._entered: AbstractContextManager[object] | None = None
+
+    def __enter__(self) -> None:
+        context = self._observer.call(self._method, self._begin)
+        try:
+            if context is not None:
+                context.__enter__()
+                self._entered = context
+        except Exception as failed:  # noqa: BLE001  # it is logged
+            self._observer.note(self._method, failed)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.end(error)
+
+    def end(self, error: BaseException | None) -> None:
+        """Leave the context, as if *error* was raised in it."""
+        if self._entered is not None:
+            try:
+                trace = None if error is None else error.__traceback__
+                self._entered.__exit__(None if error is None else type(error), error, trace)
+            except Exception as failed:  # noqa: BLE001  # it is logged
+                if failed is not error:
+                    self._observer.note(self._method, failed)
+
+
+def observer_of(instrument: Any, broker: object = None) -> Observer | None:
+    """
+    Return *instrument* beside *broker*; None if there is none.
+
+    Raises:
+        ConfigurationError: It is not an instrument.
+    """
+    if instrument is None:
+        return None
+    if isinstance(instrument, type) or not all(callable(getattr(instrument, each, None)) for each in _METHODS):
+        raise ConfigurationError(
+            f"instrument must be an object with the methods {', '.join(_METHODS)}, and it is {instrument!r:.80}"
+        )
+    return Observer(instrument, broker)
