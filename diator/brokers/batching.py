@@ -128,7 +128,7 @@ def own_error(error: BrokerError, message_id: UUID | None) -> BrokerError:
 
     Return *error* itself if it already has a `message_id`, or if it is not an error that applies to a whole batch.
     """
-    if message_id is None or error.message_id is not None or type(error) not in _SEND_ERRORS:
+    if error.message_id is not None or type(error) not in _SEND_ERRORS:
         return error
     own = type(error)(str(error), message_id=message_id)
     own.__cause__ = error.__cause__

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import pytest
 
-from diator.exceptions import BrokerUnavailable, MessageRejected, OutcomeUnknown
+from diator.exceptions import BrokerClosed, BrokerUnavailable, MessageRejected, OutcomeUnknown
 from diator.testing.conformance import SCENARIOS, run_suite
 
 pytestmark = pytest.mark.timeout(300)
@@ -169,6 +169,44 @@ async def test_a_failure_between_request_and_answer_decides_the_send_error(conne
     assert type(caught.value) is send_error
     assert caught.value.message_id == message_id
     assert "hunter2" not in str(caught.value)
+
+
+async def test_a_service_that_answers_later_gives_each_message_its_result():
+    """It answers in pairs, the later message first; it refuses `bad`, never answers `mute`, and `leave` ends it."""
+    lines = []
+
+    async def serve(reader, writer):
+        waiting = []
+        async for line in reader:
+            number, body = line.split()
+            lines.append(body)
+            if body == b"leave":
+                break
+            if body != b"mute":
+                waiting.insert(0, b"%b %b\n" % (number, b"no" if body == b"bad" else b"ok"))
+            if len(waiting) == 2:
+                writer.writelines(waiting)
+                waiting = []
+        writer.close()
+
+    async def outcomes(*bodies):
+        ids = [uuid4() for _ in bodies]
+        results = await asyncio.gather(*map(sender.send, bodies, ids), return_exceptions=True)
+        assert [getattr(each, "message_id", own) for each, own in zip(results, ids, strict=True)] == ids
+        return [type(each) for each in results]
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        sender = page.LineSender(*server.sockets[0].getsockname(), timeout=60.0)
+        await sender.open()
+        assert await outcomes(b"a", b"bad", b"c", b"d") == [type(None), MessageRejected, type(None), type(None)]
+        assert await outcomes(b"mute", b"leave") == [OutcomeUnknown] * 2
+        assert await outcomes(b"e", b"f") == [type(None)] * 2
+        sender.timeout = 0.1
+        assert await outcomes(b"mute", b"g") == [OutcomeUnknown] * 2
+        assert lines == [b"a", b"bad", b"c", b"d", b"mute", b"leave", b"e", b"f", b"mute", b"g"]
+        await sender.aclose()
+        assert await outcomes(b"h") == [BrokerClosed]
 
 
 async def test_a_second_proxy_stands_before_the_service_and_not_before_the_first_proxy():

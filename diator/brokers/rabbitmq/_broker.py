@@ -142,14 +142,14 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         content_type = JSON if message.codec is None else headers.pop(CONTENT_TYPE, JSON)
         if headers:
             _check_headers(message, headers)
-        message_id = str(message.message_id)
         try:
             key = routing_key(message.message_type, message.message_name)
         except ValueError as error:
             raise _too_long(message, error) from error
-        header = header_of(message.message_name, message_id, headers, len(body), content_type)
+        known_as = str(message.message_id)
+        header = header_of(message.message_name, known_as, headers, len(body), content_type)
         mandatory = self._unroutable != "drop"
-        return Publication(self._options.prefix, key, header, body, message_id, mandatory)
+        return Publication(self._options.prefix, key, header, body, known_as, message.message_id, mandatory)
 
     def _subscription(self, settings: SubscriptionSettings) -> Subscription:
         return Subscription(settings, self._service, self._address, self._options)

@@ -80,7 +80,6 @@ class Channel:
         error: Why the channel is closed; None while it is open.
         frame_max: The size of the largest frame, in bytes, once it is open.
         version: The major version of RabbitMQ, once it is open.
-        last_frame_at: When the last frame arrived, by the clock of the event loop.
     """
 
     NUMBER = 1
@@ -104,7 +103,6 @@ class Channel:
         self._writer = writer
         self.frame_max = frame_max(connection)
         self.version = major_version(connection)
-        self.last_frame_at = self._loop.time()
         self._closing = attach(connection, self.number, self)
         self._closing.add_done_callback(self._connection_closed)
         await self.ask(commands.Channel.Open())
@@ -219,7 +217,6 @@ class Channel:
 
     def take_frame(self, kind: int, frame: bytes, /) -> None:
         """Take a frame of this channel. The connection calls this for each."""
-        self.last_frame_at = self._loop.time()
         payload = frame[FRAME.size : -1]
         if kind == CONTENT_BODY:
             self._add_part(payload)

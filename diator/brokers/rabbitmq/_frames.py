@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from time import time
 from typing import NamedTuple
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from diator.brokers.rabbitmq._channel import Channel
 from diator.brokers.rabbitmq._client import (
@@ -35,7 +35,8 @@ class Publication(NamedTuple):
         routing_key: What the exchange routes it by.
         header: The payload of its content header frame.
         body: Its body.
-        message_id: What its header has as `Properties.key`: RabbitMQ returns an unroutable message without a number.
+        key: What its header has as `Properties.key`: RabbitMQ returns an unroutable message without a number.
+        message_id: Its id, if that is known.
         mandatory: Whether RabbitMQ returns it if no queue wants it.
     """
 
@@ -43,7 +44,8 @@ class Publication(NamedTuple):
     routing_key: str
     header: bytes
     body: bytes
-    message_id: str
+    key: str
+    message_id: UUID | None
     mandatory: bool
 
     def frames(self, frame_max: int) -> bytes:
@@ -103,4 +105,8 @@ def again(
     if not key:
         key = uuid4().hex
         added = {**added, PUBLICATION_ID: key}
-    return Publication("", queue, properties.again(len(body), added, **which), body, key, mandatory=True)
+    try:
+        message_id = UUID(key)
+    except ValueError:
+        message_id = None
+    return Publication("", queue, properties.again(len(body), added, **which), body, key, message_id, mandatory=True)

@@ -10,9 +10,8 @@ from uuid import UUID
 
 from diator._text import explained
 from diator.brokers.audit import Finding
-from diator.brokers.connecting import ClientConnection
+from diator.brokers.pipelining import Pipeline, PipelinedConnection
 from diator.brokers.rabbitmq._channel import (
-    CHANNEL_ERRORS,
     NOT_FOUND,
     PRECONDITION_FAILED,
     Channel,
@@ -24,12 +23,11 @@ from diator.brokers.rabbitmq._client import Address, commands, is_blocked
 from diator.brokers.rabbitmq._content import Properties
 from diator.brokers.rabbitmq._frames import Publication
 from diator.brokers.rabbitmq._names import retained_exchange_name
-from diator.brokers.supervisor import ReconnectPolicy, close_all
+from diator.brokers.supervisor import ReconnectPolicy
 from diator.exceptions import (
-    AccessRefused,
-    BrokerClosed,
     BrokerError,
     BrokerUnavailable,
+    DiatorError,
     MessageRejected,
     MessageUnroutable,
     OutcomeUnknown,
@@ -38,9 +36,6 @@ from diator.exceptions import (
 logger: logging.Logger = logging.getLogger(__name__)
 
 _BLOCKED = "RabbitMQ has stopped reading from publishers: a resource alarm, memory or disk"
-_MOST_BYTES = 4 * 1024 * 1024
-# How often, in seconds, the oldest message in flight is checked.
-_SWEEP_EVERY = 1.0
 
 
 def topic_exchange(name: str, arguments: Mapping[str, Any] | None = None) -> commands.Exchange.Declare:
@@ -67,14 +62,17 @@ async def ensure_exchange(channel: Channel, name: str) -> bool:
     return True
 
 
-class Publisher(ClientConnection["_Connection"]):
+class Publisher(PipelinedConnection["_Connection"]):
     """
     Publishes with confirms, on a connection of its own: a resource alarm of RabbitMQ blocks all that is on it.
 
     At most *max_in_flight* messages, and about 4 MiB, wait for their confirms; further ones queue for room, in their
     order. Every call ends within *timeout* seconds. An overdue message raises `OutcomeUnknown`, and stays in flight
-    until RabbitMQ answers. If no frame at all has arrived meanwhile, the connection is closed. Nothing is sent twice.
+    until RabbitMQ answers. If RabbitMQ has confirmed nothing for half of that time, the connection is closed. Nothing
+    is sent twice.
     """
+
+    service = "RabbitMQ"
 
     def __init__(
         self, address: Address, exchange: str, *, timeout: float, max_in_flight: int, reconnect: ReconnectPolicy
@@ -83,16 +81,6 @@ class Publisher(ClientConnection["_Connection"]):
         self._address = address
         self._exchange = exchange
         self._max_in_flight = max_in_flight
-
-    async def open(self) -> None:
-        """Connect now. BrokerUnavailable if that is not possible."""
-        deadline = self._bind_to_running_loop().time() + self.timeout
-        attempts = self._attempts
-        try:
-            async with asyncio.timeout_at(deadline), self._lock:
-                await self._open_link(attempts, None)
-        except TimeoutError as error:
-            raise BrokerUnavailable(f"RabbitMQ is not available ({self._no_connection()})") from error
 
     async def send(self, publication: Publication, topic: tuple[str, str]) -> None:  # for those who retain
         """Publish a message of a program to the topic exchange. The errors are those of `publish`."""
@@ -112,7 +100,7 @@ class Publisher(ClientConnection["_Connection"]):
         if deadline is None:
             deadline = self._bind_to_running_loop().time() + self.timeout
         link = self._link
-        if link is not None and not self._queued and link.has_room and publication.message_id not in link.ids:
+        if link is not None and not self._queued and link.has_room and publication.key not in link.in_flight:
             return link.publish(publication, deadline)
         return self._publish_later(publication, deadline)
 
@@ -126,265 +114,143 @@ class Publisher(ClientConnection["_Connection"]):
             ),
         )
 
-    async def _close(self) -> None:
-        reading = asyncio.create_task(close_all(self.subscriptions))
-        async with self._lock:  # after the callers that were waiting already
-            link = await self._take_link()
-        if link is not None:
-            await link.finish()
-            await link.close()
-        await self._background.wait()
-        await reading
-
     async def _publish_later(self, publication: Publication, deadline: float) -> None:
         await (await self._publish_in_turn(publication, deadline))
 
     async def _publish_in_turn(self, publication: Publication, deadline: float) -> asyncio.Future[None]:
-        """Wait for a connection with room, and until no other message of this id is in flight."""
-        message_id = publication.message_id
-        concerned = uuid_of(message_id)
-        attempts = self._attempts
-        self._queued += 1
-        try:
-            async with asyncio.timeout_at(deadline):
-                while True:
-                    async with self._lock:
-                        while not (link := await self._open_link(attempts, concerned)).has_room:
-                            await link.room()
-                        if message_id not in link.ids:
-                            return link.publish(publication, deadline)
+        """Wait for a connection with room, and until no other message of this key is in flight."""
+        while publication.key in (link := await self._ready(deadline, publication.message_id)).in_flight:
+            try:
+                async with asyncio.timeout_at(deadline):
                     await link.room()
-        except TimeoutError as error:
-            why = f"RabbitMQ accepted no message within {self.timeout:g} s"
-            if self._link is None:
-                why = f"RabbitMQ is not available ({self._no_connection()})"
-            elif is_blocked(self._link.connection):
-                why = _BLOCKED
-            raise BrokerUnavailable(why, message_id=concerned) from error
-        finally:
-            self._queued -= 1
+            except TimeoutError as error:
+                raise self._not_sent(error, publication.message_id) from error
+        return link.publish(publication, deadline)
 
-    async def _open_link(self, attempts: int, message_id: UUID | None) -> _Connection:
-        """Return the connection; see `_connected`. BrokerClosed if it is closed."""
-        try:
-            link = None if self.is_closed else await self._connected(attempts)
-        except Refused as error:
-            raise MessageRejected(
+    def _not_sent(self, error: Exception, message_id: UUID | None) -> DiatorError:
+        if isinstance(error, Refused):
+            return MessageRejected(
                 f"RabbitMQ refuses the exchange {self._exchange!r} ({error}); it must be a durable topic exchange that "
                 "the user may declare; else choose another prefix",
                 message_id=message_id,
-            ) from error
-        except AccessRefused as error:
-            raise AccessRefused(str(error), message_id=message_id) from error
-        except CHANNEL_ERRORS as error:
-            if isinstance(error, TimeoutError) and error is not self._failure:
-                raise  # the caller's own deadline
-            why = explained(error, within=self._reconnect.connect_timeout)
-            raise BrokerUnavailable(
-                f"no connection to RabbitMQ at {self._address.where} ({why})", message_id=message_id
-            ) from error
-        if link is None or self.is_closed:
-            raise BrokerClosed("this broker is closed", message_id=message_id)
-        return link
+            )
+        if self._link is not None and is_blocked(self._link.connection):
+            return BrokerUnavailable(_BLOCKED, message_id=message_id)
+        return super()._not_sent(error, message_id)
 
     async def _connect(self) -> _Connection:
         await self._background.wait()  # until the connection before is closed
-        link = _Connection(self._max_in_flight, self._gone)
+        link = _Connection(self.retire, self.timeout, self._max_in_flight)
         try:
             await link.open(*await self._address.dial("publishing"))
             await link.ask(commands.Confirm.Select())
             link.retains = await ensure_exchange(link, self._exchange)
         except BaseException:
-            self._close_soon(link)
+            self._background.start(link.close(), "closing a connection to RabbitMQ")
             raise
         return link
 
-    def _gone(self, link: _Connection) -> None:
-        if self._link is link:
-            self._link = None
-            if isinstance(link.error, Refused):
-                self._backoff.reset()
-            self._close_soon(link)
-
-    def _close_soon(self, link: Channel) -> None:
-        self._background.start(link.close(), "closing a connection to RabbitMQ")
+    def retire(self, link: _Connection) -> None:
+        """See `PipelinedConnection.retire`."""
+        if link is self._link and isinstance(link.error, Refused):
+            self._backoff.reset()
+        super().retire(link)
 
 
-class _Call:
-    """A message in flight. Its caller may have been cancelled."""
-
-    __slots__ = ("confirmed", "deadline", "key", "size", "written")
-
-    def __init__(
-        self, confirmed: asyncio.Future[None], publication: Publication, written: float, deadline: float
-    ) -> None:
-        self.confirmed = confirmed
-        self.key = publication.message_id
-        self.size = len(publication.header) + len(publication.body)
-        self.written = written
-        self.deadline = deadline
-
-    @property
-    def message_id(self) -> UUID | None:
-        return uuid_of(self.key)
-
-    def fail(self, error: BrokerError) -> None:
-        if not self.confirmed.done():
-            self.confirmed.set_exception(error)
-
-
-class _Connection(Channel):
+class _Connection(Channel, Pipeline[str]):
     """
-    One connection: the messages in flight, and the callers that wait for their confirms.
+    One connection: the messages in flight, by the key in the header. No two of one key are in flight at once.
+
+    RabbitMQ answers each message as long as the connection lives, but an alarm may delay that. So an overdue message
+    keeps its place.
 
     Attributes:
-        ids: The messages in flight, by the id in the header. No two of one id are in flight at once.
         retains: Whether the exchange has its alternate exchange.
     """
 
-    def __init__(self, max_in_flight: int, on_lost: Callable[[_Connection], None]) -> None:
-        super().__init__()
-        self._max_in_flight = max_in_flight
-        self._on_lost = on_lost
+    def __init__(self, retire: Callable[[_Connection], None], timeout: float, max_in_flight: int) -> None:
+        Channel.__init__(self)
+        Pipeline.__init__(self, retire, silence=timeout / 2, max_in_flight=max_in_flight)
         self._tag = 0
-        self._waiting: dict[int, _Call] = {}
-        self.ids: dict[str, _Call] = {}
+        self._keys: dict[int, str] = {}  # of the messages in flight, by the number in their confirms
         self.retains = True
-        self._bytes = 0
-        self._answered = asyncio.Event()
-        self._sweeper: asyncio.TimerHandle | None = None
         self._blocked = False
-
-    @property
-    def has_room(self) -> bool:
-        return len(self._waiting) < self._max_in_flight and self._bytes < _MOST_BYTES
-
-    async def room(self) -> None:
-        """Wait until a confirm or a returned message has arrived, or the connection is lost."""
-        if self.error is None:
-            self._answered.clear()
-            await self._answered.wait()
 
     def publish(self, publication: Publication, deadline: float) -> asyncio.Future[None]:
         """Write a message: at once if no confirm is due, else together with the others of this turn of the loop."""
-        confirmed: asyncio.Future[None] = self._loop.create_future()
         try:
             frames = publication.frames(self.frame_max)
         except ValueError as error:
-            refused = MessageRejected(str(error), message_id=uuid_of(publication.message_id))
+            refused = MessageRejected(str(error), message_id=publication.message_id)
             refused.__cause__ = error
+            confirmed = self._loop.create_future()
             confirmed.set_exception(refused)
             return confirmed
         self.write(frames)
-        if not self._waiting:
+        if not self.in_flight:
             self.flush()
         self._tag += 1
-        now = self._loop.time()
-        self._waiting[self._tag] = call = _Call(confirmed, publication, now, deadline)
-        self._bytes += call.size
-        self.ids[call.key] = call
-        if self._sweeper is None:
-            self._sweeper = self._loop.call_at(min(deadline, now + _SWEEP_EVERY), self._sweep)
-        return confirmed
-
-    async def finish(self) -> None:
-        """Wait for the confirms that are due."""
-        while any(not call.confirmed.done() for call in self._waiting.values()):
-            await self.room()
+        self._keys[self._tag] = publication.key
+        return self.expect(publication.key, publication.message_id, len(frames), deadline)
 
     # -- confirms and returned messages --------------------------------------------------------------------------
 
     def take(self, frame: Any) -> bool:
         if not isinstance(frame, (commands.Basic.Ack, commands.Basic.Nack)):
             return False
-        tag, nacked = frame.delivery_tag or 0, isinstance(frame, commands.Basic.Nack)
-        tags = [each for each in self._waiting if each <= tag] if frame.multiple else [tag]
-        for each in tags:
-            call = self._waiting.pop(each, None)
-            if call is None:
-                continue
-            self._bytes -= call.size
-            del self.ids[call.key]
-            if nacked:
-                call.fail(
-                    MessageRejected(
-                        "RabbitMQ refused it (nack); a queue is full, such as the one that retains max_retained "
-                        "messages until a group subscribes",
-                        message_id=call.message_id,
-                    )
-                )
-            elif not call.confirmed.done():
-                call.confirmed.set_result(None)
-        self._answered.set()
+        tag, error = frame.delivery_tag or 0, None
+        if isinstance(frame, commands.Basic.Nack):
+            error = MessageRejected(
+                "RabbitMQ refused it (nack); a queue is full, such as the one that retains max_retained messages until "
+                "a group subscribes"
+            )
+        for each in [each for each in self._keys if each <= tag] if frame.multiple else [tag]:
+            if (key := self._keys.pop(each, None)) is not None:
+                self.answered(key, error=error)
+        if self._blocked and not is_blocked(self.connection):
+            self._blocked = False
+            logger.warning("RabbitMQ reads from publishers again")
         return True
 
     def take_content(self, method: Content, header: bytes, body: bytes) -> None:
         """Fail a message that RabbitMQ returns because no queue wants it. Its confirm follows."""
-        if isinstance(method, commands.Basic.Return) and (call := self.ids.get(Properties(header).key)):
-            call.fail(
+        if isinstance(method, commands.Basic.Return) and (message := self.in_flight.get(Properties(header).key)):
+            message.fail(
                 MessageUnroutable(
                     f"no queue is bound to the routing key {method.routing_key!r}; nobody has subscribed yet, or the "
                     "queues were deleted",
-                    message_id=call.message_id,
+                    message_id=message.message_id,
                 )
             )
-            self._answered.set()
 
-    def _sweep(self) -> None:
-        """Look at the oldest messages. One timer for all messages costs less than one for each."""
-        self._sweeper = None
-        now = self._loop.time()
+    def overdue(self, key: str, *, silent: bool) -> None:
+        """See `Pipeline.overdue`."""
         blocked = is_blocked(self.connection)
-        if blocked != self._blocked:
-            self._blocked = blocked
-            logger.warning(_BLOCKED if blocked else "RabbitMQ reads from publishers again")
-        soonest = now + _SWEEP_EVERY
-        for call in self._waiting.values():
-            if call.confirmed.done():
-                continue  # it has failed, or its caller was cancelled
-            if call.deadline > now:
-                soonest = min(soonest, call.deadline)
-                break
-            if self.last_frame_at <= call.written and not blocked:
-                self.abort(Lost(f"RabbitMQ was silent for {now - call.written:.3g} s"))
-                return
+        if blocked and not self._blocked:
+            self._blocked = True
+            logger.warning(_BLOCKED)
+        if silent and not blocked:
+            self.abort(Lost("RabbitMQ was silent"))
+        else:
             why = _BLOCKED if blocked else "RabbitMQ has not confirmed it in time"
-            call.fail(OutcomeUnknown(f"{why}; it may still arrive", message_id=call.message_id))
-            self._answered.set()
-        if self._waiting:
-            self._sweeper = self._loop.call_at(soonest, self._sweep)
+            self.in_flight[key].fail(OutcomeUnknown(f"{why}; it may still arrive"))
 
     def lost(self, error: Exception) -> None:
         """Fail every message in flight. If there is only one, RabbitMQ's reason to close the channel is about it."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        alone = len(self._waiting) == 1
-        for call in self._waiting.values():
-            call.fail(_send_error(error, call.message_id, alone=alone))
-        self._waiting.clear()
-        self.ids.clear()
-        self._answered.set()
-        self._on_lost(self)
+        self.lose(_send_error(error, alone=len(self.in_flight) == 1))
 
 
-def _send_error(error: Exception, message_id: UUID | None, *, alone: bool) -> BrokerError:
-    if isinstance(error, Refused) and alone:
-        if error.code == NOT_FOUND:
-            return BrokerUnavailable(f"{error}; the next message declares it again", message_id=message_id)
-        refused = MessageRejected(f"RabbitMQ refused it ({error})", message_id=message_id)
-        refused.__cause__ = error
-        return refused
-    return OutcomeUnknown(f"{explained(error)}; it may have arrived", message_id=message_id)
+def _send_error(error: Exception, *, alone: bool) -> BrokerError:
+    if not isinstance(error, Refused) or not alone:
+        send_error: BrokerError = OutcomeUnknown(f"{explained(error)}; it may have arrived")
+    elif error.code == NOT_FOUND:
+        send_error = BrokerUnavailable(f"{error}; the next message declares it again")
+    else:
+        send_error = MessageRejected(f"RabbitMQ refused it ({error})")
+    send_error.__cause__ = error
+    return send_error
 
 
 def is_refused_for_good(error: MessageRejected) -> bool:
     """Return whether RabbitMQ refuses the message itself. A nack, which has no cause, means that a queue is full."""
     return error.__cause__ is not None
-
-
-def uuid_of(text: str) -> UUID | None:
-    """Return the UUID in *text*; None if it is another text."""
-    try:
-        return UUID(text)
-    except ValueError:
-        return None

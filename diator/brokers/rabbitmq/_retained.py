@@ -29,7 +29,7 @@ from diator.brokers.rabbitmq._client import Address, Frame, commands
 from diator.brokers.rabbitmq._content import DELIVERY_LIMIT
 from diator.brokers.rabbitmq._frames import Publication
 from diator.brokers.rabbitmq._names import retained_exchange_name, retained_queue_name
-from diator.brokers.rabbitmq._publisher import Publisher, uuid_of
+from diator.brokers.rabbitmq._publisher import Publisher
 from diator.brokers.supervisor import ReconnectPolicy
 from diator.exceptions import BrokerUnavailable, DiatorError, MessageRejected, MessageUnroutable
 
@@ -99,7 +99,7 @@ class RetainingPublisher(Publisher):
             except TimeoutError as error:
                 raise BrokerUnavailable(
                     f"earlier messages of its topic took all of {self.timeout:g} s",
-                    message_id=uuid_of(publication.message_id),
+                    message_id=publication.message_id,
                 ) from error
             try:
                 if line.is_open:
@@ -177,8 +177,7 @@ class RetainingPublisher(Publisher):
         It is bound, and so retains messages, only when a kill of RabbitMQ no longer loses it. Return False if the topic
         exchange has no alternate exchange.
         """
-        async with self._lock:
-            link = await self._open_link(self._attempts, None)
+        link = await self._ready(asyncio.get_running_loop().time() + self.timeout)
         if not link.retains:
             return False
         exchange, queue = retained_exchange_name(self._exchange), retained_queue_name(self._exchange, topic)

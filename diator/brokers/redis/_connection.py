@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 from uuid import UUID
 
 from diator._text import explained
-from diator.brokers.connecting import ClientConnection
+from diator.brokers.pipelining import Pipeline, PipelinedConnection
 from diator.brokers.redis._client import (
     CLIENT_ERRORS,
     NO_FAULT,
@@ -34,10 +33,10 @@ from diator.brokers.redis._client import (
     why_not_shared,
     wire_of,
 )
-from diator.brokers.supervisor import ReconnectPolicy, close_all
+from diator.brokers.supervisor import ReconnectPolicy
 from diator.exceptions import (
     AccessRefused,
-    BrokerClosed,
+    BrokerError,
     BrokerUnavailable,
     DiatorError,
     MessageRejected,
@@ -56,14 +55,15 @@ _MOST_BORROWED = 16
 _WAIT_SHARE = 0.4
 
 
-class CommandConnection(ClientConnection["_Connection | _Unshared"]):
+class CommandConnection(PipelinedConnection["_Connection | _Unshared"]):
     """
     One connection of a client's pool, which concurrent callers use at once.
 
     The commands of one turn of the event loop go out in one write, and the replies come back in that order; a lone
     command is written at once. At most *max_in_flight* commands, and about 4 MiB, wait for their replies; further ones
-    queue for room, in their order. Every call ends within *timeout* seconds. If the oldest command has no reply
-    by then, the connection is closed, and every call that waits on it raises `OutcomeUnknown`. Nothing is sent twice.
+    queue for room, in their order. Every call ends within *timeout* seconds. A command without a reply by then raises
+    `OutcomeUnknown`; if Redis has replied to nothing for half of that time, the connection is closed, and so does every
+    call that waits on it. Nothing is sent twice.
 
     If the pool has only one connection, each command borrows it. A client that is not redis-py's own (a fake, a
     cluster, a subclass with an `execute_command` of its own) is used through its `execute_command`, for at most 16
@@ -91,19 +91,17 @@ class CommandConnection(ClientConnection["_Connection | _Unshared"]):
             self._do_not_share("the client's pool has only one connection")
         self._is_replica = False
         self._ask_role_at = 0.0
-        self._closed = False  # unlike `is_closed`, not while subscriptions are still ending
 
     async def open(self) -> None:
         """Connect now. BrokerUnavailable if that is not possible."""
         deadline = self._bind_to_running_loop().time() + self.timeout
-        attempts = self._attempts
-        try:
-            async with asyncio.timeout_at(deadline), self._lock:
-                link = await self._open_link(attempts, None)
-                if isinstance(link, _Unshared):
+        link = await self._ready(deadline)
+        if isinstance(link, _Unshared):
+            try:
+                async with asyncio.timeout_at(deadline):
                     await link.ping()
-        except CLIENT_ERRORS as error:
-            raise self._not_sent(error, None) from error
+            except CLIENT_ERRORS as error:
+                raise self._not_sent(error, None) from error
 
     async def execute(self, *command: bytes, message_id: UUID | None = None, replicas: int = 0) -> Any:
         """
@@ -115,14 +113,10 @@ class CommandConnection(ClientConnection["_Connection | _Unshared"]):
             OutcomeUnknown: It was sent, and there is no reply, or fewer replicas have it.
             BrokerClosed: `aclose` was called before.
         """
-        loop = self._bind_to_running_loop()
-        deadline = loop.time() + self.timeout
-        link = self._link
+        deadline = self._bind_to_running_loop().time() + self.timeout
+        link = await self._ready(deadline, message_id)
         try:
-            if link is not None and link.has_room and not self._queued:
-                reply = link.call(command, message_id, deadline, replicas)
-            else:
-                reply = await self._call_in_turn(command, message_id, deadline, replicas)
+            reply = link.call(command, message_id, deadline, replicas)
         except CLIENT_ERRORS as error:
             raise self._not_sent(error, message_id) from error
         return await reply
@@ -157,45 +151,17 @@ class CommandConnection(ClientConnection["_Connection | _Unshared"]):
             logger.info("senders cannot notice that Redis becomes a replica, since it refuses ROLE: %s", error)
 
     async def _close(self) -> None:
-        await close_all(self.subscriptions)  # which still send commands here
-        self._closed = True
-        async with self._lock:  # after the callers that were waiting already
-            link = await self._take_link()
-        if link is not None:
-            await link.finish()
-        await self._background.wait()
+        await super()._close()
         if self._owns_client:
             await self._client.aclose()
-
-    async def _call_in_turn(
-        self, command: Sequence[bytes], message_id: UUID | None, deadline: float, replicas: int
-    ) -> Awaitable[Any]:
-        """Wait for a connection with room, and send."""
-        attempts = self._attempts
-        self._queued += 1
-        try:
-            async with asyncio.timeout_at(deadline), self._lock:
-                while True:
-                    link = await self._open_link(attempts, message_id)
-                    if link.has_room:
-                        return link.call(command, message_id, deadline, replicas)
-                    await link.room()
-        finally:
-            self._queued -= 1
-
-    async def _open_link(self, attempts: int, message_id: UUID | None) -> _Connection | _Unshared:
-        """Return the connection; see `_connected`. BrokerClosed if it is closed."""
-        link = None if self._closed else await self._connected(attempts)
-        if link is None or self._closed:
-            raise BrokerClosed("this broker is closed", message_id=message_id)
-        return link
 
     async def _connect(self) -> _Connection | _Unshared:
         if self._shares:
             connection = await take_connection(self._client)
             reason = why_not_shared(connection)
             if reason is None:
-                return _Connection(connection, self.timeout, self._max_in_flight, self._retire, self._drop)
+                close = partial(close_connection, self._client, connection)
+                return _Connection(connection, close, self.retire, self.timeout, self._max_in_flight)
             await release_connection(self._client, connection)
             self._do_not_share(reason)
         link = _Unshared(
@@ -218,22 +184,16 @@ class CommandConnection(ClientConnection["_Connection | _Unshared"]):
         self._shares = False
         logger.info("commands to Redis do not share one connection, which is slower: %s", reason)
 
-    def _retire(self, link: _Connection) -> None:
-        """Use another connection from now on, and close this one when its replies are in."""
-        if self._link is link:
-            self._link = None
+    def retire(self, link: _Connection | _Unshared) -> None:
+        """See `PipelinedConnection.retire`."""
+        if link is self._link and isinstance(link, _Connection) and not link.is_lost:
             self._backoff.reset()
-            self._background.start(link.finish(), "the last replies of a connection to Redis")
+        super().retire(link)
 
     def _drop_unshared(self, link: _Unshared) -> None:
         self._was_at_fault = True
         if self._link is link:
             self._link = None
-
-    async def _drop(self, link: _Connection, connection: RedisConnection) -> None:
-        if self._link is link:
-            self._link = None
-        await close_connection(self._client, connection)
 
 
 class _Unshared:
@@ -291,6 +251,9 @@ class _Unshared:
         while self._running:
             await self.room()
 
+    async def close(self) -> None:
+        """Do nothing: the client keeps its connections."""
+
     def _end(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
         self._room.set()
@@ -327,62 +290,42 @@ class _Unshared:
         await release_connection(self._client, connection)
 
 
-class _Connection:
+class _Connection(Pipeline[int]):
     """One connection: the commands that wait to be written, and the callers that wait for a reply."""
-
-    _MAX_BYTES_IN_FLIGHT = 4 * 1024 * 1024
 
     def __init__(
         self,
         connection: RedisConnection,
+        close: Callable[[], Awaitable[None]],
+        retire: Callable[[_Connection], None],
         timeout: float,
         max_in_flight: int,
-        retire: Callable[[_Connection], None],
-        drop: Callable[[_Connection, RedisConnection], Awaitable[None]],
     ) -> None:
-        self._loop = asyncio.get_running_loop()
+        super().__init__(retire, silence=timeout / 2, max_in_flight=max_in_flight)
         self._connection = connection
+        self._close = close
         self._timeout = timeout
-        self._max_in_flight = max_in_flight
-        self._retire = retire
-        self._drop = drop
         self._unwritten: list[bytes] = []
-        self._waiting: deque[_Call] = deque()
-        self._bytes_in_flight = 0
-        self._room = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._sweeper: asyncio.TimerHandle | None = None
+        self._commands = self._replies = 0
         self._may_retire_at = self._loop.time() + _MIN_AGE
         self._wait: asyncio.Task[int] | None = None  # a WAIT that is not written yet
         self._last_wait: asyncio.Task[int] | None = None
         self._write, self._read, self._abort = wire_of(connection)
-        self._broken: Exception | None = None
         self._reader = self._loop.create_task(self._read_replies(), name="diator: replies from Redis")
-
-    @property
-    def has_room(self) -> bool:
-        return len(self._waiting) < self._max_in_flight and self._bytes_in_flight < self._MAX_BYTES_IN_FLIGHT
-
-    async def room(self) -> None:
-        """Wait until a reply has arrived, or the connection is lost."""
-        self._room.clear()
-        await self._room.wait()
 
     def call(
         self, command: Sequence[bytes], message_id: UUID | None, deadline: float, replicas: int = 0
     ) -> Awaitable[Any]:
         """Write *command*: at once if no reply is due, else together with the others of this turn of the loop."""
-        reply, packed = self._loop.create_future(), _pack(command)
-        if self._waiting:
+        packed = _pack(command)
+        if self.in_flight:
             if not self._unwritten:
                 self._loop.call_soon(self._flush)
             self._unwritten.append(packed)
         else:
             self._write(packed)
-            if self._sweeper is None:
-                self._sweeper = self._loop.call_at(deadline, self._sweep)
-        self._waiting.append((reply, deadline, len(packed), message_id))
-        self._bytes_in_flight += len(packed)
+        self._commands += 1
+        reply = self.expect(self._commands, message_id, len(packed), deadline)
         if not replicas:
             return reply
         return self._reply_when_replicated(reply, message_id, replicas, self._wait_once(replicas, deadline))
@@ -404,8 +347,8 @@ class _Connection:
         if last is not None:
             await asyncio.wait([last])
         self._wait = None
-        if self._broken is not None:
-            raise self._broken
+        if self.is_lost:
+            raise ConnectionError("the connection is lost")
         count: int = await self.call(_wait(replicas, self._timeout), None, deadline)
         return count
 
@@ -421,13 +364,14 @@ class _Connection:
         if self._loop.time() >= self._may_retire_at:
             self._retire(self)
 
-    async def finish(self) -> None:
-        """Wait for the replies that are due, and close the connection."""
-        while self._waiting:
-            self._idle.clear()
-            await self._idle.wait()
+    async def close(self) -> None:
+        """See `Pipeline.close`."""
         self._reader.cancel()
         await asyncio.wait([self._reader])
+        try:
+            await self._close()
+        except CLIENT_ERRORS as error:
+            logger.debug("returning a connection to the pool of the Redis client failed: %r", error)
 
     def _flush(self) -> None:
         if self._unwritten:
@@ -435,24 +379,13 @@ class _Connection:
                 self._write(b"".join(self._unwritten))
                 self._unwritten.clear()
             except CLIENT_ERRORS as error:
-                self._give_up(error)
+                self.lose(send_error(error, None, written=True))
 
-    def _sweep(self) -> None:
-        """Look at the oldest call. One timer for all calls costs less than one for each."""
-        self._sweeper = None
+    def check_deadlines(self) -> None:
+        """See `Pipeline.check_deadlines`."""
+        super().check_deadlines()
         if is_outdated(self._connection):
             self._retire(self)
-        if not self._waiting:
-            return
-        deadline = self._waiting[0][1]
-        if deadline <= self._loop.time():
-            self._give_up(TimeoutError(f"no reply within {self._timeout:g} s"))
-        else:
-            self._sweeper = self._loop.call_at(deadline, self._sweep)
-
-    def _give_up(self, error: Exception) -> None:
-        self._broken = error
-        self._reader.cancel()
 
     async def _read_replies(self) -> None:
         try:
@@ -463,51 +396,28 @@ class _Connection:
                     reply = error
                 self._settle(reply)
         except CLIENT_ERRORS as error:
-            self._broken = error
-        except asyncio.CancelledError:
-            if self._broken is None:
-                raise
+            self.lose(send_error(error, None, written=True))
         finally:
-            closed = ConnectionError("the connection was closed")
-            self._fail(closed if self._broken is None else self._broken)
-            if self._broken is not None:
-                self._abort()  # an ordinary close would wait for what the peer does not take
-            try:
-                await self._drop(self, self._connection)
-            except CLIENT_ERRORS as error:
-                logger.debug("returning a connection to the pool of the Redis client failed: %r", error)
+            self.lose(OutcomeUnknown("the connection was closed; it may have arrived"))  # whoever has cancelled this
 
     def _settle(self, reply: Any) -> None:
-        future, _, size, message_id = self._waiting.popleft()
-        self._bytes_in_flight -= size
-        error = send_error(reply, message_id, written=True) if isinstance(reply, Exception) else None
+        self._replies += 1
+        if not isinstance(reply, Exception):
+            self.answered(self._replies, reply)
+            return
+        call = self.in_flight.get(self._replies)
+        error = send_error(reply, None if call is None else call.message_id, written=True)
         if isinstance(error, (BrokerUnavailable, AccessRefused)):
             self.renew()  # the address may lead to another server by now, such as the new primary
-        if not future.done():  # its caller may have been cancelled
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(reply)
-        self._room.set()
-        if not self._waiting:
-            self._idle.set()
+        self.answered(self._replies, error=error)
 
-    def _fail(self, error: BaseException) -> None:
-        """Fail every call that waits. A command that was written may have arrived; one that was not has not."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        written = len(self._waiting) - len(self._unwritten)
-        for position, (future, _, _, message_id) in enumerate(self._waiting):
-            if not future.done():
-                future.set_exception(send_error(error, message_id, written=position < written))
-        self._waiting.clear()
+    def lose(self, error: BrokerError) -> None:
+        """See `Pipeline.lose`. A command that was written may have arrived; one that was not has not."""
+        for call in [*self.in_flight.values()][len(self.in_flight) - len(self._unwritten) :]:
+            call.fail(BrokerUnavailable("the connection to Redis was lost before it was sent"))
         self._unwritten.clear()
-        self._room.set()  # a caller that waits for room now looks for another connection
-        self._idle.set()
-
-
-# The future of the reply, its deadline, the size of the command in bytes, and the message that it is about.
-_Call: TypeAlias = tuple["asyncio.Future[Any]", float, int, "UUID | None"]
+        self._abort()  # the peer may take nothing any more
+        super().lose(error)
 
 
 def _wait(replicas: int, timeout: float) -> tuple[bytes, ...]:

@@ -163,7 +163,7 @@ class RabbitMQHarness(ServiceHarness):
 
         def publication(properties, body):
             header = struct.pack(">HHQ", 60, 0, len(body)) + properties
-            return Publication(self.prefix, routing_key(*topic), header, body, str(uuid4()), mandatory=True)
+            return Publication(self.prefix, routing_key(*topic), header, body, str(uuid4()), None, mandatory=True)
 
         stored = foreign_properties(kind, body, transport.capabilities.max_message_bytes)
         for properties, each in stored:

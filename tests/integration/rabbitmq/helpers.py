@@ -69,7 +69,7 @@ class Raw(Channel):
     async def publish(self, exchange: str, routing_key: str, flags: int, properties: bytes, body: bytes) -> None:
         """Publish, and wait for the confirm."""
         header = (60).to_bytes(2) + bytes(2) + len(body).to_bytes(8) + flags.to_bytes(2) + properties
-        self.write(Publication(exchange, routing_key, header, body, "", mandatory=False).frames(self.frame_max))
+        self.write(Publication(exchange, routing_key, header, body, "", None, mandatory=False).frames(self.frame_max))
         answer = await asyncio.wait_for(self._answers.get(), SLACK)
         assert isinstance(answer, commands.Basic.Ack), answer
 

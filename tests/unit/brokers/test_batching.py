@@ -271,7 +271,11 @@ def test_an_error_that_names_its_message_or_its_size_stays_the_same(error, messa
     assert own_error(error, message_id) is error
 
 
-def test_an_error_of_a_batch_stays_the_same_for_a_message_without_an_id():
-    error = OutcomeUnknown("lost")
+def test_a_message_without_an_id_receives_an_error_of_its_own_too():
+    """The tracebacks of several callers would add up in one error."""
+    error, cause = OutcomeUnknown("lost"), OSError()
+    error.__cause__ = cause
+    own = own_error(error, None)
 
-    assert own_error(error, None) is error
+    assert own is not error
+    assert (type(own), str(own), own.message_id, own.__cause__) == (OutcomeUnknown, "lost", None, cause)

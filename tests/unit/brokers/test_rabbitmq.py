@@ -212,7 +212,7 @@ def test_a_publication_is_read_by_others_as_it_was_written(frame_max):
     headers = {"trace": "\u00e4", "empty": "", "": "x"}
     header = header_of("Joined", message_id, headers, len(body))
 
-    written = Publication("diator", "a.b", header, body, message_id, mandatory=True).frames(frame_max)
+    written = Publication("diator", "a.b", header, body, message_id, None, mandatory=True).frames(frame_max)
 
     frames = []
     while written:

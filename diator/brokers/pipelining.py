@@ -1,0 +1,273 @@
+"""A connection on which many messages are under way at once, for a service that answers each of them later."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar
+from uuid import UUID
+
+import msgspec
+
+from diator._text import explained
+from diator.brokers.batching import own_error
+from diator.brokers.connecting import ClientConnection
+from diator.brokers.supervisor import close_all
+from diator.exceptions import BrokerClosed, BrokerError, BrokerUnavailable, DiatorError, OutcomeUnknown
+
+K = TypeVar("K")
+
+
+class InFlight(msgspec.Struct, eq=False):
+    """
+    A message that was written and not answered.
+
+    Attributes:
+        answer: What its caller waits for.
+        message_id: Its id, for errors.
+        size: Its size in bytes.
+        deadline: When its caller must have a result, by the clock of the event loop.
+    """
+
+    answer: asyncio.Future[Any]
+    message_id: UUID | None
+    size: int
+    deadline: float
+
+    def fail(self, error: BrokerError) -> None:
+        """Give *error* to its caller, unless the caller has a result or was cancelled. It stays in flight."""
+        self.deadline = math.inf
+        if not self.answer.done():
+            self.answer.set_exception(own_error(error, self.message_id))
+
+
+class Pipeline(ABC, Generic[K]):
+    """
+    One connection to a service that takes many messages before it answers the first. A transport derives its own.
+
+    The subclass writes a message and calls `expect` with the key of its answer, which no other message in flight has: a
+    number or an id. (If the service answers in order, the subclass counts the messages and the answers.) The future
+    that `expect` returns ends once, by the first of these:
+
+    - The subclass calls `answered`: with the result, or with the error.
+    - The deadline passes: with `OutcomeUnknown`. The message loses its place, and a later answer is ignored. If the
+      service has answered nothing for *silence* seconds, the connection counts as lost.
+    - The subclass calls `lose`: with the error of the connection.
+
+    Each caller receives an error of its own, with its own `message_id`. If a caller is cancelled, the answer to its
+    message goes to nobody. One timer watches all deadlines: a message costs neither a task nor a timer.
+
+    Args:
+        retire: Called when the connection is lost: `PipelinedConnection.retire`.
+        silence: Half of the time limit of a call. It is shorter than a call, since a message may be written late.
+        max_in_flight: How many messages wait for their answers at most.
+        max_bytes: Nothing is written while so many bytes, or more, wait for their answers.
+
+    Attributes:
+        in_flight: The messages that wait for their answers, by key, in the order of `expect`.
+        is_lost: Whether `lose` was called.
+    """
+
+    def __init__(
+        self,
+        retire: Callable[[Any], None],
+        *,
+        silence: float,
+        max_in_flight: int,
+        max_bytes: int = 4 * 1024 * 1024,
+    ) -> None:
+        self.in_flight: dict[K, InFlight] = {}
+        self.is_lost = False
+        self._loop = asyncio.get_running_loop()
+        self._retire = retire
+        self._silence = silence
+        self._max_in_flight, self._max_bytes = max_in_flight, max_bytes
+        self._bytes = 0
+        self._silent_since = math.inf  # while something waits for an answer
+        self._changed = asyncio.Event()
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_at = math.inf
+
+    @property
+    def has_room(self) -> bool:
+        """Return whether another message may be written."""
+        return len(self.in_flight) < self._max_in_flight and self._bytes < self._max_bytes
+
+    async def room(self) -> None:
+        """Wait until an answer has arrived, a deadline has passed, or the connection is lost."""
+        if not self.is_lost:
+            self._changed.clear()
+            await self._changed.wait()
+
+    def expect(self, key: K, message_id: UUID | None, size: int, deadline: float) -> asyncio.Future[Any]:
+        """Return the future of the answer to a message of *size* bytes, which is written now."""
+        answer = self._loop.create_future()
+        self.in_flight[key] = InFlight(answer, message_id, size, deadline)
+        self._bytes += size
+        if self._silent_since == math.inf:
+            self._silent_since = self._loop.time()
+        if deadline < self._alarm_at:
+            self._wake_at(deadline)
+        return answer
+
+    def answered(self, key: K, result: Any = None, *, error: BrokerError | None = None) -> None:
+        """Note the answer to a message. Its future ends with *result*, or with *error*."""
+        message = self.in_flight.pop(key, None)
+        self._silent_since = self._loop.time() if self.in_flight else math.inf
+        if message is None:
+            return  # it was overdue
+        self._bytes -= message.size
+        if error is not None:
+            message.fail(error)
+        elif not message.answer.done():
+            message.answer.set_result(result)
+        self._changed.set()
+
+    def lose(self, error: BrokerError) -> None:
+        """Note that no answer will arrive any more. The callers that still wait get *error*: mostly OutcomeUnknown."""
+        if self.is_lost:
+            return
+        self.is_lost = True
+        if self._alarm is not None:
+            self._alarm.cancel()
+        for message in self.in_flight.values():
+            message.fail(error)
+        self.in_flight.clear()
+        self._changed.set()
+        self._retire(self)
+
+    def check_deadlines(self) -> None:
+        """Handle the overdue messages. The timer calls it at the earliest deadline; a subclass may check more."""
+        now = max(self._loop.time(), self._alarm_at)  # a timer may be early, by its resolution
+        silent = now - self._silent_since >= self._silence
+        for key in [key for key, message in self.in_flight.items() if message.deadline <= now]:
+            if not self.is_lost:
+                self.overdue(key, silent=silent)
+        self._changed.set()
+        self._alarm, self._alarm_at = None, math.inf
+        earliest = min((message.deadline for message in self.in_flight.values()), default=math.inf)
+        if earliest < math.inf:
+            self._wake_at(earliest)
+
+    def overdue(self, key: K, *, silent: bool) -> None:
+        """
+        Fail a message at its deadline. A subclass may do otherwise.
+
+        *silent*: whether no answer to any message has arrived for *silence* seconds.
+        """
+        if silent:
+            self.lose(OutcomeUnknown("the service was silent; it may have arrived"))
+        else:
+            message = self.in_flight.pop(key)
+            self._bytes -= message.size
+            message.fail(OutcomeUnknown("the service has not confirmed it in time; it may still arrive"))
+
+    async def finish(self) -> None:
+        """Wait until every caller has its result."""
+        while not all(message.answer.done() for message in self.in_flight.values()):
+            await self.room()
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Close the connection: at once if it is lost, else in an orderly way and in a limited time."""
+
+    def _wake_at(self, deadline: float) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm_at = deadline
+        self._alarm = self._loop.call_at(deadline, self.check_deadlines)
+
+
+class _Link(Protocol):
+    @property
+    def has_room(self) -> bool: ...
+    async def room(self) -> None: ...
+    async def finish(self) -> None: ...
+    async def close(self) -> None: ...
+
+
+P = TypeVar("P", bound=_Link)
+
+
+class PipelinedConnection(ClientConnection[P]):
+    """
+    A client connection through which many callers send at once, without waiting for each other's answers.
+
+    A subclass writes `_connect`, which returns a `Pipeline`, and the calls: each gets the pipeline from `_ready` and
+    writes to it before it waits for anything else. So messages are written in the order of the calls.
+
+    A message that is not written by its deadline raises `BrokerUnavailable`. A message that is written has its result
+    from the pipeline. After a loss, the next call connects again. `aclose` ends the subscriptions, which may send until
+    then; after that it refuses calls, waits until every message that was written has its result, and closes the
+    connection.
+
+    Attributes:
+        service: The name of the service, for error texts.
+    """
+
+    service = "the service"
+    _is_over = False  # set when the subscriptions have ended: they send until then
+
+    async def open(self) -> None:
+        """Connect now. BrokerUnavailable if that is not possible."""
+        await self._ready(self._bind_to_running_loop().time() + self.timeout)
+
+    def retire(self, link: P) -> None:
+        """Use another connection from now on, and close *link* when all that wait on it have their results."""
+        if self._link is link:
+            self._link = None
+            self._background.start(self._end(link), f"closing a connection to {self.where}")
+
+    async def _ready(self, deadline: float, message_id: UUID | None = None) -> P:
+        """
+        Return a connection with room, in the turn of this call.
+
+        Raises:
+            BrokerUnavailable: There is none by the *deadline*, or the attempt to connect has failed.
+            BrokerClosed: `aclose` was called.
+        """
+        link = self._link
+        if link is not None and not self._queued and link.has_room:
+            return link
+        attempts = self._attempts
+        self._queued += 1
+        try:
+            async with asyncio.timeout_at(deadline), self._lock:
+                while True:
+                    link = None if self._is_over else await self._connected(attempts)
+                    if link is None or self._is_over:
+                        break
+                    if link.has_room:
+                        return link
+                    await link.room()
+        except DiatorError as error:
+            raise (own_error(error, message_id) if isinstance(error, BrokerError) else error) from error.__cause__
+        except Exception as error:
+            raise self._not_sent(error, message_id) from error
+        finally:
+            self._queued -= 1
+        raise BrokerClosed("this broker is closed", message_id=message_id)
+
+    def _not_sent(self, error: Exception, message_id: UUID | None) -> DiatorError:
+        """Translate what `_connect` raised, or the end of a call that waited. Nothing was sent."""
+        if isinstance(error, TimeoutError) and error is not self._failure:
+            full = f"earlier messages took all of {self.timeout:g} s"
+            why = self._no_connection() if self._link is None else full
+        else:
+            why = explained(error, within=self._reconnect.connect_timeout)
+        return BrokerUnavailable(f"{self.service} at {self.where} is not available ({why})", message_id=message_id)
+
+    async def _close(self) -> None:
+        await close_all(self.subscriptions)
+        self._is_over = True
+        async with self._lock:  # after the callers that were waiting already
+            link = await self._take_link()
+        if link is not None:
+            await self._end(link)
+        await self._background.wait()
+
+    async def _end(self, link: P) -> None:
+        await link.finish()
+        await link.close()
