@@ -58,7 +58,7 @@ class RabbitMQHarness(ServiceHarness):
         liveness=6.0,
         recovery=8.0,
         max_delay=1.0,
-        absence=31.0,
+        absence=16.0,
     )
     password = "swordfish-of-the-rabbitmq-harness"
 
