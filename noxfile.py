@@ -111,7 +111,7 @@ def mutation(session: nox.Session) -> None:
     """
     Find what no unit test notices: `nox -s mutation -- FILE… [--minutes N]`, such as `retrying codec`.
 
-    It takes minutes to hours for each file, so neither `nox` nor CI runs this session. See `tests/mutation.py`.
+    It takes minutes for each file, so neither `nox` nor CI runs this session. See `tests/mutation.py`.
     """
     session.install("-e", f".[{CLIENTS}]", *group("mutation"))
     session.run("python", "tests/mutation.py", *session.posargs)

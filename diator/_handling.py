@@ -526,7 +526,6 @@ class Handling:
             outcome, result = await self._settle(delivery, result, worker.settling, refused)
             return result
         except BaseException as ending:
-            deadline.began = None
             result = _Result(_ended_by(ending), ending)
             raise
         finally:

@@ -2,16 +2,17 @@
 Find the lines that could be wrong without a unit test noticing it, in the files that decide about messages.
 
 ``python tests/mutation.py retrying codec`` changes these files in a copy of the checkout, one small change after the
-other (mutmut makes them), and runs the unit tests of the file on each. A change that no test notices has survived:
-write the test that was missing, or, if no program can tell the difference, add the changed lines with the reason to
-``tests/survivors.toml``. ``--minutes`` limits the time; what was tried by then counts. ``nox -s mutation`` runs this.
+other (mutmut makes them), and runs the unit tests of the file on each (``mutants.py`` does). A change that no test
+notices has survived: write the test that was missing, or, if no program can tell the difference, add the changed lines
+with the reason to ``tests/survivors.toml``. ``--minutes`` limits the time; what was tried by then counts.
+``nox -s mutation`` runs this.
 """
 
 import argparse
 import ast
 import json
+import os
 import shutil
-import signal
 import subprocess
 import sys
 import tomllib
@@ -72,19 +73,18 @@ def main() -> None:
     known = {Path(file).stem.lstrip("_"): file for file in FILES}
     parser.add_argument("files", nargs="+", metavar="FILE", choices=[*known, *FILES], help=", ".join(known))
     parser.add_argument("--minutes", type=float, default=30, help="how long it may take for each file (default: 30)")
+    parser.add_argument("--only", default="*", help="a pattern: try the changes whose names match, such as '*_watch*'")
     arguments = parser.parse_args()
-    rates = [tried(known.get(file, file), arguments.minutes) for file in arguments.files]
+    rates = [tried(known.get(file, file), arguments.minutes, arguments.only) for file in arguments.files]
     sys.exit(not all(rate >= ENOUGH for rate in rates))
 
 
-def tried(file: str, minutes: float) -> float:
+def tried(file: str, minutes: float, only: str) -> float:
     """Change *file* again and again, print the survivors without a reason, and return the share that was noticed."""
     with TemporaryDirectory(prefix="diator-mutation-") as folder:
-        codes = mutate(file, Path(folder), minutes)
-        done = {name: code for name, code in codes.items() if code is not None}
-        survivors = differences(file, folder, [name for name, code in done.items() if code in (0, 33)])  # 33: no test
-        if not done:  # such as because the tests fail as they are
-            print((Path(folder) / "mutmut.log").read_text().replace("\r", "\n")[-4_000:])
+        noticed = mutate(file, Path(folder), minutes, only)
+        done = {name: is_noticed for name, is_noticed in noticed.items() if is_noticed is not None}
+        survivors = differences(file, folder, [name for name, is_noticed in done.items() if not is_noticed])
     with SURVIVORS.open("rb") as listed:
         reasons = tomllib.load(listed).get(file, {})
     unexplained = {name: diff for name, diff in survivors.items() if changed(diff) not in reasons}
@@ -94,26 +94,40 @@ def tried(file: str, minutes: float) -> float:
     matter = len(done) - explained
     rate = 1 - len(unexplained) / matter if matter else 0.0
     print(
-        f"{file}: {rate:.1%} noticed; {len(done)} of {len(codes)} changes tried, {len(survivors)} survived, "
+        f"{file}: {rate:.1%} noticed; {len(done)} of {len(noticed)} changes tried, {len(survivors)} survived, "
         f"{explained} of them with a reason",
         flush=True,
     )
     return rate
 
 
-def mutate(file: str, folder: Path, minutes: float) -> dict[str, int | None]:
-    """Let mutmut change *file* in a copy of the checkout. Return the exit code of the tests for each change."""
+#: Makes the changes, all of them in one copy of the file: the one whose name is in the environment has an effect.
+_CHANGE = """
+from mutmut import __main__ as mutmut
+mutmut.set_mutant_under_test("mutant_generation")
+mutmut.copy_src_dir()
+mutmut.copy_also_copy_files()
+mutmut.create_mutants(1)
+"""
+
+
+def mutate(file: str, folder: Path, minutes: float, only: str) -> dict[str, bool | None]:
+    """Change *file* in a copy of the checkout. Return whether a test noticed each change; None if it was not tried."""
     copy_checkout(file, folder)
-    run = [sys.executable, "-m", "mutmut", "run", "--max-children", "1", f"{file[:-3].replace('/', '.')}.*"]
-    with (folder / "mutmut.log").open("w") as log:
-        mutating = subprocess.Popen(run, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            mutating.wait(60 * minutes)
-        except subprocess.TimeoutExpired:
-            mutating.send_signal(signal.SIGINT)
-            mutating.wait()
-    found = folder / "mutants" / f"{file}.meta"
-    return json.loads(found.read_text())["exit_code_by_key"] if found.exists() else {}
+    subprocess.run([sys.executable, "-c", _CHANGE], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    found = folder / "outcomes.json"
+    tests = [f"tests/unit/{name}" for name in FILES[file]]
+    # What mutmut puts around each function takes time, so tests that measure it would fail.
+    options = ["-q", "-s", "-p", "tests.mutants", "-p", "no:cacheprovider", "-k", "not as_fast_as"]
+    environment = {"PYTHONPATH": ".", "MUTANTS": f"{file}.meta", "OUTCOMES": str(found)}
+    environment |= {"MINUTES": str(minutes), "ONLY": only}
+    subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *tests],
+        cwd=folder / "mutants",
+        env=os.environ | environment,
+        check=False,
+    )
+    return json.loads(found.read_text()) if found.exists() else {}
 
 
 def copy_checkout(file: str, folder: Path) -> None:
@@ -131,10 +145,6 @@ def copy_checkout(file: str, folder: Path) -> None:
         "source_paths": ["diator"],
         "only_mutate": [file],
         "also_copy": beside,
-        "pytest_add_cli_args_test_selection": [f"tests/unit/{name}" for name in FILES[file]],
-        # What mutmut puts around each function takes time, so tests that measure it would fail.
-        "pytest_add_cli_args": ["-p", "no:cacheprovider", "-k", "not as_fast_as"],
-        "timeout_multiplier": 6.0,  # a change may make a loop endless, and most tests take milliseconds
         "do_not_mutate_patterns": _INVISIBLE,
         "use_git_change_detection": False,
     }

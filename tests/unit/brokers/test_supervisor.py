@@ -1060,10 +1060,10 @@ async def test_postponed_deliveries_are_removed_with_the_prefetched_ones():
 async def test_what_is_removed_leaves_room_for_as_many_as_before():
     """What was received only as well as what is postponed; the others stay, in their order."""
     service = Service()
-    async with service.supervised(prefetch=2, buffer_size=8) as deliveries:
-        service.links[0].put(*range(1, 8))
+    async with service.supervised(prefetch=3, buffer_size=8) as deliveries:
+        service.links[0].put(*range(1, 9))
         await asyncio.sleep(0.01)
-        deliveries.unsettled = 7
+        deliveries.unsettled = 8
         first, second = [await anext(deliveries) for _ in range(2)]
         deliveries.postpone(first)
         deliveries.postpone(second)
@@ -1072,12 +1072,12 @@ async def test_what_is_removed_leaves_room_for_as_many_as_before():
         deliveries.unsettled -= 3
 
         assert ([each.body for each in removed], deliveries.postponed) == ([b"1", b"4", b"6"], 1)
-        assert [each.body for each in handed_out(deliveries)] == [b"3", b"5"]
+        assert [each.body for each in handed_out(deliveries)] == [b"3", b"5", b"7"]
         assert deliveries.resume(second)
         deliveries.unsettled -= 1
         assert handed_out(deliveries) == []
         deliveries.unsettled -= 1
-        assert [each.body for each in handed_out(deliveries)] == [b"7"]
+        assert [each.body for each in handed_out(deliveries)] == [b"8"]
 
 
 def handed_out(deliveries):

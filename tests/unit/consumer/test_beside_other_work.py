@@ -91,7 +91,7 @@ async def test_ready_ends_if_the_consumer_is_stopped_before_it_has_subscribed(ho
     await asyncio.sleep(0)
     consumer.stop() if how == "stopped" else run.cancel()
 
-    with pytest.raises(UsageError, match="stopped before it had subscribed"):
+    with pytest.raises(UsageError, match=r"^the consumer was stopped before it had subscribed$"):
         await consumer.ready()
     await asyncio.wait({run})
 
@@ -227,6 +227,40 @@ async def test_an_entry_that_is_cancelled_ends_the_subscription():
         await task
 
     assert asyncio.all_tasks() == before
+
+
+async def test_an_entry_that_is_cancelled_is_not_replaced_by_an_error_of_its_end():
+    class Untidy(Scripted):
+        @contextlib.asynccontextmanager
+        async def subscribe(self, topics, /, **_):
+            try:
+                await asyncio.sleep(60)
+                yield self
+            finally:
+                raise LookupError
+
+    consumer, _ = consumer_of(Untidy(), on_joined)
+    entering = asyncio.create_task(consumer.__aenter__())
+    await asyncio.sleep(0.1)
+    entering.cancel()
+    await asyncio.wait({entering})
+
+    assert entering.cancelled()
+
+
+async def test_a_consumer_whose_task_is_cancelled_leaves_the_block_alone(caplog):
+    """As by a program that cancels all tasks at its end. The end of the block shows it."""
+    went_on = []
+    consumer, _ = consumer_of(Scripted(), on_joined)
+    with pytest.raises(asyncio.CancelledError):  # noqa: PT012  # the block is what is tested
+        async with consumer:
+            [task] = [task for task in asyncio.all_tasks() if task.get_name() == "diator: consumer"]
+            task.cancel()
+            await asyncio.sleep(1)
+            went_on.append(True)
+
+    assert went_on
+    assert not caplog.messages[1:]  # after the line of its start
 
 
 async def test_a_consumer_that_is_stopped_in_its_block_leaves_the_block_alone():

@@ -99,7 +99,7 @@ async def test_what_waits_for_a_slow_key_occupies_no_handler():
     assert handled[50:] == [*range(0, 100, 2)]
 
 
-@pytest.mark.parametrize("limit", ["messages", "bytes"])
+@pytest.mark.parametrize("limit", ["messages", "bytes", "messages, by default"])
 async def test_what_waits_is_bounded(monkeypatch, limit):
     gate, handled = asyncio.Event(), []
 
@@ -107,7 +107,8 @@ async def test_what_waits_is_bounded(monkeypatch, limit):
         await gate.wait()
         handled.append(event.number)
 
-    events = [Moved(number=number) for number in range(20)]
+    count = 1_100 if limit == "messages, by default" else 20
+    events = [Moved(number=number) for number in range(count)]
     broker = Scripted()
     broker.script.extend(broker.delivery(body_of(event), headers={"key": "A"}) for event in events)
     if limit == "bytes":
@@ -115,11 +116,11 @@ async def test_what_waits_is_bounded(monkeypatch, limit):
     consumer, reports = consumer_of(broker, on_moved, concurrency=8, **{"prefetch": 5} if limit == "messages" else {})
     async with running(consumer):
         await asyncio.sleep(0.01)
-        assert broker.given == {"messages": 1 + 5, "bytes": 1 + 4}[limit]
+        assert broker.given == 1 + {"messages": 5, "bytes": 4, "messages, by default": 1_000}[limit]
         gate.set()
-        await until(lambda: len(reports) == 20)
+        await until(lambda: len(reports) == count)
 
-    assert handled == [*range(20)]
+    assert handled == [*range(count)]
 
 
 async def test_headers_count_as_bytes_that_wait(monkeypatch):

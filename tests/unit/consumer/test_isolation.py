@@ -436,7 +436,7 @@ async def test_dead_letters_leave_nothing_behind(body):
 
 async def test_what_is_not_stored_together_is_dead_lettered_by_itself():
     large = b" " * (_LONGEST_TOGETHER + 1)
-    broker = Together(b"{", b"[", large, b"{")
+    broker = Together(large[1:], b"[", large, b"{")
     broker.stored.set()
     reports = await consume(broker, on_joined, count=4)
 
@@ -448,13 +448,15 @@ async def test_what_is_not_stored_together_is_dead_lettered_by_itself():
 
 
 @pytest.mark.parametrize("error", [LookupError(CANARY), asyncio.CancelledError()], ids=["error", "cancelled by itself"])
-async def test_an_error_of_dead_lettering_together_fails_no_message(error):
+async def test_an_error_of_dead_lettering_together_fails_no_message(error, caplog):
+    caplog.set_level(logging.DEBUG)
     broker = Together(*[b"{"] * 3, failing={"together": error})
     broker.stored.set()
     reports = await consume(broker, on_joined, count=3)
 
     assert [what for what, *_ in broker.log] == ["began", "dead_letter"] * 3
     assert outcomes(reports) == ["dead_lettered"] * 3
+    assert f"dead letters were not stored together: {type(error).__name__}" in caplog.messages
 
 
 async def test_a_call_that_does_not_end_is_given_up_and_each_message_dead_lettered_by_itself():

@@ -11,12 +11,14 @@ import pytest
 
 import diator
 from diator.consumer import Consumer
-from tests.unit.consumer.helpers import JOIN, consumer_of, on_joined, outcomes
+from tests.unit.consumer.helpers import JOIN, Slow, consumer_of, on_joined, outcomes
 from tests.unit.doubles import (
     Scripted,
     body_of,
     events_of,
+    holding,
     running,
+    until,
 )
 
 PROGRAM = """
@@ -60,7 +62,7 @@ def program(*signals, seconds=0.3, then="", groups=("diator",), look=False):
         text=True,
         cwd=Path(diator.__file__).parents[1],
     ) as process:
-        watchdog = threading.Timer(5, process.kill)
+        watchdog = threading.Timer(60, process.kill)
         watchdog.start()
         said = [process.stdout.readline()]
         for number in signals:
@@ -92,6 +94,21 @@ def test_a_handler_that_exits_ends_the_process_and_its_message_is_redelivered():
     said, _, code = program(seconds=0, then="sys.exit(3)", look=True)
 
     assert (said, code) == (["begun", "attempts [2, 1]"], 3)
+
+
+@pytest.mark.parametrize(("signals", "outcome"), [(1, "acked"), (2, "unsettled")])
+async def test_the_first_signal_is_graceful_and_the_second_one_is_not(signals, outcome):
+    slow = Slow()
+    consumer, reports = consumer_of(await holding(JOIN), slow)
+    run = asyncio.create_task(consumer.run())
+    await until(lambda: slow.begun)
+    for _ in range(signals):
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.sleep(0.1)
+    slow.gate.set()
+    await run
+
+    assert outcomes(reports) == [outcome]
 
 
 @pytest.mark.parametrize("in_a_thread", [False, True])

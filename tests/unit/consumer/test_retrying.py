@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from diator.brokers.memory import MemoryMessageBroker
+from diator.events import EventEmitter
 from diator.retrying import PermanentError, RetryPolicy
 from tests.unit.consumer.helpers import (
     CANARY,
@@ -26,6 +28,7 @@ from tests.unit.doubles import (
     UserJoined,
     body_of,
     holding,
+    running,
     until,
 )
 
@@ -230,6 +233,32 @@ async def test_a_handler_that_blocks_the_loop_for_too_long_is_acknowledged_if_it
     [handled] = await consume(Scripted(body_of(JOIN)), blocking, retry=ONCE, handler_timeout=0.01)
 
     assert handled.outcome == ("dead_lettered" if awaits else "acked")
+
+
+@pytest.mark.usefixtures("loop_clock")
+@pytest.mark.parametrize("concurrency", [1, 2])
+async def test_the_time_limit_of_a_handler_ends_with_it(concurrency, caplog):
+    """It does not cancel the wait for the next message, nor the next handler."""
+    broker = MemoryMessageBroker()
+    consumer, reports = consumer_of(broker, on_joined, concurrency=concurrency, handler_timeout=1)
+    async with running(consumer) as run:
+        for number in range(1, 4):
+            await EventEmitter(message_broker=broker).emit(UserJoined())
+            await until(lambda number=number: len(reports) == number)
+            await asyncio.sleep(1.5)
+        assert not run.done()
+
+    assert outcomes(reports) == ["acked"] * 3
+    assert not [each for each in caplog.messages if each.startswith("Exception in callback")]
+
+
+@pytest.mark.parametrize(("attempt", "reason"), [(3, "undecodable"), (4, "poison-message")])
+async def test_an_undecodable_message_is_a_poison_message_only_after_the_last_attempt(attempt, reason):
+    broker = Scripted()
+    broker.script.append(broker.delivery(b"{", attempt=attempt))
+    [handled] = await consume(broker, on_joined, retry=quick(delayed_retries=0, max_crashes=2))
+
+    assert handled.reason.partition(":")[0] == reason
 
 
 @pytest.mark.parametrize(("attempt", "outcome"), [(4, "acked"), (5, "dead_lettered")])
