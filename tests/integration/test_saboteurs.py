@@ -13,6 +13,7 @@ from diator.brokers.supervisor import ReconnectPolicy
 from diator.exceptions import BrokerUnavailable
 from diator.testing.conformance import SCENARIOS, EnvironmentMissing, Limits, run_scenario, run_suite, select
 from diator.testing.saboteurs import SABOTEURS, Saboteur
+from diator.testing.saboteurs._base import subscription_of
 from tests.integration.harnesses import MemoryHarness
 
 PAIRS = [
@@ -369,6 +370,42 @@ def test_a_count_of_what_was_not_handed_out_is_caught(charged, outcome):
 
     assert result.outcome == outcome, result.reason
     assert outcome == "PASS" or "only the first was handed out" in result.reason
+
+
+@pytest.mark.parametrize(("lost", "outcome"), [(False, "PASS"), (True, "FAIL")])
+def test_a_message_that_is_lost_with_its_acknowledgement_is_caught(lost, outcome):
+    class Broken(Inert):
+        def __init__(self):
+            self.accepted, self.subscriptions, self.held = 1, [], set()
+
+        def reset(self):
+            self.accepted += 1
+            self.held.update(*(subscription.unsettled for subscription in self.subscriptions))
+
+    class Losing(Bold):
+        async def on_subscribed(self, subscription, topics):
+            self.link.subscriptions.append(subscription)
+
+        async def ack(self, settle, delivery):
+            if delivery not in self.link.held:
+                return await super().ack(settle, delivery)
+            if lost:
+                subscription_of(settle).unsettled.pop(delivery)
+            raise BrokerUnavailable("the connection of this delivery is lost")
+
+    class Behind(Calm):
+        broker = Losing
+        limits = replace(Calm.limits, scale=1.0, redelivery=0.5)
+
+        @asynccontextmanager
+        async def proxied(self):
+            yield Losing.link
+
+    Losing.link = Broken()
+    result = run_scenario(SCENARIOS["ACK-07"], Behind(), seed=1)
+
+    assert result.outcome == outcome, result.reason
+    assert outcome == "PASS" or "the redelivery of what could not be acknowledged" in result.reason
 
 
 def test_every_saboteur_describes_its_defect():

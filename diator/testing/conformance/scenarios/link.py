@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import tracemalloc
+from collections import Counter
 from itertools import pairwise
 from time import monotonic
 from typing import Self
@@ -369,8 +370,15 @@ async def settled_after_a_reset(ctx: Context) -> None:
         for received in held:
             await ctx.allow_broker_error(received.delivery.ack(), "ack() after its connection was lost")
         await receives_again(ctx, reader)
+    times = Counter(each.id for each in ctx.ledger.received)
+    failed = {each.id for each in held if each.delivery.outcome is None and times[each.id] == 1}
+
+    async def receive_again() -> None:
+        while failed:
+            failed.discard((await reader.take(1))[0].id)
+
     async with ctx.reading(broker, topic, group=group) as reader:
-        await asyncio.sleep(ctx.capabilities.redelivery_bound or 0)
+        await ctx.within(ctx.redelivery_bound, receive_again(), "the redelivery of what could not be acknowledged")
         await reader.until_fence()
     sent = [each.message for each in ctx.ledger.sent]
     ctx.ledger.compare(group, sent).verify(may_duplicate=True)
