@@ -25,7 +25,7 @@ PYTHONS = nox.project.python_versions(PROJECT)
 CLIENTS = ",".join(PROJECT["project"]["optional-dependencies"])
 
 #: Tests with services mostly wait, so there are more processes than cores.
-AT_ONCE = ("-n", os.environ.get("DIATOR_TEST_PROCESSES", "6"))
+AT_ONCE = ("-n", os.environ.get("DIATOR_TEST_PROCESSES", "4"))
 #: The conformance suite multiplies its deadlines by this, since other tests run beside it.
 BUSY = {"DIATOR_CONFORMANCE_SCALE": os.environ.get("DIATOR_CONFORMANCE_SCALE", "3")}
 #: Print the slowest tests.

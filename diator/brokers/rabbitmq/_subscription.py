@@ -57,6 +57,9 @@ _UNUSED_EXPIRES = 600.0
 _EACH_TOPIC = 0.2
 _REQUEUE_DELAY = 5.0
 _END_TIMEOUT = 2.0
+# How long a new connection waits until the consumers of the lost one are gone, and how often it looks, in seconds.
+_LOST_CONSUMERS_GO = 1.0
+_LOOK_EVERY = 0.02
 # How often a consumer asks whether the exchange was deleted, in seconds.
 _CHECK_EVERY = 2.0
 _MAX_ATTEMPT = 1_000_000
@@ -308,6 +311,7 @@ class Connection(Channel):
         self._without_place: set[int] = set()  # those of them whose places other deliveries have taken
         self._acked: set[int] = set()
         self._is_consuming = self._has_ended = False
+        self._requeued: list[int] | None = None  # what it will requeue, while it starts after a lost connection
         self._acknowledgements = Acknowledgements[int](self._send_acks)
         self._retained: dict[str, str] = {}  # the queues of retained messages, with the group's own queues
         self._handing_over: asyncio.Task[None] | None = None
@@ -319,9 +323,10 @@ class Connection(Channel):
     async def start(self) -> None:
         """Declare the exchange and the queues, and consume. See `Subscription.connect` for its errors."""
         subscription = self._subscription
+        starts_again = subscription.declared
         try:
             self.step = f"declared the queues of {len(subscription.queues):,} topics"
-            are_lost = subscription.declared and not await self._are_there(subscription.queues)
+            are_lost = starts_again and not await self._are_there(subscription.queues)
             await ensure_exchange(self, subscription.prefix)
             await self._declare_queues()
             await self._bind()
@@ -335,7 +340,7 @@ class Connection(Channel):
             self._is_consuming = True  # already: if this is cancelled now, messages may have arrived nevertheless
             later = {*self._retained.values()}
             first = [*self._retained, *(queue for queue in subscription.queues if queue not in later)]
-            await self.consume(*first)
+            await (self._consume_again if starts_again else self.consume)(*first)
             self._handing_over = asyncio.create_task(self._hand_over(), name="diator: handing over retained messages")
             self._checking = asyncio.create_task(self._keep_checking(), name="diator: checking an exchange")
         except Refused as error:
@@ -397,6 +402,35 @@ class Connection(Channel):
         starting = [self._consume(queue, self._least_prefetch_count) for queue in queues]
         await asyncio.gather(*map(asyncio.shield, starting))  # if this is cancelled, `end` still waits for the replies
 
+    async def _consume_again(self, *queues: str) -> None:
+        """
+        Consume *queues* after a lost connection, without overtaking what its consumers held.
+
+        RabbitMQ may take that back only now, after it has delivered later messages to this connection. A queue that was
+        restarted does not even tell of those consumers before it has started new ones. So each consumer receives one
+        message only, until it is the last one of its queue, or a second is over: the others may belong to other members
+        of the group. If this message was not delivered before, it is requeued, behind what was taken back.
+        """
+        self._requeued = []
+        try:
+            await asyncio.gather(*map(asyncio.shield, [self._consume(queue, 1) for queue in queues]))
+            consumers, shared, until = [*self._consumers.values()], queues, self._loop.time() + _LOST_CONSUMERS_GO
+            while shared and self._loop.time() < until:
+                found = await asyncio.gather(*map(self.ask, map(passively, shared)))
+                shared = tuple(each.queue for each in found if each.consumer_count != 1)  # 0: it is starting
+                await asyncio.sleep(_LOOK_EVERY if shared else 0)
+            requeued = self._requeued
+        finally:
+            self._requeued = None
+        full = [each for each in consumers if each.unsettled == each.prefetch_count]
+        for consumer in full:
+            self._cancel(consumer)
+        for tag in requeued:
+            self._open.pop(tag)
+            self.send(commands.Basic.Nack(tag, requeue=True))
+        for consumer in full:
+            _ = self._consume(consumer.queue, self._least_prefetch_count)
+
     def _consume(self, queue: str, prefetch_count: int) -> asyncio.Future[Any]:
         self._consumer_number += 1
         tag = f"diator-{self._consumer_number}"
@@ -428,11 +462,14 @@ class Connection(Channel):
         """
         now, postponed, least = consumer.prefetch_count, self._subscription.postponed, self._least_prefetch_count
         wanted = least if not postponed else min(2 * now, _MAX_PREFETCH) if 2 * postponed >= now else now
-        is_replaced = consumer.tag not in self._consumers
-        if consumer.unsettled == now != wanted and not is_replaced and self._is_consuming and self.error is None:
-            del self._consumers[consumer.tag]
-            _ = self.ask_now(commands.Basic.Cancel(consumer.tag))
+        may_be_sent_more = consumer.unsettled < now or consumer.tag not in self._consumers or self._requeued is not None
+        if now != wanted and not may_be_sent_more and self._is_consuming and self.error is None:
+            self._cancel(consumer)
             _ = self._consume(consumer.queue, wanted)
+
+    def _cancel(self, consumer: _Consumer) -> None:
+        del self._consumers[consumer.tag]
+        _ = self.ask_now(commands.Basic.Cancel(consumer.tag))
 
     async def probe(self) -> None:
         """Ask whether the exchange is still the same, and bind the queues again: somebody may have unbound one."""
@@ -505,8 +542,11 @@ class Connection(Channel):
             unreadable=_why_unreadable(properties, body),
         )
         self._open[method.delivery_tag] = consumer
-        self._inbox.put(delivery)
         consumer.unsettled += 1
+        if self._requeued is not None and not method.redelivered:
+            self._requeued.append(method.delivery_tag)
+            return
+        self._inbox.put(delivery)
         if consumer.unsettled == consumer.prefetch_count:
             self._adjust_prefetch(consumer)
 

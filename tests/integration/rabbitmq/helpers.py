@@ -47,11 +47,15 @@ async def become(count, at_least):
             await asyncio.sleep(0.01)
 
 
+def number_of(delivery) -> int:
+    return json.loads(delivery.body)["payload"]["number"]
+
+
 async def numbers(deliveries, count) -> list[int]:
     taken = []
     for _ in range(count):
         delivery = await anext(deliveries)
-        taken.append(json.loads(delivery.body)["payload"]["number"])
+        taken.append(number_of(delivery))
         await delivery.ack()
     return taken
 
