@@ -9,7 +9,6 @@ from a cancellation by the program.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cached_property
@@ -89,12 +88,11 @@ class Channel:
         self.error: Exception | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._unwritten: list[bytes] = []
-        self._asked: deque[asyncio.Future[Frame]] = deque()
+        self._asked: dict[asyncio.Future[Frame], str] = {}  # the requests, each with the name of its reply
         self._method: Content | None = None
         self._header = b""
         self._parts: list[bytes] = []
         self._missing = 0
-        self._is_closing = False
 
     async def open(self, connection: Connection, writer: asyncio.StreamWriter) -> None:
         """Open the channel on *connection*, and receive its frames."""
@@ -119,7 +117,7 @@ class Channel:
     # -- sending -------------------------------------------------------------------------------------------------
 
     async def ask(self, frame: Frame) -> Any:
-        """Send a frame that has a reply, and return that. Replies come in the order of the requests."""
+        """Send a frame that has a reply, and return that."""
         return await self.ask_now(frame)
 
     def ask_now(self, frame: Frame) -> asyncio.Future[Frame]:
@@ -127,7 +125,7 @@ class Channel:
         if self.error is not None:
             raise self.error
         reply = self._loop.create_future()
-        self._asked.append(reply)
+        self._asked[reply] = frame.valid_responses[0]
         self.send(frame)
         return reply
 
@@ -186,11 +184,7 @@ class Channel:
         if self.error is not None:
             end(None)
             return
-        closed = self._loop.create_future()
-        closed.add_done_callback(end)
-        self._asked.append(closed)
-        self._is_closing = True
-        self.send(commands.Channel.Close(200, "", 0, 0))
+        self.ask_now(commands.Channel.Close(200, "", 0, 0)).add_done_callback(end)
 
     async def close(self) -> None:
         """Close the channel and the connection: in an orderly way, if RabbitMQ takes part in it within 2 seconds."""
@@ -199,7 +193,6 @@ class Channel:
         try:
             async with asyncio.timeout(_CLOSE_TIMEOUT):
                 if self.error is None:
-                    self._is_closing = True
                     await self.ask(commands.Channel.Close(200, "", 0, 0))
                 await self.connection.close()
         except CHANNEL_ERRORS:
@@ -235,12 +228,14 @@ class Channel:
             self.send(commands.Channel.CloseOk())
             self.flush()
             self._lose(Refused(frame.reply_code or 0, frame.reply_text or "no reason"))
-        elif not self.take(frame) and self._asked:
-            if isinstance(frame, commands.Channel.CloseOk) and not self._is_closing:
-                return  # for the last channel of this number, which RabbitMQ has closed at the same time
-            reply = self._asked.popleft()
-            if not reply.done():
-                reply.set_result(frame)
+        elif not self.take(frame):
+            # A quorum queue may be slow to start a consumer: the replies to later requests overtake that. A reply that
+            # nobody waits for belongs to the last channel of this number, which RabbitMQ has closed at the same time.
+            reply = next((reply for reply, name in self._asked.items() if name == frame.name), None)
+            if reply is not None:
+                del self._asked[reply]
+                if not reply.done():
+                    reply.set_result(frame)
 
     def take(self, frame: Any) -> bool:
         """Handle a frame that is not a reply. Return whether it was such a frame."""
