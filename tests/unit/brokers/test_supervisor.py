@@ -526,6 +526,9 @@ async def test_a_silent_connection_is_probed_and_then_replaced(on_probe, after, 
     async with service.supervised(reconnect=WATCHFUL) as deliveries:
         [dead] = service.links
         dead.on_probe = on_probe
+        await asyncio.sleep(WATCHFUL.idle_timeout / 2)
+        dead.put(0)
+        await take(deliveries, 1)
         started = asyncio.get_running_loop().time()
         link = await service.next_link()
         link.put(1)
