@@ -91,7 +91,7 @@ def conformance(session: nox.Session) -> None:
 def interoperation(session: nox.Session) -> None:
     """Exchange messages with other libraries, and with programs in other languages if their toolchains are there."""
     session.install("-e", f".[{CLIENTS}]", *group("tests"))
-    files = [f"tests/integration/test_{name}.py" for name in ("interoperation", "other_languages")]
+    files = [f"tests/integration/test_{name}.py" for name in ("interoperation", "other_languages", "cloudevents")]
     environment = {**BUSY, **images(session, "redis", "rabbitmq", "kafka")}
     session.run("pytest", *files, "-n", str(len(files)), *SLOWEST, *session.posargs, env=environment)
 

@@ -52,8 +52,14 @@ _JSON_TYPE = re.compile(r"[^/;]+/(?:[^/;]+\+)?json", re.IGNORECASE)
 #: The year 5138 in seconds, or 1973 in milliseconds.
 _LATEST_SECONDS = 100_000_000_000
 
+
+class _Timed(msgspec.Struct):
+    event_timestamp: str | None = None
+
+
 _parse = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _parse_value = msgspec.json.Decoder(str | int | float | bool | None).decode
+_parse_timed = msgspec.json.Decoder(_Timed).decode
 _parse_data = msgspec.json.Decoder(msgspec.Raw).decode
 
 
@@ -141,8 +147,8 @@ class CloudEvents:
             "source": self._source,
             "type": f"{self._type_prefix}{message.message_name}",
         }
-        if message.time is not None:
-            attributes["time"] = key_of(message.time)
+        if time := _time_in(message.payload_json) if message.time is None else key_of(message.time):
+            attributes["time"] = time
         attributes["datacontenttype"] = _JSON
         if message.key is not None:
             attributes["partitionkey"] = message.key
@@ -289,6 +295,15 @@ def _message_id(source: str, id_: str) -> UUID:
         if id_.lower() in (str(message_id), message_id.hex):
             return message_id
     return uuid5(NAMESPACE_URL, f"{source} {id_}")
+
+
+def _time_in(payload_json: bytes) -> str | None:
+    """Return the `event_timestamp` of a payload, if it has one that other programs can read."""
+    with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError, DecodingError):
+        if text := _parse_timed(payload_json).event_timestamp:
+            _time(text)
+            return text
+    return None
 
 
 def _time(text: str) -> datetime:

@@ -10,6 +10,7 @@ from typing import Any, assert_type
 from diator.brokers import Message
 from diator.brokers.base import Delivery, Gap, OnGap, ReadableBroker, Topic
 from diator.brokers.capabilities import Capabilities
+from diator.brokers.cloudevents import CloudEvents
 from diator.brokers.memory import MemoryMessageBroker
 from diator.brokers.wrapping import Wrapped
 from diator.consumer import Consumer, Handled, Health
@@ -96,6 +97,8 @@ async def consume(events: EventMap) -> None:
     await consumer.ready()
 
     Consumer(OwnBroker(), event_map=events)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Consumer(broker, event_map=events, codec=CloudEvents("https://shop.example", mode="binary"))
+    Consumer(broker, event_map=events, codec=CloudEvents)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     Consumer(broker, events)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     Consumer(broker, event_map=events, on_handled=on_handled_later)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     Consumer(broker, event_map=events, on_gap=on_gap_later)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
