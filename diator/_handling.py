@@ -195,7 +195,7 @@ _SETTLE_TIMEOUT = 120.0
 _TEMPORARY = (ConnectionError, TimeoutError)
 
 
-def _current_task() -> asyncio.Task[Any]:
+def current_task() -> asyncio.Task[Any]:
     """Return the running task. Its `cancelling()` shows whether a `CancelledError` came from outside of a handler."""
     task = asyncio.current_task()
     assert task is not None, "a coroutine of diator runs in a task"  # noqa: S101  # asyncio has no other way
@@ -204,7 +204,7 @@ def _current_task() -> asyncio.Task[Any]:
 
 def _unless_cancelled(error: BaseException) -> BaseException:
     """Return the error of a transport. Raise it if the running task is cancelled, not only a client's own work."""
-    if isinstance(error, asyncio.CancelledError) and _current_task().cancelling():
+    if isinstance(error, asyncio.CancelledError) and current_task().cancelling():
         raise error
     return error
 
@@ -434,7 +434,7 @@ class Handling:
 
     def worker(self) -> Worker:
         """Return the running task as a worker, which `handle` needs for each delivery of this task."""
-        task = _current_task()
+        task = current_task()
         CONTEXT_OF.set(self._context_of)
         worker = Worker(self._deadlines.limit(task), self._settling.limit(task))
         self._workers.append(worker)

@@ -12,7 +12,7 @@ from functools import partial
 from time import monotonic
 from typing import Any, Self, TypeAlias, TypeVar
 
-from diator._handling import Handling, routes, set_delivery
+from diator._handling import Handling, current_task, routes, set_delivery
 from diator._signals import stopping_on_signals
 from diator._text import listed
 from diator.brokers.base import Delivery, Gap, ReadableBroker
@@ -355,11 +355,11 @@ class Consumer:
         if self._stopping.is_set():
             something.close()
             return None
-        task = self._waiting = asyncio.current_task()
+        task = self._waiting = current_task()
         try:
             result = await something
         except asyncio.CancelledError:
-            if self._interrupted and task is not None and task.uncancel() == 0:
+            if self._interrupted and task.uncancel() == 0:
                 return None  # `stop` cancelled it
             raise
         finally:
@@ -367,7 +367,7 @@ class Consumer:
         if not self._stopping.is_set():
             return result
         # Code may ignore its cancellation. A delivery that arrives anyway is not handled, but returned to the service.
-        if self._interrupted and task is not None:
+        if self._interrupted:
             task.uncancel()
         return None
 

@@ -88,18 +88,28 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
         setattr(tests, name, value)
 
     noticed: dict[str, bool | None] = dict.fromkeys(names)
-    for name in names:
-        if monotonic() > until:
-            break
-        noticed[name] = is_noticed(name, tests)
+    jobs, running = int(os.environ["JOBS"]), dict[int, tuple[str, list[str]]]()
+    while names or running:
+        while names and len(running) < jobs:
+            running.update([begin(names.pop(0), tests)])
+        pid, status = os.wait()
+        name, tried = running.pop(pid)
+        number = os.waitstatus_to_exitcode(status)
+        noticed[name] = number != 0
+        if 0 < number < 255:  # this test often notices the next change of the function, too
+            latest = tests.of[mangled_name_from_mutant_name(name)]
+            latest.remove(tried[number - 1])
+            latest.insert(0, tried[number - 1])
         sys.stderr.write(f"{'.' if noticed[name] else 'S'}")
+        if monotonic() > until:
+            names.clear()
     found.write_text(json.dumps(noticed))
     return True
 
 
-def is_noticed(mutant: str, tests: Tests) -> bool:
-    """Return whether a test fails, or does not end, with a change."""
-    names = tests.of.get(mangled_name_from_mutant_name(mutant), [])
+def begin(mutant: str, tests: Tests) -> tuple[int, tuple[str, list[str]]]:
+    """Run the tests with a change in a fork: its exit code is the number of what failed. Return its id and tests."""
+    names = [*tests.of.get(mangled_name_from_mutant_name(mutant), ())]
     pid = os.fork()
     if not pid:
         set_mutant_under_test(mutant)
@@ -110,7 +120,4 @@ def is_noticed(mutant: str, tests: Tests) -> bool:
             os._exit(min(tests.run(names), 255))
         finally:
             os._exit(255)
-    number = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if 0 < number < 255:
-        names.insert(0, names.pop(number - 1))  # it often notices the next change of the function, too
-    return number != 0
+    return pid, (mutant, names)

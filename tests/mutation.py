@@ -73,16 +73,17 @@ def main() -> None:
     known = {Path(file).stem.lstrip("_"): file for file in FILES}
     parser.add_argument("files", nargs="+", metavar="FILE", choices=[*known, *FILES], help=", ".join(known))
     parser.add_argument("--minutes", type=float, default=30, help="how long it may take for each file (default: 30)")
+    parser.add_argument("--jobs", type=int, default=1, help="how many changes to try at once (default: 1)")
     parser.add_argument("--only", default="*", help="a pattern: try the changes whose names match, such as '*_watch*'")
     arguments = parser.parse_args()
-    rates = [tried(known.get(file, file), arguments.minutes, arguments.only) for file in arguments.files]
+    rates = [tried(known.get(file, file), arguments) for file in arguments.files]
     sys.exit(not all(rate >= ENOUGH for rate in rates))
 
 
-def tried(file: str, minutes: float, only: str) -> float:
+def tried(file: str, arguments: argparse.Namespace) -> float:
     """Change *file* again and again, print the survivors without a reason, and return the share that was noticed."""
     with TemporaryDirectory(prefix="diator-mutation-") as folder:
-        noticed = mutate(file, Path(folder), minutes, only)
+        noticed = mutate(file, Path(folder), arguments)
         done = {name: is_noticed for name, is_noticed in noticed.items() if is_noticed is not None}
         survivors = differences(file, folder, [name for name, is_noticed in done.items() if not is_noticed])
     with SURVIVORS.open("rb") as listed:
@@ -111,7 +112,7 @@ mutmut.create_mutants(1)
 """
 
 
-def mutate(file: str, folder: Path, minutes: float, only: str) -> dict[str, bool | None]:
+def mutate(file: str, folder: Path, arguments: argparse.Namespace) -> dict[str, bool | None]:
     """Change *file* in a copy of the checkout. Return whether a test noticed each change; None if it was not tried."""
     copy_checkout(file, folder)
     subprocess.run([sys.executable, "-c", _CHANGE], cwd=folder, check=True, stdout=subprocess.DEVNULL)
@@ -120,7 +121,7 @@ def mutate(file: str, folder: Path, minutes: float, only: str) -> dict[str, bool
     # What mutmut puts around each function takes time, so tests that measure it would fail.
     options = ["-q", "-s", "-p", "tests.mutants", "-p", "no:cacheprovider", "-k", "not as_fast_as"]
     environment = {"PYTHONPATH": ".", "MUTANTS": f"{file}.meta", "OUTCOMES": str(found)}
-    environment |= {"MINUTES": str(minutes), "ONLY": only}
+    environment |= {"MINUTES": str(arguments.minutes), "JOBS": str(arguments.jobs), "ONLY": arguments.only}
     subprocess.run(
         [sys.executable, "-m", "pytest", *options, *tests],
         cwd=folder / "mutants",

@@ -162,7 +162,7 @@ async def test_a_consumer_that_fails_during_its_block_ends_it_with_its_error():
     await asyncio.sleep(0)
 
 
-async def test_a_consumer_that_fails_during_the_shutdown_raises_its_error_once():
+async def test_a_consumer_that_fails_during_the_shutdown_raises_its_error_once(caplog):
     consumer, _ = consumer_of(Broken(), on_joined)
     with pytest.raises(BrokerUnavailable):  # noqa: PT012  # the block is what is tested
         async with consumer:
@@ -170,6 +170,7 @@ async def test_a_consumer_that_fails_during_the_shutdown_raises_its_error_once()
             consumer._shut_down = lambda: None  # it notices its stop too late
 
     assert not asyncio.current_task().cancelling()
+    assert not caplog.messages[1:]  # after the line of its start
 
 
 async def test_a_block_that_is_cancelled_shuts_the_consumer_down_gracefully():
@@ -177,9 +178,13 @@ async def test_a_block_that_is_cancelled_shuts_the_consumer_down_gracefully():
     consumer, reports = consumer_of(await holding(JOIN), slow)
 
     async def body():
-        async with consumer:
-            await asyncio.sleep(60)
+        try:
+            async with consumer:
+                await asyncio.sleep(60)
+        finally:
+            cancellations.append(asyncio.current_task().cancelling())
 
+    cancellations = []
     task = asyncio.create_task(body())
     await until(lambda: slow.begun)
     task.cancel()
@@ -190,6 +195,7 @@ async def test_a_block_that_is_cancelled_shuts_the_consumer_down_gracefully():
         await task
 
     assert outcomes(reports) == ["acked"]
+    assert cancellations == [1]  # it is still that of the program
 
 
 async def test_a_shutdown_that_is_cancelled_ends_at_once():
@@ -263,14 +269,16 @@ async def test_a_consumer_whose_task_is_cancelled_leaves_the_block_alone(caplog)
     assert not caplog.messages[1:]  # after the line of its start
 
 
-async def test_a_consumer_that_is_stopped_in_its_block_leaves_the_block_alone():
+@pytest.mark.parametrize("seconds", [0.5, 2])
+async def test_a_consumer_that_is_stopped_in_its_block_leaves_the_block_alone(seconds):
+    """Whether it has ended by then or not."""
     slow = Slow()
     consumer, reports = consumer_of(await holding(JOIN), slow)
     async with consumer:
         await until(lambda: slow.begun)
         consumer.stop()
         asyncio.get_running_loop().call_later(1, slow.gate.set)
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(seconds)
 
     assert outcomes(reports) == ["acked"]  # the end of the block is not a second `stop`
 
