@@ -238,3 +238,33 @@ async def test_a_second_proxy_stands_before_the_service_and_not_before_the_first
             assert harness.address == through_first
             assert await connected(harness.address) == b"x"
         assert harness.address == harness.service_address
+
+
+async def test_a_private_service_is_repaired_after_each_scenario():
+    class Private(page.NetworkHarness):
+        def transport(self):
+            raise NotImplementedError
+
+    harness = Private()
+    harness.start()
+    shared = harness.address
+    harness.prepare("outages")
+    harness.prepare("security")
+    try:
+        trusted = [harness.ssl_context(access).get_ca_certs() for access in ("granted", "unknown authority")]
+        assert [subject for [each] in trusted for [[subject]] in [each["subject"]]] == [
+            ("commonName", "ca"),
+            ("commonName", "other"),
+        ]
+        async with harness.private() as server:
+            assert harness.address == harness.service_address == server.address != shared
+            await server.kill()
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection(*server.address)
+        assert harness.address == harness.service_address == shared
+        _, writer = await asyncio.open_connection(*server.address)
+        writer.close()
+    finally:
+        harness.stop()
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(*server.address)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Generator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, TypeAlias
 
 from diator.brokers.base import Topic, Transport
 from diator.consumer import Consumer
-from diator.testing.fault_proxy import Flow
+from diator.testing.fault_proxy import FaultProxy, Flow
 
 
 class EnvironmentMissing(Exception):
@@ -199,6 +199,8 @@ class Harness(ABC):
         deviations: The scenarios that are known to fail, by id.
         consumer: The consumer class in scenarios that test a transport and a consumer together. Only the tests of the
             suite itself use another one.
+        service_address: The host and port of the service, which `start` sets if the service has an address.
+        address: Where `transport` connects to. `start` sets it to the same; `proxied` and `at` change it for a time.
         password: `security`: The right password. It must appear nowhere, so choose a word that appears nowhere by
             chance.
     """
@@ -209,6 +211,8 @@ class Harness(ABC):
     deviations: Mapping[str, Deviation] = {}
     consumer: ClassVar[type[Consumer]] = Consumer
     password: str = ""
+    service_address: tuple[str, int]
+    address: tuple[str, int]
 
     def start(self) -> None:  # noqa: B027  # many harnesses have nothing to start
         """
@@ -315,15 +319,34 @@ class Harness(ABC):
         """
         raise NotImplementedError
 
-    def proxied(self) -> AbstractAsyncContextManager[Proxy]:
+    @asynccontextmanager
+    async def proxied(self) -> AsyncGenerator[Proxy, None]:
         """
         `proxy`: Start a proxy in front of the service. Inside the block, `transport` connects through it.
 
         Inside the block of `private`, the proxy is in front of that service. A second, nested call starts a second
         proxy. Brokers that were made before keep the first one, so that a scenario can cut off one side of a
         conversation.
+
+        Write it only if `transport` does not connect to `address`.
         """
-        raise NotImplementedError
+        before = self.address
+        async with FaultProxy(*self.service_address) as proxy:
+            self.address = proxy.host, proxy.port
+            try:
+                yield proxy
+            finally:
+                self.address = before
+
+    @contextmanager
+    def at(self, address: tuple[str, int]) -> Generator[None, None, None]:
+        """Inside the block, the service is the one at *address*: for `private`."""
+        before = self.service_address, self.address
+        self.service_address = self.address = address
+        try:
+            yield
+        finally:
+            self.service_address, self.address = before
 
     def private(self) -> AbstractAsyncContextManager[Outages]:
         """

@@ -6,8 +6,6 @@ import asyncio
 import gzip
 import json
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +18,6 @@ from diator_postgres.broker import _encoded
 from diator.brokers.base import Topic
 from diator.brokers.supervisor import ReconnectPolicy
 from diator.testing.conformance import DeadLettered, EnvironmentMissing, Foreign, Harness, Limits
-from diator.testing.fault_proxy import FaultProxy
 
 SCHEMA = "diator_postgres_conformance"
 
@@ -55,7 +52,8 @@ class PostgresHarness(Harness):
 
     def start(self) -> None:
         self._dsn = os.environ.get("DIATOR_TEST_POSTGRES_URL", "postgresql://127.0.0.1:5432/postgres")
-        self._address = self._direct = urlsplit(self._dsn).hostname or "127.0.0.1", urlsplit(self._dsn).port or 5432
+        parts = urlsplit(self._dsn)
+        self.service_address = self.address = parts.hostname or "127.0.0.1", parts.port or 5432
         try:
             self._version = asyncio.run(self._ask("SELECT version()"))
         except (OSError, asyncpg.PostgresError) as error:
@@ -68,7 +66,7 @@ class PostgresHarness(Harness):
         return f"asyncpg {version('asyncpg')}"
 
     def transport(self, **settings: str) -> Any:
-        host, port = self._address
+        host, port = self.address
         name = f"conformance-{uuid4().hex}"
         options = {"host": host, "port": port, "server_settings": {"application_name": name, **settings}}
         transport: Any = PostgresMessageBroker(
@@ -124,16 +122,6 @@ class PostgresHarness(Harness):
         for connection in (transport._service, transport._reader):
             connection._make = refuse
             connection.abort()
-
-    @asynccontextmanager
-    async def proxied(self) -> AsyncIterator[FaultProxy]:
-        before = self._address
-        async with FaultProxy(*self._direct) as proxy:
-            self._address = proxy.host, proxy.port
-            try:
-                yield proxy
-            finally:
-                self._address = before
 
     async def disconnect(self, transport: Any) -> None:
         query = "SELECT count(pg_terminate_backend(pid, 1000)) FROM pg_stat_activity WHERE application_name = $1"

@@ -140,7 +140,7 @@ async def test_a_claim_whose_answer_was_lost_is_released_at_once_without_an_atte
         new_broker(schema, lease=60) as broker,
         broker.subscribe([HAPPENED], group="group") as deliveries,
     ):
-        [subscription] = broker._reader.subscriptions
+        [subscription] = broker._service.subscriptions
         # The service claims a message for the subscription, and its connection breaks before it answers.
         await connection.execute(
             "INSERT INTO messages (topic, grp, body, headers, attempt, due, holder) "

@@ -13,7 +13,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from diator.testing.conformance import Harness
-from tests.integration.private_services import Certificates, PrivateServices
+from diator.testing.servers import Certificates
+from tests.integration.private_services import PrivateServices
 
 #: How many times as long as on a machine of its own a run may take. The suite multiplies its deadlines by it itself.
 SCALE = float(os.environ.get("DIATOR_CONFORMANCE_SCALE", "1"))

@@ -12,10 +12,10 @@ from diator.brokers.audit import audit
 from diator.brokers.kafka import KafkaMessageBroker
 from diator.exceptions import AccessRefused, BrokerUnavailable, ConfigurationError
 from diator.testing.conformance._runner import open_files
+from diator.testing.servers import Certificates
 from tests.conftest import SERVICES, found
 from tests.integration.harnesses.kafka import guarded_kafka
 from tests.integration.kafka.helpers import SLACK, TIMEOUT, acked, message, send, subscribed, within
-from tests.integration.private_services import Certificates
 
 PASSWORD = "swordfish-of-the-kafka-tests"
 LOGIN = {"sasl_mechanism": "PLAIN", "username": "granted", "password": PASSWORD}
