@@ -12,6 +12,7 @@ from contextlib import (
 )
 from dataclasses import dataclass, field
 from functools import partial
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Protocol
 
 import pytest
@@ -331,6 +332,10 @@ class MadeByItsNew(Service):
         return super().__new__(cls)
 
 
+class Once:
+    pass
+
+
 def make_service(api: Api) -> Service:
     return Service(api)
 
@@ -350,6 +355,8 @@ def test_what_needs_nothing_of_the_send_is_built_by_a_plain_function(type_, fact
     """A mediator then builds its handlers without an await. Only of new objects it knows the events at once."""
     container = Container()
     container.register(type_, factory)
+    container.register(Once, lifetime="singleton")
+    assert container.factory(Once).is_new is False
     if given == "an instance":
         container.register_instance(Api, Api())
     else:
@@ -651,6 +658,79 @@ async def test_an_error_of_closing_is_raised_by_the_send(container):
         await send(container, join, message_broker=broker)
 
     assert broker.sent == []
+
+
+async def test_a_resource_receives_the_error_of_one_that_could_not_be_closed(container, log):
+    def failing(session: Session) -> Iterator[Api]:
+        yield Api()
+        raise OSError("the commit failed")
+
+    container.register(Session, generator)
+    container.register(Api, failing)
+
+    with pytest.raises(OSError, match="the commit failed") as caught:
+        await send(container, handling(Api))
+
+    assert log == [caught.value]
+
+
+class Watching:
+    """A context that records all that it receives."""
+
+    def __init__(self, seen: list) -> None:
+        self.seen = seen
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.seen.append(error)
+
+
+class WatchingLater(Watching):
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *error):
+        self.seen.append(error)
+
+
+@pytest.mark.parametrize("context", [Watching, WatchingLater])
+async def test_a_context_receives_the_error_with_its_class_and_its_place(container, log, context):
+    def watching(log: list) -> AbstractContextManager[Api]:
+        return context(log)
+
+    async def join(command: Join, api: Api, *, fails: bool) -> str:
+        if fails:
+            raise TimeoutError
+
+    container.register(Api, watching)
+    container.register(bool, lambda: not log)
+
+    with pytest.raises(TimeoutError) as caught:
+        await send(container, join)
+    await send(container, join)
+
+    [(kind, error, trace), nothing] = log
+    assert (kind, error, nothing) == (TimeoutError, caught.value, (None, None, None))
+    assert isinstance(trace, TracebackType)
+
+
+async def test_a_context_that_cannot_be_entered_is_not_left(container, log):
+    class Closed(Watching):
+        def __enter__(self):
+            raise TimeoutError
+
+    def opening(log: list, session: Session) -> AbstractContextManager[Api]:
+        return Closed(log)
+
+    container.register(Session, generator)
+    container.register(Api, opening)
+
+    with pytest.raises(TimeoutError) as caught:
+        await send(container, handling(Api))
+
+    assert log == [caught.value]  # that of the session, which had been opened
 
 
 async def test_a_send_shares_its_scope_with_the_handlers_of_its_domain_events(container, log):
