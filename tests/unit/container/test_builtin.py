@@ -641,12 +641,13 @@ async def test_a_resource_cannot_swallow_an_error(container, log):
     assert log == [caught.value]
 
 
-async def test_an_error_of_closing_is_raised_by_the_send(container):
+@pytest.mark.parametrize("kind", [OSError, AttributeError])
+async def test_an_error_of_closing_is_raised_by_the_send(container, kind):
     """After a commit that failed, nothing is sent."""
 
     def committing() -> Iterator[Api]:
         yield Api()
-        raise OSError("the commit failed")
+        raise kind("the commit failed")
 
     async def join(command: Join, api: Api, raised: Events) -> str:
         raised.append(MeetingChanged())
@@ -654,7 +655,7 @@ async def test_an_error_of_closing_is_raised_by_the_send(container):
     container.register(Api, committing)
     broker = Recorder()
 
-    with pytest.raises(OSError, match="the commit failed"):
+    with pytest.raises(kind, match="the commit failed"):
         await send(container, join, message_broker=broker)
 
     assert broker.sent == []
