@@ -53,7 +53,7 @@ FILES = {
     "diator/brokers/supervisor.py": ["brokers/test_supervisor.py", "brokers/test_connecting.py"],
     "diator/consumer.py": [*_OF_CONSUMER, "test_only_for.py"],
     "diator/container/base.py": [
-        *("container", "test_mediator.py", "test_events.py"),
+        *("container", "test_mediator.py", "test_awkward_errors.py"),
     ],
     "diator/container/_builtin.py": [
         "test_mediator.py",
