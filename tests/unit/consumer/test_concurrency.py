@@ -99,28 +99,30 @@ async def test_what_waits_for_a_slow_key_occupies_no_handler():
     assert handled[50:] == [*range(0, 100, 2)]
 
 
-@pytest.mark.parametrize("limit", ["messages", "bytes", "messages, by default"])
-async def test_what_waits_is_bounded(monkeypatch, limit):
-    gate, handled = asyncio.Event(), []
+@pytest.mark.parametrize(("limit", "most"), [("messages", 5), ("bytes", 4)])
+async def test_what_waits_is_bounded(monkeypatch, limit, most):
+    """Behind each slow message, and not only behind the first one."""
+    gates, handled = {10: asyncio.Event(), 40: asyncio.Event()}, []
 
     async def on_moved(event: Moved) -> None:
-        await gate.wait()
+        if event.number in gates:
+            await gates[event.number].wait()
         handled.append(event.number)
 
-    count = 1_100 if limit == "messages, by default" else 20
-    events = [Moved(number=number) for number in range(count)]
+    events = [Moved(number=number) for number in range(10, 70)]  # bodies of one size
     broker = Scripted()
     broker.script.extend(broker.delivery(body_of(event), headers={"key": "A"}) for event in events)
     if limit == "bytes":
         monkeypatch.setattr("diator.consumer._MAX_WAITING_BYTES", 4 * (len(body_of(events[0])) + len("keyA")))
     consumer, reports = consumer_of(broker, on_moved, concurrency=8, **{"prefetch": 5} if limit == "messages" else {})
     async with running(consumer):
-        await asyncio.sleep(0.01)
-        assert broker.given == 1 + {"messages": 5, "bytes": 4, "messages, by default": 1_000}[limit]
-        gate.set()
-        await until(lambda: len(reports) == count)
+        for number, gate in gates.items():
+            await asyncio.sleep(0.1)
+            assert (len(handled), broker.given) == (number - 10, number - 10 + 1 + most)
+            gate.set()
+        await until(lambda: len(reports) == 60)
 
-    assert handled == [*range(count)]
+    assert handled == [*range(10, 70)]
 
 
 async def test_headers_count_as_bytes_that_wait(monkeypatch):
@@ -238,8 +240,10 @@ async def test_a_backlog_does_not_starve_the_event_loop(concurrency):
         consumer.stop()
 
     rest = asyncio.create_task(rest_of_the_program())
+    began = asyncio.get_running_loop().time()
     await consumer.run(signals=False)
 
+    assert asyncio.get_running_loop().time() == began
     assert len(reports) < 3_000
     assert rest.done()
 

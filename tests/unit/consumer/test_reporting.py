@@ -8,12 +8,15 @@ import pytest
 from diator.brokers import Message
 from diator.brokers.base import Gap
 from diator.brokers.memory import MemoryMessageBroker
+from diator.consumer import Health
 from diator.exceptions import (
     BrokerUnavailable,
 )
 from tests.unit.consumer.helpers import CANARY, JOIN, Slow, consume, consumer_of, on_joined, quick
 from tests.unit.consumer.test_health import Service
 from tests.unit.doubles import (
+    WEAK,
+    Moved,
     Scripted,
     UserJoined,
     body_of,
@@ -28,8 +31,17 @@ async def test_health_reports_the_state():
     broker = await holding(UserJoined())
     slow = Slow()
     consumer, reports = consumer_of(broker, slow)
-    idle = consumer.health()
-    assert (idle.receiving, idle.connected, idle.in_flight, idle.oldest_in_flight, idle.gaps) == (False, False, 0, 0, 0)
+    assert consumer.health() == Health(
+        receiving=False,
+        connected=False,
+        reconnects=0,
+        since_last_progress=0,
+        in_flight=0,
+        oldest_in_flight=0,
+        unsettled=0,
+        oldest_message=None,
+        gaps=0,
+    )
 
     async with running(consumer):
         await until(lambda: slow.begun)
@@ -185,14 +197,17 @@ async def test_another_thread_may_ask_for_the_health():
 async def test_a_consumer_logs_at_its_start_what_it_consumes_and_from_where(caplog):
     caplog.set_level("INFO", "diator.consumer")
 
+    async def on_moved(event: Moved) -> None: ...
+
     class Distant(MemoryMessageBroker):
         where = "amqp://host:5672/"
 
-    for broker in (MemoryMessageBroker(), Distant()):
-        consumer, _ = consumer_of(broker, on_joined, concurrency=3)
+    for broker in (MemoryMessageBroker(), Distant(), Scripted(capabilities=WEAK)):
+        consumer, _ = consumer_of(broker, on_joined, on_moved, concurrency=3)
         async with running(consumer):
             await until(lambda: caplog.messages)
         [message] = caplog.messages
         at = " at amqp://host:5672/" if isinstance(broker, Distant) else ""
-        assert message.endswith(f"UserJoined from {type(broker).__name__}{at}, group diator, concurrency 3")
+        group = "without a group" if isinstance(broker, Scripted) else "group diator"
+        assert message == f"consuming Moved, UserJoined from {type(broker).__name__}{at}, {group}, concurrency 3"
         caplog.clear()

@@ -12,6 +12,7 @@ from diator.brokers.codec import MAX_MESSAGE_BYTES
 from diator.brokers.memory import MemoryMessageBroker, _Subscription
 from diator.consumer import DEFAULT_GROUP, Consumer
 from diator.events import EventEmitter, NotificationEvent
+from diator.events._emitter import described
 from diator.exceptions import (
     BrokerUnavailable,
     ConfigurationError,
@@ -75,17 +76,40 @@ async def test_without_a_delivery_count_a_message_is_not_requeued_for_ever(count
 
 
 @pytest.mark.parametrize(
-    ("options", "capabilities", "lacks", "remedy"),
+    ("options", "capabilities", "lacks", "needs"),
     [
-        ({"group": "billing"}, WEAK, "distribution", "leave the group out"),
-        ({"retry": RetryPolicy()}, WEAK, "delayed_retry", r"set RetryPolicy\(delayed_retries=0\)"),
-        ({"requires": Capabilities(durability="crash")}, FULL, "durability", "use a transport that does"),
-        ({"requires": Capabilities(ordering="key")}, WEAK, "ordering", "or ask for less"),
+        (
+            {"group": "billing"},
+            WEAK,
+            "distribution",
+            (
+                "Consumer(group='billing') needs; leave the group out, then every consumer receives every message, or "
+                "use a transport with consumer groups"
+            ),
+        ),
+        (
+            {"retry": RetryPolicy()},
+            WEAK,
+            "delayed_retry",
+            (
+                "RetryPolicy(delayed_retries=…) needs; set RetryPolicy(delayed_retries=0), or use a transport that can "
+                "requeue a message with a delay"
+            ),
+        ),
+        (
+            {"requires": Capabilities(durability="crash")},
+            FULL,
+            "durability",
+            "Consumer(requires=…) needs; use a transport that does, or ask for less",
+        ),
     ],
 )
-def test_an_option_that_the_transport_cannot_support_is_refused_at_construction(options, capabilities, lacks, remedy):
-    with pytest.raises(UnsupportedCapability, match=rf"^Scripted does not promise {lacks} .*{remedy}"):
+def test_an_option_that_the_transport_cannot_support_is_refused_at_construction(options, capabilities, lacks, needs):
+    with pytest.raises(UnsupportedCapability) as refused:
         consumer_of(Scripted(capabilities=capabilities), on_joined, **options)
+
+    assert str(refused.value).startswith(f"Scripted does not promise {lacks} (")
+    assert str(refused.value).endswith(f"), which {needs}")
 
 
 def test_options_that_the_transport_supports_are_accepted():
@@ -110,8 +134,20 @@ async def test_there_is_a_default_group_where_the_transport_has_groups(capabilit
     ],
 )
 def test_options_out_of_range_are_refused(option):
-    with pytest.raises(ConfigurationError, match="concurrency and prefetch must be at least 1"):
+    """The text names the others, too, which have their default values here."""
+    values = {"concurrency": 1, "prefetch": 1_000, "handler_timeout": 300.0, "drain_timeout": 20.0} | option
+    with pytest.raises(ConfigurationError) as refused:
         consumer_of(Scripted(), on_joined, **option)
+
+    *first, last = values.values()
+    assert str(refused.value) == (
+        "concurrency and prefetch must be at least 1, handler_timeout above 0 and drain_timeout at least 0; they are "
+        f"{', '.join(map(str, first))} and {last}"
+    )
+
+
+def test_options_at_their_limits_are_accepted():
+    consumer_of(Scripted(), on_joined, concurrency=1, prefetch=1, handler_timeout=0.001, drain_timeout=0)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +168,7 @@ def test_options_out_of_range_are_refused(option):
 def test_an_argument_of_the_wrong_type_is_named(name, wrong):
     arguments = {"broker": Scripted(), "event_map": events_of(on_joined), "event_emitter": EventEmitter(), name: wrong}
 
-    with pytest.raises(ConfigurationError, match=f"^{name} must be"):
+    with pytest.raises(ConfigurationError, match=f"^{name} must be .* {described(wrong)}"):
         Consumer(**arguments)
 
 
