@@ -72,6 +72,18 @@ def test_a_late_acknowledgement_is_caught(monkeypatch, harness, outcome):
     assert outcome == "PASS" or "what the other consumer had not settled" in result.reason
 
 
+def test_names_never_collide_and_headers_come_back():
+    parts = ["a", "a.b", "a=2E", "Å.b:*", "", "a" * 300, "a" * 301, "=" * 300]
+    names = {page.subject(first, second) for first in parts for second in parts}
+    assert len(names) == len(parts) ** 2
+    assert all(re.fullmatch(r"[A-Za-z0-9_=.]{1,200}", name) for name in names)
+
+    headers = {"key": "Å: b", "": "", "a: b\r\n%41": "100 %\0\x7f", "%": "\N{PILE OF POO}"}
+    lines = page.to_lines(headers)
+    assert all(re.fullmatch("[!-9;-~]*: [!-9;-~]*", line) for line in lines)
+    assert page.from_lines(lines) == headers
+
+
 async def test_a_process_that_slept_past_its_lease_settles_nothing(monkeypatch):
     now, deleted, renewed = 0.0, [], []
     monkeypatch.setattr("diator.brokers.leases.monotonic", lambda: now)

@@ -6,10 +6,12 @@ import re
 from collections.abc import Sequence
 
 from diator.brokers.base import Topic
+from diator.brokers.names import escaped
 from diator.exceptions import ConfigurationError, MessageRejected
 
 RETRY, DEAD = "-retry", "-dlq"
 _LONGEST_NAME = 249
+_IN_PART, _IN_NAME = re.compile("[^A-Za-z0-9_]"), re.compile("[^A-Za-z0-9._]")
 
 
 class Names:
@@ -33,7 +35,7 @@ class Names:
         """Return the name of *topic* in Kafka. MessageRejected if the name is too long for Kafka."""
         name = self._known.get(topic)
         if name is None:
-            name = f"{self.prefix}.{_escaped(topic.message_type, '_')}.{_escaped(topic.message_name, '._')}"
+            name = f"{self.prefix}.{_escaped(topic.message_type, _IN_PART)}.{_escaped(topic.message_name, _IN_NAME)}"
             self._known[topic] = _checked(name)
         return name
 
@@ -43,7 +45,7 @@ class Names:
 
     def beside(self, topic: str, group: str | None, what: str) -> str:
         """Return the name of a group's own topic beside *topic*: *what* is `RETRY` or `DEAD`."""
-        return _checked(f"{topic}.{_escaped(group, '_')}{what}" if group is not None else f"{topic}{what}")
+        return _checked(f"{topic}.{_escaped(group, _IN_PART)}{what}" if group is not None else f"{topic}{what}")
 
 
 def is_of_group(name: str) -> bool:
@@ -56,12 +58,9 @@ def possible_sources(name: str) -> Sequence[str]:
     return (name.rpartition(".")[0], name.removesuffix(DEAD).removesuffix(RETRY))
 
 
-def _escaped(text: str, allowed: str) -> str:
-    plain = re.compile(rf"[A-Za-z0-9{re.escape(allowed)}]")
+def _escaped(text: str, unsafe: re.Pattern[str]) -> str:
     try:
-        return "".join(
-            each if plain.match(each) else "".join(f"-{byte:02x}" for byte in each.encode()) for each in text
-        )
+        return escaped(text, unsafe, "-", "02x")
     except UnicodeEncodeError as error:
         raise MessageRejected(f"a name is not valid Unicode ({error.reason})") from error
 

@@ -7,15 +7,17 @@ import re
 from functools import lru_cache
 
 from diator.brokers.base import Topic
+from diator.brokers.names import escaped
 
 _LONGEST = 255
+_IN_WORD, _IN_WORDS = re.compile("[%*#.]"), re.compile("[%*#]")
 _LONGEST_SUFFIX = len(":retry:4294967295")
 
 
 @lru_cache(maxsize=1024)
 def routing_key(message_type: str, message_name: str) -> str:
     """Return a routing key without wildcards, whose first word is the type. ValueError if RabbitMQ takes none such."""
-    key = f"{_quoted(message_type, '%*#.')}.{_quoted(message_name, '%*#')}"
+    key = f"{escaped(message_type, _IN_WORD, '%')}.{escaped(message_name, _IN_WORDS, '%')}"
     if len(key.encode()) > _LONGEST:
         raise ValueError(f"its routing key would have more than {_LONGEST} bytes")
     return key
@@ -23,7 +25,7 @@ def routing_key(message_type: str, message_name: str) -> str:
 
 def queue_name(prefix: str, topic: Topic, group: str) -> str:
     """Return the name of a group's queue, which no queue of other parts has. ValueError if RabbitMQ takes none such."""
-    return _joined(prefix, topic, _GROUP.sub(_escaped, group))
+    return _joined(prefix, topic, escaped(group, _GROUP, "#"))
 
 
 def own_queue_name(prefix: str, topic: Topic, purpose: str) -> str:
@@ -42,7 +44,7 @@ def retained_exchange_name(prefix: str) -> str:
 
 
 def _joined(prefix: str, topic: Topic, last: str) -> str:
-    queue = ":".join((prefix, *(UNUSUAL.sub(_escaped, part) for part in topic), last))
+    queue = ":".join((prefix, *(escaped(part, UNUSUAL, "#") for part in topic), last))
     if len(queue.encode()) > _LONGEST - _LONGEST_SUFFIX:
         raise ValueError(f"the names of its queues would have more than {_LONGEST} bytes")
     return queue
@@ -52,16 +54,6 @@ def _joined(prefix: str, topic: Topic, last: str) -> str:
 UNUSUAL = re.compile("[^a-zA-Z0-9_./@,+ -]")
 # What begins with a slash in place of a group belongs to none.
 _GROUP = re.compile(f"^/|{UNUSUAL.pattern}")
-
-
-def _escaped(found: re.Match[str]) -> str:
-    return "".join(f"#{byte:02X}" for byte in found[0].encode())
-
-
-def _quoted(text: str, characters: str) -> str:
-    for character in characters:
-        text = text.replace(character, f"%{ord(character):02X}")
-    return text
 
 
 _STEPS = (10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)

@@ -6,11 +6,13 @@ import re
 from functools import lru_cache
 from urllib.parse import quote
 
+from diator.brokers.names import escaped
 from diator.exceptions import ConfigurationError
 
 # A program sends to a few topics many times. Senders pass a plain tuple: a Topic takes longer to make than to look up.
 _CACHED = 4096
 
+_UNSAFE = re.compile("[%:]")
 AGAIN, DELAYED, DEAD = b"again", b"delayed", b"dead"
 
 
@@ -25,12 +27,12 @@ def encoded(text: str) -> bytes:
 @lru_cache(_CACHED)
 def stream(prefix: str, topic: tuple[str, str]) -> bytes:
     """Return the key of the stream of *topic*. Its parts contain no colon, so it has two."""
-    return encoded(":".join(map(_escaped, (prefix, *topic))))
+    return encoded(":".join(escaped(part, _UNSAFE, "%") for part in (prefix, *topic)))
 
 
 def of_group(stream: bytes, group: str, what: bytes) -> bytes:
     """Return the key of what *group* has for *stream*. It has four colons, so it is not the stream of a topic."""
-    return b"%b:%b:%b" % (stream, encoded(_escaped(group)), what)
+    return b"%b:%b:%b" % (stream, encoded(escaped(group, _UNSAFE, "%")), what)
 
 
 @lru_cache(_CACHED)
@@ -51,9 +53,3 @@ def channels_of(prefix: str, message_type: str) -> tuple[bytes, bytes]:
     """Return a pattern for the channels of diator 0.1, which end in the id of the message, and what they begin with."""
     start = encoded(f"{prefix}:{message_type}:")
     return re.sub(rb"([*?\[\]\\])", rb"\\\1", start) + b"*", start
-
-
-def _escaped(part: str) -> str:
-    if ":" not in part and "%" not in part:
-        return part
-    return part.replace("%", "%25").replace(":", "%3A")

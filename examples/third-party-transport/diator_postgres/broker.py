@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from diator.brokers.batching import BatchSender
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
 from diator.brokers.connecting import ServiceBroker
+from diator.brokers.names import shortened
 from diator.brokers.supervisor import ReconnectPolicy, SubscriptionSettings
 from diator.exceptions import ConfigurationError
 from diator_postgres._connection import Connection
@@ -152,5 +152,4 @@ class PostgresMessageBroker(ServiceBroker[Connection]):
 
 def _encoded(*names: str) -> str:
     """Return *names* as one text in ASCII. Different names never have the same text."""
-    text = json.dumps(names)
-    return text if len(text) <= _MAX_NAME_LENGTH else f"{text[:150]}...{hashlib.sha256(text.encode()).hexdigest()[:40]}"
+    return shortened(json.dumps(names), _MAX_NAME_LENGTH, "...")  # a JSON list does not end in a hash
