@@ -773,6 +773,24 @@ async def test_a_connection_that_closes_slowly_is_closed_completely():
     assert 2 < took < 2.3
 
 
+async def test_a_connection_that_is_given_up_while_it_opens_cleans_up_undisturbed():
+    cleaned_up = []
+
+    async def opening():
+        try:
+            await forever()
+        finally:
+            await asyncio.sleep(1)
+            cleaned_up.append(True)
+
+    service = Service(None, opening)
+    async with service.supervised():
+        service.links[0].put(OSError())
+        await asyncio.sleep(0.1)
+
+    assert cleaned_up == [True]
+
+
 async def test_a_watcher_that_ends_slowly_is_waited_for():
     """Otherwise it would go on without its connection."""
     service, ended = Service(), []
