@@ -1,10 +1,14 @@
 """What a consumer reports: `on_handled`, `on_gap`, `health()` and the log."""
 
 import asyncio
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pytest
 
+from diator._log import MAX_LINES
 from diator.brokers import Message
 from diator.brokers.base import Gap
 from diator.brokers.memory import MemoryMessageBroker
@@ -12,6 +16,7 @@ from diator.consumer import Health
 from diator.exceptions import (
     BrokerUnavailable,
 )
+from diator.retrying import RetryPolicy
 from tests.unit.consumer.helpers import CANARY, JOIN, Slow, consume, consumer_of, on_joined, quick
 from tests.unit.consumer.test_health import Service
 from tests.unit.doubles import (
@@ -211,3 +216,88 @@ async def test_a_consumer_logs_at_its_start_what_it_consumes_and_from_where(capl
         group = "without a group" if isinstance(broker, Scripted) else "group diator"
         assert message == f"consuming Moved, UserJoined from {type(broker).__name__}{at}, {group}, concurrency 3"
         caplog.clear()
+
+
+async def always_failing(event: UserJoined) -> None:
+    raise LookupError(CANARY)
+
+
+class Flaky:
+    """A handler that fails each first time."""
+
+    def __init__(self):
+        self.calls = 0
+
+    async def __call__(self, event: UserJoined) -> None:
+        self.calls += 1
+        if self.calls % 2:
+            raise LookupError(CANARY)
+
+
+class Line(NamedTuple):
+    """What is logged of a delivery, and, after too many lines, of its kind."""
+
+    text: str
+    kind: str
+    level: str
+    handler: Any
+    body: bytes = body_of(JOIN)
+    retry: RetryPolicy = quick()
+    broker: Mapping[str, Any] = MappingProxyType({})
+
+
+ID = JOIN.event_id
+LOST = "was not handled and is lost: this transport cannot dead-letter it"
+MISFIT = "the payload does not fit UserJoined: Expected `int`, got `str` - at `$.user_id`"
+CUT_OFF = "the body is not a message: Input data was truncated"
+LINES = {
+    "requeued": Line(
+        f"UserJoined {ID} failed (LookupError in always_failing); requeued for attempt 2 of 3",
+        "UserJoined failed (LookupError in always_failing) and was requeued",
+        *("WARNING", always_failing, body_of(JOIN), quick(delayed_retries=2)),
+    ),
+    "a misfit": Line(
+        f"UserJoined {ID} failed (undecodable: {MISFIT}); requeued for attempt 2 of 3",
+        "UserJoined failed (undecodable) and was requeued",
+        *("WARNING", on_joined, body_of(JOIN, payload={"user_id": "seven"}), quick(delayed_retries=2)),
+    ),
+    "dead-lettered": Line(
+        f"UserJoined {ID} was not handled and is dead-lettered (retries-exhausted: LookupError in always_failing)",
+        "UserJoined was not handled and is dead-lettered (retries-exhausted)",
+        *("ERROR", always_failing),
+    ),
+    "unreadable": Line(
+        f"UserJoined with an unreadable id was not handled and is dead-lettered (undecodable: {CUT_OFF})",
+        "UserJoined was not handled and is dead-lettered (undecodable)",
+        *("ERROR", on_joined, b"{"),
+    ),
+    "lost": Line(
+        f"UserJoined {ID} {LOST} (retries-exhausted: LookupError in always_failing)",
+        f"UserJoined {LOST} (retries-exhausted)",
+        *("ERROR", always_failing),
+        broker={"capabilities": WEAK},
+    ),
+    "unsettled": Line(
+        "a delivery of UserJoined could not be settled: BrokerUnavailable('it is away'); it is redelivered",
+        "a delivery of UserJoined could not be settled: BrokerUnavailable",
+        *("ERROR", on_joined),
+        broker={"failing": {"ack": BrokerUnavailable("it is away")}},
+    ),
+    "healed": Line(
+        f"UserJoined {ID} succeeded after 1 immediate retry (LookupError in Flaky)",
+        "UserJoined succeeded after immediate retries (LookupError in Flaky)",
+        *("INFO", Flaky(), body_of(JOIN), quick(immediate_retries=1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+async def test_a_line_says_what_happened_to_which_message_and_later_to_how_many(line, caplog):
+    caplog.set_level("INFO")
+    broker = Scripted(*[line.body] * (MAX_LINES + 2), **line.broker)
+    await consume(broker, line.handler, retry=line.retry, count=MAX_LINES + 2)
+
+    *records, summary = caplog.records[1:]  # after the line of its start
+    assert [record.getMessage() for record in records] == [line.text] * MAX_LINES
+    assert summary.getMessage().startswith(f"{line.kind}: and 2 more in ")
+    assert {record.levelname for record in (*records, summary)} == {line.level}
