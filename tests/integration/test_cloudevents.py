@@ -393,14 +393,14 @@ async def test_retries_and_dead_letters_keep_the_envelope(transport, mode):
         raise PermanentError if len(attempts) == 2 else RuntimeError
 
     async with consuming(transport, handle, codec=CloudEvents(SOURCE)) as (broker, reports), asyncio.timeout(60):
-        await broker.send_message(message(mode, headers={**HEADERS, "X-Tenant": "8"}))
+        await broker.send_message(message(mode, headers={**HEADERS, "x-tenant": "8"}))
         outcomes = [(await reports.get()).outcome for _ in range(2)]
         async with receiving(transport, transport.dead) as receive:
             raw = await receive()
 
     assert outcomes == ["retried", "dead_lettered"]
     check_what_was_sent(*read_by_sdk(transport, raw))
-    assert raw.headers["X-Tenant"] == "8"
+    assert raw.headers["x-tenant"] == "8"
     assert raw.headers["diator-dlq-attempts"] == "2"
 
 
