@@ -16,12 +16,13 @@ from diator.exceptions import (
     BrokerError,
     BrokerUnavailable,
     MessageRejected,
+    MessageUnroutable,
     OutcomeUnknown,
 )
 
 T = TypeVar("T")
 
-_SEND_ERRORS = {AccessRefused, BrokerClosed, BrokerUnavailable, MessageRejected, OutcomeUnknown}
+_SEND_ERRORS = {AccessRefused, BrokerClosed, BrokerUnavailable, MessageRejected, MessageUnroutable, OutcomeUnknown}
 
 
 class BatchSender(Generic[T]):

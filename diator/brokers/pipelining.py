@@ -20,7 +20,7 @@ from diator.exceptions import BrokerClosed, BrokerError, BrokerUnavailable, Diat
 K = TypeVar("K")
 
 
-class InFlight(msgspec.Struct, eq=False):
+class InFlight(msgspec.Struct, eq=False, gc=False):
     """
     A message that was written and not answered.
 
@@ -67,55 +67,48 @@ class Pipeline(ABC, Generic[K]):
 
     Attributes:
         in_flight: The messages that wait for their answers, by key, in the order of `expect`.
+        has_room: Whether another message may be written.
         is_lost: Whether `lose` was called.
     """
 
     def __init__(
-        self,
-        retire: Callable[[Any], None],
-        *,
-        silence: float,
-        max_in_flight: int,
-        max_bytes: int = 4 * 1024 * 1024,
+        self, retire: Callable[[Any], None], *, silence: float, max_in_flight: int, max_bytes: int = 4 * 1024 * 1024
     ) -> None:
         self.in_flight: dict[K, InFlight] = {}
+        self.has_room = True
         self.is_lost = False
         self._loop = asyncio.get_running_loop()
         self._retire = retire
         self._silence = silence
         self._max_in_flight, self._max_bytes = max_in_flight, max_bytes
         self._bytes = 0
-        self._silent_since = math.inf  # while something waits for an answer
-        self._changed = asyncio.Event()
+        self._waiters: list[asyncio.Future[None]] = []
+        self._heard, self._silent_since = True, 0.0  # whether an answer has arrived since then
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_at = math.inf
-
-    @property
-    def has_room(self) -> bool:
-        """Return whether another message may be written."""
-        return len(self.in_flight) < self._max_in_flight and self._bytes < self._max_bytes
 
     async def room(self) -> None:
         """Wait until an answer has arrived, a deadline has passed, or the connection is lost."""
         if not self.is_lost:
-            self._changed.clear()
-            await self._changed.wait()
+            waiter = self._loop.create_future()
+            self._waiters.append(waiter)
+            await waiter
 
     def expect(self, key: K, message_id: UUID | None, size: int, deadline: float) -> asyncio.Future[Any]:
         """Return the future of the answer to a message of *size* bytes, which is written now."""
         answer = self._loop.create_future()
         self.in_flight[key] = InFlight(answer, message_id, size, deadline)
         self._bytes += size
-        if self._silent_since == math.inf:
-            self._silent_since = self._loop.time()
+        if len(self.in_flight) >= self._max_in_flight or self._bytes >= self._max_bytes:
+            self.has_room = False
         if deadline < self._alarm_at:
-            self._wake_at(deadline)
+            self._watch(deadline, self._loop.time())
         return answer
 
     def answered(self, key: K, result: Any = None, *, error: BrokerError | None = None) -> None:
         """Note the answer to a message. Its future ends with *result*, or with *error*."""
+        self._heard = True
         message = self.in_flight.pop(key, None)
-        self._silent_since = self._loop.time() if self.in_flight else math.inf
         if message is None:
             return  # it was overdue
         self._bytes -= message.size
@@ -123,7 +116,8 @@ class Pipeline(ABC, Generic[K]):
             message.fail(error)
         elif not message.answer.done():
             message.answer.set_result(result)
-        self._changed.set()
+        if self._waiters or not self.has_room:
+            self._note_change()
 
     def lose(self, error: BrokerError) -> None:
         """Note that no answer will arrive any more. The callers that still wait get *error*: mostly OutcomeUnknown."""
@@ -135,21 +129,23 @@ class Pipeline(ABC, Generic[K]):
         for message in self.in_flight.values():
             message.fail(error)
         self.in_flight.clear()
-        self._changed.set()
+        self._note_change()
         self._retire(self)
 
     def check_deadlines(self) -> None:
         """Handle the overdue messages. The timer calls it at the earliest deadline; a subclass may check more."""
         now = max(self._loop.time(), self._alarm_at)  # a timer may be early, by its resolution
-        silent = now - self._silent_since >= self._silence
+        if self._heard and self.in_flight:
+            self._heard, self._silent_since = False, self._alarm_at
+        silent = not self._heard and now - self._silent_since >= self._silence
         for key in [key for key, message in self.in_flight.items() if message.deadline <= now]:
             if not self.is_lost:
                 self.overdue(key, silent=silent)
-        self._changed.set()
+        self._note_change()
         self._alarm, self._alarm_at = None, math.inf
         earliest = min((message.deadline for message in self.in_flight.values()), default=math.inf)
         if earliest < math.inf:
-            self._wake_at(earliest)
+            self._watch(earliest, now)
 
     def overdue(self, key: K, *, silent: bool) -> None:
         """
@@ -173,11 +169,20 @@ class Pipeline(ABC, Generic[K]):
     async def close(self) -> None:
         """Close the connection: at once if it is lost, else in an orderly way and in a limited time."""
 
-    def _wake_at(self, deadline: float) -> None:
+    def _watch(self, deadline: float, now: float) -> None:
+        """Set the timer: for the time from which answers are noticed, else for *deadline*."""
         if self._alarm is not None:
             self._alarm.cancel()
-        self._alarm_at = deadline
-        self._alarm = self._loop.call_at(deadline, self.check_deadlines)
+        begin = deadline - 1.1 * self._silence  # a little earlier, since times are rounded
+        self._alarm_at = begin if begin > now else deadline
+        self._alarm = self._loop.call_at(self._alarm_at, self.check_deadlines)
+
+    def _note_change(self) -> None:
+        self.has_room = len(self.in_flight) < self._max_in_flight and self._bytes < self._max_bytes
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
 
 class _Link(Protocol):

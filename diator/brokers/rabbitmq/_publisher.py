@@ -218,8 +218,7 @@ class _Connection(Channel, Pipeline[str]):
             message.fail(
                 MessageUnroutable(
                     f"no queue is bound to the routing key {method.routing_key!r}; nobody has subscribed yet, or the "
-                    "queues were deleted",
-                    message_id=message.message_id,
+                    "queues were deleted"
                 )
             )
 

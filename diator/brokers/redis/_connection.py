@@ -114,7 +114,9 @@ class CommandConnection(PipelinedConnection["_Connection | _Unshared"]):
             BrokerClosed: `aclose` was called before.
         """
         deadline = self._bind_to_running_loop().time() + self.timeout
-        link = await self._ready(deadline, message_id)
+        link = self._link
+        if link is None or self._queued or not link.has_room:  # this saves a coroutine for each message
+            link = await self._ready(deadline, message_id)
         try:
             reply = link.call(command, message_id, deadline, replicas)
         except CLIENT_ERRORS as error:

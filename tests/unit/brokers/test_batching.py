@@ -13,6 +13,7 @@ from diator.exceptions import (
     BrokerUnavailable,
     MessageRejected,
     MessageTooLarge,
+    MessageUnroutable,
     OutcomeUnknown,
     UsageError,
 )
@@ -127,7 +128,9 @@ async def test_the_deadline_of_a_batch_is_that_of_its_first_call(service):
     assert [deadline - now for deadline in service.deadlines] == pytest.approx([5.0, 5.11], abs=0.05)
 
 
-@pytest.mark.parametrize("kind", [AccessRefused, BrokerClosed, BrokerUnavailable, MessageRejected, OutcomeUnknown])
+@pytest.mark.parametrize(
+    "kind", [AccessRefused, BrokerClosed, BrokerUnavailable, MessageRejected, MessageUnroutable, OutcomeUnknown]
+)
 async def test_each_caller_receives_an_error_of_its_own(service, kind):
     sender = sender_to(service)
     cause = OSError("gone")

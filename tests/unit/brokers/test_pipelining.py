@@ -371,3 +371,132 @@ async def test_a_retired_connection_is_closed_when_its_answers_are_in():
     connection.link.answered(1)
     assert await outcomes(tasks) == [type(None)] * 3
     await connection.aclose()
+
+
+async def test_closing_while_connecting_leaves_no_connection_open():
+    connection = Connection()
+    connection.may_connect.clear()
+    tasks = await begun(connection, "a", "b")
+    closing = asyncio.create_task(connection.aclose())
+    await asyncio.sleep(0.1)
+    connection.may_connect.set()
+    await closing
+    assert await outcomes(tasks) == [BrokerClosed] * 2
+    assert [link.is_open for link in connection.links] == [False]
+    assert connection.link.written == []
+
+
+async def test_subscriptions_may_send_until_they_have_ended():
+    connection = Connection()
+    await connection.open()
+
+    class Subscription:
+        async def aclose(self):
+            asyncio.get_running_loop().call_later(1, lambda: connection.link.answered(1, "settled"))
+            self.result = await connection.send("ack")
+
+    subscription = Subscription()
+    connection.subscriptions.add(subscription)
+    await connection.aclose()
+    assert subscription.result == "settled"
+    assert not connection.link.is_open
+
+
+async def test_closing_waits_for_connections_that_were_lost():
+    connection = Connection()
+    await connection.open()
+    link, is_closed = connection.link, asyncio.Event()
+
+    async def close():
+        await asyncio.sleep(1)
+        is_closed.set()
+
+    link.close = close
+    link.lose(OutcomeUnknown("lost"))
+    link.lose(OutcomeUnknown("lost again"))
+    await asyncio.wait_for(link.room(), 1)  # nobody waits for room on a lost connection
+    await connection.aclose()
+    assert is_closed.is_set()
+
+
+# -- the table alone -------------------------------------------------------------------------------------------------
+
+
+async def test_a_connection_is_lost_once():
+    retired = []
+    link = Link(retired.append)
+    answers = [link.write("x", None, now() + TIMEOUT) for _ in range(2)]  # both are overdue at once
+    assert await outcomes(answers) == [OutcomeUnknown] * 2
+    link.lose(OutcomeUnknown("again"))
+    assert retired == [link]
+
+
+async def test_an_idle_connection_is_not_silent():
+    """A message that is written shortly before its deadline proves nothing, also if nothing was written before."""
+    link = Link(lambda _: None)
+    link.write("x", None, now() + TIMEOUT)
+    link.answered(1)
+    await asyncio.sleep(100)
+    began = now()
+    assert await outcomes([link.write("x", None, began + 0.5)]) == [OutcomeUnknown]
+    assert now() - began == pytest.approx(0.5)
+    assert not link.is_lost
+    assert await outcomes([link.write("x", None, now() + TIMEOUT)]) == [OutcomeUnknown]
+    assert link.is_lost
+
+
+async def test_every_message_that_ends_makes_room():
+    link = Link(lambda _: None, silence=100, max_bytes=4)
+    link.write("12", None, now() + 5)
+    link.write("34", None, now() + TIMEOUT)
+    assert not link.has_room
+    link.answered(1)
+    assert link.has_room
+    link.write("56", None, now() + 5)
+    assert not link.has_room
+    await asyncio.sleep(6)  # it is overdue
+    assert link.has_room
+    link.write("7", None, now() + TIMEOUT)
+    assert link.has_room
+    link.write("8", None, now() + TIMEOUT)
+    assert not link.has_room
+    link.answered(3)  # late
+    assert not link.has_room
+    link.write("9", None, now() + TIMEOUT)
+    link.answered(4)
+    assert not link.has_room
+
+
+async def test_a_call_overtakes_no_earlier_one_that_is_about_to_be_written():
+    connection = Connection(max_in_flight=1)
+    first, cancelled, second = await begun(connection, "a", "cancelled", "b")
+    cancelled.cancel()
+    third = asyncio.create_task(connection.send("c"))
+    connection.link.answered(1)  # there is room when the third call begins
+    for number in (2, 3):
+        await asyncio.sleep(0.1)
+        connection.link.answered(number)
+    assert connection.link.written == ["a", "b", "c"]
+    assert await outcomes([first, second, third]) == [type(None)] * 3
+    third = asyncio.create_task(connection.send("d"))
+    await asyncio.sleep(0)
+    assert connection.link.written[3:] == ["d"]  # at once
+    connection.link.answered(4)
+    await third
+    await connection.aclose()
+
+
+async def test_the_loss_of_a_retired_connection_does_not_concern_the_next_one():
+    connection = Connection()
+    tasks = await begun(connection, "a")
+    old = connection.link
+    connection.retire(old)
+    tasks += await begun(connection, "b")
+    await asyncio.sleep(0.1)
+    old.lose(OutcomeUnknown("lost"))
+    tasks += await begun(connection, "c")
+    assert connection.link.written == ["b", "c"]
+    connection.link.answered(1)
+    connection.link.answered(2)
+    assert await outcomes(tasks) == [OutcomeUnknown, type(None), type(None)]
+    await connection.aclose()
