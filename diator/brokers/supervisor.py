@@ -36,6 +36,7 @@ from diator.exceptions import (
 # before the probe, so it proves that none of them was missed. Silence proves nothing: the link or this process may have
 # stood still, and messages that the service had queued are lost with the connection.
 _PROVE_EVERY = 1.0
+_CLOSED = "this broker is closed"
 # How long a task that is cancelled may take to close what it has opened, in seconds.
 CLEANING_UP = 2.0
 # After so many seconds a task that goes on in spite of its cancellation is cancelled again.
@@ -236,8 +237,14 @@ class ResilientSubscription(ABC):
 
     async def __aenter__(self) -> Self:
         ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def ended(_: object) -> None:
+            if not ready.done():  # the broker was closed meanwhile
+                ready.set_exception(BrokerClosed(_CLOSED))
+
         with own_client():
             self._receiver = asyncio.create_task(self._keep_receiving(ready), name="diator: receiving")
+        self._receiver.add_done_callback(ended)
         self.settings.registry.add(self)
         try:
             await ready
@@ -356,7 +363,7 @@ class ResilientSubscription(ABC):
 
     async def aclose(self) -> None:
         """End the subscription because its broker is closed. Every wait for a delivery raises `BrokerClosed`."""
-        self._end_error = BrokerClosed("this broker is closed")
+        self._end_error = BrokerClosed(_CLOSED)
         await self._end()
 
     async def _end(self) -> None:

@@ -27,10 +27,8 @@ RECONNECT = ReconnectPolicy(connect_timeout=2.0, idle_timeout=4.0, max_delay=1.0
 LIMIT_ROOM = (
     """
     CREATE OR REPLACE FUNCTION limit_room() RETURNS trigger LANGUAGE plpgsql AS $$
-    DECLARE
-        room integer := current_setting('diator.room');
     BEGIN
-        IF (SELECT count(*) FROM messages WHERE topic = NEW.topic AND grp = NEW.grp) >= room THEN
+        IF current_setting('diator.room')::int <= count(*) FROM messages WHERE topic = NEW.topic AND grp = NEW.grp THEN
             RAISE EXCEPTION USING ERRCODE = 'check_violation';
         END IF;
         RETURN NEW;

@@ -926,6 +926,22 @@ async def test_a_subscription_can_be_closed_before_it_was_entered():
     assert leave.calls == [(0, [])]
 
 
+@pytest.mark.parametrize("steps", [1, 5])
+async def test_a_subscription_that_is_being_entered_ends_when_its_broker_is_closed(steps):
+    """Before its task has begun to connect, and while it waits for the service."""
+    service = Service(forever)
+    entering = asyncio.create_task(service.supervised().__aenter__())
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    assert service.registry
+    async with asyncio.timeout(PROMPTLY):
+        await close_all(service.registry)
+        with pytest.raises(BrokerClosed, match="this broker is closed"):
+            await entering
+
+    assert (service.live, service.registry) == (0, set())
+
+
 async def test_leave_is_called_even_if_there_never_was_a_connection():
     service = Service(OSError())
     leave = Leaving(service)
