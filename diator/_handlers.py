@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, Protocol, TypeAlias, cast, get_args, get_origin
 
@@ -18,6 +18,19 @@ from diator.exceptions import BindingError, ResolutionError, SharedHandler
 Handler: TypeAlias = type[Any] | Callable[..., Awaitable[Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class WithHeaders:
+    """
+    An integration event that is raised with *headers*: `self.events.append(WithHeaders(event, {"region": "eu"}))`.
+
+    It can be raised, and passed to `EventEmitter.emit`, instead of the event. The headers take precedence over all
+    others.
+    """
+
+    event: Any
+    headers: Mapping[str, str] = field(repr=False)
+
+
 class Events(list[Any]):
     """
     The list of events that a handler raises. They are handled or sent in this order.
@@ -26,6 +39,10 @@ class Events(list[Any]):
     """
 
     __slots__ = ()
+
+    def append(self, event: Any, /, *, headers: Mapping[str, str] | None = None) -> None:
+        """Raise *event*; an integration event with *headers* as `WithHeaders`."""
+        super().append(event if headers is None else WithHeaders(event, headers))
 
 
 class RaisesEvents:

@@ -20,7 +20,7 @@ from diator.brokers.base import Delivery, Topic
 from diator.brokers.codec import Envelope, decode, decode_envelope, decode_with, event_decoder
 from diator.brokers.message import Codec
 from diator.container.base import Resolver, Shared, scopes
-from diator.context import CONTEXT_OF, DELIVERY, MessageContext
+from diator.context import CONTEXT_OF, CORRELATED, DELIVERY, MessageContext
 from diator.events import EventEmitter, EventMap
 from diator.events._emitter import OUTGOING, Outgoing
 from diator.events._event import is_integration_event, message_name_of
@@ -411,7 +411,8 @@ class Handling:
         except DecodingError as error:
             return error.with_traceback(None)  # its frames hold the message, and this error is handed out
 
-    def _context_of(self, delivery: Delivery) -> MessageContext | None:
+    def context_of(self, delivery: Delivery) -> MessageContext | None:
+        """Return the context of the message of *delivery*; None if it cannot be decoded."""
         body, headers = delivery.body, delivery.headers
         try:
             if self._codec is None:
@@ -435,7 +436,8 @@ class Handling:
     def worker(self) -> Worker:
         """Return the running task as a worker, which `handle` needs for each delivery of this task."""
         task = current_task()
-        CONTEXT_OF.set(self._context_of)
+        CONTEXT_OF.set(self.context_of)
+        CORRELATED.set(None)
         worker = Worker(self._deadlines.limit(task), self._settling.limit(task))
         self._workers.append(worker)
         return worker
@@ -445,7 +447,7 @@ class Handling:
     ) -> None:
         """Handle *delivery* as `handle` does, and let the instrument observe it."""
         set_delivery(delivery)
-        if self._observer is None or (context := self._context_of(delivery)) is None:
+        if self._observer is None or (context := self.context_of(delivery)) is None:
             await self.handle(worker, delivery, message)
             return
         observed = self._observer.processing(context)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
@@ -23,6 +23,7 @@ from diator.container import Container
 from diator.container.base import Resolver
 from diator.events import EventEmitter, EventMap
 from diator.events._emitter import check_codec, check_parts, check_type, described
+from diator.events._headers import HeaderSource
 from diator.exceptions import BrokerUnavailable, ConfigurationError, DecodingError, UsageError
 from diator.instruments import Handled, Instrument, observer_of
 from diator.middlewares.base import Middleware, checked_middlewares
@@ -105,7 +106,8 @@ class Consumer:
         middlewares: Surround each handler; the first is the outermost. An event with two handlers passes through them
             twice.
         event_emitter: Handles or sends the events that handlers raise, before the delivery is acknowledged. Default:
-            an emitter with *event_map*, *container*, *broker*, *codec* and *instrument*.
+            an emitter with *event_map*, *container*, *broker*, *headers*, *codec* and *instrument*.
+        headers: Header sources of the events that handlers raise, as for an `EventEmitter`; not with *event_emitter*.
         codec: Reads the messages. Default: diator's own envelope.
         instrument: Observes the handling of messages, for telemetry. An *event_emitter* has an instrument of its own.
         retry: How often a failing message is retried. Default: `RetryPolicy()`, with `delayed_retries=0` where the
@@ -137,6 +139,7 @@ class Consumer:
         prefetch: int = 1_000,
         middlewares: Iterable[Middleware] = (),
         event_emitter: EventEmitter | None = None,
+        headers: Sequence[HeaderSource] = (),
         codec: Codec | None = None,
         instrument: Instrument | None = None,
         retry: RetryPolicy | None = None,
@@ -173,7 +176,9 @@ class Consumer:
         observer = observer_of(instrument, broker)
         emitter = event_emitter
         if emitter is None:
-            emitter = EventEmitter(event_map, container, broker, codec=codec, instrument=instrument)
+            emitter = EventEmitter(event_map, container, broker, headers=headers, codec=codec, instrument=instrument)
+        elif headers:
+            raise ConfigurationError("headers was passed together with event_emitter; pass it to the EventEmitter")
         emitter._wire(container)
         self._routes = routes(event_map, container, checked_middlewares(middlewares), emitter)
         self._handling = Handling(

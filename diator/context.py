@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -10,7 +12,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from diator.brokers.message import Topic
-from diator.exceptions import UsageError
+from diator.exceptions import ConfigurationError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +77,7 @@ def usable_id(text: str | None) -> str | None:
     return text if text and len(text) <= _LONGEST_ID and text.isprintable() else None
 
 
-#: The delivery that a consumer handles here. Setting it is all that a context costs until somebody asks.
+#: The delivery that a consumer handles here, or its context, which is made when somebody asks for the first time.
 DELIVERY: ContextVar[Any] = ContextVar("diator.context.DELIVERY", default=None)
 #: Makes the context of a delivery; None if it cannot be decoded. Each worker of a consumer sets it once.
 CONTEXT_OF: ContextVar[Callable[[Any], MessageContext | None]] = ContextVar("diator.context.CONTEXT_OF")
@@ -89,8 +91,13 @@ def current_message() -> MessageContext | None:
     (`asyncio.to_thread`) that it starts, for as long as they run. A message is handled until its outcome is reported:
     `on_handled` and the log lines of a consumer have the context too, unless the message cannot be decoded.
     """
-    delivery = DELIVERY.get()
-    return None if delivery is None else CONTEXT_OF.get()(delivery)
+    current = DELIVERY.get()
+    if current is None or type(current) is MessageContext:
+        return current
+    DELIVERY.set(None)  # so that a codec which logs is not called again and again
+    context = CONTEXT_OF.get()(current)
+    DELIVERY.set(current if context is None else context)
+    return context
 
 
 def needed_message() -> MessageContext:
@@ -102,3 +109,82 @@ def needed_message() -> MessageContext:
             "of a consumer; annotate it with `MessageContext | None` if it can do without"
         )
     return context
+
+
+# -- correlation -----------------------------------------------------------------------------------------------------
+
+#: The correlation id of `correlated`.
+CORRELATED: ContextVar[str | None] = ContextVar("diator.context.CORRELATED", default=None)
+
+
+@contextmanager
+def correlated(correlation_id: str | None = None) -> Iterator[str]:
+    """
+    Give all messages that are sent inside of the block one correlation id, and return it; a new one by default.
+
+    For the edge of a program, such as a web server. What a consumer handles has the correlation id of its message, also
+    if the consumer runs inside of such a block; a block inside of a handler is for what is sent there.
+
+    Raises:
+        ConfigurationError: *correlation_id* is not 1 to 255 printable characters.
+    """
+    if correlation_id is None:
+        correlation_id = str(uuid4())
+    elif usable_id(correlation_id) is None:
+        raise ConfigurationError(f"a correlation id must be text of 1 to {_LONGEST_ID} printable characters")
+    token = CORRELATED.set(correlation_id)
+    try:
+        yield correlation_id
+    finally:
+        CORRELATED.reset(token)
+
+
+def current_correlation_id() -> str | None:
+    """Return the correlation id that a message would have that is sent here; None if it would have its own id."""
+    correlation_id = CORRELATED.get()
+    if correlation_id is None and (context := current_message()) is not None:
+        correlation_id = context.correlation_id
+    return correlation_id
+
+
+def correlation(event: Any) -> Mapping[str, str]:
+    """
+    Return the headers `correlation-id` and `causation-id` of a message, as a header source.
+
+    diator adds them by itself where headers are the service's own. Pass this function, as in `headers=[correlation]`,
+    where a message would have them in its body, as on Redis Pub/Sub.
+    """
+    return correlation_headers(event.event_id, b"")
+
+
+_BEFORE_ID = b'{"event_id":"'
+
+
+def correlation_headers(message_id: UUID, payload_json: bytes) -> dict[str, str]:
+    """Return the headers that correlate a message. A payload of diator usually begins with the id, as text."""
+    correlation_id = CORRELATED.get()
+    if correlation_id is None and DELIVERY.get() is None:
+        own = payload_json[13:49].decode() if payload_json[:13] == _BEFORE_ID else str(message_id)
+        return {CORRELATION_ID: own}
+    context = current_message()
+    if context is None:
+        return {CORRELATION_ID: correlation_id or str(message_id)}
+    return {CORRELATION_ID: correlation_id or context.correlation_id, CAUSATION_ID: str(context.message_id)}
+
+
+class ContextFilter(logging.Filter):
+    """
+    Adds to each log record what is known about the message that is being handled: for a handler of `logging`.
+
+    The attributes are `message_id`, `correlation_id`, `attempt` and `group`, each None if it is not known; one that the
+    record has already stays as it is. Formats name them, as in `%(correlation_id)s`.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Add the attributes, and let the record pass."""
+        context, attributes = current_message(), record.__dict__
+        attributes.setdefault("correlation_id", current_correlation_id())
+        attributes.setdefault("message_id", None if context is None else str(context.message_id))
+        attributes.setdefault("attempt", None if context is None else context.attempt)
+        attributes.setdefault("group", None if context is None else context.group)
+        return True

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 from uuid import UUID
 
 from diator._hints import name_of
-from diator.brokers.message import Message, Topic
+from diator.brokers.message import Message, Topic, check_headers
 from diator.context import MessageContext
 from diator.exceptions import ConfigurationError
 
@@ -110,7 +110,7 @@ class Observer:
         return _Around(self, "handling", lambda: self._instrument.handling(request))
 
     def headers(self, event: object) -> Mapping[str, str]:
-        return self.call("headers", lambda: _texts(self._instrument.headers(event))) or {}
+        return self.call("headers", lambda: _checked(self._instrument.headers(event))) or {}
 
     def sending(self, messages: Sequence[Message]) -> AbstractContextManager[None]:
         return _Around(self, "sending", lambda: self._instrument.sending(messages, self._broker))
@@ -138,9 +138,8 @@ class Observer:
             logger.error(line, name, method, name_of(type(error)), exc_info=error)
 
 
-def _texts(headers: Mapping[str, str]) -> Mapping[str, str]:
-    for text in (*headers.keys(), *headers.values()):
-        str.encode(text)
+def _checked(headers: Mapping[str, str]) -> Mapping[str, str]:
+    check_headers(headers, "headers")
     return headers
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, overload
 
 from diator._dispatcher import Dispatcher, Plan
+from diator._handlers import WithHeaders
 from diator.brokers.message import Codec
 from diator.brokers.sending import MessageBroker
 from diator.container import Container
 from diator.container.base import Resolver, Shared
 from diator.events import EventEmitter, EventMap
 from diator.events._emitter import OUTGOING, Outgoing, check_parts, check_type
+from diator.events._headers import HeaderSource
 from diator.exceptions import ConfigurationError, EventsNotSent, MessagesNotSent
 from diator.instruments import Instrument, observer_of
 from diator.middlewares.base import Middleware, checked_middlewares
@@ -36,6 +38,7 @@ class Mediator:
         event_emitter: Handles and sends the events. Default: an emitter with *event_map* and *message_broker*.
         event_map: The handlers of domain events, if *event_emitter* is not passed.
         message_broker: Sends the integration events, if *event_emitter* is not passed. The mediator does not close it.
+        headers: Header sources for the integration events, if *event_emitter* is not passed; see `EventEmitter`.
         codec: The envelope of the integration events, if *event_emitter* is not passed. Default: diator's own.
         instrument: Observes the handling of requests, for telemetry, and the sends; an *event_emitter* that is passed
             needs it too.
@@ -64,6 +67,7 @@ class Mediator:
         *,
         event_map: EventMap | None = None,
         message_broker: MessageBroker | None = None,
+        headers: Sequence[HeaderSource] = (),
         codec: Codec | None = None,
         instrument: Instrument | None = None,
         middlewares: Iterable[Middleware] | None = None,
@@ -76,6 +80,7 @@ class Mediator:
         *,
         event_map: EventMap | None = None,
         message_broker: MessageBroker | None = None,
+        headers: Sequence[HeaderSource] = (),
         codec: Codec | None = None,
         instrument: Instrument | None = None,
         middlewares: Iterable[Middleware] | None = None,
@@ -85,10 +90,12 @@ class Mediator:
         check_type("event_emitter", event_emitter, EventEmitter)
         middlewares = checked_middlewares(() if middlewares is None else middlewares)
         if event_emitter is None:
-            event_emitter = EventEmitter(event_map, None, message_broker, codec=codec, instrument=instrument)
-        elif any(part is not None for part in (event_map, message_broker, codec)):
+            event_emitter = EventEmitter(
+                event_map, None, message_broker, headers=headers, codec=codec, instrument=instrument
+            )
+        elif headers or any(part is not None for part in (event_map, message_broker, codec)):
             raise ConfigurationError(
-                "event_emitter was passed together with event_map, message_broker or codec; pass these to the "
+                "event_emitter was passed together with event_map, message_broker, headers or codec; pass these to the "
                 "EventEmitter instead"
             )
         container = Container() if container is None else container
@@ -177,4 +184,5 @@ class Mediator:
 
 
 def _not_sent(outgoing: Outgoing, response: object) -> EventsNotSent:
-    return EventsNotSent(response, [event for event, _ in outgoing], [message.message_id for _, message in outgoing])
+    events = [raised.event if isinstance(raised, WithHeaders) else raised for raised, _ in outgoing]
+    return EventsNotSent(response, events, [message.message_id for _, message in outgoing])

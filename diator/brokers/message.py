@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import ClassVar, NamedTuple, Protocol, Self, TypeAlias, overload
+from typing import ClassVar, NamedTuple, Protocol, Self, TypeAlias, cast, overload
 from uuid import UUID, uuid4
 
 from diator.exceptions import EncodingError
@@ -153,6 +153,42 @@ class Message:
 
         parsed: dict[str, Json] = json.loads(self.payload_json)
         return parsed
+
+
+#: The limit of all headers of a message together, in bytes: more is refused by Kafka, and does not fit into one frame
+#: of RabbitMQ.
+MAX_HEADER_BYTES = 60 * 1024
+#: The limit of one name, in bytes: that of AMQP.
+_MAX_NAME_BYTES = 255
+#: What a header takes besides its name and value, in bytes.
+_HEADER_BYTES = 16
+_RESERVED = "diator-"
+
+
+def check_headers(headers: object, source: str) -> None:
+    """
+    Check headers that *source* chose: for a message that is sent, not for one that was received.
+
+    Raises:
+        EncodingError: They are not texts, a name is not valid or reserved, or they are too large. The text of the error
+            contains nothing of them.
+    """
+    size = 0
+    try:
+        for name, value in cast("Mapping[str, str]", headers).items():
+            name_bytes = len(str.encode(name))
+            if name != name.lower() or not 0 < name_bytes <= _MAX_NAME_BYTES or not name.isprintable() or " " in name:
+                problem = f"a name must be lower-case, without spaces, and of 1 to {_MAX_NAME_BYTES} bytes"
+                raise EncodingError(source, problem)
+            if name == "key" or name.startswith(_RESERVED):
+                raise EncodingError(source, f"`key` and names that begin with `{_RESERVED}` are reserved")
+            size += name_bytes + len(str.encode(value)) + _HEADER_BYTES
+    except UnicodeEncodeError:
+        raise EncodingError(source, "a name or a value is not valid Unicode") from None
+    except (TypeError, AttributeError):
+        raise EncodingError(source, "headers must be a dictionary of texts") from None
+    if size > MAX_HEADER_BYTES:
+        raise EncodingError(source, f"the headers have {size:,} bytes, and all together may have {MAX_HEADER_BYTES:,}")
 
 
 class Codec(Protocol):

@@ -2,19 +2,21 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias, cast
 from uuid import UUID
 
-from diator._handlers import PreparedHandler
+from diator._handlers import PreparedHandler, WithHeaders
 from diator._hints import name_of
 from diator.brokers.message import Codec, Message, set_fields
 from diator.brokers.sending import MessageBroker, send_one_by_one, transactional
 from diator.container import Container
 from diator.container.base import Resolver, Shared, has_scopes, scopes
+from diator.context import correlation_headers
 from diator.events._event import Event, check_integration_event, is_integration_event, message_key_of, message_name_of
 from diator.events._handler import EventMap
+from diator.events._headers import HeaderSource, checked_sources, header_maker
 from diator.exceptions import (
     BrokerNotConfigured,
     ConfigurationError,
@@ -45,6 +47,8 @@ class EventEmitter:
         container: Builds the handlers. Default: the container of the mediator or consumer that uses this emitter, or
             diator's own `Container`.
         message_broker: Sends the integration events. The emitter does not close it.
+        headers: Header sources: each is called with the event when its message is made, inside the unit of work, and
+            returns headers for it. Of two with one name, the later one counts.
         codec: The envelope of the integration events. Default: diator's own.
         instrument: Observes the sends, and adds headers, for telemetry.
 
@@ -58,12 +62,14 @@ class EventEmitter:
         container: Resolver | None = None,
         message_broker: MessageBroker | None = None,
         *,
+        headers: Sequence[HeaderSource] = (),
         codec: Codec | None = None,
         instrument: Instrument | None = None,
     ) -> None:
         check_parts(event_map=event_map, container=container, message_broker=message_broker)
         check_codec(codec, message_broker)
         self._codec = codec
+        self._sources = checked_sources(headers)
         self._event_map = EventMap() if event_map is None else event_map
         self._container = container
         self._default_container: Resolver | None = None
@@ -194,11 +200,15 @@ class EventEmitter:
 
     def _plan(self, event_type: type) -> _Plan:
         """Compute what to do with events of this type. Called once for each type."""
-        if is_integration_event(event_type):
+        if event_type is WithHeaders:
+            plan = _Plan((), message=self._with_headers)
+        elif is_integration_event(event_type):
             if self._broker is None:
                 raise BrokerNotConfigured(event_type)
             self._event_map._reserve_name(event_type)
-            plan = _Plan((), message=_message_factory(event_type, self._broker, self._codec, self._observer))
+            plan = _Plan(
+                (), message=_message_factory(event_type, self._broker, self._codec, self._sources, self._observer)
+            )
         else:
             handlers = self._event_map._freeze(event_type)
             if not handlers and issubclass(event_type, type):
@@ -213,6 +223,13 @@ class EventEmitter:
             plan = _Plan([PreparedHandler(handler, container) for handler in handlers])
         self._plans[event_type] = plan
         return plan
+
+    def _with_headers(self, raised: WithHeaders) -> Message:
+        event_type = type(raised.event)
+        plan = self._plans.get(event_type) or self._plan(event_type)
+        if plan.message is None:
+            raise NotAnEvent(f"headers were passed with {name_of(event_type)}, which is not an integration event")
+        return plan.message(raised.event, raised.headers)
 
 
 def check_parts(*, event_map: object, container: object, message_broker: object) -> None:
@@ -256,12 +273,14 @@ class _Plan:
 
     __slots__ = ("message", "needs_scope", "steps")
 
-    def __init__(self, handlers: Sequence[PreparedHandler], message: Callable[[Any], Message] | None = None) -> None:
+    def __init__(self, handlers: Sequence[PreparedHandler], message: Callable[..., Message] | None = None) -> None:
         self.steps = [(handler.build, handler.arguments, handler.pending_events, handler) for handler in handlers]
         self.needs_scope = any(handler.needs_scope for handler in handlers)
         self.message = message
 
 
+#: How many bytes the two ids of a correlation take at most.
+_MOST_CORRELATION = 4 * 1024
 #: No service refuses a key of so many bytes.
 _SHORT_KEY = 16 * 1024
 
@@ -300,9 +319,9 @@ def _check_included(event_type: type, key_field: str | None) -> None:
             raise NotAnEvent(f"{name_of(event_type)}.{name} is excluded from the payload, which needs it; include it")
 
 
-def _message_factory(  # noqa: C901  # one function, for speed
-    event_type: Any, broker: object, codec: Codec | None, observer: Observer | None
-) -> Callable[[Any], Message]:
+def _message_factory(  # noqa: C901, PLR0915  # one function, for speed
+    event_type: Any, broker: object, codec: Codec | None, sources: Sequence[HeaderSource], observer: Observer | None
+) -> Callable[..., Message]:
     """
     Return a function that encodes an event. A later change to the event then does not change its message.
 
@@ -341,9 +360,13 @@ def _message_factory(  # noqa: C901  # one function, for speed
         "codec": codec,
     }
 
+    is_native = getattr(getattr(broker, "capabilities", None), "headers", None) == "native"
+    make_headers, correlates, has_others = header_maker(event_type, sources, observer, is_native=is_native)
+    if correlates:
+        certainly_fits -= _MOST_CORRELATION
     new = object.__new__
 
-    def message(event: Any) -> Message:
+    def message(event: Any, given: Mapping[str, str] | None = None) -> Message:  # noqa: C901  # as above
         message_id = event.event_id
         if type(message_id) is not UUID:
             message_id = plain_id(message_id)
@@ -369,12 +392,17 @@ def _message_factory(  # noqa: C901  # one function, for speed
             raise EncodingError(name_of(event_type), ambiguous)
         fields["message_id"] = message_id
         fields["payload_json"] = payload_json
-        fields["headers"] = {} if observer is None else observer.headers(event)
+        if has_others or given is not None:
+            fields["headers"] = make_headers(event, message_id, payload_json, given)
+        elif correlates:
+            fields["headers"] = correlation_headers(message_id, payload_json)
+        else:
+            fields["headers"] = {}
         if codec is not None:
             fields["time"] = timestamp
         message = new(Message)
         set_fields(message, fields)
-        if len(payload_json) > certainly_fits:
+        if has_others or given is not None or len(payload_json) > certainly_fits:
             check(message)
         return message
 

@@ -57,6 +57,8 @@ class NotificationEvent(Event):
         message_key: The name of a field, an optional class variable (`ClassVar[str]`). Messages with the same value in
             this field keep their order, on transports that order by key. The key of a message is the value as the
             payload has it, without quotes.
+        message_headers: Headers with the names of their fields, an optional class variable
+            (`ClassVar[Mapping[str, str]]`). A field that is None makes no header.
     """
 
     message_type: ClassVar[str] = "notification_event"

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from diator.brokers.codec import payload_decoder
 from diator.brokers.message import Message
 from diator.events._event import message_name_of
 
 E = TypeVar("E")
+#: The headers that a message must have; None: any.
+Headers: TypeAlias = Mapping[str, str] | None
 
 
 class Recorder:
     """
     A broker that records the messages of a program, for tests. `FaultyMessageBroker.sent` is such a recorder, too.
 
-    The methods decode events from the recorded messages, as another program would. `one` and `none` raise an
-    `AssertionError` that shows the recorded events.
+    The methods decode events from the recorded messages, as another program would. *headers* are headers that the
+    message has, perhaps among others. `one` and `none` raise an `AssertionError` that shows the recorded events.
 
     Attributes:
         messages: The sent messages, in order.
@@ -35,23 +37,25 @@ class Recorder:
         """The message names, in the order of sending: `assert recorder.names == ["UserJoined"]`."""
         return [message.message_name for message in self.messages]
 
-    def events(self, event_type: type[E], /, **fields: object) -> list[E]:
-        """Return the sent events of *event_type* that have these *fields*, in order."""
-        return [event for event in self._all(event_type) if _has(event, fields)]
+    def events(self, event_type: type[E], /, *, headers: Headers = None, **fields: object) -> list[E]:
+        """Return the sent events of *event_type* that have these *headers* and *fields*, in order."""
+        wanted = dict(headers or {}).items()
+        sent = zip(self._all(event_type), self._messages(event_type), strict=True)
+        return [event for event, message in sent if wanted <= message.headers.items() and _has(event, fields)]
 
-    def one(self, event_type: type[E], /, **fields: object) -> E:
-        """Return the sent event of *event_type* with these *fields*. Raise AssertionError unless there is just one."""
-        found = self.events(event_type, **fields)
+    def one(self, event_type: type[E], /, *, headers: Headers = None, **fields: object) -> E:
+        """Return the only sent event of *event_type* with these *headers* and *fields*. Raise AssertionError if not."""
+        found = self.events(event_type, headers=headers, **fields)
         if len(found) != 1:
-            raise AssertionError(
-                f"expected one {_text(event_type, fields)}, got {len(found)}; {self._sent(event_type)}"
-            )
+            text = _text(event_type, fields, headers)
+            raise AssertionError(f"expected one {text}, got {len(found)}; {self._sent(event_type, headers)}")
         return found[0]
 
-    def none(self, event_type: type[object], /, **fields: object) -> None:
-        """Raise AssertionError if an event of *event_type* with these *fields* was sent."""
-        if found := self.events(event_type, **fields):
-            raise AssertionError(f"expected no {_text(event_type, fields)}, got {len(found)}; {self._sent(event_type)}")
+    def none(self, event_type: type[object], /, *, headers: Headers = None, **fields: object) -> None:
+        """Raise AssertionError if an event of *event_type* with these *headers* and *fields* was sent."""
+        if found := self.events(event_type, headers=headers, **fields):
+            text = _text(event_type, fields, headers)
+            raise AssertionError(f"expected no {text}, got {len(found)}; {self._sent(event_type, headers)}")
 
     def clear(self) -> None:
         """Remove all recorded messages."""
@@ -60,13 +64,19 @@ class Recorder:
     def __len__(self) -> int:
         return len(self.messages)
 
-    def _all(self, event_type: type[E]) -> list[E]:
-        topic, read = (getattr(event_type, "message_type", None), name_on_wire(event_type)), payload_decoder(event_type)
-        return [read(each.payload_json) for each in self.messages if (each.message_type, each.message_name) == topic]
+    def _messages(self, event_type: type[object]) -> list[Message]:
+        topic = (getattr(event_type, "message_type", None), name_on_wire(event_type))
+        return [each for each in self.messages if (each.message_type, each.message_name) == topic]
 
-    def _sent(self, event_type: type[object]) -> str:
-        of_type = self._all(event_type)
-        shown: Sequence[object] = of_type or self.names
+    def _all(self, event_type: type[E]) -> list[E]:
+        messages, read = self._messages(event_type), payload_decoder(event_type)
+        return [read(each.payload_json) for each in messages]
+
+    def _sent(self, event_type: type[object], headers: Headers) -> str:
+        shown: Sequence[object] = self._all(event_type) or self.names
+        if headers:
+            of_type = [{**each.headers} for each in self._messages(event_type)]
+            shown = [f"{event} with the headers {own}" for event, own in zip(shown, of_type, strict=False)] or shown
         return f"sent: {', '.join(map(str, shown)) or 'nothing'}"
 
 
@@ -89,5 +99,7 @@ def _has(event: object, fields: dict[str, Any]) -> bool:
     return all(getattr(event, name) == value for name, value in fields.items())
 
 
-def _text(event_type: type[object], fields: dict[str, Any]) -> str:
-    return " with ".join([event_type.__name__, *[", ".join(f"{k}={v!r}" for k, v in fields.items())] * bool(fields)])
+def _text(event_type: type[object], fields: dict[str, Any], headers: Headers) -> str:
+    wanted = [f"{name}={value!r}" for name, value in fields.items()]
+    wanted += [f"headers={dict(headers)!r}"] if headers else []
+    return " with ".join([event_type.__name__, *[", ".join(wanted)] * bool(wanted)])

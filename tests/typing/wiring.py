@@ -1,6 +1,7 @@
 """Mediator, emitter and middlewares: right programs, and wrong lines with the error of each type checker."""
 
 import asyncio
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -11,14 +12,15 @@ from diator.brokers import Message
 from diator.brokers.memory import MemoryMessageBroker
 from diator.consumer import Consumer
 from diator.container import Container
-from diator.context import MessageContext
-from diator.events import EventEmitter, EventMap, NotificationEvent
+from diator.context import ContextFilter, MessageContext, correlated, correlation
+from diator.events import EventEmitter, EventMap, Events, NotificationEvent, WithHeaders
 from diator.exceptions import EventsNotSent
 from diator.instruments import Handled, Instrument
 from diator.mediator import Mediator
 from diator.middlewares import BaseMiddleware, Handle, LoggingMiddleware, only_for
 from diator.requests import Request, RequestMap
 from diator.response import Response
+from diator.testing import Recorder
 
 T = TypeVar("T")
 
@@ -77,6 +79,41 @@ class Counting:
 
 class Partial:
     def settled(self, handled: Handled, broker: object, /) -> None: ...
+
+
+def tenant(event: object) -> dict[str, str]:
+    return {"tenant": "42"}
+
+
+def of_joined(event: UserJoined) -> Mapping[str, str]:
+    return {"user": str(event.user_id)}
+
+
+def no_text(event: object) -> dict[str, int]:
+    return {"tenant": 42}
+
+
+async def later(event: object) -> dict[str, str]:
+    return {}
+
+
+def headers(requests: RequestMap, events: EventMap, broker: MemoryMessageBroker, raised: Events) -> None:
+    Mediator(requests, message_broker=broker, headers=[tenant, correlation, of_joined])
+    EventEmitter(headers=[tenant])
+    Consumer(broker, event_map=events, headers=(tenant,))
+    raised.append(UserJoined(user_id=7), headers={"tenant": "42"})
+    raised.append(WithHeaders(UserJoined(user_id=7), {"tenant": "42"}))
+    with correlated("request-7") as given:
+        assert_type(given, str)
+    logging.StreamHandler().addFilter(ContextFilter())
+    assert_type(Recorder().one(UserJoined, headers={"tenant": "42"}, user_id=7), UserJoined)
+
+    EventEmitter(headers=tenant)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    EventEmitter(headers=[no_text])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+    EventEmitter(headers=[later])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+    EventEmitter(headers=[{"tenant": "42"}])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+    raised.append(UserJoined(user_id=7), headers={"tenant": 42})  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]
+    Recorder().one(UserJoined, headers=["tenant"])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 def instrument(requests: RequestMap, events: EventMap, broker: MemoryMessageBroker) -> None:

@@ -47,7 +47,7 @@ CLIENTS = {
 #: A public module that shows what stands in another folder, and that folder.
 FACES = {"brokers/redis_streams.py": "brokers/redis"}
 #: Private modules that the two halves of the core share.
-SHARED_MACHINERY = {"diator.events._emitter", "diator.events._event"}
+SHARED_MACHINERY = {"diator.events._emitter", "diator.events._event", "diator.events._headers"}
 #: A program's older place for a name; it stands above everything.
 MOVED = {"events/message_brokers/redis.py"}
 

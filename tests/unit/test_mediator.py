@@ -239,7 +239,7 @@ def test_an_argument_of_the_wrong_type_is_named(name, wrong, what):
 
 @pytest.mark.parametrize("option", [{"event_map": events_of()}, {"message_broker": Recorder()}])
 def test_an_emitter_and_its_parts_cannot_be_passed_together(option):
-    problem = "event_emitter was passed together with event_map, message_broker or codec"
+    problem = "event_emitter was passed together with event_map, message_broker, headers or codec"
     remedy = "pass these to the EventEmitter instead"
     with pytest.raises(ConfigurationError, match=f"^{problem}; {remedy}$"):
         Mediator(requests_of(), event_emitter=EventEmitter(), **option)

@@ -147,9 +147,13 @@ class Subscription(ResilientSubscription):
         origin, attempt = id_, times
         body: bytes | None = None
         headers: dict[str, str] = {}
-        if len(pairs) == 2 and pairs[0] == BODY and first == stream:  # noqa: PLR2004  # the usual entry, in a third of the time
+        if pairs and pairs[0] == BODY and first == stream:  # the usual entry, in a half of the time
             body = pairs[1]
             fields = [(BODY, body)]
+            for at in range(2, len(pairs), 2):
+                name, value = pairs[at], pairs[at + 1]
+                fields.append((name, value))
+                headers[name.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
         else:
             fields = [*zip(pairs[::2], pairs[1::2], strict=False)]
             if first != stream:

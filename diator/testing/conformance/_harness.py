@@ -80,10 +80,12 @@ class DeadLettered:
     Attributes:
         body: The body of the message, as it was sent.
         reason: Why the message was dead-lettered.
+        headers: The headers of the dead letter, at least those of the message; None if the transport has none.
     """
 
     body: bytes
     reason: str
+    headers: Mapping[str, str] | None = None
 
 
 class Proxy(Protocol):

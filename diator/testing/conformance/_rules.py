@@ -97,8 +97,8 @@ RULES: dict[str, str] = {
     "Delivery": "SUB-07",
     "Delivery: A delivery may also stay": "ACK-05 ACK-18 HDR-09 PSN-01 PSN-02 PSN-10 SEC-06",
     "Delivery: The transport passes a message on": (
-        "ENC-01 ENC-02 ENC-03 ENC-04 ENC-08 FRN-04 FRN-06 HDR-01 HDR-02 HDR-03 HDR-04 HDR-06 HDR-07 HDR-11 PSN-06 "
-        "SEC-09 SIZ-04"
+        "ENC-01 ENC-02 ENC-03 ENC-04 ENC-08 FRN-04 FRN-06 HDR-01 HDR-02 HDR-03 HDR-04 HDR-06 HDR-07 HDR-11 HDR-12 "
+        "HDR-13 HDR-14 PSN-06 SEC-09 SIZ-04"
     ),
     "Delivery: topic:": "ACK-34 FRN-07",
     "Delivery: attempt:": "ACK-30",

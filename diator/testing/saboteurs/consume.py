@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any, ClassVar
 from uuid import UUID
 
-from diator.brokers.base import ReadableBroker
+from diator.brokers.base import Delivery, ReadableBroker
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import Envelope
 from diator.consumer import Consumer, Health
+from diator.context import MessageContext
+from diator.exceptions import DecodingError
 from diator.instruments import Handled
 from diator.retrying import RetryPolicy
 from diator.testing.saboteurs._base import FOREVER, Saboteur, caught_by
@@ -152,6 +154,25 @@ class AcceptsAnyRetry(Consumer):
         super().__init__(broker, retry=retry and replace(retry, delayed_retries=0), **options)
 
 
+class SharesAContext(Consumer):
+    """Shows every handler the context of the message that was received last."""
+
+    def __init__(self, broker: ReadableBroker, **options: Any) -> None:
+        super().__init__(broker, **options)
+        read, make = self._handling.read, self._handling.context_of
+        last: list[Delivery] = []
+
+        def noting(delivery: Delivery) -> Envelope | DecodingError:
+            last[:] = [delivery]
+            return read(delivery)
+
+        def context_of(delivery: Delivery) -> MessageContext | None:
+            return make(last[0] if last else delivery)
+
+        self._handling.read = noting  # type: ignore[method-assign]
+        self._handling.context_of = context_of  # type: ignore[method-assign]
+
+
 class DeadLettersMisfits(Consumer):
     """Dead-letters a message that does not fit its class although a retry is left."""
 
@@ -175,6 +196,7 @@ for _consumer, _ids in {
     DecodesAnySize: ("SEC-07",),
     AcceptsAnyRetry: ("ACK-04",),
     DeadLettersMisfits: ("PSN-16",),
+    SharesAContext: ("HDR-12",),
 }.items():
     _consumed_by(_consumer, *_ids)
 

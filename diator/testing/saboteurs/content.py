@@ -21,7 +21,7 @@ class _Rewrites(Saboteur):
         raise NotImplementedError
 
 
-@caught_by("HDR-01", "HDR-06", "SIZ-04", "ENC-08")
+@caught_by("HDR-01", "HDR-06", "HDR-12", "SIZ-04", "ENC-08")
 class DropsHeaders(_Rewrites):
     """Sends no headers."""
 

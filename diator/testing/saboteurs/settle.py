@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import Counter
 from contextlib import suppress
@@ -13,7 +14,7 @@ from uuid import uuid4
 from diator.brokers.base import Delivery, Settler
 from diator.brokers.codec import decode, encode
 from diator.exceptions import BrokerError
-from diator.testing.saboteurs._base import Saboteur, Subscription, caught_by, copy_of, subscription_of
+from diator.testing.saboteurs._base import Saboteur, Subscription, caught_by, copy_of, fields_of, subscription_of
 
 
 @caught_by("ACK-05", "ACK-14", "ACK-18", "ACK-24")
@@ -283,6 +284,27 @@ class SpoilsDeadLetters(Saboteur):
         await super().dead_letter(settle, delivery, reason)
         letter = self._dead_letters.pop()
         self._dead_letters.append(replace(letter, body=letter.body.decode(errors="replace").encode()))
+
+
+@caught_by("HDR-14")
+class DeadLettersTheBodyAlone(Saboteur):
+    """Dead-letters a message without its headers."""
+
+    async def dead_letter(self, settle: Settler, delivery: Delivery, reason: str) -> None:
+        await super().dead_letter(settle, delivery, reason)
+        letter = self._dead_letters.pop()
+        body = json.dumps({**fields_of(letter.body), "headers": None}).encode()
+        self._dead_letters.append(replace(letter, body=body))
+
+
+@caught_by("HDR-04", "HDR-13")
+class RetriesTheBodyAlone(Saboteur):
+    """Redelivers a message without its headers."""
+
+    async def deliver(self, delivery: Delivery) -> Delivery:
+        if delivery.attempt > 1:
+            delivery.body = json.dumps({**fields_of(delivery.body), "headers": None}).encode()
+        return delivery
 
 
 @caught_by("ACK-22")

@@ -111,7 +111,7 @@ class PostgresHarness(Harness):
         found = [letter.split(" ", 1) for letter in await self._ask(query, _encoded(*topic)) or ()]
         letters = [(bytes.fromhex(body), json.loads(headers)) for body, headers in found]
         mine = [(body, headers) for body, headers in letters if headers["diator-dlq-consumer-group"] == (group or "")]
-        return [DeadLettered(body=body, reason=headers["diator-dlq-reason"]) for body, headers in mine]
+        return [DeadLettered(body=body, reason=each["diator-dlq-reason"], headers=each) for body, each in mine]
 
     async def crash(self, transport: Any) -> None:
         def refuse(*_: object, **__: object) -> None:

@@ -146,9 +146,9 @@ class KafkaHarness(ServiceHarness):
             (place,) = consumer.assignment()
             count = (await consumer.end_offsets([place]))[place]
             found = [await consumer.getone() for _ in range(count)]
+        letters = [(each.value, {name: value.decode() for name, value in each.headers}) for each in found]
         return [
-            DeadLettered(body=record.value, reason=dict(record.headers)["diator-dlq-reason"].decode())
-            for record in found
+            DeadLettered(body=body, reason=headers["diator-dlq-reason"], headers=headers) for body, headers in letters
         ]
 
     @asynccontextmanager

@@ -180,8 +180,9 @@ class RabbitMQHarness(ServiceHarness):
         async def take(channel):
             dead = f"{queue_name(self.prefix, topic, group)}:dead"
             while not isinstance((letter := await channel.basic_get(dead)).delivery, Basic.GetEmpty):
-                reason = letter.header.properties.headers["diator-dlq-reason"]
-                found.append(DeadLettered(body=letter.body, reason=reason))
+                headers = letter.header.properties.headers
+                reason = headers["diator-dlq-reason"]
+                found.append(DeadLettered(body=letter.body, reason=reason, headers=headers))
 
         await self._amqp(take)
         return found

@@ -139,7 +139,14 @@ class RedisStreamHarness(RedisHarness):
 
         entries = await transport._client.xrange(of_group(transport._stream(topic), group, DEAD))
         found = [{_bytes(name): _bytes(value) for name, value in fields.items()} for _, fields in entries]
-        return [DeadLettered(body=fields[b"body"], reason=fields[b"diator-dlq-reason"].decode()) for fields in found]
+        return [
+            DeadLettered(
+                body=fields.pop(b"body"),
+                reason=fields[b"diator-dlq-reason"].decode(),
+                headers={name.decode(): value.decode() for name, value in fields.items()},
+            )
+            for fields in found
+        ]
 
     async def delete(self, transport, topic, group):
         stream = transport._stream(topic)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from diator.brokers.base import Transport
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import decode
+from diator.context import MessageContext, current_message
+from diator.events import EventEmitter, WithHeaders
 from diator.exceptions import BrokerError, EncodingError
+from diator.retrying import RetryPolicy
+from diator.testing.conformance._consuming import ConsumerRun, Happened
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._scenario import scenario
 
@@ -123,3 +128,97 @@ async def key(ctx: Context) -> None:
     arrived = {each.id: each.message for each in received}
     for message in messages:
         ctx.same(arrived.get(message.message_id), message, "the message")
+
+
+# -- with a consumer -------------------------------------------------------------------------------------------------
+
+_HEADERS = {"tenant": "42", "region": "Zürich", "empty": ""}
+_COUNTS = Capabilities(
+    settlement="cumulative", redelivery=frozenset({"retry"}), delayed_retry=True, delivery_count="retries"
+)
+
+
+async def _emit(broker: Transport, run: ConsumerRun, count: int = 1) -> dict[str, int]:
+    """Emit events with headers from a source and of their own. Return the number of each event, by its id."""
+    event_type = type("Emitted", (Happened,), {"message_name": run.topic.message_name, "message_key": "number"})
+    emitter = EventEmitter(message_broker=broker, headers=[lambda _: _HEADERS])
+    numbers: dict[str, int] = {}
+    for number in range(count):
+        event = event_type(number=number, tags=[])
+        numbers[str(event.event_id)] = number
+        await emitter.emit(WithHeaders(event, {"number": str(number)}))
+    return numbers
+
+
+def _shown(context: MessageContext | None) -> object:
+    """Return what a context shows that is the same in each delivery of a message."""
+    if context is None:
+        return "no context"
+    sent = {name: context.headers.get(name) for name in (*_HEADERS, "number")}
+    return (sent, context.key, context.topic, context.group, context.correlation_id)
+
+
+def _expected(run: ConsumerRun, message_id: str, number: int) -> object:
+    return ({**_HEADERS, "number": str(number)}, str(number), run.topic, run.group, message_id)
+
+
+@scenario("HDR-12", "The context of each handler shows the headers, key and group of its own message")
+async def contexts(ctx: Context) -> None:
+    """Catch headers that are lost between an emitter and a handler, or that are those of another message."""
+    broker = await ctx.broker()
+    seen: dict[int, object] = {}
+
+    async def handle(event: Happened) -> None:
+        seen[event.number] = _shown(current_message())
+
+    async with ctx.consuming(broker, handle, concurrency=4) as run:
+        numbers = await _emit(broker, run, 12)
+        await run.until_settled(12)
+    expected = {number: _expected(run, message_id, number) for message_id, number in numbers.items()}
+    ctx.same(seen, expected, "what the handlers know about their messages")
+
+
+@scenario("HDR-13", "A retry and a redelivery show the headers and the key of the message", needs=_COUNTS)
+async def contexts_of_retries(ctx: Context) -> None:
+    """Catch headers that do not survive the way of a retry."""
+    broker = await ctx.broker()
+    seen: list[object] = []
+    attempts: list[tuple[int, bool]] = []
+
+    async def handle(_: Happened) -> None:
+        context = current_message()
+        seen.append(_shown(context))
+        if context is not None:
+            attempts.append((context.attempt, context.redelivered))
+        if len(seen) < 3:  # noqa: PLR2004  # once at once, once later
+            raise LookupError("the handler fails")
+
+    retry = RetryPolicy(immediate_retries=0, delayed_retries=2, first_delay=0.05)
+    async with ctx.consuming(broker, handle, retry=retry) as run:
+        [(message_id, number)] = (await _emit(broker, run)).items()
+        await run.until_settled(1)
+    ctx.same(seen, [_expected(run, message_id, number)] * 3, "what the handlers know about their message")
+    ctx.same(attempts, [(1, False), (2, True), (3, True)], "the attempts, and whether it was delivered before")
+
+
+@scenario(
+    "HDR-14",
+    "A dead letter of a consumer has the headers of its message",
+    needs=Capabilities(settlement="cumulative", dead_letter=True),
+    facilities=["dead_letters"],
+)
+async def dead_letters(ctx: Context) -> None:
+    """Catch headers that are lost, or replaced by those of another message, in the dead-letter queue."""
+    broker = await ctx.broker()
+
+    async def handle(_: Happened) -> None:
+        raise LookupError("the handler fails")
+
+    async with ctx.consuming(broker, handle) as run:
+        numbers = await _emit(broker, run, 3)
+        await run.until_settled(3)
+    letters = await ctx.harness.dead_letters(broker, run.topic, run.group)
+    messages = [decode(letter.body, headers=letter.headers) for letter in letters]
+    found = [{name: message.headers.get(name) for name in (*_HEADERS, "number")} for message in messages]
+    expected = [{**_HEADERS, "number": str(number)} for number in numbers.values()]
+    ctx.same(sorted(found, key=str), sorted(expected, key=str), "the headers of the dead letters")
