@@ -83,7 +83,7 @@ class Pipeline(ABC, Generic[K]):
         self._max_in_flight, self._max_bytes = max_in_flight, max_bytes
         self._bytes = 0
         self._waiters: list[asyncio.Future[None]] = []
-        self._heard, self._silent_since = True, 0.0  # whether an answer has arrived since then
+        self._has_answered, self._silent_since = True, 0.0  # whether the service has, since that time
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_at = math.inf
 
@@ -107,7 +107,7 @@ class Pipeline(ABC, Generic[K]):
 
     def answered(self, key: K, result: Any = None, *, error: BrokerError | None = None) -> None:
         """Note the answer to a message. Its future ends with *result*, or with *error*."""
-        self._heard = True
+        self._has_answered = True
         message = self.in_flight.pop(key, None)
         if message is None:
             return  # it was overdue
@@ -135,9 +135,9 @@ class Pipeline(ABC, Generic[K]):
     def check_deadlines(self) -> None:
         """Handle the overdue messages. The timer calls it at the earliest deadline; a subclass may check more."""
         now = max(self._loop.time(), self._alarm_at)  # a timer may be early, by its resolution
-        if self._heard and self.in_flight:
-            self._heard, self._silent_since = False, self._alarm_at
-        silent = not self._heard and now - self._silent_since >= self._silence
+        if self._has_answered and self.in_flight:
+            self._has_answered, self._silent_since = False, self._alarm_at
+        silent = not self._has_answered and now - self._silent_since >= self._silence
         for key in [key for key, message in self.in_flight.items() if message.deadline <= now]:
             if not self.is_lost:
                 self.overdue(key, silent=silent)
