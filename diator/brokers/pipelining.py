@@ -135,9 +135,9 @@ class Pipeline(ABC, Generic[K]):
     def check_deadlines(self) -> None:
         """Handle the overdue messages. The timer calls it at the earliest deadline; a subclass may check more."""
         now = max(self._loop.time(), self._alarm_at)  # a timer may be early, by its resolution
+        silent = not self._has_answered and now - self._silent_since >= self._silence
         if self._has_answered and self.in_flight:
             self._has_answered, self._silent_since = False, self._alarm_at
-        silent = not self._has_answered and now - self._silent_since >= self._silence
         for key in [key for key, message in self.in_flight.items() if message.deadline <= now]:
             if not self.is_lost:
                 self.overdue(key, silent=silent)

@@ -1,6 +1,7 @@
 """Many messages are under way on one connection: each has its result in time, and the messages keep their order."""
 
 import asyncio
+import time
 from contextlib import suppress
 from uuid import uuid4
 
@@ -443,6 +444,16 @@ async def test_an_idle_connection_is_not_silent():
     assert not link.is_lost
     assert await outcomes([link.write("x", None, now() + TIMEOUT)]) == [OutcomeUnknown]
     assert link.is_lost
+
+
+@pytest.mark.real_time
+async def test_an_event_loop_that_was_blocked_is_not_a_silent_service():
+    link = Link(lambda _: None, silence=0.05)
+    late, answered = (link.write("x", None, now() + 0.1) for _ in range(2))
+    link.answered(2)
+    time.sleep(0.3)  # noqa: ASYNC251  # the timer is due, and so is the message
+    assert await outcomes([late, answered]) == [OutcomeUnknown, type(None)]
+    assert not link.is_lost
 
 
 async def test_every_message_that_ends_makes_room():
