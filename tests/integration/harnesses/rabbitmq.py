@@ -144,11 +144,12 @@ class RabbitMQHarness(ServiceHarness):
         safe_after = 0.0 if self.direct == self.shared else SAFE_AFTER
         _subscription.SAFE_AFTER = _retained.SAFE_AFTER = safe_after
         _subscription._NO_GROUP_EXPIRES = self.limits.absence - 1  # two minutes are too long for a test
-        name = f"{'&' if '?' in url else '?'}name=conformance-{uuid4().hex}"
+        # RabbitMQ takes messages back from a silent client after two heartbeats.
+        name = f"{'&' if '?' in url else '?'}heartbeat=5&name=conformance-{uuid4().hex}"
         # After a kill, RabbitMQ answers before its queues are available.
         reconnect = ReconnectPolicy(connect_timeout=15.0, idle_timeout=1.0, probe_timeout=1.0, max_delay=1.0)
         broker = Watched(url + name, self.prefix, timeout=5.0, reconnect=reconnect, **options)
-        broker.name = name.partition("=")[2]
+        broker.name = name.rpartition("=")[2]
         return broker
 
     async def send_raw(self, transport, topic, body):
