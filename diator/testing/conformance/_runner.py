@@ -11,11 +11,12 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._harness import Deviation, EnvironmentMissing, Harness
@@ -25,6 +26,8 @@ from diator.testing.conformance._refusals import verify_refusal
 from diator.testing.conformance._rules import rule, rule_of
 from diator.testing.conformance._scenario import SCENARIOS, Scenario
 from diator.testing.conformance._watchdog import Watchdog
+
+T = TypeVar("T")
 
 Outcome: TypeAlias = Literal["PASS", "FAIL", "UNSUPPORTED", "NOT_RUN", "DEVIATION", "PROVISIONAL"]
 
@@ -175,6 +178,7 @@ def _run(scenario: Scenario, harness: Harness, seed: int, uncaptured: AbstractCo
     async def within_deadline() -> None:
         files, threads = open_files(), threading.active_count()
         watchdog.listen(asyncio.get_running_loop())
+        asyncio.get_running_loop().set_default_executor(_Threads())
         asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(_description(context)))
         await _bounded(run, scenario.timeout * harness.limits.scale)
         contexts.clear()  # so that the garbage collection below finds what the scenario has left
@@ -198,6 +202,26 @@ def _run(scenario: Scenario, harness: Harness, seed: int, uncaptured: AbstractCo
         return Result(scenario=scenario, outcome="FAIL", reason=_reason(failure), error=failure, observed=observed)
     result, reason = outcome[0] if outcome else ("PASS", "")
     return Result(scenario=scenario, outcome=result, reason=reason)
+
+
+class _Threads(ThreadPoolExecutor):
+    """Runs each call in a thread of its own, so that a call that never ends stops neither the suite nor its process."""
+
+    def submit(self, call: Callable[..., T], /, *args: Any, **named: Any) -> Future[T]:
+        """Call *call* in a new thread."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                result = call(*args, **named)
+            except BaseException as error:  # noqa: BLE001  # whoever waits for it gets it
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        future.set_running_or_notify_cancel()
+        threading.Thread(target=run, name="asyncio.to_thread", daemon=True).start()
+        return future
 
 
 async def _bounded(run: Any, seconds: float) -> None:
@@ -259,7 +283,7 @@ async def _ended(files: set[str], threads: int) -> None:
 
 @contextmanager
 def _nothing_left_open(problems: list[str]) -> Generator[None, None, None]:
-    files, threads = open_files(), threading.active_count()
+    files, threads = open_files(), {*threading.enumerate()}
     hook = sys.unraisablehook
     sys.unraisablehook = lambda raised: problems.append(f"an unraisable error: {raised.exc_value!r}")
     try:
@@ -272,8 +296,11 @@ def _nothing_left_open(problems: list[str]) -> Generator[None, None, None]:
     problems.extend(f"{each.category.__name__}: {each.message}" for each in warned)
     if left := open_files() - files:
         problems.append(f"{len(left)} files are still open: {', '.join(sorted(left))}")
-    if threading.active_count() > threads:
-        problems.append(f"{threading.active_count() - threads} threads are still running")
+    if running := {*threading.enumerate()} - threads:
+        frames = sys._current_frames()  # noqa: SLF001  # public, in spite of its name
+        stacks = [(each.name, traceback.extract_stack(frames[each.ident])) for each in running if each.ident in frames]
+        places = sorted(f"{name} in {in_transport(stack) or 'an unknown place'}" for name, stack in stacks)
+        problems.append(f"{len(running)} threads are still running: {', '.join(places)}")
 
 
 @contextmanager

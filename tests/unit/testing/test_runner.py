@@ -201,7 +201,29 @@ def test_a_leaked_thread_is_a_failure():
     result = result_of(leaking)
 
     done.set()
-    assert (result.outcome, result.reason) == ("FAIL", "1 threads are still running")
+    assert result.outcome == "FAIL"
+    assert re.match(r"1 threads are still running: Thread-\d+ \(wait\) in ", result.reason)
+
+
+WAITING_IN_A_THREAD = """
+import asyncio, threading
+from tests.unit.testing.test_runner import result_of
+
+async def waiting(ctx):
+    await asyncio.to_thread(threading.Event().wait)
+
+print(result_of(waiting, timeout=0.1))
+"""
+
+
+def test_a_thread_that_never_ends_does_not_stop_the_suite():
+    """Neither here nor at the end of the process: a transport may wait in a thread for a client that never answers."""
+    command = [sys.executable, "-c", WAITING_IN_A_THREAD]
+
+    run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "outcome='FAIL'" in run.stdout
 
 
 def test_a_thread_that_is_ending_is_not_a_leak():
