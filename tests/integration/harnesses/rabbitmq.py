@@ -33,6 +33,8 @@ class RabbitMQHarness(ServiceHarness):
     """RabbitMQ at `DIATOR_TEST_RABBITMQ_URL`. Its queues and exchange are deleted at the end."""
 
     name = backend = "rabbitmq"
+    # Without `full`: a queue with `max-length` and `reject-publish` does not count what is prefetched, takes one more,
+    # and does not keep the message out of the queues of other groups.
     facilities = frozenset(
         {
             "proxy",
