@@ -16,7 +16,7 @@ from pathlib import Path
 from diator.brokers.capabilities import Capabilities
 from diator.testing.conformance._harness import EnvironmentMissing, Harness
 from diator.testing.conformance._report import Report
-from diator.testing.conformance._runner import Result, UnknownScenario, check_deviations, explained, run_scenario
+from diator.testing.conformance._runner import Result, UnknownScenario, check_harness, explained, run_scenario
 from diator.testing.conformance._scenario import LEVELS, Scenario, select
 
 PASSED, FAILED, USAGE = 0, 1, 2
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         harness = _harness(options.harness)
-        check_deviations(harness.deviations)
+        check_harness(harness)
         if unknown := {*options.levels} - LEVELS.keys():
             raise UnknownScenario(f"there are the levels {', '.join(LEVELS)}, not {', '.join(sorted(unknown))}")
         scenarios = select(options.pattern, options.levels)

@@ -18,6 +18,7 @@ from diator.testing.conformance._consuming import ConsumerRun, Handle
 from diator.testing.conformance._harness import Harness, Limits, Outages, Proxy
 from diator.testing.conformance._ledger import Ledger, Nonconformance, NotApplicable, Received, contrast, fate_of
 from diator.testing.conformance._reader import Reader, Work, cancelled, share
+from diator.testing.conformance._shape import check_awaitable
 
 __all__ = ["ConsumerRun", "Context"]
 
@@ -111,7 +112,8 @@ class Context:
         for message in messages:
             sent = self.ledger.attempt(message)
             try:
-                await broker.send_message(message)
+                check_awaitable(sending := broker.send_message(message), "send_message")
+                await sending
             except BaseException as error:
                 sent.end(fate_of(error))
                 raise

@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from time import monotonic
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 from uuid import UUID
 
 from diator.brokers.base import Delivery, Gap
@@ -84,8 +84,8 @@ class Received:
 
     @classmethod
     def of(cls, delivery: Delivery, subscription: str) -> Received:
-        """Decode *delivery* as a consumer would. Raise `Nonconformance` if its attempt is below 1."""
-        check_attempt(delivery.attempt)
+        """Decode *delivery* as a consumer would. Raise `Nonconformance` if a field has the wrong type."""
+        check_delivery(delivery)
         try:
             message = decode(delivery.body, max_bytes=2**31, headers=delivery.headers)
         except DecodingError:
@@ -232,9 +232,21 @@ class Ledger:
         return texts
 
 
+def check_delivery(delivery: Delivery) -> None:
+    """Raise `Nonconformance` unless the fields of *delivery* have the types of the contract."""
+    if not isinstance(cast("object", delivery), Delivery):
+        raise Nonconformance(f"the iterator returned a {type(delivery).__name__}, not a Delivery", rule="Delivery")
+    if type(delivery.body) is not bytes:
+        raise Nonconformance(f"Delivery.body is a {type(delivery.body).__name__}, not bytes", rule="Delivery: body:")
+    headers = cast("object", delivery.headers)
+    if not isinstance(headers, Mapping) or not all(type(name) is type(text) is str for name, text in headers.items()):
+        raise Nonconformance("Delivery.headers is not a mapping of texts to texts", rule="Delivery: headers:")
+    check_attempt(delivery.attempt)
+
+
 def check_attempt(attempt: int) -> None:
     """Raise `Nonconformance` unless *attempt* can be the number of a delivery, 1 or more."""
-    if attempt < 1:
+    if type(cast("object", attempt)) is not int or attempt < 1:
         raise Nonconformance(
             f"Delivery.attempt is {attempt!r}; it is 1 for the first delivery", rule="Delivery: attempt:"
         )

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from diator.exceptions import MissingExtra
 from diator.testing.conformance._harness import Deviation, EnvironmentMissing, Harness
-from diator.testing.conformance._runner import check_deviations, explained, run_scenario
+from diator.testing.conformance._runner import check_deviations, check_harness, explained, run_scenario
 from diator.testing.conformance._scenario import Scenario, select
 
 try:
@@ -64,7 +64,7 @@ class TransportConformance:
         """Start the environment."""
         harness = cls.harness()
         harness.deviations = {**harness.deviations, **cls.deviations}
-        check_deviations(harness.deviations)
+        check_harness(harness)
         try:
             harness.start()
         except EnvironmentMissing as missing:

@@ -25,6 +25,7 @@ from diator.testing.conformance._places import in_scenario, in_transport, place
 from diator.testing.conformance._refusals import verify_refusal
 from diator.testing.conformance._rules import rule, rule_of
 from diator.testing.conformance._scenario import SCENARIOS, Scenario
+from diator.testing.conformance._shape import check_broker
 from diator.testing.conformance._watchdog import Watchdog
 
 T = TypeVar("T")
@@ -76,7 +77,7 @@ def run_suite(harness: Harness, scenarios: Iterable[Scenario], *, seed: int | No
     Raises:
         UnknownScenario: A deviation names a scenario that does not exist, or has no reason.
     """
-    check_deviations(harness.deviations)
+    check_harness(harness)
     try:
         harness.start()
     except EnvironmentMissing as missing:
@@ -85,6 +86,16 @@ def run_suite(harness: Harness, scenarios: Iterable[Scenario], *, seed: int | No
         return [run_scenario(each, harness, seed=seed) for each in scenarios]
     finally:
         harness.stop()
+
+
+def check_harness(harness: Harness) -> None:
+    """Raise `UnknownScenario` if *harness* declares a wrong deviation, or a facility that no scenario knows."""
+    check_deviations(harness.deviations)
+    known = {facility for each in SCENARIOS.values() for facility in each.facilities}
+    if unknown := sorted(harness.facilities - known):
+        raise UnknownScenario(
+            f"no scenario knows the facility {', '.join(unknown)}; there are {', '.join(sorted(known))}"
+        )
 
 
 def check_deviations(deviations: Mapping[str, Deviation]) -> None:
@@ -161,6 +172,7 @@ def _run(scenario: Scenario, harness: Harness, seed: int, uncaptured: AbstractCo
 
     async def run(resources: AsyncExitStack) -> None:
         broker = harness.transport()
+        check_broker(broker)
         resources.push_async_callback(broker.aclose)
         capabilities = broker.capabilities
         context = Context(harness, capabilities, seed=seed, resources=resources)
@@ -340,8 +352,11 @@ def _description(context: dict[str, Any]) -> str:
 def _reason(error: BaseException) -> str:
     if isinstance(error, Nonconformance):
         return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, NotImplementedError) and frames[-1].filename == inspect.getfile(Harness):
+        return f"the harness names a facility and does not write its method {frames[-1].name}"
     text = str(error) or type(error).__name__
-    return f"{type(error).__name__}: {text} in {place(traceback.extract_tb(error.__traceback__))}"
+    return f"{type(error).__name__}: {text} in {place(frames)}"
 
 
 def explained(result: Result) -> list[str]:

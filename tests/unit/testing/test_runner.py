@@ -16,6 +16,7 @@ from typing import ClassVar
 import pytest
 
 import diator
+from diator.brokers.base import Delivery
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.memory import MemoryMessageBroker
 from diator.brokers.message import Message
@@ -24,6 +25,7 @@ from diator.testing.conformance import (
     SUITE_VERSION,
     Deviation,
     EnvironmentMissing,
+    Harness,
     Ledger,
     Limits,
     Nonconformance,
@@ -632,6 +634,89 @@ def test_a_consumer_that_has_failed_is_not_waited_for():
             yield deliveries()
 
     assert result_of(failing_consumer).reason.startswith("ZeroDivisionError")
+
+
+# -- a transport of the wrong shape ------------------------------------------------------------------------------
+
+
+class Sending(MemoryMessageBroker):
+    def send_message(self, message, /): ...
+
+
+class Promising(MemoryMessageBroker):
+    def capabilities(self): ...
+
+
+class Subscribing(MemoryMessageBroker):
+    async def subscribe(self, topics, /, **options):
+        yield
+
+
+class Unopened:
+    capabilities = MemoryMessageBroker().capabilities
+    send_message = subscribe = aclose = MemoryMessageBroker.send_message
+
+
+@pytest.mark.parametrize(
+    ("transport", "reason"),
+    [
+        (lambda: None, "`Harness.transport` returned a NoneType, which has no method send_message"),
+        (Unopened, "`Harness.transport` returned a Unopened, which has no method __aenter__"),
+        (Promising, "`capabilities` of Promising is a method; make it a property"),
+        (Subscribing, "`subscribe` of Subscribing returns no asynchronous context manager; write it as"),
+        (Sending, "send_message() returned None, which cannot be awaited; write it with `async def`"),
+    ],
+)
+def test_a_transport_of_the_wrong_shape_fails_by_name(transport, reason):
+    class Misshapen(MemoryHarness):
+        def transport(self):
+            return transport()
+
+    assert result_of(passing, harness=Misshapen()).reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"body": "text"}, "Delivery.body is a str, not bytes"),
+        ({"headers": None}, "Delivery.headers is not a mapping of texts to texts"),
+        ({"headers": {"a": 1}}, "Delivery.headers is not a mapping of texts to texts"),
+        ({"attempt": None}, "Delivery.attempt is None; it is 1 for the first delivery"),
+        ({"attempt": 0}, "Delivery.attempt is 0; it is 1 for the first delivery"),
+    ],
+)
+def test_a_delivery_of_the_wrong_shape_fails_by_name(change, reason):
+    fields = {"topic": ("event", "n"), "body": b"{}", "headers": {}, "attempt": 1, "settler": None}
+
+    with pytest.raises(Nonconformance, match=re.escape(reason)) as raised:
+        Received.of(Delivery(**{**fields, **change}), "s")
+
+    assert rule(raised.value.rule).text.startswith(f"{next(iter(change))}: ")
+
+
+def test_what_is_not_a_delivery_fails_by_name():
+    with pytest.raises(Nonconformance, match="the iterator returned a dict, not a Delivery"):
+        Received.of({}, "s")
+
+
+def test_a_facility_without_its_method_fails_by_name():
+    class Claiming(Harness):
+        name, facilities = "claiming", frozenset({"raw"})
+
+        def transport(self):
+            return MemoryMessageBroker()
+
+    result = run_scenario(SCENARIOS["PSN-01"], Claiming(), seed=1)
+
+    assert result.reason == "the harness names a facility and does not write its method send_raw"
+
+
+def test_a_facility_that_nobody_knows_is_refused():
+    class Misspelt(MemoryHarness):
+        facilities = frozenset({"row", "raw"})
+
+    with pytest.raises(UnknownScenario, match="no scenario knows the facility row; there are alarm, "):
+        run_suite(Misspelt(), select("PUB-01"))
 
 
 # -- a blocked event loop ----------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ _ATTEMPTS_IN_TIMEOUT, _FIRST_UNANSWERED = 4, 4
 )
 async def stalled(ctx: Context) -> None:
     """Catch a client that connects for each waiting caller, and connections that are given up and stay open."""
-    proxy, seconds = await ctx.proxy(), 1.2 * ctx.limits.timeout  # the first callers have to end during the fault
+    proxy, seconds = await ctx.proxy(), 2.5 * ctx.limits.timeout
     allowed = _FIRST_UNANSWERED + _ATTEMPTS_IN_TIMEOUT * seconds / ctx.limits.timeout
     await _storm(ctx, proxy, proxy.withhold, seconds, allowed)
     await _storm(ctx, proxy, proxy.black_hole, seconds, allowed)
