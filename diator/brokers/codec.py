@@ -161,12 +161,14 @@ class _Body(msgspec.Struct):
     message_name: str
     message_id: UUID
     payload: msgspec.Raw
-    headers: dict[str, str | int | float | bool | None] | None = None
+    headers: dict[str, Any] | None = None
 
 
-def _text_of(value: str | float | bool) -> str:  # noqa: FBT001
-    """Return the value of a header as text: a number as JSON writes it."""
-    return value if isinstance(value, str) else json.dumps(value)
+def _text_of(value: Any) -> str:
+    """Return the value of a header as text: a number as JSON writes it, a list or an object as an empty text."""
+    if isinstance(value, str):
+        return value
+    return "" if isinstance(value, (list, dict)) else json.dumps(value)
 
 
 _parse = msgspec.json.Decoder(_Body).decode

@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from contextvars import Context
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -178,7 +179,9 @@ class ClientConnection(ABC, Generic[L]):
                 # Without the frames of the callers that raised it before: they would add up.
                 raise self._failure.with_traceback(self._failed_at)
             if self._connecting is None or self._connecting.done():
-                self._connecting = asyncio.create_task(self._make_attempt(), name="diator: connecting")
+                # A connection outlives what a caller handles: its tasks have none of the context variables of a caller.
+                attempt = self._make_attempt()
+                self._connecting = asyncio.create_task(attempt, name="diator: connecting", context=Context())
             await asyncio.wait([self._connecting])  # unlike awaiting it, this does not cancel it with the caller
         return self._link
 

@@ -1,6 +1,7 @@
-"""What the services tell a handler about its message."""
+"""What the services tell a handler about its message, and what goes on with the messages that it sends."""
 
 import asyncio
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
@@ -8,7 +9,10 @@ import pytest
 
 from diator.brokers import Message
 from diator.consumer import Consumer
-from diator.context import MessageContext
+from diator.context import MessageContext, correlated
+from diator.events import EventEmitter, Events, NotificationEvent
+from diator.mediator import Mediator
+from diator.requests import Request, RequestMap
 from diator.retrying import RetryPolicy
 from tests.integration.transports import broker_for
 from tests.unit.doubles import UserJoined, events_of
@@ -60,3 +64,67 @@ async def test_a_handler_knows_its_message_and_when_it_was_sent(broker):
     else:
         assert begun <= times[0] <= begun + timedelta(seconds=60)
         assert times[1] == (None if name == "KafkaMessageBroker" else times[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ordered(NotificationEvent):
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shipped(NotificationEvent):
+    number: int
+
+
+class Order(Request[None]): ...
+
+
+async def test_one_correlation_id_goes_through_rabbitmq_and_kafka_and_their_retries(rabbitmq_url, kafka_servers):
+    """A request sends to RabbitMQ, whose consumer fails once and then sends to Kafka, whose consumer fails once."""
+    prefix = f"context-{uuid4().hex[:8]}"
+    requests, seen = RequestMap(), []
+    rabbitmq = broker_for(rabbitmq_url, prefix)
+    kafka = broker_for(f"kafka://{kafka_servers}", prefix)
+    by_kafka = EventEmitter(message_broker=kafka, headers=[lambda _: {"tenant": "42"}])
+    retry = RetryPolicy(immediate_retries=0, delayed_retries=1, first_delay=0.1)
+
+    @requests.handler
+    async def order(request: Order, events: Events) -> None:
+        events.append(Ordered(number=1))
+        events.append(Ordered(number=2))
+
+    def note(event, context):
+        seen.append((event, context.attempt, context.correlation_id, context.causation_id, dict(context.headers)))
+        if context.attempt == 1:
+            raise TimeoutError
+
+    async def ship(event: Ordered, context: MessageContext, events: Events) -> None:
+        events.append(Shipped(number=event.number))
+        note(event, context)
+
+    async def follow(event: Shipped, context: MessageContext) -> None:
+        note(event, context)
+
+    shipping = Consumer(rabbitmq, event_map=events_of(ship), group="shipping", retry=retry, event_emitter=by_kafka)
+    following = Consumer(kafka, event_map=events_of(follow), group="following", retry=retry)
+    mediator = Mediator(requests, message_broker=rabbitmq)
+    async with rabbitmq, kafka, asyncio.timeout(90), shipping, following:
+        with correlated("request-7"):
+            await mediator.send(Order())
+        while len(seen) < 8:  # noqa: ASYNC110  # handlers fill it
+            await asyncio.sleep(0.05)
+
+    assert {correlation_id for _, _, correlation_id, _, _ in seen} == {"request-7"}
+    for number in (1, 2):
+        of_number = [each for each in seen if each[0].number == number]
+        assert [(type(event), attempt) for event, attempt, *_ in of_number] == [
+            (Ordered, 1),
+            (Ordered, 2),
+            (Shipped, 1),
+            (Shipped, 2),
+        ]
+        ordered = str(of_number[0][0].event_id)
+        assert [causation_id for _, _, _, causation_id, _ in of_number] == [None, None, ordered, ordered]
+        ids = {"correlation-id": "request-7"}
+        shipped = {**ids, "causation-id": ordered, "tenant": "42"}
+        assert [headers for *_, headers in of_number] == [ids, ids, shipped, shipped]

@@ -58,8 +58,9 @@ def read(event_type, payload):
         ({"key": 7, "retry": 1, "ratio": 1.5, "ok": True}, "7", {"retry": "1", "ratio": "1.5", "ok": "true"}),
         ({"key": "7", "big": 2**70}, "7", {"big": str(2**70)}),
         ({"key": "null", "trace": ""}, "null", {"trace": ""}),
+        ({"key": ["k"], "list": [1], "object": {"a": {"b": None}}}, "", {"list": "", "object": ""}),
     ],
-    ids=["null", "of null", "numbers", "large", "text"],
+    ids=["null", "of null", "numbers", "large", "text", "nested"],
 )
 def test_headers_that_are_not_text_lose_no_message(given_headers, key, headers):
     body = body_with(headers=given_headers)

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
 
 import pytest
 
@@ -53,6 +54,24 @@ async def test_it_closes_once_even_if_a_caller_is_cancelled():
     await connection.aclose()
 
     assert connection.events == ["closing", "closed"]
+
+
+async def test_an_attempt_has_no_context_variable_of_its_caller():
+    """Its tasks live longer than what the caller handles, which would stay in memory and in log lines."""
+    variable, seen = ContextVar("variable", default="none"), []
+
+    class Asking(Connection):
+        async def _connect(self):
+            seen.append(variable.get())
+            return object()
+
+    connection = Asking()
+    connection.use()
+    variable.set("of the caller")
+    async with connection._lock:
+        await connection._connected(0)
+
+    assert (seen, variable.get()) == (["none"], "of the caller")
 
 
 def test_a_new_event_loop_resets_the_connection():
