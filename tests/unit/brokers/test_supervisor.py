@@ -791,6 +791,22 @@ async def test_a_connection_that_is_given_up_while_it_opens_cleans_up_undisturbe
     assert cleaned_up == [True]
 
 
+async def test_a_watcher_that_swallows_its_first_cancellation_is_cancelled_again():
+    service = Service()
+
+    async def stubborn():
+        with suppress(asyncio.CancelledError):
+            await forever()
+        await forever()
+
+    service.prepare = lambda link: setattr(link, "on_probe", stubborn)
+    async with service.supervised(reconnect=replace(WATCHFUL, probe_timeout=60)):
+        await asyncio.sleep(1)
+        ending = asyncio.get_running_loop().time()
+
+    assert asyncio.get_running_loop().time() - ending < PROMPTLY
+
+
 async def test_a_watcher_that_ends_slowly_is_waited_for():
     """Otherwise it would go on without its connection."""
     service, ended = Service(), []
