@@ -44,6 +44,8 @@ class MemoryMessageBroker:
         ConfigurationError: *capacity* is below 1.
     """
 
+    messaging_system = "diator_memory"
+
     def __init__(self, *, capacity: int = 10_000, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
         if capacity < 1:
             raise ConfigurationError("capacity must be at least 1")

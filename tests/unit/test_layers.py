@@ -12,6 +12,7 @@ import diator
 #: Top to bottom. A module may use what stands below it, never beside or above.
 LAYERS = [
     "testing",
+    "telemetry",
     "mediator consumer",
     "_dispatcher _handling",
     "middlewares",
@@ -40,6 +41,8 @@ CLIENTS = {
     "redis": "brokers/redis/",
     "rodi": "container/rodi.py",
     "dishka": "container/dishka.py",
+    "opentelemetry": "telemetry/_opentelemetry.py",
+    "prometheus_client": "telemetry/_prometheus.py",
     "pydantic": None,
     "attr": None,
     "attrs": None,

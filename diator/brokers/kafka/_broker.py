@@ -79,6 +79,8 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
         ConfigurationError: An option is out of its range, or options contradict each other.
     """
 
+    messaging_system = "kafka"
+
     def __init__(
         self,
         bootstrap_servers: str,

@@ -58,6 +58,8 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         ConfigurationError: *url* is neither a URL nor a connection of aio-pika, or an option is out of its range.
     """
 
+    messaging_system = "rabbitmq"
+
     def __init__(
         self,
         url: str | URL | AioPikaConnection,

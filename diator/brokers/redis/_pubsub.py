@@ -72,6 +72,8 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
         ConfigurationError: *client* is neither an asynchronous client nor a URL, or an option is out of its range.
     """
 
+    messaging_system = "redis"
+
     def __init__(
         self,
         client: Client | str,

@@ -1,0 +1,69 @@
+"""What both instruments call the same: destinations, services, and kinds of reasons."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from diator.brokers.message import Topic
+from diator.consumer import Health
+
+_ADDRESS = re.compile(r"(?:[a-z+]+://)?(\[[0-9a-fA-F:.]+\]|[^/:,]+)(?::(\d+))?")
+
+
+def destination_of(topic: Topic) -> str:
+    """Return the name of a destination. It is that of diator: each service has its own way to write it."""
+    return f"{topic.message_type}.{topic.message_name}"
+
+
+def system_of(broker: object) -> str:
+    """Return the name of the service of *broker*; that of its class for a broker that does not tell."""
+    return str(getattr(broker, "messaging_system", None) or type(broker).__name__)
+
+
+def address_of(broker: object) -> tuple[str | None, int | None]:
+    """Return the host and the port of the service of *broker*, the first one if there are several."""
+    found = _ADDRESS.match(str(getattr(broker, "where", "")))
+    if found is None:
+        return None, None
+    return found[1].strip("[]"), int(found[2]) if found[2] else None
+
+
+def kind_of(reason: str | None) -> str:
+    """Return the fixed word at the beginning of a reason; empty if there is none."""
+    word = (reason or "").partition(":")[0]
+    return "ended" if word.startswith("ended by ") else word
+
+
+class Figure(NamedTuple):
+    """
+    A figure of a consumer's health.
+
+    Attributes:
+        name: The name of the attribute of `Health`, in the metric too.
+        unit: Its unit for OpenTelemetry.
+        meaning: One sentence for people.
+        only_grows: Whether it is a count that only grows.
+    """
+
+    name: str
+    unit: str
+    meaning: str
+    only_grows: bool = False
+
+    def of(self, health: Health) -> float | None:
+        """Return its value; None if the transport does not know."""
+        value: float | None = getattr(health, self.name)
+        return None if value is None else float(value)
+
+
+HEALTH = (
+    Figure("receiving", "1", "Whether the consumer has subscribed and was not stopped."),
+    Figure("connected", "1", "Whether the subscription is connected."),
+    Figure("reconnects", "{reconnect}", "How often the subscription had to reconnect.", only_grows=True),
+    Figure("gaps", "{gap}", "How often messages may have been missed.", only_grows=True),
+    Figure("unsettled", "{delivery}", "How many deliveries could not be settled.", only_grows=True),
+    Figure("since_last_progress", "s", "For how long deliveries have been there and none was settled."),
+    Figure("oldest_in_flight", "s", "For how long the oldest delivery has been handled."),
+    Figure("oldest_message", "s", "The age of the oldest message that was received and is not settled."),
+)

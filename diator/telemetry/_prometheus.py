@@ -1,0 +1,157 @@
+"""Metrics for Prometheus, for programs without OpenTelemetry."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from time import perf_counter, time
+
+from diator._extras import importing
+from diator._hints import name_of
+from diator.brokers.message import Message, Topic
+from diator.consumer import Consumer
+from diator.context import MessageContext
+from diator.exceptions import ConfigurationError
+from diator.instruments import Handled, Instrument
+from diator.telemetry._names import HEALTH, destination_of, kind_of
+
+with importing("diator.telemetry.Prometheus", "prometheus", "prometheus_client"):
+    from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+    from prometheus_client.metrics_core import Metric
+
+_SENT = "sent"
+
+
+class Prometheus(Instrument):
+    """
+    Counts and measures requests, sends and messages for Prometheus.
+
+    Labels are names only: of requests, topics, groups, outcomes and types of errors. No label has an id, a key or
+    anything else of a message. One instrument serves all mediators, emitters and consumers of a process.
+
+    Args:
+        registry: Where the metrics are registered. Default: the global one.
+
+    Raises:
+        ConfigurationError: The registry has these metrics already.
+    """
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        try:
+            self._requests = Histogram(
+                "diator_request_seconds", "How long a request took.", ["request", "outcome"], registry=registry
+            )
+            self._sent = Counter(
+                "diator_sent_messages", "Messages that were to be sent.", ["topic", "outcome"], registry=registry
+            )
+            self._sends = Histogram("diator_send_seconds", "How long a send took.", ["topic"], registry=registry)
+            self._deliveries = Counter(
+                "diator_deliveries",
+                "Deliveries, by their outcome.",
+                ["topic", "group", "outcome", "reason"],
+                registry=registry,
+            )
+            self._retries = Counter(
+                "diator_retries", "Immediate retries of handlers.", ["topic", "group"], registry=registry
+            )
+            self._redelivered = Counter(
+                "diator_redelivered", "Messages that were delivered before.", ["topic", "group"], registry=registry
+            )
+            self._handling_seconds = Histogram(
+                "diator_handling_seconds",
+                "How long the handling of a message took, with its immediate retries.",
+                ["topic", "group"],
+                registry=registry,
+            )
+            self._age = Histogram(
+                "diator_critical_time_seconds",
+                "How old a message was when it was handled, by the time that the service gave it.",
+                ["topic", "group"],
+                registry=registry,
+            )
+            self._in_flight = Gauge(
+                "diator_in_flight", "Messages that are being handled.", ["topic", "group"], registry=registry
+            )
+            self._health = _Health()
+            registry.register(self._health)
+        except ValueError as error:
+            raise ConfigurationError(
+                "the registry has the metrics of diator already; pass the same Prometheus object to all mediators, "
+                "emitters and consumers"
+            ) from error
+
+    def watch(self, **consumers: Consumer) -> None:
+        """Export the health of *consumers*, each under its name here, whenever the metrics are read."""
+        self._health.consumers.update(consumers)
+
+    @contextmanager
+    def handling(self, request: object, /) -> Generator[None]:
+        began, outcome = perf_counter(), "answered"
+        try:
+            yield
+        except BaseException as error:
+            outcome = name_of(type(error))
+            raise
+        finally:
+            self._requests.labels(name_of(type(request)), outcome).observe(perf_counter() - began)
+
+    @contextmanager
+    def sending(self, messages: Sequence[Message], broker: object, /) -> Generator[None]:
+        topics = [destination_of(Topic(message.message_type, message.message_name)) for message in messages]
+        began, outcome = perf_counter(), _SENT
+        try:
+            yield
+        except BaseException as error:
+            outcome = name_of(type(error))
+            raise
+        finally:
+            took = perf_counter() - began
+            for topic in topics:
+                self._sent.labels(topic, outcome).inc()
+            for topic in {*topics}:
+                self._sends.labels(topic).observe(took)
+
+    def processing(self, context: MessageContext, broker: object, /) -> AbstractContextManager[object]:
+        labels = destination_of(context.topic), context.group or ""
+        if context.redelivered:
+            self._redelivered.labels(*labels).inc()
+        return self._processing(labels, context)
+
+    @contextmanager
+    def _processing(self, labels: tuple[str, str], context: MessageContext) -> Generator[None]:
+        in_flight = self._in_flight.labels(*labels)
+        in_flight.inc()
+        try:
+            yield
+        finally:
+            in_flight.dec()
+            if context.sent_at is not None:
+                self._age.labels(*labels).observe(max(0.0, time() - context.sent_at.timestamp()))
+
+    def settled(self, handled: Handled, broker: object, /) -> None:
+        labels = destination_of(handled.topic), handled.group or ""
+        self._deliveries.labels(*labels, handled.outcome, kind_of(handled.reason)).inc()
+        self._handling_seconds.labels(*labels).observe(handled.seconds)
+        if handled.retries:
+            self._retries.labels(*labels).inc(handled.retries)
+
+
+class _Health:
+    """Reads the health of the watched consumers when Prometheus asks."""
+
+    def __init__(self) -> None:
+        self.consumers: dict[str, Consumer] = {}
+
+    def describe(self) -> Iterable[Metric]:
+        return self.collect()
+
+    def collect(self) -> Iterable[Metric]:
+        for figure in HEALTH:
+            kind = CounterMetricFamily if figure.only_grows else GaugeMetricFamily
+            name = f"diator_consumer_{figure.name}" + ("_seconds" if figure.unit == "s" else "")
+            family = kind(name, figure.meaning, labels=["consumer"])
+            for consumer_name, consumer in self.consumers.items():
+                if (value := figure.of(consumer.health())) is not None:
+                    family.add_metric([consumer_name], value)
+            yield family
