@@ -145,7 +145,8 @@ class OpenTelemetry(Instrument):
         return carrier
 
     def _inject(self, carrier: dict[str, str]) -> None:
-        propagate.inject(carrier) if self._propagator is None else self._propagator.inject(carrier)
+        inject = propagate.inject if self._propagator is None else self._propagator.inject
+        inject(carrier)
 
     def _extract(self, headers: Mapping[str, str]) -> tuple[Context, list[Link]]:
         """Return the context of *headers*, and a link to their span if they name one."""
