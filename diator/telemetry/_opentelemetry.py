@@ -22,7 +22,7 @@ with importing("diator.telemetry.OpenTelemetry", "opentelemetry", "opentelemetry
     from opentelemetry import metrics, propagate, trace
     from opentelemetry.context import Context
     from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
-    from opentelemetry.propagators.textmap import TextMapPropagator
+    from opentelemetry.propagators.textmap import Setter, TextMapPropagator
     from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanKind, Status, StatusCode, TracerProvider
 
 # The conventions for messaging are still in development, so these names are ours to keep.
@@ -146,7 +146,7 @@ class OpenTelemetry(Instrument):
 
     def _inject(self, carrier: dict[str, str]) -> None:
         inject = propagate.inject if self._propagator is None else self._propagator.inject
-        inject(carrier)
+        inject(carrier, setter=_Setter())
 
     def _extract(self, headers: Mapping[str, str]) -> tuple[Context, list[Link]]:
         """Return the context of *headers*, and a link to their span if they name one."""
@@ -254,6 +254,11 @@ class OpenTelemetry(Instrument):
                 span.set_attribute(ERROR, name_of(type(error)))
                 span.set_status(Status(StatusCode.ERROR))
                 raise
+
+
+class _Setter(Setter[dict[str, str]]):
+    def set(self, carrier: dict[str, str], key: str, value: str) -> None:
+        carrier[key] = value
 
 
 @lru_cache(maxsize=64)

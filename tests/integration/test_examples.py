@@ -1,5 +1,6 @@
 """The examples against private services: a program of the tester's may use the same prefix."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import redis
 
-MEETINGS = Path(__file__).parents[2] / "examples" / "meetings.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MEETINGS = EXAMPLES / "meetings.py"
 
 
 def meetings(address: str) -> subprocess.CompletedProcess[str]:
@@ -65,3 +67,34 @@ def test_meetings_consumes_what_another_process_sends(request, scheme, service):
 
     assert "handles UserJoinedNotificationEvent" in handled
     assert consumer.returncode == 0
+
+
+def the_trace(*arguments: str) -> list[str]:
+    """Return the tree that the example draws, without times, and its last line."""
+    command = [sys.executable, "-W", "error", str(EXAMPLES / "one_trace.py"), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert run.returncode == 0, run.stderr
+    return [re.sub(r"\d+\.\d ms", "… ms", line) for line in run.stdout.splitlines() if line]
+
+
+def test_one_trace_in_memory():
+    *tree, last = the_trace()
+    assert last == "7 spans, 1 trace"
+    assert tree == [
+        "handle PlaceOrder  (orders, … ms)",
+        "├─ send notification_event.OrderPlaced  (orders, … ms, diator_memory)",
+        "├─ process notification_event.OrderPlaced  (orders, … ms, diator_memory, retried)",
+        "│  └─ settle notification_event.OrderPlaced  (orders, … ms, diator_memory, retried)",
+        "└─ process notification_event.OrderPlaced  (orders, … ms, diator_memory, acked)",
+        "   ├─ send notification_event.OrderBilled  (orders, … ms, diator_memory)",
+        "   └─ process notification_event.OrderBilled  (mailing, … ms, diator_memory, acked)",
+    ]
+
+
+@pytest.mark.timeout(180)
+def test_one_trace_leads_through_rabbitmq_and_kafka(rabbitmq_url, kafka_servers):
+    *tree, last = the_trace("--rabbitmq", rabbitmq_url, "--kafka", kafka_servers)
+    assert last.endswith(" 1 trace")
+    assert tree[0] == "handle PlaceOrder  (orders, … ms)"
+    assert "├─ process notification_event.OrderPlaced  (orders, … ms, rabbitmq, retried)" in tree
+    assert "   └─ process notification_event.OrderBilled  (mailing, … ms, kafka, acked)" in tree
