@@ -80,10 +80,14 @@ class Leases(Generic[T]):
             self._keeping = asyncio.create_task(self._keep(), name="diator: renewing leases")
 
     def hold(self, tokens: Collection[T]) -> None:
-        """Keep the leases of *tokens*, which begin now, and count them as unsettled."""
+        """
+        Keep the leases of *tokens*, and count these as unsettled.
+
+        A lease begins now, unless the transport has set `leased_until`: of a message that was pushed earlier.
+        """
         until = monotonic() + self._lease
         for token in tokens:
-            token.leased_until = until
+            token.leased_until = token.leased_until or until
         self._held.update(tokens)
         self._subscription.unsettled = len(self._held)
 

@@ -136,3 +136,14 @@ async def test_a_held_token_takes_a_place_until_it_is_released():
         await first.ack()
 
         assert (await waiting).token.number == 2
+
+
+async def test_a_lease_that_began_before_its_token_is_held_ends_no_later():
+    """A message that was pushed has waited for `receive`; one that was claimed has not."""
+    async with Subscription() as subscription:
+        began = asyncio.get_running_loop().time()
+        pushed, claimed = Token(1, leased_until=began + LEASE), Token(2)
+        await asyncio.sleep(LEASE / 6)
+        subscription.leases.hold([pushed, claimed])
+
+        assert [token.leased_until - began for token in (pushed, claimed)] == [LEASE, pytest.approx(LEASE * 7 / 6)]
