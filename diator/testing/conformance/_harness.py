@@ -363,7 +363,8 @@ class Harness(ABC):
         """
         `operator`: Make the service close all connections of *transport*, and no others, as an operator does.
 
-        *transport* may be connected through a proxy.
+        *transport* may be connected through a proxy. Wait until each of its subscriptions is `connected`, or the
+        service closes a connection that is lost already.
         """
         raise NotImplementedError
 
@@ -372,7 +373,8 @@ class Harness(ABC):
         `topology`: Delete, directly at the service, what a subscription to *topic* needs.
 
         With *group*, delete what belongs to the group alone, such as its queue or its position. Without *group*, delete
-        the destination of the messages, such as the topic, the stream or the exchange. Messages in it are lost.
+        the destination of the messages, such as the topic, the stream or the exchange. Messages in it are lost. The
+        subscription may be one of another broker.
         """
         raise NotImplementedError
 
