@@ -57,6 +57,8 @@ def encode(message: Message, *, max_bytes: int = MAX_MESSAGE_BYTES, headers_in_b
     if message.codec is not None:
         with _errors_of_codec(message):
             body = message.codec.encode(message, headers_in_body=headers_in_body)
+            if not isinstance(body, bytes):
+                raise EncodingError(message.message_name, f"its codec returned {name_of(type(body))} in place of bytes")
         if len(body) > max_bytes:
             raise MessageTooLarge(len(body), max_bytes, message_id=message.message_id)
         return body

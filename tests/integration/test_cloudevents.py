@@ -17,6 +17,7 @@ import aio_pika
 import aiokafka
 import pytest
 import redis.asyncio
+from cloudevents.core.bindings import amqp
 from cloudevents.core.bindings import kafka as like_kafka
 from cloudevents.core.bindings import rabbitmq as like_rabbitmq
 from cloudevents.core.formats.json import JSONFormat
@@ -24,6 +25,7 @@ from cloudevents.core.v1.event import CloudEvent
 
 from diator.brokers.base import Topic
 from diator.brokers.cloudevents import CloudEvents
+from diator.brokers.codec import encode, headers_with_key
 from diator.brokers.message import Message
 from diator.consumer import Consumer
 from diator.events import EventEmitter, EventMap, NotificationEvent
@@ -309,6 +311,21 @@ async def test_diator_reads_what_the_sdk_of_python_sends(transport, mode):
         report = await reports.get()
 
     check_what_was_handled(events, report)
+
+
+def test_the_other_binding_of_the_sdk_reads_and_writes_the_prefix_of_amqp_1_0():
+    codec = CloudEvents(SOURCE, mode="binary", header_prefix="cloudEvents:")
+    sent = message("binary", codec=codec)
+    headers = headers_with_key(sent, attribute_prefix="ce-")
+    properties = {"content-type": headers.pop("content-type")}
+
+    event = amqp.from_binary(amqp.AMQPMessage(properties, headers, encode(sent)), JSONFormat(), CloudEvent)
+    check_what_was_sent(event.get_attributes(), event.get_data())
+
+    written = amqp.to_binary(CloudEvent({**FOREIGN, "time": AT}, {"user_id": 7}), JSONFormat())
+    texts = {name: str(value) for name, value in written.application_properties.items()}
+    received = codec.decode(written.application_data, {**written.properties, **texts}, TOPIC)
+    assert (received.time, received.key, received.payload) == (AT, "7", {"user_id": 7})
 
 
 # -- Node.js -------------------------------------------------------------------------------------------------------

@@ -99,6 +99,15 @@ def test_an_error_of_a_codec_is_an_encoding_error(what, call):
         call(message(codec=Plain(what, error=ConfigurationError("no"))))
 
 
+def test_the_body_of_a_codec_is_bytes():
+    class Text(Plain):
+        def encode(self, message, /, *, headers_in_body):
+            return "{}"
+
+    with pytest.raises(EncodingError, match=r"^UserJoined: its codec returned str in place of bytes$"):
+        encode(message(codec=Text()))
+
+
 def test_headers_of_a_codec_are_text():
     with pytest.raises(EncodingError, match="headers"):
         headers_with_key(message(headers={"tenant": 7}))

@@ -6,7 +6,9 @@ import pytest
 
 pytest.importorskip("aiokafka")
 
+from diator.brokers.cloudevents import CloudEvents
 from diator.brokers.kafka import KafkaMessageBroker
+from diator.brokers.message import Message
 from diator.exceptions import ConfigurationError
 
 SECRET = "swordfish"
@@ -81,3 +83,12 @@ def test_a_login_with_invalid_unicode_is_refused(name):
     with pytest.raises(ConfigurationError, match="valid Unicode") as error:
         KafkaMessageBroker("kafka-1:9092", **login)
     assert SECRET not in f"{error.value!r}{error.value.__cause__!r}"
+
+
+def test_a_message_with_a_codec_has_headers_without_a_key():
+    broker = KafkaMessageBroker("kafka-1:9092")
+    codec = CloudEvents("/shop")
+
+    _, _, key, headers = broker._record(Message.create(message_name="Joined", payload={}, codec=codec))
+
+    assert (key, headers) == (None, [("content-type", b"application/cloudevents+json")])
