@@ -17,6 +17,11 @@ from typing import Any
 PINS = {
     "older_diator": ["diator[redis]==0.1.2", "redis==8.1.0"],
     "faststream_peer": ["faststream[redis,rabbit,kafka]==0.7.8"],
+    "traced_peer": [
+        "faststream[rabbit,otel]==0.7.8",
+        "opentelemetry-instrumentation-aio-pika==0.66b1",
+        "opentelemetry-sdk==1.45.1",
+    ],
 }
 #: What the peers in other languages need on the `PATH`.
 TOOLCHAINS = {"node": "npm", "go": "go"}

@@ -1,11 +1,14 @@
 """Telemetry for others: an OTLP receiver, and programs that are traced by other libraries."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from uuid import uuid4
 
+import pytest
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
@@ -13,12 +16,19 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from diator.brokers.memory import MemoryMessageBroker
+from diator.brokers.rabbitmq import RabbitMQMessageBroker
 from diator.consumer import Consumer
 from diator.events import EventEmitter, EventMap, NotificationEvent
 from diator.telemetry import OpenTelemetry
+from tests import peers
+
+pytestmark = pytest.mark.timeout(180)  # the first test installs the other libraries
+
+LIBRARIES = ["faststream", "aio_pika"]
 
 
 class Joined(NotificationEvent):
@@ -86,3 +96,61 @@ async def test_a_collector_receives_spans_and_metrics() -> None:
         for metric in scope.metrics
     }
     assert {"messaging.client.sent.messages", "messaging.process.duration", "diator.deliveries"} <= metrics
+
+
+@pytest.fixture
+def command(pytestconfig: pytest.Config) -> list[str]:
+    """Return the command of a program whose messages other libraries trace."""
+    return peers.command("traced_peer", pytestconfig.cache.mkdir("peers"))
+
+
+class Traced:
+    """An instrument, and the traces of its spans by name."""
+
+    def __init__(self) -> None:
+        self._exporter = InMemorySpanExporter()
+        tracers = TracerProvider()
+        tracers.add_span_processor(SimpleSpanProcessor(self._exporter))
+        self.instrument = OpenTelemetry(tracer_provider=tracers)
+
+    def trace_of(self, name: str) -> str:
+        [span] = [span for span in self._exporter.get_finished_spans() if span.name == name]
+        return f"{span.get_span_context().trace_id:032x}"
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+async def test_what_another_library_receives_belongs_to_our_trace(rabbitmq_url, command, library) -> None:
+    prefix, traced = f"traced-{uuid4().hex[:8]}", Traced()
+    async with RabbitMQMessageBroker(rabbitmq_url, prefix) as broker:
+        address = f"{prefix}/notification_event.Joined"
+        async with peers.running(*command, "receive", library, rabbitmq_url, address) as peer:
+            assert await peers.next_line(peer) == ["ready"]
+            await EventEmitter(message_broker=broker, instrument=traced.instrument).emit(Joined())
+            assert await peers.next_line(peer) == [traced.trace_of("create Joined")]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+async def test_what_another_library_sends_is_handled_in_its_trace(rabbitmq_url, command, library) -> None:
+    prefix, traced, events, handled = f"traced-{uuid4().hex[:8]}", Traced(), EventMap(), asyncio.Event()
+
+    @events.handler
+    async def welcome(event: Joined) -> None: ...
+
+    async with (
+        RabbitMQMessageBroker(rabbitmq_url, prefix) as broker,
+        Consumer(
+            broker,
+            event_map=events,
+            group="readers",
+            instrument=traced.instrument,
+            on_handled=lambda _: handled.set(),
+        ),
+    ):
+        body = {"message_type": "notification_event", "message_name": "Joined", "payload": {}}
+        body["message_id"] = str(uuid4())
+        address = f"{prefix}/notification_event.Joined"
+        async with peers.running(*command, "send", library, rabbitmq_url, address) as peer:
+            peer.stdin.write(json.dumps(body).encode() + b"\n")
+            sent = await peers.next_line(peer)
+        await asyncio.wait_for(handled.wait(), 60)
+    assert sent == [traced.trace_of("process notification_event.Joined")]
