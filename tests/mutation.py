@@ -12,32 +12,38 @@ import argparse
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from difflib import unified_diff
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import monotonic
 
 ROOT = Path(__file__).parents[1]
 SURVIVORS = ROOT / "tests" / "survivors.toml"
 #: What share of the changes that matter must be noticed.
 ENOUGH = 0.95
 #: Lines that no program sees: what is said to type checkers, the names of tasks, and what cannot happen.
-_INVISIBLE = [r"\bcast\(", r"\bcreate_task\(.*name=", r"^\s*assert "]
+_INVISIBLE = [r"\bcast\(", r": TypeAlias =", r"\bTypeVar\(", r"\bcreate_task\(.*name=", r"^\s*assert "]
 
 _OF_HANDLERS = ["test_mediator.py", "test_requests.py", "test_events.py", "test_emitter.py", "test_middlewares.py"]
-_OF_EMITTER = ["test_emitter.py", "test_mediator.py", "test_outgoing.py", "test_events.py", "test_context.py"]
+#: What a consumer tells all that it calls.
+_OF_ALL = ["test_context.py", "test_instruments.py"]
+_OF_EMITTER = ["test_emitter.py", "test_mediator.py", "test_outgoing.py", "test_events.py", *_OF_ALL]
 _OF_MEDIATOR = [
-    *("test_mediator.py", "test_middlewares.py", "test_context.py"),
+    *("test_mediator.py", "test_middlewares.py", *_OF_ALL),
     *("container/test_builtin.py", "container/test_contract.py", "brokers/test_codec_chosen.py"),
 ]
-_OF_CONSUMER = ["consumer", "test_awkward_errors.py", "test_signals.py", "test_context.py", "test_instruments.py"]
+_OF_CONSUMER = ["consumer", "test_awkward_errors.py", "test_signals.py", *_OF_ALL]
 
 #: The files, each with the unit tests that have to notice a change of it.
 FILES = {
     "diator/_dispatcher.py": [*_OF_MEDIATOR, "test_only_for.py"],
-    "diator/_handlers.py": [*_OF_HANDLERS, "test_context.py", "test_awkward_errors.py", "container"],
+    "diator/_handlers.py": [*_OF_HANDLERS, *_OF_ALL, "test_awkward_errors.py", "container"],
     "diator/_handling.py": _OF_CONSUMER,
     "diator/brokers/batching.py": ["brokers/test_batching.py"],
     "diator/brokers/capabilities.py": ["brokers/test_capabilities.py"],
@@ -82,10 +88,15 @@ def main() -> None:
 
 def tried(file: str, arguments: argparse.Namespace) -> float:
     """Change *file* again and again, print the survivors without a reason, and return the share that was noticed."""
+    until = monotonic() + 60 * arguments.minutes
     with TemporaryDirectory(prefix="diator-mutation-") as folder:
         noticed = mutate(file, Path(folder), arguments)
-        done = {name: is_noticed for name, is_noticed in noticed.items() if is_noticed is not None}
-        survivors = differences(file, folder, [name for name, is_noticed in done.items() if not is_noticed])
+        survivors = differences(file, folder, [name for name, is_noticed in noticed.items() if is_noticed is False])
+        for name, (is_noticed, change) in mutate_outside(file, Path(folder), arguments.only, until).items():
+            noticed[name] = is_noticed
+            if is_noticed is False:
+                survivors[name] = change
+    done = [name for name, is_noticed in noticed.items() if is_noticed is not None]
     with SURVIVORS.open("rb") as listed:
         reasons = tomllib.load(listed).get(file, {})
     unexplained = {name: diff for name, diff in survivors.items() if changed(diff) not in reasons}
@@ -117,18 +128,51 @@ def mutate(file: str, folder: Path, arguments: argparse.Namespace) -> dict[str, 
     copy_checkout(file, folder)
     subprocess.run([sys.executable, "-c", _CHANGE], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     found = folder / "outcomes.json"
-    tests = [f"tests/unit/{name}" for name in FILES[file]]
-    # What mutmut puts around each function takes time, so tests that measure it would fail.
-    options = ["-q", "-s", "-p", "tests.mutants", "-p", "no:cacheprovider", "-k", "not as_fast_as"]
+    options = ["-q", "-s", "-p", "tests.mutants", "-p", "no:cacheprovider"]
     environment = {"PYTHONPATH": ".", "MUTANTS": f"{file}.meta", "OUTCOMES": str(found)}
     environment |= {"MINUTES": str(arguments.minutes), "JOBS": str(arguments.jobs), "ONLY": arguments.only}
     subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *tests],
+        [sys.executable, "-m", "pytest", *options, *tests_of(file)],
         cwd=folder / "mutants",
         env=os.environ | environment,
         check=False,
     )
     return json.loads(found.read_text()) if found.exists() else {}
+
+
+#: Prints the changes of a file that are outside of its functions: mutmut makes them, and cannot try them.
+_OUTSIDE = """
+import json, sys
+from mutmut.mutation.file_mutation import create_mutations
+module, changes, *_ = create_mutations(sys.argv[1], open(sys.argv[1]).read())
+outside = [each for each in changes if each.contained_by_top_level_function is None]
+print(json.dumps([module.deep_replace(each.original_node, each.mutated_node).code for each in outside]))
+"""
+
+
+def mutate_outside(file: str, folder: Path, only: str, until: float) -> dict[str, tuple[bool | None, str]]:
+    """Change the constants and tables of *file*. Return whether a test noticed each change, and the change."""
+    original, outcomes = (folder / file).read_text(), dict[str, tuple[bool | None, str]]()
+    make = [sys.executable, "-c", _OUTSIDE, file]
+    made = subprocess.run(make, cwd=folder, check=True, capture_output=True, text=True)
+    run = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests_of(file)]
+    for number, variant in enumerate(json.loads(made.stdout), 1):
+        name = f"{file[:-3].replace('/', '.')}.outside__mutmut_{number}"
+        lines = [*unified_diff(original.splitlines(), variant.splitlines(), n=0, lineterm="")][2:]
+        change = "\n".join(line for line in lines if line.startswith(("-", "+")))
+        if fnmatch(name, only) and not any(re.search(each, change) for each in _INVISIBLE):
+            is_noticed = None
+            if monotonic() < until:
+                (folder / file).write_text(variant)
+                is_noticed = subprocess.run(run, cwd=folder, check=False, capture_output=True).returncode != 0
+                sys.stderr.write("." if is_noticed else "S")
+            outcomes[name] = is_noticed, change
+    return outcomes
+
+
+def tests_of(file: str) -> list[str]:
+    """Return the tests of *file*, without those that measure it: what mutmut puts around each function takes time."""
+    return ["-k", "not as_fast_as", *(f"tests/unit/{name}" for name in FILES[file])]
 
 
 def copy_checkout(file: str, folder: Path) -> None:
