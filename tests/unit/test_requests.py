@@ -296,7 +296,9 @@ class OfAnotherBase(Logging[int]):
 
 @pytest.mark.parametrize("anything", [without_annotation, of_two_kinds, of_any_kind, WithoutAnnotation, OfAnotherBase])
 def test_the_decorator_refuses_a_handler_without_a_usable_annotation(anything):
-    with pytest.raises(BindingError, match="annotate 'message' with one class"):
+    problem = f"the message of {anything.__name__} has no usable type: annotate 'message' with one class"
+
+    with pytest.raises(BindingError, match=f"^{problem}$"):
         RequestMap().handler(anything)
 
 
