@@ -201,7 +201,8 @@ class PipelinedConnection(ClientConnection[P]):
     A client connection through which many callers send at once, without waiting for each other's answers.
 
     A subclass writes `_connect`, which returns a `Pipeline`, and the calls: each gets the pipeline from `_ready` and
-    writes to it before it waits for anything else. So messages are written in the order of the calls.
+    writes to it before it waits for anything else. So messages are written in the order of the calls. It writes
+    `_not_sent` as well, if some errors of `_connect` have another meaning than `BrokerUnavailable`.
 
     A message that is not written by its deadline raises `BrokerUnavailable`. A message that is written has its result
     from the pipeline. After a loss, the next call connects again. `aclose` ends the subscriptions, which may send until
