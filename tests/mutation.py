@@ -38,7 +38,7 @@ _OF_MEDIATOR = [
     *("test_mediator.py", "test_middlewares.py", *_OF_ALL),
     *("container/test_builtin.py", "container/test_contract.py", "brokers/test_codec_chosen.py"),
 ]
-_OF_CONSUMER = ["consumer", "test_awkward_errors.py", "test_signals.py", *_OF_ALL]
+_OF_CONSUMER = ["consumer", "test_awkward_errors.py", "test_signals.py", "brokers/test_codec_chosen.py", *_OF_ALL]
 
 #: The files, each with the unit tests that have to notice a change of it.
 FILES = {
