@@ -54,6 +54,7 @@ FILES = {
     "diator/brokers/kafka/_offsets.py": ["brokers/test_kafka_offsets.py"],
     "diator/brokers/memory.py": [
         *("brokers/test_memory.py", "brokers/test_memory_subscription.py", "brokers/test_memory_loops.py"),
+        "brokers/test_codec_chosen.py",
     ],
     "diator/brokers/settling.py": ["brokers/test_settling.py"],
     "diator/brokers/supervisor.py": ["brokers/test_supervisor.py", "brokers/test_connecting.py"],
