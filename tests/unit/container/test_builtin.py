@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 import pytest
 
 from diator.container import Container
-from diator.events import Events
+from diator.events import EventEmitter, Events
 from diator.exceptions import EventHandlersFailed, ResolutionError
 from diator.mediator import Mediator
 from diator.requests import RequestHandler
@@ -752,6 +752,26 @@ async def test_a_send_shares_its_scope_with_the_handlers_of_its_domain_events(co
 
     assert given[0] is given[1]
     assert log == [None]
+
+
+async def test_each_of_two_containers_has_a_scope_of_its_own_in_a_send():
+    given, apis = [], [Api(), Api()]
+
+    async def join(command: Join, api: Api, raised: Events) -> str:
+        given.append(api)
+        raised.append(Noticed())
+
+    async def on_noticed(event: Noticed, api: Api) -> None:
+        given.append(api)
+
+    containers = [Container(), Container()]
+    for container, api in zip(containers, apis, strict=True):
+        container.register(Api, lambda api=api: api, lifetime="scoped")
+    emitter = EventEmitter(events_of(on_noticed), containers[1])
+
+    await Mediator(requests_of(join), containers[0], emitter).send(Join())
+
+    assert given == apis
 
 
 @pytest.mark.parametrize("kind", ["function", "class"])

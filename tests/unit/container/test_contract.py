@@ -145,6 +145,7 @@ async def test_a_users_container_may_have_scopes():
 
         @asynccontextmanager
         async def scope(self, shared):
+            assert isinstance(shared, dict)  # the state of the send
             self.steps.append("open")
             yield self
             self.steps.append("close")
