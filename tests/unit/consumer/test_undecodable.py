@@ -203,6 +203,14 @@ async def test_where_the_transport_cannot_delay_a_retry_a_misfit_is_settled_at_o
     assert handled.outcome == ("dead_lettered" if capabilities.dead_letter else "given_up")
 
 
+async def test_what_the_transport_could_not_read_is_dead_lettered_with_its_reason():
+    broker = Scripted()
+    broker.script.append(broker.delivery(b"\x1f\x8b", unreadable="its compression is unknown"))
+    [handled] = await consume(broker, on_joined)
+
+    assert (handled.outcome, handled.reason) == ("dead_lettered", "undecodable: its compression is unknown")
+
+
 async def test_the_transport_sets_the_largest_size_of_a_message():
     body = body_of(JOIN)
     small, smaller = (Capabilities(max_message_bytes=len(body) - less, dead_letter=True) for less in (0, 1))
