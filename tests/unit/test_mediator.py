@@ -22,6 +22,7 @@ from diator.exceptions import (
     ResolutionError,
     SharedHandler,
 )
+from diator.instruments import Instrument
 from diator.mediator import Mediator
 from diator.requests import RequestHandler
 from tests.unit.doubles import (
@@ -77,8 +78,18 @@ async def through(message, handle):
     return await handle(message)
 
 
-#: The ways in which a handler is reached: as directly as can be, through middlewares, built by a container that waits.
-WAYS = {"bare": {}, "in a middleware": {"middlewares": [through]}, "by a container": {"container": Newly()}}
+class Silent(Instrument):
+    """An instrument that does nothing."""
+
+
+#: The ways in which a handler is reached: as directly as can be, through middlewares, built by a container that waits,
+#: and surrounded by an instrument.
+WAYS = {
+    "bare": {},
+    "in a middleware": {"middlewares": [through]},
+    "by a container": {"container": Newly()},
+    "by an instrument": {"instrument": Silent()},
+}
 
 
 @pytest.fixture(params=WAYS)
