@@ -36,7 +36,7 @@ class Joined(NotificationEvent):
 
 
 @contextmanager
-def receiver() -> Iterator[tuple[str, dict[str, list[bytes]]]]:
+def private_receiver() -> Iterator[tuple[str, dict[str, list[bytes]]]]:
     """Receive OTLP over HTTP, as a collector does. Yield the address, and the bodies by path."""
     received: dict[str, list[bytes]] = {}
 
@@ -63,7 +63,7 @@ async def test_a_collector_receives_spans_and_metrics() -> None:
     async def welcome(event: Joined) -> None:
         handled.set()
 
-    with receiver() as (address, received):
+    with private_receiver() as (address, received):
         tracers = TracerProvider()
         tracers.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{address}/v1/traces")))
         meters = MeterProvider([PeriodicExportingMetricReader(OTLPMetricExporter(f"{address}/v1/metrics"))])

@@ -108,7 +108,7 @@ def test_what_fits_the_schema_is_read(body):
         *(BODY | {key: value} for key in BODY for value in (None, 5, True, [])),
         *(BODY | {"message_id": value} for value in (f"{{{ID}}}", f"urn:uuid:{ID}", ID[:-1], ID.replace("9", "g"), "")),
         BODY | {"message_id": "9f62e9778a1c-4b7e-a0d5-6c1f2f3b9e11"},
-        *(BODY | {"headers": value} for value in ([], "", 5, {"a": {}}, {"key": []})),
+        *(BODY | {"headers": value} for value in ([], "", 5)),
         *(BODY | {"payload": PAYLOAD | {"event_id": value}} for value in ("7", 7)),
         *(
             BODY | {"payload": PAYLOAD | {"event_timestamp": value}}

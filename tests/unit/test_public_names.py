@@ -17,7 +17,14 @@ PUBLIC = sorted(
     for path in ROOT.rglob("*.py")
     if not any(part.startswith("_") and part != "__init__.py" for part in path.relative_to(ROOT).parts)
 )
-CLIENTS = {"redis": "redis", "rabbitmq": "aiormq", "kafka": "aiokafka", "rodi": "rodi", "dishka": "dishka"}
+CLIENTS = {
+    "redis": "redis",
+    "rabbitmq": "aiormq",
+    "kafka": "aiokafka",
+    "rodi": "rodi",
+    "dishka": "dishka",
+    "telemetry": "prometheus_client",
+}
 OPTIONAL = {name: extra for name in PUBLIC for extra in CLIENTS if extra in name.rsplit(".", 1)[-1].split("_")}
 
 

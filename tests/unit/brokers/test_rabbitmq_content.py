@@ -313,14 +313,14 @@ def test_a_message_without_an_id_is_recognised_by_a_header(properties):
 
     first, second = (again(came, {}, b"{}", "queue", deaths=True) for _ in range(2))
 
-    assert first.message_id != second.message_id
-    assert (Properties(first.header).key, Properties(second.header).key) == (first.message_id, second.message_id)
+    assert first.key != second.key
+    assert (Properties(first.header).key, Properties(second.header).key) == (first.key, second.key)
 
 
 def test_a_message_with_an_id_is_recognised_by_that():
     publication = again(Properties(header(message_id=ID)), {}, b"{}", "queue", deaths=True)
 
-    assert (publication.message_id, Properties(publication.header).key) == ("id", "id")
+    assert (publication.key, Properties(publication.header).key) == ("id", "id")
 
 
 def test_added_headers_replace_those_of_the_same_name():
