@@ -967,5 +967,6 @@ async def test_a_send_that_is_cancelled_while_sending_logs_the_message_ids(wire,
         await sending
 
     [line] = caplog.messages
+    assert caplog.records[0].name == "diator.mediator"
     what, ids = "cancelled while sending the events of a handled request", f"{joined.event_id}, {changed.event_id}"
     assert line == f"{what}; messages may not be sent: {ids}"
