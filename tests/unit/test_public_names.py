@@ -23,15 +23,21 @@ CLIENTS = {
     "kafka": "aiokafka",
     "rodi": "rodi",
     "dishka": "dishka",
-    "telemetry": "prometheus_client",
 }
 OPTIONAL = {name: extra for name in PUBLIC for extra in CLIENTS if extra in name.rsplit(".", 1)[-1].split("_")}
+
+
+#: The instruments, each with its extra and what it imports: their module can be imported without.
+INSTRUMENTS = {"OpenTelemetry": ("opentelemetry", "opentelemetry"), "Prometheus": ("prometheus", "prometheus_client")}
 
 
 def imported(name):
     """Return the module *name*. Skip the test if its client library is not installed."""
     if name in OPTIONAL:
         pytest.importorskip(CLIENTS[OPTIONAL[name]])
+    if name == "diator.telemetry":
+        for _, library in INSTRUMENTS.values():
+            pytest.importorskip(library)
     return importlib.import_module(name)
 
 
@@ -121,12 +127,24 @@ def test_an_older_place_has_the_same_class(older, newer, name):
     assert getattr(imported(older), name) is getattr(imported(newer), name)
 
 
+def without(library, program):
+    """Run *program* where *library* cannot be imported, and return the last line of its errors."""
+    program = f"import sys; sys.modules[{library!r}] = None; {program}"
+    run = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, cwd=ROOT.parent)
+    assert run.returncode == 1
+    return run.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize(("name", "extra"), OPTIONAL.items(), ids=OPTIONAL)
 def test_a_missing_extra_names_the_command_that_installs_it(name, extra):
-    program = f"import sys; sys.modules[{CLIENTS[extra]!r}] = None; import {name}"
+    error = without(CLIENTS[extra], f"import {name}")
+    assert error.startswith("diator.exceptions.MissingExtra: diator.")
+    assert error.endswith(f"needs an extra that is not installed: pip install 'diator[{extra}]'")
 
-    run = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, cwd=ROOT.parent)
 
-    assert run.returncode == 1
-    assert run.stderr.splitlines()[-1].startswith("diator.exceptions.MissingExtra: diator.")
-    assert run.stderr.splitlines()[-1].endswith(f"needs an extra that is not installed: pip install 'diator[{extra}]'")
+@pytest.mark.parametrize("name", INSTRUMENTS)
+def test_a_missing_extra_of_an_instrument_is_named_when_it_is_used(name):
+    extra, library = INSTRUMENTS[name]
+    error = without(library, f"import diator.telemetry; from diator.telemetry import {name}")
+    assert error.startswith(f"diator.exceptions.MissingExtra: diator.telemetry.{name} ")
+    assert error.endswith(f"pip install 'diator[{extra}]'")
