@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 
 import pytest
 
@@ -22,7 +21,6 @@ from tests.unit.consumer.helpers import (
     CANARY,
     JOIN,
     JOINED,
-    ONCE,
     consume,
     consumer_of,
     on_joined,
@@ -280,21 +278,6 @@ async def test_a_lost_message_is_counted_too(caplog):
 
     assert len(caplog.records) == MAX_LINES + 1
     assert f"cannot dead-letter it (undecodable): and {50 - MAX_LINES} more" in caplog.records[-1].getMessage()
-
-
-@pytest.mark.parametrize("kind", ["undecodable", "mismatch"])
-async def test_dead_lettering_is_at_least_a_third_as_fast_as_handling(kind):
-    async def seconds(body, count=2_000):
-        broker = await poisoned(MemoryMessageBroker(capacity=count), [body] * count)
-        consumer, reports = consumer_of(broker, refusing_first, group="g", retry=ONCE)
-        began = time.process_time()
-        async with running(consumer):
-            await until(lambda: len(reports) == count)
-        return time.process_time() - began
-
-    good, poison = [min([await seconds(body) for _ in range(5)]) for body in (body_of(JOIN), POISON[kind])]
-
-    assert poison < 3 * good
 
 
 # -- dead-lettering aside --------------------------------------------------------------------------------------------
