@@ -20,7 +20,7 @@ from diator.brokers.base import Delivery, Topic
 from diator.brokers.codec import Envelope, decode, decode_envelope, decode_with, event_decoder
 from diator.brokers.message import Codec
 from diator.container.base import Resolver, Shared, scopes
-from diator.context import CONTEXT_OF, CORRELATED, DELIVERY, MessageContext
+from diator.context import CONTEXT_OF, CORRELATED, DELIVERY, MessageContext, log_fields
 from diator.events import EventEmitter, EventMap
 from diator.events._emitter import OUTGOING, Outgoing
 from diator.events._event import is_integration_event, message_name_of
@@ -739,8 +739,9 @@ class Handling:
         name, text = delivery.topic.message_name, repr(error) if isinstance(error, DiatorError) else why
         kind = printable(f"a delivery of {name} could not be settled: {why}")
         line = printable(f"a delivery of {name} could not be settled: {text}")
-        self._lines.log(logging.ERROR, kind, "%s; it is redelivered", line)
         reason = printable(f"not settled: {why}" if reason is None else f"not settled: {why} ({reason})")
+        fields = {**_topic_fields(delivery.topic), "outcome": "unsettled", "reason": reason, "error_type": why}
+        self._lines.log(logging.ERROR, kind, "%s; it is redelivered", line, fields=lambda: {**log_fields(), **fields})
         return "unsettled", result._replace(reason=reason)
 
     async def _settle_failed(self, delivery: Delivery, reason: str, *, is_requeued: bool) -> Outcome:
@@ -760,7 +761,8 @@ class Handling:
             try:
                 self._on_handled(handled)
             except Exception:  # noqa: BLE001  # it is logged
-                self._lines.log(logging.ERROR, "on_handled failed", "on_handled failed", exc_info=True)
+                line = "on_handled failed"
+                self._lines.log(logging.ERROR, line, line, exc_info=True, fields=lambda: _fields(handled))
 
     def _log_failure(self, handled: Handled) -> None:
         name, reason = printable(handled.topic.message_name), handled.reason or ""
@@ -773,6 +775,7 @@ class Handling:
                 "%s %s failed (%s); requeued for attempt %d of %d",
                 *(name, handled.message_id, failure, handled.attempt + 1, self._retry.max_attempts),
                 exc_info=self._traceback(handled.error),
+                fields=lambda: _fields(handled),
             )
         if handled.outcome in ("dead_lettered", "given_up"):
             kept = handled.outcome == "dead_lettered"
@@ -783,6 +786,7 @@ class Handling:
                 "%s %s was not handled and %s (%s)",
                 *(name, handled.message_id or "with an unreadable id", end, reason),
                 exc_info=self._traceback(handled.error),
+                fields=lambda: _fields(handled),
             )
 
     def _log_healed(self, message: Envelope, healed: Mapping[Bound, BaseException], retries: int) -> None:
@@ -793,6 +797,7 @@ class Handling:
             "%s %s succeeded after %d immediate %s (%s)",
             *(name, message.message_id, retries, "retry" if retries == 1 else "retries", failure),
             exc_info=self._traceback(next(iter(healed.values()))),
+            fields=lambda: {**log_fields(), **_topic_fields(message), "retries": retries},
         )
 
     def _traceback(self, error: BaseException | None) -> BaseException | None:
@@ -804,3 +809,23 @@ class Handling:
         for failure in [*self._aside.values()]:  # the tasks were cancelled, perhaps before their first step
             self._finish_aside(failure, "unsettled", _Result("cancelled", asyncio.CancelledError()))
         self._lines.flush()
+
+
+def _fields(handled: Handled) -> dict[str, object]:
+    """Return the attributes of a log record about a delivery. None of them has content of the message."""
+    return {
+        **log_fields(),
+        **_topic_fields(handled.topic),
+        "message_id": None if handled.message_id is None else str(handled.message_id),
+        "group": handled.group,
+        "attempt": handled.attempt,
+        "outcome": handled.outcome,
+        "reason": handled.reason,
+        "error_type": None if handled.error is None else name_of(type(handled.error)),
+        "retries": handled.retries,
+        "seconds": handled.seconds,
+    }
+
+
+def _topic_fields(named: Topic | Envelope) -> dict[str, object]:
+    return {"message_type": printable(named.message_type), "message_name": printable(named.message_name)}

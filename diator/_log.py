@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Mapping
 
 #: How many lines of one kind are logged in each period, and how long a period is, in seconds.
 MAX_LINES = 5
@@ -25,16 +26,26 @@ class RepeatedLines:
         self._timer: asyncio.TimerHandle | None = None
 
     def log(
-        self, level: int, kind: str, text: str, *args: object, exc_info: bool | BaseException | None = None
+        self,
+        level: int,
+        kind: str,
+        text: str,
+        *args: object,
+        exc_info: bool | BaseException | None = None,
+        fields: Callable[[], Mapping[str, object] | None] = lambda: None,
     ) -> None:
-        """Log *text* with *args*, unless there were enough lines of this *kind*, which names them in their summary."""
+        """
+        Log *text* with *args*, unless there were enough lines of this *kind*, which names them in their summary.
+
+        *fields* returns the attributes of the record. It is called only if there is one.
+        """
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._began = loop.time()
             self._timer = loop.call_later(PERIOD, self.flush)
         count = self._counts[level, kind] = self._counts.get((level, kind), 0) + 1
         if count <= MAX_LINES:
-            self._logger.log(level, text, *args, exc_info=exc_info, stacklevel=2)
+            self._logger.log(level, text, *args, exc_info=exc_info, stacklevel=2, extra=fields())
 
     def flush(self) -> None:
         """End the period, and log how many lines were left out in it."""
@@ -46,4 +57,6 @@ class RepeatedLines:
         counts, self._counts = self._counts, {}
         for (level, kind), count in counts.items():
             if count > MAX_LINES:
-                self._logger.log(level, "%s: and %s more in %.0f s", kind, f"{count - MAX_LINES:,}", seconds)
+                more = count - MAX_LINES
+                line = "%s: and %s more in %.0f s"
+                self._logger.log(level, line, kind, f"{more:,}", seconds, extra={"more": more})

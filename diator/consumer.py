@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Any, Self, TypeAlias, TypeVar
 
 from diator._handling import Handling, current_task, routes, set_delivery
+from diator._hints import name_of
 from diator._signals import stopping_on_signals
 from diator._text import listed
 from diator.brokers.base import Delivery, Gap, ReadableBroker
@@ -244,7 +245,8 @@ class Consumer:
             async with contextlib.AsyncExitStack() as stack:
                 deliveries = await self._until_stopped(stack.enter_async_context(subscription))
                 if deliveries is not None:
-                    logger.info("%s", self._about())
+                    logger.info("consuming %s", self._about(), extra=self._fields())
+                    failed: str | None = None
                     try:
                         self._deliveries, self._receiving = deliveries, True
                         handling = self._handling
@@ -253,9 +255,14 @@ class Consumer:
                         self._is_subscribed = True
                         self._ready.set()
                         await self._consume(deliveries)
+                    except BaseException as error:
+                        failed = name_of(type(error))
+                        raise
                     finally:
                         self._receiving = False
                         self._handling.finish()
+                        end = f"{self._about()} ({failed})" if failed else self._about()
+                        logger.info("stopped consuming %s", end, extra={**self._fields(), "error_type": failed})
         except Exception as error:
             self._failure = error
             raise
@@ -307,10 +314,19 @@ class Consumer:
     def _about(self) -> str:
         broker, where = type(self._broker).__name__, getattr(self._broker, "where", "")
         return (
-            f"consuming {listed(sorted(topic.message_name for topic in self._routes))} from {broker}"
+            f"{listed(sorted(topic.message_name for topic in self._routes))} from {broker}"
             f"{f' at {where}' if where else ''}, {f'group {self._group}' if self._group else 'without a group'}, "
             f"concurrency {self._concurrency}"
         )
+
+    def _fields(self) -> dict[str, object]:
+        """Return the attributes of a log record about this consumer."""
+        return {
+            "broker": type(self._broker).__name__,
+            "group": self._group,
+            "concurrency": self._concurrency,
+            "message_names": sorted(topic.message_name for topic in self._routes),
+        }
 
     def stop(self) -> None:
         """
@@ -398,7 +414,9 @@ class Consumer:
         finally:
             self._lanes.close()
             if left := len(self._handling.in_flight):
-                logger.warning("stopped before %d deliveries were handled; they stay unsettled", left)
+                logger.warning(
+                    "stopped before %d deliveries were handled; they stay unsettled", left, extra=self._fields()
+                )
             if any(task.cancelled() for task in tasks):
                 lost = BrokerUnavailable(
                     "the subscription was cancelled, perhaps by the client library; create another Consumer"
@@ -409,7 +427,9 @@ class Consumer:
                 each.cancel()
             _, running = await asyncio.wait(ending, timeout=_CANCEL_TIMEOUT)
             if running:
-                logger.error("%d handlers ignored their cancellation and are still running", len(running))
+                logger.error(
+                    "%d handlers ignored their cancellation and are still running", len(running), extra=self._fields()
+                )
         for task in tasks:
             if task.done() and not task.cancelled():
                 task.result()
@@ -461,12 +481,13 @@ class Consumer:
 
     def _note_gap(self, gap: Gap) -> None:
         self._gaps += 1
-        logger.warning("messages may have been missed between %s and %s: %s", gap.since, gap.until, gap.reason)
+        line = "messages may have been missed between %s and %s: %s"
+        logger.warning(line, gap.since, gap.until, gap.reason, extra={**self._fields(), "reason": gap.reason})
         if self._on_gap is not None:
             try:
                 self._on_gap(gap)
             except Exception:
-                logger.exception("on_gap failed")
+                logger.exception("on_gap failed", extra=self._fields())
 
 
 def _check_broker(broker: object) -> None:

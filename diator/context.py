@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -118,7 +118,7 @@ CORRELATED: ContextVar[str | None] = ContextVar("diator.context.CORRELATED", def
 
 
 @contextmanager
-def correlated(correlation_id: str | None = None) -> Iterator[str]:
+def correlated(correlation_id: str | None = None) -> Generator[str]:
     """
     Give all messages that are sent inside of the block one correlation id, and return it; a new one by default.
 
@@ -172,6 +172,17 @@ def correlation_headers(message_id: UUID, payload_json: bytes) -> dict[str, str]
     return {CORRELATION_ID: correlation_id or context.correlation_id, CAUSATION_ID: str(context.message_id)}
 
 
+def log_fields() -> dict[str, object]:
+    """Return what a log record says of the message that is being handled. Each is None if it is not known."""
+    context = current_message()
+    return {
+        "correlation_id": current_correlation_id(),
+        "message_id": None if context is None else str(context.message_id),
+        "attempt": None if context is None else context.attempt,
+        "group": None if context is None else context.group,
+    }
+
+
 class ContextFilter(logging.Filter):
     """
     Adds to each log record what is known about the message that is being handled: for a handler of `logging`.
@@ -182,9 +193,6 @@ class ContextFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Add the attributes, and let the record pass."""
-        context, attributes = current_message(), record.__dict__
-        attributes.setdefault("correlation_id", current_correlation_id())
-        attributes.setdefault("message_id", None if context is None else str(context.message_id))
-        attributes.setdefault("attempt", None if context is None else context.attempt)
-        attributes.setdefault("group", None if context is None else context.group)
+        for name, value in log_fields().items():
+            record.__dict__.setdefault(name, value)
         return True

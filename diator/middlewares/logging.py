@@ -6,12 +6,16 @@ import logging
 from time import perf_counter
 from typing import Any
 
+from diator.context import log_fields
 from diator.middlewares.base import Handle
 
 
 class LoggingMiddleware:
     """
     Logs the type of each message, the outcome and the duration: at DEBUG after success, at WARNING after an error.
+
+    The record has the attributes `type_name`, `error_type` (None after success) and `seconds`, and those of
+    `diator.context.ContextFilter`: a handler of a consumer has the `message_id`, `correlation_id` and so on.
 
     It never logs the content of the message, the response or the error, which may be confidential.
     """
@@ -25,9 +29,15 @@ class LoggingMiddleware:
         try:
             response = await handle(message)
         except BaseException as error:
-            self._logger.warning(
-                "%s failed with %s after %.1f ms", name, type(error).__qualname__, (perf_counter() - start) * 1000
-            )
+            seconds, kind = perf_counter() - start, type(error).__qualname__
+            line = "%s failed with %s after %.1f ms"
+            self._logger.warning(line, name, kind, seconds * 1000, extra=_fields(name, kind, seconds))
             raise
-        self._logger.debug("%s handled in %.1f ms", name, (perf_counter() - start) * 1000)
+        if self._logger.isEnabledFor(logging.DEBUG):
+            seconds = perf_counter() - start
+            self._logger.debug("%s handled in %.1f ms", name, seconds * 1000, extra=_fields(name, None, seconds))
         return response
+
+
+def _fields(name: str, error_type: str | None, seconds: float) -> dict[str, object]:
+    return {**log_fields(), "type_name": name, "error_type": error_type, "seconds": seconds}

@@ -5,9 +5,13 @@ import logging
 
 import pytest
 
-from diator.events import Events
+from diator.brokers.memory import MemoryMessageBroker
+from diator.consumer import Consumer
+from diator.context import correlated, correlation
+from diator.events import EventEmitter, EventMap, Events
 from diator.middlewares import BaseMiddleware, LoggingMiddleware
 from diator.requests import RequestHandler
+from diator.retrying import RetryPolicy
 from tests.unit.doubles import Join, Noticed, Recorder, UserJoined, mediator_of
 
 
@@ -248,6 +252,8 @@ async def test_logs_success_without_the_content(caplog):
     [record] = caplog.records
     assert record.levelno == logging.DEBUG
     assert record.getMessage().startswith("Join handled in ")
+    assert (record.type_name, record.error_type) == ("Join", None)
+    assert record.message_id is record.correlation_id is None
     assert "4711" not in caplog.text
 
 
@@ -264,5 +270,35 @@ async def test_logs_failure_without_the_content(caplog, error):
     [record] = caplog.records
     assert (record.name, record.levelno) == ("program", logging.WARNING)
     assert record.getMessage().startswith(f"Join failed with {type(error).__name__} after ")
+    assert (record.type_name, record.error_type) == ("Join", type(error).__name__)
+    assert 0 <= record.seconds < 60
     assert "4711" not in caplog.text
     assert "password" not in caplog.text
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_line_about_a_message_of_a_consumer_says_which_one(caplog, fails):
+    async def welcome(event: UserJoined) -> None:
+        if fails:
+            raise ValueError
+
+    caplog.set_level(logging.DEBUG, "diator.middlewares")
+    events, ended = EventMap(), asyncio.Event()
+    events.bind(UserJoined, welcome)
+    broker = MemoryMessageBroker()
+    consumer = Consumer(
+        broker,
+        event_map=events,
+        group="greeters",
+        middlewares=[LoggingMiddleware()],
+        retry=RetryPolicy(immediate_retries=0, delayed_retries=0),
+        on_handled=lambda _: ended.set(),
+    )
+    async with consumer:
+        with correlated("order-7"):
+            await EventEmitter(message_broker=broker, headers=[correlation]).emit(event := UserJoined(user_id=7))
+        await ended.wait()
+
+    [record] = [each for each in caplog.records if each.name == "diator.middlewares.logging"]
+    assert (record.message_id, record.correlation_id) == (str(event.event_id), "order-7")
+    assert (record.attempt, record.group) == (1, "greeters")

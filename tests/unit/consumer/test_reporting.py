@@ -173,7 +173,7 @@ async def test_a_success_at_once_has_no_retries_and_no_line(caplog):
     [handled] = await consume(Scripted(body_of(JOIN)), on_joined)
 
     assert (handled.retries, handled.errors) == (0, ())
-    assert [text for text in caplog.messages if not text.startswith("consuming")] == []
+    assert [text for text in caplog.messages if "consuming" not in text] == []
 
 
 @pytest.mark.parametrize("log_errors", [False, True])
@@ -199,7 +199,7 @@ async def test_another_thread_may_ask_for_the_health():
         assert (await asyncio.to_thread(consumer.health)).since_last_progress > 0
 
 
-async def test_a_consumer_logs_at_its_start_what_it_consumes_and_from_where(caplog):
+async def test_a_consumer_logs_at_its_start_and_end_what_it_consumes_and_from_where(caplog):
     caplog.set_level("INFO", "diator.consumer")
 
     async def on_moved(event: Moved) -> None: ...
@@ -211,11 +211,33 @@ async def test_a_consumer_logs_at_its_start_what_it_consumes_and_from_where(capl
         consumer, _ = consumer_of(broker, on_joined, on_moved, concurrency=3)
         async with running(consumer):
             await until(lambda: caplog.messages)
-        [message] = caplog.messages
+            assert len(caplog.messages) == 1
+        started, stopped = caplog.records
         at = " at amqp://host:5672/" if isinstance(broker, Distant) else ""
         group = "without a group" if isinstance(broker, Scripted) else "group diator"
-        assert message == f"consuming Moved, UserJoined from {type(broker).__name__}{at}, {group}, concurrency 3"
+        about = f"consuming Moved, UserJoined from {type(broker).__name__}{at}, {group}, concurrency 3"
+        assert (started.getMessage(), stopped.getMessage()) == (about, f"stopped {about}")
+        for record in (started, stopped):
+            assert record.levelname == "INFO"
+            assert (record.broker, record.concurrency) == (type(broker).__name__, 3)
+            assert record.message_names == ["Moved", "UserJoined"]
+            assert record.group == (None if isinstance(broker, Scripted) else "diator")
+        assert stopped.error_type is None
         caplog.clear()
+
+
+async def test_the_last_line_of_a_consumer_that_fails_names_the_error(caplog):
+    class Broken(Scripted):
+        async def __anext__(self):
+            raise BrokerUnavailable("away")
+
+    caplog.set_level("INFO", "diator.consumer")
+    consumer, _ = consumer_of(Broken(), on_joined)
+    with pytest.raises(BrokerUnavailable):
+        await consumer.run(signals=False)
+
+    assert caplog.messages[-1].endswith(", concurrency 1 (BrokerUnavailable)")
+    assert caplog.records[-1].error_type == "BrokerUnavailable"
 
 
 async def always_failing(event: UserJoined) -> None:
@@ -297,7 +319,13 @@ async def test_a_line_says_what_happened_to_which_message_and_later_to_how_many(
     broker = Scripted(*[line.body] * (MAX_LINES + 2), **line.broker)
     await consume(broker, line.handler, retry=line.retry, count=MAX_LINES + 2)
 
-    *records, summary = caplog.records[1:]  # after the line of its start
+    *records, summary = caplog.records[1:-1]  # between the lines of its start and end
     assert [record.getMessage() for record in records] == [line.text] * MAX_LINES
     assert summary.getMessage().startswith(f"{line.kind}: and 2 more in ")
     assert {record.levelname for record in (*records, summary)} == {line.level}
+    for record in records:
+        assert (record.message_type, record.message_name, record.attempt) == ("notification_event", "UserJoined", 1)
+        assert record.message_id == (None if line.body == b"{" else str(ID))
+        assert record.correlation_id == record.message_id
+        assert CANARY not in repr(vars(record))
+    assert summary.more == 2
