@@ -75,8 +75,8 @@ class Pipeline(ABC, Generic[K]):
         self, retire: Callable[[Any], None], *, silence: float, max_in_flight: int, max_bytes: int = 4 * 1024 * 1024
     ) -> None:
         self.in_flight: dict[K, InFlight] = {}
-        self.has_room = True
-        self.is_lost = False
+        self.has_room: bool = True
+        self.is_lost: bool = False
         self._loop = asyncio.get_running_loop()
         self._retire = retire
         self._silence = silence

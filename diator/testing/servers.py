@@ -116,7 +116,7 @@ class ServerProcess(Server):
     """
 
     def __init__(self, *command: str, within: float = 30.0) -> None:
-        self.address = "127.0.0.1", free_port()
+        self.address: tuple[str, int] = ("127.0.0.1", free_port())
         self._command = [each.replace("{port}", str(self.address[1])) for each in command]
         self._within = within
         self._output: IO[bytes] = TemporaryFile()  # noqa: SIM115  # `close` closes it
@@ -178,7 +178,7 @@ class Certificates:
 
     def __init__(self) -> None:
         self._directory = TemporaryDirectory(prefix="diator-certificates-")
-        self.path = Path(self._directory.name)
+        self.path: Path = Path(self._directory.name)
         for authority in ("ca", "other"):
             self._openssl(f"req -x509 {_KEY} -keyout {authority}.key -out {authority}.pem -subj /CN={authority}")
         for name, days in {"server": 2, "expired": -1}.items():
