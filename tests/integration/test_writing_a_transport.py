@@ -133,7 +133,7 @@ async def test_a_subscription_receives_what_a_client_has_pushed():
             handed_out.append(delivery := await anext(deliveries))
             await delivery.ack()
         await probed.wait()
-        subscription.source.inbox.fail(ConnectionError("lost"))
+        subscription.source.arrivals.fail(ConnectionError("lost"))
         handed_out.append(await anext(deliveries))
 
     assert [delivery.body for delivery in handed_out] == [b"0", b"1", b"2", b"3", b"4", b"0"]

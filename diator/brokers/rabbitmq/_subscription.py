@@ -14,9 +14,9 @@ from uuid import uuid4
 import msgspec
 
 from diator._text import explained, listed, printable
+from diator.brokers.arrivals import Arrivals
 from diator.brokers.base import Delivery
 from diator.brokers.connecting import BackgroundTasks
-from diator.brokers.inbox import Inbox
 from diator.brokers.rabbitmq._channel import (
     ACCESS_REFUSED,
     CHANNEL_ERRORS,
@@ -303,7 +303,7 @@ class Connection(Channel):
         super().__init__()
         self._subscription = subscription
         self._least_prefetch_count = prefetch_count
-        self._inbox = Inbox()
+        self._arrivals = Arrivals()
         self._consumers: dict[str, _Consumer] = {}  # by tag
         self._consumer_number = 0
         # The delivery tags that are not settled, in the order of their arrival.
@@ -386,7 +386,7 @@ class Connection(Channel):
             logger.warning("%s; the dead-letter queue is used as it is, and audit() has the remedy", error)
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:
-        taken = await self._inbox.receive(most)
+        taken = await self._arrivals.receive(most)
         self._subscription.unsettled += len(taken)
         return taken
 
@@ -475,7 +475,7 @@ class Connection(Channel):
         """Ask whether the exchange is still the same, and bind the queues again: somebody may have unbound one."""
         if await self._check_exchange():
             await self._bind()
-            self._inbox.note_answer()
+            self._arrivals.note_answer()
 
     async def _keep_checking(self) -> None:
         """Check the exchange often: without it the group misses messages, while other groups receive them."""
@@ -546,7 +546,7 @@ class Connection(Channel):
         if self._requeued is not None and not method.redelivered:
             self._requeued.append(method.delivery_tag)
             return
-        self._inbox.put(delivery)
+        self._arrivals.put(delivery)
         if consumer.unsettled == consumer.prefetch_count:
             self._adjust_prefetch(consumer)
 
@@ -565,7 +565,7 @@ class Connection(Channel):
 
     def lost(self, error: Exception) -> None:
         """Drop what was prefetched: RabbitMQ redelivers it, and may have done so already."""
-        self._inbox.fail(error)
+        self._arrivals.fail(error)
         unseen = self._subscription.remove_prefetched(lambda delivery: delivery.settler is self)
         self._subscription.unsettled -= len(unseen)
 
@@ -769,7 +769,7 @@ class Connection(Channel):
                 if (wait := self._settled_at - self._loop.time()) > 0:
                     await asyncio.sleep(wait)
                 async with asyncio.timeout(_END_TIMEOUT):
-                    waiting = {cast("_Token", delivery.token).tag for delivery in self._inbox.take_all()}
+                    waiting = {cast("_Token", delivery.token).tag for delivery in self._arrivals.take_all()}
                     self._settle_all(waiting.union(unseen))
                     if subscription.group is None and subscription.is_ending:
                         await self.ask_all(commands.Queue.Delete(queue=queue) for queue in subscription.queues)

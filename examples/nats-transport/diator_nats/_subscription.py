@@ -13,8 +13,8 @@ from uuid import uuid4
 
 from nats.aio.msg import Msg
 
+from diator.brokers.arrivals import Arrivals
 from diator.brokers.base import Delivery
-from diator.brokers.inbox import Inbox
 from diator.brokers.leases import Leased, Leases
 from diator.brokers.settling import OMITTED, Acknowledgements, dead_letter_headers
 from diator.brokers.supervisor import ResilientSubscription, Source, SubscriptionSettings
@@ -48,8 +48,8 @@ class Subscription(ResilientSubscription):
         self.credit: dict[str, int] = {}  # how many more messages JetStream may push
         # The same for all connections: what JetStream still pushes for a lost connection arrives on the next one.
         self.answers = f"_INBOX.{uuid4().hex}"
-        self.inbox = Inbox()
-        self.left: list[Delivery] = []  # of the inbox of a lost connection: they are still ours
+        self.arrivals = Arrivals()
+        self.left: list[Delivery] = []  # of the arrivals of a lost connection: they are still ours
         self.link: Link | None = None
         self.in_sync = 0.0  # whatever JetStream pushed before this time has arrived
         self.in_order_at = 0.0  # when whatever a lost connection did not deliver has come back to JetStream
@@ -61,7 +61,7 @@ class Subscription(ResilientSubscription):
     @asynccontextmanager
     async def connect(self) -> AsyncGenerator[Source, None]:
         self.in_sync = monotonic()
-        self.left, self.inbox = [*self.left, *self.inbox.take_all()], Inbox()
+        self.left, self.arrivals = [*self.left, *self.arrivals.take_all()], Arrivals()
         self.link = link = await Link.open(self.service.url, self.service.timeout, self.service.options, self.lost)
         try:
             pushing = await link.subscribe(f"{self.answers}.>", self.on_message)
@@ -98,7 +98,7 @@ class Subscription(ResilientSubscription):
             self.report_gap(self.caught_up, "its consumer was deleted")
 
     def lost(self, link: Link) -> None:
-        self.inbox.fail(ConnectionError("the connection to NATS is lost"))
+        self.arrivals.fail(ConnectionError("the connection to NATS is lost"))
 
     async def receive(self, limit: int, /) -> Sequence[Delivery]:
         received: Sequence[Delivery] = self.left[:limit]
@@ -109,7 +109,7 @@ class Subscription(ResilientSubscription):
                 await self.allow(subject, max(1, limit // len(self.topics)))
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.service.lease / 20 if waits else None):
-                    received = await self.inbox.receive(limit)
+                    received = await self.arrivals.receive(limit)
         leased = [delivery for delivery in received if token_of(delivery).is_leased]
         self.leases.hold([token_of(delivery) for delivery in leased])
         return leased
@@ -131,7 +131,7 @@ class Subscription(ResilientSubscription):
             self.credit[message.subject] = max(0, self.credit[message.subject] - 1)
             lent = message.metadata
             token = Token(message.reply, lent.sequence.stream, headers, leased_until=self.in_sync + self.service.lease)
-            self.inbox.put(
+            self.arrivals.put(
                 Delivery(
                     topic=topic, body=message.data, headers={}, attempt=lent.num_delivered, settler=self, token=token
                 )
@@ -140,9 +140,9 @@ class Subscription(ResilientSubscription):
         subject = message.subject.removeprefix(f"{self.answers}.")  # the end of a permission to push
         self.credit[subject] -= min(self.credit[subject], int(headers.get("Nats-Pending-Messages", 1 << 30)))
         if headers.get("Status") == "503" or "Deleted" in headers.get("Description", ""):
-            self.inbox.fail(ConnectionError("the consumer was deleted"))
+            self.arrivals.fail(ConnectionError("the consumer was deleted"))
         else:
-            self.inbox.note_answer()  # so that it is renewed
+            self.arrivals.note_answer()  # so that it is renewed
 
     async def has_unseen(self) -> bool:
         """Return whether JetStream counts more as delivered than is here: it comes again before anything new."""
@@ -160,8 +160,8 @@ class Subscription(ResilientSubscription):
             if not await self.total("num_pending"):
                 self.caught_up = began
         except Refused:
-            self.inbox.fail(ConnectionError("the consumer was deleted"))
-        self.inbox.note_answer()
+            self.arrivals.fail(ConnectionError("the consumer was deleted"))
+        self.arrivals.note_answer()
 
     # -- settling ------------------------------------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ class Subscription(ResilientSubscription):
         return [token for token in held if not token.is_leased]
 
     async def leave(self, prefetched: Collection[Delivery], /) -> None:
-        held = {*await self.leases.end(), *map(token_of, [*self.left, *self.inbox.take_all()])}
+        held = {*await self.leases.end(), *map(token_of, [*self.left, *self.arrivals.take_all()])}
         with suppress(BrokerError, TimeoutError):  # then the leases end by themselves
             async with asyncio.timeout(self.service.timeout):
                 await self.acks.flush()

@@ -11,7 +11,7 @@ from typing import cast
 from diator.brokers.base import Delivery
 
 
-class Inbox:
+class Arrivals:
     """
     Keeps what one connection has pushed until `receive` takes it.
 
