@@ -182,7 +182,7 @@ def third_party(session: nox.Session, example: str) -> None:
         for package in folder.glob("diator_*"):
             shutil.rmtree(package)  # so that the installed package is tested
         with session.chdir(folder):
-            run, environment = [python, "-m", "pytest", *session.posargs], {"PYTHONPATH": None}
+            run, environment = [python, "-m", "pytest", *session.posargs], {**BUSY, "PYTHONPATH": None}
             if example == "third-party-transport":  # the server of the other one is a wheel among its needs
                 run = ["python", ROOT / "tests" / "services.py", "postgres", "--", *run]
                 environment |= images(session, "postgres")
