@@ -50,6 +50,13 @@ def name_of(thing: Any) -> str:
     return name_of(type(thing)) if is_object else str(thing)
 
 
+def described(part: object) -> str:
+    """Return what *part* is, for the text of an error. It contains nothing of its content."""
+    if part is None:
+        return "None"
+    return f"the class {name_of(part)}" if isinstance(part, type) else f"an object of {name_of(type(part))}"
+
+
 def parameters_of(call: Callable[..., Any]) -> list[Parameter]:
     """
     Return the parameters of *call*, without `self`, `*args` and `**kwargs`.

@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Any, Self, TypeAlias, TypeVar
 
 from diator._handling import Handling, current_task, routes, set_delivery
-from diator._hints import name_of
+from diator._hints import described, name_of
 from diator._signals import stopping_on_signals
 from diator._text import listed
 from diator.brokers.base import Delivery, Gap, ReadableBroker
@@ -23,7 +23,7 @@ from diator.brokers.message import Codec
 from diator.container import Container
 from diator.container.base import Resolver
 from diator.events import EventEmitter, EventMap
-from diator.events._emitter import check_codec, check_parts, check_type, described
+from diator.events._emitter import check_codec, check_parts, check_type
 from diator.events._headers import HeaderSource
 from diator.exceptions import BrokerUnavailable, ConfigurationError, DecodingError, UsageError
 from diator.instruments import Handled, Instrument, observer_of

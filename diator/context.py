@@ -72,9 +72,9 @@ CAUSATION_ID = "causation-id"
 _LONGEST_ID = 255
 
 
-def usable_id(text: str | None) -> str | None:
+def usable_id(text: object) -> str | None:
     """Return the id in a header; None if it should be neither passed on nor logged."""
-    return text if text and len(text) <= _LONGEST_ID and text.isprintable() else None
+    return text if isinstance(text, str) and 0 < len(text) <= _LONGEST_ID and text.isprintable() else None
 
 
 #: The delivery that a consumer handles here, or its context, which is made when somebody asks for the first time.

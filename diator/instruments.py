@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 from uuid import UUID
 
-from diator._hints import name_of
+from diator._hints import described, name_of
 from diator.brokers.message import Message, Topic, check_headers
 from diator.context import MessageContext
 from diator.exceptions import ConfigurationError
@@ -188,6 +189,10 @@ def observer_of(instrument: Any, broker: object = None) -> Observer | None:
         return None
     if isinstance(instrument, type) or not all(callable(getattr(instrument, each, None)) for each in _METHODS):
         raise ConfigurationError(
-            f"instrument must be an object with the methods {', '.join(_METHODS)}, and it is {instrument!r:.80}"
+            "instrument must be an object whose class derives from diator.instruments.Instrument, or has the methods "
+            f"{', '.join(_METHODS)}, and it is {described(instrument)}"
         )
+    for each in _METHODS:
+        if inspect.iscoroutinefunction(getattr(instrument, each)):
+            raise ConfigurationError(f"{name_of(type(instrument))}.{each} is asynchronous; write it without `async`")
     return Observer(instrument, broker)

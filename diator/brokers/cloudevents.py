@@ -99,7 +99,9 @@ class CloudEvents:
             raise ConfigurationError("source must be a URI reference that names this program, such as https://…/orders")
         if mode not in ("structured", "binary"):
             raise ConfigurationError(f"mode must be structured or binary, not {mode!r:.80}")
-        if header_prefix is not None and not _PREFIX.fullmatch(header_prefix):
+        if not _is_text(type_prefix):
+            raise ConfigurationError("type_prefix must be text without control characters, such as com.example.")
+        if header_prefix is not None and not _PREFIX.fullmatch(str(header_prefix)):
             raise ConfigurationError(
                 f"header_prefix must be one of ce_, ce-, cloudEvents: and cloudEvents_, not {header_prefix!r:.80}"
             )

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import ClassVar, NamedTuple, Protocol, Self, TypeAlias, cast, overload
 from uuid import UUID, uuid4
 
+from diator._hints import described
 from diator.exceptions import EncodingError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
@@ -173,7 +174,7 @@ def check_headers(headers: object, source: str) -> None:
         EncodingError: They are not texts, a name is not valid or reserved, or they are too large. The text of the error
             contains nothing of them.
     """
-    size = 0
+    size, name, value = 0, "", ""
     try:
         for name, value in cast("Mapping[str, str]", headers).items():
             name_bytes = len(str.encode(name))
@@ -186,7 +187,10 @@ def check_headers(headers: object, source: str) -> None:
     except UnicodeEncodeError:
         raise EncodingError(source, "a name or a value is not valid Unicode") from None
     except (TypeError, AttributeError):
-        raise EncodingError(source, "headers must be a dictionary of texts") from None
+        for each in cast("tuple[object, object]", (name, value)):
+            if not isinstance(each, str):
+                raise EncodingError(source, f"names and values must be text, and one is {described(each)}") from None
+        raise EncodingError(source, f"headers must be a dictionary of texts, and it is {described(headers)}") from None
     if size > MAX_HEADER_BYTES:
         raise EncodingError(source, f"the headers have {size:,} bytes, and all together may have {MAX_HEADER_BYTES:,}")
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, cast
 from uuid import UUID
 
 from diator._handlers import PreparedHandler, WithHeaders
-from diator._hints import name_of
+from diator._hints import described, name_of
 from diator.brokers.message import Codec, Message, set_fields
 from diator.brokers.sending import MessageBroker, send_one_by_one, transactional
 from diator.container import Container
@@ -226,6 +226,8 @@ class EventEmitter:
 
     def _with_headers(self, raised: WithHeaders) -> Message:
         event_type = type(raised.event)
+        if event_type is WithHeaders:
+            raise NotAnEvent("headers were passed with a WithHeaders, which has headers already; pass all of them once")
         plan = self._plans.get(event_type) or self._plan(event_type)
         if plan.message is None:
             raise NotAnEvent(f"headers were passed with {name_of(event_type)}, which is not an integration event")
@@ -259,13 +261,6 @@ def check_type(name: str, part: object, wanted: type, *, is_needed: bool = False
     """Check the type of the argument *name*. None, unless *is_needed*: not passed."""
     if not isinstance(part, wanted) and (is_needed or part is not None):
         raise ConfigurationError(f"{name} must be of the type {wanted.__name__}, and it is {described(part)}")
-
-
-def described(part: object) -> str:
-    """Return what *part* is, for the text of an error."""
-    if part is None:
-        return "None"
-    return f"the class {name_of(part)}" if isinstance(part, type) else f"an object of {name_of(type(part))}"
 
 
 class _Plan:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 from uuid import UUID
 
-from diator._hints import fields_of, name_of
+from diator._hints import described, fields_of, name_of
 from diator.brokers.message import check_headers
 from diator.context import correlation, correlation_headers
 from diator.exceptions import ConfigurationError, EncodingError, NotAnEvent
@@ -28,13 +28,14 @@ def checked_sources(headers: Any) -> tuple[HeaderSource, ...]:
     """
     if not isinstance(headers, Iterable) or isinstance(headers, (str, Mapping)):
         raise ConfigurationError(
-            f"headers must be a list of functions (event) -> headers, not {type(headers).__name__}"
+            f"headers must be a list of functions (event) -> headers, and it is {described(headers)}"
         )
     sources: tuple[Any, ...] = tuple(headers)
     for source in sources:
         if isinstance(source, type) or not callable(source) or inspect.iscoroutinefunction(source):
             raise ConfigurationError(
-                f"{name_of(source)} is not a header source; pass a function (event) -> headers that is not asynchronous"
+                f"{name_of(source) if callable(source) else described(source)} is not a header source; pass a function "
+                "(event) -> headers that is not asynchronous"
             )
     return sources
 
@@ -51,8 +52,7 @@ def message_headers_of(event_type: type) -> Mapping[str, str]:
         return {}
     where = f"{name_of(event_type)}.message_headers"
     if not isinstance(declared, Mapping):
-        given = f"an object of {name_of(type(declared))}"
-        raise NotAnEvent(f"{where} must be a dictionary from headers to fields, and it is {given}")
+        raise NotAnEvent(f"{where} must be a dictionary from headers to fields, and it is {described(declared)}")
     for field in declared.values():
         if field not in fields:
             raise NotAnEvent(f"{where} names {field!r}, which is not a field of the class")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
+from diator._hints import described
 from diator.brokers.message import Topic
-from diator.consumer import Health
+from diator.consumer import Consumer, Health
+from diator.exceptions import ConfigurationError
 
 _ADDRESS = re.compile(r"(?:[a-z+]+://)?(\[[0-9a-fA-F:.]+\]|[^/:,]+)(?::(\d+))?")
 
@@ -33,6 +36,13 @@ def kind_of(reason: str | None) -> str:
     """Return the fixed word at the beginning of a reason; empty if there is none."""
     word = (reason or "").partition(":")[0]
     return "ended" if word.startswith("ended by ") else word
+
+
+def check_consumers(consumers: Mapping[str, object]) -> None:
+    """Check what a program wants to watch, before the metrics are read."""
+    for name, each in consumers.items():
+        if not isinstance(each, Consumer):
+            raise ConfigurationError(f"watch({name}=…) must have a Consumer, and it is {described(each)}")
 
 
 class Figure(NamedTuple):

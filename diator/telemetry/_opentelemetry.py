@@ -15,7 +15,7 @@ from diator.brokers.message import Message, Topic
 from diator.consumer import Consumer
 from diator.context import MessageContext
 from diator.instruments import Handled, Instrument
-from diator.telemetry._names import HEALTH, Figure, address_of, destination_of, kind_of, system_of
+from diator.telemetry._names import HEALTH, Figure, address_of, check_consumers, destination_of, kind_of, system_of
 
 with importing("diator.telemetry.OpenTelemetry", "opentelemetry", "opentelemetry"):
     from opentelemetry import context as contexts
@@ -109,7 +109,13 @@ class OpenTelemetry(Instrument):
         self._watched: dict[str, Consumer] = {}
 
     def watch(self, **consumers: Consumer) -> None:
-        """Measure the health of *consumers*, each under its name here, whenever metrics are read."""
+        """
+        Measure the health of *consumers*, each under its name here, whenever metrics are read.
+
+        Raises:
+            ConfigurationError: One of them is not a `Consumer`.
+        """
+        check_consumers(consumers)
         if not self._watched:
             for figure in HEALTH:
                 self._meter.create_observable_gauge(

@@ -13,7 +13,7 @@ from diator.consumer import Consumer
 from diator.context import MessageContext
 from diator.exceptions import ConfigurationError
 from diator.instruments import Handled, Instrument
-from diator.telemetry._names import HEALTH, destination_of, kind_of
+from diator.telemetry._names import HEALTH, check_consumers, destination_of, kind_of
 
 with importing("diator.telemetry.Prometheus", "prometheus", "prometheus_client"):
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
@@ -82,7 +82,13 @@ class Prometheus(Instrument):
             ) from error
 
     def watch(self, **consumers: Consumer) -> None:
-        """Export the health of *consumers*, each under its name here, whenever the metrics are read."""
+        """
+        Export the health of *consumers*, each under its name here, whenever the metrics are read.
+
+        Raises:
+            ConfigurationError: One of them is not a `Consumer`.
+        """
+        check_consumers(consumers)
         self._health.consumers.update(consumers)
 
     @contextmanager

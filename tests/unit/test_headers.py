@@ -153,7 +153,7 @@ async def test_an_error_names_the_event_itself():
 class Noted(DomainEvent): ...
 
 
-@pytest.mark.parametrize("event", [Noted(), 7, Join()])
+@pytest.mark.parametrize("event", [Noted(), 7, Join(), WithHeaders(UserJoined(user_id=7), {})])
 async def test_headers_of_what_is_not_sent_are_refused(event):
     with pytest.raises(NotAnEvent):
         await EventEmitter(message_broker=Recorder()).emit(WithHeaders(event, {"tenant": "1"}))
@@ -197,11 +197,12 @@ async def asynchronous(event):
 
 
 @pytest.mark.parametrize(
-    "wrong", [tenant, {"tenant": "1"}, "a text", [{"tenant": "1"}], [asynchronous], [dict], [7], 7]
+    "wrong", [tenant, {"tenant": "1"}, "a text", [{"tenant": CANARY}], [asynchronous], [dict], [7], 7]
 )
 def test_what_is_not_a_list_of_sources_is_refused_at_once(wrong):
-    with pytest.raises(ConfigurationError, match="header"):
+    with pytest.raises(ConfigurationError, match="header") as raised:
         EventEmitter(headers=wrong)
+    assert CANARY not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +277,22 @@ async def test_a_source_is_refused_inside_the_unit_of_work_by_its_name(wrong, br
 
     assert (committed, recorder.messages) == ([], [])
     assert CANARY not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ("none", "headers must be a dictionary of texts, and it is None"),
+        ("a coroutine", "headers must be a dictionary of texts, and it is an object of coroutine"),
+        ("no text as a value", "names and values must be text, and one is an object of int"),
+        ("none as a value", "names and values must be text, and one is None"),
+        ("no text as a name", "names and values must be text, and one is an object of int"),
+    ],
+)
+async def test_an_error_says_what_the_headers_are_instead(wrong, problem):
+    emitter = EventEmitter(message_broker=Recorder(), headers=[WRONG[wrong]])
+    with pytest.raises(EncodingError, match=f": {problem}$"):
+        await emitter.emit(UserJoined(user_id=7))
 
 
 @pytest.mark.parametrize("wrong", [each for each in WRONG if each not in ("raises", "none", "a coroutine")])
@@ -371,11 +388,11 @@ async def test_a_block_at_the_edge_of_a_program_correlates_what_is_sent_in_it():
     assert await headers_of(joined, broker=Native()) == {"correlation-id": str(joined.event_id)}
 
 
-@pytest.mark.parametrize("bad", ["", "x" * 256, "two\nlines", "\ud800", "\x00"])
+@pytest.mark.parametrize("bad", ["", "x" * 256, "two\nlines", "\ud800", "\x00", 7, b"id", UUID(int=7)])
 def test_a_bad_correlation_id_is_refused(bad):
     with pytest.raises(ConfigurationError, match="1 to 255") as raised, correlated(bad):
         pass
-    assert not bad or bad not in str(raised.value)
+    assert not bad or str(bad) not in str(raised.value)
 
 
 @dataclass(frozen=True, kw_only=True)

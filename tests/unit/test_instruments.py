@@ -345,8 +345,18 @@ def test_what_is_not_an_instrument_is_refused_at_once(wrong):
         lambda: EventEmitter(instrument=wrong),
         lambda: Consumer(MemoryMessageBroker(), event_map=events_of(ask_nothing), instrument=wrong),
     ):
-        with pytest.raises(ConfigurationError, match="instrument must be"):
+        with pytest.raises(
+            ConfigurationError, match=r"instrument must be .* derives from diator\.instruments\.Instrument"
+        ):
             make()
+
+
+def test_an_asynchronous_method_is_refused_at_once():
+    class Waiting(Instrument):
+        async def settled(self, handled, broker, /): ...
+
+    with pytest.raises(ConfigurationError, match=r"Waiting\.settled is asynchronous; write it without `async`$"):
+        Mediator(RequestMap(), instrument=Waiting())
 
 
 async def ask_nothing(event: UserJoined) -> None: ...

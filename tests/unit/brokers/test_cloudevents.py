@@ -196,6 +196,14 @@ def test_what_does_not_exist_is_refused():
         CloudEvents(SOURCE, mode="batch")
     with pytest.raises(ConfigurationError, match=r"header_prefix must be one of .*, not 'x-'"):
         CloudEvents(SOURCE, header_prefix="x-")
+    with pytest.raises(ConfigurationError, match="header_prefix must be one of"):
+        CloudEvents(SOURCE, header_prefix=b"ce_")
+
+
+@pytest.mark.parametrize("prefix", [None, b"com.example.", "com.example\n"])
+def test_the_prefix_of_types_is_text(prefix):
+    with pytest.raises(ConfigurationError, match="type_prefix must be text"):
+        CloudEvents(SOURCE, type_prefix=prefix)
 
 
 def test_a_codec_shows_what_it_is():

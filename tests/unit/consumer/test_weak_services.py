@@ -7,12 +7,12 @@ from itertools import pairwise
 
 import pytest
 
+from diator._hints import described
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES
 from diator.brokers.memory import MemoryMessageBroker, _Subscription
 from diator.consumer import DEFAULT_GROUP, Consumer
 from diator.events import EventEmitter, NotificationEvent
-from diator.events._emitter import described
 from diator.exceptions import (
     BrokerUnavailable,
     ConfigurationError,

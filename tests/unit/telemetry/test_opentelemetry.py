@@ -16,7 +16,7 @@ from diator.brokers import Message
 from diator.brokers.memory import MemoryMessageBroker
 from diator.consumer import Consumer
 from diator.events import EventEmitter, Events, NotificationEvent
-from diator.exceptions import BrokerUnavailable, EventsNotSent
+from diator.exceptions import BrokerUnavailable, ConfigurationError, EventsNotSent
 from diator.mediator import Mediator
 from diator.requests import RequestMap
 from diator.telemetry import OpenTelemetry
@@ -351,6 +351,11 @@ async def test_a_watched_consumer_shows_its_health(recorded):
     recorded.instrument.watch(audit=consumer)
     names = {point.attributes["diator.consumer"] for point in recorded.metrics()["diator.receiving"]}
     assert names == {"audit", "billing"}
+
+
+def test_what_is_watched_is_a_consumer(recorded):
+    with pytest.raises(ConfigurationError, match=r"^watch\(billing=…\) must have a Consumer, .* MemoryMessageBroker$"):
+        recorded.instrument.watch(billing=MemoryMessageBroker())
 
 
 async def test_without_an_sdk_nothing_is_recorded_and_everything_works():

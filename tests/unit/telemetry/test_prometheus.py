@@ -146,6 +146,13 @@ async def test_the_health_of_watched_consumers_is_exported_when_it_is_asked_for(
     assert found["diator_consumer_since_last_progress_seconds", ("consumer", "billing")] == 0
 
 
+def test_what_is_watched_is_a_consumer(registry):
+    instrument = Prometheus(registry)
+    with pytest.raises(ConfigurationError, match=r"^watch\(billing=…\) must have a Consumer, .* MemoryMessageBroker$"):
+        instrument.watch(billing=MemoryMessageBroker())
+    samples(registry)  # nothing of it is left
+
+
 def test_a_registry_takes_one_instrument(registry):
     Prometheus(registry)
     with pytest.raises(ConfigurationError, match="pass the same Prometheus object"):
