@@ -461,7 +461,8 @@ class Connection(Channel):
         what is on its way to a cancelled consumer, and deliver it after later messages.
         """
         now, postponed, least = consumer.prefetch_count, self._subscription.postponed, self._least_prefetch_count
-        wanted = least if not postponed else min(2 * now, _MAX_PREFETCH) if 2 * postponed >= now else now
+        more = min(2 * now, _MAX_PREFETCH) if 2 * postponed >= now else now
+        wanted = max(least, more) if postponed else least  # after a lost connection, a consumer begins below the least
         may_be_sent_more = consumer.unsettled < now or consumer.tag not in self._consumers or self._requeued is not None
         if now != wanted and not may_be_sent_more and self._is_consuming and self.error is None:
             self._cancel(consumer)

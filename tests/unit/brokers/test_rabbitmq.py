@@ -26,7 +26,7 @@ from diator.brokers.rabbitmq._channel import Channel
 from diator.brokers.rabbitmq._content import Properties
 from diator.brokers.rabbitmq._frames import Publication, header_of
 from diator.brokers.rabbitmq._names import delay_bucket, own_queue_name, queue_name, routing_key
-from diator.brokers.rabbitmq._subscription import Connection, Subscription, _Token
+from diator.brokers.rabbitmq._subscription import Connection, Subscription, _Consumer, _Token
 from diator.exceptions import ConfigurationError, EncodingError, UsageError
 
 URL = "amqp://guest:swordfish@localhost/"
@@ -416,3 +416,19 @@ async def test_no_consumer_is_cancelled_before_it_has_started():
 
     connection._take_method(commands.Basic.CancelOk("diator-1"))
     await ending
+
+
+@pytest.mark.parametrize(
+    ("now", "postponed", "wanted"), [(1, 1, 10), (1, 0, 10), (10, 5, 20), (20, 1, None), (20, 0, 10)]
+)
+async def test_a_consumer_is_replaced_by_one_with_the_least_prefetch_count_or_more(now, postponed, wanted):
+    """After a lost connection it begins with one message, whatever is postponed."""
+    sent = []
+    connection = Connection(SimpleNamespace(postponed=postponed), 10)
+    connection._loop, connection._is_consuming = asyncio.get_running_loop(), True
+    connection.send = lambda frame: sent.append(getattr(frame, "prefetch_count", None))
+    connection._consumers["diator-1"] = full = _Consumer("diator-1", "queue", now, unsettled=now)
+
+    connection._adjust_prefetch(full)
+
+    assert sent == ([] if wanted is None else [None, wanted, None])
