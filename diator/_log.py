@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from contextvars import Context
 
 #: How many lines of one kind are logged in each period, and how long a period is, in seconds.
 MAX_LINES = 5
@@ -16,7 +17,7 @@ class RepeatedLines:
     Logs the first lines of each kind at once, and at the end of the period how many more there were.
 
     A period begins with the first line after the last one. Only the number of further lines is kept, never their text.
-    It is used in a running event loop.
+    What is logged at the end of a period belongs to no message. It is used in a running event loop.
     """
 
     def __init__(self, logger: logging.Logger) -> None:
@@ -42,7 +43,7 @@ class RepeatedLines:
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._began = loop.time()
-            self._timer = loop.call_later(PERIOD, self.flush)
+            self._timer = loop.call_later(PERIOD, self.flush, context=Context())
         count = self._counts[level, kind] = self._counts.get((level, kind), 0) + 1
         if count <= MAX_LINES:
             self._logger.log(level, text, *args, exc_info=exc_info, stacklevel=2, extra=fields())

@@ -37,9 +37,9 @@ class BackgroundTasks:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        """Run *work* in a task named `diator: ` and *name*."""
-        task = asyncio.create_task(work, name=f"diator: {name}")
+    def start(self, work: Coroutine[Any, Any, None], name: str, *, context: Context | None = None) -> None:
+        """Run *work* in a task named `diator: ` and *name*, in *context*; by default in a copy of the caller's."""
+        task = asyncio.create_task(work, name=f"diator: {name}", context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

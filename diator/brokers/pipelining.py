@@ -6,6 +6,7 @@ import asyncio
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextvars import Context
 from typing import Any, Generic, Protocol, TypeVar
 from uuid import UUID
 
@@ -170,12 +171,12 @@ class Pipeline(ABC, Generic[K]):
         """Close the connection: at once if it is lost, else in an orderly way and in a limited time."""
 
     def _watch(self, deadline: float, now: float) -> None:
-        """Set the timer: for the time from which answers are noticed, else for *deadline*."""
+        """Set the timer: for the time from which answers are noticed, else for *deadline*. It belongs to no caller."""
         if self._alarm is not None:
             self._alarm.cancel()
         begin = deadline - 1.1 * self._silence  # a little earlier, since times are rounded
         self._alarm_at = begin if begin > now else deadline
-        self._alarm = self._loop.call_at(self._alarm_at, self.check_deadlines)
+        self._alarm = self._loop.call_at(self._alarm_at, self.check_deadlines, context=Context())
 
     def _note_change(self) -> None:
         self.has_room = len(self.in_flight) < self._max_in_flight and self._bytes < self._max_bytes

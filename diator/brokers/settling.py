@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextvars import Context
 from datetime import UTC, datetime
 from typing import Generic, TypeVar
 
@@ -60,7 +61,8 @@ class Acknowledgements(Generic[T]):
             self._timer = None
         if self._pending:
             batch, self._pending = self._pending, []
-            self._background.start(self._send_batch(batch), "acknowledging")
+            # A batch has several messages, so its log lines are about none of them.
+            self._background.start(self._send_batch(batch), "acknowledging", context=Context())
 
     async def _send_batch(self, batch: Sequence[T]) -> None:
         try:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 
 from diator._log import MAX_LINES, PERIOD, RepeatedLines
+from diator.context import ContextFilter, correlated
 
 LOGGER = logging.getLogger("tests.repeated")
 
@@ -72,3 +73,15 @@ async def test_without_further_lines_nothing_is_added(caplog):
     lines.flush()
 
     assert texts(caplog) == ["it failed"] * MAX_LINES
+
+
+async def test_the_summary_belongs_to_no_message(caplog):
+    caplog.handler.addFilter(adds_fields := ContextFilter())
+    lines = RepeatedLines(LOGGER)
+    with correlated("of-the-first"):
+        for _ in range(MAX_LINES + 1):
+            lines.log(logging.ERROR, "it failed", "it failed")
+    await asyncio.sleep(PERIOD)
+    caplog.handler.removeFilter(adds_fields)
+
+    assert [record.correlation_id for record in caplog.records] == ["of-the-first"] * MAX_LINES + [None]

@@ -9,6 +9,7 @@ import pytest
 
 from diator.brokers.pipelining import Pipeline, PipelinedConnection
 from diator.brokers.supervisor import ReconnectPolicy
+from diator.context import correlated, current_correlation_id
 from diator.exceptions import (
     AccessRefused,
     BrokerClosed,
@@ -430,6 +431,19 @@ async def test_a_connection_is_lost_once():
     assert await outcomes(answers) == [OutcomeUnknown] * 2
     link.lose(OutcomeUnknown("again"))
     assert retired == [link]
+
+
+async def test_the_timer_of_a_connection_belongs_to_no_caller():
+    """What it logs is about the service, and what it starts outlives the caller."""
+    connection, seen = Connection(), []
+    with correlated("of-the-caller"):
+        tasks = await begun(connection, "a")
+    connection.link.overdue = lambda key, *, silent: (
+        seen.append(current_correlation_id()) or connection.link.answered(key)
+    )
+    await asyncio.wait(tasks)
+
+    assert seen == [None]
 
 
 async def test_an_idle_connection_is_not_silent():

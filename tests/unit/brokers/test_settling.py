@@ -8,6 +8,7 @@ import pytest
 
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.settling import Acknowledgements, confirmed, dead_letter_headers
+from diator.context import ContextFilter, correlated
 from diator.exceptions import BrokerUnavailable, ConfigurationError
 
 
@@ -43,6 +44,22 @@ async def test_a_failed_batch_is_logged_and_flush_raises_nothing(kind, caplog):
             "2 acknowledgements did not reach the service; their messages will be redelivered: connection lost",
         )
     ]
+
+
+@pytest.mark.parametrize("items", [1, 100])
+async def test_a_failed_batch_is_logged_as_of_no_message(items, caplog):
+    async def send(items):
+        raise BrokerUnavailable("connection lost")
+
+    caplog.handler.addFilter(adds_fields := ContextFilter())
+    acknowledgements = Acknowledgements(send)
+    with correlated("of-the-last"):
+        for number in range(items):
+            acknowledgements.add(number)
+    await asyncio.sleep(0.1)
+    caplog.handler.removeFilter(adds_fields)
+
+    assert [record.correlation_id for record in caplog.records] == [None]
 
 
 async def test_every_batch_is_sent_after_a_short_time():
