@@ -379,8 +379,8 @@ class Handling:
     @property
     def in_flight(self) -> list[float]:
         """When each delivery that is being handled began, by `time.monotonic`."""
-        handled = (worker.since for worker in self._workers if worker.since is not None)
-        return [*handled, *(failure.started for failure in self._aside.values())]
+        handled = [since for worker in self._workers if (since := worker.since) is not None]
+        return [*handled, *(failure.started for failure in [*self._aside.values()])]  # metrics have another thread
 
     def seconds_without_progress(self, now: float, waiting: float) -> float:
         """
@@ -447,7 +447,9 @@ class Handling:
     ) -> None:
         """Handle *delivery* as `handle` does, and let the instrument observe it."""
         set_delivery(delivery)
-        if self._observer is None or (context := self.context_of(delivery)) is None:
+        message = self.read(delivery) if message is None else message
+        is_refused = isinstance(message, DecodingError)  # it may have a context nevertheless, if it is only too large
+        if self._observer is None or is_refused or (context := self.context_of(delivery)) is None:
             await self.handle(worker, delivery, message)
             return
         observed = self._observer.processing(context)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from time import perf_counter, time
 from typing import TypeAlias
-from uuid import UUID
 
 from diator._extras import importing
 from diator._hints import name_of
@@ -104,7 +103,7 @@ class OpenTelemetry(Instrument):
         self._in_flight = meter.create_up_down_counter(
             "diator.in_flight", unit="{message}", description="Messages that are being handled."
         )
-        self._processing: dict[UUID, Span] = {}  # of the messages whose outcome is not reported yet
+        self._processing: dict[Hashable, Span] = {}  # of the deliveries whose outcome is not reported yet
         self._meter = meter
         self._watched: dict[str, Consumer] = {}
 
@@ -206,7 +205,7 @@ class OpenTelemetry(Instrument):
         attached = contexts.attach(found if self._parent else trace.set_span_in_context(INVALID_SPAN, found))
         try:
             with self._span(f"process {where}", SpanKind.CONSUMER, attributes, links) as span:
-                self._processing[context.message_id] = span
+                self._processing[_key(context)] = span
                 yield
         finally:
             contexts.detach(attached)
@@ -215,6 +214,7 @@ class OpenTelemetry(Instrument):
                 self._age.record(max(0.0, time() - context.sent_at.timestamp()), common)
 
     def settled(self, handled: Handled, broker: object, /) -> None:
+        processing = self._processing.pop(_key(handled), INVALID_SPAN)
         where = destination_of(handled.topic)
         common: _Attributes = {**_service(broker), DESTINATION: where}
         if handled.group is not None:
@@ -225,9 +225,6 @@ class OpenTelemetry(Instrument):
         failed: _Attributes = {} if handled.error is None else {ERROR: name_of(type(handled.error))}
         self._deliveries.add(1, {**common, **outcome})
         self._handled_for.record(handled.seconds, {**common, OPERATION: "process", **failed})
-        processing = (
-            INVALID_SPAN if handled.message_id is None else self._processing.pop(handled.message_id, INVALID_SPAN)
-        )
         if processing.is_recording():  # otherwise it has ended before its dead letter was stored
             processing.set_attributes(outcome)
         if handled.outcome != "acked":
@@ -260,6 +257,11 @@ class OpenTelemetry(Instrument):
                 span.set_attribute(ERROR, name_of(type(error)))
                 span.set_status(Status(StatusCode.ERROR))
                 raise
+
+
+def _key(of: MessageContext | Handled) -> Hashable:
+    """Return what tells deliveries apart: each group has a message, and events of two sources may have one id."""
+    return of.topic, of.group, of.message_id, of.attempt
 
 
 class _Setter(Setter[dict[str, str]]):

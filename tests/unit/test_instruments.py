@@ -4,6 +4,7 @@ import asyncio
 import logging
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 
 import pytest
 
@@ -17,7 +18,7 @@ from diator.mediator import Mediator
 from diator.requests import Request, RequestHandler, RequestMap
 from diator.testing import Recorder
 from tests.unit.consumer.helpers import consumer_of, quick
-from tests.unit.doubles import UserJoined, events_of, running, until
+from tests.unit.doubles import FULL, Scripted, UserJoined, body_of, events_of, running, until
 
 
 class Ask(Request[str]): ...
@@ -245,6 +246,24 @@ async def test_what_cannot_be_decoded_is_only_settled():
         await until(lambda: outcomes)
 
     assert [each[:2] for each in tracing.seen] == [("settled in nothing", "dead_lettered")]
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+async def test_what_has_a_context_and_is_refused_is_only_settled_too(concurrency):
+    """Otherwise an instrument that keeps something of it until it is settled would not find that: it has no id then."""
+    tracing, outcomes = Tracing(), []
+
+    async def welcome(event: UserJoined) -> None: ...
+
+    body = body_of(UserJoined(user_id=1))
+    broker = Scripted(body + b" ", capabilities=replace(FULL, max_message_bytes=len(body)))
+    broker.script.append(broker.delivery(body, unreadable="its compression is unknown"))
+    consumer, _ = consumer_of(broker, welcome, instrument=tracing, on_handled=outcomes.append, concurrency=concurrency)
+    async with running(consumer):
+        await until(lambda: len(outcomes) == 2)
+
+    assert [handled.message_id for handled in outcomes] == [None, None]
+    assert {each[:2] for each in tracing.seen} == {("settled in nothing", "dead_lettered")}
 
 
 # -- instruments that fail -------------------------------------------------------------------------------------------

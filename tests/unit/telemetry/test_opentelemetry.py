@@ -262,6 +262,38 @@ async def test_an_error_is_recorded_by_its_type_alone(recorded):
     assert CANARY not in "".join(span.to_json() for span in recorded.exporter.get_finished_spans())
 
 
+async def test_two_groups_that_handle_one_message_at_once_keep_their_spans(recorded):
+    handling = asyncio.Barrier(2)
+
+    async def fail(event: UserJoined) -> None:
+        await handling.wait()
+        raise LookupError
+
+    broker = MemoryMessageBroker()
+    outcomes = []
+    consumers = [
+        Consumer(
+            broker,
+            event_map=events_of(fail),
+            group=group,
+            instrument=recorded.instrument,
+            retry=quick(),
+            on_handled=outcomes.append,
+        )
+        for group in ("billing", "shipping")
+    ]
+    async with running(consumers[0]), running(consumers[1]):
+        await mediator_of(broker, recorded.instrument).send(Join())
+        await until(lambda: len(outcomes) == len(consumers))
+
+    spans = {span.context.span_id: span for span in recorded.exporter.get_finished_spans()}
+    settled = [span for span in spans.values() if span.name == f"settle {JOINED}"]
+    group = "messaging.consumer.group.name"
+    assert {span.attributes[group] for span in settled} == {"billing", "shipping"}
+    for span in settled:
+        assert spans[span.parent.span_id].attributes[group] == span.attributes[group]
+
+
 async def test_a_send_that_fails_is_recorded_with_the_type_of_its_error(recorded):
     class Refusing(Recorder):
         async def send_message(self, message):
