@@ -357,7 +357,7 @@ class Consumer:
             self._waiting = None
 
     def health(self) -> Health:
-        """Return the state of this consumer. Cheap, and callable at any time."""
+        """Return the state of this consumer. Cheap, and callable at any time, also in another thread."""
         now, in_flight, deliveries = monotonic(), self._handling.in_flight, self._deliveries
         return Health(
             receiving=self._receiving and not self._stopping.is_set(),

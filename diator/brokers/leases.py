@@ -67,7 +67,7 @@ class Leases(Generic[T]):
         self._keeping: asyncio.Task[None] | None = None
 
     def __iter__(self) -> Iterator[T]:
-        return iter(self._held)
+        return iter([*self._held])  # a copy: metrics may be read in another thread
 
     @property
     def have_begun(self) -> bool:

@@ -293,7 +293,7 @@ class Subscription(ResilientSubscription):
     @property
     def oldest_message(self) -> float | None:
         """See `ResilientSubscription.oldest_message`. A message that waits in a retry topic does not count."""
-        read = [each for each in self._partitions.values() if not each.is_lost and not each.is_retries]
+        read = [each for each in [*self._partitions.values()] if not each.is_lost and not each.is_retries]
         sent = [since for each in read if (since := each.unfinished_since) > 0]  # Kafka writes -1 if it does not know
         return max(0.0, time.time() - min(sent) / 1000) if sent else 0.0
 

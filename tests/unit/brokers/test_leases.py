@@ -147,3 +147,13 @@ async def test_a_lease_that_began_before_its_token_is_held_ends_no_later():
         subscription.leases.hold([pushed, claimed])
 
         assert [token.leased_until - began for token in (pushed, claimed)] == [LEASE, pytest.approx(LEASE * 7 / 6)]
+
+
+async def test_the_held_tokens_may_change_while_somebody_reads_them():
+    """Metrics are read in a thread of their own."""
+    subscription = Subscription()
+    subscription.leases.hold([Token(1), Token(2)])
+    for token in subscription.leases:
+        subscription.leases.release(token)
+
+    assert [*subscription.leases] == []
