@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import brokers, comparison, hostile, imports, memory, skew
+from benchmarks import brokers, comparison, hostile, imports, memory, skew, telemetry
 from benchmarks.environments import BROKER_LIBRARIES, CACHE, LIBRARIES
 from benchmarks.reports import keep
 from benchmarks.worker.workloads import WORKLOADS
@@ -26,6 +26,8 @@ def main() -> int:
             results = hostile.measure(options.transports or hostile.TRANSPORTS, flood=options.messages)
         case "skew":
             results = skew.measure(options.transports or skew.TRANSPORTS, rounds=options.rounds)
+        case "telemetry":
+            results = telemetry.measure(rounds=options.rounds)
         case "brokers":
             results = brokers.compare(
                 options.transports or brokers.TRANSPORTS,
@@ -62,6 +64,10 @@ def smoke(options: argparse.Namespace) -> int:
         faults = skew.smoke(options.transports or skew.TRANSPORTS)
         print("\n".join(faults) or "every message of another key was handled once, in order")
         return 1 if faults else 0
+    if options.benchmark == "telemetry":
+        telemetry.measure(["diator"], rounds=1, messages=100)
+        print("every message was handled, with telemetry and without")
+        return 0
     here = [name for name, library in LIBRARIES.items() if not library.pins]
     ran = comparison.smoke(options.libraries or here, options.only or WORKLOADS)
     for name in here:
@@ -113,6 +119,8 @@ def parsed() -> argparse.Namespace:
     skewed = others.add_parser("skew", help=skew.__doc__, parents=[kept, smoking])
     skewed.add_argument("transports", nargs="*", type=one_of(skew.TRANSPORTS), metavar="memory streams rabbitmq kafka")
     skewed.add_argument("--rounds", type=int, default=3)
+    traced = others.add_parser("telemetry", help=telemetry.__doc__, parents=[kept, smoking])
+    traced.add_argument("--rounds", type=int, default=9)
     return parser.parse_args()
 
 

@@ -130,8 +130,8 @@ BROKER_LIBRARIES = {
             adapter="with_faststream",
             worker="transports",
             pins=(
-                "faststream[redis,rabbit,kafka]==0.7.8",
-                *_as_here("redis", "hiredis", "aio-pika", "aiormq", "aiokafka", "orjson"),
+                "faststream[redis,rabbit,kafka,otel]==0.7.8",
+                *_as_here("redis", "hiredis", "aio-pika", "aiormq", "aiokafka", "orjson", "opentelemetry-sdk"),
             ),
         ),
     ]

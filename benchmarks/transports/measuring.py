@@ -8,7 +8,7 @@ import asyncio
 import gc
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any, Protocol, Self
@@ -162,11 +162,54 @@ async def consume(
     )
 
 
+async def trace(transport: Any, reply: Reply, *, rounds: int, messages: int) -> None:
+    """
+    Send *messages* messages and handle them, with telemetry and without, in each of the *rounds*.
+
+    Many are sent at once. Otherwise the slower sender is the one whose messages the client cannot take together.
+    """
+    used: dict[str, list[float]] = {"plain": [], "traced": []}
+    resident: list[float] = []
+    async with transport.plain(transport.url, f"{transport.name}-plain") as plain, AsyncExitStack() as stack:
+        slices = []
+        for each in (plain, transport):
+            done, consuming = _counting(messages)
+            finished = await stack.enter_async_context(consuming(each))
+            stack.push_async_callback(finished)
+            slices.append((each, done))
+        for number in range(rounds + 1):  # the first one opens the connections
+            for (each, done), found in zip(slices, used.values(), strict=True):
+                done.clear()
+                began = process_time()
+                await fill(each, lambda _: None, callers=64, messages=messages)
+                await done.wait()
+                if number:
+                    found.append((process_time() - began) / messages * 1e6)
+            if number:
+                resident.append(_resident_mib())
+    reply({**used, "resident_mib": resident})
+
+
+def _counting(messages: int) -> tuple[asyncio.Event, Callable[[Transport], AbstractAsyncContextManager[Finished]]]:
+    """Return an event that is set after every *messages* messages, and what consumes them."""
+    done, count = asyncio.Event(), 0
+
+    async def handle(_: Any) -> None: ...
+
+    def settled() -> None:
+        nonlocal count
+        count += 1
+        if count % messages == 0:
+            done.set()
+
+    return done, lambda transport: transport.consuming(handle, settled, 1)
+
+
 def _resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-WORKLOADS = {"publish": publish, "fill": fill, "pace": pace, "flood": flood, "consume": consume}
+WORKLOADS = {"publish": publish, "fill": fill, "pace": pace, "flood": flood, "consume": consume, "trace": trace}
 
 
 async def nothing() -> None:

@@ -11,6 +11,7 @@ from measuring import GREETING, NICKNAME, Finished, Handle, Settled
 
 from diator.consumer import Consumer
 from diator.events import EventEmitter, EventHandler, EventMap, NotificationEvent
+from diator.instruments import Instrument
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +24,12 @@ class UserJoined(NotificationEvent):
 
 class Diator:
     group: str | None = "benchmark"
+    instrument: Instrument | None = None
 
     def __init__(self, url: str, name: str) -> None:
+        self.url, self.name = url, name
         self.broker = self.broker_for(url, name)
-        self._emitter = EventEmitter(EventMap(), message_broker=self.broker)
+        self._emitter = EventEmitter(EventMap(), message_broker=self.broker, instrument=self.instrument)
 
     async def __aenter__(self) -> Self:
         await self.broker.__aenter__()
@@ -52,7 +55,9 @@ class Diator:
 
         events = EventMap()
         events.bind(UserJoined, OnUserJoined)
-        consumer = Consumer(self.broker, event_map=events, group=self.group, concurrency=concurrency)
+        consumer = Consumer(
+            self.broker, event_map=events, group=self.group, concurrency=concurrency, instrument=self.instrument
+        )
         running = asyncio.create_task(consumer.run())
         await consumer.ready()
         yield finished

@@ -1,11 +1,11 @@
 """FastStream on every transport. It publishes a dictionary and handles a pydantic model."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from time import perf_counter
-from typing import Self
+from typing import Any, Self
 from uuid import UUID, uuid4
 
 from measuring import GREETING, NICKNAME, Finished, Handle, Settled, nothing
@@ -24,6 +24,8 @@ class UserJoined(BaseModel):
 
 
 class FastStream:
+    middlewares: Sequence[Any] = ()
+
     def __init__(self, url: str, name: str) -> None:
         self.url, self.name = url, name
         self.broker = self.broker_for(1)

@@ -8,7 +8,7 @@ from with_faststream import GROUP, FastStream
 class PubSub(FastStream):
     def broker_for(self, concurrency: int) -> RedisBroker:
         # With the default pool of 100 connections it fails at 512 concurrent calls.
-        return RedisBroker(self.url, max_connections=1000, logger=None)
+        return RedisBroker(self.url, max_connections=1000, logger=None, middlewares=self.middlewares)
 
     async def publish(self, event: dict[str, Any]) -> None:
         await self.broker.publish(event, channel=self.name)

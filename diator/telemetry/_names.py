@@ -24,9 +24,14 @@ def system_of(broker: object) -> str:
     return str(getattr(broker, "messaging_system", None) or type(broker).__name__)
 
 
-def address_of(broker: object) -> tuple[str | None, int | None]:
-    """Return the host and the port of the service of *broker*, the first one if there are several."""
-    found = _ADDRESS.match(str(getattr(broker, "where", "")))
+def where_of(broker: object) -> str:
+    """Return the address of the service of *broker*; empty for a broker that does not tell."""
+    return str(getattr(broker, "where", ""))
+
+
+def address_of(where: str) -> tuple[str | None, int | None]:
+    """Return the host and the port in an address, the first one if there are several."""
+    found = _ADDRESS.match(where)
     if found is None:
         return None, None
     return found[1].strip("[]"), int(found[2]) if found[2] else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
+from threading import Lock
 from time import perf_counter, time
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from diator._extras import importing
 from diator._hints import name_of
@@ -14,7 +15,16 @@ from diator.brokers.message import Message, Topic
 from diator.consumer import Consumer
 from diator.context import MessageContext
 from diator.instruments import Handled, Instrument
-from diator.telemetry._names import HEALTH, Figure, address_of, check_consumers, destination_of, kind_of, system_of
+from diator.telemetry._names import (
+    HEALTH,
+    Figure,
+    address_of,
+    check_consumers,
+    destination_of,
+    kind_of,
+    system_of,
+    where_of,
+)
 
 with importing("diator.telemetry.OpenTelemetry", "opentelemetry", "opentelemetry"):
     from opentelemetry import context as contexts
@@ -91,17 +101,23 @@ class OpenTelemetry(Instrument):
             description="How old a message was when it was handled, by the time that the service gave it.",
             explicit_bucket_boundaries_advisory=_BUCKETS,
         )
-        self._sent = meter.create_counter(
-            "messaging.client.sent.messages", unit="{message}", description="Messages that were to be sent."
+        self._sent = _Count(
+            meter.create_observable_counter,
+            "messaging.client.sent.messages",
+            "{message}",
+            "Messages that were to be sent.",
         )
-        self._consumed = meter.create_counter(
-            "messaging.client.consumed.messages", unit="{message}", description="Messages that were received."
+        self._consumed = _Count(
+            meter.create_observable_counter,
+            "messaging.client.consumed.messages",
+            "{message}",
+            "Messages that were received.",
         )
-        self._deliveries = meter.create_counter(
-            "diator.deliveries", unit="{delivery}", description="Deliveries, by their outcome."
+        self._deliveries = _Count(
+            meter.create_observable_counter, "diator.deliveries", "{delivery}", "Deliveries, by their outcome."
         )
-        self._in_flight = meter.create_up_down_counter(
-            "diator.in_flight", unit="{message}", description="Messages that are being handled."
+        self._in_flight = _Count(
+            meter.create_observable_up_down_counter, "diator.in_flight", "{message}", "Messages that are being handled."
         )
         self._processing: dict[Hashable, Span] = {}  # of the deliveries whose outcome is not reported yet
         self._meter = meter
@@ -130,12 +146,8 @@ class OpenTelemetry(Instrument):
         return read
 
     def handling(self, request: object, /) -> AbstractContextManager[object]:
-        return self._handling(name_of(type(request)))
-
-    @contextmanager
-    def _handling(self, name: str) -> Generator[None]:
-        with self._span(f"handle {name.rpartition('.')[2]}", SpanKind.INTERNAL, {REQUEST: name}):
-            yield
+        name = name_of(type(request))
+        return _Current(self._tracer.start_span(f"handle {name.rpartition('.')[2]}", attributes={REQUEST: name}))
 
     def headers(self, event: object, /) -> Mapping[str, str]:
         carrier: dict[str, str] = {}
@@ -143,15 +155,14 @@ class OpenTelemetry(Instrument):
             self._inject(carrier)
             return carrier
         # Nothing traces this event yet. Its message begins a trace, which the send and its readers belong to.
-        with self._tracer.start_as_current_span(
-            f"create {name_of(type(event)).rpartition('.')[2]}", kind=SpanKind.PRODUCER
-        ):
-            self._inject(carrier)
+        span = self._tracer.start_span(f"create {name_of(type(event)).rpartition('.')[2]}", kind=SpanKind.PRODUCER)
+        self._inject(carrier, trace.set_span_in_context(span))
+        span.end()
         return carrier
 
-    def _inject(self, carrier: dict[str, str]) -> None:
+    def _inject(self, carrier: dict[str, str], context: Context | None = None) -> None:
         inject = propagate.inject if self._propagator is None else self._propagator.inject
-        inject(carrier, setter=_Setter())
+        inject(carrier, context=context, setter=_SETTER)
 
     def _extract(self, headers: Mapping[str, str]) -> tuple[Context, list[Link]]:
         """Return the context of *headers*, and a link to their span if they name one."""
@@ -160,103 +171,117 @@ class OpenTelemetry(Instrument):
         span = trace.get_current_span(found).get_span_context()
         return found, [Link(span)] if span.is_valid else []
 
-    @contextmanager
-    def sending(self, messages: Sequence[Message], broker: object, /) -> Generator[None]:
-        links = [link for message in messages for link in self._extract(message.headers)[1]]
-        topics = {Topic(message.message_type, message.message_name) for message in messages}
-        where = destination_of(topics.pop()) if len(topics) == 1 else ""
-        common = {**_service(broker), **({DESTINATION: where} if where else {}), OPERATION: "send"}
-        attributes = {**common, OPERATION_TYPE: "send", **_address(broker)}
-        if len(messages) == 1:
-            attributes[MESSAGE_ID] = str(messages[0].message_id)
-        else:
-            attributes[BATCH] = len(messages)
-        measured: _Attributes = {**common}
-        began = perf_counter()
+    def sending(self, messages: Sequence[Message], broker: object, /) -> AbstractContextManager[object]:
+        extracted = [self._extract(message.headers) for message in messages]
+        topics = {(message.message_type, message.message_name) for message in messages}
+        known = _known(system_of(broker), where_of(broker), topics.pop() if len(topics) == 1 else None, None, "send")
         is_traced = trace.get_current_span().get_span_context().is_valid
-        inside = self._extract(messages[0].headers)[0] if not is_traced and len(messages) == 1 else None
-        try:
-            with self._span(f"send {where}".strip(), SpanKind.CLIENT, attributes, links, inside):
-                yield
-        except BaseException as error:
-            measured[ERROR] = name_of(type(error))
-            raise
-        finally:
+        is_one = len(messages) == 1
+        span = self._tracer.start_span(
+            f"send {known.destination}".strip(),
+            extracted[0][0] if is_one and not is_traced else None,
+            SpanKind.CLIENT,
+            {**known.traced, **({MESSAGE_ID: str(messages[0].message_id)} if is_one else {BATCH: len(messages)})},
+            [link for _, links in extracted for link in links],
+        )
+        began = perf_counter()
+
+        def measure(error: BaseException | None) -> None:
+            measured = known.measured if error is None else {**known.measured, ERROR: name_of(type(error))}
             self._sent_for.record(perf_counter() - began, measured)
             self._sent.add(len(messages), measured)
 
-    @contextmanager
-    def processing(self, context: MessageContext, broker: object, /) -> Generator[None]:
-        where = destination_of(context.topic)
-        common: _Attributes = {**_service(broker), DESTINATION: where, OPERATION: "process"}
-        if context.group is not None:
-            common[GROUP] = context.group
-        attributes = {
-            **common,
-            OPERATION_TYPE: "process",
-            **_address(broker),
-            MESSAGE_ID: str(context.message_id),
-            ATTEMPT: context.attempt,
-        }
+        return _Current(span, then=measure)
+
+    def processing(self, context: MessageContext, broker: object, /) -> AbstractContextManager[object]:
+        known = _known(system_of(broker), where_of(broker), context.topic, context.group, "process")
         found, links = self._extract(context.headers)
-        self._consumed.add(1, common)
-        self._in_flight.add(1, common)
         # The span in which the program started the consumer is not the parent. The baggage is for the handlers.
-        attached = contexts.attach(found if self._parent else trace.set_span_in_context(INVALID_SPAN, found))
-        try:
-            with self._span(f"process {where}", SpanKind.CONSUMER, attributes, links) as span:
-                self._processing[_key(context)] = span
-                yield
-        finally:
-            contexts.detach(attached)
-            self._in_flight.add(-1, common)
+        inside = found if self._parent else trace.set_span_in_context(INVALID_SPAN, found)
+        span = self._tracer.start_span(
+            f"process {known.destination}",
+            inside,
+            SpanKind.CONSUMER,
+            {**known.traced, MESSAGE_ID: str(context.message_id), ATTEMPT: context.attempt},
+            links,
+        )
+        self._processing[_key(context)] = span
+        self._consumed.add(1, known.measured)
+        self._in_flight.add(1, known.measured)
+
+        def measure(_: BaseException | None) -> None:
+            self._in_flight.add(-1, known.measured)
             if context.sent_at is not None:
-                self._age.record(max(0.0, time() - context.sent_at.timestamp()), common)
+                self._age.record(max(0.0, time() - context.sent_at.timestamp()), known.measured)
+
+        return _Current(span, inside, then=measure)
 
     def settled(self, handled: Handled, broker: object, /) -> None:
         processing = self._processing.pop(_key(handled), INVALID_SPAN)
-        where = destination_of(handled.topic)
-        common: _Attributes = {**_service(broker), DESTINATION: where}
-        if handled.group is not None:
-            common[GROUP] = handled.group
+        known = _known(system_of(broker), where_of(broker), handled.topic, handled.group, "process")
         outcome: _Attributes = {OUTCOME: handled.outcome}
         if reason := kind_of(handled.reason):
             outcome[REASON] = reason
         failed: _Attributes = {} if handled.error is None else {ERROR: name_of(type(handled.error))}
-        self._deliveries.add(1, {**common, **outcome})
-        self._handled_for.record(handled.seconds, {**common, OPERATION: "process", **failed})
+        self._deliveries.add(1, {**known.delivered, **outcome})
+        self._handled_for.record(handled.seconds, {**known.measured, **failed} if failed else known.measured)
         if processing.is_recording():  # otherwise it has ended before its dead letter was stored
             processing.set_attributes(outcome)
         if handled.outcome != "acked":
-            settling = {**common, **outcome, **failed, OPERATION: "settle", OPERATION_TYPE: "settle"}
+            settling = {**known.delivered, **outcome, **failed, OPERATION: "settle", OPERATION_TYPE: "settle"}
             inside = trace.set_span_in_context(processing, Context())
-            self._tracer.start_span(f"settle {where}", inside, SpanKind.CLIENT, settling).end()
+            self._tracer.start_span(f"settle {known.destination}", inside, SpanKind.CLIENT, settling).end()
 
-    @contextmanager
-    def _span(
+
+class _Current(AbstractContextManager[None]):
+    """
+    Makes a span the current one, and ends it.
+
+    It has the type of an error, and neither its text nor its traceback: they may have content. A generator inside of
+    the one of `start_as_current_span` would take longer than the handler of a message.
+    """
+
+    __slots__ = ("_inside", "_span", "_then", "_token")
+
+    def __init__(
         self,
-        name: str,
-        kind: SpanKind,
-        attributes: Mapping[str, str | int],
-        links: Sequence[Link] = (),
+        span: Span,
         inside: Context | None = None,
-    ) -> Generator[Span]:
-        """Start a span. It has the type of an error, and neither its text nor its traceback: they may have content."""
-        with self._tracer.start_as_current_span(
-            name,
-            inside,
-            kind,
-            attributes,
-            links,
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
-            try:
-                yield span
-            except BaseException as error:
-                span.set_attribute(ERROR, name_of(type(error)))
-                span.set_status(Status(StatusCode.ERROR))
-                raise
+        then: Callable[[BaseException | None], None] = lambda _: None,
+    ) -> None:
+        self._span = span
+        self._inside = inside
+        self._then = then
+
+    def __enter__(self) -> None:
+        self._token = contexts.attach(trace.set_span_in_context(self._span, self._inside))
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        contexts.detach(self._token)
+        if error is not None:
+            self._span.set_attribute(ERROR, name_of(type(error)))
+            self._span.set_status(Status(StatusCode.ERROR))
+        self._span.end()
+        self._then(error)
+
+
+class _Count:
+    """A counter that is read with the metrics. This class adds, because an addition by the SDK takes 8 µs."""
+
+    def __init__(self, create: Callable[..., object], name: str, unit: str, description: str) -> None:
+        self._counts: dict[tuple[tuple[str, str | int], ...], int] = {}
+        self._lock = Lock()  # a program may run an event loop in each of several threads
+        create(name, [self._read], unit=unit, description=description)
+
+    def add(self, number: int, attributes: _Attributes) -> None:
+        key = (*attributes.items(),)
+        with self._lock:
+            self._counts[key] = self._counts.get(key, 0) + number
+
+    def _read(self, _: CallbackOptions) -> list[Observation]:
+        with self._lock:
+            counts = [*self._counts.items()]
+        return [Observation(count, dict(attributes)) for attributes, count in counts]
 
 
 def _key(of: MessageContext | Handled) -> Hashable:
@@ -269,15 +294,27 @@ class _Setter(Setter[dict[str, str]]):
         carrier[key] = value
 
 
-@lru_cache(maxsize=64)
-def _known(system: str) -> _Attributes:
-    return {SYSTEM: system}
+_SETTER = _Setter()
 
 
-def _service(broker: object) -> _Attributes:
-    return _known(system_of(broker))
+class _Known(NamedTuple):
+    """What all messages of a destination have in common: attributes of spans, of metrics, and of deliveries."""
+
+    destination: str
+    traced: _Attributes
+    measured: _Attributes
+    delivered: _Attributes
 
 
-def _address(broker: object) -> _Attributes:
-    host, port = address_of(broker)
-    return {**({SERVER: host} if host else {}), **({PORT: port} if port else {})}
+@lru_cache(maxsize=1024)
+def _known(system: str, where: str, topic: tuple[str, str] | None, group: str | None, operation: str) -> _Known:
+    destination = "" if topic is None else destination_of(Topic(*topic))
+    delivered: _Attributes = {SYSTEM: system}
+    if destination:
+        delivered[DESTINATION] = destination
+    if group is not None:
+        delivered[GROUP] = group
+    measured: _Attributes = {**delivered, OPERATION: operation}
+    host, port = address_of(where)
+    address: _Attributes = {**({SERVER: host} if host else {}), **({PORT: port} if port else {})}
+    return _Known(destination, {**measured, OPERATION_TYPE: operation, **address}, measured, delivered)

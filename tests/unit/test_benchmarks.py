@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import brokers, skew
+from benchmarks import brokers, skew, telemetry
 
 
 def test_a_ratio_is_the_median_of_the_ratios_within_one_round():
@@ -42,3 +42,19 @@ def test_a_slow_key_is_judged_by_the_wait_and_the_rate_of_the_others(wait_ms, pe
 
     assert (figures["wait"]["met"], figures["rate"]["met"]) == met
     assert figures["faults"] == ["a fault"]
+
+
+@pytest.mark.parametrize(("extra", "growth", "met"), [(30, 0.5, True), (200, 9.0, False)])
+def test_telemetry_is_judged_by_what_it_adds(extra, growth, met):
+    ours = {
+        "plain": [100, 200, 90],
+        "traced": [100 + extra, 201 + extra, 90],
+        "resident_mib": [50.0, 60.0, 50 + growth],
+    }
+    theirs = {"plain": [400, 400, 400], "traced": [500, 500, 900], "resident_mib": [60.0, 60.0]}
+    found = {"diator": telemetry.figures(ours), "faststream": telemetry.figures(theirs)}
+    telemetry.judge(found)
+
+    diator = found["diator"]
+    assert (diator["extra"]["microseconds"], diator["ratio"]["ratio"]) == (extra, extra / 100)
+    assert (diator["extra"]["met"], diator["ratio"]["met"], diator["memory"]["met"]) == (met, met, met)
