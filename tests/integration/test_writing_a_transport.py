@@ -11,6 +11,7 @@ from uuid import uuid4
 
 import pytest
 
+from diator.brokers.codec import decode
 from diator.exceptions import BrokerClosed, BrokerUnavailable, MessageRejected, OutcomeUnknown
 from diator.testing.conformance import SCENARIOS, run_suite
 
@@ -181,6 +182,59 @@ async def test_a_failure_between_request_and_answer_decides_the_send_error(conne
     assert type(caught.value) is send_error
     assert caught.value.message_id == message_id
     assert "hunter2" not in str(caught.value)
+
+
+async def test_concurrent_sends_share_a_request_and_have_errors_of_their_own():
+    batches, ids, begun = [], [uuid4() for _ in range(4)], asyncio.Event()
+
+    class Client:
+        async def insert(self, bodies):
+            batches.append(list(bodies))
+            begun.set()
+            await asyncio.sleep(0)
+            if b"3" in bodies:
+                raise ConnectionResetError
+
+    @asynccontextmanager
+    async def connect():
+        yield Client()
+
+    inserter = page.Inserter(connect, timeout=60.0)
+    calls = [inserter.send(b"%d" % number, each) for number, each in enumerate(ids)]
+    first = asyncio.create_task(calls[0])
+    await begun.wait()
+    results = await asyncio.gather(*calls[1:], return_exceptions=True)
+    await first
+    await inserter.aclose()
+
+    assert batches == [[b"0"], [b"1", b"2", b"3"]]
+    assert [(type(each), each.message_id) for each in results] == [(OutcomeUnknown, each) for each in ids[1:]]
+
+
+async def test_a_broker_sends_through_its_connection_and_closes_it():
+    bodies = []
+
+    async def serve(reader, writer):
+        async for line in reader:
+            number, body = line.split(b" ", 1)
+            bodies.append(decode(body))
+            writer.write(b"%b ok\n" % number)
+        writer.close()
+
+    class Broker(page.LineMessageBroker):
+        def _subscription(self, settings):
+            raise NotImplementedError
+
+    message = page.Message.create(message_name="UserJoined", payload={"user_id": 7}, headers={"tenant": "42"})
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        async with Broker(*server.sockets[0].getsockname(), timeout=60.0) as broker:
+            await broker.send_message(message)
+        with pytest.raises(BrokerClosed):
+            await broker.send_message(message)
+
+    [sent] = bodies
+    assert (sent.message_id, sent.headers) == (message.message_id, {"tenant": "42"})
 
 
 async def test_a_service_that_answers_later_gives_each_message_its_result():
