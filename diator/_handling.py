@@ -593,6 +593,7 @@ class Handling:
     async def _dead_letter(self, failure: _Failure) -> None:
         """Dead-letter a delivery in a task of its own. Cancelling the task leaves the delivery unsettled."""
         worker = self.worker()
+        set_delivery(failure.delivery)  # the task was begun by that of another delivery
         outcome: Outcome = "unsettled"
         result: _Result | None = failure.result
         try:
@@ -808,8 +809,10 @@ class Handling:
 
     def finish(self) -> None:
         """Report what was not dead-lettered, and log how many lines were left out. The consumer has stopped."""
+        CONTEXT_OF.set(self.context_of)  # this is the task of no worker
         for failure in [*self._aside.values()]:  # the tasks were cancelled, perhaps before their first step
             self._finish_aside(failure, "unsettled", _Result("cancelled", asyncio.CancelledError()))
+        set_delivery(None)
         self._lines.flush()
 
 

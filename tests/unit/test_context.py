@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import logging
 from dataclasses import FrozenInstanceError, dataclass
 from datetime import UTC, datetime
 from uuid import UUID
@@ -14,13 +15,13 @@ from diator.brokers.base import Delivery, Topic
 from diator.brokers.codec import encode
 from diator.brokers.memory import MemoryMessageBroker
 from diator.container import Container
-from diator.context import MessageContext, current_message
+from diator.context import ContextFilter, MessageContext, current_message
 from diator.events import DomainEvent, EventEmitter, EventHandler, EventMap, Events
-from diator.exceptions import ResolutionError, UsageError
+from diator.exceptions import BrokerUnavailable, ResolutionError, UsageError
 from diator.mediator import Mediator
 from diator.requests import Request, RequestHandler, RequestMap
 from tests.unit.consumer.helpers import JOINED, ONCE, consumer_of, quick
-from tests.unit.doubles import UserJoined, running, until
+from tests.unit.doubles import Scripted, UserJoined, body_of, running, until
 
 
 class Ask(Request[object]): ...
@@ -284,6 +285,54 @@ async def test_each_of_many_dead_letters_is_reported_with_its_own():
 
     assert [reported for reported, _ in seen] == [context for _, context in seen]
     assert {reported for reported, _ in seen} == {each.message_id for each in sent}
+
+
+async def test_a_dead_letter_that_cannot_be_stored_is_logged_with_its_own(caplog):
+    async def fail(event: UserJoined) -> None:
+        raise LookupError
+
+    caplog.handler.addFilter(adds_fields := ContextFilter())
+    refusing = {"dead_letter": BrokerUnavailable("away")}
+    broker = Scripted(*(body_of(UserJoined(user_id=n)) for n in range(3)), failing=refusing)
+    consumer, reports = consumer_of(broker, fail, retry=ONCE)
+    async with running(consumer):
+        await until(lambda: len(reports) == 3)
+    caplog.handler.removeFilter(adds_fields)
+
+    logged = [record.message_id for record in caplog.records if "could not be settled" in record.getMessage()]
+    assert sorted(logged) == sorted(str(each.message_id) for each in reports)
+
+
+async def test_what_is_still_being_dead_lettered_at_the_end_is_reported_with_its_own(caplog):
+    """And what the consumer logs after that is about no message."""
+
+    async def fail(event: UserJoined) -> None:
+        raise LookupError
+
+    class Stuck(Scripted):
+        async def dead_letter_all(self, reasons, /):
+            await asyncio.Event().wait()
+
+    caplog.set_level(logging.INFO)
+    caplog.handler.addFilter(adds_fields := ContextFilter())
+    reports = []
+    consumer, _ = consumer_of(
+        Stuck(*(body_of(UserJoined(user_id=n)) for n in range(3))),
+        fail,
+        retry=ONCE,
+        on_handled=lambda each: reports.append((each.outcome, each.message_id, current_message().message_id)),
+    )
+    running_ = asyncio.create_task(consumer.run())
+    await until(lambda: consumer.health().in_flight == 3)
+    running_.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running_
+    caplog.handler.removeFilter(adds_fields)
+
+    assert [outcome for outcome, _, _ in reports] == ["unsettled"] * 3
+    assert all(own == of_context for _, own, of_context in reports)
+    assert "stopped consuming" in caplog.records[-1].getMessage()
+    assert caplog.records[-1].message_id is None
 
 
 @pytest.mark.parametrize("body", [b"", b"garbage", b'{"message_type": "a"}'])
