@@ -175,6 +175,7 @@ class _Around(AbstractContextManager[None]):
                 self._entered.__exit__(None if error is None else type(error), error, trace)
             except Exception as failed:  # noqa: BLE001  # it is logged
                 if failed is not error:
+                    failed.__cause__ = failed.__context__ = None  # the text of *error* may quote the message
                     self._observer.note(self._method, failed)
 
 

@@ -322,6 +322,28 @@ BROKEN = {
 }
 
 
+async def test_the_log_of_an_instrument_that_fails_after_a_handler_does_not_quote_the_handler(caplog):
+    class Broken(Instrument):
+        @contextmanager
+        def processing(self, context, broker):
+            try:
+                yield
+            finally:
+                fail()
+
+    async def welcome(event: UserJoined) -> None:
+        raise LookupError("swordfish")
+
+    broker = MemoryMessageBroker()
+    await EventEmitter(message_broker=broker).emit(UserJoined(user_id=1))
+    consumer, reports = consumer_of(broker, welcome, instrument=Broken(), retry=quick())
+    async with running(consumer):
+        await until(lambda: reports)
+
+    assert "ZeroDivisionError: canary" in caplog.text
+    assert "swordfish" not in caplog.text
+
+
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
 @pytest.mark.parametrize("name", ["handling", "headers", "sending", "processing", "settled"])
 async def test_an_instrument_that_fails_is_logged_once_and_changes_nothing(caplog, name, broken):
