@@ -164,8 +164,8 @@ def correlation_headers(message_id: UUID, payload_json: bytes) -> dict[str, str]
     """Return the headers that correlate a message. A payload of diator usually begins with the id, as text."""
     correlation_id = CORRELATED.get()
     if correlation_id is None and DELIVERY.get() is None:
-        own = payload_json[13:49].decode() if payload_json[:13] == _BEFORE_ID else str(message_id)
-        return {CORRELATION_ID: own}
+        is_usual = payload_json[:13] == _BEFORE_ID and payload_json.find(b'"', 13) == 49  # noqa: PLR2004  # where it ends
+        return {CORRELATION_ID: payload_json[13:49].decode() if is_usual else str(message_id)}
     context = current_message()
     if context is None:
         return {CORRELATION_ID: correlation_id or str(message_id)}

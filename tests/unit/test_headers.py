@@ -3,9 +3,11 @@
 import asyncio
 import logging
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, ClassVar
 from uuid import UUID, uuid4
 
+import pydantic
 import pytest
 
 from diator.brokers import Message
@@ -359,10 +361,6 @@ class Renamed(NotificationEvent):
 
 
 async def test_the_id_is_that_of_the_event_wherever_it_stands_in_the_payload():
-    from datetime import UTC, datetime  # noqa: PLC0415
-
-    import pydantic  # noqa: PLC0415  # used here only
-
     from diator.events import Event  # noqa: PLC0415
 
     class Aliased(pydantic.BaseModel, Event):
@@ -385,6 +383,22 @@ async def test_a_block_at_the_edge_of_a_program_correlates_what_is_sent_in_it():
         assert together == [{"correlation-id": "request-7"}] * 3
     assert UUID(inner).version == 4
     joined = UserJoined(user_id=7)
+    assert await headers_of(joined, broker=Native()) == {"correlation-id": str(joined.event_id)}
+
+
+@pytest.mark.parametrize("text", [lambda id_: id_.hex, lambda id_: id_.urn], ids=["hex", "urn"])
+async def test_an_id_that_a_class_writes_in_another_way_is_the_correlation_id_and_nothing_of_the_payload_is(text):
+    class Joined(pydantic.BaseModel):
+        message_type: ClassVar[str] = "notification_event"
+        event_id: UUID = pydantic.Field(default_factory=uuid4)
+        event_timestamp: datetime = pydantic.Field(default_factory=lambda: datetime.now(UTC))
+        name: str = CANARY
+
+        @pydantic.field_serializer("event_id")
+        def _written(self, value: UUID) -> str:
+            return text(value)
+
+    joined = Joined()
     assert await headers_of(joined, broker=Native()) == {"correlation-id": str(joined.event_id)}
 
 
