@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from diator.consumer import Consumer
 from diator.events import EventMap, NotificationEvent
 from diator.instruments import Handled
 from diator.retrying import RetryPolicy
-from diator.testing.conformance._ledger import check_attempt
+from diator.testing.conformance._ledger import check_attempt, few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +158,16 @@ class ConsumerRun:
 
     def summary(self) -> str:
         """Say what the consumer has handled so far."""
+        reasons: dict[str, list[str]] = defaultdict(list)
+        for handled in self.handled:
+            reasons[handled.outcome] += [handled.reason] if handled.reason else []
         counted = Counter(self.outcomes())
-        outcomes = ", ".join(f"{number:,} {outcome}" for outcome, number in counted.items()) or "nothing"
+        outcomes = ", ".join(
+            f"{number:,} {outcome}{f' ({few(reasons[outcome])})' * bool(reasons[outcome])}"
+            for outcome, number in counted.items()
+        )
         lost = f", and reconnected {health.reconnects} times" if (health := self.consumer.health()).reconnects else ""
-        return f"the consumer of {self.topic.message_name!r} has handled {outcomes}{lost}"
+        return f"the consumer of {self.topic.message_name!r} has handled {outcomes or 'nothing'}{lost}"
 
     def check(self) -> None:
         """Raise `Nonconformance` if a delivery had an attempt that cannot be. The consumer itself only reports it."""

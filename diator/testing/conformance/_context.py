@@ -219,9 +219,10 @@ class Context:
                 running.result()
         run.check()
 
-    def consumer_run(self, broker: Transport, handle: Handle, **options: Any) -> ConsumerRun:
-        """Return a `Consumer` of *broker* that calls *handle* for each event, without running it."""
-        self._runs.append(ConsumerRun(broker, self.name("-event"), handle, consumer=self.harness.consumer, **options))
+    def consumer_run(self, broker: Transport, handle: Handle, *, name: str = "", **options: Any) -> ConsumerRun:
+        """Return a `Consumer` of *broker* that calls *handle* for each event *name*, by default a new one, unrun."""
+        name = name or self.name("-event")
+        self._runs.append(ConsumerRun(broker, name, handle, consumer=self.harness.consumer, **options))
         return self._runs[-1]
 
     def summary(self) -> str:
@@ -231,10 +232,14 @@ class Context:
 
     # -- checks --------------------------------------------------------------------------------------------------
 
-    def check(self, holds: object, otherwise: str) -> None:
-        """Raise `Nonconformance` unless *holds* is true. An `assert` statement could be switched off."""
+    def check(self, holds: object, otherwise: str, *, rule: str = "") -> None:
+        """
+        Raise `Nonconformance` unless *holds* is true. An `assert` statement could be switched off.
+
+        *rule* is the rule that is broken, if it is not the one that the scenario proves.
+        """
         if not holds:
-            raise Nonconformance(otherwise)
+            raise Nonconformance(otherwise, rule=rule)
 
     def applies(self, holds: object, otherwise: str) -> None:
         """End the scenario as not run unless *holds* is true: there would be nothing to prove."""
@@ -265,13 +270,17 @@ class Context:
         except Exception as other:
             raise Nonconformance(f"{what} raised {other!r}, expected no error or a BrokerError") from other
 
-    async def within(self, seconds: float, doing: Coroutine[Any, Any, T], what: str) -> T:
-        """Return the result of *doing*. Raise `Nonconformance` if that takes longer than *seconds*."""
+    async def within(self, seconds: float, doing: Coroutine[Any, Any, T], what: str, *, rule: str = "") -> T:
+        """
+        Return the result of *doing*. Raise `Nonconformance` if that takes longer than *seconds*.
+
+        *rule* is as in `check`.
+        """
         task = asyncio.create_task(doing)
         try:
             done, _ = await asyncio.wait({task}, timeout=seconds)
             if not done:
-                raise Nonconformance(f"{what} took longer than {seconds:g} s")
+                raise Nonconformance(f"{what} took longer than {seconds:g} s", rule=rule)
             return task.result()
         finally:
             await cancelled(task)

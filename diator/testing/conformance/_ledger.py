@@ -133,7 +133,7 @@ class Comparison:
             "unexpected": self.strangers,
             "out of order": self.overtaken if in_order else (),
         }
-        found = [f"{len(which)} {what} ({_few(which)})" for what, which in faults.items() if which]
+        found = [f"{len(which)} {what} ({few(which)})" for what, which in faults.items() if which]
         if found:
             raise Nonconformance(
                 f"of {_many(len(self.expected), 'message')} for {self.subscription!r}: {'; '.join(found)}"
@@ -228,7 +228,7 @@ class Ledger:
             strange = f", {made_up:,} of a message that nobody sent" if made_up else ""
             alike[f"received {_many(len(own), 'delivery', 'deliveries')} ({outcomes}){strange}"].append(repr(name))
         for received_so, names in alike.items():
-            texts.append(f"{_few(names)} {f'({len(names)} subscriptions) ' * (len(names) > 1)}{received_so}")
+            texts.append(f"{few(names)} {f'({len(names)} subscriptions) ' * (len(names) > 1)}{received_so}")
         return texts
 
 
@@ -277,7 +277,7 @@ def difference(came: Sequence[object], sent: Sequence[object]) -> str:
         "came again": [f"no. {sent.index(each) + 1}" for each in first if came.count(each) > 1],
         "overtaken": [_overtaking(*each) for each in _late([sent.index(each) for each in first])],
     }
-    return "; ".join(f"{len(found)} {what} ({_few(found)})" for what, found in faults.items() if found)
+    return "; ".join(f"{len(found)} {what} ({few(found)})" for what, found in faults.items() if found)
 
 
 def _late(places: Sequence[int]) -> list[tuple[int, int]]:
@@ -295,7 +295,9 @@ def _overtaking(late: int, earlier: int) -> str:
     return f"no. {late + 1} came after no. {earlier + 1}"
 
 
-def _few(texts: Sequence[str]) -> str:
+def few(texts: Sequence[str]) -> str:
+    """Return the first of *texts* as a list in a sentence, equal ones as one."""
+    texts = [text if number == 1 else f"{number:,} times {text}" for text, number in Counter(texts).items()]
     return ", ".join(texts if len(texts) <= _FEW else [*texts[:_FEW], "…"])
 
 
@@ -328,7 +330,7 @@ def contrast(found: object, wanted: object, name: Callable[[UUID], str] = str) -
                 if key in found and found[key] != wanted[key]
             ],
         }
-        return "; ".join(f"{len(keys)} {what} ({_few(keys)})" for what, keys in faults.items() if keys)
+        return "; ".join(f"{len(keys)} {what} ({few(keys)})" for what, keys in faults.items() if keys)
     if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted) and _is_long(wanted):
         unlike = [(place, *pair) for place, pair in enumerate(zip(found, wanted, strict=True), 1) if pair[0] != pair[1]]
         place, own, right = unlike[0]

@@ -9,7 +9,7 @@ from time import monotonic
 from typing import Self
 
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._runner import open_files
+from diator.testing.conformance._runner import NOTHING_REMAINS, open_files
 
 
 @dataclass(frozen=True)
@@ -47,4 +47,5 @@ async def nothing_is_left(ctx: Context, before: Open, what: str) -> None:
         if max(tasks, files) <= 0:
             return
         names = ", ".join([*(now.tasks - before.tasks), *sorted(now.files - before.files)])
-        ctx.check(monotonic() < until, f"{tasks} tasks and {files} open files are left of {what}: {names:.300}")
+        left = f"{tasks} tasks and {files} open files are left of {what}: {names:.300}"
+        ctx.check(monotonic() < until, left, rule=NOTHING_REMAINS)

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 from diator.brokers.base import Delivery, Gap, Topic, Transport
 from diator.brokers.message import Message
 from diator.testing.conformance._harness import Limits
-from diator.testing.conformance._ledger import Ledger, Nonconformance, Received
+from diator.testing.conformance._ledger import Ledger, Nonconformance, Received, few
 
 Work: TypeAlias = Callable[[Received], Awaitable[None]]
 Settle: TypeAlias = Literal["ack", "nothing"]
@@ -123,9 +123,17 @@ class Reader:
         await cancelled(waiting)
         if done:
             came = Received.of(waiting.result(), self.name)
+            own = [each for each in self._ledger.received if each.subscription == self.name]
+            held = sum(each.delivery.outcome is None and not each.abandoned for each in own)
+            before = [
+                f"attempt {each.delivery.attempt} ({each.delivery.outcome or 'unsettled'})"
+                for each in own
+                if each.id == came.id
+            ]
             raise Nonconformance(
-                f"{self.name!r}, whose prefetch is {self._prefetch}, received message "
-                f"{self._ledger.name_of(came.id)}, attempt {came.delivery.attempt}; expected nothing"
+                f"{self.name!r}, whose prefetch is {self._prefetch} and which had {held} unsettled, received message "
+                f"{self._ledger.name_of(came.id)}, attempt {came.delivery.attempt}"
+                f"{f', after {few(before)}' * bool(before)}; expected nothing"
             )
 
     async def _stragglers(self, settle: Settle) -> list[Received]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Literal, TypeAlias, TypeVar
 
+from diator.brokers.capabilities import Capabilities
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._harness import Deviation, EnvironmentMissing, Harness
 from diator.testing.conformance._ledger import Nonconformance, NotApplicable
@@ -35,7 +36,8 @@ Outcome: TypeAlias = Literal["PASS", "FAIL", "UNSUPPORTED", "NOT_RUN", "DEVIATIO
 _GRACE = 2.0
 """How many seconds a cancelled scenario has to end."""
 _MOST_CANCELLATIONS = 50
-_NOTHING_REMAINS = "aclose: Nothing remains:"
+NOTHING_REMAINS = "aclose: Nothing remains:"
+"""The rule that a task or file breaks which is left behind."""
 
 
 class UnknownScenario(ValueError):
@@ -55,6 +57,7 @@ class Result:
         seed: The seed of the run.
         error: The error of a failure.
         observed: What was sent, received and handled until the failure.
+        capabilities: What the transport promised; None if the scenario failed before it was asked.
         applicable: False if the scenario has nothing to prove for this transport.
     """
 
@@ -65,6 +68,7 @@ class Result:
     seed: int = 0
     error: BaseException | None = field(default=None, repr=False)
     observed: str = ""
+    capabilities: Capabilities | None = field(default=None, repr=False)
     applicable: bool = True
 
 
@@ -211,7 +215,14 @@ def _run(scenario: Scenario, harness: Harness, seed: int, uncaptured: AbstractCo
     except Exception as raised:  # noqa: BLE001  # any error is a failure
         failure = watchdog.error or raised  # the call that was interrupted may raise another one
         observed = contexts[0].summary() if contexts else ""
-        return Result(scenario=scenario, outcome="FAIL", reason=_reason(failure), error=failure, observed=observed)
+        return Result(
+            scenario=scenario,
+            outcome="FAIL",
+            reason=_reason(failure),
+            error=failure,
+            observed=observed,
+            capabilities=contexts[0].capabilities if contexts else None,
+        )
     result, reason = outcome[0] if outcome else ("PASS", "")
     return Result(scenario=scenario, outcome=result, reason=reason)
 
@@ -282,7 +293,7 @@ async def _no_task_is_left() -> None:
         _, left = await asyncio.wait(left, timeout=2)
     if left:
         names = ", ".join(sorted(getattr(task.get_coro(), "__qualname__", task.get_name()) for task in left))
-        raise Nonconformance(f"tasks are still running: {names}", rule=_NOTHING_REMAINS)
+        raise Nonconformance(f"tasks are still running: {names}", rule=NOTHING_REMAINS)
 
 
 async def _ended(files: set[str], threads: int) -> None:
@@ -329,7 +340,7 @@ def _raise_problems(problems: list[str], blocked: Nonconformance | None) -> None
     if blocked is not None:
         raise blocked
     if problems:
-        raise Nonconformance("; ".join(dict.fromkeys(problems)), rule=_NOTHING_REMAINS)
+        raise Nonconformance("; ".join(dict.fromkeys(problems)), rule=NOTHING_REMAINS)
 
 
 def open_files() -> set[str]:
@@ -379,4 +390,9 @@ def explained(result: Result) -> list[str]:
         lines.append(f"until then: {result.observed}")
     contract = rule(broken) if broken else rule_of(result.scenario.id)
     lines += [f"the contract: {contract.text}", f"    {contract.place}; {contract.guide}"]
+    promise = contract.text.partition(":")[0]
+    if contract.place.startswith("Capabilities,") and hasattr(result.capabilities, promise):
+        lines.append(f"    this transport promises {promise}={getattr(result.capabilities, promise)!r}")
+    if contract.place.startswith(("Consumer,", "Health,")):
+        lines.append("    the consumer is diator's: look at what it calls, the iterator of `subscribe` and the settler")
     return [*lines, f"the scenario: {' '.join(result.scenario.catches.split())}"]

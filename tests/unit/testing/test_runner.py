@@ -39,6 +39,7 @@ from diator.testing.conformance import (
 )
 from diator.testing.conformance.__main__ import main
 from diator.testing.conformance._ledger import contrast, difference
+from diator.testing.conformance._leftovers import Open, nothing_is_left
 from diator.testing.conformance._rules import RULES, rule
 from diator.testing.conformance._scenario import scenario
 from tests.integration.harnesses import MemoryHarness
@@ -613,6 +614,66 @@ def test_a_failure_says_what_happened_until_then():
         "nobody sent",
         result_of(losing).observed,
     )
+
+
+def test_a_delivery_that_nobody_expects_is_told_with_what_came_before():
+    async def requeued(ctx):
+        broker, topic = await ctx.broker(), ctx.topic()
+        async with ctx.reading(broker, topic, prefetch=2) as reader:
+            await ctx.send(broker, topic, 2)
+            await reader.take(1, settle="nothing")
+            await (await reader.next()).delivery.retry()
+            await reader.expect_nothing()
+
+    assert re.fullmatch(
+        r"'.*', whose prefetch is 2 and which had 1 unsettled, received message no. 2, attempt 2, after attempt 1 "
+        r"\(retry\); expected nothing",
+        result_of(requeued).reason,
+    )
+
+
+def test_a_failure_says_why_the_consumer_has_not_acknowledged():
+    async def refusing(ctx):
+        async def handle(_):
+            raise LookupError
+
+        broker = await ctx.broker()
+        async with ctx.consuming(broker, handle) as run:
+            await ctx.send_all(broker, [run.message(), run.message()])
+            await run.until_handled(2)
+            ctx.check(holds=False, otherwise="this is wrong")
+
+    observed = result_of(refusing).observed
+
+    assert re.search(r"has handled 2 dead_lettered \(2 times retries-exhausted: LookupError in .*\)$", observed)
+
+
+@pytest.mark.parametrize(
+    ("broken", "line"),
+    [
+        ("", "this transport promises unroutable='retained'"),
+        ("aclose: Nothing remains:", "the contract: Nothing remains: no task"),
+        ("Health: receiving:", "the consumer is diator's: look at what it calls"),
+    ],
+)
+def test_a_failure_says_which_promise_is_broken_and_where_to_look(broken, line, monkeypatch, capsys):
+    async def breaking(ctx):
+        ctx.check(holds=False, otherwise="this is wrong", rule=broken)
+
+    monkeypatch.setitem(SCENARIOS, "UNR-01", replace(SCENARIOS["UNR-01"], run=breaking))
+
+    assert main([HARNESS, "-k", "UNR-01"]) == 1
+
+    assert line in capsys.readouterr().out
+
+
+def test_what_is_left_of_a_broker_breaks_the_rule_about_its_end():
+    async def leaking(ctx):
+        before = Open.now()
+        ctx.start(asyncio.sleep(60))
+        await nothing_is_left(ctx, before, "a closed broker")
+
+    assert result_of(leaking, timeout=10).error.rule == "aclose: Nothing remains:"
 
 
 def test_a_consumer_that_has_failed_is_not_waited_for():

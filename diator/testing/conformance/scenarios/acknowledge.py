@@ -409,7 +409,11 @@ async def unsettled_counts(ctx: Context) -> None:
         async with ctx.reading(broker, topic, group=group) as reader:
             if not counted:
                 await ctx.send(broker, topic)
-            counted.append((await reader.take(1, settle="nothing"))[0].delivery.attempt)
+            what = f"delivery {len(counted) + 1} of a message that nobody settles"
+            taking = ctx.within(
+                ctx.limits.redelivery, reader.take(1, settle="nothing"), what, rule="Capabilities: redelivery:"
+            )
+            counted.append((await taking)[0].delivery.attempt)
     least = ctx.capabilities.delivery_count == "deliveries"  # the service may count more than was handed out
     right = all(map(operator.ge, counted, [1, 2, 3])) if least else counted == [1, 2, 3]
     ctx.check(right, f"the attempts are {counted}, expected {'at least ' * least}[1, 2, 3]")

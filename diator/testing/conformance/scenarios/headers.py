@@ -155,11 +155,23 @@ def _shown(context: MessageContext | None) -> object:
     if context is None:
         return "no context"
     sent = {name: context.headers.get(name) for name in (*_HEADERS, "number")}
-    return (sent, context.key, context.topic, context.group, context.correlation_id)
+    return {
+        "headers": sent,
+        "key": context.key,
+        "topic": context.topic,
+        "group": context.group,
+        "correlation_id": context.correlation_id,
+    }
 
 
 def _expected(run: ConsumerRun, message_id: str, number: int) -> object:
-    return ({**_HEADERS, "number": str(number)}, str(number), run.topic, run.group, message_id)
+    return {
+        "headers": {**_HEADERS, "number": str(number)},
+        "key": str(number),
+        "topic": run.topic,
+        "group": run.group,
+        "correlation_id": message_id,
+    }
 
 
 @scenario("HDR-12", "The context of each handler shows the headers, key and group of its own message")

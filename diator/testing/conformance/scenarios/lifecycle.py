@@ -250,7 +250,7 @@ async def iterator_ends(ctx: Context) -> None:
             ctx.check(not waiting.done(), "the iterator ended before its subscription")
         await ctx.use(broker, topic)  # a message that waits for the next consumer of the group
         late = _outcome(reader.deliveries)
-        for each, who in ((waiting, "who waited"), (ctx.start(late), "who asked later")):
+        for each, who in ((waiting, "that waited"), (ctx.start(late), "that asked later")):
             await asyncio.wait({each}, timeout=ctx.limits.lag)
             ctx.check(each.done(), f"the iterator of the group {group} did not end for a task {who}")
             ctx.same(each.result(), "StopAsyncIteration", f"the end of the iterator for a task {who}")
@@ -265,7 +265,7 @@ async def closed_while_waiting(ctx: Context) -> None:
             waiting = ctx.start(_outcome(reader.deliveries))
             await asyncio.sleep(ctx.limits.quiet)
             await broker.aclose()
-            for each, who in ((waiting, "who waited"), (ctx.start(_outcome(reader.deliveries)), "who asked later")):
+            for each, who in ((waiting, "that waited"), (ctx.start(_outcome(reader.deliveries)), "that asked later")):
                 await asyncio.wait({each}, timeout=ctx.limits.lag)
                 ctx.check(each.done(), f"the close of the broker did not end the wait of a task {who}")
                 ctx.same(each.result(), "BrokerClosed", f"what a task {who} for a delivery got")
@@ -315,8 +315,10 @@ async def stops_idle(ctx: Context) -> None:
         await ctx.send_all(broker, [run.message()])
         await run.until_handled(1)
         await asyncio.sleep(ctx.limits.quiet)
-        ctx.check(run.consumer.health().receiving, "the health reports that the consumer does not receive")
+        silent = "the health reports that the consumer does not receive"
+        ctx.check(run.consumer.health().receiving, silent, rule="Health: receiving:")
         began = monotonic()
         run.consumer.stop()
     ctx.check(monotonic() - began < ctx.limits.lag, f"it took {monotonic() - began:.2f} s to stop")
-    ctx.check(not run.consumer.health().receiving, "the health reports that the consumer still receives")
+    still = "the health reports that the consumer still receives"
+    ctx.check(not run.consumer.health().receiving, still, rule="Health: receiving:")

@@ -7,8 +7,9 @@ from uuid import uuid4
 from diator.brokers.base import Topic
 from diator.brokers.codec import encode
 from diator.brokers.message import Message
-from diator.exceptions import MessageTooLarge
+from diator.exceptions import MessageRejected, MessageTooLarge
 from diator.testing.conformance._context import Context
+from diator.testing.conformance._ledger import Nonconformance
 from diator.testing.conformance._scenario import scenario
 
 
@@ -48,7 +49,11 @@ async def largest(ctx: Context) -> None:
     broker, topic = await ctx.broker(), ctx.topic()
     message = _sized(ctx, topic, ctx.capabilities.max_message_bytes)
     async with ctx.reading(broker, topic) as reader:
-        await ctx.send_all(broker, [message])
+        try:
+            await ctx.send_all(broker, [message])
+        except MessageRejected as error:
+            limit = ctx.capabilities.max_message_bytes
+            raise Nonconformance(f"a message of the promised {limit:,} bytes was refused") from error
         received = await reader.until_fence()
     ctx.ledger.compare(reader.name, [message]).verify()
     ctx.check(received[0].message == message, "the message did not arrive unchanged")
