@@ -394,3 +394,26 @@ async def test_without_an_sdk_nothing_is_recorded_and_everything_works():
     broker = MemoryMessageBroker()
     await mediator_of(broker, OpenTelemetry()).send(Join())
     await consume(broker, OpenTelemetry(), welcome)
+
+
+@pytest.mark.parametrize(
+    ("where", "address"),
+    [
+        ("amqp://rabbit:5672/", {"server.address": "rabbit", "server.port": 5672}),
+        ("one:9092,two:9092", {"server.address": "one", "server.port": 9092}),
+        ("redis://[::1]/0", {"server.address": "::1"}),
+        ("", {}),
+    ],
+)
+async def test_spans_and_no_metrics_have_the_address_of_the_service(recorded, where, address):
+    async def welcome(event: UserJoined) -> None: ...
+
+    broker = MemoryMessageBroker()
+    broker.where = where
+    await EventEmitter(message_broker=broker, instrument=recorded.instrument).emit(UserJoined(user_id=7))
+    await consume(broker, recorded.instrument, welcome)
+
+    for span in (recorded.spans[f"send {JOINED}"], recorded.spans[f"process {JOINED}"]):
+        assert {name: value for name, value in span.attributes.items() if name.startswith("server.")} == address
+    points = [point for points in recorded.metrics().values() for point in points]
+    assert not any("server.address" in point.attributes for point in points)
