@@ -11,7 +11,7 @@ from diator.brokers.message import Topic
 from diator.consumer import Consumer, Health
 from diator.exceptions import ConfigurationError
 
-_ADDRESS = re.compile(r"(?:[a-z+]+://)?(\[[0-9a-fA-F:.]+\]|[^/:,]+)(?::(\d+))?")
+_ADDRESS = re.compile(r"(?:[a-z+]+://)?(\[[^]\s]+\]|[^/:,\s]+)(?::(\d+))?(?=[/,]|$)")
 
 
 def destination_of(topic: Topic) -> str:
@@ -30,7 +30,7 @@ def where_of(broker: object) -> str:
 
 
 def address_of(where: str) -> tuple[str | None, int | None]:
-    """Return the host and the port in an address, the first one if there are several."""
+    """Return the host and the port in an address, the first one if there are several; None if there is none."""
     found = _ADDRESS.match(where)
     if found is None:
         return None, None

@@ -145,7 +145,8 @@ def where(client: Client) -> str:
     if "path" in options:
         return f"unix://{options['path']}"
     if "host" in options or type(pool) is redis.asyncio.ConnectionPool:
-        return f"{options.get('host', 'localhost')}:{options.get('port', 6379)}/{options.get('db') or 0}"
+        host = str(options.get("host", "localhost"))
+        return f"{f'[{host}]' if ':' in host else host}:{options.get('port', 6379)}/{options.get('db') or 0}"
     if isinstance(pool, SentinelConnectionPool):
         return f"the server of Sentinel's {pool.service_name}"
     return f"the servers of {type(client).__name__}"  # a fake, a cluster

@@ -15,6 +15,7 @@ async def test_an_address_is_named_without_credentials():
     assert Address("amqps://u:secret@h:1/v?heartbeat=3&x=secret", None).where == "amqps://h:1/v"
     assert where(client_of("redis://u:secret@h:1/2", timeout=1)[0]) == "h:1/2"
     assert where(client_of("redis://h", timeout=1)[0]) == "h:6379/0"
+    assert where(client_of("redis://[::1]", timeout=1)[0]) == "[::1]:6379/0"
     assert where(client_of("unix://:secret@/a.sock", timeout=1)[0]) == "unix:///a.sock"
     assert where(object()) == "the servers of object"
     assert Cluster(bootstrap_servers=("a:1", "b:2"), timeout=1).where == "a:1,b:2"

@@ -402,6 +402,9 @@ async def test_without_an_sdk_nothing_is_recorded_and_everything_works():
         ("amqp://rabbit:5672/", {"server.address": "rabbit", "server.port": 5672}),
         ("one:9092,two:9092", {"server.address": "one", "server.port": 9092}),
         ("redis://[::1]/0", {"server.address": "::1"}),
+        ("[fe80::1%eth0]:9092", {"server.address": "fe80::1%eth0", "server.port": 9092}),
+        ("unix:///run/redis.sock", {}),
+        ("the server of Sentinel's main", {}),
         ("", {}),
     ],
 )
