@@ -275,6 +275,23 @@ async def test_a_service_that_answers_later_gives_each_message_its_result():
         assert await outcomes(b"h") == [BrokerClosed]
 
 
+async def test_an_answer_that_is_none_of_the_service_loses_the_connection():
+    async def serve(reader, writer):
+        await reader.readline()
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n")
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        sender = page.LineSender(*server.sockets[0].getsockname(), timeout=60.0)
+        with pytest.raises(OutcomeUnknown) as caught:
+            await sender.send(b"a", uuid4())
+        await sender.aclose()
+
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
 async def test_a_second_proxy_stands_before_the_service_and_not_before_the_first_proxy():
     async def answer(reader, writer):
         writer.write(await reader.read(1))
