@@ -275,7 +275,7 @@ async def test_a_service_that_answers_later_gives_each_message_its_result():
         assert await outcomes(b"h") == [BrokerClosed]
 
 
-async def test_an_answer_that_is_none_of_the_service_loses_the_connection():
+async def test_nonsense_from_the_service_loses_the_connection():
     async def serve(reader, writer):
         await reader.readline()
         writer.write(b"HTTP/1.1 400 Bad Request\r\n")
