@@ -234,7 +234,7 @@ class ReadableBroker(MessageBroker, Protocol):
         End: The end of the context waits only until the settlements have reached the service. Deliveries that are
         unsettled become available to other consumers at once, if `Capabilities.redelivery` contains `close`.
         A message that was prefetched and never handed out was not delivered, so it is not charged an attempt. An error
-        that is raised inside the context leaves it unchanged.
+        that is raised inside the context leaves it unchanged. The broker keeps nothing of an ended subscription.
 
         Raises, on entry:
             ConfigurationError: *prefetch* is below 1.

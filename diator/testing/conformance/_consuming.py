@@ -92,6 +92,7 @@ class ConsumerRun:
         self.topic: Topic = self.topics[0]
         self.handled: list[Handled] = []
         self._progress = asyncio.Event()
+        self._missing = 0
         self._failure: Exception | None = None
         self._reading = _Reading(broker)
         if "competing" in broker.capabilities.distribution:
@@ -128,20 +129,28 @@ class ConsumerRun:
 
         Raise the error of the consumer if it has ended with one: it will handle no more.
         """
-        while len(self.handled) < count:
-            if self._failure is not None:
-                raise self._failure
-            self._progress.clear()
-            await self._progress.wait()
+        while self._waits_for(count - len(self.handled)):
+            await self._go_on()
         return self.handled
 
     async def until_settled(self, count: int) -> None:
         """Wait until *count* messages are settled for good: a requeued message is not."""
         seen = settled = 0
-        while settled < count:
-            handled = await self.until_handled(seen + 1)
-            settled += sum(each.outcome not in _NOT_FINAL for each in handled[seen:])
-            seen = len(handled)
+        while self._waits_for(count - settled):
+            while len(self.handled) == seen:
+                await self._go_on()
+            settled += sum(each.outcome not in _NOT_FINAL for each in self.handled[seen:])
+            seen = len(self.handled)
+
+    def _waits_for(self, missing: int) -> bool:
+        self._missing = max(missing, 0)
+        return missing > 0
+
+    async def _go_on(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._progress.clear()
+        await self._progress.wait()
 
     def settled(self) -> list[Handled]:
         """Return the reports of the messages that are settled for good."""
@@ -167,7 +176,8 @@ class ConsumerRun:
             for outcome, number in counted.items()
         )
         lost = f", and reconnected {health.reconnects} times" if (health := self.consumer.health()).reconnects else ""
-        return f"the consumer of {self.topic.message_name!r} has handled {outcomes or 'nothing'}{lost}"
+        more = f", and {self._missing:,} more were expected" * bool(self._missing)
+        return f"the consumer of {self.topic.message_name!r} has handled {outcomes or 'nothing'}{more}{lost}"
 
     def check(self) -> None:
         """Raise `Nonconformance` if a delivery had an attempt that cannot be. The consumer itself only reports it."""

@@ -246,10 +246,10 @@ class Context:
         if not holds:
             raise NotApplicable(otherwise)
 
-    def same(self, found: object, wanted: object, what: str) -> None:
-        """Raise `Nonconformance` unless *found* equals *wanted*. The error begins with *what*."""
+    def same(self, found: object, wanted: object, what: str, *, rule: str = "") -> None:
+        """Raise `Nonconformance` unless *found* equals *wanted*. The error begins with *what*. *rule* is as above."""
         if found != wanted:
-            raise Nonconformance(f"{what}: {contrast(found, wanted, self.ledger.name_of)}")
+            raise Nonconformance(f"{what}: {contrast(found, wanted, self.ledger.name_of)}", rule=rule)
 
     async def raises(self, error: type[E], doing: Awaitable[object], what: str) -> E:
         """Return the *error* that *doing* raises. Raise `Nonconformance` if it raises none or another one."""

@@ -356,8 +356,10 @@ def open_files() -> set[str]:
 
 
 def _description(context: dict[str, Any]) -> str:
-    error = context.get("exception")
-    return f"{context['message']}: {error!r}" if error else str(context["message"])
+    if (error := context.get("exception")) is None:
+        return str(context["message"])
+    raised_in = in_transport(traceback.extract_tb(error.__traceback__))
+    return f"{context['message']}: {error!r}" + (f" in {raised_in}" if raised_in else "")
 
 
 def _reason(error: BaseException) -> str:

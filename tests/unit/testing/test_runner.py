@@ -255,7 +255,7 @@ def test_an_unretrieved_error_is_a_failure(unseen):
 
     result = result_of(careless)
 
-    texts = {"task": "never retrieved", "coroutine": "was never awaited", "file": "unclosed"}
+    texts = {"task": "never retrieved: ZeroDivisionError() in ", "coroutine": "was never awaited", "file": "unclosed"}
     assert result.outcome == "FAIL"
     assert texts[unseen] in result.reason
 
@@ -646,6 +646,20 @@ def test_a_failure_says_why_the_consumer_has_not_acknowledged():
     observed = result_of(refusing).observed
 
     assert re.search(r"has handled 2 dead_lettered \(2 times retries-exhausted: LookupError in .*\)$", observed)
+
+
+@pytest.mark.parametrize("wait", ["until_handled", "until_settled"])
+def test_a_failure_says_how_many_more_were_expected_of_the_consumer(wait):
+    async def waiting_for_three(ctx):
+        async def handle(_): ...
+
+        broker = await ctx.broker()
+        async with ctx.consuming(broker, handle) as run:
+            await ctx.send_all(broker, [run.message()])
+            await getattr(run, wait)(1)
+            await getattr(run, wait)(3)
+
+    assert result_of(waiting_for_three, timeout=0.5).observed.endswith("has handled 1 acked, and 2 more were expected")
 
 
 @pytest.mark.parametrize(

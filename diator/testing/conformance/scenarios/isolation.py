@@ -51,9 +51,8 @@ async def fails_alone(ctx: Context) -> None:
         while not failing.done():
             await ctx.use(broker, one)
             await asyncio.sleep(0.001)
-        ctx.check(
-            isinstance(failing.exception(), LookupError), f"the failing subscription ended with {failing.exception()!r}"
-        )
+        ended = f"the program raised LookupError inside a subscription, which ended with {failing.exception()!r}"
+        ctx.check(isinstance(failing.exception(), LookupError), ended, rule="subscribe: End:")
         messages += await ctx.send(broker, two, 5, start=5)
         await reader.until_fence()
     ctx.ledger.compare(reader.name, messages).verify()
