@@ -176,7 +176,7 @@ class ConsumerRun:
             for outcome, number in counted.items()
         )
         lost = f", and reconnected {health.reconnects} times" if (health := self.consumer.health()).reconnects else ""
-        more = f", and {self._missing:,} more were expected" * bool(self._missing)
+        more = f", with {self._missing:,} more expected" * bool(self._missing)
         return f"the consumer of {self.topic.message_name!r} has handled {outcomes or 'nothing'}{more}{lost}"
 
     def check(self) -> None:

@@ -659,7 +659,7 @@ def test_a_failure_says_how_many_more_were_expected_of_the_consumer(wait):
             await getattr(run, wait)(1)
             await getattr(run, wait)(3)
 
-    assert result_of(waiting_for_three, timeout=0.5).observed.endswith("has handled 1 acked, and 2 more were expected")
+    assert result_of(waiting_for_three, timeout=0.5).observed.endswith("has handled 1 acked, with 2 more expected")
 
 
 @pytest.mark.parametrize(
