@@ -198,9 +198,7 @@ class ClientConnection(ABC, Generic[L]):
             except (Exception, asyncio.CancelledError) as error:  # whatever the client library raises
                 if isinstance(error, asyncio.CancelledError) and this is not None and this.cancelling():
                     raise  # otherwise the client library has cancelled its own work
-                if (
-                    self._failure is None and self._was_connected
-                ):  # otherwise nothing is lost: the callers get the error
+                if self._failure is None and self._was_connected:  # else nothing is lost: the callers get the error
                     why = explained(error, within=self._reconnect.connect_timeout)
                     logger.warning("no connection to %s (%s); the next calls try again", self.where, why)
                 self._failed = self._attempts

@@ -311,7 +311,7 @@ class Connection(Channel):
         self._without_place: set[int] = set()  # those of them whose places other deliveries have taken
         self._acked: set[int] = set()
         self._is_consuming = self._has_ended = False
-        self._requeued: list[int] | None = None  # what it will requeue, while it starts after a lost connection
+        self._requeued: list[int] | None = None  # what it requeues when it has started after a lost connection, or ends
         self._acknowledgements = Acknowledgements[int](self._send_acks)
         self._retained: dict[str, str] = {}  # the queues of retained messages, with the group's own queues
         self._handing_over: asyncio.Task[None] | None = None
@@ -411,17 +411,14 @@ class Connection(Channel):
         message only, until it is the last one of its queue, or a second is over: the others may belong to other members
         of the group. If this message was not delivered before, it is requeued, behind what was taken back.
         """
-        self._requeued = []
-        try:
-            await asyncio.gather(*map(asyncio.shield, [self._consume(queue, 1) for queue in queues]))
-            consumers, shared, until = [*self._consumers.values()], queues, self._loop.time() + _LOST_CONSUMERS_GO
-            while shared and self._loop.time() < until:
-                found = await asyncio.gather(*map(self.ask, map(passively, shared)))
-                shared = tuple(each.queue for each in found if each.consumer_count != 1)  # 0: it is starting
-                await asyncio.sleep(_LOOK_EVERY if shared else 0)
-            requeued = self._requeued
-        finally:
-            self._requeued = None
+        self._requeued = requeued = list[int]()
+        await asyncio.gather(*map(asyncio.shield, [self._consume(queue, 1) for queue in queues]))
+        consumers, shared, until = [*self._consumers.values()], queues, self._loop.time() + _LOST_CONSUMERS_GO
+        while shared and self._loop.time() < until:
+            found = await asyncio.gather(*map(self.ask, map(passively, shared)))
+            shared = tuple(each.queue for each in found if each.consumer_count != 1)  # 0: it is starting
+            await asyncio.sleep(_LOOK_EVERY if shared else 0)
+        self._requeued = None
         full = [each for each in consumers if each.unsettled == each.prefetch_count]
         for consumer in full:
             self._cancel(consumer)
@@ -771,7 +768,7 @@ class Connection(Channel):
                     await asyncio.sleep(wait)
                 async with asyncio.timeout(_END_TIMEOUT):
                     waiting = {cast("_Token", delivery.token).tag for delivery in self._arrivals.take_all()}
-                    self._settle_all(waiting.union(unseen))
+                    self._settle_all(waiting.union(unseen, self._requeued or ()))
                     if subscription.group is None and subscription.is_ending:
                         await self.ask_all(commands.Queue.Delete(queue=queue) for queue in subscription.queues)
                         if subscription.witness:

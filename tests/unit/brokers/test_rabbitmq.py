@@ -432,3 +432,16 @@ async def test_a_consumer_is_replaced_by_one_with_the_least_prefetch_count_or_mo
     connection._adjust_prefetch(full)
 
     assert sent == ([] if wanted is None else [None, wanted, None])
+
+
+async def test_what_a_consumer_has_held_back_is_not_counted_as_seen_if_it_ends_meanwhile():
+    sent = []
+    connection = Connection(SimpleNamespace(group="readers", is_ending=True, queues={}), 1)
+    connection._loop, connection._is_consuming = asyncio.get_running_loop(), True
+    connection.send = sent.append
+    consumer = _Consumer("diator-1", "queue", 1, unsettled=1)
+    connection._open, connection._requeued = {1: consumer, 2: consumer}, [2]
+
+    await connection.end(())
+
+    assert [(frame.name, frame.delivery_tag) for frame in sent] == [("Basic.Reject", 1), ("Basic.Nack", 2)]
