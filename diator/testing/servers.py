@@ -180,7 +180,10 @@ class Certificates:
         self._directory = TemporaryDirectory(prefix="diator-certificates-")
         self.path: Path = Path(self._directory.name)
         for authority in ("ca", "other"):
-            self._openssl(f"req -x509 {_KEY} -keyout {authority}.key -out {authority}.pem -subj /CN={authority}")
+            # Since Python 3.13, a client trusts no authority whose certificate does not say what its key is for.
+            usage = "-addext keyUsage=critical,keyCertSign,cRLSign"
+            files = f"-keyout {authority}.key -out {authority}.pem"
+            self._openssl(f"req -x509 {_KEY} {files} -subj /CN={authority} {usage}")
         for name, days in {"server": 2, "expired": -1}.items():
             names = "-addext subjectAltName=IP:127.0.0.1"
             self._openssl(f"req -new {_KEY} -keyout {name}.key -out {name}.csr -subj /CN={name} {names}")
