@@ -123,6 +123,8 @@ class Subscription(ResilientSubscription):
         queues: The queues that it consumes, with their topics.
         declared: Whether the queues were declared before, so that a missing one is a gap.
         counts_deliveries: Whether its queues count deliveries.
+        first_prefetch_count: The prefetch count after a lost connection, until a message arrives that was not delivered
+            before.
         safe_after: Seconds after which a new queue survives a kill of RabbitMQ.
         witness: An exchange that is deleted together with the topic exchange; empty if there is none.
         delay_queues: The queues of delayed retries, and when each was declared, by the clock of the event loop.
@@ -167,6 +169,7 @@ class Subscription(ResilientSubscription):
                 )
             ) from error
         self._prefetch_count = min(prefetch + options.extra_prefetch // max(1, len(self.queues)), _MAX_PREFETCH)
+        self.first_prefetch_count = min(prefetch, _MAX_PREFETCH) if self.counts_deliveries else self._prefetch_count
         self._connection: Connection | None = None
         self.declared = False
         self.delay_queues: dict[str, float] = {}
@@ -410,6 +413,9 @@ class Connection(Channel):
         restarted does not even tell of those consumers before it has started new ones. So each consumer receives one
         message only, until it is the last one of its queue, or a second is over: the others may belong to other members
         of the group. If this message was not delivered before, it is requeued, behind what was taken back.
+
+        Then it begins without `extra_prefetch`, until a message arrives that was not delivered before: a link that is
+        lost again and again would else use up the attempts of messages that no handler has seen.
         """
         self._requeued = requeued = list[int]()
         await asyncio.gather(*map(asyncio.shield, [self._consume(queue, 1) for queue in queues]))
@@ -426,7 +432,7 @@ class Connection(Channel):
             self._open.pop(tag)
             self.send(commands.Basic.Nack(tag, requeue=True))
         for consumer in full:
-            _ = self._consume(consumer.queue, self._least_prefetch_count)
+            _ = self._consume(consumer.queue, self._subscription.first_prefetch_count)
 
     def _consume(self, queue: str, prefetch_count: int) -> asyncio.Future[Any]:
         self._consumer_number += 1
@@ -449,15 +455,19 @@ class Connection(Channel):
         if consumer := self._open.get(cast("_Token", delivery.token).tag):
             self._adjust_prefetch(consumer)
 
-    def _adjust_prefetch(self, consumer: _Consumer) -> None:
+    def _adjust_prefetch(self, consumer: _Consumer, *, redelivered: bool = False) -> None:
         """
         Replace *consumer* by one with twice its prefetch count if at least half as many deliveries are postponed.
 
         If none is postponed any more, the new one has the least prefetch count: the messages of a queue are for all
         consumers of the group. *consumer* is replaced only while RabbitMQ may send it nothing: RabbitMQ would return
         what is on its way to a cancelled consumer, and deliver it after later messages.
+
+        If its latest message is *redelivered*, and it has not begun to prefetch, it does not begin now.
         """
         now, postponed, least = consumer.prefetch_count, self._subscription.postponed, self._least_prefetch_count
+        if redelivered and now < least:
+            least = self._subscription.first_prefetch_count
         more = min(2 * now, _MAX_PREFETCH) if 2 * postponed >= now else now
         wanted = max(least, more) if postponed else least  # after a lost connection, a consumer begins below the least
         may_be_sent_more = consumer.unsettled < now or consumer.tag not in self._consumers or self._requeued is not None
@@ -546,7 +556,7 @@ class Connection(Channel):
             return
         self._arrivals.put(delivery)
         if consumer.unsettled == consumer.prefetch_count:
-            self._adjust_prefetch(consumer)
+            self._adjust_prefetch(consumer, redelivered=method.redelivered)
 
     def _deliveries_before(self, method: Deliver, properties: Properties) -> int:
         """

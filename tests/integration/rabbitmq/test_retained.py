@@ -10,7 +10,7 @@ from aio_pika.exceptions import ChannelNotFoundEntity
 from yarl import URL
 
 from diator.brokers.audit import audit
-from diator.brokers.rabbitmq import RabbitMQMessageBroker
+from diator.brokers.rabbitmq import RabbitMQMessageBroker, _subscription
 from diator.exceptions import BrokerUnavailable, ConfigurationError, MessageRejected, MessageUnroutable, OutcomeUnknown
 from tests.integration.rabbitmq.helpers import COUNTED, OTHER, RECONNECT, become, collect, counted, numbers
 
@@ -118,9 +118,21 @@ async def test_a_topic_whose_queues_were_deleted_is_retained_again(broker, plain
         assert await numbers(deliveries, 2) == [2, 3]
 
 
-async def test_messages_sent_while_the_exchange_had_no_bindings_are_retained_for_a_group(broker, plain, prefix):
-    gaps = []
-    async with broker.subscribe([COUNTED], group="readers", on_gap=gaps.append) as deliveries:
+async def test_messages_sent_while_the_exchange_had_no_bindings_are_retained_for_a_group(
+    rabbitmq_url, plain, prefix, monkeypatch
+):
+    gaps, may_notice = [], asyncio.Event()
+    check = _subscription.Connection._check_exchange
+
+    async def check_later(self):
+        await may_notice.wait()
+        return await check(self)
+
+    monkeypatch.setattr(_subscription.Connection, "_check_exchange", check_later)
+    async with (
+        RabbitMQMessageBroker(rabbitmq_url, prefix) as broker,
+        broker.subscribe([COUNTED], group="readers", on_gap=gaps.append) as deliveries,
+    ):
         await broker.send_message(counted(1))
         assert await numbers(deliveries, 1) == [1]
         await plain.exchange_delete(prefix)
@@ -129,6 +141,7 @@ async def test_messages_sent_while_the_exchange_had_no_bindings_are_retained_for
         await broker.send_message(counted(3))
         assert [str(each) for each in await audit(broker) if "was deleted" in each.problem]
 
+        may_notice.set()
         await become(gaps.__len__, 1)
         assert await numbers(deliveries, 1) == [3]
         assert await audit(broker) == []

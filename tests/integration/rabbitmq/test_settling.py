@@ -18,7 +18,17 @@ from diator.exceptions import (
     BrokerUnavailable,
 )
 from diator.retrying import RetryPolicy
-from tests.integration.rabbitmq.helpers import COUNTED, OTHER, SLACK, Counted, become, collect, counted, numbers
+from tests.integration.rabbitmq.helpers import (
+    COUNTED,
+    OTHER,
+    SLACK,
+    Counted,
+    become,
+    collect,
+    counted,
+    number_of,
+    numbers,
+)
 
 
 async def test_a_handler_outlives_its_connection_and_the_message_comes_again(behind_proxy, proxy):
@@ -62,6 +72,28 @@ async def test_messages_prefetched_by_a_lost_connection_are_not_handed_out(behin
         assert sorted(await numbers(deliveries, 200)) == [*range(200)]
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(anext(deliveries), 0.3)
+
+
+async def test_lost_connections_use_up_no_attempts_of_messages_that_no_handler_has_seen(behind_proxy, proxy):
+    await collect(behind_proxy)
+    await behind_proxy.send_messages([counted(number) for number in range(200)])
+    async with behind_proxy.subscribe([COUNTED], group="readers", prefetch=2) as deliveries:
+        for _ in range(10):
+            slow = await anext(deliveries)
+            for _ in range(5):  # until RabbitMQ has sent what it wants to send
+                await deliveries._connection.probe()
+            connections = proxy.accepted
+            proxy.reset()
+            await become(lambda: proxy.accepted, connections + 1)
+            await slow.ack()  # too late
+
+        attempts = {}
+        while len(attempts) < 200:
+            delivery = await anext(deliveries)
+            attempts[number_of(delivery)] = delivery.attempt
+            await delivery.ack()
+        # RabbitMQ counts what it had sent to the first connection, and what a new one requeues.
+        assert max(attempts[number] for number in range(10, 200)) <= 3
 
 
 async def test_a_message_that_always_fails_is_tried_so_often_and_then_dead_lettered(broker, plain, queue):

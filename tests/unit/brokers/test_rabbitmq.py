@@ -434,6 +434,21 @@ async def test_a_consumer_is_replaced_by_one_with_the_least_prefetch_count_or_mo
     assert sent == ([] if wanted is None else [None, wanted, None])
 
 
+@pytest.mark.parametrize(
+    ("now", "redelivered", "wanted"), [(1, True, 4), (4, True, None), (4, False, 10), (10, True, None), (20, True, 10)]
+)
+async def test_a_consumer_prefetches_nothing_that_is_redelivered_after_a_lost_connection(now, redelivered, wanted):
+    sent = []
+    connection = Connection(SimpleNamespace(postponed=0, first_prefetch_count=4), 10)
+    connection._loop, connection._is_consuming = asyncio.get_running_loop(), True
+    connection.send = lambda frame: sent.append(getattr(frame, "prefetch_count", None))
+    connection._consumers["diator-1"] = full = _Consumer("diator-1", "queue", now, unsettled=now)
+
+    connection._adjust_prefetch(full, redelivered=redelivered)
+
+    assert sent == ([] if wanted is None else [None, wanted, None])
+
+
 async def test_what_a_consumer_has_held_back_is_not_counted_as_seen_if_it_ends_meanwhile():
     sent = []
     connection = Connection(SimpleNamespace(group="readers", is_ending=True, queues={}), 1)
