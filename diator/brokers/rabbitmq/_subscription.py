@@ -58,7 +58,7 @@ _EACH_TOPIC = 0.2
 _REQUEUE_DELAY = 5.0
 _END_TIMEOUT = 2.0
 # How long a new connection waits until the consumers of the lost one are gone, and how often it looks, in seconds.
-_LOST_CONSUMERS_GO = 1.0
+_LOST_CONSUMERS_GO = 2.0
 _LOOK_EVERY = 0.02
 # How often a consumer asks whether the exchange was deleted, in seconds.
 _CHECK_EVERY = 2.0
@@ -411,8 +411,8 @@ class Connection(Channel):
 
         RabbitMQ may take that back only now, after it has delivered later messages to this connection. A queue that was
         restarted does not even tell of those consumers before it has started new ones. So each consumer receives one
-        message only, until it is the last one of its queue, or a second is over: the others may belong to other members
-        of the group. If this message was not delivered before, it is requeued, behind what was taken back.
+        message only, until it is the last one of its queue, or two seconds are over: the others may belong to other
+        members of the group. If this message was not delivered before, it is requeued, behind what was taken back.
 
         Then it begins without `extra_prefetch`, until a message arrives that was not delivered before: a link that is
         lost again and again would else use up the attempts of messages that no handler has seen.

@@ -72,7 +72,7 @@ async def test_a_restart_delivers_what_was_held_before_later_messages(private_ra
     for module in (_subscription, _retained):
         monkeypatch.setattr(module, "SAFE_AFTER", SAFE_AFTER)
     async with (
-        RabbitMQMessageBroker(private_rabbitmq.url, reconnect=PATIENT) as broker,
+        RabbitMQMessageBroker(private_rabbitmq.url, reconnect=PATIENT, extra_prefetch=0) as broker,
         broker.subscribe([COUNTED], group="readers", prefetch=50) as deliveries,
     ):
         await broker.send_messages([counted(number) for number in range(500)])
