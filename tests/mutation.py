@@ -33,7 +33,10 @@ _INVISIBLE = [r"\bcast\(", r": TypeAlias =", r"\bTypeVar\(", r"\bcreate_task\(.*
 _OF_HANDLERS = ["test_mediator.py", "test_requests.py", "test_events.py", "test_emitter.py", "test_middlewares.py"]
 #: What a consumer tells all that it calls.
 _OF_ALL = ["test_context.py", "test_headers.py", "test_instruments.py"]
-_OF_EMITTER = ["test_emitter.py", "test_mediator.py", "test_outgoing.py", "test_events.py", *_OF_ALL]
+_OF_EMITTER = [
+    *("test_emitter.py", "test_mediator.py", "test_outgoing.py", "test_events.py", "test_models.py"),
+    *("brokers/test_codec_chosen.py", *_OF_ALL),
+]
 _OF_MEDIATOR = [
     *("test_mediator.py", "test_middlewares.py", *_OF_ALL),
     *("container/test_builtin.py", "container/test_contract.py", "brokers/test_codec_chosen.py"),

@@ -155,9 +155,23 @@ async def test_an_error_names_the_event_itself():
 class Noted(DomainEvent): ...
 
 
-@pytest.mark.parametrize("event", [Noted(), 7, Join(), WithHeaders(UserJoined(user_id=7), {})])
-async def test_headers_of_what_is_not_sent_are_refused(event):
-    with pytest.raises(NotAnEvent):
+NOT_SENT = "headers were passed with {}, which is not an integration event"
+
+
+@pytest.mark.parametrize(
+    ("event", "problem"),
+    [
+        (Noted(), NOT_SENT.format("Noted")),
+        (7, "an object of int was raised, which is neither"),
+        (Join(), "an object of Join was raised, which is neither"),
+        (
+            WithHeaders(UserJoined(user_id=7), {}),
+            "headers were passed with a WithHeaders, which has headers already; pass all of them once$",
+        ),
+    ],
+)
+async def test_headers_of_what_is_not_sent_are_refused(event, problem):
+    with pytest.raises(NotAnEvent, match=f"^{problem}"):
         await EventEmitter(message_broker=Recorder()).emit(WithHeaders(event, {"tenant": "1"}))
 
 

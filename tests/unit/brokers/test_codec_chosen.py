@@ -7,6 +7,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from diator._hints import described
 from diator.brokers import Message
 from diator.brokers.base import Topic
 from diator.brokers.codec import decode_with, encode, event_decoder, headers_with_key
@@ -299,7 +300,8 @@ class TextOnly:
     ids=["emitter", "mediator", "consumer", "consumer with an emitter"],
 )
 def test_an_object_without_the_methods_of_a_codec_is_refused(codec, use):
-    with pytest.raises(ConfigurationError, match=r"^codec must be an object with the methods encode, headers, decode"):
+    problem = f"codec must be an object with the methods encode, headers, decode, and it is {described(codec)}"
+    with pytest.raises(ConfigurationError, match=f"^{problem}$"):
         use(codec)
 
 
