@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from diator._hints import name_of
 from diator.container import Container
 from diator.events import Event, EventEmitter, EventHandler, Events, NotificationEvent
 from diator.exceptions import (
@@ -198,15 +199,30 @@ def test_a_handler_that_can_never_be_built_is_refused_at_construction():
 def test_an_event_handler_that_can_never_be_built_is_refused_at_construction():
     async def greet(event: Noticed, api: Api) -> None: ...
 
-    with pytest.raises(ResolutionError, match="Api is not registered"):
+    with pytest.raises(ResolutionError, match="Api is not registered") as raised:
         mediator_of(on_events=[greet])
+    assert raised.value.path == (name_of(greet), "Api")
 
 
-def test_a_parameter_without_a_hint_is_refused_at_construction():
-    async def join(command: Join, api) -> str: ...
+@pytest.mark.parametrize("name", ["api", "events"])
+def test_a_parameter_without_a_hint_is_refused_at_construction(name):
+    async def take_api(command: Join, api) -> str: ...
+    async def take_events(command: Join, events) -> str: ...
 
-    with pytest.raises(ResolutionError, match=r"parameter 'api' of .*join has no type hint"):
-        mediator_of(join)
+    handler, remedy = {"api": (take_api, ""), "events": (take_events, "; annotate it as `events: Events`")}[name]
+    with pytest.raises(ResolutionError) as raised:
+        mediator_of(handler)
+    assert str(raised.value).splitlines()[0] == f"parameter {name!r} of {name_of(handler)} has no type hint{remedy}"
+    assert raised.value.path == (name_of(handler),)
+
+
+async def test_a_dependency_after_a_parameter_with_a_default_is_passed():
+    async def join(command: Join, limit: int = 3, *, api: Api) -> str:
+        return f"{limit} {type(api).__name__}"
+
+    container = Container()
+    container.register_instance(Api, Api())
+    assert await mediator_of(join, container=container).send(Join()) == "3 Api"
 
 
 def test_a_parameter_that_cannot_be_passed_by_name_is_refused_at_construction():
