@@ -200,7 +200,7 @@ async def test_it_reads_what_diator_sends(peer, transport):
             assert [headers.pop("key", None) for _, headers in beside.values()] == [key for key, _ in beside.values()]
         assert beside == {
             PLAIN: (None, {}),
-            KEYED: ("7", {}),
+            KEYED: ("7", {"correlation-id": str(KEYED)}),
             HEADED: ("Schlüssel", {"tenant": "7", "city": "Zürich"}),
         }
     if transport.name == "rabbitmq":
@@ -313,7 +313,6 @@ REASONS = {
         "bytes": NO_JSON,
     },
     "bodies": {
-        "object-headers": NO_MESSAGE + "Expected ",
         "urn-id": NO_MESSAGE + "Invalid UUID - at `$.message_id`",
         "braced-id": NO_MESSAGE + "Invalid UUID - at `$.message_id`",
         "ulid": NO_MESSAGE + "Invalid UUID - at `$.message_id`",

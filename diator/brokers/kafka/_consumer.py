@@ -163,9 +163,13 @@ class KafkaConsumer:
 
     async def end(self) -> None:
         """End the tasks of the client and close its connections, in whatever state it is. It does not leave a group."""
-        consumer = self._consumer
-        consumer._closed = True  # noqa: SLF001  # else it complains that nobody called `stop`
-        fetcher, coordinator = consumer._fetcher, consumer._coordinator  # noqa: SLF001
+        self._consumer._closed = True  # noqa: SLF001  # else it complains that nobody called `stop`
+        for _ in range(2):  # a task that is ending may start another one: the group's coordination starts two
+            await end_tasks(self._client_tasks())
+        await close_client(self._consumer._client)  # noqa: SLF001
+
+    def _client_tasks(self) -> list[asyncio.Task[Any] | None]:
+        fetcher, coordinator = self._consumer._fetcher, self._consumer._coordinator  # noqa: SLF001
         tasks: list[asyncio.Task[Any] | None] = []
         if fetcher is not None:
             tasks += [fetcher._fetch_task, *fetcher._pending_tasks]  # noqa: SLF001
@@ -173,8 +177,7 @@ class KafkaConsumer:
             tasks += [coordinator._reset_committed_task]  # noqa: SLF001
         elif coordinator is not None:
             tasks += [coordinator._coordination_task, coordinator._heartbeat_task, coordinator._commit_refresh_task]  # noqa: SLF001
-        await end_tasks(tasks)
-        await close_client(consumer._client)  # noqa: SLF001
+        return tasks
 
     # -- topics --------------------------------------------------------------------------------------------------
 
