@@ -229,9 +229,10 @@ class Channel:
             self.flush()
             self._lose(Refused(frame.reply_code or 0, frame.reply_text or "no reason"))
         elif not self.take(frame):
-            # A quorum queue may be slow to start a consumer: the replies to later requests overtake that. A reply that
-            # nobody waits for belongs to the last channel of this number, which RabbitMQ has closed at the same time.
+            # A quorum queue may be slow to start a consumer: the replies to later requests overtake that.
             reply = next((reply for reply, name in self._asked.items() if name == frame.name), None)
+            if isinstance(frame, commands.Channel.CloseOk) and reply is not next(iter(self._asked), None):
+                return  # for the last channel of this number, which RabbitMQ has closed at the same time
             if reply is not None:
                 del self._asked[reply]
                 if not reply.done():
