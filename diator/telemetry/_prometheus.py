@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter, time
 
@@ -91,32 +91,22 @@ class Prometheus(Instrument):
         check_consumers(consumers)
         self._health.consumers.update(consumers)
 
-    @contextmanager
-    def handling(self, request: object, /) -> Generator[None]:
-        began, outcome = perf_counter(), "answered"
-        try:
-            yield
-        except BaseException as error:
-            outcome = name_of(type(error))
-            raise
-        finally:
-            self._requests.labels(name_of(type(request)), outcome).observe(perf_counter() - began)
+    def handling(self, request: object, /) -> AbstractContextManager[object]:
+        def note(outcome: str, took: float) -> None:
+            self._requests.labels(name_of(type(request)), outcome).observe(took)
 
-    @contextmanager
-    def sending(self, messages: Sequence[Message], broker: object, /) -> Generator[None]:
+        return _timed("answered", note)
+
+    def sending(self, messages: Sequence[Message], broker: object, /) -> AbstractContextManager[object]:
         topics = [destination_of(Topic(message.message_type, message.message_name)) for message in messages]
-        began, outcome = perf_counter(), _SENT
-        try:
-            yield
-        except BaseException as error:
-            outcome = name_of(type(error))
-            raise
-        finally:
-            took = perf_counter() - began
+
+        def note(outcome: str, took: float) -> None:
             for topic in topics:
                 self._sent.labels(topic, outcome).inc()
             for topic in {*topics}:
                 self._sends.labels(topic).observe(took)
+
+        return _timed(_SENT, note)
 
     def processing(self, context: MessageContext, broker: object, /) -> AbstractContextManager[object]:
         labels = destination_of(context.topic), context.group or ""
@@ -141,6 +131,19 @@ class Prometheus(Instrument):
         self._handling_seconds.labels(*labels).observe(handled.seconds)
         if handled.retries:
             self._retries.labels(*labels).inc(handled.retries)
+
+
+@contextmanager
+def _timed(success: str, note: Callable[[str, float], None]) -> Generator[None]:
+    """Pass the outcome of the block, *success* or the type of its error, and its duration in seconds to *note*."""
+    began, outcome = perf_counter(), success
+    try:
+        yield
+    except BaseException as error:
+        outcome = name_of(type(error))
+        raise
+    finally:
+        note(outcome, perf_counter() - began)
 
 
 class _Health:
