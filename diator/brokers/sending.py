@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from datetime import datetime, timedelta
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from uuid import UUID
 
 from diator.brokers.message import Message
 from diator.exceptions import MessagesNotSent, UsageError
@@ -128,14 +130,65 @@ async def send_one_by_one(send: Callable[[Message], Awaitable[None]], messages: 
             raise MessagesNotSent([each.message_id for each in messages[position:]]) from error
 
 
-def transactional(broker: object) -> bool:
-    """
-    Return whether *broker* takes part in the unit of work, as a transactional outbox does.
+#: When a message may be sent: at a time, some time after it was stored, or at once.
+Due: TypeAlias = datetime | timedelta | None
 
-    Such a broker has an attribute `transactional = True` and stores messages in the open transaction. The emitter calls
-    it inside the unit of work, before the middlewares have finished.
+Session_contra = TypeVar("Session_contra", contravariant=True)
+
+
+class TransactionalBroker(MessageBroker, Protocol[Session_contra]):
     """
+    A broker that takes part in the unit of work: it stores messages in the open transaction, as an outbox does.
+
+    The emitter asks the container for an object of `session_type`, in the scope of the unit of work, and passes it to
+    `store`. It never calls `send_message` of such a broker. Somebody else sends the messages later, such as a relay.
+
+    Attributes:
+        transactional: True. A broker without `session_type` and `store` may have it too: then the emitter calls
+            `send_message` inside the unit of work.
+        session_type: The class of the objects that hold a transaction, such as SQLAlchemy's `AsyncSession`.
+    """
+
+    transactional: Literal[True]
+    session_type: type
+
+    async def store(
+        self, messages: Sequence[Message], due: Sequence[Due], session: Session_contra, /
+    ) -> Callable[[], bool] | None:
+        """
+        Store *messages* in the open transaction of *session*, in their order. *due* says when each may be sent.
+
+        Return a function that says whether that transaction was rolled back; None if the broker cannot know.
+        """
+        ...
+
+
+class Deduplicating(Protocol[Session_contra]):
+    """
+    An inbox: notes in the transaction of a handler which messages it has handled.
+
+    Attributes:
+        session_type: As `TransactionalBroker.session_type`.
+        group: The name that takes the place of the consumer group; None: the group of the consumer.
+    """
+
+    session_type: type
+    group: str | None
+
+    async def first_time(self, message_id: UUID, group: str, handler: str, session: Session_contra, /) -> bool:
+        """Note in the open transaction of *session* that *handler* handles this message; false if it did before."""
+        ...
+
+
+def transactional(broker: object) -> bool:
+    """Return whether *broker* takes part in the unit of work, see `TransactionalBroker`."""
     return getattr(broker, "transactional", False) is True
+
+
+def session_type_of(broker: Any) -> type | None:
+    """Return the class of the sessions in which *broker* stores messages; None if it does not need one."""
+    session_type: type | None = getattr(broker, "session_type", None) if transactional(broker) else None
+    return session_type
 
 
 def check_has_ended(loop: asyncio.AbstractEventLoop | None) -> None:

@@ -13,6 +13,7 @@ import diator
 LAYERS = [
     "testing",
     "telemetry",
+    "outbox",
     "mediator consumer",
     "_dispatcher _handling",
     "middlewares",
@@ -43,6 +44,7 @@ CLIENTS = {
     "dishka": "container/dishka.py",
     "opentelemetry": "telemetry/_opentelemetry.py",
     "prometheus_client": "telemetry/_prometheus.py",
+    "sqlalchemy": "outbox/sqlalchemy.py",
     "pydantic": None,
     "attr": None,
     "attrs": None,
