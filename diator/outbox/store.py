@@ -214,9 +214,9 @@ class Store(Protocol[Session_contra]):
         self, lease: UUID, /, *, sent: Collection[int], untried: Collection[int], failed: Collection[Failure]
     ) -> int:
         """
-        Delete the rows that were *sent*, give back those that are *untried*, and note those that *failed*.
+        Delete the rows that were *sent*, release those that are *untried*, and note those that *failed*.
 
-        A row that is given back loses the attempt that `claim` has counted. All happens in one transaction, and only to
+        A row that is released loses the attempt that `claim` has counted. All happens in one transaction, and only to
         rows that still have this *lease*. Return how many had lost it: another relay may have sent them as well.
         """
         ...
