@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coro
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from diator._handling import Handling, current_task, routes, set_delivery
 from diator._hints import described, name_of
-from diator._signals import stopping_on_signals
+from diator._running import CANCEL_TIMEOUT, Running
 from diator._text import listed
 from diator.brokers.base import Delivery, Gap, ReadableBroker
 from diator.brokers.capabilities import Capabilities, require
@@ -25,7 +25,7 @@ from diator.container.base import Resolver
 from diator.events import EventEmitter, EventMap
 from diator.events._emitter import check_codec, check_parts, check_type
 from diator.events._headers import HeaderSource
-from diator.exceptions import BrokerUnavailable, ConfigurationError, DecodingError, UsageError
+from diator.exceptions import BrokerUnavailable, ConfigurationError, DecodingError
 from diator.instruments import Handled, Instrument, observer_of
 from diator.middlewares.base import Middleware, checked_middlewares
 from diator.retrying import RetryPolicy
@@ -40,8 +40,6 @@ DEFAULT_GROUP = "diator"
 T = TypeVar("T")
 #: After so many deliveries in a row, the consumer yields to the other tasks of the event loop.
 _YIELD_EVERY = 32
-#: How long `run` waits for cancelled handlers to end, in seconds.
-_CANCEL_TIMEOUT = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +72,7 @@ class Health:
     gaps: int
 
 
-class Consumer:
+class Consumer(Running):
     """
     Receives integration events from a transport, and calls the handlers that *event_map* binds to them.
 
@@ -156,6 +154,7 @@ class Consumer:
                 f"concurrency and prefetch must be at least 1, handler_timeout above 0 and drain_timeout at least 0; "
                 f"they are {concurrency}, {prefetch}, {handler_timeout} and {drain_timeout}"
             )
+        super().__init__("consumer", "had subscribed", drain_timeout)
         _check_broker(broker)
         check_type("event_map", event_map, EventMap, is_needed=True)
         check_parts(event_map=event_map, container=container, message_broker=None)
@@ -170,7 +169,6 @@ class Consumer:
         self._broker = broker
         self._group = _group(broker, promised, group)
         self._concurrency = concurrency
-        self._drain_timeout = drain_timeout
         self._on_gap = on_gap
 
         container = Container() if container is None else container
@@ -198,18 +196,8 @@ class Consumer:
         self._handle = self._handling.handle if observer is None else self._handling.handle_observed
         self._gaps = 0
         self._lanes = _Lanes(concurrency, prefetch)
-        self._started = False
         self._receiving = False
-        self._was_stopped = self._was_signalled = False
-        self._ready = asyncio.Event()
-        self._is_subscribed = False
-        self._failure: Exception | None = None
-        self._running: asyncio.Task[None] | None = None
-        self._body: asyncio.Task[Any] | None = None
-        self._is_body_cancelled = False
         self._deliveries: AsyncIterator[Delivery] | None = None
-        self._stopping = asyncio.Event()
-        self._stopping_at_once = asyncio.Event()
         self._waiting: asyncio.Task[Any] | None = None
         self._interrupted = False
 
@@ -228,46 +216,32 @@ class Consumer:
             ConfigurationError: The settings of the service do not fit those of the broker.
             BrokerClosed: The broker was closed.
         """
-        self._start()
-        with stopping_on_signals(self._stop_on_signal) if signals else contextlib.nullcontext():
-            await self._run()
-
-    def _start(self) -> None:
-        if self._started:
-            raise UsageError("this consumer was run before, and a consumer runs once; create another Consumer")
-        self._started = True
+        await super().run(signals=signals)
 
     async def _run(self) -> None:
-        try:
-            subscription = self._broker.subscribe(  # a broker may raise here already
-                self._routes.keys(), group=self._group, prefetch=self._concurrency, on_gap=self._note_gap
-            )
-            async with contextlib.AsyncExitStack() as stack:
-                deliveries = await self._until_stopped(stack.enter_async_context(subscription))
-                if deliveries is not None:
-                    logger.info("consuming %s", self._about(), extra=self._fields())
-                    failed: str | None = None
-                    try:
-                        self._deliveries, self._receiving = deliveries, True
-                        handling = self._handling
-                        handling.make_room = getattr(deliveries, "make_room", handling.make_room)
-                        handling.dead_letter_all = getattr(deliveries, "dead_letter_all", handling.dead_letter_all)
-                        self._is_subscribed = True
-                        self._ready.set()
-                        await self._consume(deliveries)
-                    except BaseException as error:
-                        failed = name_of(type(error))
-                        raise
-                    finally:
-                        self._receiving = False
-                        self._handling.finish()
-                        end = f"{self._about()} ({failed})" if failed else self._about()
-                        logger.info("stopped consuming %s", end, extra={**self._fields(), "error_type": failed})
-        except Exception as error:
-            self._failure = error
-            raise
-        finally:
-            self._ready.set()
+        subscription = self._broker.subscribe(  # a broker may raise here already
+            self._routes.keys(), group=self._group, prefetch=self._concurrency, on_gap=self._note_gap
+        )
+        async with contextlib.AsyncExitStack() as stack:
+            deliveries = await self._until_stopped(stack.enter_async_context(subscription))
+            if deliveries is not None:
+                logger.info("consuming %s", self._about(), extra=self._fields())
+                failed: str | None = None
+                try:
+                    self._deliveries, self._receiving = deliveries, True
+                    handling = self._handling
+                    handling.make_room = getattr(deliveries, "make_room", handling.make_room)
+                    handling.dead_letter_all = getattr(deliveries, "dead_letter_all", handling.dead_letter_all)
+                    self._set_ready()
+                    await self._consume(deliveries)
+                except BaseException as error:
+                    failed = name_of(type(error))
+                    raise
+                finally:
+                    self._receiving = False
+                    self._handling.finish()
+                    end = f"{self._about()} ({failed})" if failed else self._about()
+                    logger.info("stopped consuming %s", end, extra={**self._fields(), "error_type": failed})
 
     async def ready(self) -> None:
         """
@@ -279,37 +253,7 @@ class Consumer:
             Exception: The error of `run`, if it ended before the consumer had subscribed.
             UsageError: The consumer was stopped, or `run` was cancelled, before that.
         """
-        await self._ready.wait()
-        if not self._is_subscribed:
-            raise self._failure or UsageError("the consumer was stopped before it had subscribed")
-
-    async def __aenter__(self) -> Self:
-        self._start()
-        running = self._running = asyncio.create_task(self._run(), name="diator: consumer")
-        try:
-            await self.ready()
-        except BaseException:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)  # `ready` has raised its error
-            raise
-        self._body = asyncio.current_task()
-        running.add_done_callback(self._cancel_body)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        body, self._body = self._body, None
-        self._shut_down()
-        try:
-            if self._running is not None:
-                await self._running  # if this task is cancelled, the consumer is, too
-        finally:
-            if self._is_body_cancelled and body is not None:
-                body.uncancel()
-
-    def _cancel_body(self, running: asyncio.Task[None]) -> None:
-        """End the block of `async with`: nobody consumes any more, and `__aexit__` raises the error."""
-        if self._body is not None and not running.cancelled() and running.exception() is not None:
-            self._is_body_cancelled = self._body.cancel()
+        await super().ready()
 
     def _about(self) -> str:
         broker, where = type(self._broker).__name__, getattr(self._broker, "where", "")
@@ -336,20 +280,10 @@ class Consumer:
         A second call of `stop` does so at once, and so does a second signal; one signal and one call do not. `stop`
         itself returns immediately.
         """
-        if self._was_stopped:
-            self._stopping_at_once.set()
-        self._was_stopped = True
-        self._shut_down()
-
-    def _stop_on_signal(self) -> None:
-        # Apart from `stop`: a web server calls it in its own shutdown, because of the same signal.
-        if self._was_signalled:
-            self._stopping_at_once.set()
-        self._was_signalled = True
-        self._shut_down()
+        super().stop()
 
     def _shut_down(self) -> None:
-        self._stopping.set()
+        super()._shut_down()
         self._lanes.close()
         if self._waiting is not None:
             self._interrupted = True
@@ -403,14 +337,8 @@ class Consumer:
             admit = self._receive(deliveries, lambda delivery: lanes.put(delivery, read(delivery)))
             tasks.add(asyncio.create_task(admit))
         lost: BrokerUnavailable | None = None
-        stopping = asyncio.create_task(self._stopping.wait())
-        at_once = asyncio.create_task(self._stopping_at_once.wait())
         try:
-            done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-            if stopping in done:
-                drained = asyncio.create_task(self._drain(tasks))
-                await asyncio.wait({at_once, drained}, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)
-                drained.cancel()
+            await self._until_drained(tasks, lambda: self._drain(tasks))
         finally:
             self._lanes.close()
             if left := len(self._handling.in_flight):
@@ -422,10 +350,10 @@ class Consumer:
                     "the subscription was cancelled, perhaps by the client library; create another Consumer"
                 )
             self._handling.end()
-            ending = {stopping, at_once, *tasks, *self._handling.dead_lettering}
+            ending = {*tasks, *self._handling.dead_lettering}
             for each in ending:
                 each.cancel()
-            _, running = await asyncio.wait(ending, timeout=_CANCEL_TIMEOUT)
+            _, running = await asyncio.wait(ending, timeout=CANCEL_TIMEOUT)
             if running:
                 logger.error(
                     "%d handlers ignored their cancellation and are still running", len(running), extra=self._fields()

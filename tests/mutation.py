@@ -48,6 +48,7 @@ FILES = {
     "diator/_dispatcher.py": [*_OF_MEDIATOR, "test_only_for.py"],
     "diator/_handlers.py": [*_OF_HANDLERS, *_OF_ALL, "test_awkward_errors.py", "container"],
     "diator/_handling.py": _OF_CONSUMER,
+    "diator/_running.py": _OF_CONSUMER,
     "diator/brokers/batching.py": ["brokers/test_batching.py"],
     "diator/brokers/capabilities.py": ["brokers/test_capabilities.py"],
     "diator/brokers/codec.py": [

@@ -15,7 +15,7 @@ LAYERS = [
     "telemetry",
     "outbox",
     "mediator consumer",
-    "_dispatcher _handling",
+    "_dispatcher _handling _running",
     "middlewares",
     "requests",
     "events",
