@@ -21,25 +21,19 @@ as soon as the scenario passes.
 """
 
 from diator.brokers.base import Transport
+from diator.testing._suite.environment import Deviation, EnvironmentMissing
+from diator.testing._suite.errors import Nonconformance
+from diator.testing._suite.report import Result
+from diator.testing._suite.runner import UnknownScenario
 from diator.testing.conformance import scenarios
 from diator.testing.conformance._context import ConsumerRun, Context
-from diator.testing.conformance._harness import (
-    Access,
-    DeadLettered,
-    Deviation,
-    EnvironmentMissing,
-    Foreign,
-    Harness,
-    Limits,
-    Outages,
-    Proxy,
-)
-from diator.testing.conformance._ledger import Comparison, Ledger, Nonconformance, Received
+from diator.testing.conformance._harness import Access, DeadLettered, Foreign, Harness, Limits, Outages, Proxy
+from diator.testing.conformance._ledger import Comparison, Ledger, Received
 from diator.testing.conformance._pytest import TransportConformance
 from diator.testing.conformance._reader import Reader
 from diator.testing.conformance._report import SUITE_VERSION, Report
-from diator.testing.conformance._runner import Result, UnknownScenario, run_scenario, run_suite
 from diator.testing.conformance._scenario import LEVELS, SCENARIOS, Scenario, select
+from diator.testing.conformance._suite import run_scenario, run_suite
 
 __all__ = [  # noqa: RUF022  # plainly sorted
     "Access",

@@ -19,9 +19,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from diator.instruments import Handled
+from diator.testing._suite.errors import Nonconformance, NotApplicable
 from diator.testing.conformance._consuming import ConsumerRun, Happened
 from diator.testing.conformance._harness import Harness
-from diator.testing.conformance._ledger import Nonconformance, NotApplicable, check_attempt
+from diator.testing.conformance._ledger import check_attempt
 
 # -- in the scenario ---------------------------------------------------------------------------------------------
 

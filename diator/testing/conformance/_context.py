@@ -7,26 +7,25 @@ import random
 from collections.abc import AsyncGenerator, Awaitable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 from diator.brokers.base import Gap, Topic, Transport
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
 from diator.exceptions import BrokerError, BrokerUnavailable, MessageRejected, MessageUnroutable, OutcomeUnknown
+from diator.testing._suite.checks import Checks
+from diator.testing._suite.errors import Nonconformance
 from diator.testing.conformance._consuming import ConsumerRun, Handle
 from diator.testing.conformance._harness import Harness, Limits, Outages, Proxy
-from diator.testing.conformance._ledger import Ledger, Nonconformance, NotApplicable, Received, contrast, fate_of
-from diator.testing.conformance._reader import Reader, Work, cancelled, share
+from diator.testing.conformance._ledger import Ledger, Received, contrast, fate_of
+from diator.testing.conformance._reader import Reader, Work, share
 from diator.testing.conformance._shape import check_awaitable
 
 __all__ = ["ConsumerRun", "Context"]
 
-T = TypeVar("T")
-E = TypeVar("E", bound=BaseException)
 
-
-class Context:
+class Context(Checks):
     """
     A scenario's access to the transport. Everything that the scenario opens through it is closed at the end.
 
@@ -41,12 +40,12 @@ class Context:
     """
 
     def __init__(self, harness: Harness, capabilities: Capabilities, *, seed: int, resources: AsyncExitStack) -> None:
+        super().__init__(resources)
         self.harness = harness
         self.capabilities = capabilities
         self.limits: Limits = harness.limits
         self.ledger: Ledger = Ledger()
         self.random: random.Random = random.Random(seed)  # noqa: S311  # a run has to be repeatable
-        self._resources = resources
         self._run = uuid4().hex[:12]
         self._names = 0
         self._runs: list[ConsumerRun] = []
@@ -232,34 +231,10 @@ class Context:
 
     # -- checks --------------------------------------------------------------------------------------------------
 
-    def check(self, holds: object, otherwise: str, *, rule: str = "") -> None:
-        """
-        Raise `Nonconformance` unless *holds* is true. An `assert` statement could be switched off.
-
-        *rule* is the rule that is broken, if it is not the one that the scenario proves.
-        """
-        if not holds:
-            raise Nonconformance(otherwise, rule=rule)
-
-    def applies(self, holds: object, otherwise: str) -> None:
-        """End the scenario as not run unless *holds* is true: there would be nothing to prove."""
-        if not holds:
-            raise NotApplicable(otherwise)
-
     def same(self, found: object, wanted: object, what: str, *, rule: str = "") -> None:
         """Raise `Nonconformance` unless *found* equals *wanted*. The error begins with *what*. *rule* is as above."""
         if found != wanted:
             raise Nonconformance(f"{what}: {contrast(found, wanted, self.ledger.name_of)}", rule=rule)
-
-    async def raises(self, error: type[E], doing: Awaitable[object], what: str) -> E:
-        """Return the *error* that *doing* raises. Raise `Nonconformance` if it raises none or another one."""
-        try:
-            await doing
-        except error as caught:
-            return caught
-        except Exception as other:
-            raise Nonconformance(f"{what} raised {other!r}, expected {error.__name__}") from other
-        raise Nonconformance(f"{what} raised nothing, expected {error.__name__}")
 
     async def allow_broker_error(self, doing: Awaitable[object], what: str) -> None:
         """Await *doing*, which may succeed or raise a `BrokerError`. Raise `Nonconformance` for any other error."""
@@ -269,24 +244,3 @@ class Context:
             pass
         except Exception as other:
             raise Nonconformance(f"{what} raised {other!r}, expected no error or a BrokerError") from other
-
-    async def within(self, seconds: float, doing: Coroutine[Any, Any, T], what: str, *, rule: str = "") -> T:
-        """
-        Return the result of *doing*. Raise `Nonconformance` if that takes longer than *seconds*.
-
-        *rule* is as in `check`.
-        """
-        task = asyncio.create_task(doing)
-        try:
-            done, _ = await asyncio.wait({task}, timeout=seconds)
-            if not done:
-                raise Nonconformance(f"{what} took longer than {seconds:g} s", rule=rule)
-            return task.result()
-        finally:
-            await cancelled(task)
-
-    def start(self, doing: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run *doing* as a task beside the scenario, and return the task. It is cancelled at the end."""
-        task = asyncio.create_task(doing)
-        self._resources.push_async_callback(cancelled, task)
-        return task

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -11,35 +10,12 @@ from typing import ClassVar, Literal, Protocol, TypeAlias
 
 from diator.brokers.base import Topic, Transport
 from diator.consumer import Consumer
+from diator.testing._suite.environment import Environment, Pace
 from diator.testing.fault_proxy import FaultProxy, Flow
 
 
-class EnvironmentMissing(Exception):
-    """The service, or something else that the harness needs, is not available on this machine. Nothing was proved."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class Deviation:
-    """
-    A scenario that is known to fail, with the reason.
-
-    The scenario fails the run if it passes, or if it fails in another way than declared.
-
-    Attributes:
-        reason: Why the transport fails the scenario.
-        raises: The error that the scenario fails with.
-        sometimes: Whether the scenario passes in some runs, because its failure is a race. Then it may pass.
-        issue: Where the problem is tracked, such as the address of an issue; may be empty.
-    """
-
-    reason: str
-    raises: type[BaseException] = AssertionError
-    sometimes: bool = False
-    issue: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
+class Limits(Pace):
     """
     How fast an environment is. All times are in seconds.
 
@@ -60,7 +36,6 @@ class Limits:
         lag: How late a delivery may be on a busy machine, in scenarios where one task must not hold up another.
     """
 
-    scale: float = float(os.environ.get("DIATOR_CONFORMANCE_SCALE", "1"))
     quiet: float = 0.1
     redelivery: float = 5.0
     timeout: float = 10.0
@@ -68,8 +43,6 @@ class Limits:
     recovery: float = 10.0
     max_delay: float = 30.0
     absence: float = 10.0
-    standstill: float = 15.0
-    lag: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +156,7 @@ Access: TypeAlias = Literal[
 Foreign: TypeAlias = Literal["metadata", "headers", "large", "counters", "compressed", "due times"]
 
 
-class Harness(ABC):
+class Harness(Environment):
     """
     How the suite gets a transport, and what the suite can do to its environment.
 
@@ -207,46 +180,11 @@ class Harness(ABC):
             chance.
     """
 
-    name: ClassVar[str]
-    facilities: ClassVar[frozenset[str]] = frozenset()
     limits: Limits = Limits()
-    deviations: Mapping[str, Deviation] = {}
     consumer: ClassVar[type[Consumer]] = Consumer
     password: str = ""
     service_address: tuple[str, int]
     address: tuple[str, int]
-
-    def start(self) -> None:  # noqa: B027  # many harnesses have nothing to start
-        """
-        Start the environment. The suite calls this once, before the first scenario.
-
-        With the facility `processes`, each child process calls it too, in a harness of its own.
-
-        Raises:
-            EnvironmentMissing: The environment is not available on this machine.
-        """
-
-    def stop(self) -> None:  # noqa: B027
-        """Stop the environment. A child process of `processes` calls this too: stop only what it has started itself."""
-
-    def prepare(self, facility: str) -> None:  # noqa: B027
-        """
-        Start what *facility* needs, unless it is running: a service that may be broken, or certificates.
-
-        The suite calls this before each scenario that needs *facility*, outside of the scenario's event loop and
-        timeout. Resources that it opens may stay open until `stop`.
-
-        Raises:
-            EnvironmentMissing: The facility is not available on this machine. The scenario is not run.
-        """
-
-    def service(self) -> str:
-        """Return the name and version of the service, for the report."""
-        return "in process"
-
-    def driver(self) -> str:
-        """Return the name and version of the client library, for the report; empty if there is none."""
-        return ""
 
     @abstractmethod
     def transport(self) -> Transport:

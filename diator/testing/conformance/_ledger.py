@@ -15,25 +15,9 @@ from diator.brokers.base import Delivery, Gap
 from diator.brokers.codec import decode
 from diator.brokers.message import Message
 from diator.exceptions import BrokerError, DecodingError, OutcomeUnknown
+from diator.testing._suite.errors import Nonconformance
 
 Fate: TypeAlias = Literal["attempted", "confirmed", "failed", "indeterminate"]
-
-
-class Nonconformance(AssertionError):
-    """
-    The transport violates its contract.
-
-    Attributes:
-        rule: The rule that is broken, as a key of `RULES`; empty for the rule that the scenario proves.
-    """
-
-    def __init__(self, text: str, *, rule: str = "") -> None:
-        super().__init__(text)
-        self.rule = rule
-
-
-class NotApplicable(Exception):
-    """The scenario has nothing to prove for this transport."""
 
 
 @dataclass(kw_only=True, eq=False)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Self
 
+from diator.testing._suite.runner import open_files
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._runner import NOTHING_REMAINS, open_files
+from diator.testing.conformance._rules import NOTHING_REMAINS
 
 
 @dataclass(frozen=True)

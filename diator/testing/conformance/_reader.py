@@ -9,8 +9,10 @@ from typing import Any, Literal, TypeAlias
 
 from diator.brokers.base import Delivery, Gap, Topic, Transport
 from diator.brokers.message import Message
+from diator.testing._suite.checks import cancelled
+from diator.testing._suite.errors import Nonconformance
 from diator.testing.conformance._harness import Limits
-from diator.testing.conformance._ledger import Ledger, Nonconformance, Received, few
+from diator.testing.conformance._ledger import Ledger, Received, few
 
 Work: TypeAlias = Callable[[Received], Awaitable[None]]
 Settle: TypeAlias = Literal["ack", "nothing"]
@@ -216,12 +218,6 @@ async def _uncut(settling: Coroutine[Any, Any, None]) -> None:
         await asyncio.shield(task)
     finally:
         await asyncio.wait({task})
-
-
-async def cancelled(task: asyncio.Future[Any]) -> None:
-    """Cancel *task* and wait for its end."""
-    task.cancel()
-    await asyncio.wait({task})
 
 
 async def _unless_failed(main: Coroutine[Any, Any, Any], *helpers: asyncio.Task[None]) -> None:

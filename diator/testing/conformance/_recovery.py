@@ -10,10 +10,11 @@ from typing import Any
 
 from diator.brokers.message import Message
 from diator.exceptions import BrokerError, BrokerUnavailable, OutcomeUnknown
+from diator.testing._suite.checks import cancelled
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._harness import Proxy
 from diator.testing.conformance._ledger import difference
-from diator.testing.conformance._reader import Reader, cancelled
+from diator.testing.conformance._reader import Reader
 
 
 @asynccontextmanager

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import diator
 from diator.brokers import codec, sending, supervisor
 from diator.brokers.base import Delivery, ReadableBroker, Settler, Topic, Transport
 from diator.brokers.capabilities import Capabilities
 from diator.consumer import Consumer, Health
+from diator.testing._suite.rules import Contract
 
 _GUIDE = "docs/writing-a-transport.md"
 _PLACES: dict[str, tuple[Any, str]] = {
@@ -124,53 +120,8 @@ RULES: dict[str, str] = {
 }
 """The rules, each by its place and its first words (without them: the first paragraph), with their scenarios."""
 
-_OF: dict[str, str] = {id_: name for name, ids in RULES.items() for id_ in ids.split()}
+NOTHING_REMAINS = "aclose: Nothing remains:"
+"""The rule that a task or file breaks which is left behind."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """
-    One rule of the contract.
-
-    Attributes:
-        text: The rule, as the docstring says it.
-        place: The object with the docstring, its file and line.
-        guide: The section of the documentation that explains it.
-    """
-
-    text: str
-    place: str
-    guide: str
-
-
-def rule_of(scenario_id: str) -> Rule:
-    """Return the rule that the scenario *scenario_id* proves."""
-    return rule(_OF[scenario_id])
-
-
-def rule(name: str) -> Rule:
-    """Return the rule *name*, a key of `RULES`. Raise `LookupError` if its docstring has no such paragraph."""
-    place, _, beginning = name.partition(": ")
-    documented, guide = _PLACES[place]
-    lines = (inspect.getdoc(documented) or "").splitlines()
-    first = next((each for each in lines if each.strip().removeprefix("- ").startswith(beginning)), None)
-    if first is None:
-        raise LookupError(f"the docstring of {place} has no paragraph that begins with {beginning!r}")
-    source, begin = inspect.getsourcelines(documented)
-    line = max(begin, 1) + next(number for number, each in enumerate(source) if first.strip() in each)
-    path = Path(inspect.getfile(documented)).relative_to(Path(diator.__file__).parent.parent)
-    called = documented.__name__ if isinstance(documented, ModuleType) else documented.__qualname__
-    return Rule(text=_paragraph(lines, lines.index(first)), place=f"{called}, {path.as_posix()}:{line}", guide=guide)
-
-
-def _paragraph(lines: list[str], start: int) -> str:
-    """Return the paragraph, or the item of a list, that begins at the line *start*."""
-    first = lines[start]
-    indent = len(first) - len(first.lstrip())
-    item = indent > 0 or first.startswith("- ")
-    text = [first.strip().removeprefix("- ")]
-    for each in lines[start + 1 :]:
-        if not each.strip() or (item and len(each) - len(each.lstrip()) <= indent):
-            break
-        text.append(each.strip())
-    return " ".join(text)
+CONTRACT = Contract(_PLACES, RULES)
+rule = CONTRACT.rule

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Awaitable
 
 from diator.brokers.capabilities import Capabilities
-from diator.testing.conformance._ledger import Nonconformance
+from diator.testing._suite.errors import Nonconformance
 
 
 def check_broker(broker: object) -> None:

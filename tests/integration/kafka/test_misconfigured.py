@@ -11,7 +11,7 @@ from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from diator.brokers.audit import audit
 from diator.brokers.kafka import KafkaMessageBroker
 from diator.exceptions import AccessRefused, BrokerUnavailable, ConfigurationError
-from diator.testing.conformance._runner import open_files
+from diator.testing._suite.runner import open_files
 from diator.testing.servers import Certificates
 from tests.conftest import SERVICES, found
 from tests.integration.harnesses.kafka import guarded_kafka

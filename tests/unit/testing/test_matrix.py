@@ -8,8 +8,8 @@ import pytest
 
 from diator.brokers import capabilities as levels
 from diator.brokers.capabilities import _LEVELS, Capabilities
+from diator.testing._suite.report import Outcome
 from diator.testing.conformance import SCENARIOS, SUITE_VERSION, select
-from diator.testing.conformance._runner import Outcome
 from diator.testing.conformance.matrix import SIGNS, TABLES, WORDS, filled, main
 from tests.integration.publish import PAGE, REPORTS, TRANSPORTS, publishable, reports
 

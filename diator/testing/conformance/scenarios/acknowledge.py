@@ -9,9 +9,9 @@ from time import monotonic
 from diator.brokers.capabilities import Capabilities
 from diator.exceptions import AlreadySettled
 from diator.retrying import RetryPolicy
+from diator.testing._suite.checks import cancelled
 from diator.testing.conformance._consuming import Happened
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._reader import cancelled
 from diator.testing.conformance._scenario import scenario
 
 _ACK = Capabilities(settlement="cumulative", subscription="durable")

@@ -12,9 +12,10 @@ from typing import Any
 from diator.brokers.base import Delivery
 from diator.brokers.capabilities import Capabilities
 from diator.exceptions import MessageRejected
+from diator.testing._suite.errors import NotApplicable
 from diator.testing.conformance._consuming import FirstWaits, Happened
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._ledger import NotApplicable, Received
+from diator.testing.conformance._ledger import Received
 from diator.testing.conformance._scenario import scenario
 
 _BOUNDED = Capabilities(settlement="cumulative", backpressure="prefetch")

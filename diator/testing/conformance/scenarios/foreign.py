@@ -14,9 +14,10 @@ from diator.brokers.codec import encode
 from diator.events._event import message_name_of
 from diator.instruments import Handled
 from diator.retrying import RetryPolicy
+from diator.testing._suite.environment import EnvironmentMissing
 from diator.testing.conformance._consuming import ConsumerRun, Happened
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._harness import EnvironmentMissing, Foreign
+from diator.testing.conformance._harness import Foreign
 from diator.testing.conformance._scenario import scenario
 
 _RETRIES = Capabilities(settlement="cumulative", redelivery=frozenset({"retry"}), delayed_retry=True)

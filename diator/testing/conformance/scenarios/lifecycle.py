@@ -9,9 +9,9 @@ from time import monotonic
 from diator.brokers.base import Delivery
 from diator.brokers.capabilities import Capabilities
 from diator.exceptions import BrokerClosed, BrokerError, DiatorError
+from diator.testing._suite.checks import cancelled
 from diator.testing.conformance._consuming import Happened
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._reader import cancelled
 from diator.testing.conformance._scenario import scenario
 
 _DURABLE = Capabilities(subscription="durable", settlement="cumulative", redelivery=frozenset({"close"}))

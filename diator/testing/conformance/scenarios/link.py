@@ -15,9 +15,9 @@ from diator.brokers.base import Topic, Transport
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
 from diator.exceptions import OutcomeUnknown
+from diator.testing._suite.errors import NotApplicable
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._harness import Proxy
-from diator.testing.conformance._ledger import NotApplicable
 from diator.testing.conformance._reader import Reader
 from diator.testing.conformance._recovery import (
     read_while,

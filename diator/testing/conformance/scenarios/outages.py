@@ -8,8 +8,8 @@ from diator.brokers.base import Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
 from diator.exceptions import BrokerUnavailable, OutcomeUnknown
+from diator.testing._suite.errors import Nonconformance
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._ledger import Nonconformance
 from diator.testing.conformance._recovery import (
     reading_through_a_proxy,
     receives_again,

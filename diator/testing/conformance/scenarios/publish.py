@@ -10,8 +10,8 @@ from diator.brokers.base import Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
 from diator.exceptions import BrokerClosed, BrokerError, DiatorError, EncodingError, MessageRejected, MessagesNotSent
+from diator.testing._suite.checks import cancelled
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._reader import cancelled
 from diator.testing.conformance._scenario import scenario
 
 

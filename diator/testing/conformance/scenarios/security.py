@@ -15,8 +15,9 @@ from diator.exceptions import (
     MessageRejected,
     OutcomeUnknown,
 )
+from diator.testing._suite.environment import EnvironmentMissing
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._harness import Access, EnvironmentMissing
+from diator.testing.conformance._harness import Access
 from diator.testing.conformance._scenario import scenario
 
 

@@ -8,8 +8,8 @@ from diator.brokers.base import Topic
 from diator.brokers.codec import encode
 from diator.brokers.message import Message
 from diator.exceptions import MessageRejected, MessageTooLarge
+from diator.testing._suite.errors import Nonconformance
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._ledger import Nonconformance
 from diator.testing.conformance._scenario import scenario
 
 

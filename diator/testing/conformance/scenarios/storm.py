@@ -9,9 +9,9 @@ from time import monotonic
 
 from diator.brokers.base import Transport
 from diator.exceptions import BrokerError, MessageUnroutable
+from diator.testing._suite.errors import NotApplicable
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._harness import Proxy
-from diator.testing.conformance._ledger import NotApplicable
 from diator.testing.conformance._recovery import receives_again
 from diator.testing.conformance._scenario import scenario
 

@@ -9,11 +9,12 @@ from time import monotonic
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.exceptions import BrokerClosed
+from diator.testing._suite.checks import cancelled
 from diator.testing.conformance._consuming import Happened
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._ledger import Received
 from diator.testing.conformance._leftovers import Open, nothing_is_left
-from diator.testing.conformance._reader import Reader, cancelled
+from diator.testing.conformance._reader import Reader
 from diator.testing.conformance._scenario import scenario
 
 

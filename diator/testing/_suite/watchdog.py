@@ -1,4 +1,4 @@
-"""Notice that a transport blocks the event loop, so that the suite fails instead of hanging."""
+"""Notice that what is tested blocks the event loop, so that the suite fails instead of hanging."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from time import monotonic
 
-from diator.testing.conformance._ledger import Nonconformance
-from diator.testing.conformance._places import in_transport
+from diator.testing._suite.errors import Nonconformance
+from diator.testing._suite.places import in_tested
 
 _SIGNAL: signal.Signals | None = getattr(signal, "SIGUSR2", None)  # Windows has no signal that interrupts a call
 
@@ -26,15 +26,17 @@ class Watchdog:
     It interrupts the call that blocks the loop, which then raises `Nonconformance`. That works in the main thread, for
     Python code and for most calls of the standard library. If the loop stands still even so, only the end of the
     process ends the run: the watchdog writes the error to standard error, inside *uncaptured*, and exits with 1.
+    *rule* is the rule that is broken.
 
     Attributes:
         error: What it has noticed; None if nothing.
     """
 
-    def __init__(self, scenario: str, seconds: float, uncaptured: AbstractContextManager[object]) -> None:
+    def __init__(self, scenario: str, seconds: float, uncaptured: AbstractContextManager[object], *, rule: str) -> None:
         self.error: Nonconformance | None = None
         self._scenario = scenario
         self._seconds = seconds
+        self._rule = rule
         self._uncaptured = uncaptured
         self._watched = threading.get_ident()
         self._ran = monotonic()
@@ -73,9 +75,9 @@ class Watchdog:
             self._interrupted = True
             below = [place for place, frame in enumerate(stack) if frame.name == "_run_once"]  # of the event loop
             stack = traceback.StackSummary.from_list(stack[below[-1] + 1 :] if below else stack)
-            where = in_transport(stack) or "an unknown place"
+            where = in_tested(stack) or "an unknown place"
             self.error = Nonconformance(
-                f"the event loop stood still for {self._seconds:g} s, in {where}", rule="MessageBroker: It never blocks"
+                f"the event loop stood still for {self._seconds:g} s, in {where}", rule=self._rule
             )
             self.error.add_note("the stack:\n" + "".join(traceback.format_list(stack)).rstrip())
             if self._number:
