@@ -6,13 +6,14 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from operator import attrgetter
 from typing import Any, Protocol, TypeAlias, cast, get_args, get_origin
 
 from diator._hints import Parameter, UnresolvedName, fits, function_of, name_of, parameters_of
 from diator.container.base import BuildLater, Construction, Resolver, Shared, builder, is_registered, is_shared
 from diator.context import MessageContext, current_message, needed_message
-from diator.exceptions import BindingError, ResolutionError, SharedHandler
+from diator.exceptions import BindingError, NotAnEvent, ResolutionError, SharedHandler
 
 #: A class with `async def handle(self, message)`, or an `async def` function whose first parameter is the message.
 Handler: TypeAlias = type[Any] | Callable[..., Awaitable[Any]]
@@ -31,6 +32,48 @@ class WithHeaders:
     headers: Mapping[str, str] = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """
+    An integration event that is raised now and sent later: `self.events.append(Scheduled(event, after=3600))`.
+
+    It can be raised, and passed to `EventEmitter.emit`, instead of the event; *event* may be a `WithHeaders`. It needs
+    an outbox, which keeps the message until then. The clock of the database decides when that is.
+
+    Attributes:
+        event: The event.
+        at: When it may be sent, with a time zone. A time that is over means now.
+        after: How long after it is stored it may be sent, in seconds or as a `timedelta`. Pass either this or *at*.
+
+    Raises:
+        NotAnEvent: Both or none of *at* and *after* are passed, or one that is no such time.
+    """
+
+    event: Any
+    at: datetime | None = None
+    after: timedelta | float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.at is None) == (self.after is None):
+            raise NotAnEvent("a scheduled event needs either at or after")
+        at: object = self.at
+        if at is not None and (not isinstance(at, datetime) or at.utcoffset() is None):
+            raise NotAnEvent("the time `at` of a scheduled event must be a datetime with a time zone")
+        try:
+            self.due  # noqa: B018  # it checks `after`
+        except (TypeError, ValueError, OverflowError):
+            raise NotAnEvent("the time `after` of a scheduled event must be seconds or a timedelta") from None
+
+    @property
+    def due(self) -> datetime | timedelta:
+        """When it may be sent: *at*, or *after* as a `timedelta`, at least 0."""
+        if self.at is not None:
+            return self.at
+        assert self.after is not None  # noqa: S101  # for type checkers: one of them is passed
+        after = self.after if isinstance(self.after, timedelta) else timedelta(seconds=self.after)
+        return max(after, timedelta(0))
+
+
 class Events(list[Any]):
     """
     The list of events that a handler raises. They are handled or sent in this order.
@@ -40,9 +83,23 @@ class Events(list[Any]):
 
     __slots__ = ()
 
-    def append(self, event: Any, /, *, headers: Mapping[str, str] | None = None) -> None:
-        """Raise *event*; an integration event with *headers* as `WithHeaders`."""
-        super().append(event if headers is None else WithHeaders(event, headers))
+    def append(
+        self,
+        event: Any,
+        /,
+        *,
+        headers: Mapping[str, str] | None = None,
+        at: datetime | None = None,
+        after: timedelta | float | None = None,
+    ) -> None:
+        """
+        Raise *event*; an integration event with *headers* as `WithHeaders`, and later as `Scheduled`.
+
+        Raises:
+            NotAnEvent: As `Scheduled`.
+        """
+        raised = event if headers is None else WithHeaders(event, headers)
+        super().append(raised if at is None and after is None else Scheduled(raised, at, after))
 
 
 class RaisesEvents:
@@ -195,6 +252,7 @@ class PreparedHandler:
 
     Attributes:
         name: The name of the handler, for notes and logs.
+        may_raise_events: Whether the handler may raise events, as far as its class or its parameters tell.
         call: Builds and calls the handler.
         needs_scope: Whether `call` must run inside `scopes`.
         build: Builds the handler without waiting; None for a function, or if the container has to wait.
@@ -206,7 +264,9 @@ class PreparedHandler:
     dispatcher, the loop of the emitter, and `_handling`. A comment at each states what that saves. Keep them alike.
     """
 
-    __slots__ = ("arguments", "build", "call", "name", "needs_scope", "pending_events", "take_events")
+    __slots__ = (
+        *("arguments", "build", "call", "may_raise_events", "name", "needs_scope", "pending_events", "take_events"),
+    )
 
     def __init__(self, handler: Handler, container: Resolver) -> None:
         self.name = name_of(handler)
@@ -218,6 +278,7 @@ class PreparedHandler:
             if hasattr(handler, "events") and is_shared(container, handler):
                 problem = f"{self.name} raises events, so it must be transient; it is registered as a singleton"
                 raise ResolutionError([self.name], problem)
+            self.may_raise_events = hasattr(handler, "events")
             self.build, build_later = builder(container, handler)
             self.needs_scope = self.build is None
             is_new = False
@@ -227,6 +288,7 @@ class PreparedHandler:
             self.call: Call = _calling_class(build_later, self.pending_events, self.take_events)
         else:
             needs = _dependencies(handler, container)
+            self.may_raise_events = any(build is None for _, build, _ in needs)
             self.needs_scope = any(needs_scope for _, _, needs_scope in needs)
             self.call = _calling_function(handler, [(name, build) for name, build, _ in needs])
 

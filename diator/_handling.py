@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from time import monotonic
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+from uuid import UUID
 
 from diator._deadlines import Deadline, Deadlines
 from diator._handlers import PreparedHandler
@@ -19,10 +20,11 @@ from diator._text import listed, printable
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.codec import Envelope, decode, decode_envelope, decode_with, event_decoder
 from diator.brokers.message import Codec
-from diator.container.base import Resolver, Shared, scopes
-from diator.context import CONTEXT_OF, CORRELATED, DELIVERY, MessageContext, log_fields
+from diator.brokers.sending import Deduplicating
+from diator.container.base import BuildLater, Resolver, Shared, scopes
+from diator.context import CONTEXT_OF, CORRELATED, DELIVERY, MessageContext, log_fields, needed_message
 from diator.events import EventEmitter, EventMap
-from diator.events._emitter import OUTGOING, Outgoing
+from diator.events._emitter import OUTGOING, Outgoing, session_builder
 from diator.events._event import is_integration_event, message_name_of
 from diator.exceptions import ConfigurationError, DecodingError, DiatorError, EventHandlersFailed
 from diator.instruments import Handled, Observer, Outcome
@@ -39,11 +41,12 @@ class Bound(NamedTuple):
 
     Attributes:
         name: The name of the handler.
-        handle: Calls the handler, and then sends the integration events that it raised.
+        handle: Calls the handler, and then sends the integration events that it raised. Returns True if it called
+            nothing, because the handler had handled this message before.
     """
 
     name: str
-    handle: Callable[[Any], Awaitable[None]]
+    handle: Callable[[Any], Awaitable[bool | None]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Route:
     """
 
     read: Callable[[Envelope], Any]
-    handle: Callable[[Any], Awaitable[None]]
+    handle: Callable[[Any], Awaitable[bool | None]]
     handlers: Sequence[Bound]
     has_others: bool
 
@@ -74,6 +77,7 @@ class _Result(NamedTuple):
         is_requeued: Whether to requeue the message, not to dead-letter it.
         retries: As `Handled.retries`.
         errors: As `Handled.errors`.
+        is_duplicate: Whether every handler had handled the message before.
     """
 
     reason: str | None
@@ -81,26 +85,75 @@ class _Result(NamedTuple):
     is_requeued: bool = False
     retries: int = 0
     errors: tuple[BaseException, ...] = ()
+    is_duplicate: bool = False
+
+
+class BoundInbox(NamedTuple):
+    """
+    An inbox as a consumer uses it.
+
+    Attributes:
+        first_time: As `Deduplicating.first_time`.
+        group: The group under which it notes messages.
+        session: Returns the session of the open scope.
+    """
+
+    first_time: Callable[[UUID, str, str, Any], Awaitable[bool]]
+    group: str
+    session: BuildLater[Any]
+
+
+def inbox_of(
+    inbox: Deduplicating[Any] | None, group: str | None, container: Resolver, emitter: EventEmitter
+) -> BoundInbox | None:
+    """
+    Return *inbox* as the consumer of *group* uses it; None if there is none.
+
+    Raises:
+        ResolutionError: *container* cannot build the session.
+        ConfigurationError: There is no group, or the emitter stores in other sessions.
+    """
+    if inbox is None:
+        return None
+    group = inbox.group or group
+    if group is None:
+        raise ConfigurationError(
+            "an inbox notes which group has handled a message, and this transport has no groups; name the program in "
+            "Inbox(…, group=…)"
+        )
+    session_type = emitter._session_type
+    if session_type is not None and session_type is not inbox.session_type:
+        raise ConfigurationError(
+            f"the inbox uses the transaction of a {name_of(inbox.session_type)} and the outbox that of a "
+            f"{name_of(session_type)}; an event would be lost between the two, so make both of one store"
+        )
+    return BoundInbox(inbox.first_time, group, session_builder(container, inbox.session_type, inbox))
 
 
 def routes(
-    event_map: EventMap, container: Resolver, middlewares: Sequence[Middleware], emitter: EventEmitter
+    event_map: EventMap,
+    container: Resolver,
+    middlewares: Sequence[Middleware],
+    emitter: EventEmitter,
+    inbox: BoundInbox | None = None,
 ) -> dict[Topic, Route]:
     """
     Return the route of each integration event in *event_map*.
 
     Raises:
         ResolutionError: *container* can never build a handler.
-        ConfigurationError: An event cannot travel (its class could write what it cannot read), or no integration event
-            has a handler.
+        ConfigurationError: An event cannot travel (its class could write what it cannot read), no integration event has
+            a handler, or the inbox would lose events that a handler raises.
     """
     found: dict[Topic, Route] = {}
     for event_type in event_map:
         if is_integration_event(event_type):
             topic = Topic(getattr(event_type, "message_type"), message_name_of(event_type))  # noqa: B009  # not an attribute of `type`
             prepared = [PreparedHandler(handler, container) for handler in event_map.get(event_type)]
+            if inbox is not None:
+                _check_inbox(event_type, prepared, emitter)
             around = middlewares_for(middlewares, event_type)
-            handlers = [Bound(handler.name, _handle(handler, around, emitter)) for handler in prepared]
+            handlers = [Bound(handler.name, _handle(handler, around, emitter, inbox)) for handler in prepared]
             found[topic] = Route(event_decoder(event_type), handlers[0].handle, handlers, len(handlers) > 1)
     if not found:
         raise ConfigurationError(
@@ -110,21 +163,45 @@ def routes(
     return found
 
 
-def _handle(
-    handler: PreparedHandler, middlewares: Sequence[Middleware], emitter: EventEmitter
-) -> Callable[[Any], Awaitable[None]]:
-    """Return a function that calls *handler*, and sends the events that it raised when its middlewares have ended."""
-    if handler.build is not None and not middlewares:
-        return _handle_directly(handler, handler.build, emitter)
-    dispatch = chain(middlewares, _unit_of_work(handler, emitter))
+def _check_inbox(event_type: type, handlers: Sequence[PreparedHandler], emitter: EventEmitter) -> None:
+    """Check that an inbox can tell the handlers of an event apart, and loses nothing that they raise."""
+    for handler in handlers:
+        if handler.may_raise_events and emitter._sends_later:
+            raise ConfigurationError(_NEEDS_OUTBOX.format(handler.name, "can raise"))
+    names = [handler.name for handler in handlers]
+    if len({*names}) < len(names):
+        raise ConfigurationError(
+            f"two handlers of {name_of(event_type)} have the same name, and an inbox would take them for one; rename "
+            f"one of {listed(sorted(names))}"
+        )
 
-    async def handle(event: Any) -> None:
+
+_NEEDS_OUTBOX = (
+    "{} {} events, and a process that dies before they are sent would lose them: the inbox lets no handler run again; "
+    "pass the outbox as well, as in Consumer(…, outbox=…)"
+)
+
+
+def _handle(
+    handler: PreparedHandler, middlewares: Sequence[Middleware], emitter: EventEmitter, inbox: BoundInbox | None
+) -> Callable[[Any], Awaitable[bool | None]]:
+    """Return a function that calls *handler*, and sends the events that it raised when its middlewares have ended."""
+    if handler.build is not None and not middlewares and inbox is None:
+        return _handle_directly(handler, handler.build, emitter)
+    dispatch = chain(middlewares, _unit_of_work(handler, emitter, inbox))
+
+    async def handle(event: Any) -> bool:
         shared: Shared = {}
         await dispatch(event, shared)
         if outgoing := shared.get(OUTGOING):
             await emitter._send(outgoing)
+        return _DUPLICATE in shared
 
     return handle
+
+
+#: The key under which the state of a send notes that the handler had handled the message before.
+_DUPLICATE = object()
 
 
 def _handle_directly(
@@ -156,21 +233,32 @@ def _handle_directly(
     return handle
 
 
-def _unit_of_work(handler: PreparedHandler, emitter: EventEmitter) -> Callable[[Any, Shared], Awaitable[None]]:
+def _unit_of_work(
+    handler: PreparedHandler, emitter: EventEmitter, inbox: BoundInbox | None
+) -> Callable[[Any, Shared], Awaitable[None]]:
     """
     Return a function that calls *handler*, and then the handlers of the domain events which it raises.
 
-    It leaves the integration events in *shared*, under `OUTGOING`.
+    It leaves the integration events in *shared*, under `OUTGOING`. With an *inbox* it calls nothing if the handler had
+    handled the message before: the inbox comes first in the transaction of the handler.
     """
 
     async def run(event: Any, shared: Shared) -> Outgoing:
+        if inbox is not None:
+            session = await inbox.session(shared)
+            if not await inbox.first_time(needed_message().message_id, inbox.group, handler.name, session):
+                shared[_DUPLICATE] = True
+                return []
         raised: list[Any] = []
         try:
             await handler.call(event, shared, raised)
         except Exception as error:
             handler.note(error, event)
             raise
-        return await emitter._handle(raised, shared) if raised else []
+        outgoing = await emitter._handle(raised, shared) if raised else []
+        if outgoing and inbox is not None and emitter._sends_later:  # no attribute of the class has told this
+            raise ConfigurationError(_NEEDS_OUTBOX.format(handler.name, "raised"))
+        return outgoing
 
     # Each call clears *shared*: a middleware that calls it again gets a new scope, and none of the earlier events.
 
@@ -184,7 +272,7 @@ def _unit_of_work(handler: PreparedHandler, emitter: EventEmitter) -> Callable[[
             outgoing = await run(event, shared)
         shared[OUTGOING] = outgoing  # only after the scope was closed: that may fail, as a commit can
 
-    return handle_in_scope if handler.needs_scope else handle
+    return handle_in_scope if handler.needs_scope or inbox is not None else handle
 
 
 #: How long to wait before each further attempt to settle, in seconds.
@@ -217,6 +305,7 @@ _LONGEST_TOGETHER = 16 * 1024
 
 
 _SUCCESS = _Result(None)
+_ONLY_DUPLICATES = _Result(None, is_duplicate=True)
 
 
 def _both(observer: Observer | None, on_handled: Callable[[Handled], None] | None) -> Callable[[Handled], None] | None:
@@ -235,17 +324,20 @@ def _both(observer: Observer | None, on_handled: Callable[[Handled], None] | Non
 set_delivery: Callable[[Delivery | None], object] = DELIVERY.set
 
 
-async def _attempt(
-    handler: Bound, read: Callable[[Envelope], Any], message: Envelope, deadline: Deadline
-) -> BaseException | None:
-    """Call *handler* with the event of *message*, and return its error."""
+#: The error of a handler, and whether it had handled the message before.
+_CameTo: TypeAlias = tuple[BaseException | None, bool | None]
+
+
+async def _attempt(handler: Bound, read: Callable[[Envelope], Any], message: Envelope, deadline: Deadline) -> _CameTo:
+    """Call *handler* with the event of *message*. Return its error, and whether it had handled the message before."""
+    is_duplicate: bool | None = None
     try:
         event = read(message)
         with deadline:
-            await handler.handle(event)
+            is_duplicate = await handler.handle(event)
     except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # it decides how to settle
-        return error
-    return None
+        return error, None
+    return None, is_duplicate
 
 
 def _described(failures: Mapping[Bound, BaseException]) -> str:
@@ -503,14 +595,18 @@ class Handling:
                     deadline.began = started
                     if self._deadlines.timer is None:
                         self._deadlines.start_timer(self._deadlines.seconds)
+                    is_duplicate: bool | None = None
                     try:
-                        await route.handle(event)
+                        is_duplicate = await route.handle(event)
                     except (Exception, asyncio.CancelledError) as failed:  # noqa: BLE001  # it decides how to settle
                         error = failed
                     deadline.began = None
                     is_late = deadline.is_over or deadline.task.cancelling()
                     if error is not None or is_late or route.has_others or self._is_ending:
-                        result = await self._call_others(delivery, message, event, deadline, deadline.end(error))
+                        came_to = deadline.end(error), is_duplicate
+                        result = await self._call_others(delivery, message, event, deadline, came_to)
+                    elif is_duplicate:
+                        result = _ONLY_DUPLICATES
             refused: BaseException | None = None
             if result is None:
                 try:
@@ -630,7 +726,7 @@ class Handling:
             if self._not_settled_since <= self._last_settled:
                 self._not_settled_since = ended
         if result is not None or self._on_handled is not None:
-            reason, error, _, retries, errors = result or _SUCCESS
+            reason, error, _, retries, errors, _ = result or _SUCCESS
             handled = Handled(
                 topic=delivery.topic,
                 group=self._group,
@@ -657,7 +753,12 @@ class Handling:
         return _Result(printable(f"mismatch: the body names another type or name than its topic, {topic}"))
 
     async def _call_others(
-        self, delivery: Delivery, message: Envelope, event: Any, deadline: Deadline, failed: BaseException | None
+        self,
+        delivery: Delivery,
+        message: Envelope,
+        event: Any,
+        deadline: Deadline,
+        first_came_to: _CameTo,
     ) -> _Result | None:
         """
         Check what the first handler came to, call the others, and retry those that failed, as the policy specifies.
@@ -670,12 +771,16 @@ class Handling:
         healed: dict[Bound, BaseException] = {}
         errors: list[BaseException] = []
         retries = 0
+        only_duplicates = True
+        failed, is_duplicate = first_came_to
         while True:
             for handler in waiting:
                 if handler is not first or retries:
                     # A handler that failed may have changed its event.
-                    failed = await _attempt(handler, route.read if retries else lambda _: event, message, deadline)
+                    read = route.read if retries else lambda _: event
+                    failed, is_duplicate = await _attempt(handler, read, message, deadline)
                 self._raise_cancellation(deadline.task, failed)
+                only_duplicates &= bool(is_duplicate)
                 if failed is not None:
                     failures[handler] = failed
                     errors.append(failed)
@@ -688,7 +793,7 @@ class Handling:
             await asyncio.sleep(self._retry.pause())
         if not failures:
             if not healed:
-                return None
+                return _ONLY_DUPLICATES if only_duplicates else None
             self._log_healed(message, healed, retries)
             return _Result(None, retries=retries, errors=tuple(errors))
         is_requeued = bool(waiting) and self._has_retries_left(delivery)
@@ -722,7 +827,7 @@ class Handling:
                 try:
                     if result is None or reason is None:
                         await delivery.ack()
-                        return "acked", result
+                        return "acked" if result is None or not result.is_duplicate else "duplicate", result
                     with deadline:
                         return await self._settle_failed(delivery, reason, is_requeued=result.is_requeued), result
                 except (Exception, asyncio.CancelledError) as failed:  # noqa: BLE001  # a transport may raise anything
@@ -758,7 +863,7 @@ class Handling:
         return "given_up"
 
     def _report(self, handled: Handled) -> None:
-        if handled.outcome != "acked":
+        if handled.outcome not in ("acked", "duplicate"):
             self._log_failure(handled)
         if self._on_handled is not None:
             try:

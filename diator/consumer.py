@@ -12,7 +12,7 @@ from functools import partial
 from time import monotonic
 from typing import Any, TypeAlias, TypeVar
 
-from diator._handling import Handling, current_task, routes, set_delivery
+from diator._handling import Handling, current_task, inbox_of, routes, set_delivery
 from diator._hints import described, name_of
 from diator._running import CANCEL_TIMEOUT, Running
 from diator._text import listed
@@ -20,6 +20,7 @@ from diator.brokers.base import Delivery, Gap, ReadableBroker
 from diator.brokers.capabilities import Capabilities, require
 from diator.brokers.codec import Envelope
 from diator.brokers.message import Codec
+from diator.brokers.sending import Deduplicating, TransactionalBroker, session_type_of
 from diator.container import Container
 from diator.container.base import Resolver
 from diator.events import EventEmitter, EventMap
@@ -105,7 +106,12 @@ class Consumer(Running):
         middlewares: Surround each handler; the first is the outermost. An event with two handlers passes through them
             twice.
         event_emitter: Handles or sends the events that handlers raise, before the delivery is acknowledged. Default:
-            an emitter with *event_map*, *container*, *broker*, *headers*, *codec* and *instrument*.
+            an emitter with *event_map*, *container*, *broker* or *outbox*, *headers*, *codec* and *instrument*.
+        outbox: Stores the events that handlers raise in the transaction of the handler, instead of sending them with
+            *broker*; not with *event_emitter*.
+        inbox: Notes each handled message in the transaction of its handler, so that a duplicate is acknowledged
+            without a call. The effects that a handler has in that transaction then happen once. It needs an *outbox* if
+            a handler can raise events, and handlers of one event need different names.
         headers: Header sources of the events that handlers raise, as for an `EventEmitter`; not with *event_emitter*.
         codec: Reads the messages. Default: diator's own envelope.
         instrument: Observes the handling of messages, for telemetry. An *event_emitter* has an instrument of its own.
@@ -138,6 +144,8 @@ class Consumer(Running):
         prefetch: int = 1_000,
         middlewares: Iterable[Middleware] = (),
         event_emitter: EventEmitter | None = None,
+        outbox: TransactionalBroker[Any] | None = None,
+        inbox: Deduplicating[Any] | None = None,
         headers: Sequence[HeaderSource] = (),
         codec: Codec | None = None,
         instrument: Instrument | None = None,
@@ -174,12 +182,24 @@ class Consumer(Running):
         container = Container() if container is None else container
         observer = observer_of(instrument, broker)
         emitter = event_emitter
+        _check_stores(outbox, inbox)
         if emitter is None:
-            emitter = EventEmitter(event_map, container, broker, headers=headers, codec=codec, instrument=instrument)
-        elif headers:
-            raise ConfigurationError("headers was passed together with event_emitter; pass it to the EventEmitter")
+            emitter = EventEmitter(
+                event_map,
+                container,
+                broker if outbox is None else outbox,
+                headers=headers,
+                codec=codec if outbox is None else None,
+                instrument=instrument,
+            )
+        elif headers or outbox is not None:
+            raise ConfigurationError(
+                "headers or outbox was passed together with event_emitter; pass it to the EventEmitter"
+            )
         emitter._wire(container)
-        self._routes = routes(event_map, container, checked_middlewares(middlewares), emitter)
+        self._inbox = inbox
+        bound_inbox = inbox_of(inbox, self._group, container, emitter)
+        self._routes = routes(event_map, container, checked_middlewares(middlewares), emitter, bound_inbox)
         self._handling = Handling(
             self._routes,
             _retry(broker, promised, retry),
@@ -223,6 +243,8 @@ class Consumer(Running):
             self._routes.keys(), group=self._group, prefetch=self._concurrency, on_gap=self._note_gap
         )
         async with contextlib.AsyncExitStack() as stack:
+            if self._inbox is not None:
+                await stack.enter_async_context(self._inbox)
             deliveries = await self._until_stopped(stack.enter_async_context(subscription))
             if deliveries is not None:
                 logger.info("consuming %s", self._about(), extra=self._fields())
@@ -416,6 +438,15 @@ class Consumer(Running):
                 self._on_gap(gap)
             except Exception:
                 logger.exception("on_gap failed", extra=self._fields())
+
+
+def _check_stores(outbox: object, inbox: object) -> None:
+    if outbox is not None and (isinstance(outbox, type) or session_type_of(outbox) is None):
+        raise ConfigurationError(
+            f"outbox must be an Outbox, or another broker that stores in a transaction, and it is {described(outbox)}"
+        )
+    if inbox is not None and (isinstance(inbox, type) or not callable(getattr(inbox, "first_time", None))):
+        raise ConfigurationError(f"inbox must be an Inbox, and it is {described(inbox)}")
 
 
 def _check_broker(broker: object) -> None:

@@ -209,6 +209,23 @@ class EventsNotSent(DiatorError):
         self.events: tuple[object, ...] = tuple(events)
 
 
+class NotCommitted(DiatorError, RuntimeError):
+    """
+    A unit of work succeeded, and the transaction in which its messages were stored was rolled back.
+
+    So these messages do not exist, nor does what the handler wrote in that transaction. The session has to be committed
+    when the unit of work succeeds: by the resource that gives it to the container, or by a middleware.
+    """
+
+    def __init__(self, event_types: Sequence[type], session_type: type) -> None:
+        names = ", ".join(dict.fromkeys(each.__qualname__ for each in event_types))
+        super().__init__(
+            f"the unit of work succeeded, but the transaction that stored {names} was rolled back, or its "
+            f"{session_type.__qualname__} was closed without a commit; let the resource commit it, as in "
+            "`async with sessions.begin() as session: yield session`"
+        )
+
+
 # -- messages ----------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Outcome: TypeAlias = Literal["acked", "retried", "dead_lettered", "given_up", "unsettled"]
+Outcome: TypeAlias = Literal["acked", "duplicate", "retried", "dead_lettered", "given_up", "unsettled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,11 @@ class Handled:
         message_id: The id of the message; None if the body could not be decoded.
         attempt: 1 for the first delivery to this consumer group, 2 for the second; always 1 on a transport that does
             not count deliveries.
-        outcome: `acked`: every handler succeeded. `retried`: the message was requeued, with a delay. `dead_lettered`:
-            the message is in the dead-letter queue. `given_up`: the message could not be handled and is lost, because
-            the transport has no dead-letter queue. `unsettled`: the handling was cancelled, or the delivery could
-            not be settled; the transport redelivers the message if it can.
+        outcome: `acked`: every handler succeeded. `duplicate`: the message was acknowledged without a call, because the
+            inbox knows that every handler had succeeded before. `retried`: the message was requeued, with a delay.
+            `dead_lettered`: the message is in the dead-letter queue. `given_up`: the message could not be handled and
+            is lost, because the transport has no dead-letter queue. `unsettled`: the handling was cancelled, or the
+            delivery could not be settled; the transport redelivers the message if it can.
         reason: Why the message was not acknowledged; None if it was. It begins with a fixed word and a colon: `failed`
             (it is requeued), `retries-exhausted`, `retry-refused`, `permanent`, `undecodable`, `mismatch` or
             `poison-message`; or it is `cancelled`, `ended by …` or `not settled: …`. It names each handler that failed,

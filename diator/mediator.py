@@ -7,15 +7,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, overload
 
 from diator._dispatcher import Dispatcher, Plan
-from diator._handlers import WithHeaders
 from diator.brokers.message import Codec
 from diator.brokers.sending import MessageBroker
 from diator.container import Container
 from diator.container.base import Resolver, Shared
 from diator.events import EventEmitter, EventMap
-from diator.events._emitter import OUTGOING, Outgoing, check_parts, check_type
+from diator.events._emitter import OUTGOING, Outgoing, check_parts, check_type, unwrapped
 from diator.events._headers import HeaderSource
-from diator.exceptions import ConfigurationError, EventsNotSent, MessagesNotSent
+from diator.exceptions import ConfigurationError, EventsNotSent, MessagesNotSent, NotCommitted
 from diator.instruments import Instrument, observer_of
 from diator.middlewares.base import Middleware, checked_middlewares
 from diator.requests import Request, RequestMap
@@ -124,7 +123,7 @@ class Mediator:
         Domain events are handled inside the middlewares, in the order in which they were raised. Integration events
         are sent in their order when the middlewares have finished. The caller receives an error of the handler or of
         a middleware unchanged, and then no integration event is sent. The middlewares see every error below except
-        `HandlerNotFound` and `EventsNotSent`, so that a transaction in a middleware is rolled back.
+        `HandlerNotFound`, `EventsNotSent` and `NotCommitted`, so that a transaction in a middleware is rolled back.
 
         Raises:
             HandlerNotFound: No handler is bound to the type of *request*.
@@ -134,8 +133,10 @@ class Mediator:
             MessageRejected: An integration event is too large, or its name or key too long. Nothing was sent.
             BrokerNotConfigured: An integration event was raised without a message broker. Nothing was sent.
             NotAnEvent: An object cannot be an event, or its class is incomplete. Nothing was sent.
+            UnsupportedCapability: An event was scheduled, and the broker is not an outbox. Nothing was sent.
             EventsNotSent: The request was handled, but the broker did not confirm all integration events. The error
                 contains these events and the response.
+            NotCommitted: The broker is an outbox, and the transaction of the unit of work was not committed.
         """
         plan = self._dispatcher[type(request)]
         if self._observer is not None:
@@ -172,6 +173,8 @@ class Mediator:
     async def _send_events(self, outgoing: Outgoing, response: object) -> None:
         try:
             await self._emitter._send(outgoing)
+        except NotCommitted:  # nothing of the unit of work remains, so there is nothing that could be sent again
+            raise
         except MessagesNotSent as error:
             unsent = [(event, message) for event, message in outgoing if message.message_id in error.message_ids]
             raise _not_sent(unsent, response) from error.__cause__
@@ -184,5 +187,5 @@ class Mediator:
 
 
 def _not_sent(outgoing: Outgoing, response: object) -> EventsNotSent:
-    events = [raised.event if isinstance(raised, WithHeaders) else raised for raised, _ in outgoing]
+    events = [unwrapped(raised) for raised, _ in outgoing]
     return EventsNotSent(response, events, [message.message_id for _, message in outgoing])

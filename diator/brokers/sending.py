@@ -175,6 +175,14 @@ class Deduplicating(Protocol[Session_contra]):
     session_type: type
     group: str | None
 
+    async def __aenter__(self) -> object:
+        """Begin what the inbox does beside the handlers, such as to forget old messages. A consumer runs."""
+        ...
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """End it: the consumer has ended. Several consumers may use one inbox at the same time."""
+        ...
+
     async def first_time(self, message_id: UUID, group: str, handler: str, session: Session_contra, /) -> bool:
         """Note in the open transaction of *session* that *handler* handles this message; false if it did before."""
         ...

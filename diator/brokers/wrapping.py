@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Self
 
@@ -10,7 +10,7 @@ from diator.brokers.audit import Finding, audit
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
-from diator.brokers.sending import send_one_by_one, transactional
+from diator.brokers.sending import Due, send_one_by_one, transactional
 
 
 class Wrapped:
@@ -24,7 +24,8 @@ class Wrapped:
                 return replace(message, headers={**message.headers, "correlation-id": current.get()})
 
     Override `send_message` to act before and after a send. `send_messages` then sends one message after the other with
-    it, unless the subclass overrides that too.
+    it, unless the subclass overrides that too. Neither is called if *broker* is an outbox, whose
+    relay sends.
 
     *broker* may be a whole transport, or have only `send_message`: what it lacks, this broker lacks as well. All other
     public attributes, such as `check_message` and `publish`, are those of *broker*.
@@ -51,6 +52,15 @@ class Wrapped:
             await self._wrapped.send_messages([self.outgoing(message) for message in messages])
         else:
             await send_one_by_one(self.send_message, messages)
+
+    async def store(
+        self, messages: Sequence[Message], due: Sequence[Due], session: Any, /
+    ) -> Callable[[], bool] | None:
+        """Store the messages that `outgoing` returns, in a broker that stores; see `TransactionalBroker.store`."""
+        was_rolled_back: Callable[[], bool] | None = await self._wrapped.store(
+            [self.outgoing(message) for message in messages], due, session
+        )
+        return was_rolled_back
 
     @property
     def transactional(self) -> bool:

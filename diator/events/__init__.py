@@ -1,6 +1,6 @@
 """Domain events and integration events, their handlers, and the emitter that handles or sends them."""
 
-from diator._handlers import Events, WithHeaders
+from diator._handlers import Events, Scheduled, WithHeaders
 from diator.events._emitter import EventEmitter
 from diator.events._event import DomainEvent, ECSTEvent, Event, NotificationEvent
 from diator.events._handler import EventHandler, EventMap
@@ -14,5 +14,6 @@ __all__ = [
     "EventMap",
     "Events",
     "NotificationEvent",
+    "Scheduled",
     "WithHeaders",
 ]

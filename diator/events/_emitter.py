@@ -7,12 +7,19 @@ from functools import partial
 from typing import Any, TypeAlias, cast
 from uuid import UUID
 
-from diator._handlers import PreparedHandler, WithHeaders
+from diator._handlers import PreparedHandler, Scheduled, WithHeaders
 from diator._hints import described, name_of
 from diator.brokers.message import Codec, Message, set_fields
-from diator.brokers.sending import MessageBroker, send_one_by_one, transactional
+from diator.brokers.sending import (
+    Due,
+    MessageBroker,
+    TransactionalBroker,
+    send_one_by_one,
+    session_type_of,
+    transactional,
+)
 from diator.container import Container
-from diator.container.base import Resolver, Shared, has_scopes, scopes
+from diator.container.base import BuildLater, Resolver, Shared, builder, has_scopes, is_registered, is_shared, scopes
 from diator.context import correlation_headers
 from diator.events._event import Event, check_integration_event, is_integration_event, message_key_of, message_name_of
 from diator.events._handler import EventMap
@@ -24,11 +31,27 @@ from diator.exceptions import (
     EncodingError,
     EventHandlersFailed,
     NotAnEvent,
+    NotCommitted,
+    ResolutionError,
+    UnsupportedCapability,
 )
 from diator.instruments import Instrument, Observer, observer_of
 
 #: Integration events, and their messages.
 Outgoing: TypeAlias = list[tuple[Any, Message]]
+
+
+class _Stored(Outgoing):
+    """
+    What a transactional broker has stored in the transaction of the unit of work, instead of what is to be sent.
+
+    Attributes:
+        was_rolled_back: Returns whether that transaction was rolled back.
+    """
+
+    was_rolled_back: Callable[[], bool]
+
+
 #: The key under which the state of a send holds its `Outgoing` until the middlewares have finished.
 OUTGOING = object()
 
@@ -46,14 +69,17 @@ class EventEmitter:
         event_map: The handlers. Default: an empty `EventMap`.
         container: Builds the handlers. Default: the container of the mediator or consumer that uses this emitter, or
             diator's own `Container`.
-        message_broker: Sends the integration events. The emitter does not close it.
+        message_broker: Sends the integration events, or stores them in the transaction of the unit of work, as an
+            outbox does. The emitter does not close it.
         headers: Header sources: each is called with the event when its message is made, inside the unit of work, and
             returns headers for it. Of two with one name, the later one counts.
-        codec: The envelope of the integration events. Default: diator's own.
+        codec: The envelope of the integration events. Default: diator's own; that of the outbox, which alone has one
+            if *message_broker* is an outbox.
         instrument: Observes the sends, and adds headers, for telemetry.
 
     Raises:
-        ConfigurationError: An argument has the wrong type, or *codec* needs headers and *message_broker* has none.
+        ConfigurationError: An argument has the wrong type, or *codec* needs headers and *message_broker* has none, or
+            the codec of an outbox was passed here.
     """
 
     def __init__(
@@ -67,6 +93,11 @@ class EventEmitter:
         instrument: Instrument | None = None,
     ) -> None:
         check_parts(event_map=event_map, container=container, message_broker=message_broker)
+        self._session_type = session_type_of(message_broker)
+        if self._session_type is not None:  # another program sends its messages
+            if codec is not None:
+                raise ConfigurationError("codec was passed together with an outbox, which sends; pass it to the Outbox")
+            codec = getattr(message_broker, "codec", None)
         check_codec(codec, message_broker)
         self._codec = codec
         self._sources = checked_sources(headers)
@@ -75,7 +106,11 @@ class EventEmitter:
         self._default_container: Resolver | None = None
         self._broker = message_broker
         self._observer = observer_of(instrument, message_broker)
-        self._direct = message_broker if instrument is None else None  # what `emit` may call without an instrument
+        # What `emit` may call: without an instrument, and without a transaction.
+        self._direct = message_broker if instrument is None and self._session_type is None else None
+        self._build_session: BuildLater[Any] | None = None
+        #: Whether integration events are sent when the unit of work is over: a process that dies then loses them.
+        self._sends_later = message_broker is not None and not transactional(message_broker)
         self._send_messages: Callable[[Sequence[Message]], Awaitable[None]] | None = getattr(
             message_broker, "send_messages", None
         )
@@ -94,6 +129,8 @@ class EventEmitter:
             MessageRejected: An integration event is too large, or its name or key too long. Nothing was sent.
             BrokerNotConfigured: An integration event was raised, and this emitter has no broker. Nothing was sent.
             NotAnEvent: An object cannot be an event, or its class is incomplete. Nothing was sent.
+            UnsupportedCapability: An event is scheduled, and the broker is not an outbox. Nothing was sent.
+            NotCommitted: The broker is an outbox, and the transaction of its messages was not committed.
             BrokerError: The send error of the message, or `MessagesNotSent` if there were several messages.
         """
         plan = self._plans.get(type(event)) or self._plan(type(event))
@@ -111,7 +148,7 @@ class EventEmitter:
         Call the handlers of the domain events in *raised*, in their order, and encode the integration events.
 
         The events that these handlers raise are added to the end of *raised*. Returns the messages to send after the
-        unit of work; empty if the broker is transactional, since it has stored them already.
+        unit of work. A transactional broker has stored them already; then it returns what `_send` checks.
 
         Raises:
             EventHandlersFailed: Handlers failed. All handlers of all events ran.
@@ -152,20 +189,59 @@ class EventEmitter:
         if refused:
             raise refused[0]
         if outgoing and transactional(self._broker):
+            return await self._store(outgoing, shared)
+        return outgoing
+
+    async def _store(self, outgoing: Outgoing, shared: Shared) -> Outgoing:
+        """Store *outgoing* in the transaction of this unit of work; in one of its own if it has none."""
+        if self._session_type is None:
             await self._send(outgoing)
             return []
-        return outgoing
+        if not has_scopes(shared):
+            async with scopes(shared):
+                return await self._store(outgoing, shared)
+        session = await self._session(shared)
+        broker = cast("TransactionalBroker[Any]", self._broker)
+        was_rolled_back = await broker.store(
+            [message for _, message in outgoing], [_due(event) for event, _ in outgoing], session
+        )
+        if was_rolled_back is None:
+            return []
+        stored = _Stored(outgoing)
+        stored.was_rolled_back = was_rolled_back
+        return stored
+
+    async def _session(self, shared: Shared) -> object:
+        """Return the session of the unit of work, from the container."""
+        if self._build_session is not None:
+            return await self._build_session(shared)
+        build = session_builder(self._used_container(), self._session_type, self._broker)
+        session = await build(shared)
+        # Two sessions are two transactions: nobody would commit the second one.
+        if await build(shared) is not session:
+            name = name_of(type(session))
+            raise ConfigurationError(
+                f"the container returns a new {name} each time; register it as scoped, so that the handlers of a unit "
+                "of work and the outbox have the same one"
+            )
+        self._build_session = build
+        return session
 
     async def _send(self, outgoing: Outgoing, *, is_observed: bool = False) -> None:
         """
         Send the messages that `_handle` returned, in their order. Stop at the first one that is not confirmed.
 
         Raises:
+            NotCommitted: The messages were stored, and their transaction was rolled back.
             BrokerError: The send error of the message, if there was only one message.
             MessagesNotSent: The broker did not confirm all of several messages.
         """
         broker, messages = self._broker, [message for _, message in outgoing]
         if not messages or broker is None:  # without a broker, `_handle` has refused every integration event
+            return
+        if isinstance(outgoing, _Stored):
+            if self._session_type is not None and outgoing.was_rolled_back():
+                raise NotCommitted([type(unwrapped(event)) for event, _ in outgoing], self._session_type)
             return
         if self._observer is not None and not is_observed:
             with self._observer.sending(messages):
@@ -193,15 +269,28 @@ class EventEmitter:
                     "mediators or consumers with different containers share this EventEmitter; pass a container to it"
                 )
             self._default_container = container
+        if self._session_type is not None:
+            if self._used_container() is not container:
+                raise ConfigurationError(
+                    "this EventEmitter stores in the transaction of the handlers, and has another container than they; "
+                    "pass no container to it"
+                )
+            session_builder(self._used_container(), self._session_type, self._broker)
         for event_type in self._event_map:
             # A consumer calls the handlers of integration events. This emitter may never send one.
             if not is_integration_event(event_type):
                 self._plan(event_type)
 
+    def _used_container(self) -> Resolver:
+        container = next((each for each in (self._container, self._default_container) if each is not None), None)
+        return Container() if container is None else container
+
     def _plan(self, event_type: type) -> _Plan:
         """Compute what to do with events of this type. Called once for each type."""
         if event_type is WithHeaders:
             plan = _Plan((), message=self._with_headers)
+        elif event_type is Scheduled:
+            plan = _Plan((), message=self._scheduled)
         elif is_integration_event(event_type):
             if self._broker is None:
                 raise BrokerNotConfigured(event_type)
@@ -218,8 +307,7 @@ class EventEmitter:
                     f"an object of {name_of(event_type)} was raised, which is neither an Event nor bound to a handler; "
                     "derive it from an event class"
                 )
-            container = next((each for each in (self._container, self._default_container) if each is not None), None)
-            container = Container() if container is None else container
+            container = self._used_container()
             plan = _Plan([PreparedHandler(handler, container) for handler in handlers])
         self._plans[event_type] = plan
         return plan
@@ -232,6 +320,53 @@ class EventEmitter:
         if plan.message is None:
             raise NotAnEvent(f"headers were passed with {name_of(event_type)}, which is not an integration event")
         return plan.message(raised.event, raised.headers)
+
+    def _scheduled(self, raised: Scheduled) -> Message:
+        event_type = type(raised.event)
+        if event_type is Scheduled:
+            raise NotAnEvent("a Scheduled was scheduled again; pass its event")
+        plan = self._plans.get(event_type) or self._plan(event_type)
+        if plan.message is None:
+            raise NotAnEvent(f"{name_of(event_type)} was scheduled, which is not an integration event")
+        if self._session_type is None:
+            raise UnsupportedCapability(
+                name_of(type(self._broker)),
+                ["an outbox (has no, needed is yes)"],
+                why="a scheduled event",
+                remedy="pass an Outbox as message_broker, whose relay sends the event when it is due",
+            )
+        return plan.message(raised.event)
+
+
+def unwrapped(event: Any) -> Any:
+    """Return the event itself of an event that was raised with headers, or for later."""
+    while isinstance(event, (WithHeaders, Scheduled)):
+        event = event.event
+    return event
+
+
+def _due(event: Any) -> Due:
+    return event.due if isinstance(event, Scheduled) else None
+
+
+def session_builder(container: Resolver, session_type: type | None, broker: object) -> BuildLater[Any]:
+    """
+    Return what gets the session of a unit of work from *container*: the one in which *broker* stores.
+
+    Raises:
+        ResolutionError: The container cannot build a *session_type*.
+        ConfigurationError: The container has one session for all units of work.
+    """
+    assert session_type is not None, "asked for a broker with sessions only"  # noqa: S101
+    name, asking = name_of(session_type), name_of(type(broker))
+    if not is_registered(container, session_type, default=True):
+        problem = f"{asking} stores in the {name} of a unit of work, which is not registered; register it as scoped"
+        raise ResolutionError([asking, name], problem)
+    if is_shared(container, session_type):
+        raise ConfigurationError(
+            f"{name} is registered as a singleton, and {asking} needs one for each unit of work; register it as scoped"
+        )
+    return builder(container, session_type)[1]
 
 
 def check_parts(*, event_map: object, container: object, message_broker: object) -> None:

@@ -227,7 +227,7 @@ class OpenTelemetry(Instrument):
         self._handled_for.record(handled.seconds, {**known.measured, **failed} if failed else known.measured)
         if processing.is_recording():  # otherwise it has ended before its dead letter was stored
             processing.set_attributes(outcome)
-        if handled.outcome != "acked":
+        if handled.outcome not in ("acked", "duplicate"):
             settling = {**known.delivered, **outcome, **failed, OPERATION: "settle", OPERATION_TYPE: "settle"}
             inside = trace.set_span_in_context(processing, Context())
             self._tracer.start_span(f"settle {known.destination}", inside, SpanKind.CLIENT, settling).end()

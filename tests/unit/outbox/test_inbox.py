@@ -1,0 +1,360 @@
+"""A consumer with an inbox: what a handler does in its transaction happens once."""
+
+import asyncio
+from datetime import timedelta
+
+import pytest
+
+from diator.brokers.memory import MemoryMessageBroker
+from diator.consumer import Consumer
+from diator.container import Container
+from diator.events import EventEmitter, EventHandler, Events
+from diator.exceptions import ConfigurationError, NotCommitted, ResolutionError
+from diator.outbox import Inbox, Outbox, UnitOfWork
+from tests.unit.consumer.helpers import ONCE, consume, consumer_of, outcomes, quick
+from tests.unit.doubles import WEAK, Noticed, Scripted, UserJoined, events_of, holding, running, until
+from tests.unit.outbox.ledger import Ledger, Transaction
+
+JOIN = UserJoined()
+
+
+@pytest.fixture
+def ledger():
+    return Ledger()
+
+
+@pytest.fixture
+def container(ledger):
+    container = Container()
+    container.register(Transaction, ledger.transaction)
+    return container
+
+
+async def on_joined(event: UserJoined, transaction: Transaction) -> None:
+    transaction.rows.append("on_joined")
+
+
+async def also_on_joined(event: UserJoined, transaction: Transaction) -> None:
+    transaction.rows.append("also_on_joined")
+
+
+class Joined(EventHandler[UserJoined]):
+    def __init__(self, transaction: Transaction) -> None:
+        self.transaction = transaction
+
+    async def handle(self, event: UserJoined) -> None:
+        self.transaction.rows.append("Joined")
+        self.events.append(UserJoined())
+
+
+async def twice():
+    """Return a broker that holds the same message twice."""
+    return await holding(JOIN, JOIN)
+
+
+async def test_a_duplicate_is_acknowledged_without_a_call(ledger, container):
+    reports = await consume(await twice(), on_joined, count=2, container=container, inbox=Inbox(ledger))
+
+    assert (outcomes(reports), ledger.rows) == (["acked", "duplicate"], ["on_joined"])
+    assert [report.reason for report in reports] == [None, None]
+    assert ledger.notes == {(JOIN.event_id, "diator", "on_joined")}
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+async def test_a_failure_leaves_no_note(ledger, container, concurrency):
+    failing = [LookupError(), LookupError(), None, None]
+
+    async def fails_twice(event: UserJoined, transaction: Transaction) -> None:
+        transaction.rows.append(1)
+        if error := failing.pop(0):
+            raise error
+
+    reports = await consume(
+        await holding(JOIN),
+        fails_twice,
+        container=container,
+        inbox=Inbox(ledger),
+        retry=quick(immediate_retries=1, delayed_retries=1),
+        count=2,
+        concurrency=concurrency,
+    )
+
+    assert (outcomes(reports), ledger.rows) == (["retried", "acked"], [1])
+
+
+async def test_each_handler_of_an_event_has_a_note_of_its_own(ledger, container):
+    failing = [LookupError(), None]
+
+    async def fails_once(event: UserJoined, transaction: Transaction) -> None:
+        if error := failing.pop(0):
+            raise error
+        transaction.rows.append("fails_once")
+
+    reports = await consume(
+        await twice(),
+        on_joined,
+        fails_once,
+        also_on_joined,
+        container=container,
+        inbox=Inbox(ledger),
+        retry=quick(delayed_retries=1),
+        count=3,
+    )
+
+    assert sorted(outcomes(reports)) == ["acked", "duplicate", "retried"]
+    assert sorted(ledger.rows) == ["also_on_joined", "fails_once", "on_joined"]
+
+
+async def test_a_delivery_is_a_duplicate_only_if_each_handler_had_succeeded(ledger, container):
+    broker, inbox = await holding(JOIN), Inbox(ledger)
+    await consume(broker, on_joined, container=container, inbox=inbox)
+    await EventEmitter(None, None, broker).emit(JOIN)
+
+    reports = await consume(broker, on_joined, also_on_joined, container=container, inbox=inbox)
+
+    assert (outcomes(reports), ledger.rows) == (["acked"], ["on_joined", "also_on_joined"])
+
+
+async def test_groups_do_not_share_their_notes(ledger, container):
+    for group in ("billing", "mail"):
+        broker = await twice_in(group)
+        await consume(broker, on_joined, count=2, container=container, inbox=Inbox(ledger), group=group)
+
+    assert ledger.rows == ["on_joined"] * 2
+
+
+async def test_an_inbox_may_name_its_group(ledger, container):
+    for group in ("billing", "mail"):
+        broker = await twice_in(group)
+        await consume(broker, on_joined, container=container, inbox=Inbox(ledger, group="shop"), group=group)
+
+    assert ledger.rows == ["on_joined"]
+
+
+async def twice_in(group):
+    broker = MemoryMessageBroker()
+    consumer, _ = consumer_of(broker, on_joined_without_transaction, group=group)
+    async with running(consumer):
+        await until(lambda: consumer.health().receiving)
+    for _ in range(2):
+        await EventEmitter(None, None, broker).emit(JOIN)
+    return broker
+
+
+async def on_joined_without_transaction(event: UserJoined) -> None: ...
+
+
+async def test_a_handler_that_asks_for_no_transaction_has_a_note_too(ledger, container):
+    calls = []
+
+    async def calling(event: UserJoined) -> None:
+        calls.append(event)
+
+    reports = await consume(await twice(), calling, count=2, container=container, inbox=Inbox(ledger))
+
+    assert (outcomes(reports), len(calls)) == (["acked", "duplicate"], 1)
+
+
+async def test_events_of_a_handler_are_stored_with_its_note(ledger, container):
+    broker = await twice()
+    outbox = Outbox(ledger, broker)
+
+    reports = await consume(broker, Joined, count=2, container=container, inbox=Inbox(ledger), outbox=outbox)
+
+    assert (outcomes(reports), ledger.rows, ledger.names) == (["acked", "duplicate"], ["Joined"], ["UserJoined"])
+    assert ledger.begun == 2
+
+
+async def test_an_outbox_without_an_inbox_stores_the_events_of_a_handler(ledger, container):
+    broker = await holding(JOIN)
+
+    await consume(broker, Joined, container=container, outbox=Outbox(ledger, broker))
+
+    assert (ledger.rows, ledger.names, ledger.begun) == (["Joined"], ["UserJoined"], 1)
+
+
+async def test_a_transaction_that_nobody_commits_fails_the_delivery(ledger):
+    container = Container()
+    container.register(Transaction, ledger.uncommitted)
+    broker = await holding(JOIN)
+
+    [report] = await consume(
+        broker, Joined, container=container, outbox=Outbox(ledger, broker), inbox=Inbox(ledger), retry=ONCE
+    )
+
+    assert (report.outcome, type(report.error)) == ("dead_lettered", NotCommitted)
+
+
+async def test_middlewares_surround_a_duplicate(ledger):
+    unit_of_work = UnitOfWork(ledger.begin)
+    container = Container()
+    container.register(Transaction, unit_of_work.session)
+
+    reports = await consume(
+        await twice(),
+        on_joined,
+        count=2,
+        container=container,
+        inbox=Inbox(ledger),
+        middlewares=[unit_of_work],
+    )
+
+    assert (outcomes(reports), ledger.rows, ledger.begun) == (["acked", "duplicate"], ["on_joined"], 2)
+
+
+# -- what would lose events is refused -------------------------------------------------------------------------------
+
+
+async def raising(event: UserJoined, events: Events) -> None: ...
+
+
+class Bare:
+    """A handler without a base class, whose class does not tell that it raises events."""
+
+    def __init__(self) -> None:
+        self.events = [UserJoined()]
+
+    async def handle(self, event: UserJoined) -> None: ...
+
+
+@pytest.mark.parametrize("handler", [raising, Joined])
+def test_an_inbox_without_an_outbox_is_refused_if_a_handler_can_raise_events(ledger, container, handler):
+    broker = MemoryMessageBroker()
+
+    with pytest.raises(ConfigurationError, match=rf"{handler.__name__} can raise events.*outbox=…"):
+        consumer_of(broker, handler, container=container, inbox=Inbox(ledger))
+
+    nobody_sends = EventEmitter(events_of(handler))
+    assert consumer_of(broker, handler, container=container, inbox=Inbox(ledger), event_emitter=nobody_sends)
+
+
+async def test_events_that_the_class_did_not_tell_of_roll_the_note_back(ledger, container):
+    [report] = await consume(await holding(JOIN), Bare, container=container, inbox=Inbox(ledger), retry=ONCE)
+
+    assert (report.outcome, type(report.error)) == ("dead_lettered", ConfigurationError)
+    assert "raised events" in str(report.error)
+    assert ledger.notes == set()
+
+
+async def test_domain_events_need_no_outbox(ledger, container):
+    async def joining(event: UserJoined, events: Events) -> None:
+        events.append(Noticed())
+
+    async def noticing(event: Noticed, transaction: Transaction) -> None:
+        transaction.rows.append("noticed")
+
+    emitter = EventEmitter(events_of(noticing))
+    reports = await consume(
+        await twice(), joining, count=2, container=container, inbox=Inbox(ledger), event_emitter=emitter
+    )
+
+    assert (outcomes(reports), ledger.rows) == (["acked", "duplicate"], ["noticed"])
+
+
+def test_stores_with_other_sessions_are_refused(ledger, container):
+    class Other(Ledger):
+        session_type = Ledger
+
+    container.register(Ledger, Other)
+    broker = MemoryMessageBroker()
+
+    with pytest.raises(ConfigurationError, match="make both of one store"):
+        consumer_of(broker, on_joined, container=container, inbox=Inbox(Other()), outbox=Outbox(ledger, broker))
+
+
+def test_a_session_that_is_not_registered_is_refused(ledger):
+    with pytest.raises(ResolutionError, match="Transaction of a unit of work, which is not registered"):
+        consumer_of(MemoryMessageBroker(), on_joined_without_transaction, inbox=Inbox(ledger))
+
+
+def test_a_transport_without_groups_needs_a_name(ledger, container):
+    broker = Scripted(capabilities=WEAK)
+
+    with pytest.raises(ConfigurationError, match=r"no groups; name the program in Inbox\(…, group=…\)"):
+        consumer_of(broker, on_joined, container=container, inbox=Inbox(ledger))
+
+    assert consumer_of(broker, on_joined, container=container, inbox=Inbox(ledger, group="shop"))
+
+
+def test_handlers_with_one_name_are_refused(ledger, container):
+    def make():
+        async def handler(event: UserJoined) -> None: ...
+
+        return handler
+
+    with pytest.raises(ConfigurationError, match="two handlers of UserJoined have the same name"):
+        consumer_of(MemoryMessageBroker(), make(), make(), container=container, inbox=Inbox(ledger))
+
+
+@pytest.mark.parametrize("part", [object(), Ledger(), MemoryMessageBroker(), Outbox])
+def test_an_outbox_must_be_one(container, part):
+    with pytest.raises(ConfigurationError, match="outbox must be"):
+        consumer_of(MemoryMessageBroker(), on_joined, container=container, outbox=part)
+
+
+@pytest.mark.parametrize("part", [object(), MemoryMessageBroker(), Inbox])
+def test_an_inbox_must_be_one(container, part):
+    with pytest.raises(ConfigurationError, match="inbox must be"):
+        consumer_of(MemoryMessageBroker(), on_joined, container=container, inbox=part)
+
+
+def test_an_outbox_and_an_emitter_are_not_passed_together(ledger, container):
+    broker = MemoryMessageBroker()
+
+    with pytest.raises(ConfigurationError, match="pass it to the EventEmitter"):
+        Consumer(
+            broker,
+            event_map=events_of(on_joined),
+            container=container,
+            event_emitter=EventEmitter(),
+            outbox=Outbox(ledger, broker),
+        )
+
+
+@pytest.mark.parametrize(
+    "options", [{"group": ""}, {"group": 1}, {"keep": 7}, {"keep": timedelta(hours=1)}, {"keep": timedelta(-1)}]
+)
+def test_options_of_an_inbox_are_checked(ledger, options):
+    with pytest.raises(ConfigurationError, match=next(iter(options))):
+        Inbox(ledger, **options)
+
+
+# -- old notes -------------------------------------------------------------------------------------------------------
+
+
+class Pruned(Ledger):
+    """It has *left* old notes, and fails once."""
+
+    def __init__(self, left) -> None:
+        super().__init__()
+        self.left, self.calls, self.fails = left, [], True
+
+    async def prune(self, *, keep, limit):
+        self.calls.append((keep, limit))
+        if self.fails:
+            self.fails = False
+            raise OSError
+        pruned = min(limit, self.left)
+        self.left -= pruned
+        return pruned
+
+
+async def test_old_notes_are_deleted_while_a_consumer_runs(caplog):
+    store, container = Pruned(12_000), Container()
+    container.register(Transaction, store.transaction)
+    inbox = Inbox(store, keep=timedelta(days=2))
+    consumers = [consumer_of(MemoryMessageBroker(), on_joined, container=container, inbox=inbox)[0] for _ in range(2)]
+
+    async with running(consumers[0]):
+        async with running(consumers[1]):
+            await asyncio.sleep(1)
+        while store.left:  # noqa: ASYNC110  # the clock is virtual
+            await asyncio.sleep(600)
+    called = len(store.calls)
+    await asyncio.sleep(24 * 3600)
+
+    assert {*store.calls} == {(timedelta(days=2), 5_000)}
+    assert len(store.calls) == called
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "old notes of the inbox were not deleted: OSError; it is tried again"
+    ]
