@@ -6,6 +6,7 @@ import asyncio
 import math
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from inspect import Signature, signature
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 from urllib.parse import urlsplit
@@ -179,6 +180,21 @@ async def subscribing_connection(client: Client, *, within: float) -> RedisConne
 async def release_connection(client: Client, connection: RedisConnection) -> None:
     """Return *connection* to the pool of *client*, open."""
     await client.connection_pool.release(connection)
+
+
+async def hang_up(connection: RedisConnection, *, within: float) -> None:
+    """
+    End *connection*, and wait until Redis has ended it too, for *within* seconds at most. Replies are dropped.
+
+    Redis has then executed what was sent on it, and serves no read that waits there. Commands on another connection
+    could otherwise overtake that, on the network or in a proxy.
+    """
+    if (writer := _writer_of(connection)) is not None:
+        with suppress(*CLIENT_ERRORS):
+            async with asyncio.timeout(within):
+                (writer.write_eof if writer.can_write_eof() else writer.close)()  # TLS closes with a message instead
+                while True:
+                    await read_reply(connection)
 
 
 async def close_connection(client: Client, connection: RedisConnection) -> None:

@@ -21,6 +21,7 @@ from diator.brokers.redis._client import (
     Client,
     RedisConnection,
     close_connection,
+    hang_up,
     read_reply,
     require_pool,
     send_command,
@@ -30,7 +31,7 @@ from diator.brokers.redis._connection import CommandConnection
 from diator.brokers.redis._group import Entry, Group, ms
 from diator.brokers.redis._names import AGAIN, DELAYED
 from diator.brokers.settling import Acknowledgements, dead_letter_headers
-from diator.brokers.supervisor import MessagesMissed, ResilientSubscription, Source, SubscriptionSettings
+from diator.brokers.supervisor import CLEANING_UP, MessagesMissed, ResilientSubscription, Source, SubscriptionSettings
 from diator.exceptions import DiatorError
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -139,7 +140,11 @@ class Subscription(ResilientSubscription):
         try:
             yield Connection(connection, self)
         finally:
-            await close_connection(self._client, connection)
+            try:
+                if self.is_ending:  # `leave` must see all that was delivered on this connection
+                    await hang_up(connection, within=min(self._service.timeout, CLEANING_UP) / 2)
+            finally:
+                await close_connection(self._client, connection)
 
     def delivery(self, stream: bytes, id_: bytes, pairs: Sequence[bytes], times: int) -> Delivery:
         """Make a delivery of an entry that Redis has delivered *times* times."""
@@ -271,9 +276,10 @@ class Subscription(ResilientSubscription):
             async with asyncio.timeout(self._service.timeout):
                 await self.leases.end()
                 await self._acked.flush()
-                delivered = {*self.leases}.difference(cast("Entry", delivery.token) for delivery in prefetched)
+                held = {*self.leases}.difference(cast("Entry", delivery.token) for delivery in prefetched)
+                delivered = self._not_settled.union(entry.id for entry in held)
                 for stream in self.topics:
-                    await self._leave(stream, {entry.id for entry in delivered if entry.stream == stream})
+                    await self._leave(stream, delivered)
         except TimeoutError:
             logger.warning("Redis does not answer; others take over the unsettled messages when their lease is over")
 
