@@ -18,7 +18,7 @@ from aiokafka.client import ConnectionGroup
 from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.protocol.fetch import FetchRequest
-from aiokafka.protocol.group import LeaveGroupRequest
+from aiokafka.protocol.group import JoinGroupRequest, LeaveGroupRequest, SyncGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
 from diator._extras import require_internals
@@ -63,6 +63,7 @@ INTERNALS = {
 }
 require_internals("aiokafka", INTERNALS)
 
+_JOINING = frozenset({JoinGroupRequest, SyncGroupRequest})
 _DECOMPRESSED_BYTES = 8 * 1024 * 1024
 """How many bytes a batch may have when it is decompressed, unless `max_message_bytes` is more than half of it."""
 
@@ -135,6 +136,7 @@ class KafkaConsumer:
         self._most = max(_DECOMPRESSED_BYTES, 2 * options.max_message_bytes)
         self._answers = defaultdict[TopicPartition, dict[int, bytes]](dict)  # by the offset that was asked for
         self._corrupt: set[tuple[TopicPartition, int]] = set()
+        self._joining: asyncio.Task[Any] | None = None  # the last request that Kafka may answer when others have joined
         self._ask = self._consumer._client.send  # noqa: SLF001
         self._consumer._client.send = self._send  # noqa: SLF001
 
@@ -142,8 +144,12 @@ class KafkaConsumer:
         """
         Send a request of the client, and keep what Kafka answers to a fetch: the client does not show its bytes.
 
-        The former leader of a partition may answer later than the new one, so there may be several answers.
+        The former leader of a partition may answer later than the new one, so there may be several answers. A request
+        to join the group goes on if the client is cancelled: see `leave_group`.
         """
+        if type(request) in _JOINING:
+            self._joining = asyncio.create_task(self._ask(node, request, **options), name="diator: joining a group")
+            return await asyncio.shield(self._joining)
         answer = await self._ask(node, request, **options)
         if type(request) is FetchRequest:
             asked = {(topic, number): offset for topic, places in request.topics for number, offset, _ in places}
@@ -170,7 +176,7 @@ class KafkaConsumer:
 
     def _client_tasks(self) -> list[asyncio.Task[Any] | None]:
         fetcher, coordinator = self._consumer._fetcher, self._consumer._coordinator  # noqa: SLF001
-        tasks: list[asyncio.Task[Any] | None] = []
+        tasks: list[asyncio.Task[Any] | None] = [self._joining]
         if fetcher is not None:
             tasks += [fetcher._fetch_task, *fetcher._pending_tasks]  # noqa: SLF001
         if coordinator is not None and self._group_id is None:
@@ -331,13 +337,19 @@ class KafkaConsumer:
         coordinator = self._consumer._coordinator  # noqa: SLF001
         if coordinator is None:
             return  # it never started
-        # The client's own way waits for a rebalance that is under way, and on the connection that it blocks.
+        # The client's own way waits for a rebalance that is under way.
         await end_tasks([coordinator._coordination_task, coordinator._heartbeat_task])  # noqa: SLF001
-        if coordinator.member_id and coordinator.coordinator_id is not None:
-            request = LeaveGroupRequest(coordinator.group_id, coordinator.member_id)
-            # On its other connection Kafka answers only after the fetch that waits there.
+        member_id, joining = coordinator.member_id, self._joining
+        if joining is not None and not member_id:
+            await asyncio.wait([joining])  # Kafka answers at once with an id, for which the whole group waits
+            member_id = "" if joining.exception() else joining.result().member_id
+        if member_id and coordinator.coordinator_id is not None:
+            # On each connection Kafka answers one request after the other: there after a join, here after a fetch.
+            is_free = joining is None or joining.done()
             await self._consumer._client.send(  # noqa: SLF001
-                coordinator.coordinator_id, request, group=ConnectionGroup.COORDINATION
+                coordinator.coordinator_id,
+                LeaveGroupRequest(coordinator.group_id, member_id),
+                group=ConnectionGroup.COORDINATION if is_free else ConnectionGroup.DEFAULT,
             )
 
 
