@@ -25,7 +25,7 @@ async def has_left(proxy) -> bool:
 
 
 async def test_a_read_that_arrives_when_its_consumer_leaves(leaving, patient, proxy, monkeypatch) -> None:
-    """The commands that give messages back go another way, and may overtake the one that takes them."""
+    """The commands that return messages go another way, and may overtake the one that takes them."""
     reading, send_command = asyncio.Event(), _subscription.send_command
 
     async def note(*command) -> None:
