@@ -16,7 +16,7 @@ from diator._deadlines import Deadline, Deadlines
 from diator._handlers import PreparedHandler
 from diator._hints import name_of
 from diator._log import RepeatedLines
-from diator._text import listed, printable
+from diator._text import counted, listed, printable
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.codec import Envelope, decode, decode_envelope, decode_with, event_decoder
 from diator.brokers.message import Codec
@@ -448,7 +448,7 @@ class Handling:
         self._log_errors = log_errors
         self._observer = observer
         self._on_handled = _both(observer, on_handled)
-        self._lines = RepeatedLines(logger)
+        self._lines = RepeatedLines(logger, {"group": group})
         self._workers: list[Worker] = []
         self.dead_lettering: set[asyncio.Task[None]] = set()
         self.make_room: Callable[[int], None] = lambda _: None
@@ -744,8 +744,8 @@ class Handling:
     def _unhandled(self, delivery: Delivery, message: Envelope | DecodingError) -> _Result:
         """Return why *delivery* is not handled."""
         if delivery.attempt > self._max_deliveries:
-            ended = f"{delivery.attempt - 1} deliveries ended without success, more than the retry policy allows"
-            return _Result(f"poison-message: {ended}")
+            ended = counted(delivery.attempt - 1, "delivery", "deliveries")
+            return _Result(f"poison-message: {ended} ended without success, more than the retry policy allows")
         if isinstance(message, DecodingError):
             return _Result(printable(f"undecodable: {message}"), message)
         # Whoever may write to one topic must not choose the handler of another one.
@@ -902,8 +902,8 @@ class Handling:
         self._lines.log(
             logging.INFO,
             f"{name} succeeded after immediate retries ({failure})",
-            "%s %s succeeded after %d immediate %s (%s)",
-            *(name, message.message_id, retries, "retry" if retries == 1 else "retries", failure),
+            "%s %s succeeded after %s (%s)",
+            *(name, message.message_id, counted(retries, "immediate retry", "immediate retries"), failure),
             exc_info=self._traceback(next(iter(healed.values()))),
             fields=lambda: {**log_fields(), **_topic_fields(message), "retries": retries},
         )

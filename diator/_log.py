@@ -18,10 +18,15 @@ class RepeatedLines:
 
     A period begins with the first line after the last one. Only the number of further lines is kept, never their text.
     What is logged at the end of a period belongs to no message. It is used in a running event loop.
+
+    Args:
+        logger: Where it logs.
+        fields: The attributes that each record has.
     """
 
-    def __init__(self, logger: logging.Logger) -> None:
+    def __init__(self, logger: logging.Logger, fields: Mapping[str, object]) -> None:
         self._logger = logger
+        self._fields = fields
         self._counts: dict[tuple[int, str], int] = {}
         self._began = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -33,12 +38,12 @@ class RepeatedLines:
         text: str,
         *args: object,
         exc_info: bool | BaseException | None = None,
-        fields: Callable[[], Mapping[str, object] | None] = lambda: None,
+        fields: Callable[[], Mapping[str, object]] = dict,
     ) -> None:
         """
         Log *text* with *args*, unless there were enough lines of this *kind*, which names them in their summary.
 
-        *fields* returns the attributes of the record. It is called only if there is one.
+        *fields* returns further attributes of the record. It is called only if there is one.
         """
         if self._timer is None:
             loop = asyncio.get_running_loop()
@@ -46,7 +51,8 @@ class RepeatedLines:
             self._timer = loop.call_later(PERIOD, self.flush, context=Context())
         count = self._counts[level, kind] = self._counts.get((level, kind), 0) + 1
         if count <= MAX_LINES:
-            self._logger.log(level, text, *args, exc_info=exc_info, stacklevel=2, extra=fields())
+            extra = {**fields(), **self._fields}
+            self._logger.log(level, text, *args, exc_info=exc_info, stacklevel=2, extra=extra)
 
     def flush(self) -> None:
         """End the period, and log how many lines were left out in it."""
@@ -60,4 +66,5 @@ class RepeatedLines:
             if count > MAX_LINES:
                 more = count - MAX_LINES
                 line = "%s: and %s more in %.0f s"
-                self._logger.log(level, line, kind, f"{more:,}", seconds, extra={"more": more})
+                extra = {**self._fields, "more": more, "seconds": seconds}
+                self._logger.log(level, line, kind, f"{more:,}", seconds, extra=extra)

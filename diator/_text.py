@@ -17,6 +17,11 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:_MAX_NAMES])}{further}"
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """Return *count* with its noun, as in `1 message` and `2 messages`. *many* is by default *one* and an s."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
 def printable(text: str) -> str:
     """
     Return *text* as one line that is safe in a log, a header and a terminal.

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 from diator._handling import Handling, current_task, inbox_of, routes, set_delivery
 from diator._hints import described, name_of
 from diator._running import CANCEL_TIMEOUT, Running
-from diator._text import listed
+from diator._text import counted, listed
 from diator.brokers.base import Delivery, Gap, ReadableBroker
 from diator.brokers.capabilities import Capabilities, require
 from diator.brokers.codec import Envelope
@@ -364,9 +364,10 @@ class Consumer(Running):
         finally:
             self._lanes.close()
             if left := len(self._handling.in_flight):
-                logger.warning(
-                    "stopped before %d deliveries were handled; they stay unsettled", left, extra=self._fields()
-                )
+                handled = counted(left, "delivery was", "deliveries were")
+                end = "it stays" if left == 1 else "they stay"
+                extra = {**self._fields(), "messages": left}
+                logger.warning("stopped before %s handled; %s unsettled", handled, end, extra=extra)
             if any(task.cancelled() for task in tasks):
                 lost = BrokerUnavailable(
                     "the subscription was cancelled, perhaps by the client library; create another Consumer"
@@ -377,9 +378,9 @@ class Consumer(Running):
                 each.cancel()
             _, running = await asyncio.wait(ending, timeout=CANCEL_TIMEOUT)
             if running:
-                logger.error(
-                    "%d handlers ignored their cancellation and are still running", len(running), extra=self._fields()
-                )
+                ignored = counted(len(running), "handler ignored its", "handlers ignored their")
+                are = "is" if len(running) == 1 else "are"
+                logger.error("%s cancellation and %s still running", ignored, are, extra=self._fields())
         for task in tasks:
             if task.done() and not task.cancelled():
                 task.result()

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from diator._hints import described, name_of
 from diator.brokers.message import Message, Topic, check_headers
-from diator.context import MessageContext
+from diator.context import MessageContext, log_fields
 from diator.exceptions import ConfigurationError
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -135,9 +135,10 @@ class Observer:
         """Log *error*, unless one of its type was logged for this method."""
         if (kind := (method, type(error))) not in self._logged:
             self._logged.add(kind)
-            name = name_of(type(self._instrument))
+            name, error_type = name_of(type(self._instrument)), name_of(type(error))
             line = "%s.%s failed with %s; diator ignores this, and logs it once"
-            logger.error(line, name, method, name_of(type(error)), exc_info=error)
+            fields = {**log_fields(), "instrument": name, "method": method, "error_type": error_type}
+            logger.error(line, name, method, error_type, exc_info=error, extra=fields)
 
 
 def _checked(headers: Mapping[str, str]) -> Mapping[str, str]:

@@ -11,6 +11,7 @@ from diator.brokers.message import Codec
 from diator.brokers.sending import MessageBroker
 from diator.container import Container
 from diator.container.base import Resolver, Shared
+from diator.context import log_fields
 from diator.events import EventEmitter, EventMap
 from diator.events._emitter import OUTGOING, Outgoing, check_parts, check_type, unwrapped
 from diator.events._headers import HeaderSource
@@ -181,8 +182,16 @@ class Mediator:
         except Exception as error:
             raise _not_sent(outgoing, response) from error
         except BaseException:
-            ids = ", ".join(str(message.message_id) for _, message in outgoing)
-            logger.warning("cancelled while sending the events of a handled request; messages may not be sent: %s", ids)
+            ids = [str(message.message_id) for _, message in outgoing]
+            logger.warning(
+                "cancelled while sending the events of a handled request; messages may not be sent: %s",
+                ", ".join(ids),
+                extra={
+                    **log_fields(),
+                    "message_ids": ids,
+                    "message_names": sorted({message.message_name for _, message in outgoing}),
+                },
+            )
             raise
 
 

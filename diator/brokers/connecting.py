@@ -6,12 +6,13 @@ import asyncio
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from contextvars import Context
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+from diator._hints import name_of
 from diator._text import explained
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities, require
@@ -104,6 +105,7 @@ class ClientConnection(ABC, Generic[L]):
 
     Attributes:
         where: The address of the service, without credentials, for logs.
+        broker: The name of the class of its broker, for logs; `ServiceBroker` sets it.
         subscriptions: The open subscriptions of the same broker. They end with it.
         timeout: The time limit for each call, in seconds.
         reconnect: The delays and time limits of the broker. Its own delays are shorter than `timeout` / 2.
@@ -111,6 +113,7 @@ class ClientConnection(ABC, Generic[L]):
 
     def __init__(self, where: str, *, timeout: float, reconnect: ReconnectPolicy) -> None:
         self.where = where
+        self.broker: str | None = None
         self.subscriptions: set[ResilientSubscription] = set()
         self.timeout = timeout
         self.reconnect = reconnect
@@ -130,6 +133,11 @@ class ClientConnection(ABC, Generic[L]):
         self._connecting: asyncio.Task[None] | None = None
         self._failure: Exception | None = None  # of the last attempt, and where it was raised
         self._failed_at: TracebackType | None = None
+
+    @property
+    def log_fields(self) -> Mapping[str, object]:
+        """The attributes of each log record about it."""
+        return {"broker": self.broker, "where": self.where}
 
     @property
     def is_closed(self) -> bool:
@@ -193,14 +201,15 @@ class ClientConnection(ABC, Generic[L]):
                 async with asyncio.timeout(self._reconnect.connect_timeout):
                     self._link = await self._connect()
                 if self._failure is not None and self._was_connected:
-                    logger.info("connected to %s again", self.where)
+                    logger.info("connected to %s again", self.where, extra=self.log_fields)
                 self._failure, self._was_connected = None, True
             except (Exception, asyncio.CancelledError) as error:  # whatever the client library raises
                 if isinstance(error, asyncio.CancelledError) and this is not None and this.cancelling():
                     raise  # otherwise the client library has cancelled its own work
                 if self._failure is None and self._was_connected:  # else nothing is lost: the callers get the error
                     why = explained(error, within=self._reconnect.connect_timeout)
-                    logger.warning("no connection to %s (%s); the next calls try again", self.where, why)
+                    fields = {**self.log_fields, "reason": why, "error_type": name_of(type(error))}
+                    logger.warning("no connection to %s (%s); the next calls try again", self.where, why, extra=fields)
                 self._failed = self._attempts
                 self._failure = error if isinstance(error, Exception) else ConnectionError("connecting was cancelled")
                 self._failed_at = self._failure.__traceback__
@@ -258,6 +267,7 @@ class ServiceBroker(ABC, Generic[S]):
 
     def __init__(self, service: S) -> None:
         self._service = service
+        service.broker = type(self).__name__
 
     @property
     def where(self) -> str:
@@ -294,6 +304,7 @@ class ServiceBroker(ABC, Generic[S]):
         settings = SubscriptionSettings(
             topics=topics,
             group=group,
+            broker=type(self).__name__,
             prefetch=prefetch,
             on_gap=on_gap,
             reconnect=self._service.reconnect,

@@ -10,7 +10,8 @@ from typing import Generic, TypeVar, cast
 
 import msgspec
 
-from diator._text import explained
+from diator._hints import name_of
+from diator._text import counted, explained
 from diator.brokers.supervisor import ResilientSubscription, end_task
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -114,8 +115,13 @@ class Leases(Generic[T]):
             try:
                 await self._renew_all()
             except Exception as error:  # noqa: BLE001  # whatever failed, there is time for another attempt
-                count = len(self._held)
-                logger.warning("the leases of %d messages could not be renewed: %s", count, explained(error))
+                held = len(self._held)
+                logger.warning(
+                    "the leases of %s could not be renewed: %s",
+                    counted(held, "message"),
+                    explained(error),
+                    extra={**self._subscription.log_fields, "messages": held, "error_type": name_of(type(error))},
+                )
 
     async def _renew_all(self) -> None:
         held, until = {*self._held}, monotonic() + self._lease

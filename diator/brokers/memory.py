@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Self
 from uuid import UUID
 
+from diator._text import counted
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode
@@ -96,9 +97,9 @@ class MemoryMessageBroker:
     def _put(self, topic: Topic, body: bytes, message_id: UUID | None = None, codec: Codec | None = None) -> None:
         queues = [queue for queue in self._queues if topic in queue.topics]
         if any(len(queue) >= self._capacity for queue in queues) or (not queues and len(self._kept) >= self._capacity):
+            waiting = counted(self._capacity, "message is waiting", "messages are waiting")
             raise MessageRejected(
-                f"a queue of {topic.message_name} is full, {self._capacity:,} messages are waiting; start a consumer "
-                "or raise capacity",
+                f"a queue of {topic.message_name} is full, {waiting}; start a consumer or raise capacity",
                 message_id=message_id,
             )
         for queue in queues or [self._kept]:

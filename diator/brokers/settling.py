@@ -9,6 +9,8 @@ from contextvars import Context
 from datetime import UTC, datetime
 from typing import Generic, TypeVar
 
+from diator._hints import name_of
+from diator._text import counted
 from diator.brokers.base import Delivery
 from diator.brokers.connecting import BackgroundTasks
 from diator.exceptions import DiatorError
@@ -32,12 +34,13 @@ class Acknowledgements(Generic[T]):
     Sends acknowledgements in batches, because a round trip for each message would dominate a consumer's time.
 
     *send* is called with the added items, in their order: as soon as there are 100, and otherwise 2 ms after the first
-    one. It runs in the background, and several calls may overlap. If it raises an error of diator, the error is logged;
-    the service redelivers those messages.
+    one. It runs in the background, and several calls may overlap. If it raises an error of diator, the error is logged
+    with *log_fields*, those of the subscription; the service redelivers those messages.
     """
 
-    def __init__(self, send: Callable[[Sequence[T]], Awaitable[None]]) -> None:
+    def __init__(self, send: Callable[[Sequence[T]], Awaitable[None]], log_fields: Mapping[str, object]) -> None:
         self._send = send
+        self._log_fields = log_fields
         self._pending: list[T] = []
         self._timer: asyncio.TimerHandle | None = None
         self._background = BackgroundTasks()
@@ -69,9 +72,11 @@ class Acknowledgements(Generic[T]):
             await self._send(batch)
         except DiatorError as error:
             logger.warning(
-                "%d acknowledgements did not reach the service; their messages will be redelivered: %s",
-                len(batch),
+                "%s did not reach the service; %s will be redelivered: %s",
+                counted(len(batch), "acknowledgement"),
+                "its message" if len(batch) == 1 else "their messages",
                 error,
+                extra={**self._log_fields, "messages": len(batch), "error_type": name_of(type(error))},
             )
 
 

@@ -19,6 +19,7 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Protocol, Self
 
+from diator._hints import name_of
 from diator._log import RepeatedLines
 from diator._text import explained, listed
 from diator.brokers.base import Delivery, Gap, OnGap, Topic
@@ -128,6 +129,7 @@ class SubscriptionSettings:
     Attributes:
         topics: What the subscription reads. Logs name the subscription by *topics* and *group*.
         group: Its consumer group; None for a subscription without a group.
+        broker: The name of the class of the broker, for logs.
         prefetch: How many deliveries may be handed out and unsettled. At this number it hands out no further one,
             except those for which the program calls `make_room`.
         on_gap: Called when messages may have been missed.
@@ -138,6 +140,7 @@ class SubscriptionSettings:
 
     topics: Collection[Topic]
     group: str | None
+    broker: str
     prefetch: int
     on_gap: OnGap | None
     reconnect: ReconnectPolicy
@@ -168,6 +171,7 @@ class ResilientSubscription(ABC):
     Attributes:
         settings: See above.
         reconnects: How often the subscription had to reconnect.
+        log_fields: The attributes of each log record about it: `broker`, `group` and `message_names`.
         lines: Logs, under the name of the transport's module, what a sender can cause thousands of times.
         unsettled: How many deliveries of this subscription are not settled, handed out or not. The transport counts
             them. After it has lowered the count it calls `notify_settled`. A transport without settlement leaves it at
@@ -196,7 +200,12 @@ class ResilientSubscription(ABC):
         self._probed_at: deque[float] = deque()  # the probes without an answer
         self._has_connection = False
         self.reconnects: int = 0
-        self.lines: RepeatedLines = RepeatedLines(logging.getLogger(type(self).__module__))
+        self.log_fields: Mapping[str, object] = {
+            "broker": settings.broker,
+            "group": settings.group,
+            "message_names": sorted(topic.message_name for topic in settings.topics),
+        }
+        self.lines: RepeatedLines = RepeatedLines(logging.getLogger(type(self).__module__), self.log_fields)
         self._end_error: DiatorError | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._opens_or_closes = False  # a connection, which a second cancellation would leave open
@@ -359,7 +368,7 @@ class ResilientSubscription(ABC):
             try:
                 on_gap(Gap(since=since, until=datetime.now(UTC), reason=reason))
             except Exception:
-                logger.exception("on_gap failed")
+                logger.exception("on_gap failed", extra=self.log_fields)
 
     async def aclose(self) -> None:
         """End the subscription because its broker is closed. Every wait for a delivery raises `BrokerClosed`."""
@@ -407,7 +416,7 @@ class ResilientSubscription(ABC):
                     if not ready.done():
                         ready.set_result(None)
                     if lost is not None:
-                        logger.info("%s is reconnected", self._name)
+                        logger.info("%s is reconnected", self._name, extra=self.log_fields)
                     if lost is not None and missed:
                         self.report_gap(*lost)
                     lost, missed = None, self._lossy
@@ -429,7 +438,8 @@ class ResilientSubscription(ABC):
                 self.reconnects += 1
                 missed = missed or isinstance(error, MessagesMissed)
                 reason = explained(error)
-                logger.warning("%s has no connection (%s); reconnecting", self._name, reason)
+                fields = {**self.log_fields, "reason": reason, "error_type": name_of(type(error))}
+                logger.warning("%s has no connection (%s); reconnecting", self._name, reason, extra=fields)
                 lost = lost or (datetime.now(UTC) - timedelta(seconds=loop.time() - self._complete_until), reason)
             self._opens_or_closes = False
             if loop.time() - ready_at >= policy.reset_after:

@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, Self, TypeVar
 
+from diator._text import counted
 from diator.brokers.base import Delivery, Gap, OnGap, Settler, Topic
 from diator.brokers.memory import MemoryMessageBroker
 from diator.brokers.message import Message
@@ -327,9 +328,9 @@ class FaultyMessageBroker(MemoryMessageBroker):
         try:
             done, _ = await asyncio.wait({idle, *running}, timeout=within, return_when=asyncio.FIRST_COMPLETED)
             if not done:
-                raise TimeoutError(
-                    f"after {within:g} s, {self._waiting} messages are waiting and {self._unsettled} are not settled"
-                )
+                waiting = counted(self._waiting, "message is waiting", "messages are waiting")
+                unsettled = counted(self._unsettled, "is not settled", "are not settled")
+                raise TimeoutError(f"after {within:g} s, {waiting} and {unsettled}")
         finally:
             if not idle.done():
                 idle.cancel()

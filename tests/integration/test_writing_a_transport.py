@@ -126,7 +126,7 @@ async def test_a_subscription_receives_what_a_client_has_pushed():
     topics, handed_out = [page.Topic("event", "first"), page.Topic("event", "second")], []
     policy = page.ReconnectPolicy(idle_timeout=0.05, probe_timeout=20.0, max_delay=0.0)
     settings = page.SubscriptionSettings(
-        topics=topics, group="g", prefetch=1, on_gap=None, reconnect=policy, registry=set()
+        topics=topics, group="g", broker="B", prefetch=1, on_gap=None, reconnect=policy, registry=set()
     )
     subscription = Subscription(settings, lossy=False)
     async with subscription as deliveries, asyncio.timeout(20):

@@ -17,6 +17,7 @@ from diator.instruments import Instrument
 from diator.mediator import Mediator
 from diator.requests import Request, RequestHandler, RequestMap
 from diator.testing import Recorder
+from tests.records import fields
 from tests.unit.consumer.helpers import consumer_of, quick
 from tests.unit.doubles import FULL, Scripted, UserJoined, body_of, events_of, running, until
 
@@ -369,6 +370,9 @@ async def test_an_instrument_that_fails_is_logged_once_and_changes_nothing(caplo
         assert logged
         assert f"Broken.{name} failed with ZeroDivisionError" in logged[0].getMessage()
         assert "canary" not in logged[0].getMessage()
+        of_all = {"instrument": "Broken", "method": name, "error_type": "ZeroDivisionError"}
+        assert fields(logged[0]).items() > of_all.items()
+        assert "message_id" in fields(logged[0])
 
 
 @pytest.mark.parametrize("name", ["handling", "sending"])

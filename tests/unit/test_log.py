@@ -5,6 +5,7 @@ import logging
 
 from diator._log import MAX_LINES, PERIOD, RepeatedLines
 from diator.context import ContextFilter, correlated
+from tests.records import fields
 
 LOGGER = logging.getLogger("tests.repeated")
 
@@ -14,7 +15,7 @@ def texts(caplog):
 
 
 async def test_the_first_lines_of_a_kind_are_logged_at_once_and_the_others_counted(caplog):
-    lines = RepeatedLines(LOGGER)
+    lines = RepeatedLines(LOGGER, {"group": "g"})
     for number in range(10_000):
         lines.log(logging.ERROR, "it failed", "%d failed", number)
 
@@ -27,7 +28,7 @@ async def test_the_first_lines_of_a_kind_are_logged_at_once_and_the_others_count
 
 
 async def test_each_kind_has_lines_of_its_own(caplog):
-    lines = RepeatedLines(LOGGER)
+    lines = RepeatedLines(LOGGER, {"group": "g"})
     for _ in range(MAX_LINES + 1):
         lines.log(logging.ERROR, "one", "one failed")
     lines.log(logging.ERROR, "another", "another failed")
@@ -41,7 +42,7 @@ async def test_each_kind_has_lines_of_its_own(caplog):
 
 
 async def test_a_new_period_begins_with_the_next_line(caplog):
-    lines = RepeatedLines(LOGGER)
+    lines = RepeatedLines(LOGGER, {"group": "g"})
     for _ in range(3):
         for _ in range(MAX_LINES + 2):
             lines.log(logging.ERROR, "it failed", "it failed")
@@ -51,7 +52,7 @@ async def test_a_new_period_begins_with_the_next_line(caplog):
 
 
 async def test_the_count_is_not_lost_at_the_end(caplog):
-    lines = RepeatedLines(LOGGER)
+    lines = RepeatedLines(LOGGER, {"group": "g"})
     for _ in range(MAX_LINES + 2):
         lines.log(logging.ERROR, "it failed", "it failed")
     await asyncio.sleep(15)
@@ -67,7 +68,7 @@ async def test_the_count_is_not_lost_at_the_end(caplog):
 
 
 async def test_without_further_lines_nothing_is_added(caplog):
-    lines = RepeatedLines(LOGGER)
+    lines = RepeatedLines(LOGGER, {"group": "g"})
     for _ in range(MAX_LINES):
         lines.log(logging.ERROR, "it failed", "it failed")
     lines.flush()
@@ -77,7 +78,7 @@ async def test_without_further_lines_nothing_is_added(caplog):
 
 async def test_the_summary_belongs_to_no_message(caplog):
     caplog.handler.addFilter(adds_fields := ContextFilter())
-    lines = RepeatedLines(LOGGER)
+    lines = RepeatedLines(LOGGER, {"group": "g"})
     with correlated("of-the-first"):
         for _ in range(MAX_LINES + 1):
             lines.log(logging.ERROR, "it failed", "it failed")
@@ -85,3 +86,12 @@ async def test_the_summary_belongs_to_no_message(caplog):
     caplog.handler.removeFilter(adds_fields)
 
     assert [record.correlation_id for record in caplog.records] == ["of-the-first"] * MAX_LINES + [None]
+    assert {record.group for record in caplog.records} == {"g"}
+    assert (caplog.records[-1].more, caplog.records[-1].seconds) == (1, PERIOD)
+
+
+async def test_a_line_has_the_fields_of_all_lines_and_its_own(caplog):
+    lines = RepeatedLines(LOGGER, {"group": "g"})
+    lines.log(logging.ERROR, "it failed", "it failed", fields=lambda: {"group": None, "reason": "odd"})
+
+    assert fields(caplog.records[0]) == {"group": "g", "reason": "odd"}

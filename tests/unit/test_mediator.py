@@ -26,6 +26,7 @@ from diator.exceptions import (
 from diator.instruments import Instrument
 from diator.mediator import Mediator
 from diator.requests import RequestHandler
+from tests.records import fields
 from tests.unit.doubles import (
     Api,
     BatchRecorder,
@@ -987,3 +988,8 @@ async def test_a_send_that_is_cancelled_while_sending_logs_the_message_ids(wire,
     assert caplog.records[0].name == "diator.mediator"
     what, ids = "cancelled while sending the events of a handled request", f"{joined.event_id}, {changed.event_id}"
     assert line == f"{what}; messages may not be sent: {ids}"
+    assert fields(caplog.records[0]) == {
+        **dict.fromkeys(("message_id", "correlation_id", "attempt", "group")),  # of the message that is handled here
+        "message_ids": ids.split(", "),
+        "message_names": ["MeetingChanged", "UserJoined"],
+    }

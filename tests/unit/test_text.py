@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diator._text import MAX_CHARACTERS, explained, printable, without_credentials
+from diator._text import MAX_CHARACTERS, counted, explained, printable, without_credentials
 
 #: `st.text()` has no surrogates; a sender's JSON can contain them all the same.
 ANY_TEXT = st.text(st.characters(codec=None))
@@ -88,3 +88,18 @@ def test_no_credentials_of_any_url_are_shown(text):
 
 def test_every_address_of_several_is_shown():
     assert without_credentials("amqp://u:p/p@a/,amqp://u:p@b/ or //c/d") == "amqp://a/,amqp://b/ or //c/d"
+
+
+@pytest.mark.parametrize(
+    ("count", "nouns", "text"),
+    [
+        (0, ("message",), "0 messages"),
+        (1, ("message",), "1 message"),
+        (2, ("message",), "2 messages"),
+        (1234, ("message",), "1,234 messages"),
+        (1, ("delivery was", "deliveries were"), "1 delivery was"),
+        (2, ("delivery was", "deliveries were"), "2 deliveries were"),
+    ],
+)
+def test_a_count_has_its_noun(count, nouns, text):
+    assert counted(count, *nouns) == text

@@ -8,7 +8,7 @@ from dataclasses import replace
 from aiokafka.admin.config_resource import ConfigResourceType
 from aiokafka.protocol.metadata import MetadataRequest
 
-from diator._text import listed
+from diator._text import counted, listed
 from diator.brokers.audit import Finding
 from diator.brokers.kafka._client import Cluster, close_client, started
 from diator.brokers.kafka._names import DEAD, is_of_group, possible_sources
@@ -55,7 +55,8 @@ def _cluster_findings(brokers: int, policy: TopicPolicy) -> Iterator[Finding]:
     if policy.create and policy.replicas(brokers) < _REPLICAS:
         yield Finding(
             capability="durability",
-            problem=f"topics are created with {policy.replicas(brokers)} replicas; the cluster has {brokers} brokers",
+            problem=f"topics are created with {counted(policy.replicas(brokers), 'replica')}; the cluster has "
+            f"{counted(brokers, 'broker')}",
             remedy="run at least three brokers and set replication_factor=3",
         )
 

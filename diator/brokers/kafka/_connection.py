@@ -10,6 +10,7 @@ from typing import Any
 
 from aiokafka import TopicPartition, errors
 
+from diator._hints import name_of
 from diator._text import explained
 from diator.brokers.base import Delivery
 from diator.brokers.kafka._client import end_tasks
@@ -252,7 +253,11 @@ class Connection(ABC):
             async with asyncio.timeout(within):
                 await self.say_goodbye()
         except (asyncio.CancelledError, *CLIENT_ERRORS) as error:  # the client also cancels whoever calls it
-            logger.warning("Kafka did not learn that a consumer left: %s", explained(error, within=within))
+            logger.warning(
+                "Kafka did not learn that a consumer left: %s",
+                explained(error, within=within),
+                extra={**self.subscription.log_fields, "error_type": name_of(type(error))},
+            )
         finally:
             await self.consumer.end()
 

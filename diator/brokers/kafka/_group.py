@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from aiokafka import ConsumerRebalanceListener, TopicPartition, errors
 from aiokafka.structs import OffsetAndMetadata
 
+from diator._hints import name_of
 from diator._text import explained
 from diator.brokers.kafka._client import Cluster
 from diator.brokers.kafka._connection import Connection, ReaderConnection
@@ -184,11 +185,16 @@ class GroupConnection(Connection, ConsumerRebalanceListener):  # type: ignore[mi
             if not self._commits_metadata:
                 return False
             self._commits_metadata = False
-            logger.warning("%s", _NO_METADATA)
+            logger.warning("%s", _NO_METADATA, extra=self.subscription.log_fields)
             return await self._commit()
         except CLIENT_ERRORS as error:
             level = logging.DEBUG if self._commit_failed else logging.WARNING  # one line for a bad link
-            logger.log(level, "a commit failed and is tried again: %s", explained(error, within=_COMMIT_TIMEOUT))
+            logger.log(
+                level,
+                "a commit failed and is tried again: %s",
+                explained(error, within=_COMMIT_TIMEOUT),
+                extra={**self.subscription.log_fields, "error_type": name_of(type(error))},
+            )
             self._commit_failed = True
             return False
         self._commit_failed = False

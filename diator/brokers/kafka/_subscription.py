@@ -18,6 +18,7 @@ from uuid import UUID
 import msgspec
 from aiokafka import TopicPartition
 
+from diator._text import counted
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.connecting import BackgroundTasks
 from diator.brokers.kafka._consumer import ReadOptions, Record
@@ -317,11 +318,13 @@ class Subscription(ResilientSubscription):
                     await self._settled.wait()
         except TimeoutError:
             late = sum(partition.unsettled for partition in partitions)
+            within = self.options.drain_timeout
             logger.warning(
-                "%d deliveries were not settled within drain_timeout (%g s) when their partitions went to other "
-                "consumers, which receive them again",
-                late,
-                self.options.drain_timeout,
+                "%s not settled within drain_timeout (%g s) when their partitions went to other consumers, which "
+                "receive them again",
+                counted(late, "delivery was", "deliveries were"),
+                within,
+                extra={**self.log_fields, "messages": late, "seconds": within},
             )
 
     def lose(self, partitions: Iterable[Partition]) -> None:
@@ -336,7 +339,7 @@ class Subscription(ResilientSubscription):
 
     def report_lost_messages(self, read_until: int, reason: str) -> None:
         """Report a gap: Kafka has no longer what came after *read_until* (milliseconds since 1970)."""
-        logger.error("%s", reason)
+        logger.error("%s", reason, extra={**self.log_fields, "reason": reason})
         self.report_gap(datetime.fromtimestamp(read_until / 1000, UTC), reason)
 
     # -- receiving -----------------------------------------------------------------------------------------------
@@ -364,7 +367,13 @@ class Subscription(ResilientSubscription):
             control = _control_of(partition, record)
             if not control.due:
                 what = f"{partition.place} has a message that diator did not write"
-                self.lines.log(logging.WARNING, what, "%s, at the offset %d", what, record.offset)
+                self.lines.log(
+                    logging.WARNING,
+                    what,
+                    "%s, at the offset %d",
+                    *(what, record.offset),
+                    fields=lambda: {"source": partition.place.topic},
+                )
             remaining = min(control.due / 1000 - time.time(), partition.longest_delay)
             if remaining > 0:
                 self._delay(partition, record, control.attempt, remaining)

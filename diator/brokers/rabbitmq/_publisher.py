@@ -140,7 +140,7 @@ class Publisher(PipelinedConnection["_Connection"]):
 
     async def _connect(self) -> _Connection:
         await self._background.wait()  # until the connection before is closed
-        link = _Connection(self.retire, self.timeout, self._max_in_flight)
+        link = _Connection(self.retire, self.timeout, self._max_in_flight, self.log_fields)
         try:
             await link.open(*await self._address.dial("publishing"))
             await link.ask(commands.Confirm.Select())
@@ -168,12 +168,19 @@ class _Connection(Channel, Pipeline[str]):
         retains: Whether the exchange has its alternate exchange.
     """
 
-    def __init__(self, retire: Callable[[_Connection], None], timeout: float, max_in_flight: int) -> None:
+    def __init__(
+        self,
+        retire: Callable[[_Connection], None],
+        timeout: float,
+        max_in_flight: int,
+        log_fields: Mapping[str, object],
+    ) -> None:
         Channel.__init__(self)
         Pipeline.__init__(self, retire, silence=timeout / 2, max_in_flight=max_in_flight)
         self._tag = 0
         self._keys: dict[int, str] = {}  # of the messages in flight, by the number in their confirms
         self.retains = True
+        self._log_fields = log_fields
         self._blocked = False
 
     def publish(self, publication: Publication, deadline: float) -> asyncio.Future[None]:
@@ -209,7 +216,7 @@ class _Connection(Channel, Pipeline[str]):
                 self.answered(key, error=error)
         if self._blocked and not is_blocked(self.connection):
             self._blocked = False
-            logger.warning("RabbitMQ reads from publishers again")
+            logger.warning("RabbitMQ reads from publishers again", extra=self._log_fields)
         return True
 
     def take_content(self, method: Content, header: bytes, body: bytes) -> None:
@@ -227,7 +234,7 @@ class _Connection(Channel, Pipeline[str]):
         blocked = is_blocked(self.connection)
         if blocked and not self._blocked:
             self._blocked = True
-            logger.warning(_BLOCKED)
+            logger.warning(_BLOCKED, extra=self._log_fields)
         if silent and not blocked:
             self.abort(Lost("RabbitMQ was silent"))
         else:

@@ -13,7 +13,8 @@ from uuid import uuid4
 
 import msgspec
 
-from diator._text import explained, listed, printable
+from diator._hints import name_of
+from diator._text import counted, explained, listed, printable
 from diator.brokers.arrivals import Arrivals
 from diator.brokers.base import Delivery
 from diator.brokers.connecting import BackgroundTasks
@@ -315,7 +316,7 @@ class Connection(Channel):
         self._acked: set[int] = set()
         self._is_consuming = self._has_ended = False
         self._requeued: list[int] | None = None  # what it requeues when it has started after a lost connection, or ends
-        self._acknowledgements = Acknowledgements[int](self._send_acks)
+        self._acknowledgements = Acknowledgements[int](self._send_acks, subscription.log_fields)
         self._retained: dict[str, str] = {}  # the queues of retained messages, with the group's own queues
         self._handing_over: asyncio.Task[None] | None = None
         self._checking: asyncio.Task[None] | None = None
@@ -328,7 +329,7 @@ class Connection(Channel):
         subscription = self._subscription
         starts_again = subscription.declared
         try:
-            self.step = f"declared the queues of {len(subscription.queues):,} topics"
+            self.step = f"declared the queues of {counted(len(subscription.queues), 'topic')}"
             are_lost = starts_again and not await self._are_there(subscription.queues)
             await ensure_exchange(self, subscription.prefix)
             await self._declare_queues()
@@ -339,7 +340,7 @@ class Connection(Channel):
                 raise MessagesMissed("RabbitMQ had lost a queue of this subscription; it is declared again")
             if subscription.group is not None:
                 self._retained = await claim(self, subscription.prefix, subscription.queues)
-            self.step = f"started the consumers of {len(subscription.queues):,} queues"
+            self.step = f"started the consumers of {counted(len(subscription.queues), 'queue')}"
             self._is_consuming = True  # already: if this is cancelled now, messages may have arrived nevertheless
             later = {*self._retained.values()}
             first = [*self._retained, *(queue for queue in subscription.queues if queue not in later)]
@@ -386,7 +387,11 @@ class Connection(Channel):
         except Refused as error:
             if error.code != PRECONDITION_FAILED:
                 raise
-            logger.warning("%s; the dead-letter queue is used as it is, and audit() has the remedy", error)
+            logger.warning(
+                "%s; the dead-letter queue is used as it is, and audit() has the remedy",
+                error,
+                extra={**self._subscription.log_fields, "source": queue, "error_type": name_of(type(error))},
+            )
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:
         taken = await self._arrivals.receive(most)
@@ -626,7 +631,18 @@ class Connection(Channel):
             self.note_stored(delivery)
         elif token.tag in self._open:
             what = f"RabbitMQ itself dead-letters a message of {printable(delivery.topic.message_name)}"
-            self._subscription.lines.log(logging.WARNING, what, "%s, without the reason (%s)", what, reason)
+            self._subscription.lines.log(
+                logging.WARNING,
+                what,
+                "%s, without the reason (%s)",
+                *(what, reason),
+                fields=lambda: {
+                    "message_type": printable(delivery.topic.message_type),
+                    "message_name": printable(delivery.topic.message_name),
+                    "attempt": delivery.attempt,
+                    "reason": reason,
+                },
+            )
             self._forget(token.tag)
             self.send(commands.Basic.Reject(token.tag, requeue=False))
 

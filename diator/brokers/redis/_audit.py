@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
+from diator._text import counted
 from diator.brokers.audit import Finding
 from diator.brokers.capabilities import Durability
 from diator.exceptions import AccessRefused, ConfigurationError, MessageRejected
@@ -53,7 +54,8 @@ async def findings(execute: Execute, replicas: int) -> list[Finding]:
         remedy = "make the broker with replicas=1 or more"
         found.append(Finding(capability="durability", problem=problem, remedy=remedy))
     if replicas > connected:
-        problem = f"each send waits for {replicas} replicas and {connected} are connected: every send is OutcomeUnknown"
+        waits = f"each send waits for {counted(replicas, 'replica')}"
+        problem = f"{waits} and {counted(connected, 'is', 'are')} connected: every send is OutcomeUnknown"
         found.append(Finding(capability="receipt", problem=problem, remedy="add replicas, or wait for fewer"))
     return found
 

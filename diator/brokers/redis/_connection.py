@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any, cast
 from uuid import UUID
 
-from diator._text import explained
+from diator._hints import name_of
+from diator._text import counted, explained
 from diator.brokers.pipelining import Pipeline, PipelinedConnection
 from diator.brokers.redis._client import (
     CLIENT_ERRORS,
@@ -150,7 +151,11 @@ class CommandConnection(PipelinedConnection["_Connection | _Unshared"]):
                 self._link.renew()
         elif isinstance(error, (AccessRefused, MessageRejected)):
             self._ask_role_at = math.inf
-            logger.info("senders cannot notice that Redis becomes a replica, since it refuses ROLE: %s", error)
+            logger.info(
+                "senders cannot notice that Redis becomes a replica, since it refuses ROLE: %s",
+                error,
+                extra={**self.log_fields, "error_type": name_of(type(error))},
+            )
 
     async def _close(self) -> None:
         await super()._close()
@@ -184,7 +189,8 @@ class CommandConnection(PipelinedConnection["_Connection | _Unshared"]):
 
     def _do_not_share(self, reason: str) -> None:
         self._shares = False
-        logger.info("commands to Redis do not share one connection, which is slower: %s", reason)
+        fields = {**self.log_fields, "reason": reason}
+        logger.info("commands to Redis do not share one connection, which is slower: %s", reason, extra=fields)
 
     def retire(self, link: _Connection | _Unshared) -> None:
         """See `PipelinedConnection.retire`."""
@@ -435,7 +441,8 @@ async def _replicated(wait: Awaitable[int], message_id: UUID | None, replicas: i
         problem = f"Redis has it, and did not say how many replicas have it ({explained(error)})"
         raise OutcomeUnknown(problem, message_id=message_id) from error
     if count < replicas:
-        problem = f"Redis has it, but only {count} of {replicas} replicas confirmed it in time; a failover may lose it"
+        of_all = counted(replicas, "replica")
+        problem = f"Redis has it, but only {count} of {of_all} confirmed it in time; a failover may lose it"
         raise OutcomeUnknown(problem, message_id=message_id)
 
 

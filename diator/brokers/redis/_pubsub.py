@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
+from diator._hints import name_of
 from diator._log import RepeatedLines
 from diator._text import printable
 from diator.brokers.base import Delivery, Topic
@@ -247,7 +248,8 @@ class Connection:
             message = decode(body, max_bytes=len(body))
         except DecodingError as error:
             what = "a message on the channel of an older sender cannot be decoded"
-            self._lines.log(logging.WARNING, what, "%s: %s", what, printable(str(error)))
+            kind, problem = name_of(type(error)), printable(str(error))
+            self._lines.log(logging.WARNING, what, "%s: %s", what, problem, fields=lambda: {"error_type": kind})
             return None
         topic = Topic(message.message_type, message.message_name)
         return topic if topic.message_type == message_type and topic in self._topics.values() else None

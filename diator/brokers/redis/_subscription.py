@@ -11,10 +11,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Gen
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, cast
 
 import msgspec
 
+from diator._hints import name_of
+from diator._text import counted
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.leases import Leases
 from diator.brokers.redis._client import (
@@ -107,7 +110,7 @@ class Subscription(ResilientSubscription):
         self.leases: Leases[Entry] = Leases(self, options.lease, self._renew)
         self._suspects: set[Entry] = set()
         self._not_settled: set[bytes] = set()
-        self._acked: Acknowledgements[Entry] = Acknowledgements(self._send_acked)
+        self._acked: Acknowledgements[Entry] = Acknowledgements(self._send_acked, self.log_fields)
 
     @property
     def is_taking_over(self) -> bool:
@@ -167,7 +170,9 @@ class Subscription(ResilientSubscription):
                     fields, origin, attempt = kept.fields, kept.origin.encode(), kept.attempt + times - 1
                 except (msgspec.DecodeError, IndexError):
                     what = f"{stream.decode()} has an entry that diator did not write"
-                    self.lines.log(logging.WARNING, what, "%s: %s", what, id_.decode())
+                    self.lines.log(
+                        logging.WARNING, what, "%s: %s", what, id_.decode(), fields=lambda: {"source": stream.decode()}
+                    )
             for name, value in fields:
                 if body is None and name == BODY:  # the first is the body; another one is a header of that name
                     body = value
@@ -251,7 +256,11 @@ class Subscription(ResilientSubscription):
                 await self.group.ack(stream, ids, remove=stream in self._first)  # no other group reads that stream
             except DiatorError as error:
                 logger.warning(
-                    "%d acknowledgements did not reach Redis; these messages are redelivered: %s", len(ids), error
+                    "%s did not reach Redis; %s redelivered: %s",
+                    counted(len(ids), "acknowledgement"),
+                    "this message is" if len(ids) == 1 else "these messages are",
+                    error,
+                    extra={**self._error_fields(stream, error), "messages": len(ids)},
                 )
 
     # -- holding -------------------------------------------------------------------------------------------------
@@ -281,7 +290,10 @@ class Subscription(ResilientSubscription):
                 for stream in self.topics:
                     await self._leave(stream, delivered)
         except TimeoutError:
-            logger.warning("Redis does not answer; others take over the unsettled messages when their lease is over")
+            logger.warning(
+                "Redis does not answer; others take over the unsettled messages when their lease is over",
+                extra={**self.log_fields, "error_type": "TimeoutError"},
+            )
 
     async def _leave(self, stream: bytes, delivered: Collection[bytes]) -> None:
         try:
@@ -295,7 +307,12 @@ class Subscription(ResilientSubscription):
                 "others take over the unsettled messages of %s when their lease is over, not now: %s",
                 stream.decode(),
                 error,
+                extra=self._error_fields(stream, error),
             )
+
+    def _error_fields(self, stream: bytes, error: DiatorError) -> Mapping[str, object]:
+        """Return the attributes of a log record."""
+        return {**self.log_fields, "source": stream.decode(), "error_type": name_of(type(error))}
 
     async def lost_on_the_way(self, stream: bytes) -> list[Delivery]:
         """Return what Redis has delivered to this consumer on a connection that broke before it arrived."""
@@ -358,8 +375,11 @@ class Subscription(ResilientSubscription):
 
     def _report_removed(self, stream: bytes, ids: Sequence[bytes]) -> None:
         """Report entries that another program has removed from the stream before they were acknowledged."""
-        reason = f"{len(ids)} messages of {stream.decode()} were removed from the stream before they were acknowledged"
-        logger.error("%s", reason)
+        source, is_one = stream.decode(), len(ids) == 1
+        removed = f"{counted(len(ids), 'message')} of {source} {'was' if is_one else 'were'} removed from the stream"
+        reason = f"{removed} before {'it was' if is_one else 'they were'} acknowledged"
+        fields = {**self.log_fields, "source": source, "messages": len(ids), "reason": reason}
+        logger.error("%s", reason, extra=fields)
         now = datetime.now(UTC)
         sent = min(int(id_.partition(b"-")[0]) for id_ in ids) / 1000  # a sender may choose an id of the far future
         self.report_gap(datetime.fromtimestamp(min(sent, now.timestamp()), UTC), reason)
@@ -372,7 +392,8 @@ class Subscription(ResilientSubscription):
                     await self.group.trim(stream, self.options.retention)
                 except DiatorError as error:
                     what = f"{stream.decode()} could not be trimmed"
-                    self.lines.log(logging.WARNING, what, "%s: %s", what, error)
+                    fields = partial(self._error_fields, stream, error)
+                    self.lines.log(logging.WARNING, what, "%s: %s", what, error, fields=fields)
 
 
 def _added(id_: bytes) -> int:

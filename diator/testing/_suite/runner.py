@@ -19,6 +19,7 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from diator._text import counted
 from diator.testing._suite.environment import Deviation, Environment, EnvironmentMissing
 from diator.testing._suite.errors import Nonconformance, NotApplicable
 from diator.testing._suite.places import in_scenario, in_tested, place
@@ -347,12 +348,12 @@ def _nothing_left_open(problems: list[str]) -> Generator[None, None, None]:
         sys.unraisablehook = hook
     problems.extend(f"{each.category.__name__}: {each.message}" for each in warned)
     if left := open_files() - files:
-        problems.append(f"{len(left)} files are still open: {', '.join(sorted(left))}")
+        problems.append(f"{counted(len(left), 'file is', 'files are')} still open: {', '.join(sorted(left))}")
     if running := {*threading.enumerate()} - threads:
         frames = sys._current_frames()  # noqa: SLF001  # public, in spite of its name
         stacks = [(each.name, traceback.extract_stack(frames[each.ident])) for each in running if each.ident in frames]
         places = sorted(f"{name} in {in_tested(stack) or 'an unknown place'}" for name, stack in stacks)
-        problems.append(f"{len(running)} threads are still running: {', '.join(places)}")
+        problems.append(f"{counted(len(running), 'thread is', 'threads are')} still running: {', '.join(places)}")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from diator._text import counted
 from diator.brokers.base import Delivery, OnGap, ReadableBroker, Topic, Transport
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
@@ -170,12 +171,13 @@ class ConsumerRun:
         reasons: dict[str, list[str]] = defaultdict(list)
         for handled in self.handled:
             reasons[handled.outcome] += [handled.reason] if handled.reason else []
-        counted = Counter(self.outcomes())
+        numbers = Counter(self.outcomes())
         outcomes = ", ".join(
             f"{number:,} {outcome}{f' ({few(reasons[outcome])})' * bool(reasons[outcome])}"
-            for outcome, number in counted.items()
+            for outcome, number in numbers.items()
         )
-        lost = f", and reconnected {health.reconnects} times" if (health := self.consumer.health()).reconnects else ""
+        health = self.consumer.health()
+        lost = f", and reconnected {counted(health.reconnects, 'time')}" if health.reconnects else ""
         more = f", with {self._missing:,} more expected" * bool(self._missing)
         return f"the consumer of {self.topic.message_name!r} has handled {outcomes or 'nothing'}{more}{lost}"
 

@@ -54,7 +54,7 @@ class Subscription(ResilientSubscription):
         self.in_sync = 0.0  # whatever JetStream pushed before this time has arrived
         self.in_order_at = 0.0  # when whatever a lost connection did not deliver has come back to JetStream
         self.leases = Leases[Token](self, service.lease, self.renew)
-        self.acks = Acknowledgements(self.send_acks)
+        self.acks = Acknowledgements(self.send_acks, self.log_fields)
 
     # -- receiving -----------------------------------------------------------------------------------------------
 

@@ -93,7 +93,7 @@ class Subscription(ResilientSubscription):
         self._lease, self._expires_after = lease, expires_after
         self._leases = Leases[Token](self, lease.total_seconds(), self._renew)
         self._claimed: set[Token] = set()  # held, or settled but not yet confirmed by the service
-        self._acknowledgements = Acknowledgements[Token](self._settle)
+        self._acknowledgements = Acknowledgements[Token](self._settle, self.log_fields)
         self._has_left = False
         self._last_empty_at = datetime.now(UTC)
         self._gap_since: datetime | None = None

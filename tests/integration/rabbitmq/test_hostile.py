@@ -30,6 +30,7 @@ from tests.integration.rabbitmq.helpers import (
     counted,
     numbers,
 )
+from tests.records import fields
 
 ROUTING_KEY = ".".join(COUNTED)
 GOOD = range(10)
@@ -273,7 +274,10 @@ async def test_what_rabbitmq_refuses_to_store_again_it_dead_letters_itself(broke
         kept, body = await raw.get(f"{queue}:dead")
         assert body == b"poison"
         assert Properties(bytes(12) + kept).header("x-last-death-reason") == "rejected"
-        assert "itself dead-letters" in caplog.text
+        [record] = [each for each in caplog.records if "itself dead-letters" in each.getMessage()]
+        of_all = {"broker": "RabbitMQMessageBroker", "group": "readers", "message_names": ["Counted"]}
+        of_message = {"message_type": "notification_event", "message_name": "Counted", "attempt": 2}
+        assert fields(record) == {**of_all, **of_message, "reason": "no good"}
 
         await raw.publish("", queue, int.from_bytes(kept[:2]), kept[2:], body)  # somebody moves it back
         moved = await asyncio.wait_for(anext(deliveries), SLACK)

@@ -21,6 +21,7 @@ from diator.exceptions import (
     OutcomeUnknown,
 )
 from tests.integration.rabbitmq.helpers import COUNTED, OTHER, RECONNECT, SLACK, collect, counted, numbers
+from tests.records import fields
 
 
 async def test_a_plain_client_reads_properties_headers_and_body(broker, plain, prefix):
@@ -138,6 +139,9 @@ async def test_an_alarm_is_reported_in_time_and_the_message_arrives_after_it(pri
         assert await numbers(deliveries, 1) == [3]
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("diator")]
     assert [message for message in messages if "stopped reading from publishers" in message]
+    of_publisher = [each for each in caplog.records if "from publishers" in each.getMessage()]
+    assert {each.levelname for each in of_publisher} == {"WARNING"}
+    assert [*map(fields, of_publisher)] == [{"broker": "RabbitMQMessageBroker", "where": broker.where}] * 2
     private_rabbitmq.let_go()
 
 

@@ -17,6 +17,7 @@ from diator.exceptions import (
     MessageUnroutable,
 )
 from tests.integration.rabbitmq.helpers import COUNTED, RECONNECT, SLACK, become, collect, counted, numbers
+from tests.records import fields
 
 
 async def test_a_queue_with_other_settings_is_a_clear_error(broker, plain, queue):
@@ -213,9 +214,9 @@ async def test_a_dead_letter_queue_of_before_is_used_and_the_audit_names_it(brok
     assert finding.capability == "dead_letter"
     assert "x-delivery-limit" in finding.problem
     assert f"{queue}:dead" in finding.problem
-    assert [
-        each.message for each in caplog.records if "x-delivery-limit" in each.message and "as it is" in each.message
-    ]
+    [line, *_] = [each for each in caplog.records if "x-delivery-limit" in each.message and "as it is" in each.message]
+    of_all = {"broker": "RabbitMQMessageBroker", "group": "readers", "message_names": ["Counted"]}
+    assert fields(line) == {**of_all, "source": queue, "error_type": "Refused"}
 
 
 async def test_a_channel_for_one_question_is_forgotten(raw):

@@ -34,6 +34,7 @@ from tests.integration.redis.helpers import (
     promised,
     send_all,
 )
+from tests.records import fields
 
 
 @pytest.mark.parametrize(
@@ -239,6 +240,9 @@ async def test_a_pool_of_one_connection_is_announced_once(
         assert await send_all(broker, *range(10)) == {None: 10}
 
     assert slower(caplog) == [("INFO", "the client's pool has only one connection")]
+    [record] = [each for each in caplog.records if "slower" in each.getMessage()]
+    reason = "the client's pool has only one connection"
+    assert fields(record) == {"broker": None, "where": broker.where, "reason": reason}  # its broker is not made yet
 
 
 async def test_a_client_that_sends_in_its_own_way_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ from diator.brokers.redis import RedisMessageBroker, _subscription
 from diator.brokers.redis_streams import RedisStreamMessageBroker
 from diator.exceptions import AccessRefused
 from tests.integration.redis.helpers import listening, message, send_all
+from tests.records import fields
 from tests.services import Service
 
 PAGE = Path(__file__).parents[3] / "docs" / "brokers.md"
@@ -127,3 +128,6 @@ async def test_a_consumer_that_may_not_trim_does_not_fill_the_log(
         lines = [line for line in caplog.messages if "trim" in line]
         assert len(lines) == 5
         assert lines[0].startswith(f"{STREAM} could not be trimmed: Redis refuses a command (")
+        [record, *_] = [each for each in caplog.records if each.getMessage() == lines[0]]
+        of_all = {"broker": "RedisStreamMessageBroker", "group": "g", "message_names": [JOINED.message_name]}
+        assert fields(record) == {**of_all, "source": STREAM, "error_type": "AccessRefused"}

@@ -25,6 +25,7 @@ from diator.events import EventMap, NotificationEvent
 from diator.exceptions import BrokerClosed, BrokerUnavailable, UnsupportedCapability
 from diator.retrying import RetryPolicy
 from diator.testing.fault_proxy import FaultProxy
+from tests.records import fields
 
 COUNTED = Topic("notification_event", "Counted")
 ONCE = RetryPolicy(immediate_retries=0, delayed_retries=0)
@@ -160,6 +161,9 @@ async def test_a_flood_on_the_channels_of_older_senders_is_a_few_lines(make, red
     texts = [each.getMessage() for each in caplog.records if each.name == "diator.brokers.redis._pubsub"]
     assert len(texts) == 6
     assert texts[-1].startswith("a message on the channel of an older sender cannot be decoded: and 45 more in")
+    first = next(each for each in caplog.records if each.name == "diator.brokers.redis._pubsub")
+    of_all = {"broker": "RedisMessageBroker", "group": None, "message_names": ["Counted"]}
+    assert fields(first) == {**of_all, "error_type": "DecodingError"}
 
 
 async def test_on_entry_it_is_ready(broker) -> None:

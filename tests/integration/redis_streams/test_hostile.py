@@ -24,6 +24,7 @@ from tests.integration.redis_streams.helpers import (
     subscribed,
     take,
 )
+from tests.records import fields
 
 ONCE = RetryPolicy(immediate_retries=0, delayed_retries=0)
 LAST_ID = "18446744073709551615-18446744073709551615"
@@ -127,8 +128,10 @@ async def test_an_entry_that_is_removed_before_a_dead_consumer_could_handle_it(b
 
         await eventually(reported)
     assert int(gaps[0].since.timestamp() * 1000) == int(entries[1][0].partition(b"-")[0])
-    assert "1 messages" in gaps[0].reason
-    assert gaps[0].reason in caplog.text
+    what = f"1 message of {stream} was removed from the stream before it was acknowledged"
+    assert gaps[0].reason == what
+    [record] = [each for each in caplog.records if each.getMessage() == what]
+    assert fields(record).items() > {"group": "billing", "source": stream, "messages": 1, "reason": what}.items()
 
 
 # -- entries that others write -----------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ async def test_a_message_acknowledged_during_a_takeover_is_dropped(
     async with subscribed(broker) as deliveries:
         await nothing_comes(deliveries, within=2 * LEASE)
         await nothing_left(admin, stream)
-    assert "connecting again" not in caplog.text
+    assert "reconnecting" not in caplog.text
 
 
 @pytest.mark.parametrize("outcome", ["dead_letter", "retry"])

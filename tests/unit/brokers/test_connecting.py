@@ -172,12 +172,14 @@ async def test_a_subscription_gets_what_the_program_asked_for_and_what_the_broke
         assert subscription.settings == SubscriptionSettings(
             topics=TOPICS,
             group="g",
+            broker="Broker",
             prefetch=3,
             on_gap=print,
             reconnect=ReconnectPolicy(),  # whose delays are longer than those of the sending connection
             registry=connection.subscriptions,
         )
         assert connection.subscriptions == {subscription}
+        assert connection.broker == "Broker"  # for logs
     assert not connection.subscriptions
 
 

@@ -9,6 +9,7 @@ import pytest
 from diator.brokers.connecting import Backoff, ClientConnection
 from diator.brokers.supervisor import ReconnectPolicy
 from diator.exceptions import BrokerClosed
+from tests.records import fields
 
 POLICY = ReconnectPolicy(connect_timeout=3.0, first_delay=1.0, max_delay=30.0, reset_after=60.0)
 
@@ -334,6 +335,9 @@ async def test_an_outage_is_logged_once_and_its_end_once(caplog):
     connection.lose()
     await connection.call()
     assert caplog.messages[1:] == ["connected to the-service:1 again"]
+    of_all = {"broker": None, "where": "the-service:1"}
+    lost = {**of_all, "reason": "OSError: refused", "error_type": "OSError"}
+    assert [*map(fields, caplog.records)] == [lost, of_all]
 
 
 async def test_a_cancellation_by_the_client_library_is_a_failure():

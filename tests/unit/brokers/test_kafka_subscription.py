@@ -23,6 +23,7 @@ from diator.brokers.kafka._offsets import Offsets
 from diator.brokers.kafka._subscription import Partition, Subscription, Wakeup, _control_of
 from diator.brokers.supervisor import ReconnectPolicy, SubscriptionSettings
 from diator.exceptions import BrokerUnavailable, ConfigurationError, MessageRejected
+from tests.records import fields
 
 ORDERS = Topic("notification_event", "OrderPaid")
 PLACE = TopicPartition("shop.notification_event.OrderPaid", 0)
@@ -148,6 +149,7 @@ class Reading:
         settings = SubscriptionSettings(
             topics=[ORDERS],
             group="billing",
+            broker="KafkaMessageBroker",
             prefetch=prefetch,
             on_gap=on_gap,
             reconnect=reconnect or ReconnectPolicy(),
@@ -317,7 +319,9 @@ async def test_a_bad_link_makes_one_line_of_all_commits_that_fail(caplog):
         assert await connection._commit()
         client.error = TimeoutError()
 
-    assert caplog.text.count("a commit failed and is tried again: no answer within 5 s") == 2
+    lines = [each for each in caplog.records if each.getMessage().startswith("a commit failed and is tried again")]
+    assert [each.getMessage().partition(": ")[2] for each in lines] == ["no answer within 5 s"] * 2
+    assert [*map(fields, lines)] == [{**subscription.log_fields, "error_type": "TimeoutError"}] * 2
 
 
 # -- settling ----------------------------------------------------------------------------------------------------
@@ -406,7 +410,14 @@ async def test_draining_has_a_bound(caplog):
         async with asyncio.timeout(1):
             await it.subscription.drain({it.partition})
 
-    assert "1 deliveries were not settled within drain_timeout (0.02 s)" in caplog.text
+    [record] = caplog.records
+    assert record.getMessage().startswith("1 delivery was not settled within drain_timeout (0.02 s)")
+    assert fields(record) == {**it.subscription.log_fields, "messages": 1, "seconds": 0.02}
+    assert it.subscription.log_fields == {
+        "broker": "KafkaMessageBroker",
+        "group": "billing",
+        "message_names": [ORDERS.message_name],
+    }
 
 
 # -- retries in place ----------------------------------------------------------------------------------------------

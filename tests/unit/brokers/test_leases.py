@@ -9,6 +9,7 @@ from diator.brokers.base import Delivery, Topic
 from diator.brokers.leases import Leased, Leases
 from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, SubscriptionSettings
 from diator.exceptions import BrokerUnavailable
+from tests.records import fields
 
 pytestmark = pytest.mark.usefixtures("loop_clock")
 
@@ -25,7 +26,13 @@ class Subscription(ResilientSubscription):
     def __init__(self, *numbers, prefetch=10):
         topics = [Topic("notification_event", "Counted")]
         settings = SubscriptionSettings(
-            topics=topics, group="g", prefetch=prefetch, on_gap=None, reconnect=ReconnectPolicy(), registry=set()
+            topics=topics,
+            group="g",
+            broker="B",
+            prefetch=prefetch,
+            on_gap=None,
+            reconnect=ReconnectPolicy(),
+            registry=set(),
         )
         super().__init__(settings, lossy=False)
         self.arriving = [Token(number) for number in numbers]
@@ -102,8 +109,10 @@ async def test_a_lease_that_cannot_be_renewed_ends_and_the_next_third_tries_agai
         await asyncio.sleep(LEASE / 3)
         assert delivery.token.is_leased  # the service still had it for this consumer
     lines = [record.getMessage() for record in caplog.records]
-    assert [line.partition(":")[0] for line in lines] == ["the leases of 1 messages could not be renewed"] * 3
+    assert [line.partition(":")[0] for line in lines] == ["the leases of 1 message could not be renewed"] * 3
     assert "ValueError: odd" in lines[1]
+    of_all = {"broker": "B", "group": "g", "message_names": ["Counted"], "messages": 1}
+    assert fields(caplog.records[1]) == {**of_all, "error_type": "ValueError"}
 
 
 async def test_a_process_that_slept_past_its_lease_finds_nothing_leased():

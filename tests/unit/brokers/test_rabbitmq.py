@@ -380,7 +380,9 @@ async def test_a_retry_by_a_broker_of_another_event_loop_is_reported_as_that_and
         async def publish(self, publication):
             raise UsageError("this broker is in use in another event loop")
 
-    subscription = SimpleNamespace(publisher=Elsewhere(), delay_queues={}, unsettled=1, notify_settled=lambda: None)
+    subscription = SimpleNamespace(
+        log_fields={}, publisher=Elsewhere(), delay_queues={}, unsettled=1, notify_settled=lambda: None
+    )
     connection = Connection(subscription, 1)
     connection._loop = asyncio.get_running_loop()
     connection._open[7] = SimpleNamespace(unsettled=1)
@@ -398,7 +400,7 @@ async def test_a_retry_by_a_broker_of_another_event_loop_is_reported_as_that_and
 async def test_no_consumer_is_cancelled_before_it_has_started():
     """RabbitMQ's channel would crash, and lose the latest acknowledgements."""
     sent = []
-    subscription = SimpleNamespace(group="readers", is_ending=True, queues={})
+    subscription = SimpleNamespace(log_fields={}, group="readers", is_ending=True, queues={})
     connection = Connection(subscription, 1)
     connection._loop, connection._is_consuming = asyncio.get_running_loop(), True
     connection.send = lambda frame: sent.append(frame.name)
@@ -424,7 +426,7 @@ async def test_no_consumer_is_cancelled_before_it_has_started():
 async def test_a_consumer_is_replaced_by_one_with_the_least_prefetch_count_or_more(now, postponed, wanted):
     """After a lost connection it begins with one message, whatever is postponed."""
     sent = []
-    connection = Connection(SimpleNamespace(postponed=postponed), 10)
+    connection = Connection(SimpleNamespace(log_fields={}, postponed=postponed), 10)
     connection._loop, connection._is_consuming = asyncio.get_running_loop(), True
     connection.send = lambda frame: sent.append(getattr(frame, "prefetch_count", None))
     connection._consumers["diator-1"] = full = _Consumer("diator-1", "queue", now, unsettled=now)
@@ -439,7 +441,7 @@ async def test_a_consumer_is_replaced_by_one_with_the_least_prefetch_count_or_mo
 )
 async def test_a_consumer_prefetches_nothing_that_is_redelivered_after_a_lost_connection(now, redelivered, wanted):
     sent = []
-    connection = Connection(SimpleNamespace(postponed=0, first_prefetch_count=4), 10)
+    connection = Connection(SimpleNamespace(log_fields={}, postponed=0, first_prefetch_count=4), 10)
     connection._loop, connection._is_consuming = asyncio.get_running_loop(), True
     connection.send = lambda frame: sent.append(getattr(frame, "prefetch_count", None))
     connection._consumers["diator-1"] = full = _Consumer("diator-1", "queue", now, unsettled=now)
@@ -451,7 +453,7 @@ async def test_a_consumer_prefetches_nothing_that_is_redelivered_after_a_lost_co
 
 async def test_what_a_consumer_has_held_back_is_not_counted_as_seen_if_it_ends_meanwhile():
     sent = []
-    connection = Connection(SimpleNamespace(group="readers", is_ending=True, queues={}), 1)
+    connection = Connection(SimpleNamespace(log_fields={}, group="readers", is_ending=True, queues={}), 1)
     connection._loop, connection._is_consuming = asyncio.get_running_loop(), True
     connection.send = sent.append
     consumer = _Consumer("diator-1", "queue", 1, unsettled=1)

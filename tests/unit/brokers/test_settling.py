@@ -10,6 +10,7 @@ from diator.brokers.base import Delivery, Topic
 from diator.brokers.settling import Acknowledgements, confirmed, dead_letter_headers
 from diator.context import ContextFilter, correlated
 from diator.exceptions import BrokerUnavailable, ConfigurationError
+from tests.records import fields
 
 
 async def test_a_batch_is_sent_after_100_items_or_after_a_short_time():
@@ -18,7 +19,7 @@ async def test_a_batch_is_sent_after_100_items_or_after_a_short_time():
     async def send(items):
         sent.append([*items])
 
-    acknowledgements = Acknowledgements(send)
+    acknowledgements = Acknowledgements(send, {"group": "g"})
     for number in range(103):
         acknowledgements.add(number)
     await asyncio.sleep(0)
@@ -32,7 +33,7 @@ async def test_a_failed_batch_is_logged_and_flush_raises_nothing(kind, caplog):
     async def send(items):
         raise kind("connection lost")
 
-    acknowledgements = Acknowledgements(send)
+    acknowledgements = Acknowledgements(send, {"group": "g"})
     acknowledgements.add("a")
     acknowledgements.add("b")
     await acknowledgements.flush()
@@ -44,6 +45,7 @@ async def test_a_failed_batch_is_logged_and_flush_raises_nothing(kind, caplog):
             "2 acknowledgements did not reach the service; their messages will be redelivered: connection lost",
         )
     ]
+    assert fields(caplog.records[0]) == {"group": "g", "messages": 2, "error_type": kind.__name__}
 
 
 @pytest.mark.parametrize("items", [1, 100])
@@ -52,7 +54,7 @@ async def test_a_failed_batch_is_logged_as_of_no_message(items, caplog):
         raise BrokerUnavailable("connection lost")
 
     caplog.handler.addFilter(adds_fields := ContextFilter())
-    acknowledgements = Acknowledgements(send)
+    acknowledgements = Acknowledgements(send, {"group": "g"})
     with correlated("of-the-last"):
         for number in range(items):
             acknowledgements.add(number)
@@ -60,6 +62,8 @@ async def test_a_failed_batch_is_logged_as_of_no_message(items, caplog):
     caplog.handler.removeFilter(adds_fields)
 
     assert [record.correlation_id for record in caplog.records] == [None]
+    what = "1 acknowledgement did not reach the service; its message" if items == 1 else "100 acknowledgements did not"
+    assert caplog.messages[0].startswith(what)
 
 
 async def test_every_batch_is_sent_after_a_short_time():
@@ -69,7 +73,7 @@ async def test_every_batch_is_sent_after_a_short_time():
     async def send(items):
         sent.append([*items])
 
-    acknowledgements = Acknowledgements(send)
+    acknowledgements = Acknowledgements(send, {"group": "g"})
     for number in (1, 2, 3):
         acknowledgements.add(number)
         await asyncio.sleep(0.1)
@@ -83,7 +87,7 @@ async def test_a_full_batch_does_not_shorten_the_time_of_the_next_one():
     async def send(items):
         sent.append(len(items))
 
-    acknowledgements = Acknowledgements(send)
+    acknowledgements = Acknowledgements(send, {"group": "g"})
     acknowledgements.add(0)
     await asyncio.sleep(0.0015)
     for number in range(1, 101):

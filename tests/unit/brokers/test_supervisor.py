@@ -20,6 +20,7 @@ from diator.brokers.supervisor import (
     close_all,
 )
 from diator.exceptions import AccessRefused, BrokerClosed, BrokerUnavailable, ConfigurationError, MessageRejected
+from tests.records import fields
 
 PATIENT = ReconnectPolicy(connect_timeout=5, idle_timeout=5, probe_timeout=5, first_delay=0, max_delay=0)
 #: Powers of two, so that the times are exact.
@@ -115,7 +116,14 @@ class Service:
         return await self.next_link()
 
     def supervised(self, kind=None, **options):
-        defaults = {"group": None, "prefetch": 10, "reconnect": PATIENT, "on_gap": None, "registry": self.registry}
+        defaults = {
+            "group": None,
+            "broker": "Fake",
+            "prefetch": 10,
+            "reconnect": PATIENT,
+            "on_gap": None,
+            "registry": self.registry,
+        }
         defaults["topics"] = [Topic("notification_event", "Counted")]
         settings = {name: options.pop(name, default) for name, default in defaults.items()}
         return (kind or Subscription)(self, SubscriptionSettings(**settings), **{"lossy": True} | options)
@@ -227,6 +235,9 @@ async def test_logs_name_the_subscription_that_lost_its_connection(names, group,
 
     told = [f"{named} has no connection (OSError: gone); reconnecting", f"{named} is reconnected"]
     assert caplog.messages == told * 2
+    of_all = {"broker": "Fake", "group": group, "message_names": sorted(names)}
+    lost = {**of_all, "reason": "OSError: gone", "error_type": "OSError"}
+    assert [*map(fields, caplog.records)] == [lost, of_all] * 2
 
 
 async def test_there_is_one_connection_after_any_number_of_losses():
@@ -453,6 +464,7 @@ async def test_an_error_in_on_gap_does_not_end_the_subscription(caplog):
         assert await take(deliveries, 1) == [1]
     assert (len(reported), len(service.attempts)) == (1, 2)
     assert caplog.messages[-1] == "on_gap failed"
+    assert fields(caplog.records[-1]) == {"broker": "Fake", "group": None, "message_names": ["Counted"]}
     assert str(caplog.records[-1].exc_info[1]) == "a mistake in the program"
 
 

@@ -61,7 +61,13 @@ class Subscription(ResilientSubscription):
     def __init__(self, service, topics, prefetch):
         policy = ReconnectPolicy(idle_timeout=100_000, first_delay=0.1, max_delay=0.1)
         settings = SubscriptionSettings(
-            topics=topics, group="g", prefetch=prefetch, on_gap=None, reconnect=policy, registry=service.registry
+            topics=topics,
+            group="g",
+            broker="B",
+            prefetch=prefetch,
+            on_gap=None,
+            reconnect=policy,
+            registry=service.registry,
         )
         super().__init__(settings, lossy=False, buffer_size=10)
         self.service = service

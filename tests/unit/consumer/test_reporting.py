@@ -329,3 +329,5 @@ async def test_a_line_says_what_happened_to_which_message_and_later_to_how_many(
         assert record.correlation_id == record.message_id
         assert CANARY not in repr(vars(record))
     assert summary.more == 2
+    assert summary.seconds == pytest.approx(float(summary.getMessage().split()[-2]), abs=0.5)
+    assert summary.group == records[0].group

@@ -12,6 +12,7 @@ from diator.exceptions import (
     BrokerUnavailable,
     UsageError,
 )
+from tests.records import fields
 from tests.unit.consumer.helpers import (
     JOIN,
     ONCE,
@@ -152,7 +153,9 @@ async def test_unsettled_deliveries_are_logged_at_the_end(concurrency, caplog):
     consumer.stop()
     await run
 
-    assert caplog.messages == [f"stopped before {concurrency} deliveries were handled; they stay unsettled"]
+    what = "1 delivery was handled; it stays" if concurrency == 1 else "2 deliveries were handled; they stay"
+    assert caplog.messages == [f"stopped before {what} unsettled"]
+    assert caplog.records[0].messages == concurrency
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])
@@ -176,7 +179,10 @@ async def test_a_handler_that_ignores_its_cancellation_is_left_behind_and_logged
         await run
 
     assert asyncio.get_running_loop().time() - stopped == 5
-    assert caplog.messages[-1] == f"{concurrency} handlers ignored their cancellation and are still running"
+    what = "1 handler ignored its" if concurrency == 1 else "2 handlers ignored their"
+    are = "is" if concurrency == 1 else "are"
+    assert caplog.messages[-1] == f"{what} cancellation and {are} still running"
+    assert fields(caplog.records[-1])["broker"] == "MemoryMessageBroker"
     gate.set()
     await asyncio.gather(*(asyncio.all_tasks() - before), return_exceptions=True)
 

@@ -391,7 +391,7 @@ async def test_draining_reports_and_cancels_work_that_never_ends():
     await joined(broker, 1, 2)
     began = asyncio.get_running_loop().time()
 
-    with pytest.raises(TimeoutError, match=r"after 0\.05 s, 1 messages are waiting and 1 are not settled"):
+    with pytest.raises(TimeoutError, match=r"after 0\.05 s, 1 message is waiting and 1 is not settled"):
         await broker.drain(Consumer(broker, event_map=events), within=0.05)
 
     assert asyncio.get_running_loop().time() - began < 1

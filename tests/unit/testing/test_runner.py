@@ -192,7 +192,7 @@ def test_a_leaked_socket_is_a_failure():
 
     left.pop().close()
     assert result.outcome == "FAIL"
-    assert "1 files are still open" in result.reason
+    assert "1 file is still open" in result.reason
 
 
 def test_a_leaked_thread_is_a_failure():
@@ -205,7 +205,7 @@ def test_a_leaked_thread_is_a_failure():
 
     done.set()
     assert result.outcome == "FAIL"
-    assert re.match(r"1 threads are still running: Thread-\d+ \(wait\) in ", result.reason)
+    assert re.match(r"1 thread is still running: Thread-\d+ \(wait\) in ", result.reason)
 
 
 WAITING_IN_A_THREAD = """
