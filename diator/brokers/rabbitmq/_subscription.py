@@ -516,12 +516,14 @@ class Connection(Channel):
         """
         prefix = self._subscription.prefix
         witness = f"{next(iter(self._subscription.queues))}:bound"
-        with suppress(Refused):  # a user who may not send may not bind it
+        self._subscription.witness = witness  # already: if this is cancelled, it may exist nevertheless
+        try:
             await self.ask_aside(
                 commands.Exchange.Declare(exchange=witness, exchange_type="fanout", auto_delete=True),
                 commands.Exchange.Bind(destination=prefix, source=witness),
             )
-            self._subscription.witness = witness
+        except Refused:  # a user who may not send may not bind it
+            self._subscription.witness = ""
 
     async def _bind(self) -> None:
         """Bind the queues to the exchange. A queue that is bound stays as it is."""
@@ -792,13 +794,13 @@ class Connection(Channel):
                     await self.ask_all(map(commands.Basic.Cancel, [*self._consumers]))
                 if (wait := self._settled_at - self._loop.time()) > 0:
                     await asyncio.sleep(wait)
+                waiting = {cast("_Token", delivery.token).tag for delivery in self._arrivals.take_all()}
+                self._settle_all(waiting.union(unseen, self._requeued or ()))
+            if self._writer is not None and subscription.group is None and subscription.is_ending:
                 async with asyncio.timeout(_END_TIMEOUT):
-                    waiting = {cast("_Token", delivery.token).tag for delivery in self._arrivals.take_all()}
-                    self._settle_all(waiting.union(unseen, self._requeued or ()))
-                    if subscription.group is None and subscription.is_ending:
-                        await self.ask_all(commands.Queue.Delete(queue=queue) for queue in subscription.queues)
-                        if subscription.witness:
-                            await self.ask(commands.Exchange.Delete(exchange=subscription.witness))
+                    await self.ask_all(commands.Queue.Delete(queue=queue) for queue in subscription.queues)
+                    if subscription.witness:
+                        await self.ask(commands.Exchange.Delete(exchange=subscription.witness))
         except CHANNEL_ERRORS as error:
             logger.debug("ending a subscription: %s", explained(error))
         await self.close()
