@@ -27,12 +27,16 @@ ROOT = Path(__file__).parents[1]
 SURVIVORS = ROOT / "tests" / "survivors.toml"
 #: What share of the changes that matter must be noticed.
 ENOUGH = 0.95
-#: Lines that no program sees: what is said to type checkers, the names of tasks, and what cannot happen.
-_INVISIBLE = [r"\bcast\(", r": TypeAlias =", r"\bTypeVar\(", r"\bcreate_task\(.*name=", r"^\s*assert "]
+#: Lines that no program sees: what is said to type checkers, the names of tasks, and what cannot happen. Another test
+#: compares `__all__` with the documentation.
+_INVISIBLE = [r"\b__all__\b", r"\bcast\(", r": TypeAlias =", r"\bTypeVar\(", r"\bcreate_task\(.*name=", r"^\s*assert "]
 
 _OF_HANDLERS = ["test_mediator.py", "test_requests.py", "test_events.py", "test_emitter.py", "test_middlewares.py"]
-#: What a consumer tells all that it calls.
-_OF_ALL = ["test_context.py", "test_headers.py", "test_instruments.py"]
+#: What a consumer tells all that it calls, and what an outbox and an inbox ask of everybody.
+_OF_ALL = [
+    *("test_context.py", "test_headers.py", "test_instruments.py"),
+    *("outbox/test_emitting.py", "outbox/test_inbox.py"),
+]
 _OF_EMITTER = [
     *("test_emitter.py", "test_mediator.py", "test_outgoing.py", "test_events.py", "test_models.py"),
     *("brokers/test_codec_chosen.py", *_OF_ALL),

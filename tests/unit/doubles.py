@@ -226,8 +226,9 @@ async def holding(*events: Any, group: str = DEFAULT_GROUP) -> MemoryMessageBrok
     broker = MemoryMessageBroker()
     async with broker.subscribe({Topic(each.message_type, type(each).__name__) for each in events}, group=group):
         pass
+    emitter = EventEmitter(message_broker=broker)
     for event in events:
-        await EventEmitter(message_broker=broker).emit(event)
+        await emitter.emit(event)
     return broker
 
 

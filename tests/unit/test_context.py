@@ -12,7 +12,7 @@ import pytest
 
 from diator.brokers import Message, memory
 from diator.brokers.base import Delivery, Topic
-from diator.brokers.codec import encode
+from diator.brokers.codec import MAX_MESSAGE_BYTES, encode
 from diator.brokers.memory import MemoryMessageBroker
 from diator.container import Container
 from diator.context import ContextFilter, MessageContext, current_message
@@ -21,7 +21,7 @@ from diator.exceptions import BrokerUnavailable, ResolutionError, UsageError
 from diator.mediator import Mediator
 from diator.requests import Request, RequestHandler, RequestMap
 from tests.unit.consumer.helpers import JOINED, ONCE, consumer_of, quick
-from tests.unit.doubles import Scripted, UserJoined, body_of, running, until
+from tests.unit.doubles import MeetingChanged, Scripted, UserJoined, body_of, running, until
 
 
 class Ask(Request[object]): ...
@@ -78,6 +78,24 @@ async def test_a_function_asks_for_it_as_for_its_events():
     ]
     assert seen[0].topic == JOINED
     assert isinstance(seen[0].topic, Topic)
+
+
+async def test_it_has_the_topic_of_an_event_of_another_kind_and_any_size():
+    """A broker may allow larger messages than others do."""
+    seen = []
+
+    async def on_changed(event: MeetingChanged, context: MessageContext) -> None:
+        seen.append((context.topic, context.message_id))
+
+    broker = MemoryMessageBroker(max_message_bytes=4 * MAX_MESSAGE_BYTES)
+    events = [MeetingChanged(), MeetingChanged(title="x" * 2 * MAX_MESSAGE_BYTES)]
+    for event in events:
+        await EventEmitter(message_broker=broker).emit(event)
+    consumer, _ = consumer_of(broker, on_changed)
+    async with running(consumer):
+        await until(lambda: len(seen) == 2)
+
+    assert seen == [(Topic("ecst_event", "MeetingChanged"), event.event_id) for event in events]
 
 
 async def test_a_class_takes_it_in_its_constructor_and_so_does_what_it_depends_on():

@@ -204,8 +204,12 @@ def test_sources_beside_an_emitter_are_refused():
     @events.handler
     async def welcome(event: UserJoined) -> None: ...
 
-    with pytest.raises(ConfigurationError, match="pass"):
+    with pytest.raises(ConfigurationError) as refused:
         Consumer(MemoryMessageBroker(), event_map=events, event_emitter=emitter, headers=[tenant])
+
+    assert str(refused.value) == (
+        "headers or outbox was passed together with event_emitter; pass it to the EventEmitter"
+    )
 
 
 async def asynchronous(event):

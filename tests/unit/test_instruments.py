@@ -177,6 +177,25 @@ async def test_processing_surrounds_the_handlers_what_they_send_and_the_settleme
     ]
 
 
+@pytest.mark.parametrize("concurrency", [1, 4])
+async def test_processing_is_called_as_the_message_of_its_context(concurrency):
+    """An instrument may log, or send something."""
+    seen = []
+
+    class Asking(Instrument):
+        @contextmanager
+        def processing(self, context, broker):
+            seen.append((context, current_message()))
+            yield
+
+    async def welcome(event: UserJoined) -> None: ...
+
+    await consumed(welcome, sent=3, count=3, instrument=Asking(), concurrency=concurrency)
+
+    assert len({context.message_id for context, _ in seen}) == 3
+    assert all(context == current for context, current in seen)
+
+
 async def test_processing_receives_the_error_of_the_handlers():
     tracing = Tracing()
 

@@ -213,14 +213,20 @@ async def test_the_message_of_an_emitter_has_the_codec_and_the_time_of_its_event
 
 
 async def test_a_consumer_sends_what_its_handlers_raise_with_its_codec():
-    broker = MemoryMessageBroker()
+    class Keeping(MemoryMessageBroker):
+        async def send_message(self, message, /):
+            codecs.append(message.codec)
+            await super().send_message(message)
+
+    broker, codec, codecs = Keeping(), Plain(), []
 
     async def handler(event: UserJoined, events: Events) -> None:
         events.append(Moved())
 
-    await EventEmitter(message_broker=broker, codec=Plain()).emit(UserJoined())
-    await consume(broker, handler, codec=Plain())
+    await EventEmitter(message_broker=broker, codec=codec).emit(UserJoined())
+    await consume(broker, handler, codec=codec)
 
+    assert codecs == [codec, codec]
     assert (await broker.receive()).message_name == "Moved"
 
 

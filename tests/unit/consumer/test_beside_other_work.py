@@ -235,6 +235,28 @@ async def test_an_entry_that_is_cancelled_ends_the_subscription():
     assert asyncio.all_tasks() == before
 
 
+async def test_an_entry_that_is_cancelled_waits_until_its_subscription_has_ended():
+    ended = []
+
+    class Slow(Scripted):
+        @contextlib.asynccontextmanager
+        async def subscribe(self, topics, /, **_):
+            try:
+                await asyncio.sleep(60)
+                yield self
+            finally:
+                await asyncio.sleep(1)
+                ended.append(True)
+
+    consumer, _ = consumer_of(Slow(), on_joined)
+    entering = asyncio.create_task(consumer.__aenter__())
+    await asyncio.sleep(0.1)
+    entering.cancel()
+    await asyncio.wait({entering})
+
+    assert (entering.cancelled(), ended) == (True, [True])
+
+
 async def test_an_entry_that_is_cancelled_is_not_replaced_by_an_error_of_its_end():
     class Untidy(Scripted):
         @contextlib.asynccontextmanager

@@ -125,8 +125,7 @@ async def test_what_waits_is_bounded(monkeypatch, limit, most):
     assert handled == [*range(10, 70)]
 
 
-async def test_headers_count_as_bytes_that_wait(monkeypatch):
-    monkeypatch.setattr("diator.consumer._MAX_WAITING_BYTES", 10_000)
+async def test_16_mib_may_wait_and_headers_count():
     gate = asyncio.Event()
 
     async def on_moved(event: Moved) -> None:
@@ -134,11 +133,12 @@ async def test_headers_count_as_bytes_that_wait(monkeypatch):
 
     broker = Scripted()
     body = body_of(Moved())
-    broker.script.extend(broker.delivery(body, headers={"key": "A", "large": "x" * 6_000}) for _ in range(20))
+    headers = {"key": "A", "large": "x" * (1024 * 1024 - len(body) - len("keyAlarge"))}
+    broker.script.extend(broker.delivery(body, headers=headers) for _ in range(20))
     consumer, reports = consumer_of(broker, on_moved, concurrency=8)
     async with running(consumer):
         await asyncio.sleep(0.01)
-        assert broker.given == 1 + 2
+        assert broker.given == 1 + 16
         gate.set()
         await until(lambda: len(reports) == 20)
 
@@ -205,7 +205,7 @@ async def test_it_receives_no_more_than_it_can_handle_without_backpressure(concu
         given = broker.given
         gate.set()
 
-    assert given <= 2 * concurrency
+    assert given == concurrency
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -225,7 +225,41 @@ async def test_it_does_not_receive_more_later_either(concurrency):
         given = broker.given
         gate.set()
 
-    assert 40 < given <= 40 + 2 * concurrency
+    assert given == 40 + concurrency
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+async def test_each_delivery_that_was_handled_makes_room_for_one(concurrency):
+    gates, begun = [asyncio.Event() for _ in range(20)], []
+
+    async def slow(event: UserJoined) -> None:
+        begun.append(event)
+        await gates[len(begun) - 1].wait()
+
+    broker = Scripted(*[body_of(JOIN)] * 20, capabilities=WEAK)
+    consumer, _ = consumer_of(broker, slow, concurrency=concurrency)
+    given = []
+    async with running(consumer):
+        for gate in gates[: 20 - concurrency]:
+            await asyncio.sleep(0.01)
+            given.append(broker.given)
+            gate.set()
+        for gate in gates:
+            gate.set()
+
+    assert given == [*range(concurrency, 20)]
+
+
+async def test_what_is_there_is_received_without_waiting():
+    class Ready(Scripted):
+        def receive_nowait(self):
+            return self.delivery(self.script.popleft()) if self.script else None
+
+        async def __anext__(self):
+            assert not self.script
+            return await super().__anext__()
+
+    assert outcomes(await consume(Ready(*[body_of(JOIN)] * 5), on_joined, count=5)) == ["acked"] * 5
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])

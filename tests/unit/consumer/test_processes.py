@@ -155,9 +155,11 @@ async def test_with_signals_off_the_handlers_of_the_program_stay():
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, called.set)
     try:
-        async with running(consumer_of(Scripted(), on_joined)[0]):
+        consumer, _ = consumer_of(Scripted(), on_joined)
+        async with running(consumer):
             signal.raise_signal(signal.SIGTERM)
             async with asyncio.timeout(1):
                 await called.wait()
+            assert consumer.health().receiving
     finally:
         loop.remove_signal_handler(signal.SIGTERM)

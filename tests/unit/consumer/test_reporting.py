@@ -64,6 +64,16 @@ async def test_health_reports_the_state():
     assert (ended.receiving, ended.connected) == (False, False)
 
 
+@pytest.mark.usefixtures("loop_clock")
+async def test_an_idle_consumer_has_no_deliveries_that_wait_whatever_its_transport_can_tell():
+    consumer, _ = consumer_of(Scripted(), on_joined)
+    async with running(consumer):
+        await asyncio.sleep(100)
+        health = consumer.health()
+
+    assert (health.connected, health.reconnects, health.since_last_progress) == (True, 0, 0)
+
+
 @pytest.mark.parametrize("end", ["cancelled", "failed"])
 async def test_after_its_run_a_consumer_is_not_receiving(end):
     """Whatever ended the run: a health check that still succeeds would keep a dead process alive."""
@@ -127,6 +137,9 @@ async def test_gaps_are_counted_logged_and_reported(breaks, caplog):
     assert (gaps, consumer.health().gaps) == ([gap, gap], 2)
     missed = f"messages may have been missed between {gap.since} and {gap.until}: connection lost"
     assert caplog.messages == [missed, *["on_gap failed"] * breaks] * 2
+    for record in caplog.records:
+        assert (record.broker, record.group) == ("Scripted", "diator")
+        assert getattr(record, "reason", None) == (None if record.exc_info else "connection lost")
 
 
 async def test_a_message_that_another_program_wrote_is_handled():

@@ -156,6 +156,7 @@ async def test_unsettled_deliveries_are_logged_at_the_end(concurrency, caplog):
     what = "1 delivery was handled; it stays" if concurrency == 1 else "2 deliveries were handled; they stay"
     assert caplog.messages == [f"stopped before {what} unsettled"]
     assert caplog.records[0].messages == concurrency
+    assert [(each.group, each.concurrency) for each in caplog.records] == [("diator", concurrency)]
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])
@@ -418,8 +419,20 @@ async def test_a_consumer_runs_once():
     async with running(consumer):
         with pytest.raises(UsageError, match="runs once"):
             await consumer.run(signals=False)
-    with pytest.raises(UsageError, match="runs once"):
+    with pytest.raises(UsageError) as refused:
         await consumer.run(signals=False)
+
+    assert str(refused.value) == "this consumer was run before, and a consumer runs once; create another Consumer"
+
+
+async def test_two_stops_in_one_moment_end_an_idle_run():
+    consumer, _ = consumer_of(MemoryMessageBroker(), on_joined)
+    run = asyncio.create_task(consumer.run(signals=False))
+    await asyncio.sleep(0.1)
+    consumer.stop()
+    consumer.stop()
+    async with asyncio.timeout(1):
+        await run
 
 
 async def test_stopping_at_any_moment_neither_loses_nor_duplicates():

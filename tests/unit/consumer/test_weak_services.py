@@ -2,8 +2,9 @@
 
 import asyncio
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,6 +74,18 @@ async def test_without_a_delivery_count_a_message_is_not_requeued_for_ever(count
     [handled] = await consume(Scripted(body_of(JOIN), capabilities=promised), failing)
 
     assert handled.outcome == outcome
+
+
+@pytest.mark.parametrize("retry", [None, RetryPolicy(delayed_retries=0)])
+async def test_without_delayed_retries_a_message_has_one_attempt_and_those_of_crashes(retry):
+    broker = Scripted(capabilities=replace(FULL, delayed_retry=False))
+    attempts = [1, 2, 1 + RetryPolicy().max_crashes, 2 + RetryPolicy().max_crashes, 10]
+    broker.script.extend(broker.delivery(body_of(JOIN), attempt=attempt) for attempt in attempts)
+    reports = await consume(broker, on_joined, count=len(attempts), retry=retry)
+
+    assert {each.attempt: each.outcome for each in reports} == dict(
+        zip(attempts, ["acked"] * 3 + ["dead_lettered"] * 2, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,6 +168,7 @@ def test_options_at_their_limits_are_accepted():
     [
         ("broker", "redis://localhost"),
         ("broker", Recorder()),
+        ("broker", SimpleNamespace(subscribe=MemoryMessageBroker().subscribe)),
         ("broker", MemoryMessageBroker),
         ("event_map", None),
         ("event_map", [on_joined]),
