@@ -102,7 +102,7 @@ async def test_what_waits_for_a_slow_key_occupies_no_handler():
 @pytest.mark.parametrize(("limit", "most"), [("messages", 5), ("bytes", 4)])
 async def test_what_waits_is_bounded(monkeypatch, limit, most):
     """Behind each slow message, and not only behind the first one."""
-    gates, handled = {10: asyncio.Event(), 40: asyncio.Event()}, []
+    gates, handled = {number: asyncio.Event() for number in (10, 11, 40)}, []
 
     async def on_moved(event: Moved) -> None:
         if event.number in gates:
