@@ -133,7 +133,7 @@ def plain_id(message_id: object) -> Any:
     return as_standard(message_id) if isinstance(message_id, UUID) else message_id
 
 
-class Envelope(msgspec.Struct):
+class Envelope(msgspec.Struct, gc=False):  # nothing that it refers to refers back
     """
     A received message without its headers: what a consumer needs. A `Message` would take several times as long to make.
 
@@ -158,7 +158,7 @@ class Envelope(msgspec.Struct):
         return f"Envelope({self.message_type} {self.message_name} {self.message_id})"
 
 
-class _Body(msgspec.Struct):
+class _Body(msgspec.Struct, gc=False):  # as `Envelope`
     message_type: str
     message_name: str
     message_id: UUID

@@ -34,7 +34,7 @@ class Entry(Leased, eq=False, gc=False):  # nothing that it refers to refers bac
         stream: The stream that has the entry.
         id: Its id there.
         first: The stream that all groups share. Another *stream* is that of the retried messages of one group.
-        fields: The fields of the message.
+        pairs: The fields of the message: a name, its value, the next name and so on.
         origin: The id of the message's first entry; of a retried message that is another than *id*.
         is_suspect: Whether it was taken over after a delivery elsewhere: it may be a poison message.
     """
@@ -42,7 +42,7 @@ class Entry(Leased, eq=False, gc=False):  # nothing that it refers to refers bac
     stream: bytes
     id: bytes
     first: bytes
-    fields: list[tuple[bytes, bytes]]
+    pairs: Sequence[bytes]
     origin: bytes
     is_suspect: bool = False
 
@@ -165,13 +165,12 @@ class Group:
 
         If Redis refuses that for good, the dead letter contains only those; the entry itself stays in its stream.
         """
-        fields = [part for pair in entry.fields for part in pair]
         try:
-            if len(fields) + len(why) > _MOST_OF_LUA:
-                await self._dead_letter_many_fields(entry, [*fields, *why])
+            if len(entry.pairs) + len(why) > _MOST_OF_LUA:
+                await self._dead_letter_many_fields(entry, [*entry.pairs, *why])
             # A first entry is copied inside Redis, since it may be as large as its sender likes.
             elif entry.is_retried or await self.copy_dead_letters([(entry, why)]):
-                await self._dead_letter(entry, [*fields, *why])
+                await self._dead_letter(entry, [*entry.pairs, *why])
         except MessageRejected:
             await self.check_keys(entry.first)
             await self._dead_letter(entry, [*why, OMITTED.encode(), ALL_OMITTED.encode()])

@@ -45,8 +45,8 @@ SCAN_EVERY = 1.0
 # The same while it takes entries over: it takes as many at once as it can start.
 _SCAN_AGAIN = 0.05
 _FORGOTTEN_AFTER = 3600.0
-# An entry with more fields is dead-lettered by itself.
-_MOST_COPIED = 100
+# An entry with more names and values of fields is dead-lettered by itself.
+_MOST_COPIED = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,38 +153,32 @@ class Subscription(ResilientSubscription):
         """Make a delivery of an entry that Redis has delivered *times* times."""
         first = self._first.get(stream, stream)
         origin, attempt = id_, times
+        if first != stream:
+            try:
+                kept = msgspec.msgpack.decode(pairs[1], type=_Kept)
+                pairs = [part for field in kept.fields for part in field]
+                origin, attempt = kept.origin.encode(), kept.attempt + times - 1
+            except (msgspec.DecodeError, IndexError):
+                what = f"{stream.decode()} has an entry that diator did not write"
+                self.lines.log(
+                    logging.WARNING, what, "%s: %s", what, id_.decode(), fields=lambda: {"source": stream.decode()}
+                )
         body: bytes | None = None
         headers: dict[str, str] = {}
-        if pairs and pairs[0] == BODY and first == stream:  # the usual entry, in a half of the time
-            body = pairs[1]
-            fields = [(BODY, body)]
-            for at in range(2, len(pairs), 2):
-                name, value = pairs[at], pairs[at + 1]
-                fields.append((name, value))
+        parts = iter(pairs)
+        for name in parts:
+            value = next(parts)
+            if body is None and name == BODY:  # the first is the body; another one is a header of that name
+                body = value
+            else:
                 headers[name.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
-        else:
-            fields = [*zip(pairs[::2], pairs[1::2], strict=False)]
-            if first != stream:
-                try:
-                    kept = msgspec.msgpack.decode(fields[0][1], type=_Kept)
-                    fields, origin, attempt = kept.fields, kept.origin.encode(), kept.attempt + times - 1
-                except (msgspec.DecodeError, IndexError):
-                    what = f"{stream.decode()} has an entry that diator did not write"
-                    self.lines.log(
-                        logging.WARNING, what, "%s: %s", what, id_.decode(), fields=lambda: {"source": stream.decode()}
-                    )
-            for name, value in fields:
-                if body is None and name == BODY:  # the first is the body; another one is a header of that name
-                    body = value
-                else:
-                    headers[name.decode(errors="replace")] = value.decode(errors="replace")
         return Delivery(
             topic=self.topics[stream],
             body=body or b"",
             headers=headers,
             attempt=attempt,
             settler=self,
-            token=Entry(stream, id_, first, fields, origin),
+            token=Entry(stream, id_, first, pairs, origin),
         )
 
     def sent_at(self, delivery: Delivery) -> float:
@@ -198,7 +192,8 @@ class Subscription(ResilientSubscription):
 
     async def retry(self, delivery: Delivery, after: float, /) -> None:
         entry = self._release(delivery)
-        kept = msgspec.msgpack.encode(_Kept(entry.fields, delivery.attempt + 1, entry.origin.decode()))
+        fields = [*zip(entry.pairs[::2], entry.pairs[1::2], strict=True)]
+        kept = msgspec.msgpack.encode(_Kept(fields, delivery.attempt + 1, entry.origin.decode()))
         with self._noting_failure(entry):
             await self.group.retry(entry, kept, after)
 
@@ -211,7 +206,7 @@ class Subscription(ResilientSubscription):
         by_stream: dict[bytes, list[tuple[Delivery, Entry, Sequence[bytes]]]] = defaultdict(list)
         for delivery, reason in reasons.items():
             entry = self._release(delivery)
-            if not entry.is_retried and len(entry.fields) <= _MOST_COPIED:
+            if not entry.is_retried and len(entry.pairs) <= _MOST_COPIED:
                 by_stream[entry.stream].append((delivery, entry, self._why(delivery, reason)))
         stored: set[Delivery] = set()
         for those in by_stream.values():
