@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import partial
 from operator import attrgetter
 from typing import Any, Protocol, TypeAlias, cast, get_args, get_origin
 
@@ -350,7 +351,8 @@ def _dependencies(function: Callable[..., Any], container: Resolver) -> list[tup
         if parameter.hint is Events:
             dependencies.append((parameter.name, None, False))
         elif parameter.hint is MessageContext and not is_registered(container, MessageContext, default=False):
-            dependencies.append((parameter.name, _asking(is_needed=not parameter.may_be_none), False))
+            ask = current_message if parameter.may_be_none else partial(needed_message, function)
+            dependencies.append((parameter.name, _asking(ask), False))
         elif parameter.has_default and not is_registered(container, parameter.hint, default=False):
             continue
         elif parameter.hint is None:
@@ -367,9 +369,7 @@ def _dependencies(function: Callable[..., Any], container: Resolver) -> list[tup
     return dependencies
 
 
-def _asking(*, is_needed: bool) -> BuildLater[MessageContext | None]:
-    ask = needed_message if is_needed else current_message
-
+def _asking(ask: Callable[[], MessageContext | None]) -> BuildLater[MessageContext | None]:
     async def ask_at_once(_: Shared) -> MessageContext | None:
         return ask()
 

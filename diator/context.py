@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
+from diator._hints import name_of
 from diator.brokers.message import Topic
 from diator.exceptions import ConfigurationError, UsageError
 
@@ -100,13 +101,19 @@ def current_message() -> MessageContext | None:
     return context
 
 
-def needed_message() -> MessageContext:
-    """Return what `current_message` does. UsageError outside of a consumer's handlers."""
+def needed_message(*path: Callable[..., Any]) -> MessageContext:
+    """
+    Return what `current_message` does. UsageError outside of a consumer's handlers.
+
+    *path* leads from the handler to what asks for it.
+    """
     context = current_message()
     if context is None:
+        asks = name_of(path[-1]) if path else "the program"
+        of = f", which {name_of(path[0])} depends on," if len(path) > 1 else ""
         raise UsageError(
-            "a handler needs a MessageContext, and no message is being handled: its request was not sent by a handler "
-            "of a consumer; annotate it with `MessageContext | None` if it can do without"
+            f"{asks}{of} needs a MessageContext, and no message is being handled: the request was not sent "
+            "by a handler of a consumer; annotate it with `MessageContext | None` if it can do without"
         )
     return context
 

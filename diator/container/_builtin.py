@@ -62,6 +62,7 @@ _OF_MESSAGE: dict[object, _Recipe] = {
     type_: _Recipe(call=call, needs={}, kind="plain", lifetime="transient", optional=frozenset())
     for type_, call in ((MessageContext, needed_message), (_PERHAPS, current_message))
 }
+_NEEDED = _OF_MESSAGE[MessageContext]
 
 
 class Container:
@@ -155,7 +156,7 @@ class Container:
     def factory(self, type_: type[T], /) -> Construction[T] | None:
         """Return a function that builds a *type_*; None if a dependency is awaited, scoped or a resource."""
         self._check(type_, ())
-        return self._compile(type_)
+        return self._compile(type_, ())
 
     def scope(self, shared: Shared, /) -> AbstractAsyncContextManager[Resolver]:  # keeps its own state
         """Open the scope of one send, see `ScopingResolver.scope`."""
@@ -219,15 +220,17 @@ class Container:
                 needed, (*path, type_), within="singleton" if "singleton" in (within, recipe.lifetime) else "transient"
             )
 
-    def _compile(self, type_: type[T]) -> Construction[T] | None:
+    def _compile(self, type_: type[T], path: tuple[type, ...]) -> Construction[T] | None:
         if type_ in self._singletons and type_ not in self._recipes:
             return Construction(_given, self._singletons[type_])
         recipe = self._recipes.get(type_) or _OF_MESSAGE.get(type_) or self._own_recipe(type_)
         if recipe.kind != "plain" or recipe.lifetime == "scoped":
             return None
+        if recipe is _NEEDED:
+            return Construction(recipe.call, *path)
         needs: dict[str, Construction[Any]] = {}
         for name, needed in self._needs(recipe).items():
-            construction: Construction[Any] | None = self._compile(needed)
+            construction: Construction[Any] | None = self._compile(needed, (*path, type_))
             if construction is None:
                 return None
             needs[name] = construction
@@ -285,7 +288,7 @@ class Container:
         self, recipe: _Recipe, scope: dict[object, object] | None, contexts: Contexts | None, path: tuple[type, ...]
     ) -> Any:
         needs = {name: await self._make(needed, scope, contexts, path) for name, needed in self._needs(recipe).items()}
-        made = recipe.call(**needs)
+        made = recipe.call(*path[:-1]) if recipe is _NEEDED else recipe.call(**needs)
         is_resource = recipe.kind == "resource"
         if recipe.kind == "unknown" and not _is_a(made, type_ := path[-1]):
             if inspect.isawaitable(made):

@@ -54,7 +54,7 @@ class RodiContainer:
         """Build all objects with *container*. Register `MessageContext` there, unless the program has done so."""
         self._external_container = container
         if MessageContext not in container:
-            container.add_transient_by_factory(needed_message, MessageContext)
+            container.add_transient_by_factory(_message_for, MessageContext)
 
     async def resolve(self, type_: AnyClass[T], /) -> T:
         """Return a *type_*, in a rodi scope of its own. ResolutionError if it is not registered or cannot be built."""
@@ -85,3 +85,7 @@ class RodiContainer:
             return get(type_, scope)
 
         return build
+
+
+def _message_for(_: rodi.ActivationScope, asking: type) -> MessageContext:
+    return needed_message(asking)

@@ -533,8 +533,34 @@ async def test_a_request_that_a_message_causes_has_its_context(handler):
 
 @pytest.mark.parametrize("handler", [needing, Needing])
 async def test_outside_of_a_message_a_handler_that_needs_one_is_told_what_to_do(handler):
-    with pytest.raises(UsageError, match=r"MessageContext \| None"):
+    with pytest.raises(UsageError, match=rf"^{handler.__name__} needs a MessageContext.* `MessageContext \| None`"):
         await asking(handler).send(Ask())
+
+
+@pytest.mark.parametrize("lifetime", ["transient", "scoped"])  # the second is not compiled
+async def test_outside_of_a_message_what_needs_one_and_its_handler_are_named(lifetime):
+    class Audit:
+        def __init__(self, context: MessageContext) -> None:
+            self.context = context
+
+    class Indirectly(Perhaps):
+        def __init__(self, audit: Audit) -> None:
+            super().__init__(audit.context)
+
+    async def indirectly(request: Ask, audit: Audit) -> object:
+        return audit.context
+
+    container = Container()
+    container.register(Audit, lifetime=lifetime)
+    audit = Audit.__qualname__
+    with pytest.raises(
+        UsageError, match=f"^{audit}, which {Indirectly.__qualname__} depends on, needs a MessageContext"
+    ):
+        await asking(Indirectly, container).send(Ask())
+    with pytest.raises(UsageError, match=f"^{audit} needs a MessageContext"):
+        await asking(indirectly, container).send(Ask())
+    with pytest.raises(UsageError, match=r"^the program needs a MessageContext"):
+        await container.resolve(MessageContext)
 
 
 # -- with diator's container -----------------------------------------------------------------------------------------
@@ -586,7 +612,7 @@ async def test_a_container_with_one_method_serves_functions():
             raise AssertionError(f"asked for {type_}")
 
     assert await asking(perhaps, Resolving()).send(Ask()) is None
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=r"^needing needs"):
         await asking(needing, Resolving()).send(Ask())
 
 
@@ -605,7 +631,7 @@ class Welcome(EventHandler[UserJoined]):
         self.seen.append(self.context.message_id)
 
 
-async def check_container(container, asked):
+async def check_container(container, asked, match=None):
     Welcome.seen.clear()
     sent = [message(), message()]
     outcomes = await handled(Welcome, sent=sent, count=2, container=container, retry=ONCE)
@@ -614,7 +640,7 @@ async def check_container(container, asked):
     assert Welcome.seen == [each.message_id for each in sent]
     requests = RequestMap()
     requests.bind(Ask, Needing)
-    with pytest.raises(asked):
+    with pytest.raises(asked, match=match):
         await Mediator(requests, container).send(Ask())
 
 
@@ -629,7 +655,7 @@ async def test_rodi_builds_it():
     container.attach_external_container(external)
     RodiContainer().attach_external_container(external)  # once more: it is registered already
 
-    await check_container(container, UsageError)
+    await check_container(container, UsageError, match=r"^Needing needs a MessageContext")
 
 
 async def test_rodi_uses_that_of_the_program():
