@@ -44,7 +44,7 @@ CLIENTS = {
     "dishka": "container/dishka.py",
     "opentelemetry": "telemetry/_opentelemetry.py",
     "prometheus_client": "telemetry/_prometheus.py",
-    "sqlalchemy": "outbox/sqlalchemy.py",
+    "sqlalchemy": "outbox/sqlalchemy/",
     "pydantic": None,
     "attr": None,
     "attrs": None,

@@ -23,6 +23,7 @@ CLIENTS = {
     "kafka": "aiokafka",
     "rodi": "rodi",
     "dishka": "dishka",
+    "sqlalchemy": "sqlalchemy",
 }
 OPTIONAL = {name: extra for name in PUBLIC for extra in CLIENTS if extra in name.rsplit(".", 1)[-1].split("_")}
 

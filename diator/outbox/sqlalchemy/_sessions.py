@@ -1,0 +1,153 @@
+"""The transactions of the program: how SQLite begins them, their connection, and whether they were committed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
+
+from diator._hints import described
+from diator.exceptions import ConfigurationError
+
+#: Where a session keeps what is watched in its transaction. The listeners below are for all sessions: to add them to
+#: one session, and to remove them, would take longer than to store a message.
+_WATCHED = "diator outbox"
+
+
+def configure_sqlite(engine: AsyncEngine, *, timeout: float = 30.0) -> None:
+    """
+    Make the transactions of an engine of SQLite safe for several writers. Call it before the first connection.
+
+    Each transaction begins with BEGIN IMMEDIATE: it waits for its turn at its begin, at most *timeout* seconds, and
+    cannot fail because another one has written in between. A savepoint is part of it. Without this, Python's sqlite3
+    begins a transaction at its first write, and so a savepoint that was opened before it commits by itself. The file
+    has a write-ahead log, so that relays of other processes can look for messages while the program writes.
+    """
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def configure(connection: Any, _: object) -> None:
+        connection.isolation_level = None  # sqlite3 begins nothing by itself
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute(f"PRAGMA busy_timeout = {timeout * 1_000:.0f}")
+        cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def session_of(session: object) -> AsyncSession:
+    """Return *session*, which must be an `AsyncSession`."""
+    if not isinstance(session, AsyncSession):
+        raise ConfigurationError(
+            f"SqlAlchemyStore works in the transaction of an AsyncSession of SQLAlchemy, and it was given "
+            f"{described(session)}"
+        )
+    return session
+
+
+def connection_of(session: Session, table: sa.Table, engine: sa.Engine) -> sa.Connection:
+    """
+    Return the connection on which *session* has, or begins, its transaction.
+
+    Raises:
+        ConfigurationError: It is one of another database than that of *engine*, where the relay looks for messages.
+    """
+    try:
+        bind = session.get_bind(clause=table)
+    except UnboundExecutionError:  # a session that has an engine for each of its classes, and none for the others
+        bind = engine
+    if bind.engine is not engine:
+        _check_same_database(bind.engine, engine)
+    connection = session.connection(bind_arguments={"bind": bind})
+    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+        raise ConfigurationError(
+            "the session of this unit of work commits each statement by itself (isolation_level AUTOCOMMIT), so that a "
+            "message could be stored without the work; use a session with transactions"
+        )
+    return connection
+
+
+def _check_same_database(used: sa.Engine, own: sa.Engine) -> None:
+    databases = [_database(engine) for engine in (used, own)]
+    if used.dialect.name != own.dialect.name or (None not in databases and databases[0] != databases[1]):
+        raise ConfigurationError(
+            f"the session of this unit of work uses another database ({_named(used)}) than the engine of the store "
+            f"({_named(own)}), where the relay looks for messages; pass the same engine to both"
+        )
+
+
+def _database(engine: sa.Engine) -> str | None:
+    database = engine.url.database
+    if engine.dialect.name != "sqlite":
+        return database  # the host may be that of a pooler
+    if not database or database == ":memory:":
+        return f"in memory of {id(engine.pool)}"
+    return None if database.startswith("file:") else str(Path(database).absolute())
+
+
+def _named(engine: sa.Engine) -> str:
+    return f"{engine.dialect.name}, {engine.url.database or 'no name'}"
+
+
+class Fate:
+    """
+    Whether the innermost open transaction of *session* is rolled back: a savepoint, or all of it.
+
+    *committed* is called when all of it was committed.
+    """
+
+    __slots__ = ("_committed", "_open", "was_rolled_back_")
+
+    def __init__(self, session: Session, committed: Callable[[], None]) -> None:
+        self._committed = committed
+        self._open: set[SessionTransaction] = set()
+        self.was_rolled_back_ = False
+        transaction = session.get_nested_transaction() or session.get_transaction()
+        while transaction is not None:
+            self._open.add(transaction)
+            transaction = transaction.parent
+        session.info.setdefault(_WATCHED, []).append(self)
+
+    def was_rolled_back(self) -> bool:
+        """Return whether it was rolled back; false while it is open."""
+        return self.was_rolled_back_
+
+    def commit(self, transaction: SessionTransaction) -> None:
+        """Take note that *transaction* was committed."""
+        if transaction in self._open:
+            self._open.remove(transaction)
+            if not self._open and not self.was_rolled_back_:
+                self._committed()
+
+    def end(self, transaction: SessionTransaction) -> None:
+        """Take note that *transaction* has ended. If it was not committed, it was rolled back."""
+        if transaction in self._open:
+            self._open.remove(transaction)
+            self.was_rolled_back_ = True
+
+
+@event.listens_for(Session, "after_commit")
+def _committed(session: Session) -> None:
+    watched: list[Fate] | None = session.info.get(_WATCHED)
+    transaction = (session.get_nested_transaction() or session.get_transaction()) if watched else None
+    if watched and transaction is not None:
+        for fate in watched:
+            fate.commit(transaction)
+
+
+@event.listens_for(Session, "after_transaction_end")
+def _ended(session: Session, transaction: Any) -> None:
+    watched: list[Fate] | None = session.info.get(_WATCHED)
+    if watched:
+        for fate in watched:
+            fate.end(transaction)
+        if transaction.parent is None:
+            del session.info[_WATCHED]

@@ -1,0 +1,432 @@
+"""The store, on PostgreSQL and on SQLite."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from hashlib import blake2b
+from typing import Any
+from uuid import UUID, uuid4
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+
+from diator.brokers.message import Message
+from diator.brokers.sending import Due
+from diator.exceptions import ConfigurationError, EncodingError
+from diator.outbox.sqlalchemy._listening import Listener
+from diator.outbox.sqlalchemy._sessions import Fate, connection_of, session_of
+from diator.outbox.sqlalchemy._statements import Statements
+from diator.outbox.sqlalchemy._tables import check_table, dialect_of, make_inbox, make_outbox
+from diator.outbox.store import Claim, DeadRow, Failure, OnDead, Order, Row, Status
+
+_log = logging.getLogger(__name__)
+
+#: PostgreSQL can put no more into an index, and keys have one.
+_MAX_KEY_BYTES = 2_000
+_OLDEST_SQLITE = (3, 35)
+#: The first part of the numbers of the advisory locks; the second is that of the table.
+_LOCKS = 0x64696174
+#: How many rows behind a dead one a claim looks at if it found nothing else.
+_PARKED_AT_ONCE = 5_000
+#: A relay that stops in the middle of a claim, as a suspended machine does, holds its lock no longer.
+_LONGEST_PAUSE = "10s"
+
+
+class _Hidden(str):
+    """A text whose `repr` is not shown: errors and logs of SQLAlchemy contain the `repr` of parameters."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'…'"
+
+
+class SqlAlchemyStore:
+    """
+    Keeps an outbox and an inbox in PostgreSQL (asyncpg or psycopg) or SQLite (aiosqlite).
+
+    It keeps the promises of `diator.outbox.store.Store`. Its two tables are part of *metadata*, so that the migrations
+    of the program make them. Without migrations, `create_tables` does.
+
+    Args:
+        engine: The engine of the program, by which its sessions use the same database.
+        metadata: The metadata of the program. Its `schema` is that of the tables.
+        outbox_table, inbox_table: The names of the tables.
+        notify: Whether stored messages wake relays by LISTEN and NOTIFY of PostgreSQL. Pass False if the program
+            commits many thousand transactions a second, which NOTIFY makes wait for each other. Through a pooler that
+            shares connections between transactions, LISTEN has no effect: then a relay finds messages when it looks.
+        commit_order: Whether a message with a key waits until every transaction has ended that was open when it was
+            stored, and could still commit an earlier message with this key. One long transaction in the database, of
+            any program, makes such messages wait. Pass False if transactions that store messages with the same key
+            wait for each other anyway, as those that lock the same row before they store a message.
+
+    Raises:
+        ConfigurationError: The engine is of another database, or the metadata has other tables of these names.
+    """
+
+    session_type = AsyncSession
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        metadata: sa.MetaData | None = None,
+        *,
+        outbox_table: str = "diator_outbox",
+        inbox_table: str = "diator_inbox",
+        notify: bool = True,
+        commit_order: bool = True,
+    ) -> None:
+        if not isinstance(engine, AsyncEngine):
+            raise ConfigurationError("SqlAlchemyStore needs an AsyncEngine, as create_async_engine returns it")
+        metadata = sa.MetaData() if metadata is None else metadata
+        name = engine.dialect.name
+        self._words = dialect_of(name)
+        self._on_postgresql = name == "postgresql"
+        self._engine = engine
+        self.outbox_table = make_outbox(outbox_table, metadata, name)
+        self.inbox_table = make_inbox(inbox_table, metadata, name)
+        outbox, inbox = (self._in_statements(table) for table in (self.outbox_table, self.inbox_table))
+        self._statements = Statements(
+            self._words, outbox, inbox, on_postgresql=self._on_postgresql, commit_order=commit_order
+        )
+        # The isolation of the program's own transactions may be another one.
+        self._own = engine.execution_options(isolation_level="READ COMMITTED") if self._on_postgresql else engine
+        self._add_at_once, self._add_due = (self._insert(outbox, scheduled=scheduled) for scheduled in (False, True))
+        channel = f"{self.outbox_table.fullname}_stored"
+        if len(channel.encode()) > 63:  # noqa: PLR2004  # the longest name in PostgreSQL
+            channel = f"diator_{blake2b(channel.encode(), digest_size=16).hexdigest()}"
+        self._channel = channel
+        self._notifies = notify and self._on_postgresql
+        self._listener = Listener(engine, channel, self._wake)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stored = asyncio.Event()
+        self._cannot_listen = False
+
+    def _schema(self, table: sa.Table) -> str | None:
+        translated = self._engine.get_execution_options().get("schema_translate_map") or {}
+        schema: str | None = translated.get(table.schema, table.schema)
+        return schema
+
+    def _in_statements(self, table: sa.Table) -> str:
+        preparer, schema = self._engine.dialect.identifier_preparer, self._schema(table)
+        quoted = preparer.quote(table.name)
+        return f"{preparer.quote_schema(schema)}.{quoted}" if schema else quoted
+
+    def _insert(self, outbox: str, *, scheduled: bool) -> sa.TextClause:
+        words = self._words
+        columns = "message_id, message_type, message_name, key, headers, payload, event_time"
+        if not self._on_postgresql:
+            values = ":id, :type, :name, :key, :headers, :payload, :time"
+            if scheduled:
+                columns, values = f"{columns}, available_at", f"{values}, coalesce(:at, {words.now} + :after, 0.0)"
+            return sa.text(f"INSERT INTO {outbox} ({columns}) VALUES ({values})")
+        values = "m.id, m.type, m.name, m.key, CAST(m.headers AS json), CAST(m.payload AS json), m.time"
+        arrays = "CAST(:id AS uuid[]), " + ", ".join(
+            f"CAST(:{name} AS text[])" for name in ("type", "name", "key", "headers", "payload", "time")
+        )
+        names = "id, type, name, key, headers, payload, time"
+        if scheduled:
+            columns = f"{columns}, available_at"
+            after = words.seconds.format("m.after")
+            values = f"{values}, coalesce(to_timestamp(m.at), {words.now} + {after}, {words.at_once})"
+            arrays = f"{arrays}, CAST(:at AS double precision[]), CAST(:after AS double precision[])"
+            names = f"{names}, at, after"
+        inserted = (
+            f"INSERT INTO {outbox} ({columns}) SELECT {values} FROM unnest({arrays})"
+            f" WITH ORDINALITY AS m({names}, place) ORDER BY m.place"
+        )
+        return sa.text(f"WITH stored AS ({inserted}) SELECT pg_notify(:channel, '') WHERE :notifies")
+
+    async def create_tables(self) -> None:
+        """Create the tables that are missing, for a program without migrations. Several processes may do it."""
+        async with self._engine.begin() as connection:
+            if self._on_postgresql:
+                await connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({_LOCKS}, 0)"))
+            tables = [self.outbox_table, self.inbox_table]
+            await connection.run_sync(lambda sync: tables[0].metadata.create_all(sync, tables=tables))
+
+    # -- in the transaction of the program ---------------------------------------------------------------------------
+
+    async def add(
+        self, messages: Sequence[Message], due: Sequence[Due], session: AsyncSession, /
+    ) -> Callable[[], bool]:
+        """See `Store.add`. If the session flushes automatically, it writes what is pending before the messages."""
+        rows = [self._values(message) for message in messages]
+        scheduled = any(each is not None for each in due)
+        if scheduled:
+            for row, each in zip(rows, due, strict=True):
+                row["at"] = each.timestamp() if isinstance(each, datetime) else None
+                row["after"] = each.total_seconds() if isinstance(each, timedelta) else None
+        statement = self._add_due if scheduled else self._add_at_once
+        return await session_of(session).run_sync(self._add, statement, rows)
+
+    def _add(self, session: Session, statement: sa.TextClause, rows: list[dict[str, Any]]) -> Callable[[], bool]:
+        if session.autoflush:
+            session.flush()
+        connection = connection_of(session, self.outbox_table, self._engine.sync_engine)
+        fate = Fate(session, self._committed)
+        if self._on_postgresql:
+            parameters: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+            parameters |= {"channel": self._channel, "notifies": self._notifies}
+            connection.execute(statement, parameters)
+        else:
+            connection.execute(statement, rows)
+        return fate.was_rolled_back
+
+    def _values(self, message: Message) -> dict[str, Any]:
+        source = f"message {message.message_id} ({message.message_name})"
+        headers = json.dumps(dict(message.headers), ensure_ascii=False, separators=(",", ":"))
+        texts = (message.message_type, message.message_name, message.key or "")
+        try:
+            payload, sizes = message.payload_json.decode(), [len(text.encode()) for text in (*texts, headers)]
+        except UnicodeError:
+            raise EncodingError(source, "the payload, the key, a name or a header is not valid Unicode") from None
+        if self._on_postgresql:
+            if any("\0" in text for text in texts):
+                raise EncodingError(source, "PostgreSQL cannot hold a NUL character in a key, nor in a name")
+            if sizes[2] > _MAX_KEY_BYTES:
+                problem = f"the key has {sizes[2]:,} bytes, and the outbox has an index that takes {_MAX_KEY_BYTES:,}"
+                raise EncodingError(source, f"{problem}; use a shorter key, such as a hash of it")
+        return {
+            "id": self._id(message.message_id),
+            "type": message.message_type,
+            "name": message.message_name,
+            "key": None if message.key is None else _Hidden(message.key),
+            "headers": _Hidden(headers),
+            "payload": _Hidden(payload),
+            "time": None if message.time is None else message.time.isoformat(),
+        }
+
+    def _id(self, message_id: UUID) -> UUID | str:
+        return message_id if self._on_postgresql else str(message_id)
+
+    async def cancel(self, message_id: UUID, session: AsyncSession, /) -> bool:
+        """See `Store.cancel`."""
+        return await session_of(session).run_sync(self._cancel, message_id)
+
+    def _cancel(self, session: Session, message_id: UUID) -> bool:
+        connection = connection_of(session, self.outbox_table, self._engine.sync_engine)
+        for statement in (self._statements.cancel_scheduled, self._statements.cancel_at_once):
+            if connection.execute(statement, {"message_id": self._id(message_id)}).rowcount:
+                return True
+        return False
+
+    async def first_time(self, message_id: UUID, group: str, handler: str, session: AsyncSession, /) -> bool:
+        """See `Store.first_time`."""
+        return await session_of(session).run_sync(self._first_time, message_id, group, handler)
+
+    def _first_time(self, session: Session, message_id: UUID, group: str, handler: str) -> bool:
+        connection = connection_of(session, self.inbox_table, self._engine.sync_engine)
+        noted = {"message_id": self._id(message_id), "group": group, "handler": handler}
+        return connection.execute(self._statements.note, noted).rowcount == 1
+
+    # -- for the relay -----------------------------------------------------------------------------------------------
+
+    async def check(self) -> None:
+        """See `Store.check`."""
+        async with self._own.begin() as connection:
+            await connection.run_sync(self._check)
+
+    def _check(self, connection: sa.Connection) -> None:
+        if not self._on_postgresql:
+            version: str = connection.scalar(sa.text("SELECT sqlite_version()")) or ""
+            if tuple(map(int, version.split("."))) < _OLDEST_SQLITE:
+                raise ConfigurationError(f"SqlAlchemyStore needs SQLite 3.35 or later, and this one is {version}")
+        elif (encoding := connection.scalar(sa.text("SHOW server_encoding"))) not in {"UTF8", "SQL_ASCII"}:
+            raise ConfigurationError(
+                f"the database {self._engine.url.database} has the encoding {encoding}, which cannot hold every "
+                "message; create one with the encoding UTF8"
+            )
+        for table in (self.outbox_table, self.inbox_table):
+            check_table(connection, table, self._schema(table))
+
+    async def claim(self, *, limit: int, lease: float, order: Order, on_dead: OnDead) -> Claim:
+        """See `Store.claim`."""
+        self._bind_to_running_loop()
+        self._stored.clear()
+        token, statements = uuid4(), self._statements
+        in_order = order == "key"
+        statement = statements.claim_in_order[on_dead] if in_order else statements.claim_unordered
+        parameters = {"lease": self._id(token), "seconds": lease, "limit": limit, "half": (limit + 1) // 2}
+        async with self._locked() as connection:
+            if not in_order or on_dead == "skip":  # another relay may have blocked
+                await connection.execute(statements.unpark_all)
+            found = (await connection.execute(statement, parameters)).all()
+            rows = [row for row in found if row.lease is not None]
+            if found and not rows:  # all of them were behind a dead row, and probably more are
+                await connection.execute(statements.park, {"limit": _PARKED_AT_ONCE})
+                found = (await connection.execute(statement, parameters)).all()
+                rows = [row for row in found if row.lease is not None]
+            next_due: float | None = None
+            if not rows:
+                next_due = 0.0 if found else await connection.scalar(statements.next_due)
+        return Claim(lease=token, rows=sorted(map(self._row, rows), key=lambda row: row.position), next_due=next_due)
+
+    @asynccontextmanager
+    async def _locked(self) -> AsyncGenerator[AsyncConnection]:
+        """Return a context with a transaction in which no other relay claims."""
+        async with self._own.begin() as connection:
+            if self._on_postgresql:
+                # One after the other: only then does each see what the others have leased. The table changes so fast
+                # that its statistics are always out of date: the planner must not choose by them.
+                await connection.execute(self._lock)
+            yield connection
+
+    @property
+    def _lock(self) -> sa.TextClause:
+        table = self._in_statements(self.outbox_table).replace("'", "''")
+        off = ", ".join(f"set_config('enable_{way}', 'off', true)" for way in ("seqscan", "bitmapscan", "sort"))
+        return sa.text(
+            f"SELECT set_config('idle_in_transaction_session_timeout', '{_LONGEST_PAUSE}', true), {off},"
+            f" pg_advisory_xact_lock({_LOCKS}, CAST(CAST(CAST('{table}' AS regclass) AS oid) AS int))"
+        )
+
+    def _message(self, row: sa.Row[Any]) -> Message:
+        return Message(
+            message_type=row.message_type,
+            message_name=row.message_name,
+            message_id=UUID(int=row.message_id.int) if self._on_postgresql else UUID(row.message_id),
+            payload_json=row.payload.encode(),
+            key=row.key,
+            headers=json.loads(row.headers),
+            time=None if row.event_time is None else datetime.fromisoformat(row.event_time),
+        )
+
+    def _row(self, row: sa.Row[Any]) -> Row:
+        return Row(
+            position=row.seq, message=self._message(row), attempts=row.attempts, stored_at=self._time(row.stored_at)
+        )
+
+    def _time(self, time: Any) -> datetime:
+        return time.astimezone(UTC) if isinstance(time, datetime) else datetime.fromtimestamp(time, UTC)
+
+    def _positions(self, positions: Collection[int]) -> list[int] | str:
+        return [*positions] if self._on_postgresql else json.dumps([*positions])
+
+    async def finish(
+        self, lease: UUID, /, *, sent: Collection[int], untried: Collection[int], failed: Collection[Failure]
+    ) -> int:
+        """See `Store.finish`."""
+        statements, changed = self._statements, 0
+        failures = [[failure.position, failure.reason, failure.retry_after] for failure in failed]
+        token = self._id(lease)
+        async with self._own.begin() as connection:
+            for statement, positions in ((statements.delete_sent, sent), (statements.release, untried)):
+                if positions:
+                    parameters = {"positions": self._positions(positions), "lease": token}
+                    changed += (await connection.execute(statement, parameters)).rowcount
+            if failures:
+                parameters = {"failed": json.dumps(failures), "lease": token}
+                changed += (await connection.execute(statements.fail, parameters)).rowcount
+        return len(sent) + len(untried) + len(failed) - changed
+
+    async def wait(self, timeout: float, /) -> None:
+        """See `Store.wait`."""
+        self._bind_to_running_loop()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout
+        try:
+            async with asyncio.timeout_at(until):
+                if self._notifies and not self._listener.is_open:
+                    await self._listener.open()
+                    self._cannot_listen = False
+                    return  # a message may have been stored before it listened
+                await self._stored.wait()
+        except TimeoutError:
+            pass
+        except Exception as error:  # noqa: BLE001  # of the database, of the driver, or of the network
+            if not self._cannot_listen:
+                self._cannot_listen = True
+                _log.warning("the relay looks for messages from time to time, since it cannot listen: %r", type(error))
+            await asyncio.sleep(until - loop.time())
+
+    def _bind_to_running_loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop, self._stored = loop, asyncio.Event()
+            self._listener.forget()
+
+    def _committed(self) -> None:
+        if not self._notifies:
+            self._wake()
+
+    def _wake(self) -> None:
+        self._stored.set()
+
+    async def close(self) -> None:
+        """See `Store.close`."""
+        await self._listener.close()
+
+    # -- for people --------------------------------------------------------------------------------------------------
+
+    async def status(self) -> Status:
+        """See `Store.status`."""
+        async with self._own.begin() as connection:
+            row = (await connection.execute(self._statements.status)).one()
+            writer: Any = None
+            if row.held_back:
+                writer = (await connection.execute(self._statements.oldest_writer)).one_or_none()
+        return Status(
+            pending=row.pending,
+            oldest=max(0.0, row.oldest or 0.0),
+            scheduled=row.alive - row.pending,
+            leased=row.leased,
+            dead=row.dead,
+            blocked=row.blocked,
+            blocked_keys=row.blocked_keys,
+            held_back=row.held_back,
+            held_back_by=writer and writer.pid,
+            held_back_for=writer.open_for if writer else 0.0,
+        )
+
+    async def dead(self, *, limit: int = 100, after: int = 0) -> Sequence[DeadRow]:
+        """See `Store.dead`."""
+        async with self._own.begin() as connection:
+            rows = (await connection.execute(self._statements.dead, {"limit": limit, "after": after})).all()
+        return [
+            DeadRow(
+                position=row.seq,
+                message=self._message(row),
+                attempts=row.attempts,
+                stored_at=self._time(row.stored_at),
+                reason=row.dead_reason,
+                died_at=self._time(row.dead_at),
+                blocked=row.blocked,
+            )
+            for row in rows
+        ]
+
+    async def redrive(self, positions: Collection[int] | None = None, /) -> int:
+        """See `Store.redrive`."""
+        chosen = {"all": positions is None, "positions": self._positions(positions or ())}
+        return await self._revive(self._statements.redrive, chosen)
+
+    async def discard(self, positions: Collection[int], /) -> int:
+        """See `Store.discard`."""
+        return await self._revive(self._statements.discard, {"positions": self._positions(positions)})
+
+    async def _revive(self, statement: sa.TextClause, parameters: Mapping[str, Any]) -> int:
+        async with self._locked() as connection:
+            changed = len((await connection.execute(statement, parameters)).all())
+            await connection.execute(self._statements.unpark)
+            if self._notifies:
+                await connection.execute(sa.text("SELECT pg_notify(:channel, '')"), {"channel": self._channel})
+        self._committed()
+        return changed
+
+    async def prune(self, *, keep: timedelta, limit: int = 5_000) -> int:
+        """See `Store.prune`."""
+        async with self._own.begin() as connection:
+            if self._on_postgresql:
+                table = self._in_statements(self.inbox_table).replace("'", "''")
+                number = f"CAST(CAST(CAST('{table}' AS regclass) AS oid) AS int)"
+                if not await connection.scalar(sa.text(f"SELECT pg_try_advisory_xact_lock({_LOCKS}, {number})")):
+                    return 0
+            chosen = {"keep": keep.total_seconds(), "limit": limit}
+            return (await connection.execute(self._statements.prune, chosen)).rowcount
