@@ -1,5 +1,6 @@
 """What `EventEmitter.emit` does with each kind of event, without a mediator."""
 
+import asyncio
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 from uuid import uuid4
@@ -295,27 +296,28 @@ async def test_events_of_a_failed_handler_are_not_sent():
     assert handled == []
 
 
-async def test_events_of_a_failed_handler_are_not_sent_with_a_later_event_either():
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("error", [LookupError, asyncio.CancelledError])
+async def test_events_of_a_failed_handler_are_not_sent_with_a_later_event_either(at_once, error):
     """Even if the container returns one object for several events, without saying so."""
 
     class OnNoticed(EventHandler[Noticed]):
         async def handle(self, event: Noticed) -> None:
             self.events.append(UserJoined(user_id=event.user_id))
             if event.user_id == 1:
-                raise LookupError
+                raise error
 
     class Singletons:
         def __init__(self):
             self.made = {}
+            if at_once:
+                self.factory = lambda type_: lambda shared: self.made.setdefault(type_, type_())
 
         async def resolve(self, type_):
             return self.made.setdefault(type_, type_())
 
-        def factory(self, type_):
-            return lambda shared: self.made.setdefault(type_, type_())
-
     emitter = EventEmitter(events_of(OnNoticed), Singletons(), message_broker=(broker := Recorder()))
-    with pytest.raises(EventHandlersFailed):
+    with pytest.raises(EventHandlersFailed if error is LookupError else error):
         await emitter.emit(Noticed(user_id=1))
     await emitter.emit(Noticed(user_id=2))
 

@@ -888,8 +888,9 @@ async def test_a_shared_handler_with_the_list_of_the_base_class_forgets_its_even
 
 @pytest.mark.parametrize("middlewares", [[], [through]])
 @pytest.mark.parametrize("base", [BySelfEvents, ByProperty])
-async def test_a_shared_handler_that_failed_does_not_send_its_events_later(sharing, base, middlewares):
-    """An event of a failed request is never sent: the next request sends its own, or is refused."""
+@pytest.mark.parametrize("error", [TimeoutError, asyncio.CancelledError])
+async def test_a_shared_handler_that_failed_does_not_send_its_events_later(sharing, base, middlewares, error):
+    """An event of a request that failed or was cancelled is never sent: the next one sends its own, or is refused."""
     broker = Recorder()
 
     class FailsAtFirst(base):
@@ -899,13 +900,13 @@ async def test_a_shared_handler_that_failed_does_not_send_its_events_later(shari
             answer = await super().handle(request)
             if not self.failed:
                 self.failed = True
-                raise TimeoutError
+                raise error
             return answer
 
     mediator = mediator_of(
         FailsAtFirst, container=sharing(FailsAtFirst), message_broker=broker, middlewares=middlewares
     )
-    with pytest.raises(TimeoutError):
+    with pytest.raises(error):
         await mediator.send(Join())
 
     with contextlib.suppress(SharedHandler):

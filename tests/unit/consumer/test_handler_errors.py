@@ -1,5 +1,6 @@
 """The events and errors that handlers raise."""
 
+import asyncio
 import contextlib
 
 import pytest
@@ -94,14 +95,15 @@ async def test_raised_events_go_through_the_emitter_that_is_passed():
 
 @pytest.mark.parametrize("middlewares", [[], [BaseMiddleware()]], ids=["alone", "with a middleware"])
 @pytest.mark.parametrize("at_once", [True, False])
-async def test_events_of_a_failed_handler_are_not_sent_with_a_later_message(middlewares, at_once):
+@pytest.mark.parametrize("error", [LookupError, asyncio.CancelledError])
+async def test_events_of_a_failed_handler_are_not_sent_with_a_later_message(middlewares, at_once, error):
     """Even if the container returns one object for several messages, without saying so."""
 
     class FailsAtFirst(EventHandler[UserJoined]):
         async def handle(self, event: UserJoined) -> None:
             self.events.append(MeetingChanged())
             if event.user_id == 1:
-                raise LookupError
+                raise error
 
     class Singletons:
         def __init__(self):
