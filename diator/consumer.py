@@ -186,8 +186,7 @@ class Consumer(Running):
         if emitter is None:
             emitter = EventEmitter(
                 event_map,
-                container,
-                broker if outbox is None else outbox,
+                message_broker=broker if outbox is None else outbox,
                 headers=headers,
                 codec=codec if outbox is None else None,
                 instrument=instrument,

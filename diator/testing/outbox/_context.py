@@ -201,7 +201,9 @@ class Context(Checks):
             self.same(getattr(found, name), getattr(wanted, name), f"{name} of {what}")
         self.same([*found.headers.items()], [*wanted.headers.items()], f"headers of {what}")
         self.check(found.codec is None, f"{what} has a codec, which only the relay sets")
-        self.check(type(found.payload_json) is bytes, f"payload_json of {what} is not bytes: {type(found.payload_json)}")
+        self.check(
+            type(found.payload_json) is bytes, f"payload_json of {what} is not bytes: {type(found.payload_json)}"
+        )
 
     async def meanwhile(self, doing: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """
