@@ -22,7 +22,8 @@ class Leased(msgspec.Struct, eq=False, kw_only=True):
     A message that the service has lent to a consumer. A transport derives the token of its deliveries from this class.
 
     Attributes:
-        leased_until: When its lease is over at the earliest, by `time.monotonic`.
+        leased_until: When its lease is over at the earliest, by `time.monotonic`, which may stand still while the
+            machine is suspended.
     """
 
     leased_until: float = 0.0
@@ -32,9 +33,9 @@ class Leased(msgspec.Struct, eq=False, kw_only=True):
         """
         Return whether its lease lasts, so that no other consumer can have the message.
 
-        A process that was stopped (SIGSTOP) for longer than a lease finds False when it wakes up. If the service does
-        not compare the holder when it settles, the settler asks here, in the same step that writes to the service, and
-        settles nothing that is not leased.
+        A process that was stopped (SIGSTOP) for longer than a lease finds False when it wakes up. It may find True if
+        the whole machine was suspended. If the service does not compare the holder when it settles, the settler asks
+        here, in the same step that writes to the service, and settles nothing that is not leased.
         """
         return monotonic() < self.leased_until
 
@@ -51,10 +52,10 @@ class Leases(Generic[T]):
     Args:
         subscription: Its attribute `unsettled` is the number of held tokens from now on.
         lease: How long a lease lasts, in seconds.
-        renew: Called with all held tokens each time when a third of a lease is over. It renews their leases at the
-            service, and returns those that are not this consumer's any more: if the service does not tell, those that
-            are no longer leased (`Leased.is_leased`). They are not handed out. If it raises an error, the error is
-            logged, and the next third brings another attempt.
+        renew: Called with all held tokens, even if there are none, each time when a third of a lease is over. It
+            renews their leases at the service, and returns those that are not this consumer's any more: if the service
+            does not tell, those that are no longer leased (`Leased.is_leased`). They are not handed out. If it raises
+            an error, the error is logged, and the next third brings another attempt.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class Leases(Generic[T]):
         """
         Keep the leases of *tokens*, and count these as unsettled.
 
-        A lease begins now, unless the transport has set `leased_until`: of a message that was pushed earlier.
+        A lease begins now, unless the transport has set `leased_until`: because the message was pushed earlier, or
+        because nothing but this clock is the fence, and the service counts from before its answer.
         """
         until = monotonic() + self._lease
         for token in tokens:
@@ -97,6 +99,7 @@ class Leases(Generic[T]):
         Renew the lease of *token* no longer, and make room for the next delivery.
 
         Call it before the message is settled. If settling fails, the lease runs out and the message is redelivered.
+        `end` does not return *token*.
         """
         self._held.discard(token)
         self._subscription.unsettled = len(self._held)

@@ -4,9 +4,10 @@ import asyncio
 import os
 import re
 import sys
+import threading
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from uuid import uuid4
 
 import pytest
@@ -77,6 +78,7 @@ def test_names_never_collide_and_headers_come_back():
     parts = ["a", "a.b", "a=2E", "Å.b:*", "", "a" * 300, "a" * 301, "=" * 300]
     names = {page.subject(first, second) for first in parts for second in parts}
     assert len(names) == len(parts) ** 2
+    assert all(all(name.split(".")) for name in names)  # no part is empty
     assert all(re.fullmatch(r"[A-Za-z0-9_=.]{1,200}", name) for name in names)
 
     headers = {"key": "Å: b", "": "", "a: b\r\n%41": "100 %\0\x7f", "%": "\N{PILE OF POO}"}
@@ -139,6 +141,39 @@ async def test_a_subscription_receives_what_a_client_has_pushed():
 
     assert [delivery.body for delivery in handed_out] == [b"0", b"1", b"2", b"3", b"4", b"0"]
     assert subscription.reconnects == 1
+
+
+async def test_a_cancelled_call_of_a_client_that_waits_loses_nothing():
+    begun, answered, subscription = threading.Event(), threading.Event(), SimpleNamespace(unsettled=0)
+
+    def claim(limit):
+        begun.set()
+        answered.wait(60)
+        return [object() for _ in range(limit)]
+
+    thread = page.ClientThread(timeout=60.0)
+    source = page.PolledSource(subscription, thread, claim)
+    waiting = asyncio.create_task(source.receive(3))
+    await asyncio.to_thread(begun.wait, 60)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    answered.set()
+    await thread.run(lambda: None)  # after the call that goes on
+
+    assert (waiting.cancelled(), len(source.taken)) == (True, 3)
+    taken = [*source.taken]
+    assert [*await source.receive(2), *await source.receive(2)] == taken
+    assert subscription.unsettled == 3
+    await thread.aclose()
+    assert not thread._thread._threads.pop().is_alive()
+
+
+async def test_a_call_of_a_client_that_waits_has_a_time_limit():
+    answered, thread = threading.Event(), page.ClientThread(timeout=0.05)
+    with pytest.raises(TimeoutError):
+        await thread.run(answered.wait)
+    answered.set()
+    await thread.aclose()
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ import traceback
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -107,7 +108,15 @@ class Suite(ABC, Generic[H]):
             harness.stop()
 
     def check_harness(self, harness: H) -> None:
-        """Raise `UnknownScenario` if *harness* declares a wrong deviation, or a facility that no scenario knows."""
+        """
+        Check what *harness* declares, before anything runs.
+
+        Raises:
+            TypeError: It has no name.
+            UnknownScenario: A deviation is wrong, or no scenario knows a facility.
+        """
+        if not getattr(harness, "name", ""):
+            raise TypeError(f"{type(harness).__name__} has no name: set its class attribute `name`, for the report")
         self.check_deviations(harness.deviations)
         known = {facility for each in self.catalogue.values() for facility in each.facilities}
         if unknown := sorted(harness.facilities - known):
@@ -231,7 +240,9 @@ class Suite(ABC, Generic[H]):
         lines += [f"the contract: {contract.text}", f"    {contract.place}; {contract.guide}"]
         promise = contract.text.partition(":")[0]
         if contract.place.startswith("Capabilities,") and hasattr(result.capabilities, promise):
-            lines.append(f"    this transport promises {promise}={getattr(result.capabilities, promise)!r}")
+            promised = getattr(result.capabilities, promise)
+            levels = f"{{{', '.join(sorted(promised))}}}" if isinstance(promised, AbstractSet) else repr(promised)
+            lines.append(f"    this transport promises {promise}={levels}")
         if contract.place.startswith(("Consumer,", "Health,")):
             lines.append(
                 "    the consumer is diator's: look at what it calls, the iterator of `subscribe` and the settler"
@@ -374,13 +385,13 @@ def _raise_problems(problems: list[str], blocked: Nonconformance | None, rule: s
 
 
 def open_files() -> set[str]:
-    """Return the open sockets, pipes and so on of this process; empty on systems without /proc."""
+    """Return the open sockets, files and so on of this process; empty on systems without /proc."""
     found: set[str] = set()
     with suppress(OSError):
         for number in os.listdir("/proc/self/fd"):  # noqa: PTH208
             with suppress(OSError):
                 target = os.readlink(f"/proc/self/fd/{number}")  # noqa: PTH115
-                if not target.startswith("/"):
+                if not target.startswith(("/dev/", "/proc/")):  # libraries keep those, such as /dev/urandom
                     found.add(f"{number} {target}")
     return found
 

@@ -207,7 +207,8 @@ class Harness(Environment):
         `foreign`: Store messages of *kind* for *topic*, as a program without diator can. Return their number.
 
         Unless the kind says otherwise, each message has *body*, which a consumer can decode. Store one message for each
-        variation that the service allows; *group* is the only one that receives them.
+        variation that the service allows; *group* is the only one that receives them. If the service has nothing beside
+        the body, replace the `headers` in the body.
 
         - `metadata`: what stands beside the body (headers, properties, fields) cannot be decoded: bytes that are not
           UTF-8, numbers and times out of range, deep nesting, wrong lengths.

@@ -97,6 +97,7 @@ class Comparison:
         expected: The messages that were sent to it.
         strangers: For each unexpected delivery, what it is.
         overtaken: For each reordered message, who overtook whom, by their places in the order of sending.
+        overtook: Whether a fence, which was sent last, has arrived on a transport that promises the order of a topic.
     """
 
     subscription: str
@@ -108,11 +109,13 @@ class Comparison:
     expected: Sequence[UUID] = ()
     strangers: Sequence[str] = ()
     overtaken: Sequence[str] = ()
+    overtook: bool = False
 
     def verify(self, *, in_order: bool = False, may_lose: bool = False, may_duplicate: bool = False) -> None:
         """Raise `Nonconformance` if a message was lost, unexpected, out of order or duplicated without a reason."""
+        late = ": a message that was sent after them has arrived, and ordering=destination is promised" * self.overtook
         faults = {
-            "lost": () if may_lose else self._places(self.lost),
+            f"lost{late}": () if may_lose else self._places(self.lost),
             "duplicated without a reason": () if may_duplicate else self._places(self.duplicated),
             "unexpected": self.strangers,
             "out of order": self.overtaken if in_order else (),
@@ -134,11 +137,13 @@ class Ledger:
     Attributes:
         sent: Every attempt to send, in order.
         received: Every delivery, in order.
+        fenced: The subscriptions that have received a fence after everything that was sent before it.
     """
 
     def __init__(self) -> None:
         self.sent: list[Sent] = []
         self.received: list[Received] = []
+        self.fenced: set[str] = set()
 
     def attempt(self, message: Message) -> Sent:
         """Record that *message* is about to be sent. The caller records the fate with `Sent.end`."""
@@ -183,6 +188,7 @@ class Ledger:
             expected=ids,
             strangers=[self._stranger(each, wanted) for each in unexpected],
             overtaken=[_overtaking(*each) for each in late],
+            overtook=subscription in self.fenced,
         )
 
     def _stranger(self, id_: UUID | None, wanted: Collection[UUID]) -> str:

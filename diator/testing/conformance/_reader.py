@@ -70,7 +70,7 @@ class Reader:
 
     async def next_or_fence(self) -> Received:
         """Wait for the next delivery or fence, and return it unsettled."""
-        received = Received.of(await anext(self.deliveries), self.name)
+        received = await self._received()
         if not is_fence(received):
             self._ledger.received.append(received)
         return received
@@ -98,7 +98,9 @@ class Reader:
             if settle == "ack" or is_fence(received):
                 await received.delivery.ack()
         await received.delivery.ack()
-        if self.broker.capabilities.ordering != "destination":
+        if self.broker.capabilities.ordering == "destination":
+            self._ledger.fenced.add(self.name)
+        else:
             taken += await self._stragglers(settle)
         return taken
 
@@ -120,11 +122,11 @@ class Reader:
 
     async def expect_nothing(self) -> None:
         """Raise `Nonconformance` if a delivery arrives within `limits.quiet` seconds."""
-        waiting = asyncio.ensure_future(anext(self.deliveries))
+        waiting = asyncio.ensure_future(self._received())
         done, _ = await asyncio.wait({waiting}, timeout=self._limits.quiet)
         await cancelled(waiting)
         if done:
-            came = Received.of(waiting.result(), self.name)
+            came = waiting.result()
             own = [each for each in self._ledger.received if each.subscription == self.name]
             held = sum(each.delivery.outcome is None and not each.abandoned for each in own)
             before = [
@@ -137,6 +139,16 @@ class Reader:
                 f"{self._ledger.name_of(came.id)}, attempt {came.delivery.attempt}"
                 f"{f', after {few(before)}' * bool(before)}; expected nothing"
             )
+
+    async def _received(self) -> Received:
+        try:
+            return Received.of(await anext(self.deliveries), self.name)
+        except StopAsyncIteration as error:
+            raise Nonconformance(
+                f"the iterator of {self.name!r} has ended, and its subscription is still open; an asynchronous "
+                "generator does so after one cancelled wait",
+                rule="subscribe: Reconnecting:",
+            ) from error
 
     async def _stragglers(self, settle: Settle) -> list[Received]:
         taken: list[Received] = []

@@ -182,11 +182,12 @@ def test_a_leaked_task_is_a_failure():
     assert (result.outcome, result.reason) == ("FAIL", "tasks are still running: sleep")
 
 
-def test_a_leaked_socket_is_a_failure():
+@pytest.mark.parametrize("leak", [socket.socket, Path(__file__).open], ids=["socket", "file"])
+def test_a_leaked_file_is_a_failure(leak):
     left = []
 
     async def leaking(ctx):
-        left.append(socket.socket())
+        left.append(leak())
 
     result = result_of(leaking)
 
@@ -616,6 +617,71 @@ def test_a_failure_says_what_happened_until_then():
     )
 
 
+def test_an_iterator_that_a_cancelled_wait_ends_is_told_by_name():
+    class Generating(MemoryMessageBroker):
+        @asynccontextmanager
+        async def subscribe(self, topics, /, **options):
+            async with super().subscribe(topics, **options) as deliveries:
+                yield (delivery async for delivery in deliveries)
+
+    class Generator(MemoryHarness):
+        def transport(self):
+            return Generating()
+
+    async def reading_twice(ctx):
+        broker, topic = await ctx.broker(), ctx.topic()
+        async with ctx.reading(broker, topic) as reader:
+            await reader.expect_nothing()
+            await reader.take(1)
+
+    result = result_of(reading_twice, harness=Generator())
+
+    assert re.search("^the iterator of '.*' has ended, and its subscription is still open; an asynch", result.reason)
+    assert result.error.rule == "subscribe: Reconnecting:"
+
+
+@pytest.mark.parametrize("ordering", ["destination", "key"])
+def test_a_loss_that_may_be_a_wrong_order_says_so(ordering):
+    """A scenario reads until a message that was sent last, so whatever that one has overtaken is missing."""
+
+    class Overtaking(MemoryMessageBroker):
+        capabilities = replace(MemoryMessageBroker().capabilities, ordering=ordering)
+
+        async def send_message(self, message, /):
+            if b"number" not in message.payload_json:
+                await super().send_message(message)
+
+    class Unordered(MemoryHarness):
+        def transport(self):
+            return Overtaking()
+
+    async def reading(ctx):
+        broker, topic = await ctx.broker(), ctx.topic()
+        async with ctx.reading(broker, topic) as reader:
+            messages = [ctx.message(topic, number) for number in range(2)]
+            await ctx.send_all(broker, messages)
+            await reader.until_fence()
+            ctx.ledger.compare(reader.name, messages).verify()
+
+    hint = ": a message that was sent after them has arrived, and ordering=destination is promised"
+    assert (
+        f"2 lost{hint * (ordering == 'destination')} (no. 1, no. 2)" in result_of(reading, harness=Unordered()).reason
+    )
+
+
+def test_dead_letters_are_expected_only_where_they_are_promised():
+    class Lacking(MemoryMessageBroker):
+        capabilities = replace(MemoryMessageBroker().capabilities, dead_letter=False)
+
+    class WithoutLetters(MemoryHarness):
+        def transport(self):
+            return Lacking()
+
+    result = run_scenario(SCENARIOS["FRN-09"], WithoutLetters(), seed=7)
+
+    assert result.outcome == "PASS", result.reason
+
+
 def test_a_delivery_that_nobody_expects_is_told_with_what_came_before():
     async def requeued(ctx):
         broker, topic = await ctx.broker(), ctx.topic()
@@ -666,6 +732,7 @@ def test_a_failure_says_how_many_more_were_expected_of_the_consumer(wait):
     ("broken", "line"),
     [
         ("", "this transport promises unroutable='retained'"),
+        ("Capabilities: redelivery:", "this transport promises redelivery={close, crash, retry}"),
         ("aclose: Nothing remains:", "the contract: Nothing remains: no task"),
         ("Health: receiving:", "the consumer is diator's: look at what it calls"),
     ],
@@ -784,6 +851,17 @@ def test_a_facility_without_its_method_fails_by_name():
     result = run_scenario(SCENARIOS["PSN-01"], Claiming(), seed=1)
 
     assert result.reason == "the harness names a facility and does not write its method send_raw"
+
+
+def test_a_harness_without_a_name_is_refused_before_anything_runs(monkeypatch, capsys):
+    class Nameless(Harness):
+        def transport(self):
+            raise NotImplementedError
+
+    monkeypatch.setattr("tests.integration.harnesses.MemoryHarness", Nameless)
+
+    assert main([HARNESS]) == 2
+    assert capsys.readouterr().err == "Nameless has no name: set its class attribute `name`, for the report\n"
 
 
 def test_a_facility_that_nobody_knows_is_refused():
