@@ -135,8 +135,8 @@ class Running:
         at_once = asyncio.ensure_future(self._stopping_at_once.wait())
         helpers: list[asyncio.Future[Any]] = [stopping, at_once]
         try:
-            done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-            if stopping in done:
+            await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            if self._stopping.is_set():
                 drained = asyncio.ensure_future(drain())
                 helpers.append(drained)
                 await asyncio.wait({at_once, drained}, timeout=self._drain_timeout, return_when=asyncio.FIRST_COMPLETED)

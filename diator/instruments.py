@@ -62,13 +62,41 @@ class Handled:
     errors: tuple[BaseException, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class OutboxState:
+    """
+    The state of an outbox, as a relay reports it. Each attribute but the last is that of `diator.outbox.store.Status`.
+
+    Attributes:
+        pending: How many messages are due and not sent yet.
+        oldest: For how many seconds the oldest of them has been due.
+        scheduled: How many messages wait for their time.
+        dead: How many messages are dead.
+        blocked: How many messages wait behind a dead one with their key.
+        blocked_keys: How many keys have a dead message.
+        held_back: How many messages wait for an open transaction of the database.
+        held_back_for: For how many seconds that transaction has been open.
+        lease_lost: How many messages had lost their lease when this relay finished them.
+    """
+
+    pending: int
+    oldest: float
+    scheduled: int
+    dead: int
+    blocked: int
+    blocked_keys: int
+    held_back: int
+    held_back_for: float
+    lease_lost: int
+
+
 class Instrument(Protocol):
     """
     Observes what diator does. Derive a class from it, and override what you need: each method does nothing.
 
-    A program passes it as `instrument=…` to a mediator, an emitter or a consumer. An error of an instrument changes
-    nothing: it is logged, once for each method and type of error. The methods are called in the task of what they
-    observe, so a context variable that one of them sets is seen there. They must not block.
+    A program passes it as `instrument=…` to a mediator, an emitter, a consumer or a relay. An error of an instrument
+    changes nothing: it is logged, once for each method and type of error. The methods are called in the task of what
+    they observe, so a context variable that one of them sets is seen there. They must not block.
     """
 
     def handling(self, request: object, /) -> AbstractContextManager[object]:
@@ -96,8 +124,12 @@ class Instrument(Protocol):
         """Observe the outcome of each delivery, as `on_handled` does. Mostly, its `processing` has not ended yet."""
         return  # otherwise it would be an abstract method for mypy
 
+    def outbox(self, state: OutboxState, broker: object, /) -> None:
+        """Observe the state of an outbox, which its relay reports four times a minute. *broker* sends its messages."""
+        return
 
-_METHODS = ("handling", "headers", "sending", "processing", "settled")
+
+_METHODS = ("handling", "headers", "sending", "processing", "settled", "outbox")
 
 
 class Observer:
@@ -122,6 +154,9 @@ class Observer:
 
     def settled(self, handled: Handled) -> None:
         self.call("settled", lambda: self._instrument.settled(handled, self._broker))
+
+    def outbox(self, state: OutboxState) -> None:
+        self.call("outbox", lambda: self._instrument.outbox(state, self._broker))
 
     def call(self, method: str, call: Callable[[], T]) -> T | None:
         """Return the result of *call*; None after an error."""

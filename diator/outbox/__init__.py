@@ -8,6 +8,7 @@ effect. A store keeps both: `diator.outbox.sqlalchemy` for PostgreSQL and SQLite
 
 from diator.outbox._inbox import Inbox
 from diator.outbox._outbox import Outbox
+from diator.outbox._relay import Relay, Relayed, RelayHealth
 from diator.outbox._unit_of_work import UnitOfWork
 
-__all__ = ["Inbox", "Outbox", "UnitOfWork"]
+__all__ = ["Inbox", "Outbox", "Relay", "RelayHealth", "Relayed", "UnitOfWork"]

@@ -15,7 +15,7 @@ from diator.container import Container
 from diator.context import ContextFilter, MessageContext, correlated, correlation
 from diator.events import EventEmitter, EventMap, Events, NotificationEvent, WithHeaders
 from diator.exceptions import EventsNotSent
-from diator.instruments import Handled, Instrument
+from diator.instruments import Handled, Instrument, OutboxState
 from diator.mediator import Mediator
 from diator.middlewares import BaseMiddleware, Handle, LoggingMiddleware, only_for
 from diator.requests import Request, RequestMap
@@ -75,6 +75,8 @@ class Counting:
         raise NotImplementedError
 
     def settled(self, handled: Handled, broker: object, /) -> None: ...
+
+    def outbox(self, state: OutboxState, broker: object, /) -> None: ...
 
 
 class Partial:

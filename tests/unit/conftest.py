@@ -20,7 +20,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 @pytest.fixture
 def loop_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the library's own measurements follow the clock of the event loop."""
-    for module in ("diator._deadlines", "diator._handling", "diator.brokers.leases", "diator.consumer"):
+    for module in (
+        "diator._deadlines",
+        "diator._handling",
+        "diator.brokers.leases",
+        "diator.consumer",
+        "diator.outbox._relay",
+    ):
         monkeypatch.setattr(f"{module}.monotonic", lambda: asyncio.get_running_loop().time())
 
 
