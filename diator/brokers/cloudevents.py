@@ -49,6 +49,7 @@ _NEVER_ASSIGNED = "".join(chr(plane << 16 | last) for plane in range(17) for las
 _UNFIT = re.compile(rf"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef{_NEVER_ASSIGNED}]")
 _JSON_TYPE = re.compile(r"[^/;]+/(?:[^/;]+\+)?json", re.IGNORECASE)
 
+_SECONDS = re.compile("[0-9]{1,20}")
 #: The year 5138 in seconds, or 1973 in milliseconds.
 _LATEST_SECONDS = 100_000_000_000
 
@@ -204,7 +205,7 @@ class CloudEvents:
         else:
             if media_type:
                 attributes["datacontenttype"] = media_type
-            if attributes.get("time", "").isdecimal():
+            if _SECONDS.fullmatch(attributes.get("time", "")):
                 attributes["time"] = _rfc3339(int(attributes["time"]))
             payload = body
         return self._message(attributes, beside, payload, topic)
