@@ -115,19 +115,19 @@ class Leases(Generic[T]):
         """Renew the leases for as long as this process lives, however long a handler takes."""
         while True:
             await asyncio.sleep(self._lease / 3)
+            held = {*self._held}
             try:
-                await self._renew_all()
+                await self._renew_all(held)
             except Exception as error:  # noqa: BLE001  # whatever failed, there is time for another attempt
-                held = len(self._held)
                 logger.warning(
                     "the leases of %s could not be renewed: %s",
-                    counted(held, "message"),
+                    counted(len(held), "message"),
                     explained(error),
-                    extra={**self._subscription.log_fields, "messages": held, "error_type": name_of(type(error))},
+                    extra={**self._subscription.log_fields, "messages": len(held), "error_type": name_of(type(error))},
                 )
 
-    async def _renew_all(self) -> None:
-        held, until = {*self._held}, monotonic() + self._lease
+    async def _renew_all(self, held: set[T]) -> None:
+        until = monotonic() + self._lease
         lost = {*await self._renew(held)}
         for token in held - lost:
             token.leased_until = until

@@ -115,6 +115,22 @@ async def test_a_lease_that_cannot_be_renewed_ends_and_the_next_third_tries_agai
     assert fields(caplog.records[1]) == {**of_all, "error_type": "ValueError"}
 
 
+async def test_the_line_counts_the_leases_that_were_not_renewed(caplog):
+    """Not those that are held when the error comes: a handler may have ended meanwhile."""
+    async with Subscription(1, 2) as subscription:
+        first, _ = await anext(subscription), await anext(subscription)
+
+        async def renew(held):
+            await first.ack()
+            raise BrokerUnavailable("away")
+
+        subscription.leases._renew = renew
+        await asyncio.sleep(LEASE / 3 + 1)
+
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line == "the leases of 2 messages could not be renewed: BrokerUnavailable: away"
+
+
 async def test_a_process_that_slept_past_its_lease_finds_nothing_leased():
     """It hands out nothing of what it had prefetched, if the service tells nothing either."""
     async with Subscription(1, 2, prefetch=1) as subscription:
