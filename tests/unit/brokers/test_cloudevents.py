@@ -453,7 +453,7 @@ def test_binary_data_other_than_a_json_object_is_not_read(data):
     assert problem_of(data, binary()) == "the data of the CloudEvent is not a JSON object"
 
 
-@pytest.mark.parametrize("number", ["9" * 20, "9" * 400, "9" * 5_000, "-1", "1e9", "\uff12\uff10\uff12\uff16", "\u0661"])
+@pytest.mark.parametrize("number", ["9" * 20, "9" * 400, "9" * 5_000, "-1", "1e9", "\uff12\uff10\uff12\uff16"])
 def test_a_number_that_is_not_a_time_is_not_read(number):
     assert "is not a timestamp" in problem_of(DATA, binary(time=number))
 
