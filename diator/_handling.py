@@ -18,7 +18,7 @@ from diator._hints import name_of
 from diator._log import RepeatedLines
 from diator._text import counted, listed, printable
 from diator.brokers.base import Delivery, Topic
-from diator.brokers.codec import Envelope, decode, decode_envelope, decode_with, event_decoder
+from diator.brokers.codec import KEY, Envelope, decode_envelope, decode_with, event_decoder, headers_of
 from diator.brokers.message import Codec
 from diator.brokers.sending import Deduplicating
 from diator.container.base import BuildLater, Resolver, Shared, scopes
@@ -320,8 +320,8 @@ def _both(observer: Observer | None, on_handled: Callable[[Handled], None] | Non
     return note
 
 
-#: Say which delivery is handled here, for `current_message`; None: none.
-set_delivery: Callable[[Delivery | None], object] = DELIVERY.set
+#: Say which delivery is handled here, or its context, for `current_message`; None: none.
+set_delivery: Callable[[Delivery | MessageContext | None], object] = DELIVERY.set
 
 
 #: The error of a handler, and whether it had handled the message before.
@@ -491,11 +491,11 @@ class Handling:
             since.append(self._not_settled_since)
         return until - max(self._last_settled, min(since)) if since else 0.0
 
-    def read(self, delivery: Delivery) -> Envelope | DecodingError:
+    def read(self, delivery: Delivery, *, max_bytes: int | None = None) -> Envelope | DecodingError:
         """Return the decoded message of *delivery*, or the error: `handle` dead-letters a message that has one."""
         if delivery.unreadable is not None:
             return DecodingError(delivery.unreadable)
-        body, headers, most = delivery.body, delivery.headers, self._max_message_bytes
+        body, headers, most = delivery.body, delivery.headers, max_bytes or self._max_message_bytes
         try:
             if self._codec is not None:
                 return decode_with(self._codec, body, max_bytes=most, headers=headers, topic=delivery.topic)
@@ -503,23 +503,21 @@ class Handling:
         except DecodingError as error:
             return error.with_traceback(None)  # its frames hold the message, and this error is handed out
 
-    def context_of(self, delivery: Delivery) -> MessageContext | None:
-        """Return the context of the message of *delivery*; None if it cannot be decoded."""
-        body, headers = delivery.body, delivery.headers
-        try:
-            if self._codec is None:
-                message = decode(body, max_bytes=len(body), headers=headers)
-            else:
-                message = self._codec.decode(body, headers, delivery.topic)
-        except Exception:  # noqa: BLE001  # the consumer reports it
+    def context_of(self, delivery: Delivery, message: Envelope | None = None) -> MessageContext | None:
+        """Return the context of *delivery*, whose message is *message*; None if it cannot be decoded."""
+        found = message or self.read(delivery, max_bytes=len(delivery.body))
+        if isinstance(found, DecodingError):  # the consumer reports it
             return None
+        headers = headers_of(found.headers, delivery.headers if self._codec is None else {})
+        if self._codec is None:
+            headers.pop(KEY, None)
         return MessageContext(
-            message_id=message.message_id,
-            message_type=message.message_type,
-            message_name=message.message_name,
+            message_id=found.message_id,
+            message_type=found.message_type,
+            message_name=found.message_name,
             group=self._group,
-            key=message.key,
-            headers=MappingProxyType({**message.headers}),
+            key=found.key,
+            headers=MappingProxyType(headers),
             attempt=delivery.attempt,
             redelivered=delivery.redelivered or delivery.attempt > 1,
             sent_at=_sent_at(delivery),
@@ -540,15 +538,16 @@ class Handling:
         """Handle *delivery* as `handle` does, and let the instrument observe it."""
         set_delivery(delivery)
         message = self.read(delivery) if message is None else message
-        is_refused = isinstance(message, DecodingError)  # it may have a context nevertheless, if it is only too large
-        if self._observer is None or is_refused or (context := self.context_of(delivery)) is None:
+        context = None if isinstance(message, DecodingError) else self.context_of(delivery, message)
+        if self._observer is None or context is None:  # what is too large may have a context, which is not observed
             await self.handle(worker, delivery, message)
             return
+        set_delivery(context)
         observed = self._observer.processing(context)
         observed.__enter__()
         error: BaseException | None = None
         try:
-            result = await self.handle(worker, delivery, message)
+            result = await self.handle(worker, delivery, message, context)
             error = None if result is None or result.reason is None else result.error
         except BaseException as ending:
             error = ending
@@ -557,18 +556,22 @@ class Handling:
             observed.end(error)
 
     async def handle(  # noqa: C901, PLR0912, PLR0915  # the way to success is written out: a coroutine costs a fiftieth
-        self, worker: Worker, delivery: Delivery, message: Envelope | DecodingError | None = None
+        self,
+        worker: Worker,
+        delivery: Delivery,
+        message: Envelope | DecodingError | None = None,
+        context: MessageContext | None = None,
     ) -> _Result | None:
         """
         Handle *delivery* and settle it, in the task of *worker*; a task of its own may dead-letter it.
 
-        *message* is what `read` has returned, if it was called.
+        *message* is what `read` has returned, if it was called, and *context* is its context, if that was made.
 
         It raises no error of a handler, but returns what the handlers came to. Cancelling the task leaves the delivery
         unsettled.
         """
         started = worker.since = monotonic()
-        set_delivery(delivery)
+        set_delivery(context or delivery)
         if message is None:
             message = self.read(delivery)
         deadline = worker.deadline

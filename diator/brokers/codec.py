@@ -36,7 +36,7 @@ E = TypeVar("E")
 #: The default size limit of an encoded message, in bytes.
 MAX_MESSAGE_BYTES = 1024 * 1024
 
-_KEY = "key"
+KEY = "key"
 
 # -- message ↔ bytes ---------------------------------------------------------------------------------------------
 
@@ -110,13 +110,13 @@ def headers_with_key(message: Message, *, attribute_prefix: str = "ce_") -> dict
     if message.codec is not None:
         with _errors_of_codec(message):
             headers = {**message.codec.headers(message, attribute_prefix=attribute_prefix)}
-    elif _KEY in message.headers:
+    elif KEY in message.headers:
         raise EncodingError(
             f"{message.message_name}.headers",
-            f"the header {_KEY!r} is reserved for the key of the message; set the key instead",
+            f"the header {KEY!r} is reserved for the key of the message; set the key instead",
         )
     else:
-        headers = {**message.headers} if message.key is None else {**message.headers, _KEY: message.key}
+        headers = {**message.headers} if message.key is None else {**message.headers, KEY: message.key}
     try:
         for name, value in headers.items():
             (name + value).encode()
@@ -135,7 +135,7 @@ def plain_id(message_id: object) -> Any:
 
 class Envelope(msgspec.Struct, gc=False):  # nothing that it refers to refers back
     """
-    A received message without its headers: what a consumer needs. A `Message` would take several times as long to make.
+    What a consumer needs of a received message. A `Message` would take several times as long to make.
 
     Attributes:
         message_type: As `Message.message_type`.
@@ -143,6 +143,8 @@ class Envelope(msgspec.Struct, gc=False):  # nothing that it refers to refers ba
         message_id: As `Message.message_id`.
         payload_json: As `Message.payload_json`.
         key: As `Message.key`.
+        headers: The headers in the body as they are in JSON, see `headers_of`; None if there are none. If a codec has
+            read the message: as `Message.headers`.
         time: As `Message.time`, if a codec has read it.
     """
 
@@ -151,6 +153,7 @@ class Envelope(msgspec.Struct, gc=False):  # nothing that it refers to refers ba
     message_id: UUID
     payload_json: bytes
     key: str | None
+    headers: Mapping[str, Any] | None = None
     time: datetime | None = None
 
     def __repr__(self) -> str:
@@ -188,10 +191,7 @@ def decode(body: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES, headers: Mapping[
     parsed, payload_json = _parsed(body, max_bytes)
     if payload_json[:1] != b"{":
         raise DecodingError("the body is not a message: the payload is not a JSON object - at `$.payload`")
-    all_headers = {**headers} if headers else {}
-    if parsed.headers:
-        in_body = {name: _text_of(value) for name, value in parsed.headers.items() if value is not None}
-        all_headers = in_body | all_headers
+    all_headers = headers_of(parsed.headers, headers or {})
     message = object.__new__(Message)
     set_fields(
         message,
@@ -200,11 +200,18 @@ def decode(body: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES, headers: Mapping[
             "message_name": parsed.message_name,
             "message_id": parsed.message_id,
             "payload_json": payload_json,
-            "key": all_headers.pop(_KEY, None),
+            "key": all_headers.pop(KEY, None),
             "headers": all_headers,
         },
     )
     return message
+
+
+def headers_of(in_body: Mapping[str, Any] | None, of_service: Mapping[str, str]) -> dict[str, str]:
+    """Return all headers of a message, the key among them. The service's own take precedence over those in the body."""
+    if not in_body:
+        return {**of_service}
+    return {name: _text_of(value) for name, value in in_body.items() if value is not None} | {**of_service}
 
 
 def decode_envelope(body: bytes, *, max_bytes: int, headers: Mapping[str, str]) -> Envelope:
@@ -223,10 +230,10 @@ def decode_envelope(body: bytes, *, max_bytes: int, headers: Mapping[str, str]) 
         parsed = None
     if parsed is None or not payload_json.isascii():
         parsed, payload_json = _parsed(body, max_bytes)
-    key = headers.get(_KEY) if headers else None
-    if key is None and parsed.headers and (sent := parsed.headers.get(_KEY)) is not None:
+    key = headers.get(KEY) if headers else None
+    if key is None and parsed.headers and (sent := parsed.headers.get(KEY)) is not None:
         key = _text_of(sent)  # of thousands of headers, a consumer needs none
-    return Envelope(parsed.message_type, parsed.message_name, parsed.message_id, payload_json, key)
+    return Envelope(parsed.message_type, parsed.message_name, parsed.message_id, payload_json, key, parsed.headers)
 
 
 def decode_with(codec: Codec, body: bytes, *, max_bytes: int, headers: Mapping[str, str], topic: Topic) -> Envelope:
@@ -245,6 +252,7 @@ def decode_with(codec: Codec, body: bytes, *, max_bytes: int, headers: Mapping[s
             message.message_id,
             message.payload_json,
             message.key,
+            message.headers,
             message.time,
         )
     except DecodingError:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache
+from operator import attrgetter
 from threading import Lock
 from time import perf_counter, time
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from diator._extras import importing
 from diator._hints import name_of
@@ -32,7 +34,18 @@ with importing("diator.telemetry.OpenTelemetry", "opentelemetry", "opentelemetry
     from opentelemetry.context import Context
     from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
     from opentelemetry.propagators.textmap import Setter, TextMapPropagator
-    from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanKind, Status, StatusCode, TracerProvider
+    from opentelemetry.trace import (
+        INVALID_SPAN,
+        INVALID_SPAN_CONTEXT,
+        Link,
+        NonRecordingSpan,
+        Span,
+        SpanContext,
+        SpanKind,
+        Status,
+        StatusCode,
+        TracerProvider,
+    )
 
 # The conventions for messaging are still in development, so these names are ours to keep.
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.45.0"
@@ -51,6 +64,7 @@ REQUEST, ATTEMPT, OUTCOME, REASON = "diator.request.type", "diator.delivery.atte
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 
 _Attributes: TypeAlias = dict[str, str | int]
+_NONE: _Attributes = {}
 
 
 class OpenTelemetry(Instrument):
@@ -114,12 +128,18 @@ class OpenTelemetry(Instrument):
             "Messages that were received.",
         )
         self._deliveries = _Count(
-            meter.create_observable_counter, "diator.deliveries", "{delivery}", "Deliveries, by their outcome."
+            meter.create_observable_counter,
+            "diator.deliveries",
+            "{delivery}",
+            "Deliveries, by their outcome.",
+            attrgetter("common"),
         )
         self._in_flight = _Count(
             meter.create_observable_up_down_counter, "diator.in_flight", "{message}", "Messages that are being handled."
         )
         self._processing: dict[Hashable, Span] = {}  # of the deliveries whose outcome is not reported yet
+        # The headers that were made last, and of which span: mostly, their message is the next that is sent.
+        self._made: tuple[dict[str, str], SpanContext] = {}, INVALID_SPAN_CONTEXT
         self._meter = meter
         self._watched: dict[str, Consumer] = {}
 
@@ -151,86 +171,107 @@ class OpenTelemetry(Instrument):
 
     def headers(self, event: object, /) -> Mapping[str, str]:
         carrier: dict[str, str] = {}
-        if trace.get_current_span().get_span_context().is_valid:
+        span = trace.get_current_span()
+        if span.get_span_context().is_valid:
             self._inject(carrier)
-            return carrier
-        # Nothing traces this event yet. Its message begins a trace, which the send and its readers belong to.
-        span = self._tracer.start_span(f"create {name_of(type(event)).rpartition('.')[2]}", kind=SpanKind.PRODUCER)
-        self._inject(carrier, trace.set_span_in_context(span))
-        span.end()
+        else:
+            # Nothing traces this event yet. Its message begins a trace, which the send and its readers belong to.
+            name = f"create {name_of(type(event)).rpartition('.')[2]}"
+            span = self._tracer.start_span(name, kind=SpanKind.PRODUCER)
+            self._inject(carrier, trace.set_span_in_context(span))
+            span.end()
+        self._made = carrier, span.get_span_context()
         return carrier
 
     def _inject(self, carrier: dict[str, str], context: Context | None = None) -> None:
         inject = propagate.inject if self._propagator is None else self._propagator.inject
         inject(carrier, context=context, setter=_SETTER)
 
-    def _extract(self, headers: Mapping[str, str]) -> tuple[Context, list[Link]]:
-        """Return the context of *headers*, and a link to their span if they name one."""
+    def _extract(self, headers: Mapping[str, str]) -> Context:
         extract = propagate.extract if self._propagator is None else self._propagator.extract
-        found = extract(headers, context=Context())
-        span = trace.get_current_span(found).get_span_context()
-        return found, [Link(span)] if span.is_valid else []
+        return extract(headers, context=Context())
+
+    def _made_in(self, headers: Mapping[str, str]) -> SpanContext:
+        """Return the span that the headers of a message to send name: without parsing them, if they were made last."""
+        made, span = self._made
+        if made and made.items() <= headers.items():
+            return span
+        return trace.get_current_span(self._extract(headers)).get_span_context()
 
     def sending(self, messages: Sequence[Message], broker: object, /) -> AbstractContextManager[object]:
-        extracted = [self._extract(message.headers) for message in messages]
         topics = {(message.message_type, message.message_name) for message in messages}
         known = _known(system_of(broker), where_of(broker), topics.pop() if len(topics) == 1 else None, None, "send")
-        is_traced = trace.get_current_span().get_span_context().is_valid
-        is_one = len(messages) == 1
+        spans = [self._made_in(message.headers) for message in messages]
+        inside, parent, is_one = None, trace.get_current_span().get_span_context(), len(messages) == 1
+        if is_one and not parent.is_valid:
+            [parent] = spans
+            inside = trace.set_span_in_context(NonRecordingSpan(parent), Context())
         span = self._tracer.start_span(
-            f"send {known.destination}".strip(),
-            extracted[0][0] if is_one and not is_traced else None,
+            known.span,
+            inside,
             SpanKind.CLIENT,
             {**known.traced, **({MESSAGE_ID: str(messages[0].message_id)} if is_one else {BATCH: len(messages)})},
-            [link for _, links in extracted for link in links],
+            [
+                *{
+                    each.span_id: Link(each) for each in spans if each.is_valid and each.span_id != parent.span_id
+                }.values()
+            ],
         )
         began = perf_counter()
 
         def measure(error: BaseException | None) -> None:
-            measured = known.measured if error is None else {**known.measured, ERROR: name_of(type(error))}
-            self._sent_for.record(perf_counter() - began, measured)
-            self._sent.add(len(messages), measured)
+            failed = _failed(error)
+            self._sent_for.record(perf_counter() - began, {**known.measured, **failed} if failed else known.measured)
+            self._sent.add(len(messages), known, failed)
 
         return _Current(span, then=measure)
 
     def processing(self, context: MessageContext, broker: object, /) -> AbstractContextManager[object]:
-        known = _known(system_of(broker), where_of(broker), context.topic, context.group, "process")
-        found, links = self._extract(context.headers)
-        # The span in which the program started the consumer is not the parent. The baggage is for the handlers.
-        inside = found if self._parent else trace.set_span_in_context(INVALID_SPAN, found)
+        topic = context.message_type, context.message_name
+        known = _known(system_of(broker), where_of(broker), topic, context.group, "process")
+        inside = self._extract(context.headers)
+        made = trace.get_current_span(inside).get_span_context()
+        if not self._parent:  # the baggage is for the handlers
+            inside = trace.set_span_in_context(INVALID_SPAN, inside)
         span = self._tracer.start_span(
-            f"process {known.destination}",
-            inside,
+            known.span,
+            inside,  # so the span in which the program started the consumer is not the parent
             SpanKind.CONSUMER,
             {**known.traced, MESSAGE_ID: str(context.message_id), ATTEMPT: context.attempt},
-            links,
+            [Link(made)] if made.is_valid else (),
         )
-        self._processing[_key(context)] = span
-        self._consumed.add(1, known.measured)
-        self._in_flight.add(1, known.measured)
+        self._processing[topic, context.group, context.message_id, context.attempt] = span
+        self._consumed.add(1, known)
+        self._in_flight.add(1, known)
 
         def measure(_: BaseException | None) -> None:
-            self._in_flight.add(-1, known.measured)
+            self._in_flight.add(-1, known)
             if context.sent_at is not None:
                 self._age.record(max(0.0, time() - context.sent_at.timestamp()), known.measured)
 
         return _Current(span, inside, then=measure)
 
     def settled(self, handled: Handled, broker: object, /) -> None:
-        processing = self._processing.pop(_key(handled), INVALID_SPAN)
+        # Each group has a message, and events of two sources may have one id.
+        key = handled.topic, handled.group, handled.message_id, handled.attempt
         known = _known(system_of(broker), where_of(broker), handled.topic, handled.group, "process")
+        processing = self._processing.pop(key, INVALID_SPAN)
         outcome: _Attributes = {OUTCOME: handled.outcome}
         if reason := kind_of(handled.reason):
             outcome[REASON] = reason
-        failed: _Attributes = {} if handled.error is None else {ERROR: name_of(type(handled.error))}
-        self._deliveries.add(1, {**known.delivered, **outcome})
+        failed = _failed(handled.error)
+        self._deliveries.add(1, known, outcome)
         self._handled_for.record(handled.seconds, {**known.measured, **failed} if failed else known.measured)
         if processing.is_recording():  # otherwise it has ended before its dead letter was stored
             processing.set_attributes(outcome)
-        if handled.outcome not in ("acked", "duplicate"):
-            settling = {**known.delivered, **outcome, **failed, OPERATION: "settle", OPERATION_TYPE: "settle"}
+        if handled.outcome != "acked":
+            settling = {**known.common, **outcome, **failed, OPERATION: "settle", OPERATION_TYPE: "settle"}
             inside = trace.set_span_in_context(processing, Context())
             self._tracer.start_span(f"settle {known.destination}", inside, SpanKind.CLIENT, settling).end()
+
+
+def _failed(error: BaseException | None) -> _Attributes:
+    return {} if error is None else {ERROR: name_of(type(error))}
 
 
 class _Current(AbstractContextManager[None]):
@@ -268,25 +309,28 @@ class _Current(AbstractContextManager[None]):
 class _Count:
     """A counter that is read with the metrics. This class adds, because an addition by the SDK takes 8 µs."""
 
-    def __init__(self, create: Callable[..., object], name: str, unit: str, description: str) -> None:
-        self._counts: dict[tuple[tuple[str, str | int], ...], int] = {}
+    def __init__(
+        self,
+        create: Callable[..., object],
+        name: str,
+        unit: str,
+        description: str,
+        attributes: Callable[[_Known], _Attributes] = attrgetter("measured"),
+    ) -> None:
+        self._counts: dict[tuple[_Known, tuple[tuple[str, str | int], ...]], int] = {}
+        self._attributes = attributes
         self._lock = Lock()  # a program may run an event loop in each of several threads
         create(name, [self._read], unit=unit, description=description)
 
-    def add(self, number: int, attributes: _Attributes) -> None:
-        key = (*attributes.items(),)
+    def add(self, number: int, known: _Known, more: _Attributes = _NONE) -> None:
+        key = known, (*more.items(),)
         with self._lock:
             self._counts[key] = self._counts.get(key, 0) + number
 
     def _read(self, _: CallbackOptions) -> list[Observation]:
         with self._lock:
             counts = [*self._counts.items()]
-        return [Observation(count, dict(attributes)) for attributes, count in counts]
-
-
-def _key(of: MessageContext | Handled) -> Hashable:
-    """Return what tells deliveries apart: each group has a message, and events of two sources may have one id."""
-    return of.topic, of.group, of.message_id, of.attempt
+        return [Observation(count, {**self._attributes(known), **dict(more)}) for (known, more), count in counts]
 
 
 class _Setter(Setter[dict[str, str]]):
@@ -297,24 +341,36 @@ class _Setter(Setter[dict[str, str]]):
 _SETTER = _Setter()
 
 
-class _Known(NamedTuple):
-    """What all messages of a destination have in common: attributes of spans, of metrics, and of deliveries."""
+@dataclass(frozen=True, eq=False)  # there is one for each destination, whose hash is its identity
+class _Known:
+    """
+    What all messages of a destination have in common.
+
+    Attributes:
+        destination: Its name; empty for messages to several.
+        span: The name of their spans.
+        traced: Attributes of their spans.
+        measured: Attributes of their metrics.
+        common: Those of both that do not name the operation.
+    """
 
     destination: str
+    span: str
     traced: _Attributes
     measured: _Attributes
-    delivered: _Attributes
+    common: _Attributes
 
 
-@lru_cache(maxsize=1024)
+@cache
 def _known(system: str, where: str, topic: tuple[str, str] | None, group: str | None, operation: str) -> _Known:
     destination = "" if topic is None else destination_of(Topic(*topic))
-    delivered: _Attributes = {SYSTEM: system}
+    common: _Attributes = {SYSTEM: system}
     if destination:
-        delivered[DESTINATION] = destination
+        common[DESTINATION] = destination
     if group is not None:
-        delivered[GROUP] = group
-    measured: _Attributes = {**delivered, OPERATION: operation}
+        common[GROUP] = group
+    measured: _Attributes = {**common, OPERATION: operation}
     host, port = address_of(where)
     address: _Attributes = {**({SERVER: host} if host else {}), **({PORT: port} if port else {})}
-    return _Known(destination, {**measured, OPERATION_TYPE: operation, **address}, measured, delivered)
+    traced: _Attributes = {**measured, OPERATION_TYPE: operation, **address}
+    return _Known(destination, f"{operation} {destination}".strip(), traced, measured, common)

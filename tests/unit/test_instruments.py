@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from diator.brokers.codec import decode, encode, headers_with_key
 from diator.brokers.memory import MemoryMessageBroker
 from diator.consumer import Consumer
 from diator.context import MessageContext, current_message
@@ -57,6 +58,7 @@ class Tracing(Instrument):
         return self._around("sending", len(messages), type(broker))
 
     def processing(self, context, broker):
+        assert current_message() is context
         return self._around("processing", context.group, context.attempt, type(broker))
 
     def settled(self, handled, broker):
@@ -194,6 +196,40 @@ async def test_processing_is_called_as_the_message_of_its_context(concurrency):
 
     assert len({context.message_id for context, _ in seen}) == 3
     assert all(context == current for context, current in seen)
+
+
+class Counting:
+    """A codec that counts the messages it decodes."""
+
+    def __init__(self):
+        self.decoded = 0
+
+    def encode(self, message, /, *, headers_in_body):
+        return encode(replace(message, codec=None), headers_in_body=headers_in_body)
+
+    def headers(self, message, /, *, attribute_prefix):
+        return headers_with_key(replace(message, codec=None))
+
+    def decode(self, body, headers, topic, /):
+        self.decoded += 1
+        return decode(body, headers=headers)
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+async def test_a_message_is_decoded_once_for_the_instrument_and_its_handler(concurrency):
+    codec, contexts, broker = Counting(), [], MemoryMessageBroker()
+
+    async def welcome(event: UserJoined, context: MessageContext) -> None:
+        contexts.append(context)
+
+    emitter = EventEmitter(message_broker=broker, codec=codec, headers=[lambda _: {"tenant": "7"}])
+    await emitter.emit(UserJoined(user_id=1))
+    consumer, _ = consumer_of(broker, welcome, concurrency=concurrency, codec=codec, instrument=Tracing())
+    async with running(consumer):
+        await until(lambda: contexts)
+
+    assert codec.decoded == 1
+    assert contexts[0].headers["tenant"] == "7"
 
 
 async def test_processing_receives_the_error_of_the_handlers():

@@ -162,11 +162,12 @@ class SharesAContext(Consumer):
         read, make = self._handling.read, self._handling.context_of
         last: list[Delivery] = []
 
-        def noting(delivery: Delivery) -> Envelope | DecodingError:
+        def noting(delivery: Delivery, *, max_bytes: int | None = None) -> Envelope | DecodingError:
             last[:] = [delivery]
-            return read(delivery)
+            return read(delivery, max_bytes=max_bytes)
 
-        def context_of(delivery: Delivery) -> MessageContext | None:
+        def context_of(delivery: Delivery, message: Envelope | None = None) -> MessageContext | None:
+            del message
             return make(last[0] if last else delivery)
 
         self._handling.read = noting  # type: ignore[method-assign]

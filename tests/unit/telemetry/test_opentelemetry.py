@@ -123,7 +123,8 @@ async def test_one_trace_leads_from_the_request_through_two_consumers(recorded):
         f"send {WELCOMED}": f"process {JOINED}",
         f"process {WELCOMED}": f"process {JOINED}",
     }
-    assert recorded.links_of(f"send {JOINED}") == recorded.links_of(f"process {JOINED}") == ["handle Join"]
+    assert recorded.links_of(f"process {JOINED}") == ["handle Join"]
+    assert recorded.links_of(f"send {JOINED}") == []  # its parent says the same
     assert {name: span.kind for name, span in recorded.spans.items()} == {
         "handle Join": SpanKind.INTERNAL,
         f"send {JOINED}": SpanKind.CLIENT,
@@ -166,12 +167,11 @@ async def test_an_event_outside_of_any_trace_begins_one(recorded):
 
     assert recorded.parent_of("create UserJoined") is None
     assert recorded.spans["create UserJoined"].kind == SpanKind.PRODUCER
-    assert recorded.links_of(f"send {JOINED}") == ["create UserJoined"]
     assert recorded.parent_of(f"send {JOINED}") == "create UserJoined"
     assert recorded.parent_of(f"process {JOINED}") == "create UserJoined"
 
 
-async def test_several_messages_have_a_link_each(recorded):
+async def test_several_messages_are_sent_in_one_span(recorded):
     async def twice(command: Join, events: Events) -> str:
         events.append(UserJoined(user_id=1))
         events.append(Welcomed())
@@ -179,9 +179,55 @@ async def test_several_messages_have_a_link_each(recorded):
 
     await mediator_of(Recorder(), recorded.instrument, twice).send(Join())
 
-    assert recorded.links_of("send") == ["handle Join", "handle Join"]
+    assert recorded.parent_of("send") == "handle Join"
+    assert recorded.links_of("send") == []
     assert recorded.spans["send"].attributes["messaging.batch.message_count"] == 2
     assert "messaging.message.id" not in recorded.spans["send"].attributes
+
+
+@pytest.mark.parametrize(
+    ("inside", "links"),
+    [(None, ["first", "second"]), ("first", ["second"]), ("third", ["first", "second"])],
+)
+async def test_a_send_has_a_link_to_each_span_in_which_its_messages_were_raised_elsewhere(recorded, inside, links):
+    tracer = trace.get_tracer("program", tracer_provider=recorded.tracers)
+    spans = {name: tracer.start_span(name) for name in ("first", "second", "third")}
+    messages = []
+    for name in ("first", "second", "first"):
+        with trace.use_span(spans[name]):
+            headers = recorded.instrument.headers(UserJoined())
+        messages.append(Message.create(message_name="UserJoined", payload={}, headers={"region": "eu", **headers}))
+
+    with trace.use_span(spans.get(inside, trace.INVALID_SPAN)), recorded.instrument.sending(messages, Recorder()):
+        pass
+    for span in spans.values():
+        span.end()
+
+    assert recorded.links_of(f"send {JOINED}") == links
+    assert recorded.parent_of(f"send {JOINED}") == inside
+
+
+async def test_the_trace_of_a_message_from_elsewhere_goes_on_when_it_is_sent(recorded):
+    trace_id, span_id = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    headers = {"traceparent": f"00-{trace_id}-{span_id}-01"}
+    message = Message.create(message_name="UserJoined", payload={}, headers=headers)
+    with recorded.instrument.sending([message], Recorder()):
+        pass
+
+    sent = recorded.spans[f"send {JOINED}"]
+    assert (f"{sent.context.trace_id:032x}", f"{sent.parent.span_id:016x}") == (trace_id, span_id)
+
+
+async def test_a_message_that_is_sent_later_belongs_to_its_own_trace(recorded):
+    of_first, of_second = (recorded.instrument.headers(UserJoined()) for _ in range(2))
+    message = Message.create(message_name="UserJoined", payload={}, headers=of_first)
+    with recorded.instrument.sending([message], Recorder()):
+        pass
+
+    [_, trace_id, span_id, _] = of_first["traceparent"].split("-")
+    sent = recorded.spans[f"send {JOINED}"]
+    assert of_second["traceparent"] != of_first["traceparent"]
+    assert (f"{sent.context.trace_id:032x}", f"{sent.parent.span_id:016x}") == (trace_id, span_id)
 
 
 async def test_without_a_parent_a_message_begins_a_trace_and_has_the_link():
