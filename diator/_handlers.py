@@ -118,6 +118,16 @@ class RaisesEvents:
         return cast("Events", self._raised)
 
 
+def _set_events(handler: RaisesEvents, events: list[Any]) -> None:
+    """Raise these events instead. `self.events += [event]` extends the list, and then sets it."""
+    if events is not handler._raised:  # noqa: SLF001
+        object.__setattr__(handler, "_raised", Events(events))
+
+
+# Not for type checkers: they would refuse a property without a setter in a subclass, as handlers of 0.0.3 have it.
+RaisesEvents.events = RaisesEvents.events.setter(_set_events)  # type: ignore[attr-defined]
+
+
 # -- binding -----------------------------------------------------------------------------------------------------
 
 

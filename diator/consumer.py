@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from diator._handling import Handling, current_task, inbox_of, routes, set_delivery
 from diator._hints import described, name_of
+from diator._options import check_counts, check_functions, check_numbers, check_texts, check_times, check_type
 from diator._running import CANCEL_TIMEOUT, Running
 from diator._text import counted, listed
 from diator.brokers.base import Delivery, Gap, ReadableBroker
@@ -24,7 +25,7 @@ from diator.brokers.sending import Deduplicating, TransactionalBroker, session_t
 from diator.container import Container
 from diator.container.base import Resolver
 from diator.events import EventEmitter, EventMap
-from diator.events._emitter import check_codec, check_parts, check_type
+from diator.events._emitter import check_codec, check_parts
 from diator.events._headers import HeaderSource
 from diator.exceptions import BrokerUnavailable, ConfigurationError, DecodingError
 from diator.instruments import Handled, Instrument, observer_of
@@ -142,7 +143,7 @@ class Consumer(Running):
         group: str | None = None,
         concurrency: int = 1,
         prefetch: int = 1_000,
-        middlewares: Iterable[Middleware] = (),
+        middlewares: Iterable[Middleware] | None = None,
         event_emitter: EventEmitter | None = None,
         outbox: TransactionalBroker[Any] | None = None,
         inbox: Deduplicating[Any] | None = None,
@@ -157,11 +158,10 @@ class Consumer(Running):
         on_handled: Callable[[Handled], None] | None = None,
         on_gap: Callable[[Gap], None] | None = None,
     ) -> None:
-        if min(concurrency, prefetch) < 1 or not handler_timeout > 0 or not drain_timeout >= 0:  # nor is NaN
-            raise ConfigurationError(
-                f"concurrency and prefetch must be at least 1, handler_timeout above 0 and drain_timeout at least 0; "
-                f"they are {concurrency}, {prefetch}, {handler_timeout} and {drain_timeout}"
-            )
+        check_counts(1, concurrency=concurrency, prefetch=prefetch)
+        check_times(handler_timeout=handler_timeout)
+        check_numbers(0, drain_timeout=drain_timeout)
+        check_functions(on_handled=on_handled, on_gap=on_gap)
         super().__init__("consumer", "had subscribed", drain_timeout)
         _check_broker(broker)
         check_type("event_map", event_map, EventMap, is_needed=True)
@@ -463,6 +463,9 @@ def _check_broker(broker: object) -> None:
 def _group(broker: object, promised: Capabilities, group: str | None) -> str | None:
     if group is None:
         return DEFAULT_GROUP if "competing" in promised.distribution else None
+    check_texts(group=group)
+    if not group:  # perhaps of a variable of the environment
+        raise ConfigurationError("group is empty; name it after the program, or leave it out")
     needed = Capabilities(distribution=frozenset({"competing"}))
     remedy = "leave the group out, then every consumer receives every message, or use a transport with consumer groups"
     require(broker, promised, needed, for_=f"Consumer(group={group!r})", remedy=remedy)

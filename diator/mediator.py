@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, overload
 
 from diator._dispatcher import Dispatcher, Plan
+from diator._options import check_type
 from diator.brokers.message import Codec
 from diator.brokers.sending import MessageBroker
 from diator.container import Container
 from diator.container.base import Resolver, Shared
 from diator.context import log_fields
 from diator.events import EventEmitter, EventMap
-from diator.events._emitter import OUTGOING, Outgoing, check_parts, check_type, unwrapped
+from diator.events._emitter import OUTGOING, Outgoing, check_parts, unwrapped
 from diator.events._headers import HeaderSource
 from diator.exceptions import ConfigurationError, EventsNotSent, MessagesNotSent, NotCommitted
 from diator.instruments import Instrument, observer_of
@@ -88,7 +89,7 @@ class Mediator:
         check_parts(event_map=event_map, container=container, message_broker=message_broker)
         check_type("request_map", request_map, RequestMap, is_needed=True)
         check_type("event_emitter", event_emitter, EventEmitter)
-        middlewares = checked_middlewares(() if middlewares is None else middlewares)
+        middlewares = checked_middlewares(middlewares)
         if event_emitter is None:
             event_emitter = EventEmitter(
                 event_map, None, message_broker, headers=headers, codec=codec, instrument=instrument

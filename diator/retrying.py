@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from diator._hints import described
+from diator._options import check_counts, check_numbers
 from diator.exceptions import ConfigurationError
 
 
@@ -62,18 +64,16 @@ class RetryPolicy:
     permanent: tuple[type[Exception], ...] = (PermanentError,)
 
     def __post_init__(self) -> None:
-        counts_and_times = (
-            *(self.immediate_retries, self.delayed_retries, self.max_crashes),
-            *(self.immediate_pause, self.first_delay, self.max_delay),
-        )
-        if not all(value >= 0 for value in counts_and_times) or not self.backoff_factor >= 1:  # nor is NaN
-            raise ConfigurationError(
-                f"{self} is invalid: counts and times must not be negative, and backoff_factor must be at least 1"
-            )
+        counts = {name: getattr(self, name) for name in ("immediate_retries", "delayed_retries", "max_crashes")}
+        times = {name: getattr(self, name) for name in ("immediate_pause", "first_delay", "max_delay")}
+        check_counts(0, **counts)
+        check_numbers(0, **times)
+        check_numbers(1, backoff_factor=self.backoff_factor)
         classes: object = self.permanent  # a list would fail much later, when the first handler fails
         if not isinstance(classes, tuple) or not all(isinstance(each, type) for each in classes):
             raise ConfigurationError(
-                f"permanent must be a tuple of exception classes, such as (PermanentError, OSError), not {classes!r}"
+                "permanent must be a tuple of exception classes, such as (PermanentError, OSError), and it is "
+                f"{described(classes)}"
             )
 
     @property

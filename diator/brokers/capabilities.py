@@ -7,6 +7,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
+from diator._options import word
 from diator.exceptions import ConfigurationError, UnsupportedCapability
 
 # The levels of each capability, from weak to strong.
@@ -118,7 +119,7 @@ class Capabilities:
         """Check that each level exists."""
         for name, levels in _LEVELS.items():
             if (level := getattr(self, name)) not in levels:
-                raise ConfigurationError(f"{name} must be one of {', '.join(levels)}; got {level!r:.80}")
+                raise ConfigurationError(f"{name} must be one of {', '.join(levels)}; got {word(level)}")
         for name, words in _SETS.items():
             found: object = getattr(self, name)
             if not isinstance(found, AbstractSet) or not found <= words:

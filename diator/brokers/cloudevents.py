@@ -22,6 +22,7 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 import msgspec
 import orjson
 
+from diator._options import word
 from diator.brokers.codec import decode, key_of
 from diator.brokers.message import Message, Topic
 from diator.exceptions import ConfigurationError, DecodingError, EncodingError
@@ -99,12 +100,12 @@ class CloudEvents:
         if not _fits(source) or re.search(r"\s", source):
             raise ConfigurationError("source must be a URI reference that names this program, such as https://…/orders")
         if mode not in ("structured", "binary"):
-            raise ConfigurationError(f"mode must be structured or binary, not {mode!r:.80}")
+            raise ConfigurationError(f"mode must be structured or binary, not {word(mode)}")
         if not _is_text(type_prefix):
             raise ConfigurationError("type_prefix must be text without control characters, such as com.example.")
         if header_prefix is not None and not _PREFIX.fullmatch(str(header_prefix)):
             raise ConfigurationError(
-                f"header_prefix must be one of ce_, ce-, cloudEvents: and cloudEvents_, not {header_prefix!r:.80}"
+                f"header_prefix must be one of ce_, ce-, cloudEvents: and cloudEvents_, not {word(header_prefix)}"
             )
         self._source = source
         self._is_binary = mode == "binary"

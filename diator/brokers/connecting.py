@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from diator._hints import name_of
+from diator._options import check_type
 from diator._text import explained
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities, require
@@ -112,6 +113,7 @@ class ClientConnection(ABC, Generic[L]):
     """
 
     def __init__(self, where: str, *, timeout: float, reconnect: ReconnectPolicy) -> None:
+        check_type("reconnect", reconnect, ReconnectPolicy, is_needed=True)
         self.where = where
         self.broker: str | None = None
         self.subscriptions: set[ResilientSubscription] = set()

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import Self
 from uuid import UUID
 
+from diator._options import check_counts
 from diator._text import counted
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import MAX_MESSAGE_BYTES, decode, encode
 from diator.brokers.message import Codec, Message
 from diator.brokers.sending import check_has_ended
-from diator.exceptions import BrokerClosed, ConfigurationError, MessageRejected
+from diator.exceptions import BrokerClosed, MessageRejected
 
 
 class MemoryMessageBroker:
@@ -48,8 +49,7 @@ class MemoryMessageBroker:
     messaging_system = "diator_memory"
 
     def __init__(self, *, capacity: int = 10_000, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
-        if capacity < 1:
-            raise ConfigurationError("capacity must be at least 1")
+        check_counts(1, capacity=capacity, max_message_bytes=max_message_bytes)
         self._capacity = capacity
         self._max_message_bytes = max_message_bytes
         self._kept = _Queue()
@@ -118,8 +118,7 @@ class MemoryMessageBroker:
         """Subscribe to *topics*; see `ReadableBroker.subscribe`."""
         self._bind_to_running_loop()
         self.check_open()
-        if prefetch < 1:
-            raise ConfigurationError("prefetch must be at least 1")
+        check_counts(1, prefetch=prefetch)
         queue = _Queue() if group is None else self._groups.setdefault(group, _Queue())
         queue.topics |= set(topics)
         if queue not in self._queues:

@@ -21,6 +21,7 @@ from typing import Protocol, Self
 
 from diator._hints import name_of
 from diator._log import RepeatedLines
+from diator._options import check_counts, check_numbers
 from diator._text import explained, listed
 from diator.brokers.base import Delivery, Gap, OnGap, Topic
 from diator.brokers.client_logs import own_client
@@ -99,6 +100,9 @@ class ReconnectPolicy:
             backoff).
         max_delay: The limit of the delay.
         reset_after: How long a connection has to live until the backoff starts again at `first_delay`.
+
+    Raises:
+        ConfigurationError: One of them is not a number, or negative.
     """
 
     connect_timeout: float = 10.0
@@ -107,6 +111,9 @@ class ReconnectPolicy:
     first_delay: float = 0.1
     max_delay: float = 30.0
     reset_after: float = 60.0
+
+    def __post_init__(self) -> None:
+        check_numbers(0, **vars(self))
 
     def delay(self, failures: int) -> float:
         """
@@ -184,8 +191,7 @@ class ResilientSubscription(ABC):
     unsettled: int = 0
 
     def __init__(self, settings: SubscriptionSettings, *, lossy: bool, buffer_size: int | None = None) -> None:
-        if settings.prefetch < 1:
-            raise ConfigurationError("prefetch must be at least 1")
+        check_counts(1, prefetch=settings.prefetch)
         self.settings = settings
         self._name = _log_name(settings.topics, settings.group)
         self._lossy = lossy

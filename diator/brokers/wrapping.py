@@ -6,11 +6,13 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Self
 
+from diator._hints import described
 from diator.brokers.audit import Finding, audit
 from diator.brokers.base import Delivery, OnGap, Topic
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
 from diator.brokers.sending import Due, send_one_by_one, transactional
+from diator.exceptions import ConfigurationError
 
 
 class Wrapped:
@@ -32,9 +34,14 @@ class Wrapped:
 
     Args:
         broker: The broker that sends and receives. It is closed together with this one.
+
+    Raises:
+        ConfigurationError: *broker* cannot send.
     """
 
     def __init__(self, broker: Any) -> None:
+        if isinstance(broker, type) or not callable(getattr(broker, "send_message", None)):
+            raise ConfigurationError(f"broker must be an object with `send_message`, and it is {described(broker)}")
         self._wrapped = broker
 
     def outgoing(self, message: Message) -> Message:

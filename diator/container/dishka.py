@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TypeVar, cast
 
 from diator._extras import importing
+from diator._options import check_type
 from diator.container.base import AnyClass, Resolver, Shared
 from diator.context import MessageContext, current_message
 
@@ -24,9 +25,13 @@ class DishkaContainer:
 
     Inside of a consumer, the context of a request scope contains the `MessageContext`: a provider that declares
     `from_context(MessageContext, scope=Scope.REQUEST)` passes it to handlers and to what they depend on.
+
+    Raises:
+        ConfigurationError: *container* is not an asynchronous container of dishka.
     """
 
     def __init__(self, container: AsyncContainer) -> None:
+        check_type("container", container, AsyncContainer, is_needed=True)
         self._container = container
 
     async def resolve(self, type_: AnyClass[T], /) -> T:

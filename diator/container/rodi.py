@@ -6,6 +6,7 @@ from typing import TypeVar, cast
 
 from diator._extras import importing, require_internals
 from diator._hints import name_of
+from diator._options import check_type
 from diator.container.base import AnyClass, Build, Shared
 from diator.context import MessageContext, needed_message
 from diator.exceptions import ConfigurationError, ResolutionError
@@ -51,7 +52,13 @@ class RodiContainer:
         return self._external_container
 
     def attach_external_container(self, container: rodi.Container) -> None:
-        """Build all objects with *container*. Register `MessageContext` there, unless the program has done so."""
+        """
+        Build all objects with *container*. Register `MessageContext` there, unless the program has done so.
+
+        Raises:
+            ConfigurationError: It is not a container of rodi.
+        """
+        check_type("container", container, rodi.Container, is_needed=True)
         self._external_container = container
         if MessageContext not in container:
             container.add_transient_by_factory(_message_for, MessageContext)

@@ -9,6 +9,7 @@ from uuid import UUID
 
 from diator._handlers import PreparedHandler, Scheduled, WithHeaders
 from diator._hints import described, name_of
+from diator._options import check_type
 from diator.brokers.message import Codec, Message, set_fields
 from diator.brokers.sending import (
     Due,
@@ -390,12 +391,6 @@ def check_codec(codec: object, broker: object = None) -> None:
 
 
 _METHODS_OF_CODEC = ("encode", "headers", "decode")
-
-
-def check_type(name: str, part: object, wanted: type, *, is_needed: bool = False) -> None:
-    """Check the type of the argument *name*. None, unless *is_needed*: not passed."""
-    if not isinstance(part, wanted) and (is_needed or part is not None):
-        raise ConfigurationError(f"{name} must be of the type {wanted.__name__}, and it is {described(part)}")
 
 
 class _Plan:

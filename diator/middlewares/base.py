@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from types import MethodType
 from typing import Any, Protocol, TypeAlias, TypeVar, get_origin, overload
 
-from diator._hints import name_of
+from diator._hints import described, name_of
 from diator.exceptions import ConfigurationError
 
 M = TypeVar("M")
@@ -91,20 +91,22 @@ def middlewares_for(middlewares: Iterable[Middleware], message_type: type) -> li
     return found
 
 
-def checked_middlewares(middlewares: Iterable[Middleware]) -> tuple[Middleware, ...]:
+def checked_middlewares(middlewares: Any) -> tuple[Middleware, ...]:
     """
-    Return *middlewares* as a tuple.
+    Return *middlewares* as a tuple; None: there are none.
 
     Raises:
         ConfigurationError: They are not a list, or one of them cannot be called.
     """
-    if not isinstance(middlewares, Iterable):
-        raise ConfigurationError(f"middlewares must be a list of middlewares, not {middlewares!r}")
+    if middlewares is None:
+        return ()
+    if not isinstance(middlewares, Iterable) or isinstance(middlewares, (str, Mapping)):
+        raise ConfigurationError(f"middlewares must be a list of middlewares, and it is {described(middlewares)}")
     checked = tuple(middlewares)
     for middleware in checked:
         if isinstance(middleware, type) or not callable(middleware):
             raise ConfigurationError(
-                f"{middleware!r} is not a middleware; pass an object that can be called with (message, handle)"
+                f"{described(middleware)} is not a middleware; pass an object that can be called with (message, handle)"
             )
     return checked
 

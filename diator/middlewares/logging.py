@@ -6,7 +6,9 @@ import logging
 from time import perf_counter
 from typing import Any
 
+from diator._hints import described
 from diator.context import log_fields
+from diator.exceptions import ConfigurationError
 from diator.middlewares.base import Handle
 
 
@@ -21,6 +23,8 @@ class LoggingMiddleware:
     """
 
     def __init__(self, logger: logging.Logger | None = None) -> None:
+        if logger is not None and not callable(getattr(logger, "warning", None)):
+            raise ConfigurationError(f"logger must be a logger, and it is {described(logger)}")
         self._logger = logger or logging.getLogger(__name__)
 
     async def __call__(self, message: Any, handle: Handle, /) -> Any:

@@ -9,7 +9,7 @@ from typing import Generic, Self, TypeVar
 from uuid import UUID
 
 from diator._hints import name_of
-from diator.events._emitter import check_type
+from diator._options import check_type
 from diator.exceptions import ConfigurationError
 from diator.outbox._outbox import check_session, check_store
 from diator.outbox.store import Store

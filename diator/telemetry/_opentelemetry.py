@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from diator._extras import importing
 from diator._hints import name_of
+from diator._options import check_type
 from diator.brokers.message import Message, Topic
 from diator.consumer import Consumer
 from diator.context import MessageContext
@@ -93,6 +94,9 @@ class OpenTelemetry(Instrument):
         propagator: TextMapPropagator | None = None,
         parent: bool = True,
     ) -> None:
+        check_type("tracer_provider", tracer_provider, TracerProvider)
+        check_type("meter_provider", meter_provider, MeterProvider)
+        check_type("propagator", propagator, TextMapPropagator)
         self._tracer = trace.get_tracer("diator", tracer_provider=tracer_provider, schema_url=SCHEMA_URL)
         self._propagator = propagator
         self._parent = parent

@@ -8,6 +8,7 @@ from time import perf_counter, time
 
 from diator._extras import importing
 from diator._hints import name_of
+from diator._options import check_type
 from diator.brokers.message import Message, Topic
 from diator.consumer import Consumer
 from diator.context import MessageContext
@@ -34,10 +35,11 @@ class Prometheus(Instrument):
         registry: Where the metrics are registered. Default: the global one.
 
     Raises:
-        ConfigurationError: The registry has these metrics already.
+        ConfigurationError: The registry has these metrics already, or is none.
     """
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        check_type("registry", registry, CollectorRegistry, is_needed=True)
         try:
             self._requests = Histogram(
                 "diator_request_seconds", "How long a request took.", ["request", "outcome"], registry=registry

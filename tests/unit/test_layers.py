@@ -24,7 +24,9 @@ LAYERS = [
     "instruments",
     "context",
     "brokers",
-    "_deadlines _extras _hints _log _signals _text retrying",
+    "retrying",
+    "_options",
+    "_deadlines _extras _hints _log _signals _text",
     "response exceptions",
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names.split()}

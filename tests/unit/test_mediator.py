@@ -391,7 +391,37 @@ class WithSlots:
         return ""
 
 
-EVERY_KIND = [BySelfEvents, ByProperty, WithoutBase, WithSlots, function_raising(UserJoined())]
+class ByAddition(RequestHandler[Join, str]):
+    async def handle(self, request: Join) -> str:
+        self.events += [UserJoined()]
+        return ""
+
+
+class ByAssignment(RequestHandler[Join, str]):
+    async def handle(self, request: Join) -> str:
+        self.events.append(MeetingChanged())
+        self.events = [UserJoined()]
+        return ""
+
+
+class FromItsConstructor(RequestHandler[Join, str]):
+    def __init__(self) -> None:
+        self.events = []
+
+    async def handle(self, request: Join) -> str:
+        self.events.append(UserJoined())
+        return ""
+
+
+async def by_addition(request: Join, events: Events) -> str:
+    events += [UserJoined()]
+    return ""
+
+
+EVERY_KIND = [
+    *(ByAddition, ByAssignment, FromItsConstructor, by_addition),
+    *(BySelfEvents, ByProperty, WithoutBase, WithSlots, function_raising(UserJoined())),
+]
 
 
 @pytest.mark.parametrize("handler", EVERY_KIND, ids=lambda handler: handler.__name__)

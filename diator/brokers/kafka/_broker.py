@@ -7,6 +7,7 @@ import ssl
 from collections.abc import Sequence
 from functools import partial
 
+from diator._options import check_counts, check_numbers, check_texts, check_times, check_type
 from diator.brokers.audit import Finding
 from diator.brokers.base import Topic
 from diator.brokers.capabilities import Capabilities
@@ -105,27 +106,37 @@ class KafkaMessageBroker(ServiceBroker[Producer]):
         metadata_max_age: float = 60.0,
         reconnect: ReconnectPolicy | None = None,
     ) -> None:
-        times = (timeout, session_timeout, heartbeat_interval, metadata_max_age)
-        if not (all(0 < each <= _MAX_SECONDS for each in times) and 0 <= drain_timeout <= _MAX_SECONDS):
-            raise ConfigurationError(
-                "timeout, session_timeout, heartbeat_interval and metadata_max_age must be above 0, drain_timeout at "
-                f"least 0, and each at most {_MAX_SECONDS:,} s"
-            )
+        times = {
+            "timeout": timeout,
+            "session_timeout": session_timeout,
+            "heartbeat_interval": heartbeat_interval,
+            "metadata_max_age": metadata_max_age,
+        }
+        check_times(**times)
+        check_numbers(0, drain_timeout=drain_timeout)
+        if max(drain_timeout, *times.values()) > _MAX_SECONDS:
+            raise ConfigurationError(f"drain_timeout, {', '.join(times)} must be at most {_MAX_SECONDS:,} s")
         if session_timeout < 2 * heartbeat_interval:
             raise ConfigurationError("session_timeout must be at least twice heartbeat_interval")
-        if min(max_message_bytes, max_in_flight, partitions, max_unacked_per_partition) < 1 or extra_prefetch < 0:
-            raise ConfigurationError(
-                "max_message_bytes, max_in_flight, partitions and max_unacked_per_partition must be at least 1, and "
-                "extra_prefetch at least 0"
-            )
+        check_counts(
+            1,
+            max_message_bytes=max_message_bytes,
+            max_in_flight=max_in_flight,
+            partitions=partitions,
+            max_unacked_per_partition=max_unacked_per_partition,
+            replication_factor=1 if replication_factor is None else replication_factor,
+        )
+        check_counts(0, extra_prefetch=extra_prefetch)
+        check_texts(prefix=prefix)
         if max_message_bytes > _MAX_BYTES or partitions > _MAX_PARTITIONS:
             raise ConfigurationError(
                 f"max_message_bytes must be at most {_MAX_BYTES:,}, and partitions at most {_MAX_PARTITIONS:,}"
             )
-        if replication_factor is not None and not 1 <= replication_factor <= _MAX_REPLICAS:
+        if replication_factor is not None and replication_factor > _MAX_REPLICAS:
             raise ConfigurationError(
                 f"replication_factor must be from 1 to {_MAX_REPLICAS:,}; None means one for each broker, at most 3"
             )
+        check_type("reconnect", reconnect, ReconnectPolicy)
         reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
         self._cluster = Cluster(
             bootstrap_servers=tuple(each.strip() for each in str(bootstrap_servers).split(",")),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal, TypeAlias
 
+from diator._options import check_counts, check_texts, check_times, word
 from diator.brokers.audit import Finding
 from diator.brokers.base import Topic
 from diator.brokers.capabilities import Capabilities
@@ -75,14 +76,14 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         extra_prefetch: int = 100,
         reconnect: ReconnectPolicy | None = None,
     ) -> None:
-        if extra_prefetch < 0 or min(max_in_flight, max_retained) < 1 or timeout <= 0:
-            raise ConfigurationError(
-                "extra_prefetch must be at least 0, max_in_flight and max_retained at least 1, and timeout above 0"
-            )
-        if unroutable not in _CAPABILITY:
-            raise ConfigurationError(f"unroutable must be retain, raise or drop, not {unroutable!r:.80}")
-        if queue_type not in {"quorum", "classic"}:
-            raise ConfigurationError(f"queue_type must be quorum or classic, not {queue_type!r:.80}")
+        check_counts(0, extra_prefetch=extra_prefetch)
+        check_counts(1, max_in_flight=max_in_flight, max_retained=max_retained, max_message_bytes=max_message_bytes)
+        check_times(timeout=timeout)
+        check_texts(prefix=prefix)
+        if unroutable not in [*_CAPABILITY]:
+            raise ConfigurationError(f"unroutable must be retain, raise or drop, not {word(unroutable)}")
+        if queue_type not in ("quorum", "classic"):
+            raise ConfigurationError(f"queue_type must be quorum or classic, not {word(queue_type)}")
         if not 0 < len(prefix) <= _MAX_PREFIX or prefix.startswith("amq.") or UNUSUAL.search(prefix):
             raise ConfigurationError(
                 f"the prefix names an exchange: it has 1 to {_MAX_PREFIX} letters, digits and _./@,+-, and does not "
@@ -92,7 +93,7 @@ class RabbitMQMessageBroker(ServiceBroker[Publisher]):
         self._timeout = timeout
         self._max_message_bytes = max_message_bytes
         self._unroutable: Unroutable = unroutable
-        reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
+        reconnect = ReconnectPolicy(connect_timeout=timeout) if reconnect is None else reconnect
         self._options = ReadOptions(prefix=prefix, queue_type=queue_type, extra_prefetch=extra_prefetch)
         publisher: Callable[..., Publisher] = Publisher
         if unroutable == "retain":

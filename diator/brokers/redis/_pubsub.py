@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from diator._hints import name_of
 from diator._log import RepeatedLines
+from diator._options import check_counts, check_texts, check_times
 from diator._text import printable
 from diator.brokers.base import Delivery, Topic
 from diator.brokers.capabilities import Capabilities
@@ -32,7 +33,6 @@ from diator.brokers.redis._connection import CommandConnection
 from diator.brokers.redis._names import channel, channels_of, encoded
 from diator.brokers.supervisor import ReconnectPolicy, ResilientSubscription, Source, SubscriptionSettings
 from diator.exceptions import (
-    ConfigurationError,
     DecodingError,
     MessageUnroutable,
     OutcomeUnknown,
@@ -88,10 +88,11 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
         extra_prefetch: int = 1_000,
         reconnect: ReconnectPolicy | None = None,
     ) -> None:
-        if extra_prefetch < 1 or max_in_flight < 1 or timeout <= 0:
-            raise ConfigurationError("extra_prefetch and max_in_flight must be at least 1, and timeout above 0")
+        check_counts(1, extra_prefetch=extra_prefetch, max_in_flight=max_in_flight, max_message_bytes=max_message_bytes)
+        check_times(timeout=timeout)
         self._client, owned = client_of(client, timeout=timeout)
         self._prefix = "python_diator_channel" if channel_prefix is None else channel_prefix
+        check_texts(channel_prefix=self._prefix)
         encoded(self._prefix)
         self._max_message_bytes = max_message_bytes
         self._require_receiver = require_receiver
@@ -102,7 +103,7 @@ class RedisMessageBroker(ServiceBroker[CommandConnection]):
             owns_client=owned,
             timeout=timeout,
             max_in_flight=max_in_flight,
-            reconnect=reconnect or ReconnectPolicy(connect_timeout=timeout),
+            reconnect=ReconnectPolicy(connect_timeout=timeout) if reconnect is None else reconnect,
         )
         super().__init__(service)
 

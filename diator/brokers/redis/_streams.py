@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+from diator._options import check_counts, check_numbers, check_texts, check_times
 from diator.brokers.audit import Finding
 from diator.brokers.capabilities import Capabilities, Durability, require
 from diator.brokers.codec import MAX_MESSAGE_BYTES, encode, headers_with_key
@@ -62,10 +63,11 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
         extra_prefetch: int = 100,
         reconnect: ReconnectPolicy | None = None,
     ) -> None:
-        if extra_prefetch < 0 or replicas < 0 or max_in_flight < 1 or timeout <= 0 or lease <= 0:
-            raise ConfigurationError(
-                "extra_prefetch and replicas must be at least 0, max_in_flight at least 1, timeout and lease above 0"
-            )
+        check_counts(0, extra_prefetch=extra_prefetch, replicas=replicas)
+        check_counts(1, max_in_flight=max_in_flight, max_message_bytes=max_message_bytes)
+        check_times(timeout=timeout, lease=lease)
+        check_numbers(0, retention=0 if retention is None else retention)
+        check_texts(prefix=prefix)
         self._client, owned = client_of(client, timeout=timeout)
         if replicas and sends_by_itself(self._client):
             raise ConfigurationError(
@@ -84,7 +86,7 @@ class RedisStreamMessageBroker(ServiceBroker[CommandConnection]):
             owns_client=owned,
             timeout=timeout,
             max_in_flight=max_in_flight,
-            reconnect=reconnect or ReconnectPolicy(connect_timeout=timeout),
+            reconnect=ReconnectPolicy(connect_timeout=timeout) if reconnect is None else reconnect,
         )
         super().__init__(service)
 

@@ -91,7 +91,7 @@ async def test_by_default_10_000_messages_may_wait():
 @pytest.mark.parametrize("capacity", [0, -1])
 def test_a_capacity_below_one_is_refused(capacity):
     """At once, and not only when a message is sent."""
-    with pytest.raises(ConfigurationError, match=r"^capacity must be at least 1$"):
+    with pytest.raises(ConfigurationError, match=r"^capacity must be a whole number of at least 1"):
         MemoryMessageBroker(capacity=capacity)
 
 

@@ -165,7 +165,7 @@ async def test_a_prefetch_below_one_is_refused(prefetch):
     broker = MemoryMessageBroker()
     await send(broker, 1)
 
-    with pytest.raises(ConfigurationError, match=r"^prefetch must be at least 1$"):
+    with pytest.raises(ConfigurationError, match=r"^prefetch must be a whole number of at least 1"):
         async with broker.subscribe({COUNTED}, prefetch=prefetch):
             pass
 

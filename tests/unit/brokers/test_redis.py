@@ -31,7 +31,7 @@ def test_replicas_need_a_client_with_its_own_connections():
 
     with pytest.raises(ConfigurationError, match="a Cluster sends by itself"):
         RedisStreamMessageBroker(Cluster(), replicas=1)
-    with pytest.raises(ConfigurationError, match="replicas must be at least 0"):
+    with pytest.raises(ConfigurationError, match="replicas must be a whole number of at least 0"):
         RedisStreamMessageBroker("redis://localhost", replicas=-1)
 
 

@@ -1166,7 +1166,7 @@ async def test_postponed_deliveries_were_not_delivered_at_the_end():
 
 
 def test_a_prefetch_below_one_is_refused():
-    with pytest.raises(ConfigurationError, match=r"^prefetch must be at least 1$"):
+    with pytest.raises(ConfigurationError, match=r"^prefetch must be a whole number of at least 1"):
         Service().supervised(prefetch=0)
 
 
