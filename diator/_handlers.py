@@ -125,7 +125,7 @@ def _set_events(handler: RaisesEvents, events: list[Any]) -> None:
 
 
 # Not for type checkers: they would refuse a property without a setter in a subclass, as handlers of 0.0.3 have it.
-RaisesEvents.events = RaisesEvents.events.setter(_set_events)  # type: ignore[attr-defined]
+RaisesEvents.events = RaisesEvents.events.setter(_set_events)  # type: ignore[attr-defined, method-assign]
 
 
 # -- binding -----------------------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from diator._deadlines import Deadline, Deadlines
 from diator._handling import current_task
 from diator._hints import name_of
 from diator._log import RepeatedLines
+from diator._options import check_type
 from diator._running import CANCEL_TIMEOUT, Running
 from diator._text import printable, without_credentials
 from diator.brokers.message import Message, Topic
 from diator.brokers.supervisor import ReconnectPolicy
-from diator.events._emitter import check_type
 from diator.exceptions import BrokerError, BrokerUnavailable, ConfigurationError
 from diator.instruments import Instrument, OutboxState, observer_of
 from diator.outbox._outbox import Outbox
@@ -687,6 +687,7 @@ def _check_lease(lease: float, longest_send: float, all_sends: float) -> None:
             "claimed again; use a higher concurrency, a smaller batch, or a longer lease",
             all_sends,
             lease,
+            extra={"seconds": all_sends},
         )
 
 

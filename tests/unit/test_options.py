@@ -132,6 +132,11 @@ def test_a_connection_of_another_package_checks_its_policy():
             "on_handled must be a function that is not asynchronous, and it is the",
         ),
         (Mediator, {"middlewares": 3}, "middlewares must be a list of middlewares, and it is an object of int"),
+        (
+            Wrapped,
+            {"broker": MemoryMessageBroker},
+            "broker must be an object with `send_message`, and it is the class Mem",
+        ),
         (Wrapped, {"broker": SECRET}, "broker must be an object with `send_message`, and it is an object of str"),
         (LoggingMiddleware, {"logger": "diator"}, "logger must be a logger, and it is an object of str"),
         (RetryPolicy, {"backoff_factor": 0.5}, "backoff_factor must be a number of at least 1, and it is 0.5"),

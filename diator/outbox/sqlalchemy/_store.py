@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
+from diator._hints import name_of
 from diator.brokers.message import Message
 from diator.brokers.sending import Due
 from diator.exceptions import ConfigurationError, EncodingError
@@ -343,7 +344,8 @@ class SqlAlchemyStore:
         except Exception as error:  # noqa: BLE001  # of the database, of the driver, or of the network
             if not self._cannot_listen:
                 self._cannot_listen = True
-                _log.warning("the relay looks for messages from time to time, since it cannot listen: %r", type(error))
+                line = "the relay looks for messages from time to time, since it cannot listen: %r"
+                _log.warning(line, type(error), extra={"error_type": name_of(type(error))})
             await asyncio.sleep(until - loop.time())
 
     def _bind_to_running_loop(self) -> None:
