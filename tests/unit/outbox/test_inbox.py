@@ -221,8 +221,8 @@ async def raising(event: UserJoined, events: Events) -> None: ...
 
 
 WOULD_LOSE = (
-    "and a process that dies before they are sent would lose them: the inbox lets no handler run again; pass the outbox "
-    "as well, as in Consumer(…, outbox=…)"
+    "and a process that dies before they are sent would lose them: the inbox lets no handler run again; pass the "
+    "outbox as well, as in Consumer(…, outbox=…)"
 )
 
 
