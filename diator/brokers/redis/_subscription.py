@@ -313,6 +313,7 @@ class Subscription(ResilientSubscription):
         """Return what Redis has delivered to this consumer on a connection that broke before it arrived."""
         found: list[Delivery] = []
         held = self._held_of(stream)
+        await self._acked.flush()  # of what was not held any more
         for id_, _, _, times in await self.group.pending(stream):
             if id_ not in held:
                 attempt = times + (id_ in self._not_settled)
@@ -405,15 +406,19 @@ class Connection:
         self._next_scan = 0.0
         self._empty = 0  # replies without an entry, one after the other
         self._unchecked = [*subscription.topics]  # for entries that the last connection lost on the way
+        # Redis may have that connection still: its read waits there for a time, and takes the next entry.
+        self._check_again_at = asyncio.get_running_loop().time() + SCAN_EVERY if subscription.reconnects else math.inf
         self._command = (b"XREADGROUP", b"GROUP", subscription.group.name, subscription.group.consumer, b"COUNT")
         self._streams = [*subscription.topics]
         self._busy: bytes | None = None  # a stream that alone had as many entries as were asked for, and may have more
 
     async def receive(self, most: int, /) -> Sequence[Delivery]:
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self._check_again_at:
+            self._check_again_at, self._unchecked = math.inf, [*self._subscription.topics]
         while self._unchecked:
             if lost := await self._subscription.lost_on_the_way(self._unchecked.pop()):
                 return lost
-        loop = asyncio.get_running_loop()
         if loop.time() >= self._next_scan:
             if found := await self._subscription.scan(most):
                 return found  # and scan again at once
