@@ -1,6 +1,5 @@
 """Log lines in a program whose logs are structured by structlog."""
 
-import asyncio
 import io
 import json
 import logging
@@ -9,12 +8,9 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from diator.brokers.memory import MemoryMessageBroker
-from diator.consumer import Consumer
-from diator.context import ContextFilter, correlated, correlation
-from diator.events import EventEmitter, EventMap, NotificationEvent
-from diator.middlewares import LoggingMiddleware
-from diator.retrying import RetryPolicy
+from diator.context import ContextFilter
+from diator.events import NotificationEvent
+from tests.records import handle_once
 
 
 class Joined(NotificationEvent):
@@ -52,26 +48,12 @@ def written() -> Iterator[io.StringIO]:
 
 
 async def test_structlog_shows_the_fields_of_each_line(written: io.StringIO) -> None:
-    events, ended = EventMap(), asyncio.Event()
-
-    @events.handler
     async def welcome(event: Joined) -> None:
         structlog.get_logger("program").info("welcoming", language="en")
         raise ValueError("a password")
 
-    broker, event = MemoryMessageBroker(), Joined()
-    consumer = Consumer(
-        broker,
-        event_map=events,
-        group="greeters",
-        middlewares=[LoggingMiddleware()],
-        retry=RetryPolicy(immediate_retries=0, delayed_retries=0),
-        on_handled=lambda _: ended.set(),
-    )
-    async with consumer:
-        with correlated("order-7"):
-            await EventEmitter(message_broker=broker, headers=[correlation]).emit(event)
-        await asyncio.wait_for(ended.wait(), 60)
+    event = Joined()
+    await handle_once(event, welcome)
 
     started, own, middleware, failed, stopped = (json.loads(line) for line in written.getvalue().splitlines())
     about = "consuming Joined from MemoryMessageBroker, group greeters, concurrency 1"

@@ -5,13 +5,10 @@ import logging
 
 import pytest
 
-from diator.brokers.memory import MemoryMessageBroker
-from diator.consumer import Consumer
-from diator.context import correlated, correlation
-from diator.events import EventEmitter, EventMap, Events
+from diator.events import Events
 from diator.middlewares import BaseMiddleware, LoggingMiddleware
 from diator.requests import RequestHandler
-from diator.retrying import RetryPolicy
+from tests.records import handle_once
 from tests.unit.doubles import Join, Noticed, Recorder, UserJoined, mediator_of
 
 
@@ -283,21 +280,7 @@ async def test_a_line_about_a_message_of_a_consumer_says_which_one(caplog, fails
             raise ValueError
 
     caplog.set_level(logging.DEBUG, "diator.middlewares")
-    events, ended = EventMap(), asyncio.Event()
-    events.bind(UserJoined, welcome)
-    broker = MemoryMessageBroker()
-    consumer = Consumer(
-        broker,
-        event_map=events,
-        group="greeters",
-        middlewares=[LoggingMiddleware()],
-        retry=RetryPolicy(immediate_retries=0, delayed_retries=0),
-        on_handled=lambda _: ended.set(),
-    )
-    async with consumer:
-        with correlated("order-7"):
-            await EventEmitter(message_broker=broker, headers=[correlation]).emit(event := UserJoined(user_id=7))
-        await ended.wait()
+    await handle_once(event := UserJoined(user_id=7), welcome)
 
     [record] = [each for each in caplog.records if each.name == "diator.middlewares.logging"]
     assert (record.message_id, record.correlation_id) == (str(event.event_id), "order-7")

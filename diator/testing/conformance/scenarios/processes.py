@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 from diator.brokers.base import Topic, Transport
 from diator.brokers.capabilities import Capabilities
 from diator.brokers.message import Message
 from diator.testing.conformance._consumer_process import ConsumerProcess, consumer_process
 from diator.testing.conformance._context import Context
-from diator.testing.conformance._ledger import Received
-from diator.testing.conformance._reader import Reader
+from diator.testing.conformance._reader import Reader, Settle
 from diator.testing.conformance._scenario import scenario
 
 _GROUP = Capabilities(
@@ -140,19 +141,14 @@ async def killed_at_work(ctx: Context) -> None:
 )
 async def late_ack(ctx: Context) -> None:
     """Catch an acknowledgement that counts although its message was redelivered to another consumer meanwhile."""
-    broker, topic, group, bound = await ctx.broker(), ctx.topic(), ctx.name(), _bound(ctx)
-    async with consumer_process(ctx.harness, topic.message_name, group, seconds=2 * ctx.limits.lag) as first:
-        messages = await _stopped_at_work(ctx, broker, topic, first)
-        async with ctx.reading(broker, topic, group=group) as other:
-            held = ctx.start(other.take(4, settle="nothing"))
-            await asyncio.wait({held}, timeout=bound)
-            _redelivered(ctx, held)
-            await _works_on(ctx, first)
-            again = {number for number, times in Counter(first.started).items() if times > 1}
+    async with _stopped_at_work(ctx, settle="nothing") as it:
+        await _works_on(ctx, it.process)
+        again = {number for number, times in Counter(it.process.started).items() if times > 1}
     # What was redelivered to the process itself, after it had joined its group again, it may acknowledge.
-    still = [message for number, message in enumerate(messages) if number not in again]
-    async with ctx.reading(broker, topic, group=group) as last:
-        await ctx.within(bound, _until(last, still), "the redelivery of what the other consumer had not settled")
+    still = [message for number, message in enumerate(it.messages) if number not in again]
+    async with it.reading() as last:
+        what = "the redelivery of what the other consumer had not settled"
+        await ctx.within(ctx.redelivery_bound, _until(last, still), what)
 
 
 @scenario(
@@ -165,44 +161,57 @@ async def late_ack(ctx: Context) -> None:
 )
 async def late_position(ctx: Context) -> None:
     """Catch an acknowledgement, or a position, that overwrites a later one: what is done begins anew."""
-    broker, topic, group, bound = await ctx.broker(), ctx.topic(), ctx.name(), _bound(ctx)
-    async with consumer_process(ctx.harness, topic.message_name, group, seconds=2 * ctx.limits.lag) as first:
-        messages = await _stopped_at_work(ctx, broker, topic, first)
-        async with ctx.reading(broker, topic, group=group) as other:
-            done = ctx.start(other.take(4))
-            await asyncio.wait({done}, timeout=bound)
-            _redelivered(ctx, done)
-            messages += (more := _events(ctx, topic, range(4, 24)))
-            await ctx.send_all(broker, more)
-            await ctx.until_acknowledged(other, len(messages))
-        await _works_on(ctx, first)
-    async with ctx.reading(broker, topic, group=group) as last:
+    async with _stopped_at_work(ctx, settle="ack") as it:
+        await ctx.send_all(it.broker, more := _events(ctx, it.topic, range(4, 24)))
+        await ctx.until_acknowledged(it.other, len([*it.messages, *more]))
+        await it.close_other()
+        await _works_on(ctx, it.process)
+    async with it.reading() as last:
         came = [each.message and each.message.payload["number"] for each in await last.until_fence()]
     ctx.same(came, [], "the numbers of the messages that came again")
 
 
-def _bound(ctx: Context) -> float:
-    """Return how long the redelivery from a stopped process may take."""
+@dataclass(frozen=True)
+class _Stopped:
+    """
+    A process that was stopped while it handled *messages*, and another reader of its group, which has them now.
+
+    *reading* opens a further reader.
+    """
+
+    process: ConsumerProcess
+    messages: Sequence[Message]
+    other: Reader
+    close_other: Callable[[], Awaitable[None]]
+    reading: Callable[[], AbstractAsyncContextManager[Reader]]
+    broker: Transport
+    topic: Topic
+
+
+@asynccontextmanager
+async def _stopped_at_work(ctx: Context, *, settle: Settle) -> AsyncGenerator[_Stopped, None]:
+    """Stop a process while it handles four messages, and let another reader take them and *settle* them."""
     bound = ctx.capabilities.redelivery_bound
     ctx.applies(bound is not None and bound <= 30, "the bound of a redelivery is too long for a test")  # noqa: PLR2004
-    return ctx.redelivery_bound
-
-
-async def _stopped_at_work(ctx: Context, broker: Transport, topic: Topic, process: ConsumerProcess) -> list[Message]:
-    """Stop *process* while it handles four messages, and return them."""
-    await process.ready()
-    messages = _events(ctx, topic, range(4))
-    await ctx.send_all(broker, messages)
-    await process.until(lambda it: len(it.started) == 4)  # noqa: PLR2004
-    process.stop()
-    return messages
-
-
-def _redelivered(ctx: Context, reading: asyncio.Task[list[Received]]) -> None:
-    """Check that the messages of the stopped process came. Only a lease or a heartbeat tells that it stands still."""
-    came = reading.done() and not reading.exception()
-    ctx.applies(came or "deadline" in ctx.capabilities.redelivery, "a process that is stopped keeps its deliveries")
-    ctx.check(came, "the deliveries of a stopped process were not redelivered in time")
+    broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
+    reading = partial(ctx.reading, broker, topic, group=group)
+    async with (
+        consumer_process(ctx.harness, topic.message_name, group, seconds=2 * ctx.limits.lag) as process,
+        AsyncExitStack() as readers,
+    ):
+        await process.ready()
+        messages = _events(ctx, topic, range(4))
+        await ctx.send_all(broker, messages)
+        await process.until(lambda it: len(it.started) == 4)  # noqa: PLR2004
+        process.stop()
+        other = await readers.enter_async_context(reading())
+        taking = ctx.start(other.take(4, settle=settle))
+        await asyncio.wait({taking}, timeout=ctx.redelivery_bound)
+        came = taking.done() and not taking.exception()
+        # Only a lease or a heartbeat tells that a process stands still.
+        ctx.applies(came or "deadline" in ctx.capabilities.redelivery, "a process that is stopped keeps its deliveries")
+        ctx.check(came, "the deliveries of a stopped process were not redelivered in time")
+        yield _Stopped(process, messages, other, readers.aclose, reading, broker, topic)
 
 
 async def _works_on(ctx: Context, process: ConsumerProcess) -> None:
