@@ -27,7 +27,7 @@ def main() -> int:
         case "skew":
             results = skew.measure(options.transports or skew.TRANSPORTS, rounds=options.rounds)
         case "telemetry":
-            results = telemetry.measure(rounds=options.rounds)
+            results = telemetry.measure(rounds=options.rounds) | telemetry.measure_memory()
         case "brokers":
             results = brokers.compare(
                 options.transports or brokers.TRANSPORTS,
@@ -65,7 +65,8 @@ def smoke(options: argparse.Namespace) -> int:
         print("\n".join(faults) or "every message of another key was handled once, in order")
         return 1 if faults else 0
     if options.benchmark == "telemetry":
-        telemetry.measure(["diator"], rounds=1, messages=100)
+        telemetry.measure(["diator", "the SDK alone"], rounds=1, messages=100)
+        telemetry.measure_memory(messages=2_000)
         print("every message was handled, with telemetry and without")
         return 0
     here = [name for name, library in LIBRARIES.items() if not library.pins]

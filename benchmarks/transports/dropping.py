@@ -29,8 +29,12 @@ class _Metrics(MetricExporter):
         """Have nothing to end."""
 
 
-def providers() -> tuple[TracerProvider, MeterProvider]:
+def providers(*, max_queue_size: int | None = 100_000) -> tuple[TracerProvider, MeterProvider]:
+    """
+    Return what an instrument needs. None: the default of the SDK.
+
+    With a longer queue than the default, no span is dropped before its export, which would be cheaper.
+    """
     tracers = TracerProvider()
-    # A longer queue than the default, so that no span is dropped before its export, which would be cheaper.
-    tracers.add_span_processor(BatchSpanProcessor(_Spans(), max_queue_size=100_000))
+    tracers.add_span_processor(BatchSpanProcessor(_Spans(), max_queue_size=max_queue_size))
     return tracers, MeterProvider([PeriodicExportingMetricReader(_Metrics())])

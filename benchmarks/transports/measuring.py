@@ -169,7 +169,6 @@ async def trace(transport: Any, reply: Reply, *, rounds: int, messages: int) -> 
     Many are sent at once. Otherwise the slower sender is the one whose messages the client cannot take together.
     """
     used: dict[str, list[float]] = {"plain": [], "traced": []}
-    resident: list[float] = []
     async with transport.plain(transport.url, f"{transport.name}-plain") as plain, AsyncExitStack() as stack:
         slices = []
         for each in (plain, transport):
@@ -185,9 +184,22 @@ async def trace(transport: Any, reply: Reply, *, rounds: int, messages: int) -> 
                 await done.wait()
                 if number:
                     found.append((process_time() - began) / messages * 1e6)
-            if number:
+    reply(used)
+
+
+async def steady(transport: Any, reply: Reply, *, messages: int, at_once: int, marks: Sequence[int]) -> None:
+    """Send *messages* messages and handle them, *at_once* at a time, and measure the memory at each of the *marks*."""
+    resident = []
+    done, consuming = _counting(at_once)
+    async with consuming(transport) as finished:
+        for sent in range(at_once, messages + 1, at_once):
+            done.clear()
+            await fill(transport, lambda _: None, callers=1, messages=at_once)
+            await done.wait()
+            if sent in marks:
                 resident.append(_resident_mib())
-    reply({**used, "resident_mib": resident})
+        await finished()
+    reply({"resident_mib": resident})
 
 
 def _counting(messages: int) -> tuple[asyncio.Event, Callable[[Transport], AbstractAsyncContextManager[Finished]]]:
@@ -209,7 +221,15 @@ def _resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-WORKLOADS = {"publish": publish, "fill": fill, "pace": pace, "flood": flood, "consume": consume, "trace": trace}
+WORKLOADS = {
+    "publish": publish,
+    "fill": fill,
+    "pace": pace,
+    "flood": flood,
+    "consume": consume,
+    "trace": trace,
+    "steady": steady,
+}
 
 
 async def nothing() -> None:

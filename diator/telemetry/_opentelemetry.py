@@ -267,7 +267,8 @@ class OpenTelemetry(Instrument):
         self._deliveries.add(1, known, outcome)
         self._handled_for.record(handled.seconds, {**known.measured, **failed} if failed else known.measured)
         if processing.is_recording():  # otherwise it has ended before its dead letter was stored
-            processing.set_attributes(outcome)
+            for name, value in outcome.items():
+                processing.set_attribute(name, value)
         if handled.outcome != "acked":
             settling = {**known.common, **outcome, **failed, OPERATION: "settle", OPERATION_TYPE: "settle"}
             inside = trace.set_span_in_context(processing, Context())
