@@ -49,7 +49,10 @@ class ConsumerProcess:
         """Wait until *holds* is true. Raise `Nonconformance` if the process ends before that."""
         while not holds(self):
             if self._reading.done():
-                raise Nonconformance(f"the consumer process ended with exit code {await self._process.wait()}")
+                code = await self._process.wait()
+                raise Nonconformance(
+                    f"the consumer process ended with exit code {code}; its error is on standard error"
+                )
             self._changed.clear()
             await self._changed.wait()
 

@@ -38,6 +38,7 @@ from diator.testing.conformance import (
     select,
 )
 from diator.testing.conformance.__main__ import main
+from diator.testing.conformance._consumer_process import ConsumerProcess
 from diator.testing.conformance._ledger import contrast, difference
 from diator.testing.conformance._leftovers import Open, nothing_is_left
 from diator.testing.conformance._rules import RULES, rule
@@ -667,6 +668,43 @@ def test_a_loss_that_may_be_a_wrong_order_says_so(ordering):
     assert (
         f"2 lost{hint * (ordering == 'destination')} (no. 1, no. 2)" in result_of(reading, harness=Unordered()).reason
     )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        (dict.fromkeys([1000], 2000000), ""),  # a table that has grown once
+        (
+            dict.fromkeys(range(2_500), 500),
+            r"^5\d\d bytes are kept for each message, most of them of .*test_runner.py:",
+        ),
+    ],
+    ids=["once", "each"],
+)
+def test_what_is_kept_for_each_message_is_told_from_what_grows_once(sizes, reason):
+    class Keeping(MemoryMessageBroker):
+        kept: ClassVar = []
+
+        async def send_message(self, message, /):
+            await super().send_message(message)
+            self.kept.append(bytes(sizes.get(len(self.kept), 0)))
+
+    class Growing(MemoryHarness):
+        def transport(self):
+            return Keeping()
+
+    result = run_scenario(SCENARIOS["LEK-06"], Growing(), seed=7)
+
+    assert re.search(reason, result.reason)
+    assert result.outcome == ("FAIL" if reason else "PASS"), result.reason
+
+
+@pytest.mark.real_time
+async def test_a_process_that_ends_too_early_says_where_its_error_is():
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", "raise SystemExit(3)", stdout=subprocess.PIPE)
+
+    with pytest.raises(Nonconformance, match="ended with exit code 3; its error is on standard error"):
+        await ConsumerProcess(process).ready()
 
 
 def test_dead_letters_are_expected_only_where_they_are_promised():
