@@ -132,7 +132,7 @@ class Pace:
             self._next = self._shortest
         elif was_woken:
             self._next = self._shortest / 10
-        wait = self._next * random.uniform(0.5, 1.0)  # noqa: S311  # so that relays do not ask all at once
+        wait = self._next * random.uniform(0.75, 1.0)  # noqa: S311  # so that relays do not ask all at once
         self._next = min(self._next * 2, self._longest)
         return wait if next_due is None else min(wait, max(next_due, 0.001))
 

@@ -10,6 +10,7 @@ from diator._hints import described
 from diator.brokers.message import Topic
 from diator.consumer import Consumer, Health
 from diator.exceptions import ConfigurationError
+from diator.instruments import OutboxState
 
 _ADDRESS = re.compile(r"(?:[a-z+]+://)?(\[[^]\s]+\]|[^/:,\s]+)(?::(\d+))?(?=[/,]|$)")
 
@@ -52,10 +53,10 @@ def check_consumers(consumers: Mapping[str, object]) -> None:
 
 class Figure(NamedTuple):
     """
-    A figure of a consumer's health.
+    A figure of a consumer's health, or of the state of an outbox.
 
     Attributes:
-        name: The name of the attribute of `Health`, in the metric too.
+        name: The name of the attribute of `Health` or `OutboxState`, in the metric too.
         unit: Its unit for OpenTelemetry.
         meaning: One sentence for people.
         only_grows: Whether it is a count that only grows.
@@ -66,9 +67,9 @@ class Figure(NamedTuple):
     meaning: str
     only_grows: bool = False
 
-    def of(self, health: Health) -> float | None:
+    def of(self, state: Health | OutboxState) -> float | None:
         """Return its value; None if the transport does not know."""
-        value: float | None = getattr(health, self.name)
+        value: float | None = getattr(state, self.name)
         return None if value is None else float(value)
 
 
@@ -81,4 +82,18 @@ HEALTH = (
     Figure("since_last_progress", "s", "For how long deliveries have been there and none was settled."),
     Figure("oldest_in_flight", "s", "For how long the oldest delivery has been handled."),
     Figure("oldest_message", "s", "The age of the oldest message that was received and is not settled."),
+)
+
+OUTBOX = (
+    Figure("pending", "{message}", "How many messages are due and not sent yet."),
+    Figure("oldest", "s", "For how long the oldest of them has been due."),
+    Figure("scheduled", "{message}", "How many messages wait for their time."),
+    Figure("dead", "{message}", "How many messages are dead."),
+    Figure("blocked", "{message}", "How many messages wait behind a dead one with their key."),
+    Figure("blocked_keys", "{key}", "How many keys have a dead message."),
+    Figure("held_back", "{message}", "How many messages wait for an open transaction of the database."),
+    Figure("held_back_for", "s", "For how long that transaction has been open."),
+    Figure(
+        "lease_lost", "{message}", "How many messages had lost their lease when they were finished.", only_grows=True
+    ),
 )

@@ -17,9 +17,10 @@ from diator._options import check_type
 from diator.brokers.message import Message, Topic
 from diator.consumer import Consumer
 from diator.context import MessageContext
-from diator.instruments import Handled, Instrument
+from diator.instruments import Handled, Instrument, OutboxState
 from diator.telemetry._names import (
     HEALTH,
+    OUTBOX,
     Figure,
     address_of,
     check_consumers,
@@ -146,6 +147,7 @@ class OpenTelemetry(Instrument):
         self._made: tuple[dict[str, str], SpanContext] = {}, INVALID_SPAN_CONTEXT
         self._meter = meter
         self._watched: dict[str, Consumer] = {}
+        self._outboxes: dict[tuple[str, str], OutboxState] = {}
 
     def watch(self, **consumers: Consumer) -> None:
         """
@@ -166,6 +168,30 @@ class OpenTelemetry(Instrument):
         def read(_: CallbackOptions) -> list[Observation]:
             found = {name: figure.of(consumer.health()) for name, consumer in self._watched.items()}
             return [Observation(value, {CONSUMER: name}) for name, value in found.items() if value is not None]
+
+        return read
+
+    def outbox(self, state: OutboxState, broker: object, /) -> None:
+        if not self._outboxes:
+            for figure in OUTBOX:
+                create = (
+                    self._meter.create_observable_counter if figure.only_grows else self._meter.create_observable_gauge
+                )
+                create(
+                    f"diator.outbox.{figure.name}",
+                    [self._outbox_reader(figure)],
+                    unit=figure.unit,
+                    description=figure.meaning,
+                )
+        self._outboxes[system_of(broker), where_of(broker)] = state
+
+    def _outbox_reader(self, figure: Figure) -> Callable[[CallbackOptions], list[Observation]]:
+        def read(_: CallbackOptions) -> list[Observation]:
+            return [
+                Observation(value, _address(system, where))
+                for (system, where), state in [*self._outboxes.items()]
+                if (value := figure.of(state)) is not None
+            ]
 
         return read
 
@@ -366,6 +392,11 @@ class _Known:
     common: _Attributes
 
 
+def _address(system: str, where: str) -> _Attributes:
+    host, port = address_of(where)
+    return {SYSTEM: system, **({SERVER: host} if host else {}), **({PORT: port} if port else {})}
+
+
 @cache
 def _known(system: str, where: str, topic: tuple[str, str] | None, group: str | None, operation: str) -> _Known:
     destination = "" if topic is None else destination_of(Topic(*topic))
@@ -375,7 +406,5 @@ def _known(system: str, where: str, topic: tuple[str, str] | None, group: str | 
     if group is not None:
         common[GROUP] = group
     measured: _Attributes = {**common, OPERATION: operation}
-    host, port = address_of(where)
-    address: _Attributes = {**({SERVER: host} if host else {}), **({PORT: port} if port else {})}
-    traced: _Attributes = {**measured, OPERATION_TYPE: operation, **address}
+    traced: _Attributes = {**measured, OPERATION_TYPE: operation, **_address(system, where)}
     return _Known(destination, f"{operation} {destination}".strip(), traced, measured, common)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter, time
 
@@ -10,11 +10,20 @@ from diator._extras import importing
 from diator._hints import name_of
 from diator._options import check_type
 from diator.brokers.message import Message, Topic
-from diator.consumer import Consumer
+from diator.consumer import Consumer, Health
 from diator.context import MessageContext
 from diator.exceptions import ConfigurationError
-from diator.instruments import Handled, Instrument
-from diator.telemetry._names import HEALTH, check_consumers, destination_of, kind_of
+from diator.instruments import Handled, Instrument, OutboxState
+from diator.telemetry._names import (
+    HEALTH,
+    OUTBOX,
+    Figure,
+    check_consumers,
+    destination_of,
+    kind_of,
+    system_of,
+    where_of,
+)
 
 with importing("diator.telemetry.Prometheus", "prometheus", "prometheus_client"):
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
@@ -77,6 +86,8 @@ class Prometheus(Instrument):
             )
             self._health = _Health()
             registry.register(self._health)
+            self._outboxes = _Outboxes()
+            registry.register(self._outboxes)
         except ValueError as error:
             raise ConfigurationError(
                 "the registry has the metrics of diator already; pass the same Prometheus object to all mediators, "
@@ -134,6 +145,9 @@ class Prometheus(Instrument):
         if handled.retries:
             self._retries.labels(*labels).inc(handled.retries)
 
+    def outbox(self, state: OutboxState, broker: object, /) -> None:
+        self._outboxes.states[system_of(broker), where_of(broker)] = state
+
 
 @contextmanager
 def _timed(success: str, note: Callable[[str, float], None]) -> Generator[None]:
@@ -158,11 +172,36 @@ class _Health:
         return self.collect()
 
     def collect(self) -> Iterable[Metric]:
-        for figure in HEALTH:
-            kind = CounterMetricFamily if figure.only_grows else GaugeMetricFamily
-            name = f"diator_consumer_{figure.name}" + ("_seconds" if figure.unit == "s" else "")
-            family = kind(name, figure.meaning, labels=["consumer"])
-            for consumer_name, consumer in self.consumers.items():
-                if (value := figure.of(consumer.health())) is not None:
-                    family.add_metric([consumer_name], value)
-            yield family
+        found: dict[tuple[str, ...], Health | OutboxState] = {
+            (name,): consumer.health() for name, consumer in self.consumers.items()
+        }
+        return _families("diator_consumer", HEALTH, ["consumer"], found)
+
+
+class _Outboxes:
+    """Has the states that relays have reported, until Prometheus asks."""
+
+    def __init__(self) -> None:
+        self.states: dict[tuple[str, ...], OutboxState] = {}
+
+    def describe(self) -> Iterable[Metric]:
+        return self.collect()
+
+    def collect(self) -> Iterable[Metric]:
+        return _families("diator_outbox", OUTBOX, ["system", "where"], {**self.states})
+
+
+def _families(
+    prefix: str,
+    figures: Sequence[Figure],
+    labels: Sequence[str],
+    states: Mapping[tuple[str, ...], Health | OutboxState],
+) -> Iterable[Metric]:
+    for figure in figures:
+        kind = CounterMetricFamily if figure.only_grows else GaugeMetricFamily
+        name = f"{prefix}_{figure.name}" + ("_seconds" if figure.unit == "s" else "")
+        family = kind(name, figure.meaning, labels=labels)
+        for values, state in states.items():
+            if (value := figure.of(state)) is not None:
+                family.add_metric(values, value)
+        yield family

@@ -722,8 +722,8 @@ async def test_the_state_is_that_of_the_store():
     ("options", "text"),
     [
         ({"batch": 0}, "batch, concurrency and max_attempts must be at least 1"),
-        ({"concurrency": 0}, "they are 100, 0, 20"),
-        ({"max_attempts": 0}, "they are 100, 50, 0"),
+        ({"concurrency": 0}, "they are 200, 0, 20"),
+        ({"max_attempts": 0}, "they are 200, 100, 0"),
         ({"poll": (0.0, 5.0)}, r"poll two times above 0, the shorter one first, .* \(0.0, 5.0\)"),
         ({"poll": (6.0, 5.0)}, "the shorter one first"),
         ({"drain_timeout": math.nan}, "drain_timeout at least 0"),
@@ -746,7 +746,7 @@ def test_what_is_not_an_outbox_is_refused(outbox):
 
 @pytest.mark.parametrize(("concurrency", "warned"), [(50, False), (34, False), (33, True), (1, True)])
 def test_a_batch_that_may_take_longer_than_the_lease_is_warned_of(concurrency, warned, caplog):
-    Relay(Outbox(Store(), Broker()), lease=30.0, concurrency=concurrency)
+    Relay(Outbox(Store(), Broker()), lease=30.0, batch=100, concurrency=concurrency)
     assert ("the sends of one batch may take" in caplog.text) is warned
 
 

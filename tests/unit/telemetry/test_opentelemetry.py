@@ -2,6 +2,8 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator
+from datetime import timedelta
 
 import pytest
 from opentelemetry import baggage, context, trace
@@ -15,9 +17,12 @@ from opentelemetry.trace import SpanKind, StatusCode
 from diator.brokers import Message
 from diator.brokers.memory import MemoryMessageBroker
 from diator.consumer import Consumer
+from diator.container import Container
 from diator.events import EventEmitter, Events, NotificationEvent
 from diator.exceptions import BrokerUnavailable, ConfigurationError, EventsNotSent
 from diator.mediator import Mediator
+from diator.outbox import Outbox, Relay
+from diator.outbox.memory import MemorySession, MemoryStore
 from diator.requests import RequestMap
 from diator.telemetry import OpenTelemetry
 from diator.testing import Recorder
@@ -466,3 +471,41 @@ async def test_spans_and_no_metrics_have_the_address_of_the_service(recorded, wh
         assert {name: value for name, value in span.attributes.items() if name.startswith("server.")} == address
     points = [point for points in recorded.metrics().values() for point in points]
     assert not any("server.address" in point.attributes for point in points)
+
+
+async def test_what_a_relay_sends_belongs_to_the_trace_of_its_message(recorded):
+    """Also if the program started the relay in a span of its own, and the handler is long gone."""
+    store, broker, container = MemoryStore(), MemoryMessageBroker(), Container()
+
+    async def session() -> AsyncIterator[MemorySession]:
+        async with store.begin() as opened:
+            yield opened
+
+    container.register(MemorySession, session)
+    requests = RequestMap()
+    requests.bind(Join, join)
+    outbox = Outbox(store, broker)
+    await Mediator(requests, container, message_broker=outbox, instrument=recorded.instrument).send(Join())
+    with recorded.tracers.get_tracer("program").start_as_current_span("start"):
+        relay = Relay(outbox, instrument=recorded.instrument)
+        async with relay:
+            await until(lambda: relay.health().sent)
+
+    assert recorded.parent_of(f"send {JOINED}") == "handle Join"
+
+
+async def test_a_relay_reports_the_state_of_its_outbox(recorded):
+    store = MemoryStore()
+    async with store.begin() as session:
+        await store.add([Message.create(message_name="A", payload={})], [timedelta(days=1)], session)
+    async with Relay(Outbox(store, MemoryMessageBroker()), instrument=recorded.instrument):
+        await until(lambda: recorded.instrument._outboxes)
+
+    metrics = recorded.metrics()
+    [scheduled] = metrics["diator.outbox.scheduled"]
+    assert (scheduled.value, scheduled.attributes) == (1.0, {"messaging.system": "diator_memory"})
+    assert {name for name in metrics if name.startswith("diator.outbox.")} == {
+        *("diator.outbox.pending", "diator.outbox.oldest", "diator.outbox.scheduled", "diator.outbox.dead"),
+        *("diator.outbox.blocked", "diator.outbox.blocked_keys", "diator.outbox.held_back"),
+        *("diator.outbox.held_back_for", "diator.outbox.lease_lost"),
+    }

@@ -1,17 +1,22 @@
 """What `Prometheus` exports."""
 
+import asyncio
 import json
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from diator.brokers import Message
 from diator.brokers.memory import MemoryMessageBroker
 from diator.consumer import Consumer
 from diator.events import EventEmitter, Events, NotificationEvent
-from diator.exceptions import BrokerUnavailable, ConfigurationError, EventsNotSent
+from diator.exceptions import BrokerUnavailable, ConfigurationError, EventsNotSent, MessageRejected
 from diator.mediator import Mediator
+from diator.outbox import Outbox, Relay
+from diator.outbox.memory import MemoryStore
 from diator.requests import RequestMap
 from diator.telemetry import Prometheus
 from diator.testing import Recorder
@@ -175,3 +180,32 @@ def test_the_dashboard_asks_for_metrics_that_exist(registry):
     asked = {name for query in queries for name in re.findall(r"\bdiator_\w+", query)}
     assert len(queries) >= 8
     assert asked <= exported, asked - exported
+
+
+async def test_the_state_of_an_outbox_is_exported_as_its_relay_reports_it(registry):
+    async def fails(message):
+        raise MessageRejected(CANARY)
+
+    instrument, store, broker = Prometheus(registry), MemoryStore(), MemoryMessageBroker()
+    async with store.begin() as session:
+        messages = [Message.create(message_name="UserJoined", payload={}, key="key") for _ in range(3)]
+        await store.add(messages, [None, None, timedelta(days=1)], session)
+    broker.send_message = fails
+    async with Relay(Outbox(store, broker), instrument=instrument) as relay:
+        await until(lambda: relay.health().dead)
+        await asyncio.sleep(16)
+
+    labels = [("system", "diator_memory"), ("where", "")]
+    found = {name[0]: value for name, value in samples(registry).items() if [*name[1:]] == labels}
+    assert found.pop("diator_outbox_oldest_seconds") >= 0
+    assert found == {
+        "diator_outbox_pending": 1,
+        "diator_outbox_scheduled": 1,
+        "diator_outbox_dead": 1,
+        "diator_outbox_blocked": 2,
+        "diator_outbox_blocked_keys": 1,
+        "diator_outbox_held_back": 0,
+        "diator_outbox_held_back_for_seconds": 0,
+        "diator_outbox_lease_lost_total": 0,
+    }
+    assert CANARY not in generate_latest(registry).decode()
