@@ -2,8 +2,8 @@
 Count what is lost when something dies, and print the table of the guarantees.
 
 ``python -m tests.grid`` runs every cell: about half a minute each. ``--services``, ``--ways`` and ``--faults`` choose
-some of them. ``--json FILE`` writes the results, and ``--page FILE`` the table for the documentation. The command fails
-if a promise was not kept.
+some of them. ``--json FILE`` writes the results beside those of other cells, and ``--page FILE`` puts the table into a
+page of the documentation. The command fails if a promise was not kept.
 """
 
 import argparse
@@ -18,6 +18,9 @@ from pathlib import Path
 from tests.grid.cells import FAULTS, SERVICES, WAYS, Result, Way, run_cell
 from tests.services import Services
 
+#: Between these lines of a page is the table.
+BEGIN, END = "<!-- grid -->", "<!-- end of the grid -->"
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.grid", description=__doc__)
@@ -25,7 +28,7 @@ def main() -> int:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS])
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=[*FAULTS])
     parser.add_argument("--json", type=Path, help="write the results here; results of other cells stay")
-    parser.add_argument("--page", type=Path, help="write the table here")
+    parser.add_argument("--page", type=Path, help="write the table into this page")
     options = parser.parse_args()
     services = Services()
     results: list[Result] = []
@@ -37,14 +40,13 @@ def main() -> int:
                 for way in ways_of(fault, options.ways):
                     results.append(asyncio.run(run_cell(service, way, fault, broker, database)))
                     print(line(results[-1]), flush=True)
+                    if options.json:
+                        keep(options.json, results)
             broker.remove()
     finally:
         services.close()
-    if options.json:
-        results = merged(options.json, results)
-        options.json.write_text(json.dumps([asdict(each) for each in results], indent=1) + "\n")
     if options.page:
-        options.page.write_text(page(results))
+        insert(options.page, page(merged(options.json, results) if options.json else results))
     broken = [each for each in results if not each.is_kept]
     print(f"{len(results)} cells, {len(broken)} with a broken promise")
     return 1 if broken else 0
@@ -63,6 +65,17 @@ def line(result: Result) -> str:
         f"{result.effects} effects, {result.lost} lost, {result.repeated} repeated, {result.refused} refused, "
         f"{result.inversions} inversions, {result.phantoms} phantoms, recovered: {took}"
     )
+
+
+def keep(path: Path, results: Sequence[Result]) -> None:
+    path.write_text(json.dumps([asdict(each) for each in merged(path, results)], indent=1) + "\n")
+
+
+def insert(path: Path, table: str) -> None:
+    """Write *table* between the two comments of the page."""
+    before, _, rest = path.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}")
 
 
 def merged(path: Path, results: Sequence[Result]) -> list[Result]:

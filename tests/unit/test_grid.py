@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from tests.grid.__main__ import merged, page, ways_of
+from tests.grid.__main__ import BEGIN, END, insert, keep, merged, page, ways_of
 from tests.grid.cells import WAYS, Result, judged
 
 DONE = [("a", 0), ("a", 1), ("b", 0)]
@@ -54,6 +54,7 @@ def test_refused_duplicates_are_counted():
         ({}, True, True),
         ({"lost": 1}, False, False),
         ({"inversions": 1}, False, False),
+        ({"inversions": 1, "fault": "consumer"}, True, False),
         ({"phantoms": 1}, False, True),
         ({"repeated": 1}, False, False),
         ({"repeated": 1, "way": "outbox"}, True, False),
@@ -80,6 +81,25 @@ def test_results_of_other_cells_stay(tmp_path):
 
     assert merged(file, [cell()]) == [old[1], cell()]
     assert merged(tmp_path / "none.json", [cell()]) == [cell()]
+
+
+def test_the_table_takes_the_place_of_an_older_one(tmp_path):
+    file = tmp_path / "page.md"
+    file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+
+    for _ in range(2):
+        insert(file, "new")
+
+    assert file.read_text() == f"before\n{BEGIN}\n\nnew\n{END}\nafter\n"
+
+
+def test_results_are_kept_beside_those_of_other_cells(tmp_path):
+    file = tmp_path / "grid.json"
+
+    keep(file, [cell()])
+    keep(file, [cell(service="streams")])
+
+    assert [each["service"] for each in json.loads(file.read_text())] == ["streams", "kafka"]
 
 
 def test_the_page_has_a_row_for_each_cell():
