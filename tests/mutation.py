@@ -4,7 +4,8 @@ Find the lines that could be wrong without a unit test noticing it, in the files
 ``python tests/mutation.py retrying codec`` changes these files in a copy of the checkout, one small change after the
 other (mutmut makes them), and runs the unit tests of the file on each (``mutants.py`` does). A change that no test
 notices has survived: write the test that was missing, or, if no program can tell the difference, add the changed lines
-with the reason to ``tests/survivors.toml``. ``--minutes`` limits the time; what was tried by then counts.
+with the reason to ``tests/survivors.toml``: it is not tried any more. ``--minutes`` limits the time; what was tried by
+then counts.
 ``nox -s mutation`` runs this.
 """
 
@@ -96,27 +97,30 @@ def main() -> None:
 
 
 def tried(file: str, arguments: argparse.Namespace) -> float:
-    """Change *file* again and again, print the survivors without a reason, and return the share that was noticed."""
+    """Change *file* again and again, print the survivors, and return the share that was noticed."""
     until = monotonic() + 60 * arguments.minutes
-    with TemporaryDirectory(prefix="diator-mutation-") as folder:
-        noticed = mutate(file, Path(folder), arguments)
-        survivors = differences(file, folder, [name for name, is_noticed in noticed.items() if is_noticed is False])
-        for name, (is_noticed, change) in mutate_outside(file, Path(folder), arguments.only, until).items():
-            noticed[name] = is_noticed
-            if is_noticed is False:
-                survivors[name] = change
-    done = [name for name, is_noticed in noticed.items() if is_noticed is not None]
     with SURVIVORS.open("rb") as listed:
         reasons = tomllib.load(listed).get(file, {})
-    unexplained = {name: diff for name, diff in survivors.items() if changed(diff) not in reasons}
-    explained = len(survivors) - len(unexplained)
-    for name, diff in unexplained.items():
-        print(f"{name}\n{diff}")
-    matter = len(done) - explained
-    rate = 1 - len(unexplained) / matter if matter else 0.0
+    with TemporaryDirectory(prefix="diator-mutation-") as name_of_folder:
+        folder = Path(name_of_folder)
+        copy_checkout(file, folder)
+        inside, outside = changes_inside(file, folder), changes_outside(file, folder)
+        changes = inside | {name: change for name, (_, change) in outside.items()}
+        named = {name: change for name, change in changes.items() if fnmatch(name, arguments.only)}
+        left = {name: change for name, change in named.items() if changed(change) not in reasons}
+        noticed = mutate(file, folder, [name for name in left if name in inside], arguments)
+        variants = {name: outside[name][0] for name in left if name in outside}
+        noticed |= mutate_outside(file, folder, variants, until)
+    done = [name for name, is_noticed in noticed.items() if is_noticed is not None]
+    survivors = [name for name in done if not noticed[name]]
+    for name in survivors:
+        print(f"{name}\n{left[name]}")
+    for reason in reasons.keys() - {changed(change) for change in changes.values()}:
+        print(f"a reason of no change any more: {reason}")
+    rate = 1 - len(survivors) / len(done) if done else 0.0
     print(
-        f"{file}: {rate:.1%} noticed; {len(done)} of {len(noticed)} changes tried, {len(survivors)} survived, "
-        f"{explained} of them with a reason",
+        f"{file}: {rate:.1%} noticed; {len(done)} of {len(left)} changes tried, {len(survivors)} survived; "
+        f"{len(named) - len(left)} others have a reason",
         flush=True,
     )
     return rate
@@ -132,14 +136,20 @@ mutmut.create_mutants(1)
 """
 
 
-def mutate(file: str, folder: Path, arguments: argparse.Namespace) -> dict[str, bool | None]:
-    """Change *file* in a copy of the checkout. Return whether a test noticed each change; None if it was not tried."""
-    copy_checkout(file, folder)
+def changes_inside(file: str, folder: Path) -> dict[str, str]:
+    """Return the changes of the functions of *file*, which are then in the copy of the checkout in *folder*."""
     subprocess.run([sys.executable, "-c", _CHANGE], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    found = folder / "outcomes.json"
+    made = json.loads((folder / "mutants" / f"{file}.meta").read_text())
+    return differences(file, folder, [*made["exit_code_by_key"]])
+
+
+def mutate(file: str, folder: Path, names: list[str], arguments: argparse.Namespace) -> dict[str, bool | None]:
+    """Try the changes of these *names*. Return whether a test noticed each of them; None if it was not tried."""
+    mutants, found = folder / "names.json", folder / "outcomes.json"
+    mutants.write_text(json.dumps(names))
     options = ["-q", "-s", "-p", "tests.mutants", "-p", "no:cacheprovider"]
-    environment = {"PYTHONPATH": ".", "MUTANTS": f"{file}.meta", "OUTCOMES": str(found)}
-    environment |= {"MINUTES": str(arguments.minutes), "JOBS": str(arguments.jobs), "ONLY": arguments.only}
+    environment = {"PYTHONPATH": ".", "MUTANTS": str(mutants), "OUTCOMES": str(found)}
+    environment |= {"MINUTES": str(arguments.minutes), "JOBS": str(arguments.jobs)}
     subprocess.run(
         [sys.executable, "-m", "pytest", *options, *tests_of(file)],
         cwd=folder / "mutants",
@@ -159,23 +169,28 @@ print(json.dumps([module.deep_replace(each.original_node, each.mutated_node).cod
 """
 
 
-def mutate_outside(file: str, folder: Path, only: str, until: float) -> dict[str, tuple[bool | None, str]]:
-    """Change the constants and tables of *file*. Return whether a test noticed each change, and the change."""
-    original, outcomes = (folder / file).read_text(), dict[str, tuple[bool | None, str]]()
+def changes_outside(file: str, folder: Path) -> dict[str, tuple[str, str]]:
+    """Return the changes of the constants and tables of *file*: the changed file, and the change."""
+    original, changes = (folder / file).read_text(), dict[str, tuple[str, str]]()
     make = [sys.executable, "-c", _OUTSIDE, file]
     made = subprocess.run(make, cwd=folder, check=True, capture_output=True, text=True)
-    run = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests_of(file)]
     for number, variant in enumerate(json.loads(made.stdout), 1):
-        name = f"{file[:-3].replace('/', '.')}.outside__mutmut_{number}"
         lines = [*unified_diff(original.splitlines(), variant.splitlines(), n=0, lineterm="")][2:]
         change = "\n".join(line for line in lines if line.startswith(("-", "+")))
-        if fnmatch(name, only) and not any(re.search(each, change) for each in _INVISIBLE):
-            is_noticed = None
-            if monotonic() < until:
-                (folder / file).write_text(variant)
-                is_noticed = subprocess.run(run, cwd=folder, check=False, capture_output=True).returncode != 0
-                sys.stderr.write("." if is_noticed else "S")
-            outcomes[name] = is_noticed, change
+        if not any(re.search(each, change) for each in _INVISIBLE):
+            changes[f"{file[:-3].replace('/', '.')}.outside__mutmut_{number}"] = variant, change
+    return changes
+
+
+def mutate_outside(file: str, folder: Path, variants: dict[str, str], until: float) -> dict[str, bool | None]:
+    """Try each of *variants* of *file*. Return whether a test noticed it; None if it was not tried."""
+    outcomes = dict[str, bool | None].fromkeys(variants)
+    run = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests_of(file)]
+    for name, variant in variants.items():
+        if monotonic() < until:
+            (folder / file).write_text(variant)
+            outcomes[name] = subprocess.run(run, cwd=folder, check=False, capture_output=True).returncode != 0
+            sys.stderr.write("." if outcomes[name] else "S")
     return outcomes
 
 
@@ -234,7 +249,7 @@ print(json.dumps({name: get_diff_for_mutant(name, path=sys.argv[1]) for name in 
 """
 
 
-def differences(file: str, folder: str, names: list[str]) -> dict[str, str]:
+def differences(file: str, folder: Path, names: list[str]) -> dict[str, str]:
     """Return the lines that mutmut has removed from *file* and added, for each of its changes of these *names*."""
     shown = subprocess.run(
         [sys.executable, "-c", _SHOW, file, *names], cwd=folder, check=True, capture_output=True, text=True

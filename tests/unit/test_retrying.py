@@ -2,6 +2,7 @@
 
 import pytest
 
+from diator._hints import described
 from diator.exceptions import ConfigurationError, EventHandlersFailed
 from diator.retrying import PermanentError, RetryPolicy
 
@@ -107,5 +108,10 @@ def test_a_program_names_its_own_permanent_errors():
 @pytest.mark.parametrize("permanent", [[LookupError], LookupError, (LookupError(),), ("LookupError",), None])
 def test_permanent_must_be_a_tuple_of_classes(permanent):
     """A list would pass until the first handler fails, and then end the consumer."""
-    with pytest.raises(ConfigurationError, match="permanent must be a tuple of exception classes"):
+    with pytest.raises(ConfigurationError) as refused:
         RetryPolicy(permanent=permanent)
+
+    assert str(refused.value) == (
+        "permanent must be a tuple of exception classes, such as (PermanentError, OSError), and it is "
+        f"{described(permanent)}"
+    )
