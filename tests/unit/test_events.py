@@ -137,7 +137,10 @@ class WithOneList(EventHandler[Noticed]):
         (
             Noticed,
             WithOneList,
-            r"^WithOneList\.events is one list for all objects of the class, .*; make it in the constructor$",
+            (
+                r"^WithOneList\.events is one list for all objects of the class, so events would be sent twice; make "
+                "it in the constructor$"
+            ),
         ),
         (Noticed(), first, "is not a class; bind handlers to the class"),
     ],

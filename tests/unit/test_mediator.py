@@ -200,8 +200,10 @@ def test_a_handler_that_can_never_be_built_is_refused_at_construction():
 def test_an_event_handler_that_can_never_be_built_is_refused_at_construction():
     async def greet(event: Noticed, api: Api) -> None: ...
 
-    with pytest.raises(ResolutionError, match="Api is not registered") as raised:
+    with pytest.raises(ResolutionError) as raised:
         mediator_of(on_events=[greet])
+    problem = "Api is not registered; call register(Api, …) or register_instance"
+    assert str(raised.value).splitlines()[0] == problem
     assert raised.value.path == (name_of(greet), "Api")
 
 
@@ -232,7 +234,7 @@ def test_a_parameter_that_cannot_be_passed_by_name_is_refused_at_construction():
     container = Container()
     container.register_instance(Api, Api())
 
-    with pytest.raises(ResolutionError, match=r"parameter 'api' is positional-only; remove the `/`\n.*join$"):
+    with pytest.raises(ResolutionError, match=r"^parameter 'api' is positional-only; remove the `/`\n.*join$"):
         mediator_of(join, container=container)
 
 
@@ -822,8 +824,12 @@ def test_a_singleton_that_raises_events_is_refused_at_construction(handler, how)
     else:
         container.register_instance(handler, handler())
 
-    with pytest.raises(ResolutionError, match="must be transient; it is registered as a singleton"):
+    with pytest.raises(ResolutionError) as refused:
         mediator_of(handler, container=container)
+
+    name = handler.__name__
+    problem = f"{name} raises events, so it must be transient; it is registered as a singleton"
+    assert (str(refused.value).splitlines()[0], refused.value.path) == (problem, (name,))
 
 
 async def test_a_shared_event_handler_that_keeps_its_events_is_refused(sharing, raising):
