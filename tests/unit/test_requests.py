@@ -238,6 +238,7 @@ def test_an_unknown_name_in_an_annotation_is_allowed_where_the_type_is_passed():
         RequestMap().handler(misspelt)
 
 
+DIFFERS = "but the response of Join is str; change one of the annotations"
 NEITHER = "is neither a handler class nor a function; bind the class, not an instance"
 
 
@@ -263,10 +264,10 @@ NEITHER = "is neither a handler class nor a function; bind the class, not an ins
         ),
         (takes_nothing, "takes_nothing takes no message; its first parameter must be the message"),
         (takes_it_by_name, "takes_it_by_name takes no message; its first parameter must be the message"),
-        (AnswersAnother, "AnswersAnother returns int, but the response of Join is str; change one of the annotations"),
+        (AnswersAnother, f"AnswersAnother returns int, {DIFFERS}"),
         (
             answers_nothing,
-            "answers_nothing returns NoneType, but the response of Join is str; change one of the annotations",
+            f"answers_nothing returns NoneType, {DIFFERS}",
         ),
         (JoinHandler(), f"an object of JoinHandler {NEITHER}"),
         (CallableHandler(), f"an object of CallableHandler {NEITHER}"),
