@@ -23,7 +23,8 @@ class Limits(Pace):
         scale: The factor for the timeout of every scenario. `DIATOR_CONFORMANCE_SCALE` sets the default.
         quiet: How long a subscription must stay silent until the suite concludes that nothing more arrives. Used only
             after a fence, or while the prefetch is full.
-        redelivery: The longest time until an unsettled delivery is redelivered after its subscription has ended.
+        redelivery: The longest time until an unsettled delivery is redelivered after its subscription has ended. A
+            lease should be longer than this and `lag` together, so that its end does not pass for the return at once.
         timeout: The longest time that a call of the transport may take, however dead the service is: its `timeout`.
         liveness: The longest time until the transport notices that a silent peer is gone.
         recovery: The longest time until the transport receives again after the service is back or the link is healed.
