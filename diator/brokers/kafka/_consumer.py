@@ -130,6 +130,8 @@ class KafkaConsumer:
         self.metadata_changed = asyncio.Event()
         self.problems: dict[TopicPartition, ConfigurationError] = {}
         self._group_id = group_id
+        # The next heartbeat must arrive, on another connection, before the session ends.
+        self._answer_within = 0.8 * (options.session_timeout - options.heartbeat_interval)
         self._consumer: Any = AIOKafkaConsumer(**consumer_settings(cluster, options, group_id))
         with_reasons(self._consumer._client, cluster)  # noqa: SLF001
         pace(self._consumer._client, cluster)  # noqa: SLF001
@@ -145,11 +147,20 @@ class KafkaConsumer:
         Send a request of the client, and keep what Kafka answers to a fetch: the client does not show its bytes.
 
         The former leader of a partition may answer later than the new one, so there may be several answers. A request
-        to join the group goes on if the client is cancelled: see `leave_group`.
+        to join the group goes on if the client is cancelled: see `leave_group`. Other requests to the group have an
+        answer while its session lasts: the client itself would wait for one as long as for a join.
         """
         if type(request) in _JOINING:
             self._joining = asyncio.create_task(self._ask(node, request, **options), name="diator: joining a group")
             return await asyncio.shield(self._joining)
+        if options.get("group") is ConnectionGroup.COORDINATION:
+            try:
+                async with asyncio.timeout(self._answer_within):
+                    return await self._ask(node, request, **options)
+            except TimeoutError as error:  # the connection may be half-open, and the other ones are not
+                if connection := self._consumer._client._conns.get((node, ConnectionGroup.COORDINATION)):  # noqa: SLF001
+                    connection.close()
+                raise errors.RequestTimedOutError from error
         answer = await self._ask(node, request, **options)
         if type(request) is FetchRequest:
             asked = {(topic, number): offset for topic, places in request.topics for number, offset, _ in places}

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, suppress
 from time import monotonic
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
 
 from diator.brokers import Message
 from diator.brokers.base import Topic
@@ -74,6 +75,15 @@ async def stored(servers, name) -> list:
     async with AIOKafkaConsumer(name, bootstrap_servers=servers, auto_offset_reset="earliest") as consumer:
         ends = await consumer.end_offsets(consumer.assignment())
         return [await consumer.getone() for _ in range(sum(ends.values()))]
+
+
+async def committed(servers, group) -> dict:
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers)
+    await admin.start()
+    try:
+        return await admin.list_consumer_group_offsets(group)
+    finally:
+        await admin.close()
 
 
 @asynccontextmanager

@@ -5,24 +5,24 @@ from contextlib import AsyncExitStack
 from uuid import uuid4
 
 import pytest
-from aiokafka.admin import AIOKafkaAdminClient
 
-from tests.integration.kafka.helpers import SLACK, TIMEOUT, acked, number_of, send, subscribed, take, within
+from tests.integration.kafka.helpers import (
+    SLACK,
+    TIMEOUT,
+    acked,
+    committed,
+    number_of,
+    send,
+    subscribed,
+    take,
+    within,
+)
 from tests.records import fields
 
 
 async def nothing_comes(deliveries, *, within=0.4) -> None:
     with pytest.raises(TimeoutError):
         await take(deliveries, 1, within=within)
-
-
-async def committed(servers, group) -> dict:
-    admin = AIOKafkaAdminClient(bootstrap_servers=servers)
-    await admin.start()
-    try:
-        return await admin.list_consumer_group_offsets(group)
-    finally:
-        await admin.close()
 
 
 async def test_the_commit_is_the_lowest_unfinished_offset(broker, kafka_servers, name) -> None:

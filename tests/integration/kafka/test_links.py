@@ -5,10 +5,13 @@ from time import monotonic
 from uuid import uuid4
 
 from aiokafka.admin import RecordsToDelete
+from aiokafka.client import AIOKafkaClient, ConnectionGroup
 
 from tests.integration.kafka.helpers import (
+    SLACK,
     acked,
     all_that_comes,
+    committed,
     number_of,
     place_of_everything,
     send,
@@ -27,7 +30,7 @@ async def test_a_stall_that_is_shorter_than_the_session_costs_no_rebalance(make,
 
         proxy.withhold()
         await send(sender, *range(1, 20))
-        await asyncio.sleep(4.5)
+        await asyncio.sleep(3.5)
         assert deliveries.connected
         await proxy.heal()
 
@@ -55,6 +58,44 @@ async def test_a_lost_link_does_not_cost_the_rest_of_the_session(make, proxy, pr
         assert {*await acked(deliveries, 19)} == {*range(1, 20)}
         assert monotonic() - healed < 12.0
         assert deliveries.member_id == member
+
+
+async def test_a_half_open_connection_to_the_group_is_replaced(make, proxy, proxied, private_kafka, monkeypatch):
+    """The other connections live, and the client would wait for an answer as long as for a join: 40 s."""
+    clients, construct = [], AIOKafkaClient.__init__
+
+    def note(client, **settings) -> None:
+        construct(client, **settings)
+        clients.append(client)
+
+    monkeypatch.setattr(AIOKafkaClient, "__init__", note)
+    reader, sender, group = await make(proxied), await make(private_kafka.url), f"group-{uuid4().hex}"
+
+    async def is_committed(count) -> None:
+        async with asyncio.timeout(SLACK):
+            while await committed_count() != count:  # noqa: ASYNC110  # Kafka sends no event for it
+                await asyncio.sleep(0.1)
+
+    async def committed_count() -> int:
+        offsets = await committed(private_kafka.url, reader._names.group(group))
+        return sum(each.offset for each in offsets.values() if each.offset > 0)
+
+    async with subscribed(reader, group=group) as deliveries:
+        await send(sender, 0)
+        assert await acked(deliveries, 1) == [0]
+        await is_committed(1)
+        ports = {
+            connection._writer.get_extra_info("sockname")[1]
+            for client in clients
+            for (_, kind), connection in client._conns.items()
+            if kind is ConnectionGroup.COORDINATION
+        }
+        for link in proxy._links.values():
+            link.black_holed = link.writers[0].get_extra_info("peername")[1] in ports
+
+        await send(sender, 1)
+        assert 1 in await acked(deliveries, 1)
+        await is_committed(2)
 
 
 async def test_a_consumer_is_connected_when_it_knows_its_partitions(make, kafka_servers):
