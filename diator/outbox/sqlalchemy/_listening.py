@@ -7,7 +7,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from diator.outbox.sqlalchemy._sessions import connected
 
 #: A connection that was lost without a sign, as behind a gateway that drops idle ones, is replaced after this time.
 _SECONDS = 300.0
@@ -18,9 +20,8 @@ class Listener:
 
     def __init__(self, engine: AsyncEngine, channel: str, notify: Callable[[], None]) -> None:
         self._engine, self._channel, self._notify = engine, channel, notify
-        self._connection: AsyncConnection | None = None
-        self._reading: asyncio.Task[None] | None = None
         self._driver: Any = None
+        self._reading: asyncio.Task[None] | None = None
         self._until = 0.0
 
     @property
@@ -28,16 +29,18 @@ class Listener:
         """Whether it listens, as far as it knows."""
         if self._driver is None or asyncio.get_running_loop().time() > self._until:
             return False
-        closed: object = self._driver.is_closed() if self._reading is None else self._driver.closed
-        return not closed and (self._reading is None or not self._reading.done())
+        if self._reading is None:
+            return not self._driver.is_closed()
+        return not self._reading.done()
 
     async def open(self) -> None:
         """Listen, by a new connection."""
         await self.close()
-        connection = await self._engine.connect()
+        connection = await connected(self._engine.raw_connection())
+        driver: Any = connection.driver_connection
+        self._driver = driver
+        connection.detach()
         try:
-            driver: Any = (await connection.get_raw_connection()).driver_connection
-            await connection.run_sync(lambda sync: sync.detach())
             if self._engine.dialect.driver == "asyncpg":
                 await driver.add_listener(self._channel, self._received)
             else:
@@ -45,9 +48,8 @@ class Listener:
                 await driver.execute(f'LISTEN "{self._channel}"')
                 self._reading = asyncio.create_task(self._read(driver), name="diator: listening to PostgreSQL")
         except BaseException:
-            await asyncio.shield(connection.close())
+            await asyncio.shield(self.close())
             raise
-        self._connection, self._driver = connection, driver
         self._until = asyncio.get_running_loop().time() + _SECONDS
 
     def _received(self, *_: object) -> None:
@@ -60,15 +62,15 @@ class Listener:
 
     async def close(self) -> None:
         """Close the connection. `open` may be called again."""
-        connection, reading = self._connection, self._reading
-        self._connection = self._reading = self._driver = None
+        driver, reading = self._driver, self._reading
+        self.forget()
         if reading is not None:
             reading.cancel()
             await asyncio.wait([reading])
-        if connection is not None:
+        if driver is not None:
             with suppress(Exception):  # it was lost
-                await connection.close()
+                await driver.close()
 
     def forget(self) -> None:
         """Forget the connection, which belongs to an event loop that has ended."""
-        self._connection = self._reading = self._driver = None
+        self._driver = self._reading = None

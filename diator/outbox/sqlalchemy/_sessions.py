@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy import event
+from sqlalchemy import PoolProxiedConnection, event
 from sqlalchemy.exc import UnboundExecutionError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.util import greenlet_spawn
 
 from diator._hints import described
 from diator.exceptions import ConfigurationError
+
+_Connection = TypeVar("_Connection", AsyncConnection, PoolProxiedConnection)
+
+#: The event loop keeps no task alive.
+_closing: set[asyncio.Task[None]] = set()
 
 #: Where a session keeps what is watched in its transaction. The listeners below are for all sessions: to add them to
 #: one session, and to remove them, would take longer than to store a message.
@@ -41,6 +49,48 @@ def configure_sqlite(engine: AsyncEngine, *, timeout: float = 30.0) -> None:
     @event.listens_for(engine.sync_engine, "begin")
     def begin(connection: sa.Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+async def connected(connecting: Coroutine[Any, Any, _Connection]) -> _Connection:
+    """
+    Return the connection that *connecting* makes. If the call is cancelled, close it as soon as it is there.
+
+    SQLAlchemy and the drivers forget a connection if they are cancelled while they make it.
+    """
+    task = asyncio.create_task(connecting, name="diator: connecting to the database")
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        closing = asyncio.create_task(_close(task), name="diator: closing a connection to the database")
+        _closing.add(closing)
+        closing.add_done_callback(_closing.discard)
+        raise
+
+
+async def _close(connecting: asyncio.Task[_Connection]) -> None:
+    with suppress(Exception):  # there is no connection
+        connection = await connecting
+        if isinstance(connection, AsyncConnection):
+            await connection.close()
+        else:
+            await greenlet_spawn(connection.close)
+
+
+@asynccontextmanager
+async def begin(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection]:
+    """Return a context with a transaction of its own. Its end commits, an error rolls back."""
+    connection = await connected(engine.connect().start())
+    try:
+        async with connection.begin():
+            yield connection
+    finally:
+        await asyncio.shield(connection.close())
+
+
+def has_stored(session: Session, table: str) -> bool:
+    """Return whether messages were stored in *table* by the open transaction of *session*, and not rolled back."""
+    watched: list[Fate] = session.info.get(_WATCHED, [])
+    return any(fate.table == table and not fate.was_rolled_back() for fate in watched)
 
 
 def session_of(session: object) -> AsyncSession:
@@ -99,17 +149,17 @@ def _named(engine: sa.Engine) -> str:
 
 class Fate:
     """
-    Whether the innermost open transaction of *session* is rolled back: a savepoint, or all of it.
+    Whether the innermost open transaction of *session*, which has stored in *table*, is rolled back.
 
-    *committed* is called when all of it was committed.
+    That is a savepoint, or all of it. *committed* is called when all of it was committed.
     """
 
-    __slots__ = ("_committed", "_open", "was_rolled_back_")
+    __slots__ = ("_committed", "_open", "_was_rolled_back", "table")
 
-    def __init__(self, session: Session, committed: Callable[[], None]) -> None:
-        self._committed = committed
+    def __init__(self, session: Session, table: str, committed: Callable[[], None]) -> None:
+        self.table, self._committed = table, committed
         self._open: set[SessionTransaction] = set()
-        self.was_rolled_back_ = False
+        self._was_rolled_back = False
         transaction = session.get_nested_transaction() or session.get_transaction()
         while transaction is not None:
             self._open.add(transaction)
@@ -118,20 +168,20 @@ class Fate:
 
     def was_rolled_back(self) -> bool:
         """Return whether it was rolled back; false while it is open."""
-        return self.was_rolled_back_
+        return self._was_rolled_back
 
     def commit(self, transaction: SessionTransaction) -> None:
         """Take note that *transaction* was committed."""
         if transaction in self._open:
             self._open.remove(transaction)
-            if not self._open and not self.was_rolled_back_:
+            if not self._open and not self._was_rolled_back:
                 self._committed()
 
     def end(self, transaction: SessionTransaction) -> None:
         """Take note that *transaction* has ended. If it was not committed, it was rolled back."""
         if transaction in self._open:
             self._open.remove(transaction)
-            self.was_rolled_back_ = True
+            self._was_rolled_back = True
 
 
 @event.listens_for(Session, "after_commit")

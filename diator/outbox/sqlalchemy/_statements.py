@@ -5,47 +5,90 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from diator.outbox.sqlalchemy._tables import Dialect
+from diator.outbox.store import OnDead, Order
 
+#: `b` has the key of `o`, and comes before it.
+_EARLIER = "b.key = o.key AND b.seq < o.seq"
+#: `b` was claimed, and is not dead: it is leased, or waits for a retry, or may be claimed again.
+_TRIED = "b.attempts > 0 AND b.dead_reason IS NULL"
 _MESSAGE = "seq, message_id, message_type, message_name, key, event_time, attempts"
+
+
+#: How many rows of each class a claim looks at, and how many are parked or brought back at a time. A claim looks at
+#: further rows only after those in the way were parked.
+WINDOW = 2_000
 
 
 class Statements:
     """
     The statements for a pair of tables, which are given as they stand in a statement: quoted, and with their schema.
 
-    What stands in braces differs between the databases: see `Dialect`.
+    What differs between the databases is in `Dialect`.
     """
 
-    def __init__(self, words: Dialect, outbox: str, inbox: str, *, on_postgresql: bool, commit_order: bool) -> None:
+    def __init__(self, words: Dialect, outbox: str, inbox: str, *, on_postgresql: bool) -> None:
         self._words, self._outbox, self._on_postgresql = words, outbox, on_postgresql
-        now, due = words.now, "dead_reason IS NULL AND available_at"
-        positions, lease = words.among.format(":positions"), words.uuid.format(":lease")
+        now, positions, lease = words.now, words.among.format(":positions"), words.uuid.format(":lease")
         self._is_free = f"o.dead_reason IS NULL AND (o.lease IS NULL OR o.lease_until <= {now})"
-        self._materialized = "MATERIALIZED" if on_postgresql else ""
-        # True for a row that no open transaction may still precede.
-        # Every visible row was written before `pg_snapshot_xmax`, unless it came from another cluster, by a dump or by
-        # logical replication: its transaction has no meaning here.
-        is_settled = (
-            "(o.key IS NULL OR o.tx < CAST(CAST(pg_snapshot_xmin(pg_current_snapshot()) AS text) AS bigint)"
-            " OR o.tx >= CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint))"
-            if on_postgresql and commit_order
-            else "TRUE"
+        # A row that the program has changed, such as by `cancel`, is not waited for.
+        skip_locked = " FOR UPDATE SKIP LOCKED" if on_postgresql else ""
+        # A row with a key, and perhaps an earlier one of an open transaction, waits for that: see `settled`.
+        is_settled = "(o.key IS NULL OR o.seq <= :settled)" if on_postgresql else "TRUE"
+        waits = f"CASE WHEN b.lease_until > {now} THEN 2 WHEN b.available_at > {now} THEN 1 ELSE 0 END"
+        # What the first row with the key of `o` that was tried does: 2 if it is leased, 1 if it waits for its retry.
+        tried = f"(SELECT {waits} FROM {outbox} b WHERE {_EARLIER} AND {_TRIED} ORDER BY b.seq LIMIT 1)"
+        busy = self._before(f"{_TRIED} AND (b.lease_until > {now} OR b.available_at > {now})")
+        dead, parked = self._before("b.dead_reason IS NOT NULL"), self._before(f"b.available_at = {words.parked}")
+        is_behind: dict[OnDead, str] = {"block": f"{dead} IS NOT NULL OR {tried}", "skip": f"{tried}"}
+
+        is_first = f"{is_settled} AND (o.key IS NULL OR ({parked} IS NULL AND {busy} IS NULL"
+        unordered = self._claim("TRUE", in_order=False)
+        self.claim: dict[Order, dict[OnDead, sa.TextClause]] = {
+            "key": {"block": self._claim(f"{is_first} AND {dead} IS NULL))"), "skip": self._claim(f"{is_first}))")},
+            "none": {"block": unordered, "skip": unordered},
+        }
+        available = f"FROM {outbox} o WHERE {self._is_free} AND o.available_at <= {now} ORDER BY o.available_at, o.seq"
+        self.park: dict[OnDead, sa.TextClause] = {
+            on_dead: sa.text(
+                f"UPDATE {outbox} SET available_at = {words.parked} WHERE seq IN (SELECT o.seq FROM"
+                f" (SELECT o.seq, o.key {available} LIMIT {WINDOW}) o"
+                f" WHERE o.key IS NOT NULL AND ({parked} IS NOT NULL OR {behind} = 1){skip_locked})"
+            )
+            for on_dead, behind in is_behind.items()
+        }
+        some_parked = f"SELECT seq, key FROM {outbox} WHERE available_at = {words.parked} ORDER BY seq LIMIT :limit"
+        unpark = f"UPDATE {outbox} SET available_at = {words.at_once} WHERE seq IN"
+        self.unpark_free: dict[OnDead, sa.TextClause] = {
+            on_dead: sa.text(
+                f"{unpark} (SELECT o.seq FROM ({some_parked}) o WHERE NOT coalesce({behind} > 0, FALSE){skip_locked})"
+            )
+            for on_dead, behind in is_behind.items()
+        }
+        self.unpark_all = sa.text(f"{unpark} (SELECT o.seq FROM ({some_parked}) o{skip_locked})")
+        self.unpark_next = sa.text(
+            f"{unpark} (SELECT seq FROM {outbox} WHERE available_at = {words.parked} AND key = :key"
+            f" ORDER BY seq LIMIT {WINDOW}{skip_locked})"
+        )
+        self.is_available = sa.text(f"SELECT EXISTS (SELECT 1 {available})")
+        next_due = f"SELECT min(o.available_at) FROM {outbox} o WHERE o.dead_reason IS NULL AND o.available_at > {now}"
+        held_since = f"SELECT min(o.created_at) FROM (SELECT o.* {available} LIMIT {WINDOW}) o WHERE NOT {is_settled}"
+        self.look = sa.text(
+            f"SELECT {words.elapsed.format(f'({next_due} AND o.available_at < {words.parked}) - {now}')} AS next_due,"
+            f" {words.elapsed.format(f'{now} - ({held_since})')} AS held_for,"
+            f" EXISTS (SELECT 1 FROM {outbox} WHERE available_at = {words.parked}) AS is_parked,"
+            f" EXISTS (SELECT 1 {available} LIMIT 1 OFFSET {WINDOW}) AS is_long"
         )
 
-        self.claim_in_order = {"block": self._claim(is_settled, dead=True), "skip": self._claim(is_settled)}
-        self.claim_unordered = self._claim(None)
-        self.park = sa.text(
-            f"UPDATE {outbox} SET available_at = {words.parked} WHERE seq IN"
-            f" ({self._picked(is_settled, dead=True, half=':limit')} SELECT seq FROM picked WHERE behind = 1)"
+        has_parked = (
+            f"(SELECT 1 FROM {outbox} p WHERE p.key = {outbox}.key AND p.available_at = {words.parked} LIMIT 1)"
         )
-        self.next_due = sa.text(
-            f"SELECT {words.elapsed.format(f'min(available_at) - {now}')} FROM {outbox}"
-            f" WHERE {due} > {now} AND available_at < {words.parked}"
+        self.delete_sent = sa.text(
+            f"DELETE FROM {outbox} WHERE seq {positions} AND lease = {lease}"
+            f" RETURNING seq, key, {has_parked} AS has_parked"
         )
-        self.delete_sent = sa.text(f"DELETE FROM {outbox} WHERE seq {positions} AND lease = {lease}")
         self.release = sa.text(
             f"UPDATE {outbox} SET lease = NULL, lease_until = NULL, attempts = attempts - 1"
-            f" WHERE seq {positions} AND lease = {lease}"
+            f" WHERE seq {positions} AND lease = {lease} RETURNING seq, key, NULL AS has_parked"
         )
         failures = (
             f"SELECT CAST({words.item.format(0)} AS bigint) AS seq, {words.item.format(1)} AS reason,"
@@ -58,18 +101,18 @@ class Statements:
             " available_at = CASE WHEN f.retry IS NULL THEN available_at"
             f" ELSE {now} + {words.seconds.format('f.retry')} END"
             f" FROM ({failures}) AS f WHERE {outbox}.seq = f.seq AND lease = {lease}"
+            f" RETURNING {outbox}.seq AS seq, {outbox}.key AS key, {has_parked} AS has_parked"
         )
 
-        message_id = words.uuid.format(":message_id")
-        self.cancel_scheduled = sa.text(
-            f"DELETE FROM {outbox} WHERE message_id = {message_id} AND attempts = 0 AND available_at > {words.at_once}"
-        )
+        cancelled = f"DELETE FROM {outbox} WHERE message_id = {words.uuid.format(':message_id')} AND attempts = 0"
+        returned = f"RETURNING key, {has_parked} AS has_parked"
+        self.cancel_scheduled = sa.text(f"{cancelled} AND available_at > {words.at_once} {returned}")
         self.cancel_at_once = sa.text(
-            f"DELETE FROM {outbox} WHERE message_id = {message_id} AND attempts = 0 AND {due} = {words.at_once}"
+            f"{cancelled} AND dead_reason IS NULL AND available_at = {words.at_once} {returned}"
         )
         self.note = sa.text(
-            f"INSERT INTO {inbox} (group_name, handler, message_id) VALUES (:group, :handler, {message_id})"
-            " ON CONFLICT DO NOTHING"
+            f"INSERT INTO {inbox} (group_name, handler, message_id)"
+            f" VALUES (:group, :handler, {words.uuid.format(':message_id')}) ON CONFLICT DO NOTHING"
         )
         row = "ctid" if on_postgresql else "rowid"
         self.prune = sa.text(
@@ -79,42 +122,31 @@ class Statements:
 
         self.redrive = sa.text(
             f"UPDATE {outbox} SET attempts = 0, dead_reason = NULL, dead_at = NULL, available_at = {words.at_once}"
-            f" WHERE dead_reason IS NOT NULL AND (:all OR seq {positions}) RETURNING key"
+            f" WHERE dead_reason IS NOT NULL AND (:all OR seq {positions}) RETURNING key, {has_parked} AS has_parked"
         )
-        self.discard = sa.text(f"DELETE FROM {outbox} WHERE dead_reason IS NOT NULL AND seq {positions} RETURNING key")
-        dead_before = self._before("b.dead_reason IS NOT NULL")
-        self.unpark = sa.text(
-            f"UPDATE {outbox} AS o SET available_at = {words.at_once}"
-            f" WHERE dead_reason IS NULL AND available_at = {words.parked} AND {dead_before} IS NULL"
-        )
-        self.unpark_all = sa.text(f"UPDATE {outbox} SET available_at = {words.at_once} WHERE {due} = {words.parked}")
+        self.discard = sa.text(f"DELETE FROM {outbox} WHERE dead_reason IS NOT NULL AND seq {positions} {returned}")
         behind = (
             f"LEFT JOIN (SELECT key, min(seq) AS first FROM {outbox} WHERE dead_reason IS NOT NULL GROUP BY key) d"
             " ON d.key = o.key AND d.first < o.seq"
         )
-        pending = f"o.{due} <= {now} OR o.{due} = {words.parked}"
-        held_back = f"({pending}) AND {self._is_free} AND NOT {is_settled}"
+        pending = f"o.dead_reason IS NULL AND (o.available_at <= {now} OR o.available_at = {words.parked})"
         is_late = f"available_at > created_at AND available_at < {words.parked}"
-        since = f"CASE WHEN {is_late} THEN available_at ELSE created_at END"
+        since = f"min(CASE WHEN {is_late} THEN available_at ELSE created_at END) FILTER (WHERE {pending})"
         self.status = sa.text(
             f"SELECT count(*) FILTER (WHERE {pending}) AS pending,"
-            f" {words.elapsed.format(f'{now} - min({since}) FILTER (WHERE {pending})')} AS oldest,"
-            f" count(*) FILTER (WHERE dead_reason IS NULL) AS alive,"
+            f" {words.elapsed.format(f'{now} - {since}')} AS oldest,"
+            " count(*) FILTER (WHERE dead_reason IS NULL) AS alive,"
             f" count(*) FILTER (WHERE lease_until > {now}) AS leased,"
-            f" count(*) FILTER (WHERE dead_reason IS NOT NULL) AS dead,"
-            f" count(*) FILTER (WHERE dead_reason IS NULL AND d.first IS NOT NULL) AS blocked,"
+            " count(*) FILTER (WHERE dead_reason IS NOT NULL) AS dead,"
+            " count(*) FILTER (WHERE dead_reason IS NULL AND d.first IS NOT NULL) AS blocked,"
             f" (SELECT count(DISTINCT key) FROM {outbox} WHERE dead_reason IS NOT NULL) AS blocked_keys,"
-            f" count(*) FILTER (WHERE {held_back}) AS held_back FROM {outbox} o {behind}"
-        )
-        self.oldest_writer = sa.text(
-            "SELECT pid, CAST(EXTRACT(EPOCH FROM clock_timestamp() - xact_start) AS double precision) AS open_for"
-            " FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid()"
-            " ORDER BY age(backend_xid) DESC LIMIT 1"
+            f" count(*) FILTER (WHERE {pending} AND {self._is_free} AND NOT {is_settled}) AS held_back"
+            f" FROM {outbox} o {behind}"
         )
         self.dead = sa.text(
             f"SELECT {_MESSAGE}, {words.json.format('headers')} AS headers, {words.json.format('payload')} AS payload,"
             f" created_at AS stored_at, dead_reason, dead_at, (SELECT count(*) FROM {outbox} b"
-            f" WHERE b.key = o.key AND b.seq > o.seq AND b.dead_reason IS NULL) AS blocked"
+            " WHERE b.key = o.key AND b.seq > o.seq AND b.dead_reason IS NULL) AS blocked"
             f" FROM {outbox} o WHERE dead_reason IS NOT NULL AND seq > :after ORDER BY seq LIMIT :limit"
         )
 
@@ -128,58 +160,117 @@ class Statements:
 
         Not EXISTS: PostgreSQL would make a join of it, and might read all such rows for each claim.
         """
-        return f"(SELECT 1 FROM {self._outbox} b WHERE b.key = o.key AND b.seq < o.seq AND {condition} LIMIT 1)"
+        return f"(SELECT 1 FROM {self._outbox} b WHERE {_EARLIER} AND {condition} LIMIT 1)"
 
-    def _picked(self, is_settled: str | None, *, dead: bool, limit: str = ":limit", half: str = ":half") -> str:
+    def _claim(self, may_be_sent: str, *, in_order: bool = True) -> sa.TextClause:
         """
-        Return the CTE `picked` of rows that are sent next: `seq`, `key`, and whether they are `behind` a dead row.
+        Return the statement that leases rows for which *may_be_sent* is true.
 
         Two classes of rows are read in the order of an index: those that waited for a time, which get at most half of
         the claim, and those that may be sent at once. So neither a great backlog nor many messages that were scheduled
         for one time keep the others waiting.
         """
-        words, now = self._words, self._words.now
-        behind, may_be_sent = "0", self._is_free
-        if is_settled is not None:
-            tried = self._before("b.attempts > 0 AND b.dead_reason IS NULL")
-            may_be_sent = f"{may_be_sent} AND {is_settled} AND {tried} IS NULL"
-        if dead:
-            behind = f"coalesce({self._before('b.dead_reason IS NOT NULL')}, 0)"
+        words, now, table, as_ = self._words, self._words.now, self._outbox, "AS MATERIALIZED"
+        columns = "o.seq, o.key"
+        # Not `= at_once`: the primary key has this order as well, and has the rows that wait, too.
         waited, at_once = (
-            f"SELECT o.seq, o.key, {behind} AS behind FROM {self._outbox} o WHERE {may_be_sent} AND {which}"
-            f" ORDER BY o.available_at, o.seq LIMIT {most}"
+            f"SELECT o.seq, o.key FROM (SELECT {columns} FROM {table} o WHERE {self._is_free} AND {which}"
+            f" ORDER BY o.available_at, o.seq LIMIT {WINDOW}) o WHERE {may_be_sent} LIMIT {most}"
             for which, most in (
-                (f"o.available_at > {words.at_once} AND o.available_at <= {now}", half),
-                (f"o.available_at = {words.at_once}", f"{limit} - (SELECT count(*) FROM waited)"),
+                (f"o.available_at > {words.at_once} AND o.available_at <= {now}", ":half"),
+                (f"o.available_at <= {words.at_once}", ":limit - (SELECT count(*) FROM waited)"),
             )
         )
-        return (
-            f"WITH waited AS {self._materialized} ({waited}), at_once AS {self._materialized} ({at_once}),"
-            f" picked AS {self._materialized} (SELECT * FROM waited UNION ALL SELECT * FROM at_once)"
+        chosen = (
+            f"WITH waited {as_} ({waited}), at_once {as_} ({at_once}),"
+            f" picked {as_} (SELECT * FROM waited UNION ALL SELECT * FROM at_once)"
+        )
+        source = "picked"
+        if self._on_postgresql:
+            # A row that the program is just cancelling is locked, and left out. The conditions are here again for a row
+            # that was changed since this statement has begun.
+            source = "locked"
+            chosen += (
+                f", locked {as_} (SELECT p.* FROM {table} o JOIN picked p ON p.seq = o.seq WHERE {self._is_free}"
+                " FOR UPDATE OF o SKIP LOCKED)"
+            )
+        chosen += f" SELECT o.seq FROM {source} o"
+        if in_order:  # nor are rows behind one that was left out, or for which there was no room
+            tried = self._before(f"{_TRIED} AND NOT EXISTS (SELECT 1 FROM {source} e WHERE e.seq = b.seq)")
+            chosen += f" WHERE o.key IS NULL OR ({tried} IS NULL"
+            if self._on_postgresql:
+                chosen += (
+                    " AND NOT EXISTS (SELECT 1 FROM picked b WHERE b.key = o.key AND b.seq < o.seq"
+                    " AND NOT EXISTS (SELECT 1 FROM locked e WHERE e.seq = b.seq))"
+                )
+            chosen += ")"
+        returned = ", ".join(f"{table}.{column} AS {column}" for column in _MESSAGE.split(", "))
+        return sa.text(
+            f"UPDATE {table} SET lease = {words.uuid.format(':lease')}, attempts = attempts + 1,"
+            f" lease_until = {now} + {words.seconds.format(':seconds')} FROM ({chosen}) AS c WHERE {table}.seq = c.seq"
+            f" RETURNING {returned}, {words.json.format('headers')} AS headers,"
+            f" {words.json.format('payload')} AS payload, {table}.created_at AS stored_at"
         )
 
-    def _claim(self, is_settled: str | None, *, dead: bool = False) -> sa.TextClause:
-        """Return the statement that leases rows, and *parks* those behind a dead one: no later claim reads them."""
-        words, table = self._words, self._outbox
-        chosen = f"{self._picked(is_settled, dead=dead)} SELECT * FROM picked"
-        if self._on_postgresql:
-            # A row that the program is just cancelling is locked. It is left out, and so are those behind it. The
-            # conditions are here again for a row that was changed since this statement has begun.
-            chosen = (
-                f"{self._picked(is_settled, dead=dead)}, locked AS MATERIALIZED"
-                f" (SELECT p.* FROM {table} o JOIN picked p ON p.seq = o.seq WHERE {self._is_free}"
-                " FOR UPDATE OF o SKIP LOCKED) SELECT * FROM locked l WHERE NOT EXISTS (SELECT 1 FROM picked p"
-                " WHERE p.key = l.key AND p.seq < l.seq AND NOT EXISTS (SELECT 1 FROM locked e WHERE e.seq = p.seq))"
-            )
-        # SQLite 3.40 takes `lease IS NOT NULL` for true here.
-        payload = f"CASE WHEN {table}.available_at < {words.parked} THEN {words.json.format('payload')} END"
-        returned = ", ".join(f"{table}.{column} AS {column}" for column in _MESSAGE.split(", "))
-        until = f"{words.now} + {words.seconds.format(':seconds')}"
-        return sa.text(
-            f"UPDATE {table} SET lease = CASE WHEN c.behind = 0 THEN {words.uuid.format(':lease')} END,"
-            f" lease_until = CASE WHEN c.behind = 0 THEN {until} END, attempts = attempts + 1 - c.behind,"
-            f" available_at = CASE WHEN c.behind = 0 THEN available_at ELSE {words.parked} END"
-            f" FROM ({chosen}) AS c WHERE {table}.seq = c.seq"
-            f" RETURNING {returned}, {words.json.format('headers')} AS headers, {payload} AS payload,"
-            f" {table}.created_at AS stored_at, {table}.lease AS lease"
+
+class Locks:
+    """
+    The advisory locks of PostgreSQL for a pair of tables.
+
+    A transaction that stores messages has a shared lock from before its first position until its end. Its second number
+    is the last position before its own. So a claim knows
+    which rows may still be preceded by one that it cannot see, and waits for no other transactions of the database.
+    """
+
+    def __init__(self, outbox: str, inbox: str) -> None:
+        table, self._inbox = _number(outbox), _number(inbox)
+        name = outbox.replace("'", "''").replace(":", "\\:")
+        last = f"coalesce(pg_sequence_last_value(CAST(pg_get_serial_sequence('{name}', 'seq') AS regclass)), 0)"
+        #: Part of a statement that stores messages.
+        self.storing = f"(SELECT pg_advisory_xact_lock_shared({table}, CAST({last} % {_MODULUS} AS int)) OFFSET 0)"
+
+        held = (
+            f"FROM pg_locks WHERE locktype = 'advisory' AND classid = CAST(CAST('{name}' AS regclass) AS oid)"
+            " AND objsubid = 2 AND mode = 'ShareLock' AND granted"
+            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
         )
+        before = f"taken.last - (taken.last - CAST(objid AS bigint)) % {_MODULUS}"
+        # The last position is read before the locks, as each part needs what the one before has returned.
+        settled = (
+            "WITH taken AS MATERIALIZED (SELECT {first}{last} AS last) SELECT least(taken.last, l.before)"
+            " FROM taken, LATERAL (SELECT min({before}) AS before {held}) l"
+        )
+        # The table changes so fast that its statistics are always out of date: the planner must not choose by them. A
+        # relay that is suspended in the middle of a claim, as a laptop is, does not keep the lock.
+        settings = {**dict.fromkeys(_UNWANTED, "off"), "idle_in_transaction_session_timeout": _LONGEST_PAUSE}
+        first = "".join(f"set_config('{name}', '{value}', true), " for name, value in settings.items())
+        claiming = f"pg_advisory_xact_lock({_CLAIMS}, {table}), "
+        #: Returns the last position that no open transaction can precede; *claim* also lets other claims wait.
+        self.settled = sa.text(settled.format(first="", last=last, before=before, held=held))
+        self.claim = sa.text(settled.format(first=f"{first}{claiming}", last=last, before=before, held=held))
+        self.holder = sa.text(
+            f"WITH taken AS MATERIALIZED (SELECT {last} AS last) SELECT l.pid,"
+            " CAST(EXTRACT(EPOCH FROM clock_timestamp() - a.xact_start) AS double precision) AS open_for"
+            f" FROM taken, LATERAL (SELECT pid, {before} AS before {held}) l LEFT JOIN pg_stat_activity a"
+            " ON a.pid = l.pid ORDER BY l.before, a.xact_start LIMIT 1"
+        )
+
+        #: Rows that are finished bring those back that were parked behind them. Meanwhile none may be parked.
+        self.park = sa.text(f"SELECT pg_advisory_xact_lock({_PARKING}, {table})")
+        self.finish = sa.text(f"SELECT pg_advisory_xact_lock_shared({_PARKING}, {table})")
+        self.prune = sa.text(f"SELECT pg_try_advisory_xact_lock({_PRUNING}, {self._inbox})")
+        self.create = sa.text(f"SELECT pg_advisory_xact_lock({_CREATING}, 0)")
+
+
+#: The first numbers of the locks.
+_CLAIMS, _PARKING, _PRUNING, _CREATING = range(0x64696174, 0x64696178)
+#: A position as the number of a lock.
+_MODULUS = 2**31 - 1
+#: The ways to read a table that a claim must not take.
+_UNWANTED = ("enable_seqscan", "enable_bitmapscan", "enable_sort", "jit")
+_LONGEST_PAUSE = "10s"
+
+
+def _number(table: str) -> str:
+    name = table.replace("'", "''").replace(":", "\\:")
+    return f"CAST(CAST(CAST('{name}' AS regclass) AS oid) AS int)"

@@ -21,8 +21,8 @@ from diator.brokers.message import Message
 from diator.brokers.sending import Due
 from diator.exceptions import ConfigurationError, EncodingError
 from diator.outbox.sqlalchemy._listening import Listener
-from diator.outbox.sqlalchemy._sessions import Fate, connection_of, session_of
-from diator.outbox.sqlalchemy._statements import Statements
+from diator.outbox.sqlalchemy._sessions import Fate, begin, connection_of, has_stored, session_of
+from diator.outbox.sqlalchemy._statements import WINDOW, Locks, Statements
 from diator.outbox.sqlalchemy._tables import check_table, dialect_of, make_inbox, make_outbox
 from diator.outbox.store import Claim, DeadRow, Failure, OnDead, Order, Row, Status
 
@@ -31,12 +31,9 @@ _log = logging.getLogger(__name__)
 #: PostgreSQL can put no more into an index, and keys have one.
 _MAX_KEY_BYTES = 2_000
 _OLDEST_SQLITE = (3, 35)
-#: The first part of the numbers of the advisory locks; the second is that of the table.
-_LOCKS = 0x64696174
-#: How many rows behind a dead one a claim looks at if it found nothing else.
-_PARKED_AT_ONCE = 5_000
-#: A relay that stops in the middle of a claim, as a suspended machine does, holds its lock no longer.
-_LONGEST_PAUSE = "10s"
+#: In how many seconds a relay looks again for messages that an older transaction holds back.
+_SHORTEST_LOOK, _LONGEST_LOOK = 0.02, 1.0
+_ALL = 2**31
 
 
 class _Hidden(str):
@@ -62,10 +59,6 @@ class SqlAlchemyStore:
         notify: Whether stored messages wake relays by LISTEN and NOTIFY of PostgreSQL. Pass False if the program
             commits many thousand transactions a second, which NOTIFY makes wait for each other. Through a pooler that
             shares connections between transactions, LISTEN has no effect: then a relay finds messages when it looks.
-        commit_order: Whether a message with a key waits until every transaction has ended that was open when it was
-            stored, and could still commit an earlier message with this key. One long transaction in the database, of
-            any program, makes such messages wait. Pass False if transactions that store messages with the same key
-            wait for each other anyway, as those that lock the same row before they store a message.
 
     Raises:
         ConfigurationError: The engine is of another database, or the metadata has other tables of these names.
@@ -81,7 +74,6 @@ class SqlAlchemyStore:
         outbox_table: str = "diator_outbox",
         inbox_table: str = "diator_inbox",
         notify: bool = True,
-        commit_order: bool = True,
     ) -> None:
         if not isinstance(engine, AsyncEngine):
             raise ConfigurationError("SqlAlchemyStore needs an AsyncEngine, as create_async_engine returns it")
@@ -93,12 +85,16 @@ class SqlAlchemyStore:
         self.outbox_table = make_outbox(outbox_table, metadata, name)
         self.inbox_table = make_inbox(inbox_table, metadata, name)
         outbox, inbox = (self._in_statements(table) for table in (self.outbox_table, self.inbox_table))
-        self._statements = Statements(
-            self._words, outbox, inbox, on_postgresql=self._on_postgresql, commit_order=commit_order
-        )
+        self._statements = Statements(self._words, outbox, inbox, on_postgresql=self._on_postgresql)
+        self._locks = Locks(outbox, inbox)
         # The isolation of the program's own transactions may be another one.
         self._own = engine.execution_options(isolation_level="READ COMMITTED") if self._on_postgresql else engine
-        self._add_at_once, self._add_due = (self._insert(outbox, scheduled=scheduled) for scheduled in (False, True))
+        #: By whether a message is scheduled, and whether it is the first of its transaction.
+        self._inserts = {
+            (scheduled, first): self._insert(outbox, scheduled=scheduled, first=first)
+            for scheduled in (False, True)
+            for first in (False, True)
+        }
         channel = f"{self.outbox_table.fullname}_stored"
         if len(channel.encode()) > 63:  # noqa: PLR2004  # the longest name in PostgreSQL
             channel = f"diator_{blake2b(channel.encode(), digest_size=16).hexdigest()}"
@@ -108,6 +104,7 @@ class SqlAlchemyStore:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stored = asyncio.Event()
         self._cannot_listen = False
+        self._parks_for: tuple[Order, OnDead] | None = None
 
     def _schema(self, table: sa.Table) -> str | None:
         translated = self._engine.get_execution_options().get("schema_translate_map") or {}
@@ -119,7 +116,7 @@ class SqlAlchemyStore:
         quoted = preparer.quote(table.name)
         return f"{preparer.quote_schema(schema)}.{quoted}" if schema else quoted
 
-    def _insert(self, outbox: str, *, scheduled: bool) -> sa.TextClause:
+    def _insert(self, outbox: str, *, scheduled: bool, first: bool) -> sa.TextClause:
         words = self._words
         columns = "message_id, message_type, message_name, key, headers, payload, event_time"
         if not self._on_postgresql:
@@ -140,7 +137,7 @@ class SqlAlchemyStore:
             names = f"{names}, at, after"
         inserted = (
             f"INSERT INTO {outbox} ({columns}) SELECT {values} FROM unnest({arrays})"
-            f" WITH ORDINALITY AS m({names}, place) ORDER BY m.place"
+            f" WITH ORDINALITY AS m({names}, place){f', {self._locks.storing} AS l' if first else ''} ORDER BY m.place"
         )
         return sa.text(f"WITH stored AS ({inserted}) SELECT pg_notify(:channel, '') WHERE :notifies")
 
@@ -148,7 +145,7 @@ class SqlAlchemyStore:
         """Create the tables that are missing, for a program without migrations. Several processes may do it."""
         async with self._engine.begin() as connection:
             if self._on_postgresql:
-                await connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({_LOCKS}, 0)"))
+                await connection.execute(self._locks.create)
             tables = [self.outbox_table, self.inbox_table]
             await connection.run_sync(lambda sync: tables[0].metadata.create_all(sync, tables=tables))
 
@@ -162,26 +159,28 @@ class SqlAlchemyStore:
         scheduled = any(each is not None for each in due)
         if scheduled:
             for row, each in zip(rows, due, strict=True):
-                row["at"] = each.timestamp() if isinstance(each, datetime) else None
-                row["after"] = each.total_seconds() if isinstance(each, timedelta) else None
-        statement = self._add_due if scheduled else self._add_at_once
-        return await session_of(session).run_sync(self._add, statement, rows)
+                row["at"] = row["after"] = None
+                if isinstance(each, timedelta):
+                    row["after"] = each.total_seconds()
+                elif each is not None:
+                    row["at"] = each.timestamp()
+        return await session_of(session).run_sync(self._add, rows, scheduled)
 
-    def _add(self, session: Session, statement: sa.TextClause, rows: list[dict[str, Any]]) -> Callable[[], bool]:
+    def _add(self, session: Session, rows: list[dict[str, Any]], scheduled: bool) -> Callable[[], bool]:  # noqa: FBT001
         if session.autoflush:
             session.flush()
         connection = connection_of(session, self.outbox_table, self._engine.sync_engine)
-        fate = Fate(session, self._committed)
-        if self._on_postgresql:
-            parameters: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
-            parameters |= {"channel": self._channel, "notifies": self._notifies}
-            connection.execute(statement, parameters)
-        else:
+        statement = self._inserts[scheduled, not has_stored(session, self.outbox_table.fullname)]
+        fate = Fate(session, self.outbox_table.fullname, self._committed)
+        if rows and self._on_postgresql:
+            parameters: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+            connection.execute(statement, parameters | {"channel": self._channel, "notifies": self._notifies})
+        elif rows:
             connection.execute(statement, rows)
         return fate.was_rolled_back
 
     def _values(self, message: Message) -> dict[str, Any]:
-        source = f"message {message.message_id} ({message.message_name})"
+        source = f"message {message.message_id}"
         headers = json.dumps(dict(message.headers), ensure_ascii=False, separators=(",", ":"))
         texts = (message.message_type, message.message_name, message.key or "")
         try:
@@ -214,7 +213,9 @@ class SqlAlchemyStore:
     def _cancel(self, session: Session, message_id: UUID) -> bool:
         connection = connection_of(session, self.outbox_table, self._engine.sync_engine)
         for statement in (self._statements.cancel_scheduled, self._statements.cancel_at_once):
-            if connection.execute(statement, {"message_id": self._id(message_id)}).rowcount:
+            if found := connection.execute(statement, {"message_id": self._id(message_id)}).all():
+                for key in {row.key for row in found if row.has_parked}:
+                    connection.execute(self._statements.unpark_next, {"key": key})
                 return True
         return False
 
@@ -231,7 +232,7 @@ class SqlAlchemyStore:
 
     async def check(self) -> None:
         """See `Store.check`."""
-        async with self._own.begin() as connection:
+        async with begin(self._own) as connection:
             await connection.run_sync(self._check)
 
     def _check(self, connection: sa.Connection) -> None:
@@ -251,42 +252,50 @@ class SqlAlchemyStore:
         """See `Store.claim`."""
         self._bind_to_running_loop()
         self._stored.clear()
-        token, statements = uuid4(), self._statements
-        in_order = order == "key"
-        statement = statements.claim_in_order[on_dead] if in_order else statements.claim_unordered
+        token, statements, in_order = uuid4(), self._statements, order == "key"
+        statement = statements.claim[order][on_dead]
+        unpark = statements.unpark_free[on_dead] if in_order else statements.unpark_all
         parameters = {"lease": self._id(token), "seconds": lease, "limit": limit, "half": (limit + 1) // 2}
-        async with self._locked() as connection:
-            if not in_order or on_dead == "skip":  # another relay may have blocked
-                await connection.execute(statements.unpark_all)
+        next_due: float | None = None
+        async with self._locked() as (connection, settled):
+            if in_order and self._on_postgresql:
+                parameters["settled"] = settled
+            if self._parks_for != (order, on_dead):  # rows that a relay with another setting has parked
+                await self._lock(connection, self._locks.park)
+                await connection.execute(unpark, {"limit": _ALL})
             found = (await connection.execute(statement, parameters)).all()
-            rows = [row for row in found if row.lease is not None]
-            if found and not rows:  # all of them were behind a dead row, and probably more are
-                await connection.execute(statements.park, {"limit": _PARKED_AT_ONCE})
-                found = (await connection.execute(statement, parameters)).all()
-                rows = [row for row in found if row.lease is not None]
-            next_due: float | None = None
-            if not rows:
-                next_due = 0.0 if found else await connection.scalar(statements.next_due)
-        return Claim(lease=token, rows=sorted(map(self._row, rows), key=lambda row: row.position), next_due=next_due)
+            if not found:
+                look = (await connection.execute(statements.look, {"settled": settled})).one()
+                next_due = look.next_due
+                if look.held_for is not None and in_order:  # look again after twice the time
+                    next_due = min(next_due or _LONGEST_LOOK, max(look.held_for, _SHORTEST_LOOK), _LONGEST_LOOK)
+                if look.is_parked or (look.is_long and in_order):
+                    await self._lock(connection, self._locks.park)
+                    # What they waited for may have been deleted by hand.
+                    changed = (await connection.execute(unpark, {"limit": WINDOW})).rowcount
+                    if look.is_long and in_order:
+                        changed += (await connection.execute(statements.park[on_dead])).rowcount
+                    if changed:
+                        next_due = 0.0
+                        found = (await connection.execute(statement, parameters)).all()
+        self._parks_for = order, on_dead
+        rows = sorted(map(self._row, found), key=lambda row: row.position)
+        return Claim(lease=token, rows=rows, next_due=None if rows else next_due)
 
     @asynccontextmanager
-    async def _locked(self) -> AsyncGenerator[AsyncConnection]:
-        """Return a context with a transaction in which no other relay claims."""
-        async with self._own.begin() as connection:
-            if self._on_postgresql:
-                # One after the other: only then does each see what the others have leased. The table changes so fast
-                # that its statistics are always out of date: the planner must not choose by them.
-                await connection.execute(self._lock)
-            yield connection
+    async def _locked(self) -> AsyncGenerator[tuple[AsyncConnection, int]]:
+        """
+        Return a context with a transaction in which no other relay claims, and the last settled position.
 
-    @property
-    def _lock(self) -> sa.TextClause:
-        table = self._in_statements(self.outbox_table).replace("'", "''")
-        off = ", ".join(f"set_config('enable_{way}', 'off', true)" for way in ("seqscan", "bitmapscan", "sort"))
-        return sa.text(
-            f"SELECT set_config('idle_in_transaction_session_timeout', '{_LONGEST_PAUSE}', true), {off},"
-            f" pg_advisory_xact_lock({_LOCKS}, CAST(CAST(CAST('{table}' AS regclass) AS oid) AS int))"
-        )
+        One claim after the other: only then does each see what the others have leased.
+        """
+        async with begin(self._own) as connection:
+            settled = await connection.scalar(self._locks.claim) if self._on_postgresql else 0
+            yield connection, settled
+
+    async def _lock(self, connection: AsyncConnection, lock: sa.TextClause) -> None:
+        if self._on_postgresql:  # SQLite has one writer at a time
+            await connection.execute(lock)
 
     def _message(self, row: sa.Row[Any]) -> Message:
         return Message(
@@ -305,7 +314,8 @@ class SqlAlchemyStore:
         )
 
     def _time(self, time: Any) -> datetime:
-        return time.astimezone(UTC) if isinstance(time, datetime) else datetime.fromtimestamp(time, UTC)
+        found: datetime = time.astimezone(UTC) if self._on_postgresql else datetime.fromtimestamp(time, UTC)
+        return found
 
     def _positions(self, positions: Collection[int]) -> list[int] | str:
         return [*positions] if self._on_postgresql else json.dumps([*positions])
@@ -316,16 +326,22 @@ class SqlAlchemyStore:
         """See `Store.finish`."""
         statements, changed = self._statements, 0
         failures = [[failure.position, failure.reason, failure.retry_after] for failure in failed]
-        token = self._id(lease)
-        async with self._own.begin() as connection:
-            for statement, positions in ((statements.delete_sent, sent), (statements.release, untried)):
-                if positions:
-                    parameters = {"positions": self._positions(positions), "lease": token}
-                    changed += (await connection.execute(statement, parameters)).rowcount
-            if failures:
-                parameters = {"failed": json.dumps(failures), "lease": token}
-                changed += (await connection.execute(statements.fail, parameters)).rowcount
-        return len(sent) + len(untried) + len(failed) - changed
+        done = {*sent, *(failure.position for failure in failed if failure.retry_after is None)}
+        keys: set[str] = set()
+        async with begin(self._own) as connection:
+            await self._lock(connection, self._locks.finish)
+            for statement, rows, parameters in (
+                (statements.delete_sent, sent, {"positions": self._positions(sent)}),
+                (statements.release, untried, {"positions": self._positions(untried)}),
+                (statements.fail, failures, {"failed": json.dumps(failures)}),
+            ):
+                if rows:
+                    found = (await connection.execute(statement, {**parameters, "lease": self._id(lease)})).all()
+                    changed += len(found)
+                    keys.update(row.key for row in found if row.has_parked and row.seq in done)
+            for key in keys:
+                await connection.execute(statements.unpark_next, {"key": key})
+        return len(sent) + len(untried) + len(failures) - changed
 
     async def wait(self, timeout: float, /) -> None:
         """See `Store.wait`."""
@@ -337,7 +353,8 @@ class SqlAlchemyStore:
                 if self._notifies and not self._listener.is_open:
                     await self._listener.open()
                     self._cannot_listen = False
-                    return  # a message may have been stored before it listened
+                    if await self._is_available():  # it may have been stored before
+                        return
                 await self._stored.wait()
         except TimeoutError:
             pass
@@ -347,6 +364,10 @@ class SqlAlchemyStore:
                 line = "the relay looks for messages from time to time, since it cannot listen: %r"
                 _log.warning(line, type(error), extra={"error_type": name_of(type(error))})
             await asyncio.sleep(until - loop.time())
+
+    async def _is_available(self) -> bool:
+        async with begin(self._own) as connection:
+            return bool(await connection.scalar(self._statements.is_available))
 
     def _bind_to_running_loop(self) -> None:
         loop = asyncio.get_running_loop()
@@ -369,11 +390,10 @@ class SqlAlchemyStore:
 
     async def status(self) -> Status:
         """See `Store.status`."""
-        async with self._own.begin() as connection:
-            row = (await connection.execute(self._statements.status)).one()
-            writer: Any = None
-            if row.held_back:
-                writer = (await connection.execute(self._statements.oldest_writer)).one_or_none()
+        async with begin(self._own) as connection:
+            settled = await connection.scalar(self._locks.settled) if self._on_postgresql else 0
+            row = (await connection.execute(self._statements.status, {"settled": settled})).one()
+            writer = (await connection.execute(self._locks.holder)).one_or_none() if row.held_back else None
         return Status(
             pending=row.pending,
             oldest=max(0.0, row.oldest or 0.0),
@@ -383,13 +403,13 @@ class SqlAlchemyStore:
             blocked=row.blocked,
             blocked_keys=row.blocked_keys,
             held_back=row.held_back,
-            held_back_by=writer and writer.pid,
-            held_back_for=writer.open_for if writer else 0.0,
+            held_back_by=writer.pid if writer else None,
+            held_back_for=(writer.open_for or 0.0) if writer else 0.0,
         )
 
     async def dead(self, *, limit: int = 100, after: int = 0) -> Sequence[DeadRow]:
         """See `Store.dead`."""
-        async with self._own.begin() as connection:
+        async with begin(self._own) as connection:
             rows = (await connection.execute(self._statements.dead, {"limit": limit, "after": after})).all()
         return [
             DeadRow(
@@ -414,21 +434,20 @@ class SqlAlchemyStore:
         return await self._revive(self._statements.discard, {"positions": self._positions(positions)})
 
     async def _revive(self, statement: sa.TextClause, parameters: Mapping[str, Any]) -> int:
-        async with self._locked() as connection:
-            changed = len((await connection.execute(statement, parameters)).all())
-            await connection.execute(self._statements.unpark)
+        async with self._locked() as (connection, _):
+            await self._lock(connection, self._locks.park)
+            changed = (await connection.execute(statement, parameters)).all()
+            for key in {row.key for row in changed if row.has_parked}:
+                await connection.execute(self._statements.unpark_next, {"key": key})
             if self._notifies:
                 await connection.execute(sa.text("SELECT pg_notify(:channel, '')"), {"channel": self._channel})
         self._committed()
-        return changed
+        return len(changed)
 
     async def prune(self, *, keep: timedelta, limit: int = 5_000) -> int:
         """See `Store.prune`."""
-        async with self._own.begin() as connection:
-            if self._on_postgresql:
-                table = self._in_statements(self.inbox_table).replace("'", "''")
-                number = f"CAST(CAST(CAST('{table}' AS regclass) AS oid) AS int)"
-                if not await connection.scalar(sa.text(f"SELECT pg_try_advisory_xact_lock({_LOCKS}, {number})")):
-                    return 0
+        async with begin(self._own) as connection:
+            if self._on_postgresql and not await connection.scalar(self._locks.prune):
+                return 0
             chosen = {"keep": keep.total_seconds(), "limit": limit}
             return (await connection.execute(self._statements.prune, chosen)).rowcount

@@ -21,7 +21,7 @@ class Dialect:
     Attributes:
         types: The types of columns, by what they hold.
         now: The time of the statement.
-        at_once, parked: The `available_at` of a row that may be sent at once, and of one behind a dead row.
+        at_once, parked: The `available_at` of a row that may be sent at once, and of one that waits for others.
         uuid: The parameter of a statement that is a UUID.
         json: How a JSON column is read as the text that it is.
         seconds: A duration of so many seconds.
@@ -139,10 +139,6 @@ def make_outbox(name: str, metadata: sa.MetaData, dialect: str) -> sa.Table:
         sa.Column("dead_at", types["time"]),
         sa.Column("last_error", types["text"]),
     ]
-    if on_postgresql:
-        # A transaction id as a number: Alembic does not know the type xid8.
-        writer = sa.text("CAST(CAST(pg_current_xact_id() AS text) AS bigint)")
-        columns.append(sa.Column("tx", sa.BigInteger(), nullable=False, server_default=writer))
     table = sa.Table(
         name,
         metadata,
@@ -157,6 +153,7 @@ def make_outbox(name: str, metadata: sa.MetaData, dialect: str) -> sa.Table:
         ("due", ("available_at", "seq"), "dead_reason IS NULL"),
         ("tried", ("key", "seq"), "attempts > 0 AND dead_reason IS NULL"),
         ("dead", ("key", "seq"), "dead_reason IS NOT NULL"),
+        ("parked", ("key", "seq"), f"available_at = {words.parked}"),
         ("scheduled", ("message_id",), f"attempts = 0 AND available_at > {words.at_once}"),
     ):
         condition = sa.text(where)
