@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice, takewhile
 from typing import cast
 
@@ -18,12 +18,17 @@ class Arrivals:
     It belongs to the thread of the event loop: a client that calls back in another thread uses
     `loop.call_soon_threadsafe`. It has no limit of its own. The service has to send no more than it was asked for
     without a settlement.
+
+    Args:
+        earlier: What an earlier connection has pushed, if it can still be settled: `receive` returns it first.
     """
 
-    def __init__(self) -> None:
-        self._waiting: deque[Delivery | None] = deque()  # None is the answer to a probe
+    def __init__(self, earlier: Iterable[Delivery] = ()) -> None:
+        self._waiting: deque[Delivery | None] = deque(earlier)  # None is the answer to a probe
         self._something = asyncio.Event()
         self._error: Exception | None = None
+        if self._waiting:
+            self._something.set()
 
     def put(self, delivery: Delivery) -> None:
         """Add a delivery that the client has pushed."""

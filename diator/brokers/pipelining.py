@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextvars import Context
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -169,6 +169,12 @@ class Pipeline(ABC, Generic[K]):
     @abstractmethod
     async def close(self) -> None:
         """Close the connection: at once if it is lost, else in an orderly way and in a limited time."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     def _watch(self, deadline: float, now: float) -> None:
         """Set the timer: for the time from which answers are noticed, else for *deadline*. It belongs to no caller."""

@@ -13,7 +13,7 @@ from diator._hints import name_of
 from diator._text import counted
 from diator.brokers.base import Delivery
 from diator.brokers.connecting import BackgroundTasks
-from diator.exceptions import DiatorError
+from diator.exceptions import DiatorError, MessageRejected
 
 T = TypeVar("T")
 
@@ -91,6 +91,43 @@ async def confirmed(sending: Mapping[Delivery, Awaitable[None]]) -> Collection[D
         for future in futures.values():
             future.cancel()  # nobody waits for it any more
     return {delivery for delivery, future in futures.items() if not future.cancelled() and future.exception() is None}
+
+
+async def send_dead_letter(
+    body: bytes,
+    headers: Mapping[str, str],
+    about: Mapping[str, str],
+    send: Callable[[bytes, Mapping[str, str]], Awaitable[None]],
+    *,
+    omitted: Collection[str] = (),
+) -> None:
+    """
+    Send a dead letter: whole, or else without the headers of its message, or else without its body too.
+
+    Args:
+        body: The body of the message.
+        headers: The headers of the message.
+        about: What `dead_letter_headers` returns.
+        send: Called with the body and the headers of each of these forms, until it raises no `MessageRejected`.
+        omitted: What is missing in each form, such as `headers` if only some of them can be written.
+
+    Raises:
+        MessageRejected: That of the last form.
+    """
+    theirs, lacks = dict(headers), {*omitted}
+    while True:
+        lacking = {OMITTED: ",".join(sorted(lacks))} if lacks else {}
+        try:
+            return await send(body, {**theirs, **about, **lacking})
+        except MessageRejected:
+            if theirs:
+                theirs = {}
+                lacks.add("headers")
+            elif body:
+                body = b""
+                lacks.add("body")
+            else:
+                raise
 
 
 def dead_letter_headers(delivery: Delivery, reason: str, *, source: str, group: str, **place: str) -> dict[str, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import signal
 import socket
 import subprocess
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from tempfile import TemporaryDirectory, TemporaryFile
 from time import monotonic, sleep
 from typing import IO, Self
 
-from diator.testing.conformance import EnvironmentMissing
+from diator.testing._suite.environment import EnvironmentMissing
 
 _KEY = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
 
@@ -108,24 +109,49 @@ class ServerProcess(Server):
     A server that runs as a process of this machine, on a loopback port of its own.
 
     Args:
-        command: The program and its arguments. `{port}` in them is replaced by the port.
+        command: The program and its arguments. `{port}` in them is replaced by the port, and `{folder}` by a folder of
+            the server's own, which `close` deletes.
+        files: What is in this folder: names and texts, in which the same is replaced.
+        shared: The name of a variable of the environment in which child processes find the server: their objects with
+            the same *shared* are that server, and neither start nor stop it.
         within: How long the program may take to start or to stop, in seconds.
 
     Attributes:
         address: Its host and port. It answers when it accepts a connection there.
     """
 
-    def __init__(self, *command: str, within: float = 30.0) -> None:
-        self.address: tuple[str, int] = ("127.0.0.1", free_port())
-        self._command = [each.replace("{port}", str(self.address[1])) for each in command]
+    def __init__(
+        self, *command: str, files: Mapping[str, str] | None = None, shared: str | None = None, within: float = 30.0
+    ) -> None:
+        self._shared = shared
+        parents = os.environ.get(shared) if shared else None
+        self._is_of_parent = parents is not None
+        self.address: tuple[str, int] = ("127.0.0.1", int(parents) if parents else free_port())
+        self._folder = TemporaryDirectory(prefix="diator-server-")
+        self._command = [*map(self._filled, command)]
+        for name, text in (files or {}).items():
+            Path(self._folder.name, name).write_text(self._filled(text))
         self._within = within
         self._output: IO[bytes] = TemporaryFile()  # noqa: SIM115  # `close` closes it
         self._process: subprocess.Popen[bytes] | None = None
+
+    def _filled(self, text: str) -> str:
+        return text.replace("{port}", str(self.address[1])).replace("{folder}", self._folder.name)
+
+    def up(self) -> None:
+        """See `Server.up`."""
+        if not self._is_of_parent:
+            super().up()
+            if self._shared:
+                os.environ[self._shared] = str(self.address[1])
 
     def close(self) -> None:
         """Kill the server for good."""
         self.down(kill=True)
         self._output.close()
+        self._folder.cleanup()
+        if self._shared and not self._is_of_parent:
+            os.environ.pop(self._shared, None)
 
     def _start(self) -> None:
         try:
@@ -151,7 +177,7 @@ class ServerProcess(Server):
         self._end(signal.SIGKILL)
 
     def _pause(self) -> None:
-        self._signal(signal.SIGSTOP)
+        os.waitpid(self._signal(signal.SIGSTOP).pid, os.WUNTRACED)  # a busy machine stops its threads a little later
 
     def _resume(self) -> None:
         self._signal(signal.SIGCONT)

@@ -12,6 +12,7 @@ from diator.brokers.base import Topic, Transport
 from diator.consumer import Consumer
 from diator.testing._suite.environment import Environment, Pace
 from diator.testing.fault_proxy import FaultProxy, Flow
+from diator.testing.servers import ServerProcess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +178,7 @@ class Harness(Environment):
             suite itself use another one.
         service_address: The host and port of the service, which `start` sets if the service has an address.
         address: Where `transport` connects to. `start` sets it to the same; `proxied` and `at` change it for a time.
+        breakable: A server for `private`, which `prepare("outages")` makes and starts, and `stop` closes.
         password: `security`: The right password. It must appear nowhere, so choose a word that appears nowhere by
             chance.
     """
@@ -186,6 +188,7 @@ class Harness(Environment):
     password: str = ""
     service_address: tuple[str, int]
     address: tuple[str, int]
+    breakable: ServerProcess | None = None
 
     @abstractmethod
     def transport(self) -> Transport:
@@ -290,14 +293,21 @@ class Harness(Environment):
         finally:
             self.service_address, self.address = before
 
-    def private(self) -> AbstractAsyncContextManager[Outages]:
+    @asynccontextmanager
+    async def private(self) -> AsyncGenerator[Outages, None]:
         """
         `outages`: Start a service that nobody else uses. Inside the block, `transport` connects to it.
 
         Configure the service so that it loses nothing. The scenarios may use one service in turn: it must run when the
         block is entered, whatever the previous scenario did to it.
+
+        By default the service is `breakable`. Write it only if `transport` does not connect to `address`.
         """
-        raise NotImplementedError
+        if self.breakable is None:
+            raise NotImplementedError
+        async with self.breakable.breakable() as server:
+            with self.at(server.address):
+                yield server
 
     async def disconnect(self, transport: Transport) -> None:
         """

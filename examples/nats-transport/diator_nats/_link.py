@@ -7,7 +7,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from itertools import count
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 from uuid import UUID
 
 from nats.aio.client import Client
@@ -19,6 +19,11 @@ from diator.exceptions import AccessRefused, BrokerUnavailable, MessageRejected,
 
 _FAILURES = (Error, OSError)
 _NOT_READY = {10008, 10023, 10076}  # JetStream is starting, has no resources, or is not enabled
+
+
+#: How the client connects: the supervisor reconnects, and a message that waits in the client would be lost with it.
+ONCE = {"allow_reconnect": False, "max_reconnect_attempts": 1, "reconnect_time_wait": 0, "pending_size": 0}
+Headers: TypeAlias = Mapping[str, str] | None
 
 
 class Refused(MessageRejected):
@@ -44,10 +49,7 @@ class Link(Pipeline[str]):
         link = cls(retire, timeout)
         try:
             async with asyncio.timeout(timeout):
-                await link.client.connect(
-                    url, allow_reconnect=False, max_reconnect_attempts=1, reconnect_time_wait=0, pending_size=0,
-                    connect_timeout=timeout, error_cb=link._on_error, **options,
-                )  # fmt: skip
+                await link.client.connect(url, connect_timeout=timeout, error_cb=link._on_error, **ONCE, **options)
                 link._connecting = False
                 link.client._reading_task.add_done_callback(link._on_end)  # noqa: SLF001  # it ends at each loss
                 await link.subscribe(f"{link._inbox}.>", link._on_answer)
@@ -62,9 +64,8 @@ class Link(Pipeline[str]):
         return await self.client.subscribe(subject, cb=callback, pending_bytes_limit=0)
 
     async def request(
-        self, subject: str, body: bytes = b"", *, deadline: float, message_id: UUID | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> Any:  # fmt: skip
+        self, deadline: float, subject: str, body: bytes = b"", headers: Headers = None, message_id: UUID | None = None
+    ) -> Any:
         """Write a request, without waiting before that, and return the answer of JetStream."""
         size = len(body) + sum(len(f"{name}: {value}\r\n".encode()) for name, value in (headers or {}).items()) + 12
         if size > self.client.max_payload + 12 * (headers is None):  # the client compares the body alone
@@ -82,12 +83,12 @@ class Link(Pipeline[str]):
 
     async def echo(self, deadline: float) -> None:
         """Send a message to this connection itself. It arrives after everything that NATS sent before."""
-        await self.request("", deadline=deadline)
+        await self.request(deadline, "")
 
     async def api(self, subject: str, timeout: float, **about: Any) -> Any:
         """Ask the API of JetStream. Its errors are `Refused`."""
         body = json.dumps(about).encode() if about else b""
-        return await self.request(f"$JS.API.{subject}", body, deadline=self._loop.time() + timeout)
+        return await self.request(self._loop.time() + timeout, f"$JS.API.{subject}", body)
 
     def abort(self) -> None:
         """Break the connection at once."""

@@ -7,8 +7,9 @@ import json
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 from nats.aio.msg import Msg
@@ -16,14 +17,22 @@ from nats.aio.msg import Msg
 from diator.brokers.arrivals import Arrivals
 from diator.brokers.base import Delivery
 from diator.brokers.leases import Leased, Leases
-from diator.brokers.settling import OMITTED, Acknowledgements, dead_letter_headers
+from diator.brokers.settling import Acknowledgements, dead_letter_headers, send_dead_letter
 from diator.brokers.supervisor import ResilientSubscription, Source, SubscriptionSettings
-from diator.exceptions import BrokerError, MessageRejected
+from diator.exceptions import BrokerError
 from diator_nats._link import Link, Refused
 from diator_nats._names import consumer_of
 
 if TYPE_CHECKING:
     from diator_nats.broker import Service
+
+
+CONSUMER: Mapping[str, Any] = {
+    "deliver_policy": "new",
+    "ack_policy": "explicit",
+    "max_deliver": -1,
+    "max_ack_pending": -1,
+}
 
 
 class Token(Leased):
@@ -49,47 +58,45 @@ class Subscription(ResilientSubscription):
         # The same for all connections: what JetStream still pushes for a lost connection arrives on the next one.
         self.answers = f"_INBOX.{uuid4().hex}"
         self.arrivals = Arrivals()
-        self.left: list[Delivery] = []  # of the arrivals of a lost connection: they are still ours
         self.link: Link | None = None
         self.in_sync = 0.0  # whatever JetStream pushed before this time has arrived
         self.in_order_at = 0.0  # when whatever a lost connection did not deliver has come back to JetStream
         self.leases = Leases[Token](self, service.lease, self.renew)
-        self.acks = Acknowledgements(self.send_acks, self.log_fields)
+        self.acks = Acknowledgements(partial(self.settle, b"+ACK"), self.log_fields)
 
     # -- receiving -----------------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def connect(self) -> AsyncGenerator[Source, None]:
         self.in_sync = monotonic()
-        self.left, self.arrivals = [*self.left, *self.arrivals.take_all()], Arrivals()
-        self.link = link = await Link.open(self.service.url, self.service.timeout, self.service.options, self.lost)
-        try:
-            pushing = await link.subscribe(f"{self.answers}.>", self.on_message)
-            await self.service.declare(link)
+        self.arrivals = Arrivals(self.arrivals.take_all())  # those of a lost connection are still ours
+        lost = partial(self.arrivals.fail, ConnectionError("the connection to NATS is lost"))
+        opening = Link.open(self.service.url, self.service.timeout, self.service.options, lambda _: lost())
+        async with await opening as self.link:
+            pushing = await self.link.subscribe(f"{self.answers}.>", self.on_message)
+            await self.service.declare(self.link)
             for subject in self.topics:
-                await self.declare(link, subject)
+                await self.declare(self.link, subject)
             self.in_order_at = self.in_sync + self.service.lease if self.leases.have_begun else 0.0
             self.leases.begin()
-            yield self
-        finally:
-            if not link.is_lost:  # what is under way arrives now, and goes back to the group at once
-                with suppress(Exception):
-                    async with asyncio.timeout(self.service.timeout / 2):
-                        await pushing.drain()
-            await link.close()
+            try:
+                yield self
+            finally:
+                if not self.link.is_lost:  # what is under way arrives now, and goes back to the group at once
+                    with suppress(Exception):
+                        async with asyncio.timeout(self.service.timeout / 2):
+                            await pushing.drain()
 
     async def declare(self, link: Link, subject: str) -> None:
         """Make the consumer of a topic, unless it exists."""
         stream, name = self.service.stream, self.consumers[subject]
-        config = {
-            "name": name, "filter_subject": subject, "deliver_policy": "new", "ack_policy": "explicit",
-            "ack_wait": nanoseconds(self.service.lease), "max_deliver": -1, "max_ack_pending": -1,
-            "metadata": {"group": self.group or "", "topic": json.dumps(self.topics[subject])},
-        }  # fmt: skip
-        own = {
-            "inactive_threshold": nanoseconds(self.service.absence + self.service.lease)
-        }  # `receive` may wait a lease
-        config |= own if self.group is None else {"durable_name": name}
+        metadata = {"group": self.group or "", "topic": json.dumps(self.topics[subject])}
+        config = {**CONSUMER, "name": name, "filter_subject": subject, "metadata": metadata}
+        config["ack_wait"] = nanoseconds(self.service.lease)
+        if self.group is None:  # `receive` may wait a lease
+            config["inactive_threshold"] = nanoseconds(self.service.absence + self.service.lease)
+        else:
+            config["durable_name"] = name
         create = f"CONSUMER.CREATE.{stream}.{name}.{subject}"
         answer = await link.api(create, self.service.timeout, stream_name=stream, config=config)
         self.credit[subject] = 0
@@ -97,19 +104,15 @@ class Subscription(ResilientSubscription):
             self.created[subject] = answer["created"]
             self.report_gap(self.caught_up, "its consumer was deleted")
 
-    def lost(self, link: Link) -> None:
-        self.arrivals.fail(ConnectionError("the connection to NATS is lost"))
-
     async def receive(self, limit: int, /) -> Sequence[Delivery]:
-        received: Sequence[Delivery] = self.left[:limit]
-        del self.left[:limit]
-        if not received:
-            waits = monotonic() < self.in_order_at and await self.has_unseen()
-            for subject in () if waits else self.topics:
-                await self.allow(subject, max(1, limit // len(self.topics)))
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self.service.lease / 20 if waits else None):
-                    received = await self.arrivals.receive(limit)
+        received: Sequence[Delivery] = []
+        # What JetStream counts as delivered, and is not here, comes again before anything new.
+        waits = monotonic() < self.in_order_at and await self.total("num_ack_pending") > self.unsettled
+        for subject in () if waits else self.topics:
+            await self.allow(subject, max(1, limit // len(self.topics)))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.service.lease / 20 if waits else None):
+                received = await self.arrivals.receive(limit)
         leased = [delivery for delivery in received if token_of(delivery).is_leased]
         self.leases.hold([token_of(delivery) for delivery in leased])
         return leased
@@ -119,11 +122,9 @@ class Subscription(ResilientSubscription):
         missing = messages - self.credit[subject]
         if missing > messages // 2 and self.link is not None:
             self.credit[subject] += missing
-            about = {"batch": missing, "expires": nanoseconds(self.service.reconnect.idle_timeout)}
-            await self.link.client.publish(
-                f"$JS.API.CONSUMER.MSG.NEXT.{self.service.stream}.{self.consumers[subject]}",
-                json.dumps(about).encode(), reply=f"{self.answers}.{subject}",
-            )  # fmt: skip
+            asked = json.dumps({"batch": missing, "expires": nanoseconds(self.service.reconnect.idle_timeout)})
+            subject_of_api = f"$JS.API.CONSUMER.MSG.NEXT.{self.service.stream}.{self.consumers[subject]}"
+            await self.link.client.publish(subject_of_api, asked.encode(), reply=f"{self.answers}.{subject}")
 
     async def on_message(self, message: Msg) -> None:
         headers = {str(name): value for name, value in (message.headers or {}).items()}
@@ -131,11 +132,9 @@ class Subscription(ResilientSubscription):
             self.credit[message.subject] = max(0, self.credit[message.subject] - 1)
             lent = message.metadata
             token = Token(message.reply, lent.sequence.stream, headers, leased_until=self.in_sync + self.service.lease)
-            self.arrivals.put(
-                Delivery(
-                    topic=topic, body=message.data, headers={}, attempt=lent.num_delivered, settler=self, token=token
-                )
-            )  # fmt: skip
+            body, attempt = message.data, lent.num_delivered
+            pushed = Delivery(topic=topic, body=body, headers={}, attempt=attempt, settler=self, token=token)
+            self.arrivals.put(pushed)
             return
         subject = message.subject.removeprefix(f"{self.answers}.")  # the end of a permission to push
         self.credit[subject] -= min(self.credit[subject], int(headers.get("Nats-Pending-Messages", 1 << 30)))
@@ -143,10 +142,6 @@ class Subscription(ResilientSubscription):
             self.arrivals.fail(ConnectionError("the consumer was deleted"))
         else:
             self.arrivals.note_answer()  # so that it is renewed
-
-    async def has_unseen(self) -> bool:
-        """Return whether JetStream counts more as delivered than is here: it comes again before anything new."""
-        return await self.total("num_ack_pending") > self.unsettled
 
     async def total(self, what: str) -> int:
         assert self.link is not None
@@ -169,42 +164,25 @@ class Subscription(ResilientSubscription):
         self.leases.release(token_of(delivery))
         self.acks.add(token_of(delivery))
 
-    async def send_acks(self, tokens: Sequence[Token]) -> None:
-        await self.settle(tokens, b"+ACK")
-
     async def retry(self, delivery: Delivery, after: float, /) -> None:
         self.leases.release(token_of(delivery))
         delay = f' {{"delay": {nanoseconds(after)}}}' if after > 0 else ""
-        await self.settle([token_of(delivery)], f"-NAK{delay}".encode())
+        await self.settle(f"-NAK{delay}".encode(), [token_of(delivery)])
 
     async def dead_letter(self, delivery: Delivery, reason: str, /) -> None:
         token = token_of(delivery)
         self.leases.release(token)
         if not token.is_leased:
             return
-        ours = dead_letter_headers(
-            delivery, reason, source=self.service.subject(delivery.topic), group=self.group or "",
-            sequence=str(token.sequence),
-        )  # fmt: skip
+        source, sequence = self.service.subject(delivery.topic), str(token.sequence)
+        about = dead_letter_headers(delivery, reason, source=source, group=self.group or "", sequence=sequence)
         theirs = {name: value for name, value in token.headers.items() if not name.lower().startswith("nats-")}
-        forms = [({**theirs, **ours}, delivery.body), (ours, delivery.body), (ours, b"")]
-        for headers, body in forms:  # the whole message, or as much of it as NATS takes
-            lacks = [word for word, is_lacking in (
-                ("headers", token.headers and (headers is ours or len(theirs) < len(token.headers))),
-                ("body", body != delivery.body),
-            ) if is_lacking]  # fmt: skip
-            try:
-                await self.service.publish(
-                    self.service.dead_subject(delivery.topic, self.group), body,
-                    headers={**headers, **({OMITTED: ",".join(lacks)} if lacks else {})},
-                )  # fmt: skip
-                break
-            except MessageRejected:
-                if not body:
-                    raise
-        await self.settle([token], b"+ACK")
+        omitted = ["headers"] if len(theirs) < len(token.headers) else []
+        send = partial(self.service.publish, self.service.dead_subject(delivery.topic, self.group))
+        await send_dead_letter(delivery.body, theirs, about, send, omitted=omitted)
+        await self.settle(b"+ACK", [token])
 
-    async def settle(self, tokens: Collection[Token], how: bytes) -> None:
+    async def settle(self, how: bytes, tokens: Collection[Token]) -> None:
         """Settle what is ours. JetStream takes a settlement from anybody: the clock of this process is the fence."""
         ours = (self.service.request(token.reply, how) for token in tokens if token.is_leased)
         for error in await asyncio.gather(*ours, return_exceptions=True):
@@ -217,11 +195,11 @@ class Subscription(ResilientSubscription):
             with suppress(BrokerError):  # without an answer, what arrives counts as old
                 await self.link.echo(asyncio.get_running_loop().time() + self.service.lease / 3)
                 self.in_sync = began
-        await self.settle(held, b"+WPI")
+        await self.settle(b"+WPI", held)
         return [token for token in held if not token.is_leased]
 
     async def leave(self, prefetched: Collection[Delivery], /) -> None:
-        held = {*await self.leases.end(), *map(token_of, [*self.left, *self.arrivals.take_all()])}
+        held = {*await self.leases.end(), *map(token_of, self.arrivals.take_all())}
         with suppress(BrokerError, TimeoutError):  # then the leases end by themselves
             async with asyncio.timeout(self.service.timeout):
                 await self.acks.flush()
@@ -229,7 +207,7 @@ class Subscription(ResilientSubscription):
                     for name in self.consumers.values():
                         await self.service.request(f"$JS.API.CONSUMER.DELETE.{self.service.stream}.{name}")
                 await asyncio.sleep(0.02)  # otherwise JetStream might push them to the connection that has just ended
-                await self.settle(sorted(held, key=lambda token: token.sequence), b"-NAK")
+                await self.settle(b"-NAK", sorted(held, key=lambda token: token.sequence))
         for token in held:
             token.leased_until = 0.0  # whoever settles it from now on is too late
 

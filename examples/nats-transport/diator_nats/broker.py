@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from diator.brokers import Message
@@ -15,7 +14,7 @@ from diator.brokers.connecting import ServiceBroker
 from diator.brokers.pipelining import PipelinedConnection
 from diator.brokers.supervisor import ReconnectPolicy, SubscriptionSettings
 from diator.exceptions import BrokerError, BrokerUnavailable, ConfigurationError
-from diator_nats._link import Link, Refused
+from diator_nats._link import Headers, Link, Refused
 from diator_nats._names import subject_of
 from diator_nats._subscription import Subscription
 
@@ -23,18 +22,22 @@ _ROOM_FOR_HEADERS = 16_384  # of a dead letter: NATS counts them with the body, 
 _EXISTS = 10058  # the stream exists with other settings
 
 
+class Stored(NamedTuple):  # see the arguments of `NatsMessageBroker`
+    stream: str
+    room: int
+    lease: float
+    absence: float
+
+
 class Service(PipelinedConnection[Link]):
     """The connection that sends and settles."""
 
     service = "NATS"
 
-    def __init__(
-        self, url: str, options: Mapping[str, Any], *, stream: str, timeout: float, lease: float, absence: float,
-        room: int, reconnect: ReconnectPolicy,
-    ) -> None:  # fmt: skip
+    def __init__(self, url: str, stored: Stored, timeout: float, reconnect: ReconnectPolicy, **options: Any) -> None:
         super().__init__(url.rpartition("//")[2].rpartition("@")[2], timeout=timeout, reconnect=reconnect)
-        self.url, self.options, self.stream, self.room = url, options, stream, room
-        self.lease, self.absence = lease, absence
+        self.url, self.options = url, options
+        self.stream, self.room, self.lease, self.absence = stored
 
     def subject(self, topic: Topic) -> str:
         return subject_of(f"{self.stream}.m", *topic)
@@ -43,17 +46,15 @@ class Service(PipelinedConnection[Link]):
         return subject_of(f"{self.stream}.dead", "" if group is None else f"g{group}", *topic)
 
     async def request(
-        self, subject: str, body: bytes = b"", message_id: UUID | None = None, headers: Mapping[str, str] | None = None
+        self, subject: str, body: bytes = b"", headers: Headers = None, message_id: UUID | None = None
     ) -> Any:
         deadline = self._bind_to_running_loop().time() + self.timeout
         link = await self._ready(deadline, message_id)
-        return await link.request(subject, body, deadline=deadline, message_id=message_id, headers=headers)
+        return await link.request(deadline, subject, body, headers, message_id)
 
-    async def publish(
-        self, subject: str, body: bytes, message_id: UUID | None = None, headers: Mapping[str, str] | None = None
-    ) -> None:
+    async def publish(self, subject: str, body: bytes, headers: Headers = None, message_id: UUID | None = None) -> None:
         try:
-            await self.request(subject, body, message_id, headers)
+            await self.request(subject, body, headers, message_id)
         except BrokerUnavailable:
             if self._link is not None:  # then the stream is missing: not for the next message
                 with suppress(BrokerError):
@@ -103,31 +104,45 @@ class NatsMessageBroker(ServiceBroker[Service]):
     """
 
     def __init__(
-        self, url: str, *, stream: str = "diator", timeout: float = 5.0, lease: float = 30.0, absence: float = 300.0,
-        room: int = -1, reconnect: ReconnectPolicy | None = None, **options: Any,
-    ) -> None:  # fmt: skip
-        reconnect = reconnect or ReconnectPolicy(connect_timeout=timeout)
-        super().__init__(
-            Service(
-                url, options, stream=stream, timeout=timeout, lease=lease, absence=absence, room=room,
-                reconnect=reconnect,
-            )
-        )  # fmt: skip
+        self,
+        url: str,
+        *,
+        stream: str = "diator",
+        timeout: float = 5.0,
+        lease: float = 30.0,
+        absence: float = 300.0,
+        room: int = -1,
+        reconnect: ReconnectPolicy | None = None,
+        **options: Any,
+    ) -> None:
+        policy = reconnect or ReconnectPolicy(connect_timeout=timeout)
+        super().__init__(Service(url, Stored(stream, room, lease, absence), timeout, policy, **options))
 
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            guarantee="at_least_once", receipt="durable", durability="crash", settlement="individual",
-            redelivery=frozenset({"retry", "close", "crash", "deadline"}), redelivery_bound=self._service.lease + 1,
-            delayed_retry=True, dead_letter=True, delivery_count="deliveries", ordering="destination",
-            distribution=frozenset({"competing", "broadcast"}), subscription="durable", backpressure="pull",
-            max_message_bytes=MAX_MESSAGE_BYTES - _ROOM_FOR_HEADERS, multi_process=True, network=True,
-        )  # fmt: skip
+            guarantee="at_least_once",
+            receipt="durable",
+            durability="crash",
+            settlement="individual",
+            redelivery=frozenset({"retry", "close", "crash", "deadline"}),
+            redelivery_bound=self._service.lease + 1,
+            delayed_retry=True,
+            dead_letter=True,
+            delivery_count="deliveries",
+            ordering="destination",
+            distribution=frozenset({"competing", "broadcast"}),
+            subscription="durable",
+            backpressure="pull",
+            max_message_bytes=MAX_MESSAGE_BYTES - _ROOM_FOR_HEADERS,
+            multi_process=True,
+            network=True,
+        )
 
     async def send_message(self, message: Message, /) -> None:
         body = encode(message, max_bytes=self.capabilities.max_message_bytes, headers_in_body=True)
         subject = self._service.subject(Topic(message.message_type, message.message_name))
-        await self._service.publish(subject, body, message.message_id)
+        await self._service.publish(subject, body, message_id=message.message_id)
 
     def _subscription(self, settings: SubscriptionSettings) -> Subscription:
         return Subscription(settings, self._service)

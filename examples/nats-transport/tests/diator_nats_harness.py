@@ -5,15 +5,11 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-import os
 import subprocess
 import sys
 from base64 import b64decode
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from diator_nats import NatsMessageBroker
@@ -41,6 +37,13 @@ COUNTERS = [{name: "999"} for name in ("Nats-Num-Delivered", "Nats-Sequence", "d
 UNREADABLE = [b"\xff\xfe: 1", b"x: \xff\xfe", b"x"]
 
 
+def server_of_nats(shared: str | None = None) -> ServerProcess:
+    where = ("-a", "127.0.0.1", "-p", "{port}", "-sd", "{folder}", "-c", "{folder}/accounts.conf")
+    server = ServerProcess(PROGRAM, "-js", *where, files={"accounts.conf": ACCOUNTS}, shared=shared)
+    server.up()
+    return server
+
+
 class NatsHarness(Harness):
     name = "nats"
     facilities = frozenset(
@@ -49,32 +52,16 @@ class NatsHarness(Harness):
     limits = Limits(timeout=2.0, liveness=4.0, recovery=10.0, redelivery=3.0, max_delay=0.5, absence=5.0)
 
     def start(self) -> None:
-        self.servers: list[ServerProcess] = []
-        self.folder = TemporaryDirectory(prefix="diator-nats-")
-        if "DIATOR_NATS_PORT" not in os.environ:  # of the parent of this process
-            os.environ["DIATOR_NATS_PORT"] = str(self.server().address[1])
-        self.service_address = self.address = "127.0.0.1", int(os.environ["DIATOR_NATS_PORT"])
-
-    def server(self) -> ServerProcess:
-        data = Path(self.folder.name, str(len(self.servers)))
-        data.mkdir()
-        data.joinpath("accounts.conf").write_text(ACCOUNTS)
-        where = ("-a", "127.0.0.1", "-p", "{port}", "-sd", str(data), "-c", str(data / "accounts.conf"))
-        server = ServerProcess(PROGRAM, "-js", *where)
-        server.up()
-        self.servers.append(server)
-        return server
+        self.server = server_of_nats(shared="DIATOR_NATS_PORT")
+        self.service_address = self.address = self.server.address
 
     def stop(self) -> None:
-        for server in self.servers:
+        for server in filter(None, (self.server, self.breakable)):
             server.close()
-            if str(server.address[1]) == os.environ.get("DIATOR_NATS_PORT"):
-                del os.environ["DIATOR_NATS_PORT"]
-        self.folder.cleanup()
 
     def prepare(self, facility: str) -> None:
-        if facility == "outages" and self.breakable is None:
-            self.breakable = self.server()
+        if facility == "outages":
+            self.breakable = self.breakable or server_of_nats()
 
     def service(self) -> str:
         return subprocess.run([PROGRAM, "--version"], check=True, capture_output=True, text=True).stdout.strip()
@@ -89,13 +76,8 @@ class NatsHarness(Harness):
     def full(self, room: int) -> Transport:
         return self.transport(stream=f"full-{room}", room=room)
 
-    @asynccontextmanager
-    async def link(self, transport: Any, user: str = "app") -> AsyncGenerator[Link, None]:
-        link = await Link.open(f"nats://{user}:{user}@127.0.0.1:{self.service_address[1]}", 5.0, {})
-        try:
-            yield link
-        finally:
-            await link.close()
+    async def link(self, user: str = "app") -> Link:
+        return await Link.open(f"nats://{user}:{user}@127.0.0.1:{self.service_address[1]}", 5.0, {})
 
     async def send_raw(self, transport: Any, topic: Topic, body: bytes) -> None:
         await transport._service.publish(transport._service.subject(topic), body)
@@ -105,7 +87,7 @@ class NatsHarness(Harness):
         if kind == "due times":
             raise EnvironmentMissing("a delayed retry waits in the state of the consumer, not in a message")
         if kind == "metadata":
-            async with self.link(transport) as link:
+            async with await self.link() as link:
                 for line in UNREADABLE:  # the client would not write them
                     head = b"NATS/1.0\r\n%b\r\n\r\n" % line
                     sizes = b"%d %d" % (len(head), len(head) + len(body))
@@ -125,7 +107,7 @@ class NatsHarness(Harness):
     async def dead_letters(self, transport: Any, topic: Topic, group: str | None) -> list[DeadLettered]:
         service, found, number = transport._service, [], 0
         about = {"next_by_subj": service.dead_subject(topic, group)}
-        async with self.link(transport) as link:
+        async with await self.link() as link:
             while True:
                 try:
                     answer = await link.api(f"STREAM.MSG.GET.{service.stream}-dead", 5.0, seq=number + 1, **about)
@@ -144,28 +126,17 @@ class NatsHarness(Harness):
         links = [transport._service._link, *(each.link for each in transport._service.subscriptions)]
         return [link for link in links if link is not None]
 
-    @asynccontextmanager
-    async def private(self) -> AsyncGenerator[ServerProcess, None]:
-        assert self.breakable is not None
-        async with self.breakable.breakable() as server:
-            with self.at(server.address):
-                yield server
-
     async def disconnect(self, transport: Any) -> None:
         while not all(each.connected for each in transport._service.subscriptions):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        async with self.link(transport, "sys") as operator:
+        async with await self.link("sys") as operator:
             subject = f"$SYS.REQ.SERVER.{operator.client._server_info['server_id']}.KICK"
             for link in self.links(transport):
                 deadline = asyncio.get_running_loop().time() + 5
-                await operator.request(subject, json.dumps({"cid": link.client.client_id}).encode(), deadline=deadline)
+                await operator.request(deadline, subject, json.dumps({"cid": link.client.client_id}).encode())
 
     async def delete(self, transport: Any, topic: Topic, group: str | None) -> None:
         name = transport._service.stream
-        async with self.link(transport) as link:
-            if group is None:
-                await link.api(f"STREAM.DELETE.{name}", 5.0)
-            else:
-                await link.api(f"CONSUMER.DELETE.{name}.{consumer_of(group, *topic)}", 5.0)
-
-    breakable: ServerProcess | None = None
+        async with await self.link() as link:
+            what = f"STREAM.DELETE.{name}" if group is None else f"CONSUMER.DELETE.{name}.{consumer_of(group, *topic)}"
+            await link.api(what, 5.0)

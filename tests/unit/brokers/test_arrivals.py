@@ -31,6 +31,22 @@ async def test_what_was_pushed_is_received_in_its_order_up_to_the_limit():
         await received(arrivals)
 
 
+async def test_what_an_earlier_connection_has_left_comes_first():
+    arrivals = Arrivals()
+    for number in range(3):
+        arrivals.put(delivery(number))
+    arrivals.note_answer()
+    arrivals.fail(OSError("lost"))
+
+    arrivals = Arrivals(arrivals.take_all())
+    arrivals.put(delivery(3))
+
+    assert [await received(arrivals, 2), await received(arrivals, 2)] == [[0, 1], [2, 3]]
+    with pytest.raises(TimeoutError):
+        await received(arrivals)
+    assert await received(Arrivals(iter([delivery(4)]))) == [4]
+
+
 async def test_a_waiting_call_receives_what_is_pushed_then():
     arrivals = Arrivals()
     waiting = asyncio.create_task(received(arrivals))

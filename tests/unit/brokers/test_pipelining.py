@@ -525,3 +525,9 @@ async def test_the_loss_of_a_retired_connection_does_not_concern_the_next_one():
     connection.link.answered(2)
     assert await outcomes(tasks) == [OutcomeUnknown, type(None), type(None)]
     await connection.aclose()
+
+
+async def test_a_pipeline_is_a_context_that_closes_it():
+    async with Link(print) as link:
+        assert link.is_open
+    assert not link.is_open

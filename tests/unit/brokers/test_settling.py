@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from diator.brokers.base import Delivery, Topic
-from diator.brokers.settling import Acknowledgements, confirmed, dead_letter_headers
+from diator.brokers.settling import OMITTED, Acknowledgements, confirmed, dead_letter_headers, send_dead_letter
 from diator.context import ContextFilter, correlated
-from diator.exceptions import BrokerUnavailable, ConfigurationError
+from diator.exceptions import BrokerUnavailable, ConfigurationError, MessageRejected
 from tests.records import fields
 
 
@@ -134,6 +134,61 @@ async def test_cancelling_the_wait_for_dead_letters_cancels_their_sends():
     await asyncio.wait({waiting, *sends}, timeout=1)
 
     assert [each.cancelled() for each in (waiting, *sends)] == [True] * 3
+
+
+THEIRS, ABOUT = {"tenant": "42", "diator-dlq-reason": "forged"}, {"diator-dlq-reason": "failed"}
+
+
+@pytest.mark.parametrize(
+    ("refusals", "body", "headers", "form", "omitted"),
+    [
+        (0, b"body", THEIRS, (b"body", {"tenant": "42"}), None),
+        (1, b"body", THEIRS, (b"body", {}), "headers"),
+        (2, b"body", THEIRS, (b"", {}), "body,headers"),
+        (1, b"body", {}, (b"", {}), "body"),
+        (1, b"", THEIRS, (b"", {}), "headers"),
+    ],
+)
+@pytest.mark.parametrize("lacks", [[], ["key"]])
+async def test_a_dead_letter_is_stored_with_as_much_as_the_service_takes(
+    *, refusals, body, headers, form, omitted, lacks
+):
+    """No form is sent twice, and the header that names what is missing is there only if something is."""
+    sent = []
+
+    async def send(body, headers):
+        sent.append((body, headers))
+        if len(sent) <= refusals:
+            raise MessageRejected("too large")
+
+    await send_dead_letter(body, headers, ABOUT, send, omitted=lacks)
+
+    missing = ",".join(sorted([*lacks, *(omitted.split(",") if omitted else ())]))
+    body, theirs = form
+    assert sent[-1] == (body, {**theirs, **ABOUT, **({OMITTED: missing} if missing else {})})
+    assert len(sent) == refusals + 1 == len({str(each) for each in sent})
+
+
+async def test_a_dead_letter_that_no_form_of_fits_raises_the_last_refusal():
+    sent = []
+
+    async def send(body, headers):
+        sent.append(body)
+        raise MessageRejected(f"refused {len(sent)} times")
+
+    with pytest.raises(MessageRejected, match="refused 3 times"):
+        await send_dead_letter(b"body", THEIRS, ABOUT, send)
+
+
+async def test_another_error_than_a_refusal_of_a_dead_letter_is_raised_at_once():
+    async def send(body, headers):
+        sent.append(body)
+        raise BrokerUnavailable("away")
+
+    sent = []
+    with pytest.raises(BrokerUnavailable):
+        await send_dead_letter(b"body", THEIRS, ABOUT, send)
+    assert len(sent) == 1
 
 
 def test_a_dead_letter_says_why_when_and_from_where():

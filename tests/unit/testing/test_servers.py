@@ -1,14 +1,16 @@
 """Servers that a harness starts, and its certificates."""
 
 import asyncio
+import os
 import shutil
 import socket
 import ssl
 import sys
+from pathlib import Path
 
 import pytest
 
-from diator.testing.conformance import EnvironmentMissing
+from diator.testing.conformance import EnvironmentMissing, Harness
 from diator.testing.servers import Certificates, ServerProcess
 
 pytestmark = pytest.mark.real_time
@@ -117,6 +119,56 @@ def test_a_closed_server_is_gone(server):
     server.close()
     with pytest.raises(ConnectionRefusedError), socket.create_connection(server.address, PATIENCE):
         pass
+
+
+async def test_a_server_has_a_folder_of_its_own():
+    files = {"stored": "port {port} in {folder} "}
+    server = ServerProcess(sys.executable, "-c", PROGRAM, "{port}", "{folder}/stored", files=files, within=PATIENCE)
+    server.up()
+    said = await answer(server)
+    folder = Path(said.split()[3])
+    assert said == f"port {server.address[1]} in {folder} hello "
+    await server.kill()
+    await server.start()
+    assert await answer(server) == f"{said}hello "
+    server.close()
+    assert not folder.exists()  # noqa: ASYNC240  # nothing else runs
+
+
+async def test_child_processes_find_the_server_of_their_parent(monkeypatch):
+    monkeypatch.delenv("TEST_SERVER_PORT", raising=False)
+    command = (sys.executable, "-c", PROGRAM, "{port}", "{folder}/stored")
+    server = ServerProcess(*command, shared="TEST_SERVER_PORT", within=PATIENCE)
+    server.up()
+    assert os.environ["TEST_SERVER_PORT"] == str(server.address[1])
+
+    childs = ServerProcess("there is no such program", shared="TEST_SERVER_PORT")
+    childs.up()
+    assert childs.address == server.address
+    childs.close()
+    assert await answer(server) == "hello "  # a child ends nothing
+
+    server.close()
+    assert "TEST_SERVER_PORT" not in os.environ
+
+
+async def test_a_harness_breaks_its_breakable_server(server):
+    class Breaking(Harness):
+        name = "breaking"
+
+        def transport(self):
+            raise AssertionError("not used")
+
+    harness = Breaking()
+    harness.service_address = harness.address = ("127.0.0.1", 1)
+    with pytest.raises(NotImplementedError):
+        await harness.private().__aenter__()
+    harness.breakable = server
+    async with harness.private() as service:
+        assert (harness.service_address, harness.address) == (server.address, server.address)
+        await service.kill()
+    assert harness.address == ("127.0.0.1", 1)
+    assert await answer(server) == "hello hello "  # it is repaired
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl command")
