@@ -780,7 +780,7 @@ class Handling:
             for handler in waiting:
                 if handler is not first or retries:
                     # A handler that failed may have changed its event.
-                    read = route.read if retries else lambda _: event
+                    read: Callable[[Envelope], Any] = route.read if retries else lambda _: event
                     failed, is_duplicate = await _attempt(handler, read, message, deadline)
                 self._raise_cancellation(deadline.task, failed)
                 only_duplicates &= bool(is_duplicate)

@@ -142,10 +142,10 @@ async def test_child_processes_find_the_server_of_their_parent(monkeypatch):
     server.up()
     assert os.environ["TEST_SERVER_PORT"] == str(server.address[1])
 
-    childs = ServerProcess("there is no such program", shared="TEST_SERVER_PORT")
-    childs.up()
-    assert childs.address == server.address
-    childs.close()
+    found = ServerProcess("there is no such program", shared="TEST_SERVER_PORT")
+    found.up()
+    assert found.address == server.address
+    found.close()
     assert await answer(server) == "hello "  # a child ends nothing
 
     server.close()
