@@ -134,6 +134,7 @@ def benchmarks_smoke(session: nox.Session) -> None:
     session.run("python", "-m", "benchmarks", "hostile", "--smoke", env=services)
     session.run("python", "-m", "benchmarks", "skew", "--smoke", env=services)
     session.run("python", "-m", "benchmarks", "telemetry", "--smoke", env=services)
+    session.run("python", "-m", "benchmarks", "outbox", "--smoke", env=services)
 
 
 @nox.session

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import brokers, comparison, hostile, imports, memory, skew, telemetry
-from benchmarks.environments import BROKER_LIBRARIES, CACHE, LIBRARIES
+from benchmarks import brokers, comparison, hostile, imports, memory, outbox, skew, telemetry
+from benchmarks.environments import BROKER_LIBRARIES, CACHE, LIBRARIES, OUTBOX_LIBRARIES
 from benchmarks.reports import keep
 from benchmarks.worker.workloads import WORKLOADS
 
@@ -28,6 +28,10 @@ def main() -> int:
             results = skew.measure(options.transports or skew.TRANSPORTS, rounds=options.rounds)
         case "telemetry":
             results = telemetry.measure(rounds=options.rounds) | telemetry.measure_memory()
+        case "outbox":
+            results = outbox.measure(
+                options.libraries or OUTBOX_LIBRARIES, rounds=options.rounds, rows=options.rows, many=options.many
+            )
         case "brokers":
             results = brokers.compare(
                 options.transports or brokers.TRANSPORTS,
@@ -68,6 +72,10 @@ def smoke(options: argparse.Namespace) -> int:
         telemetry.measure(["diator", "the SDK alone"], rounds=1, messages=100)
         telemetry.measure_memory(messages=2_000)
         print("every message was handled, with telemetry and without")
+        return 0
+    if options.benchmark == "outbox":
+        outbox.measure(["by hand", "diator"], rounds=1, rows=500, many=0)
+        print("every message was stored and relayed")
         return 0
     here = [name for name, library in LIBRARIES.items() if not library.pins]
     ran = comparison.smoke(options.libraries or here, options.only or WORKLOADS)
@@ -122,6 +130,13 @@ def parsed() -> argparse.Namespace:
     skewed.add_argument("--rounds", type=int, default=3)
     traced = others.add_parser("telemetry", help=telemetry.__doc__, parents=[kept, smoking])
     traced.add_argument("--rounds", type=int, default=9)
+    stored = others.add_parser("outbox", help=outbox.__doc__, parents=[kept, smoking])
+    stored.add_argument("--rounds", type=int, default=3)
+    stored.add_argument("--rows", type=int, default=20_000, help="how many are relayed")
+    stored.add_argument(
+        "--many", type=int, default=1_000_000, help="over how many the memory is watched; 0: not at all"
+    )
+    stored.add_argument("--libraries", type=chosen_from(OUTBOX_LIBRARIES), metavar="diator,txoutbox")
     return parser.parse_args()
 
 

@@ -137,3 +137,26 @@ BROKER_LIBRARIES = {
     ]
 }
 """The plain clients and diator are measured as installed in the running environment."""
+
+# -- outboxes ---------------------------------------------------------------------------------------------------
+
+OUTBOX_LIBRARIES = {
+    library.name: library
+    for library in [
+        Library(name="by hand", adapter="by_hand", worker="outboxes"),
+        Library(name="diator", adapter="with_diator", worker="outboxes"),
+        Library(
+            name="txoutbox",
+            adapter="with_txoutbox",
+            worker="outboxes",
+            pins=("txoutbox[postgres]==0.2.2", *_as_here("asyncpg", "aio-pika", "aiormq")),
+        ),
+        Library(
+            name="python-cqrs",
+            adapter="with_python_cqrs",
+            worker="outboxes",
+            pins=("python-cqrs[sqlalchemy,rabbit,pydantic]==5.3.0", *_as_here("sqlalchemy", "asyncpg")),
+        ),
+    ]
+}
+"""An outbox in PostgreSQL, with a relay to RabbitMQ."""

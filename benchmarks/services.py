@@ -81,7 +81,11 @@ def _kafka(backend: Backend, port: int) -> tuple[dict[str, str], list[str]]:
     return environment, []
 
 
-_SETTINGS = {"redis": _redis, "rabbitmq": _rabbitmq, "kafka": _kafka}
+def _postgres(backend: Backend, port: int) -> tuple[dict[str, str], list[str]]:
+    return dict(backend.environment), ["postgres", "-c", "listen_addresses=127.0.0.1", "-c", f"port={port}"]
+
+
+_SETTINGS = {"redis": _redis, "rabbitmq": _rabbitmq, "kafka": _kafka, "postgres": _postgres}
 
 
 def _free_port() -> int:

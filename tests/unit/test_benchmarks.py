@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import brokers, skew, telemetry
+from benchmarks import brokers, outbox, skew, telemetry
 
 
 def test_a_ratio_is_the_median_of_the_ratios_within_one_round():
@@ -61,3 +61,25 @@ def test_memory_is_judged_by_its_growth_after_the_first_quarter(last, met):
     figures = telemetry.grown([40.0, 47.0, 43.0, last])
 
     assert (figures["growth_mib"], figures["met"]) == (last - 40.0, met)
+
+
+@pytest.mark.parametrize(("rate", "met"), [(6_000, True), (2_999, False)])
+def test_a_relay_is_judged_by_its_rate_and_by_the_fastest_other(rate, met):
+    """What a program writes by hand is not another library."""
+    relays = {"diator": rate, "by hand": 9_000, "one": 1_000, "another": 2_000}
+    found = {name: {str(keys): {"rate": each} for keys in outbox.RATES} for name, each in relays.items()}
+
+    outbox.judge(found)
+
+    keyed = found["diator"]["100"]
+    assert (keyed["met"], keyed["ratio"]["ratio"], keyed["ratio"]["met"]) == (met, rate / 2_000, met)
+    assert found["diator"]["0"]["met"] is met
+
+
+@pytest.mark.parametrize(("ours", "met"), [(0.005, True), (0.006, False)])
+def test_storing_is_judged_by_the_medians_of_the_rounds(ours, met):
+    seconds = {"by hand": [0.004, 0.004, 0.9], "diator": [ours, ours, 0.001]}
+
+    stored = outbox._store(lambda library, *_, **__: {"seconds": seconds[library]}, 1)
+
+    assert (stored["ratio"], stored["met"]) == (pytest.approx(ours / 0.004), met)
