@@ -18,7 +18,11 @@ def shifted(store: object, by: timedelta) -> Generator[None, None, None]:
     Its code is the modules of the package in which its class, and the classes that it is derived from, are defined.
     """
 
-    class Shifted(datetime):
+    class AsDatetime(type):
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, datetime)
+
+    class Shifted(datetime, metaclass=AsDatetime):
         @classmethod
         def now(cls, tz: tzinfo | None = None) -> Self:
             return super().now(tz) + by
@@ -34,7 +38,7 @@ def shifted(store: object, by: timedelta) -> Generator[None, None, None]:
     changed: list[tuple[Any, str, object]] = [(time, "time", time.time)]
     packages = tuple({kind.__module__.rpartition(".")[0] or kind.__module__ for kind in type(store).__mro__[:-1]})
     for name, module in [*sys.modules.items()]:
-        if name in packages or name.startswith(tuple(f"{each}." for each in packages)):
+        if name != __name__ and (name in packages or name.startswith(tuple(f"{each}." for each in packages))):
             changed += [(module, each, value) for each, value in vars(module).items() if _is_clock(value, clocks)]
     for owner, name, value in changed:
         setattr(owner, name, clocks[value])

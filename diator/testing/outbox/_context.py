@@ -15,7 +15,7 @@ from uuid import uuid4
 from diator.brokers.message import Message
 from diator.brokers.sending import Due
 from diator.outbox.store import Claim, DeadRow, Failure, OnDead, Order, Row, Store
-from diator.testing._suite.checks import Checks
+from diator.testing._suite.checks import Checks, cancelled
 from diator.testing._suite.errors import Nonconformance
 from diator.testing.outbox._harness import Database, StoreHarness, StoreLimits
 
@@ -145,6 +145,34 @@ class Context(Checks):
             self.check(monotonic() < until, f"no row was claimed for {self.limits.lag:g} s, and {count} may be sent")
             await asyncio.sleep(self.limits.brief / 10)
 
+    async def claim_one_by_one(self, count: int, **options: Any) -> list[Row]:
+        """
+        Claim *count* rows with one key, and finish each claim as sent before the next one.
+
+        A store may hand out one row with a key at a time, or several that follow each other.
+        """
+        rows = list[Row]()
+        while len(rows) < count:
+            claim = await self.claim_in_time(**options)
+            await self.all_sent(claim)
+            rows += claim.rows
+        return rows
+
+    async def asleep(self) -> asyncio.Task[None]:
+        """Return a task that is in `wait`. The first calls may end early, since the store begins to listen."""
+        for _ in range(4):
+            waiting = self.start(self.store.wait(LONG))
+            await asyncio.wait({waiting}, timeout=5 * self.limits.brief)
+            if not waiting.done():
+                return waiting
+            waiting.result()
+            await self.claim(limit=1, lease=0)
+        raise Nonconformance("wait ended again and again, and nothing was stored")
+
+    async def listening(self) -> None:
+        """Wait until the store listens, so that `wait` takes its whole time."""
+        await cancelled(await self.asleep())
+
     async def finish(
         self,
         claim: Claim,
@@ -201,9 +229,7 @@ class Context(Checks):
             self.same(getattr(found, name), getattr(wanted, name), f"{name} of {what}")
         self.same([*found.headers.items()], [*wanted.headers.items()], f"headers of {what}")
         self.check(found.codec is None, f"{what} has a codec, which only the relay sets")
-        self.check(
-            type(found.payload_json) is bytes, f"payload_json of {what} is not bytes: {type(found.payload_json)}"
-        )
+        self.check(type(found.payload_json) is bytes, f"payload_json of {what} is not of the type bytes")
 
     async def meanwhile(self, doing: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """

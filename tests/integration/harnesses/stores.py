@@ -1,4 +1,4 @@
-"""The harnesses of the stores of an outbox."""
+"""The harness of the store in memory."""
 
 from contextlib import asynccontextmanager
 

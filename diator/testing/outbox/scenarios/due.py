@@ -55,11 +55,11 @@ async def blocks_nothing(ctx: Context) -> None:
 
 @scenario("STO-DUE-05", "A message that nobody has claimed can be cancelled, once")
 async def cancelled(ctx: Context) -> None:
-    """Catch a store that cancels nothing, or something else."""
+    """Catch a store that cancels nothing, something else, or only one of two rows with the id."""
     soon, later, other = ctx.messages(3)
     await ctx.add(soon)
-    await ctx.add(later, later, due=timedelta(hours=1))
-    await ctx.add(other)
+    await ctx.add(later, due=timedelta(hours=1))
+    await ctx.add(other, later)
     ctx.is_false(await ctx.cancel(ctx.message()), "cancel of a message that never existed")
     ctx.same([await ctx.cancel(later), await ctx.cancel(soon)], [True, True], "cancel of two messages")
     ctx.same([await ctx.cancel(later), await ctx.cancel(soon)], [False, False], "cancel of the same again")

@@ -15,6 +15,7 @@ WAKES = ["wakes"]
 @scenario("STO-WKE-01", "`wait` ends after its time, and raises nothing")
 async def timeout(ctx: Context) -> None:
     """Catch a store that waits for ever, not at all, or raises a TimeoutError."""
+    await ctx.listening()
     for seconds in (2 * ctx.limits.brief, 0.0):
         start = monotonic()
         await ctx.within(ctx.limits.lag, ctx.store.wait(seconds), f"wait({seconds:g})")
@@ -25,8 +26,7 @@ async def timeout(ctx: Context) -> None:
 @scenario("STO-WKE-02", "`wait` ends when another one stores a message", level="X", facilities=WAKES)
 async def wakes(ctx: Context) -> None:
     """Catch a store that lets the relay sleep."""
-    waiting = await ctx.meanwhile(ctx.store.wait(LONG))
-    ctx.check(not waiting.done(), "wait ended, and nothing was stored")
+    waiting = await ctx.asleep()
     await ctx.add(ctx.message(), store=ctx.another())
     await ctx.ended(waiting, "wait, after a message was committed,")
 
@@ -34,11 +34,10 @@ async def wakes(ctx: Context) -> None:
 @scenario("STO-WKE-03", "`wait` does not end before the commit", level="X", facilities=["wakes", "writers"])
 async def not_before(ctx: Context) -> None:
     """Catch a store that wakes the relay while there is nothing to claim: it would find nothing, and sleep again."""
-    waiting = await ctx.meanwhile(ctx.store.wait(LONG))
+    await ctx.listening()
     async with ctx.database.session() as session:
         await ctx.store_in(session, ctx.message(), store=ctx.another())
-        await asyncio.sleep(ctx.limits.brief)
-        ctx.check(not waiting.done(), "wait ended before the commit")
+        waiting = await ctx.asleep()
     await ctx.ended(waiting, "wait, after the commit,")
 
 
@@ -46,7 +45,7 @@ async def not_before(ctx: Context) -> None:
 async def no_lost_wake_up(ctx: Context) -> None:
     """Catch a store that listens only while it waits: a message between a claim and `wait` would sleep there."""
     other = ctx.another()
-    await ctx.store.wait(0)
+    await ctx.listening()
     for number in range(5):
         ctx.same((await ctx.claim()).rows, [], "what was claimed")
         await ctx.add(ctx.message(number), store=other)
@@ -72,8 +71,7 @@ async def closed(ctx: Context) -> None:
     ctx.same(numbers((await ctx.claim_in_time()).rows), [1], "what was claimed after close")
     await ctx.store.wait(0)
     if "wakes" in ctx.harness.facilities:
-        ctx.same((await ctx.claim()).rows, [], "what was claimed")
-        waiting = await ctx.meanwhile(ctx.store.wait(LONG))
+        waiting = await ctx.asleep()
         await ctx.add(ctx.message(2), store=ctx.another())
         await ctx.ended(waiting, "wait, after close and a commit,")
 
@@ -81,12 +79,13 @@ async def closed(ctx: Context) -> None:
 @scenario("STO-WKE-07", "A cancelled `wait` can be called again", level="X", facilities=WAKES)
 async def cancelled(ctx: Context) -> None:
     """Catch a store that keeps a connection for each wait, or cannot listen twice."""
+    await ctx.listening()
     for _ in range(3):
         waiting = await ctx.meanwhile(ctx.store.wait(LONG))
         waiting.cancel()
         await asyncio.wait({waiting})
         ctx.check(waiting.cancelled(), "wait was cancelled, and did not end so")
-    waiting = await ctx.meanwhile(ctx.store.wait(LONG))
+    waiting = await ctx.asleep()
     await ctx.add(ctx.message(), store=ctx.another())
     await ctx.ended(waiting, "wait, after a message was committed,")
 
@@ -94,7 +93,7 @@ async def cancelled(ctx: Context) -> None:
 @scenario("STO-WKE-08", "`wait` survives the loss of its connection", level="F", facilities=["wakes", "connections"])
 async def disconnected(ctx: Context) -> None:
     """Catch a store that raises the error of the connection, polls without a pause, or never listens again."""
-    await ctx.store.wait(0)
+    await ctx.listening()
     waiting = await ctx.meanwhile(ctx.store.wait(4 * ctx.limits.brief))
     await ctx.database.disconnect()
     await ctx.ended(waiting, "wait, after its connection was lost,")
@@ -117,7 +116,7 @@ async def scheduled(ctx: Context) -> None:
     """Catch a store that counts what is not due as news at each call."""
     await ctx.add(ctx.message(), due=timedelta(hours=1))
     ctx.same((await ctx.claim()).rows, [], "what was claimed")
-    await ctx.store.wait(ctx.limits.brief)
+    await ctx.listening()
     await ctx.claim()
     start = monotonic()
     await ctx.store.wait(2 * ctx.limits.brief)
