@@ -33,9 +33,9 @@ ENOUGH = 0.95
 _INVISIBLE = [r"\b__all__\b", r"\bcast\(", r": TypeAlias =", r"\bTypeVar\(", r"\bcreate_task\(.*name=", r"^\s*assert "]
 
 _OF_HANDLERS = ["test_mediator.py", "test_requests.py", "test_events.py", "test_emitter.py", "test_middlewares.py"]
-#: What a consumer tells all that it calls, and what an outbox and an inbox ask of everybody.
+#: What a consumer tells all that it calls, what an outbox and an inbox ask of everybody, and what constructors refuse.
 _OF_ALL = [
-    *("test_context.py", "test_headers.py", "test_instruments.py"),
+    *("test_context.py", "test_headers.py", "test_instruments.py", "test_options.py"),
     *("outbox/test_emitting.py", "outbox/test_inbox.py"),
 ]
 _OF_EMITTER = [
@@ -63,10 +63,10 @@ FILES = {
     "diator/brokers/kafka/_offsets.py": ["brokers/test_kafka_offsets.py"],
     "diator/brokers/memory.py": [
         *("brokers/test_memory.py", "brokers/test_memory_subscription.py", "brokers/test_memory_loops.py"),
-        "brokers/test_codec_chosen.py",
+        *("brokers/test_codec_chosen.py", "test_options.py"),
     ],
     "diator/brokers/settling.py": ["brokers/test_settling.py"],
-    "diator/brokers/supervisor.py": ["brokers/test_supervisor.py", "brokers/test_connecting.py"],
+    "diator/brokers/supervisor.py": ["brokers/test_supervisor.py", "brokers/test_connecting.py", "test_options.py"],
     "diator/consumer.py": [*_OF_CONSUMER, "test_only_for.py"],
     "diator/container/base.py": [
         *("container", "test_mediator.py", "test_awkward_errors.py"),
@@ -79,7 +79,7 @@ FILES = {
     ],
     "diator/events/_emitter.py": [*_OF_EMITTER, "test_awkward_errors.py", "brokers/test_codec_chosen.py"],
     "diator/mediator.py": _OF_MEDIATOR,
-    "diator/retrying.py": ["test_retrying.py"],
+    "diator/retrying.py": ["test_retrying.py", "test_options.py"],
 }
 
 
@@ -107,7 +107,7 @@ def tried(file: str, arguments: argparse.Namespace) -> float:
         inside, outside = changes_inside(file, folder), changes_outside(file, folder)
         changes = inside | {name: change for name, (_, change) in outside.items()}
         named = {name: change for name, change in changes.items() if fnmatch(name, arguments.only)}
-        left = {name: change for name, change in named.items() if changed(change) not in reasons}
+        left = {name: change for name, change in named.items() if not keys(name, change) & reasons.keys()}
         noticed = mutate(file, folder, [name for name in left if name in inside], arguments)
         variants = {name: outside[name][0] for name in left if name in outside}
         noticed |= mutate_outside(file, folder, variants, until)
@@ -115,7 +115,7 @@ def tried(file: str, arguments: argparse.Namespace) -> float:
     survivors = [name for name in done if not noticed[name]]
     for name in survivors:
         print(f"{name}\n{left[name]}")
-    for reason in reasons.keys() - {changed(change) for change in changes.values()}:
+    for reason in reasons.keys() - {key for change in changes.items() for key in keys(*change)}:
         print(f"a reason of no change any more: {reason}")
     rate = 1 - len(survivors) / len(done) if done else 0.0
     print(
@@ -234,11 +234,17 @@ def undecorated(source: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def changed(diff: str) -> str:
-    """Return what a change has made of its lines, or which it has removed: the key of `survivors.toml`."""
+def keys(name: str, diff: str) -> set[str]:
+    """
+    Return the keys that a change can have in `survivors.toml`: what it has made of its lines, or which it has removed.
+
+    The name of the function may stand before that, if the same change elsewhere is another matter.
+    """
     lines = diff.splitlines()
     made = [line[1:].strip() for line in lines if line.startswith("+")]
-    return " ".join(made) or "without " + " ".join(line[1:].strip() for line in lines)
+    key = " ".join(made) or "without " + " ".join(line[1:].strip() for line in lines)
+    function = re.split(r"ǁ|\.x_", name.rpartition("__mutmut_")[0])[-1]
+    return {key, f"{function}: {key}"}
 
 
 #: Prints each name of the command line with its change. One process for each name would take a second.

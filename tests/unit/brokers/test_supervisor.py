@@ -235,6 +235,7 @@ async def test_logs_name_the_subscription_that_lost_its_connection(names, group,
 
     told = [f"{named} has no connection (OSError: gone); reconnecting", f"{named} is reconnected"]
     assert caplog.messages == told * 2
+    assert {record.name for record in caplog.records} == {"diator.brokers.supervisor"}
     of_all = {"broker": "Fake", "group": group, "message_names": sorted(names)}
     lost = {**of_all, "reason": "OSError: gone", "error_type": "OSError"}
     assert [*map(fields, caplog.records)] == [lost, of_all] * 2
