@@ -16,7 +16,11 @@ _SECONDS = 300.0
 
 
 class Listener:
-    """Calls *notify* for each notification on *channel*, by a connection that is not one of the pool any more."""
+    """
+    Calls *notify* for each notification on *channel*, and when the connection is lost: then something may be missed.
+
+    The connection is not one of the pool any more.
+    """
 
     def __init__(self, engine: AsyncEngine, channel: str, notify: Callable[[], None]) -> None:
         self._engine, self._channel, self._notify = engine, channel, notify
@@ -43,6 +47,7 @@ class Listener:
         try:
             if self._engine.dialect.driver == "asyncpg":
                 await driver.add_listener(self._channel, self._received)
+                driver.add_termination_listener(self._received)
             else:
                 await driver.set_autocommit(True)
                 await driver.execute(f'LISTEN "{self._channel}"')
@@ -59,6 +64,7 @@ class Listener:
         with suppress(Exception):  # the connection is lost: `is_open` says so
             async for _ in driver.notifies():
                 self._notify()
+        self._notify()
 
     async def close(self) -> None:
         """Close the connection. `open` may be called again."""
