@@ -218,8 +218,8 @@ class Locks:
     The advisory locks of PostgreSQL for a pair of tables.
 
     A transaction that stores messages has a shared lock from before its first position until its end. Its second number
-    is the last position before its own. So a claim knows
-    which rows may still be preceded by one that it cannot see, and waits for no other transactions of the database.
+    is the last position before its own. So a claim knows which rows may still be preceded by one that it cannot see,
+    and waits for no other transactions of the database.
     """
 
     def __init__(self, outbox: str, inbox: str) -> None:
