@@ -33,7 +33,7 @@ MOST_RATIO = 1.0
 INSTRUMENTS = {"OpenTelemetry": ("traced", "TracedInMemory"), "Prometheus": ("counted", "CountedInMemory")}
 FLOOD = 1_000_000
 """How many messages are sent and handled while the memory is measured."""
-GROWTH = 0.5
+GROWTH = 2.0
 """MiB by which the process may grow after the first quarter; one object for each message would be tens of MiB."""
 
 

@@ -491,11 +491,11 @@ class Handling:
             since.append(self._not_settled_since)
         return until - max(self._last_settled, min(since)) if since else 0.0
 
-    def read(self, delivery: Delivery, *, max_bytes: int | None = None) -> Envelope | DecodingError:
+    def read(self, delivery: Delivery) -> Envelope | DecodingError:
         """Return the decoded message of *delivery*, or the error: `handle` dead-letters a message that has one."""
         if delivery.unreadable is not None:
             return DecodingError(delivery.unreadable)
-        body, headers, most = delivery.body, delivery.headers, max_bytes or self._max_message_bytes
+        body, headers, most = delivery.body, delivery.headers, self._max_message_bytes
         try:
             if self._codec is not None:
                 return decode_with(self._codec, body, max_bytes=most, headers=headers, topic=delivery.topic)
@@ -503,10 +503,18 @@ class Handling:
         except DecodingError as error:
             return error.with_traceback(None)  # its frames hold the message, and this error is handed out
 
+    def _read_whole(self, delivery: Delivery) -> Envelope:
+        """Return the decoded message of *delivery*, however large it is."""
+        body, headers, most = delivery.body, delivery.headers, len(delivery.body)
+        if self._codec is not None:
+            return decode_with(self._codec, body, max_bytes=most, headers=headers, topic=delivery.topic)
+        return decode_envelope(body, max_bytes=most, headers=headers)
+
     def context_of(self, delivery: Delivery, message: Envelope | None = None) -> MessageContext | None:
         """Return the context of *delivery*, whose message is *message*; None if it cannot be decoded."""
-        found = message or self.read(delivery, max_bytes=len(delivery.body))
-        if isinstance(found, DecodingError):  # the consumer reports it
+        try:
+            found = message or self._read_whole(delivery)
+        except DecodingError:  # the consumer reports it
             return None
         headers = headers_of(found.headers, delivery.headers if self._codec is None else {})
         if self._codec is None:

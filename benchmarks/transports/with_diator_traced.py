@@ -43,13 +43,16 @@ class ByHand(Streams):
         self._handled_for = meter.create_histogram("messaging.process.duration", unit="s")
         self._age = meter.create_histogram("diator.critical_time", unit="s")
         super().__init__(url, name)
-        self._measured = {"messaging.system": "redis", "messaging.destination.name": "notification_event.UserJoined"}
-        self._traced = {**self._measured, "server.address": "127.0.0.1", "server.port": 6379}
+        common = {"messaging.system": "redis", "messaging.destination.name": "notification_event.UserJoined"}
+        group = {"messaging.consumer.group.name": "benchmark"}
+        self._send = {**common, "messaging.operation.name": "send"}
+        self._process = {**common, **group, "messaging.operation.name": "process"}
 
-    def _span(self, what: str, kind: SpanKind, inside: contexts.Context | None, links: list[Link]) -> Span:
-        of_message = {"messaging.operation.name": what, "messaging.message.id": str(uuid4())}
-        attributes = {**self._traced, **of_message, "messaging.operation.type": what}
-        return self._tracer.start_span(what, inside, kind, attributes, links)
+    def _span(self, measured: dict[str, str], kind: SpanKind, inside: contexts.Context, links: list[Link]) -> Span:
+        operation = measured["messaging.operation.name"]
+        service = {"messaging.operation.type": operation, "server.address": "127.0.0.1", "server.port": 6379}
+        of_message = {"messaging.message.id": str(uuid4()), "diator.delivery.attempt": 1}
+        return self._tracer.start_span(operation, inside, kind, {**measured, **service, **of_message}, links)
 
     async def send(self, number: int) -> None:
         self._carrier: dict[str, str] = {}
@@ -57,26 +60,26 @@ class ByHand(Streams):
         inside = trace.set_span_in_context(created)
         propagate.inject(self._carrier, inside)
         created.end()
-        span, began = self._span("send", SpanKind.CLIENT, inside, []), perf_counter()
+        span, began = self._span(self._send, SpanKind.CLIENT, inside, []), perf_counter()
         token = contexts.attach(trace.set_span_in_context(span))
         await super().send(number)
         contexts.detach(token)
         span.end()
-        self._sent_for.record(perf_counter() - began, self._measured)
+        self._sent_for.record(perf_counter() - began, self._send)
 
     @asynccontextmanager
     async def consuming(self, handle: Handle, settled: Settled, concurrency: int) -> AsyncGenerator[Finished, None]:
         async def traced(event: Any) -> None:
             inside = propagate.extract(self._carrier, contexts.Context())
             link = Link(trace.get_current_span(inside).get_span_context())
-            span, began = self._span("process", SpanKind.CONSUMER, inside, [link]), perf_counter()
+            span, began = self._span(self._process, SpanKind.CONSUMER, inside, [link]), perf_counter()
             token = contexts.attach(trace.set_span_in_context(span, inside))
             await handle(event)
             span.set_attribute("diator.outcome", "acked")
-            self._handled_for.record(perf_counter() - began, self._measured)
+            self._handled_for.record(perf_counter() - began, self._process)
             contexts.detach(token)
             span.end()
-            self._age.record(perf_counter() - began, self._measured)
+            self._age.record(perf_counter() - began, self._process)
 
         async with super().consuming(traced, settled, concurrency) as finished:
             yield finished

@@ -231,9 +231,12 @@ def decode_envelope(body: bytes, *, max_bytes: int, headers: Mapping[str, str]) 
     if parsed is None or not payload_json.isascii():
         parsed, payload_json = _parsed(body, max_bytes)
     key = headers.get(KEY) if headers else None
-    if key is None and parsed.headers and (sent := parsed.headers.get(KEY)) is not None:
-        key = _text_of(sent)  # of thousands of headers, a consumer needs none
-    return Envelope(parsed.message_type, parsed.message_name, parsed.message_id, payload_json, key, parsed.headers)
+    envelope = Envelope(parsed.message_type, parsed.message_name, parsed.message_id, payload_json, key)
+    if parsed.headers:
+        envelope.headers = parsed.headers  # of thousands of headers, most consumers need none
+        if key is None and (sent := parsed.headers.get(KEY)) is not None:
+            envelope.key = _text_of(sent)
+    return envelope
 
 
 def decode_with(codec: Codec, body: bytes, *, max_bytes: int, headers: Mapping[str, str], topic: Topic) -> Envelope:

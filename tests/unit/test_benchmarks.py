@@ -56,7 +56,7 @@ def test_telemetry_is_judged_by_what_it_adds(extra, met):
     assert (diator["extra"]["met"], diator["ratio"]["met"]) == (met, met)
 
 
-@pytest.mark.parametrize(("last", "met"), [(40.5, True), (41.0, False)])
+@pytest.mark.parametrize(("last", "met"), [(42.0, True), (42.5, False)])
 def test_memory_is_judged_by_its_growth_after_the_first_quarter(last, met):
     figures = telemetry.grown([40.0, 47.0, 43.0, last])
 

@@ -162,9 +162,9 @@ class SharesAContext(Consumer):
         read, make = self._handling.read, self._handling.context_of
         last: list[Delivery] = []
 
-        def noting(delivery: Delivery, *, max_bytes: int | None = None) -> Envelope | DecodingError:
+        def noting(delivery: Delivery) -> Envelope | DecodingError:
             last[:] = [delivery]
-            return read(delivery, max_bytes=max_bytes)
+            return read(delivery)
 
         def context_of(delivery: Delivery, message: Envelope | None = None) -> MessageContext | None:
             del message
