@@ -107,12 +107,13 @@ async def test_each_handler_of_an_event_has_a_note_of_its_own(ledger, container)
     assert sorted(ledger.rows) == ["also_on_joined", "fails_once", "on_joined"]
 
 
-async def test_a_delivery_is_a_duplicate_only_if_each_handler_had_succeeded(ledger, container):
+@pytest.mark.parametrize("handlers", [[on_joined, also_on_joined], [also_on_joined, on_joined]])
+async def test_a_delivery_is_a_duplicate_only_if_each_handler_had_succeeded(ledger, container, handlers):
     broker, inbox = await holding(JOIN), Inbox(ledger)
     await consume(broker, on_joined, container=container, inbox=inbox)
     await EventEmitter(None, None, broker).emit(JOIN)
 
-    reports = await consume(broker, on_joined, also_on_joined, container=container, inbox=inbox)
+    reports = await consume(broker, *handlers, container=container, inbox=inbox)
 
     assert (outcomes(reports), ledger.rows) == (["acked"], ["on_joined", "also_on_joined"])
 
