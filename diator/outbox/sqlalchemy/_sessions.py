@@ -35,7 +35,7 @@ def configure_sqlite(engine: AsyncEngine, *, timeout: float = 30.0) -> None:
     Each transaction begins with BEGIN IMMEDIATE: it waits for its turn at its begin, at most *timeout* seconds, and
     cannot fail because another one has written in between. A savepoint is part of it. Without this, Python's sqlite3
     begins a transaction at its first write, and so a savepoint that was opened before it commits by itself. The file
-    has a write-ahead log, so that relays of other processes can look for messages while the program writes.
+    has a write-ahead log. A session that stays open makes all others wait, even if it only reads.
     """
 
     @event.listens_for(engine.sync_engine, "connect")
