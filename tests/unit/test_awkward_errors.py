@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from traceback import extract_tb
 
 import attrs
 import pydantic
@@ -249,6 +250,28 @@ async def test_an_error_at_the_end_of_the_unit_of_work_reaches_the_other_resourc
     assert caught.value is error
     assert len(closed) == 1
     assert closed[0] is error
+
+
+async def test_an_error_of_closing_is_raised_and_the_one_before_keeps_its_traceback():
+    container = Container()
+
+    async def session() -> AsyncIterator[Api]:
+        try:
+            yield Api()
+        finally:
+            raise OSError("the connection is lost")
+
+    container.register(Api, session)
+
+    async def join(command: Join, api: Api) -> str:
+        raise LookupError
+
+    with pytest.raises(OSError, match="lost") as caught:
+        await mediator_of(join, container=container).send(Join())
+
+    before = caught.value.__context__
+    assert type(before) is LookupError
+    assert extract_tb(before.__traceback__)[-1].name == "join"
 
 
 async def test_an_error_of_closing_is_raised_even_after_a_frozen_one():
