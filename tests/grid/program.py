@@ -12,7 +12,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -45,8 +45,8 @@ BROKERS = {
     "kafka": partial(KafkaMessageBroker, timeout=5.0),
 }
 
-#: How long the transaction stays open after its unit of work, in seconds.
-_lasts: ContextVar[float] = ContextVar("lasts", default=0.0)
+#: Called at the end of a unit of work, before its transaction is committed.
+_before_commit: ContextVar[Callable[[], Awaitable[None]] | None] = ContextVar("before_commit", default=None)
 
 metadata = sa.MetaData()
 #: What the program has done, each piece with its key and its place in the order of the key.
@@ -167,7 +167,8 @@ def container_of(engine: Any) -> Container:
     async def session() -> AsyncIterator[AsyncSession]:
         async with sessions.begin() as opened:
             yield opened
-            await asyncio.sleep(_lasts.get())
+            if (wait := _before_commit.get()) is not None:
+                await wait()
 
     container = Container()
     container.register(AsyncSession, session)
@@ -204,32 +205,41 @@ async def send(settings: Settings) -> None:
         middlewares=[Fate(settings.dies_at).after_the_commit],
     )
 
-    async def do_one(key: str, number: int) -> None:
-        try:
-            await mediator.send(Work(key, number))
-        except EventsNotSent as error:
-            say("confirmed", key=key, number=number, unsent=type(error.__cause__).__name__)
-        except Exception as error:  # noqa: BLE001  # the program goes on, and the grid reads what was committed
-            say("failed", key=key, number=number, error=type(error).__name__)
-        else:
-            say("confirmed", key=key, number=number)
-
-    async def do_slowly(key: str, number: int) -> None:
-        _lasts.set(settings.lasts)
-        await do_one(key, number)
-
-    async def work_under(key: str) -> None:
-        async with asyncio.TaskGroup() as slow:
-            for number in range(settings.first, settings.first + settings.count):
-                if settings.lasts and number == settings.first:
-                    slow.create_task(do_slowly(key, number))
-                else:
-                    await do_one(key, number)
-                await asyncio.sleep(settings.pause)
-
     async with broker:
-        await asyncio.gather(*(work_under(f"key-{number}") for number in range(settings.keys)))
+        await asyncio.gather(*(work_under(f"key-{number}", mediator, settings) for number in range(settings.keys)))
     await engine.dispose()
+
+
+async def work_under(key: str, mediator: Mediator, settings: Settings) -> None:
+    async with asyncio.TaskGroup() as slow:
+        for number in range(settings.first, settings.first + settings.count):
+            if settings.lasts and number == settings.first:
+                is_stored = asyncio.Event()
+                slow.create_task(do_slowly(Work(key, number), mediator, is_stored, settings.lasts))
+                await is_stored.wait()  # the next one has to come behind it
+            else:
+                await do_one(Work(key, number), mediator)
+            await asyncio.sleep(settings.pause)
+
+
+async def do_slowly(request: Work, mediator: Mediator, is_stored: asyncio.Event, lasts: float) -> None:
+    async def stay_open() -> None:
+        is_stored.set()
+        await asyncio.sleep(lasts)
+
+    _before_commit.set(stay_open)
+    await do_one(request, mediator)
+
+
+async def do_one(request: Work, mediator: Mediator) -> None:
+    try:
+        await mediator.send(request)
+    except EventsNotSent as error:
+        say("confirmed", key=request.key, number=request.number, unsent=type(error.__cause__).__name__)
+    except Exception as error:  # noqa: BLE001  # the program goes on, and the grid reads what was committed
+        say("failed", key=request.key, number=request.number, error=type(error).__name__)
+    else:
+        say("confirmed", key=request.key, number=request.number)
 
 
 async def relay(settings: Settings) -> None:
