@@ -75,7 +75,7 @@ RULES: dict[str, str] = {
     "Topic: Each part may be any text": "ENC-06 GRP-09 GRP-18 ISO-01 ISO-02 SUB-14",
     "subscribe: Groups:": "ACK-23 ACK-31 GRP-01 GRP-02 GRP-03 GRP-05 GRP-06 GRP-10 GRP-13 GRP-15 GRP-16 GRP-17 SUB-12",
     "subscribe: Start:": "GRP-08 PUB-02 SUB-01 SUB-19 UNR-04 UNR-06",
-    "subscribe: Prefetch:": "API-12 FLW-01 FLW-02 FLW-04 FLW-14 FLW-15 FLW-22 GRP-04 SUB-21",
+    "subscribe: Prefetch:": "API-12 FLW-01 FLW-02 FLW-04 FLW-14 FLW-15 FLW-22 GRP-04 GRP-19 SUB-21",
     "subscribe: Waiting for a key:": "FLW-17 FLW-23 ORD-11 ORD-12",
     "subscribe: Isolation:": "FRN-01 FRN-05 FRN-09 SEC-07",
     "subscribe: Several subscriptions:": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import struct
+from collections import deque
 from collections.abc import Collection
 from typing import Any, ClassVar, cast
 
@@ -317,6 +318,26 @@ class NoticesRoomLate(Saboteur):
     def adjust_subscription(self, topics: Collection[Topic], group: str | None, prefetch: int) -> Any:
         self._limit = prefetch
         return topics, group, prefetch
+
+
+@caught_by("GRP-19")
+class TakesTheBacklog(Saboteur):
+    """Takes everything that waits for its group when it first reads, and hands it out one after the other."""
+
+    async def read(self, subscription: Subscription) -> Delivery:
+        if subscription not in self._hoards:
+            self._hoards[subscription] = deque(subscription.queue.waiting)
+            subscription.queue.waiting.clear()
+        if self._hoards[subscription] and not subscription.unsettled:
+            subscription.queue.requeue([self._hoards[subscription].popleft()])
+        return await super().read(subscription)
+
+    def before_unsubscribe(self, subscription: Subscription) -> None:
+        subscription.queue.requeue(self._hoards.pop(subscription, ()))
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._hoards: dict[Subscription, deque[Any]] = {}
 
 
 @caught_by("GRP-18")

@@ -236,6 +236,21 @@ async def across_brokers(ctx: Context) -> None:
     ctx.ledger.compare(group, messages).verify()
 
 
+@scenario("GRP-19", "A busy consumer leaves most of what waits to the others of its group", needs=Capabilities(
+    distribution=frozenset({"competing"}), subscription="durable", settlement="individual",
+    backpressure="prefetch"), timeout=60)  # fmt: skip
+async def takes_no_backlog(ctx: Context) -> None:
+    """Catch a consumer that takes everything that waits for its group when it joins, whatever its prefetch."""
+    broker, topic, group = await ctx.broker(), ctx.topic(), ctx.name()
+    async with ctx.reading(broker, topic, group=group):
+        pass  # from now on the group collects messages
+    await ctx.send(broker, topic, 500)
+    async with ctx.reading(broker, topic, group=group, prefetch=1) as busy:
+        await busy.take(1, settle="nothing")
+        async with ctx.reading(broker, topic, group=group, prefetch=1) as free:
+            await ctx.within(20 * ctx.limits.scale, free.take(250), "what a busy consumer has to leave")
+
+
 @scenario("GRP-18", "A group with an empty name is a group", needs=_DURABLE)
 async def empty_name(ctx: Context) -> None:
     """Catch a check for the presence of a group that takes an empty name for none."""
