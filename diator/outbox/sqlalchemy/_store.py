@@ -212,12 +212,12 @@ class SqlAlchemyStore:
 
     def _cancel(self, session: Session, message_id: UUID) -> bool:
         connection = connection_of(session, self.outbox_table, self._engine.sync_engine)
+        found: list[Any] = []
         for statement in (self._statements.cancel_scheduled, self._statements.cancel_at_once):
-            if found := connection.execute(statement, {"message_id": self._id(message_id)}).all():
-                for key in {row.key for row in found if row.has_parked}:
-                    connection.execute(self._statements.unpark_next, {"key": key})
-                return True
-        return False
+            found += connection.execute(statement, {"message_id": self._id(message_id)}).all()
+        for key in {row.key for row in found if row.has_parked}:
+            connection.execute(self._statements.unpark_next, {"key": key})
+        return bool(found)
 
     async def first_time(self, message_id: UUID, group: str, handler: str, session: AsyncSession, /) -> bool:
         """See `Store.first_time`."""
