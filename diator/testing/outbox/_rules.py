@@ -42,7 +42,7 @@ RULES: dict[str, str] = {
         "STO-KEY-01 STO-KEY-02 STO-KEY-03 STO-KEY-04 STO-KEY-05 STO-KEY-06 STO-KEY-07 STO-KEY-08 STO-KEY-09 STO-KEY-10 "
         "STO-KEY-11 STO-LNG-01 STO-LNG-02 STO-LNG-03 STO-LNG-05 STO-DUE-04"
     ),
-    "Store: What is not due costs nothing": "STO-USE-05",
+    "Store: What is not due costs nothing": "STO-USE-05 STO-USE-06",
     "Store: Any error of the database": "STO-STA-07 STO-USE-04",
     "Store: It can be made without": "STO-USE-01 STO-USE-02",
     "add: Store *messages*": "STO-TXN-06",

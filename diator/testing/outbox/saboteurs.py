@@ -1449,7 +1449,7 @@ class LeavesTransactionsOpen(Saboteur):
         return await super().status()
 
 
-@caught_by("STO-USE-05")
+@caught_by("STO-USE-05", "STO-USE-06")
 class LooksAtEveryRow(Saboteur):
     """Looks at every row."""
 
