@@ -65,6 +65,20 @@ async def test_a_backlog_behind_a_dead_row_delays_no_other_key(store, sessions):
     assert await drain(store) == [*expected[1:], "Last"]
 
 
+async def test_no_later_row_overtakes_what_was_parked(store, sessions, window):
+    expected, _ = await backlog(store, sessions)
+    claimed = await claim(store, limit=1)
+    await fail(store, claimed, *claimed.rows)
+    await drain(store)
+    await store.discard([claimed.rows[0].position])
+    await add(store, sessions, message("Last", key="a"))
+    for first in (1, 1 + window):  # each part that was sent brings the next one back
+        claimed = await claim(store)
+        found = [row.message.message_name for row in claimed.rows]
+        assert found == expected[first : first + window]
+        await store.finish(claimed.lease, sent=[row.position for row in claimed.rows], untried=[], failed=[])
+
+
 async def test_a_redriven_row_goes_first(store, sessions):
     expected, others = await backlog(store, sessions)
     claimed = await claim(store, limit=1)
@@ -179,6 +193,9 @@ async def test_only_transactions_that_have_stored_hold_messages_back(store, sess
 @pytest.mark.parametrize("driver", ON_POSTGRESQL)
 async def test_a_transaction_that_stores_often_takes_one_lock(store, sessions):
     async with sessions() as session:
+        async with session.begin_nested() as savepoint:  # its end releases the lock
+            await store.add([message()], [None], session)
+            await savepoint.rollback()
         for number in range(50):
             await store.add([message(f"E{number}")], [None], session)
         held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
