@@ -277,6 +277,11 @@ class ServiceBroker(ABC, Generic[S]):
         return self._service.where
 
     @property
+    def timeout(self) -> float:
+        """How long a call may take, in seconds."""
+        return self._service.timeout
+
+    @property
     @abstractmethod
     def capabilities(self) -> Capabilities:
         """See `MessageBroker.capabilities`."""

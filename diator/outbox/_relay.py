@@ -123,7 +123,8 @@ class Relay(Running):
         outbox: The outbox. The relay closes neither its broker nor its database.
         order: `key`: as said above. `none`: in no order, which is faster with several relays.
         batch: How many messages are claimed at once. The relay holds at most twice as many.
-        concurrency: How many messages are sent at once.
+        concurrency: How many messages are sent at once. Each may take the `timeout` of the broker, 10 s if it has none;
+            then it is cancelled, and its outcome is unknown.
         lease: For how many seconds claimed messages are this relay's own. If its process dies, others send them after
             that. Default: 30, or three times the `timeout` of the broker, if that is longer.
         poll: The shortest and the longest wait for news, in seconds. It grows while nothing is stored. A database that
@@ -617,11 +618,18 @@ class Relay(Running):
 
     def _note_destination_away(self, error: BaseException) -> None:
         line = "the destination cannot be reached: %s; the relay pauses, and no attempt is counted meanwhile"
-        logger.warning(line, _explained(error), extra={**self._fields, "error_type": name_of(type(error))})
+        self._lines.log(
+            logging.WARNING,
+            "pauses of the relay",
+            line,
+            _explained(error),
+            fields=lambda: {"error_type": name_of(type(error))},
+        )
 
     def _note_destination_back(self, now: float) -> None:
         seconds = now - self._destination.since
-        logger.info("the destination can be reached again, after %.1f s", seconds, extra=self._fields)
+        line = "the destination can be reached again, after %.1f s"
+        self._lines.log(logging.INFO, "ends of a pause of the relay", line, seconds)
         self._wake.set()
 
     def _note_database_error(self, call: str, error: BaseException) -> None:

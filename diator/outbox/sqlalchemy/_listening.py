@@ -25,6 +25,7 @@ class Listener:
     def __init__(self, engine: AsyncEngine, channel: str, notify: Callable[[], None]) -> None:
         self._engine, self._channel, self._notify = engine, channel, notify
         self._driver: Any = None
+        self._opening: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
         self._until = 0.0
 
@@ -37,9 +38,20 @@ class Listener:
             return not self._driver.is_closed()
         return not self._reading.done()
 
-    async def open(self) -> None:
-        """Listen, by a new connection."""
-        await self.close()
+    def open(self) -> asyncio.Task[None]:
+        """
+        Begin to listen by a new connection, unless that has begun.
+
+        The task outlives who waits for it: a relay that waits for a shorter time would never get a connection, and two
+        relays would get two.
+        """
+        if self._opening is None or self._opening.done():
+            self._opening = asyncio.create_task(self._open(), name="diator: connecting to PostgreSQL")
+            self._opening.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return self._opening
+
+    async def _open(self) -> None:
+        await self._close()
         connection = await connected(self._engine.raw_connection())
         driver: Any = connection.driver_connection
         self._driver = driver
@@ -53,7 +65,7 @@ class Listener:
                 await driver.execute(f'LISTEN "{self._channel}"')
                 self._reading = asyncio.create_task(self._read(driver), name="diator: listening to PostgreSQL")
         except BaseException:
-            await asyncio.shield(self.close())
+            await asyncio.shield(self._close())
             raise
         self._until = asyncio.get_running_loop().time() + _SECONDS
 
@@ -68,8 +80,16 @@ class Listener:
 
     async def close(self) -> None:
         """Close the connection. `open` may be called again."""
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            opening.cancel()
+            await asyncio.wait([opening])
+        await self._close()
+
+    async def _close(self) -> None:
         driver, reading = self._driver, self._reading
-        self.forget()
+        self._driver = self._reading = None
+        self._until = 0.0
         if reading is not None:
             reading.cancel()
             await asyncio.wait([reading])
@@ -79,4 +99,4 @@ class Listener:
 
     def forget(self) -> None:
         """Forget the connection, which belongs to an event loop that has ended."""
-        self._driver = self._reading = None
+        self._driver = self._opening = self._reading = None

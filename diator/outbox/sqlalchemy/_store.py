@@ -351,7 +351,7 @@ class SqlAlchemyStore:
         try:
             async with asyncio.timeout_at(until):
                 if self._notifies and not self._listener.is_open:
-                    await self._listener.open()
+                    await asyncio.shield(self._listener.open())
                     self._cannot_listen = False
                     if await self._is_available():  # it may have been stored before
                         return

@@ -6,9 +6,13 @@ pytest.importorskip("redis")
 pytest.importorskip("aiormq")
 pytest.importorskip("aiokafka")
 
+from diator.brokers.kafka import KafkaMessageBroker
 from diator.brokers.kafka._client import Cluster
+from diator.brokers.rabbitmq import RabbitMQMessageBroker
 from diator.brokers.rabbitmq._client import Address
+from diator.brokers.redis import RedisMessageBroker
 from diator.brokers.redis._client import client_of, send_error, where
+from diator.brokers.redis_streams import RedisStreamMessageBroker
 
 
 async def test_an_address_is_named_without_credentials():
@@ -25,3 +29,11 @@ def test_an_unknown_command_does_not_show_its_arguments():
     """Redis quotes the first arguments of a command that it does not know: one may be a message."""
     error = Exception("unknown command 'XADD', with args beginning with: 'stream' '*' 'body' 'secret'")
     assert "secret" not in str(send_error(error, None, written=False))
+
+
+def test_the_time_limit_of_a_broker_is_known():
+    """A relay has to know how long a send may take."""
+    assert RedisMessageBroker("redis://h", timeout=1.5).timeout == 1.5
+    assert RedisStreamMessageBroker("redis://h", timeout=1.5).timeout == 1.5
+    assert RabbitMQMessageBroker("amqp://h", timeout=1.5).timeout == 1.5
+    assert KafkaMessageBroker("h:1", timeout=1.5).timeout == 1.5

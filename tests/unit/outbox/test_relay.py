@@ -149,7 +149,7 @@ async def test_few_messages_cost_one_claim_each():
 async def test_what_waits_behind_a_message_in_flight_is_claimed_when_that_was_sent():
     store, broker = Store(), Broker(takes=1.0)
     await store.fill((1, "key"))
-    async with relaying(store, broker):
+    async with relaying(store, broker, poll=(100.0, 100.0)):
         await asyncio.sleep(0.5)
         await store.fill((2, "key"))
         await broker.has_sent(2)
@@ -381,6 +381,18 @@ async def test_a_send_that_its_client_cancels_is_sent_again():
         await store.is_empty()
 
     assert broker.numbers == [1]
+
+
+async def test_a_destination_that_comes_and_goes_is_few_lines(caplog):
+    caplog.set_level(logging.INFO, "diator.outbox.relay")
+    store, broker = Store(), Broker(lambda number, attempt: BrokerUnavailable("no") if attempt == 1 else None)
+    await store.fill(*((number, "key") for number in range(200)))
+    async with relaying(store, broker):
+        await store.is_empty()
+
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) < 50
+    assert lines[-2].startswith("ends of a pause of the relay: and ")
 
 
 # -- leases ----------------------------------------------------------------------------------------------------------
