@@ -224,6 +224,18 @@ async def test_handlers_are_built_by_the_emitters_container():
     assert given == [api]
 
 
+async def test_without_a_container_handlers_are_built_by_diators_own():
+    handled = []
+
+    class OnNoticed(EventHandler[Noticed]):
+        async def handle(self, event: Noticed) -> None:
+            handled.append(event)
+
+    await EventEmitter(events_of(OnNoticed)).emit(Noticed(user_id=7))
+
+    assert handled == [Noticed(user_id=7)]
+
+
 async def test_a_container_that_is_false_is_used():
     class Registry(dict):
         async def resolve(self, type_):

@@ -280,6 +280,13 @@ async def test_a_session_that_is_not_registered_is_refused_when_wired(outbox):
     )
 
 
+async def test_a_session_that_is_not_registered_is_refused_by_an_emitter_alone(outbox):
+    with pytest.raises(ResolutionError) as refused:
+        await EventEmitter(None, Container(), outbox).emit(UserJoined())
+
+    assert refused.value.path == ("Outbox", "Transaction")
+
+
 async def test_a_session_of_another_type_is_refused(ledger, outbox):
     async def something():
         yield "text"
