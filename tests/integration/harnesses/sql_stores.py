@@ -145,13 +145,7 @@ class SqlAlchemyPostgresHarness(StoreHarness):
         }
     )
     drivername = "postgresql"
-    deviations: ClassVar = {
-        **COSTS,
-        "STO-LNG-05": Deviation(
-            reason="a transaction that began to write before another one, and stores after it, may overtake it",
-            sometimes=True,
-        ),
-    }
+    deviations: ClassVar = COSTS
 
     def __init__(self):
         self._services = PrivateServices()
