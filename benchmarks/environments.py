@@ -111,7 +111,7 @@ LIBRARIES = {
 # -- transports -------------------------------------------------------------------------------------------------
 
 
-def _as_here(*names: str) -> tuple[str, ...]:
+def as_here(*names: str) -> tuple[str, ...]:
     """Pin the clients to the versions of the running environment, which the other libraries use too."""
     return tuple(f"{name}=={metadata.version(name)}" for name in names if _is_installed(name))
 
@@ -131,7 +131,7 @@ BROKER_LIBRARIES = {
             worker="transports",
             pins=(
                 "faststream[redis,rabbit,kafka,otel]==0.7.8",
-                *_as_here("redis", "hiredis", "aio-pika", "aiormq", "aiokafka", "orjson", "opentelemetry-sdk"),
+                *as_here("redis", "hiredis", "aio-pika", "aiormq", "aiokafka", "orjson", "opentelemetry-sdk"),
             ),
         ),
     ]
@@ -149,13 +149,13 @@ OUTBOX_LIBRARIES = {
             name="txoutbox",
             adapter="with_txoutbox",
             worker="outboxes",
-            pins=("txoutbox[postgres]==0.2.2", *_as_here("asyncpg", "aio-pika", "aiormq")),
+            pins=("txoutbox[postgres]==0.2.2", *as_here("asyncpg", "aio-pika", "aiormq")),
         ),
         Library(
             name="python-cqrs",
             adapter="with_python_cqrs",
             worker="outboxes",
-            pins=("python-cqrs[sqlalchemy,rabbit,pydantic]==5.3.0", *_as_here("sqlalchemy", "asyncpg")),
+            pins=("python-cqrs[sqlalchemy,rabbit,pydantic]==5.3.0", *as_here("asyncpg")),  # it needs SQLAlchemy 2.0
         ),
     ]
 }

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import monotonic
 from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
@@ -18,16 +19,19 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from diator.outbox.sqlalchemy import SqlAlchemyStore
 from diator.testing.fault_proxy import FaultProxy, Flow
-from tests.grid.program import Settings, effects, metadata, work
+from tests.grid.ledger import Settings, effects, metadata, work
 from tests.services import Service
 
 Way: TypeAlias = Literal["outbox + inbox", "outbox", "send after commit"]
 WAYS: tuple[Way, ...] = ("outbox + inbox", "outbox", "send after commit")
 SERVICES = {"streams": "redis", "rabbitmq": "rabbitmq", "kafka": "kafka"}
 
+#: The programs of the grid. Other libraries have their own: `tests.grid.peers`.
+OWN = (sys.executable, "-m", "tests.grid.program")
+
 #: How long a cell waits until everything has its effect; and for how long nothing may have happened, in a cell without
 #: an outbox, until it gives up. In seconds.
-WITHIN, QUIET = 60.0, 10.0
+WITHIN, QUIET = 120.0, 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,7 @@ class Result:
         recovered: In how many seconds after the fault was over, and the sender had ended, everything had its effect.
             None: it never had.
         phantoms: How many effects are of work that is not in the database.
+        library: Whose promise it is; that of another library is not judged.
     """
 
     service: str
@@ -60,11 +65,12 @@ class Result:
     inversions: int
     phantoms: int
     recovered: float | None
+    library: str = "diator"
 
     @property
     def is_kept(self) -> bool:
         """Whether the promise of this way was kept. Nothing is promised without an outbox."""
-        if self.way == "send after commit":
+        if self.library != "diator" or self.way == "send after commit":
             return True
         once = self.repeated == 0 or self.way == "outbox"
         in_order = self.inversions == 0 or FAULTS[self.fault].redelivers
@@ -79,7 +85,8 @@ class Result:
 class Child:
     """A process of the grid, and what it has said. It is started again when it dies, as a supervisor would."""
 
-    def __init__(self, role: str, settings: Settings, said: list[dict[str, Any]]) -> None:
+    def __init__(self, program: Sequence[str], said: list[dict[str, Any]], role: str, settings: Settings) -> None:
+        self.program = program
         self.role = role
         self.settings = settings
         self._said = said
@@ -90,7 +97,7 @@ class Child:
 
     async def start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tests.grid.program", self.role, self.settings.to_json()),
+            *(*self.program, self.role, self.settings.to_json()),
             stdout=asyncio.subprocess.PIPE,
             stderr=None if os.environ.get("DIATOR_GRID_LOG") else asyncio.subprocess.DEVNULL,
         )
@@ -234,7 +241,16 @@ FAULTS = {
 }
 
 
-async def run_cell(service: str, way: Way, fault_name: str, broker: Service, database: Service) -> Result:
+async def run_cell(
+    service: str,
+    way: Way,
+    fault_name: str,
+    broker: Service,
+    database: Service,
+    *,
+    library: str = "diator",
+    program: Sequence[str] = OWN,
+) -> Result:
     """Run one cell: its processes, and the fault that strikes while the sender works."""
     fault, name = FAULTS[fault_name], f"grid_{uuid4().hex[:10]}"
     said: list[dict[str, Any]] = []
@@ -247,12 +263,13 @@ async def run_cell(service: str, way: Way, fault_name: str, broker: Service, dat
             has_outbox=way != "send after commit",
             has_inbox=way == "outbox + inbox",
         )
+        child = partial(Child, program, said)
         # With an outbox, the relay sends, and its sends fail.
         sender = {} if base.has_outbox and "fails" in fault.sender else fault.sender
-        consumers = [Child("consume", replace(base, **fault.consumer), said)]
-        sending = Child("send", replace(base, **sender, **({} if base.has_outbox else {"address": proxied})), said)
+        consumers = [child("consume", replace(base, **fault.consumer))]
+        sending = child("send", replace(base, **sender, **({} if base.has_outbox else {"address": proxied})))
         relays = [
-            Child("relay", replace(base, address=proxied, **fault.relay), said)
+            child("relay", replace(base, address=proxied, **fault.relay))
             for _ in range(fault.relays if base.has_outbox else 0)
         ]
         children = [*consumers, sending, *relays]
@@ -270,7 +287,8 @@ async def run_cell(service: str, way: Way, fault_name: str, broker: Service, dat
             await asyncio.gather(*(each.end() for each in children))
         done = await ask(f"SELECT key, number FROM {work.name}")
         seen = await ask(f"SELECT key, number FROM {effects.name} ORDER BY place")
-    return Result(service=service, way=way, fault=fault_name, **judged(said, done, seen, recovered))
+    counts = judged(said, done, seen, recovered)
+    return Result(service=service, way=way, fault=fault_name, **counts, library=library)
 
 
 def judged(

@@ -7,20 +7,16 @@ the grid counts, so that nothing is lost when the process is killed.
 
 import asyncio
 import json
-import os
-import random
-import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from diator.brokers.kafka import KafkaMessageBroker
 from diator.brokers.message import Message
@@ -37,6 +33,7 @@ from diator.outbox import Inbox, Outbox, Relay
 from diator.outbox.sqlalchemy import SqlAlchemyStore
 from diator.requests import Request, RequestMap
 from diator.retrying import RetryPolicy
+from tests.grid.ledger import BeforeCommit, Fate, Settings, effects, engine_of, say, unreliably, work, work_under_keys
 
 #: The brokers. What a dead consumer has taken comes back after the lease of Redis Streams: a minute by default.
 BROKERS = {
@@ -45,64 +42,7 @@ BROKERS = {
     "kafka": partial(KafkaMessageBroker, timeout=5.0),
 }
 
-#: Called at the end of a unit of work, before its transaction is committed.
-_before_commit: ContextVar[Callable[[], Awaitable[None]] | None] = ContextVar("before_commit", default=None)
-
-metadata = sa.MetaData()
-#: What the program has done, each piece with its key and its place in the order of the key.
-work = sa.Table(
-    "work",
-    metadata,
-    sa.Column("key", sa.Text, primary_key=True),
-    sa.Column("number", sa.Integer, primary_key=True),
-)
-#: What the consumer has done: one row for each time that a handler succeeded.
-effects = sa.Table(
-    "effects",
-    metadata,
-    sa.Column("place", sa.BigInteger, sa.Identity(), primary_key=True),
-    sa.Column("key", sa.Text, nullable=False),
-    sa.Column("number", sa.Integer, nullable=False),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """
-    What a process of the grid needs to know.
-
-    Attributes:
-        service, address: The message broker, and its address for this process.
-        database: The address of the database.
-        name: The wire name of the events, which no other cell uses.
-        has_outbox, has_inbox: Whether there is one.
-        first: The number of the first piece of work of each key.
-        keys, count: How many keys there are, and how many pieces of work each of them has.
-        pause: How long the sender waits between two pieces of work of a key, in seconds.
-        dies_at: Which of its steps the process does not survive: a sender and a consumer die after the commit of a
-            transaction, a relay dies after a send.
-        fails: What share of the sends fails, one half of them after the message has arrived.
-        ahead: By how many seconds the clock of the process is ahead.
-        lasts: How long the first transaction of each key stays open after its event was stored, in seconds.
-    """
-
-    service: str
-    address: str
-    database: str
-    name: str
-    has_outbox: bool
-    has_inbox: bool
-    first: int = 0
-    keys: int = 8
-    count: int = 40
-    pause: float = 0.1
-    dies_at: int | None = None
-    fails: float = 0.0
-    ahead: float = 0.0
-    lasts: float = 0.0
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+_before_commit: ContextVar[BeforeCommit] = ContextVar("before_commit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,31 +58,6 @@ class Work(Request[None]):
     number: int
 
 
-def say(word: str, **facts: object) -> None:
-    """Write one line, at once: the process may be killed next."""
-    os.write(1, f"{json.dumps({'what': word, **facts})}\n".encode())
-
-
-class Fate:
-    """Kills the process at one of its steps, as `kill -9` would."""
-
-    def __init__(self, dies_at: int | None) -> None:
-        self._left = dies_at
-
-    def step(self) -> None:
-        if self._left is not None:
-            self._left -= 1
-            if self._left < 0:
-                say("died")
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    async def after_the_commit(self, message: Any, handle: Any, /) -> Any:
-        """Surround a unit of work, as a middleware: its transaction was committed inside."""
-        result = await handle(message)
-        self.step()
-        return result
-
-
 class Fallible(Wrapped):
     """A broker some of whose sends fail, before or after the message has arrived, and that may kill its process."""
 
@@ -152,13 +67,9 @@ class Fallible(Wrapped):
         self._fate = fate
 
     async def send_message(self, message: Message, /) -> None:
-        luck = random.random()
-        if luck < self._fails / 2:
-            raise OutcomeUnknown("the grid let this send fail before it began", message_id=message.message_id)
-        await super().send_message(message)
-        self._fate.step()
-        if luck < self._fails:
-            raise OutcomeUnknown("the grid let this send fail after it ended", message_id=message.message_id)
+        send = partial(super().send_message, message)
+        error = partial(OutcomeUnknown, message_id=message.message_id)
+        await unreliably(send, self._fails, self._fate, error)
 
 
 def container_of(engine: Any) -> Container:
@@ -167,7 +78,7 @@ def container_of(engine: Any) -> Container:
     async def session() -> AsyncIterator[AsyncSession]:
         async with sessions.begin() as opened:
             yield opened
-            if (wait := _before_commit.get()) is not None:
+            if (wait := _before_commit.get(None)) is not None:
                 await wait()
 
     container = Container()
@@ -177,12 +88,6 @@ def container_of(engine: Any) -> Container:
 
 def broker_of(settings: Settings, *, fate: Fate) -> Any:
     return Fallible(BROKERS[settings.service](settings.address), settings.fails, fate)
-
-
-def engine_of(settings: Settings) -> Any:
-    return create_async_engine(
-        settings.database, pool_pre_ping=True, connect_args={"timeout": 5, "command_timeout": 10}
-    )
 
 
 async def send(settings: Settings) -> None:
@@ -205,41 +110,20 @@ async def send(settings: Settings) -> None:
         middlewares=[Fate(settings.dies_at).after_the_commit],
     )
 
+    async def do_one(key: str, number: int, before_commit: BeforeCommit) -> None:
+        _before_commit.set(before_commit)
+        try:
+            await mediator.send(Work(key, number))
+        except EventsNotSent as error:
+            say("confirmed", key=key, number=number, unsent=type(error.__cause__).__name__)
+        except Exception as error:  # noqa: BLE001  # the program goes on, and the grid reads what was committed
+            say("failed", key=key, number=number, error=type(error).__name__)
+        else:
+            say("confirmed", key=key, number=number)
+
     async with broker:
-        await asyncio.gather(*(work_under(f"key-{number}", mediator, settings) for number in range(settings.keys)))
+        await work_under_keys(settings, do_one)
     await engine.dispose()
-
-
-async def work_under(key: str, mediator: Mediator, settings: Settings) -> None:
-    async with asyncio.TaskGroup() as slow:
-        for number in range(settings.first, settings.first + settings.count):
-            if settings.lasts and number == settings.first:
-                is_stored = asyncio.Event()
-                slow.create_task(do_slowly(Work(key, number), mediator, is_stored, settings.lasts))
-                await is_stored.wait()  # the next one has to come behind it
-            else:
-                await do_one(Work(key, number), mediator)
-            await asyncio.sleep(settings.pause)
-
-
-async def do_slowly(request: Work, mediator: Mediator, is_stored: asyncio.Event, lasts: float) -> None:
-    async def stay_open() -> None:
-        is_stored.set()
-        await asyncio.sleep(lasts)
-
-    _before_commit.set(stay_open)
-    await do_one(request, mediator)
-
-
-async def do_one(request: Work, mediator: Mediator) -> None:
-    try:
-        await mediator.send(request)
-    except EventsNotSent as error:
-        say("confirmed", key=request.key, number=request.number, unsent=type(error.__cause__).__name__)
-    except Exception as error:  # noqa: BLE001  # the program goes on, and the grid reads what was committed
-        say("failed", key=request.key, number=request.number, error=type(error).__name__)
-    else:
-        say("confirmed", key=request.key, number=request.number)
 
 
 async def relay(settings: Settings) -> None:
