@@ -113,7 +113,10 @@ def page(results: Sequence[Result]) -> str:
     names = {"streams": "Redis Streams", "rabbitmq": "RabbitMQ", "kafka": "Kafka"}
     for (library, service), of_service in groupby(results, key=lambda each: (each.library, each.service)):
         peer = PEERS.get(library)
-        lines += [f"### {library}, {names[service]}", "", peer.settings, ""] if peer else [f"### {names[service]}", ""]
+        if peer:
+            lines += [f"### {library}, {names[service]}", "", f"{peer.settings} Installed: {peer.installed}.", ""]
+        else:
+            lines += [f"### {names[service]}", ""]
         lines += ["| fault | way | committed | lost | repeated | refused | inversions | recovered |"]
         lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
         for each in of_service:

@@ -28,6 +28,10 @@ class Peer:
     def program(self) -> Sequence[str]:
         return self.environment.python, "-m", self.module
 
+    @property
+    def installed(self) -> str:
+        return ", ".join(f"`{pin}`" for pin in self.environment.pins)
+
 
 #: By name and version.
 PEERS = {
@@ -41,7 +45,8 @@ PEERS = {
         way="send after commit",
         settings="With its defaults: `RabbitBroker(url)` (without its log), `broker.publish(event, queue=…)` after the "
         "commit, and `broker.subscriber(queue)`, which has no limit of prefetch and acknowledges after the handler. "
-        "Its queues and messages are not durable.",
+        "Its queues and messages are not durable. A lost connection is tried again after 5 seconds, and a publish "
+        "fails until then.",
     ),
     "python-cqrs 5.3.0": Peer(
         environment=OUTBOX_LIBRARIES["python-cqrs"],

@@ -176,4 +176,5 @@ def test_another_library_stands_under_its_name_version_and_settings():
     name = "FastStream 0.7.8"
     text = page([cell(), cell(library=name, way="send after commit", service="rabbitmq")])
 
-    assert text.index("### Kafka") < text.index(f"### {name}, RabbitMQ\n\n{peers.PEERS[name].settings}\n\n| fault")
+    heading = f"### {name}, RabbitMQ\n\n{peers.PEERS[name].settings} Installed: `faststream[rabbit]==0.7.8`, `"
+    assert text.index("### Kafka") < text.index(heading)
