@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from datetime import timedelta
 from random import uniform
@@ -97,8 +96,7 @@ class Inbox(Generic[Session]):
         if self._users == 0 and self._pruning is not None:
             pruning, self._pruning = self._pruning, None
             pruning.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await pruning
+            await asyncio.wait({pruning})  # not `await pruning`: that would hide a cancellation of this task
 
     async def _prune_now_and_then(self) -> None:
         pause = min(max(self.keep.total_seconds() / 100, _SHORTEST_PAUSE), _LONGEST_PAUSE)

@@ -399,3 +399,35 @@ async def test_old_notes_are_deleted_while_a_consumer_runs(caplog):
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
         "old notes of the inbox were not deleted: OSError; it is tried again"
     ]
+
+
+class SlowToStop(Ledger):
+    """Its database takes a while to undo what was cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cancelled, self.undone = asyncio.Event(), asyncio.Event()
+
+    async def prune(self, *, keep, limit):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.set()
+            await self.undone.wait()
+
+
+async def test_the_end_of_an_inbox_hides_no_cancellation():
+    store = SlowToStop()
+
+    async def use():
+        async with Inbox(store):
+            await asyncio.sleep(24 * 3600)
+
+    using = asyncio.create_task(use())
+    await store.cancelled.wait()
+    using.cancel()
+    await asyncio.sleep(1)
+    store.undone.set()
+    await asyncio.wait({using})
+
+    assert using.cancelled()
