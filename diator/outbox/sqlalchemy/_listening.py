@@ -17,9 +17,10 @@ _SECONDS = 300.0
 
 class Listener:
     """
-    Calls *notify* for each notification on *channel*, and when the connection is lost: then something may be missed.
+    Calls *notify* for each notification on *channel*.
 
-    The connection is not one of the pool any more.
+    It also does so when it begins to listen, and when the connection is lost: then something may be missed. The
+    connection is not one of the pool any more.
     """
 
     def __init__(self, engine: AsyncEngine, channel: str, notify: Callable[[], None]) -> None:
@@ -68,6 +69,7 @@ class Listener:
             await asyncio.shield(self._close())
             raise
         self._until = asyncio.get_running_loop().time() + _SECONDS
+        self._notify()  # for what was stored before
 
     def _received(self, *_: object) -> None:
         self._notify()

@@ -117,12 +117,23 @@ def connection_of(session: Session, table: sa.Table, engine: sa.Engine) -> sa.Co
     if bind.engine is not engine:
         _check_same_database(bind.engine, engine)
     connection = session.connection(bind_arguments={"bind": bind})
-    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+    if _commits_each_statement(connection):
         raise ConfigurationError(
             "the session of this unit of work commits each statement by itself (isolation_level AUTOCOMMIT), so that a "
             "message could be stored without the work; use a session with transactions"
         )
     return connection
+
+
+def _commits_each_statement(connection: sa.Connection) -> bool:
+    """Return whether there is no transaction, by an option of the connection or by one of its engine."""
+    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+        return True
+    driver: Any = connection.connection.dbapi_connection
+    if connection.dialect.name == "postgresql":
+        return driver.autocommit is True
+    # `configure_sqlite` sets this too, and then begins each transaction itself.
+    return driver.isolation_level is None and not driver.driver_connection.in_transaction
 
 
 def _check_same_database(used: sa.Engine, own: sa.Engine) -> None:

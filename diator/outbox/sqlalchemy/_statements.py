@@ -69,7 +69,6 @@ class Statements:
             f"{unpark} (SELECT seq FROM {outbox} WHERE available_at = {words.parked} AND key = :key"
             f" ORDER BY seq LIMIT {WINDOW}{skip_locked})"
         )
-        self.is_available = sa.text(f"SELECT EXISTS (SELECT 1 {available})")
         next_due = f"SELECT min(o.available_at) FROM {outbox} o WHERE o.dead_reason IS NULL AND o.available_at > {now}"
         held_since = f"SELECT min(o.created_at) FROM (SELECT o.* {available} LIMIT {WINDOW}) o WHERE NOT {is_settled}"
         self.look = sa.text(
@@ -225,7 +224,10 @@ class Locks:
     def __init__(self, outbox: str, inbox: str) -> None:
         table, self._inbox = _number(outbox), _number(inbox)
         name = outbox.replace("'", "''").replace(":", "\\:")
-        last = f"coalesce(pg_sequence_last_value(CAST(pg_get_serial_sequence('{name}', 'seq') AS regclass)), 0)"
+        sequence = f"CAST(pg_get_serial_sequence('{name}', 'seq') AS regclass)"
+        last = f"coalesce(pg_sequence_last_value({sequence}), 0)"
+        #: A version of PostgreSQL may return no last position without these rights: no key would ever be settled.
+        self.may_read_sequence = sa.text(f"SELECT has_sequence_privilege({sequence}, 'USAGE, SELECT')")
         #: Part of a statement that stores messages.
         self.storing = f"(SELECT pg_advisory_xact_lock_shared({table}, CAST({last} % {_MODULUS} AS int)) OFFSET 0)"
 

@@ -216,7 +216,7 @@ class SqlAlchemyStore:
         for statement in (self._statements.cancel_scheduled, self._statements.cancel_at_once):
             found += connection.execute(statement, {"message_id": self._id(message_id)}).all()
         for key in {row.key for row in found if row.has_parked}:
-            connection.execute(self._statements.unpark_next, {"key": key})
+            connection.execute(self._statements.unpark_next, {"key": _Hidden(key)})
         return bool(found)
 
     async def first_time(self, message_id: UUID, group: str, handler: str, session: AsyncSession, /) -> bool:
@@ -247,6 +247,11 @@ class SqlAlchemyStore:
             )
         for table in (self.outbox_table, self.inbox_table):
             check_table(connection, table, self._schema(table))
+        if self._on_postgresql and not connection.scalar(self._locks.may_read_sequence):
+            raise ConfigurationError(
+                f"the user {self._engine.url.username} may not read the sequence of {self.outbox_table.name}, which "
+                "tells a relay what may be sent in order; grant USAGE on it"
+            )
 
     async def claim(self, *, limit: int, lease: float, order: Order, on_dead: OnDead) -> Claim:
         """See `Store.claim`."""
@@ -340,7 +345,7 @@ class SqlAlchemyStore:
                     changed += len(found)
                     keys.update(row.key for row in found if row.has_parked and row.seq in done)
             for key in keys:
-                await connection.execute(statements.unpark_next, {"key": key})
+                await connection.execute(statements.unpark_next, {"key": _Hidden(key)})
         return len(sent) + len(untried) + len(failures) - changed
 
     async def wait(self, timeout: float, /) -> None:
@@ -348,26 +353,21 @@ class SqlAlchemyStore:
         self._bind_to_running_loop()
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout
+        limit = asyncio.timeout_at(until)
         try:
-            async with asyncio.timeout_at(until):
+            async with limit:
                 if self._notifies and not self._listener.is_open:
                     await asyncio.shield(self._listener.open())
                     self._cannot_listen = False
-                    if await self._is_available():  # it may have been stored before
-                        return
                 await self._stored.wait()
-        except TimeoutError:
-            pass
         except Exception as error:  # noqa: BLE001  # of the database, of the driver, or of the network
+            if limit.expired():
+                return
             if not self._cannot_listen:
                 self._cannot_listen = True
                 line = "the relay looks for messages from time to time, since it cannot listen: %r"
                 _log.warning(line, type(error), extra={"error_type": name_of(type(error))})
             await asyncio.sleep(until - loop.time())
-
-    async def _is_available(self) -> bool:
-        async with begin(self._own) as connection:
-            return bool(await connection.scalar(self._statements.is_available))
 
     def _bind_to_running_loop(self) -> None:
         loop = asyncio.get_running_loop()
@@ -438,7 +438,7 @@ class SqlAlchemyStore:
             await self._lock(connection, self._locks.park)
             changed = (await connection.execute(statement, parameters)).all()
             for key in {row.key for row in changed if row.has_parked}:
-                await connection.execute(self._statements.unpark_next, {"key": key})
+                await connection.execute(self._statements.unpark_next, {"key": _Hidden(key)})
             if self._notifies:
                 await connection.execute(sa.text("SELECT pg_notify(:channel, '')"), {"channel": self._channel})
         self._committed()

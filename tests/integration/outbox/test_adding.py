@@ -5,7 +5,7 @@ from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from diator.brokers import Message
@@ -183,6 +183,16 @@ async def test_a_session_without_transactions_is_refused(store, engine):
     async with AsyncSession(engine.execution_options(isolation_level="AUTOCOMMIT")) as session:
         with pytest.raises(ConfigurationError, match="commits each statement by itself"):
             await store.add([message()], [None], session)
+
+
+async def test_an_engine_without_transactions_is_refused(store, url):
+    engine = create_async_engine(url, isolation_level="AUTOCOMMIT")
+    async with AsyncSession(engine) as session:
+        with pytest.raises(ConfigurationError, match="commits each statement by itself"):
+            await store.add([message()], [None], session)
+        with pytest.raises(ConfigurationError, match="commits each statement by itself"):
+            await store.first_time(UUID(int=1), "group", "handler", session)
+    await engine.dispose()
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,25 @@ async def test_a_database_with_another_encoding(postgres_url, url):
     await admin.dispose()
 
 
+@pytest.mark.parametrize("driver", ON_POSTGRESQL)
+async def test_a_user_who_may_not_read_the_sequence(store, engine, url):
+    user = f"{url.database}_relay"
+    async with engine.begin() as connection:
+        await connection.execute(sa.text(f"CREATE ROLE {user} LOGIN PASSWORD 'x'"))
+        tables = "diator_outbox, diator_inbox"
+        await connection.execute(sa.text(f"GRANT SELECT, INSERT, UPDATE, DELETE ON {tables} TO {user}"))
+    other = engine_of(url.set(username=user, password="x"))
+    with pytest.raises(ConfigurationError, match=rf"{user} may not read the sequence of diator_outbox.*grant USAGE"):
+        await SqlAlchemyStore(other).check()
+    async with engine.begin() as connection:
+        await connection.execute(sa.text(f"GRANT USAGE ON SEQUENCE diator_outbox_seq_seq TO {user}"))
+    await SqlAlchemyStore(other).check()
+    await other.dispose()
+    async with engine.begin() as connection:
+        await connection.execute(sa.text(f"DROP OWNED BY {user}"))
+        await connection.execute(sa.text(f"DROP ROLE {user}"))
+
+
 async def test_another_database_is_refused():
     engine = engine_of(sa.make_url("sqlite+aiosqlite://"))
     engine.sync_engine.dialect.name = "mysql"

@@ -4,9 +4,10 @@ import asyncio
 import logging
 import time
 
+import asyncpg
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from diator.outbox.sqlalchemy import SqlAlchemyStore
 from tests.integration.outbox.databases import ON_POSTGRESQL, engine_of
@@ -46,9 +47,10 @@ async def test_another_process_wakes_the_relay_after_its_connection_was_lost(sto
 
 
 @pytest.mark.parametrize("driver", ON_POSTGRESQL)
-async def test_a_relay_that_cannot_listen_waits_and_says_so_once(store, engine, caplog, monkeypatch):
+@pytest.mark.parametrize("error", [OSError, TimeoutError])  # the driver's own timeout is a TimeoutError as well
+async def test_a_relay_that_cannot_listen_waits_and_says_so_once(store, engine, caplog, monkeypatch, error):
     async def refuse():
-        raise OSError
+        raise error
 
     monkeypatch.setattr(store._listener, "open", refuse)
     for _ in range(2):
@@ -57,7 +59,33 @@ async def test_a_relay_that_cannot_listen_waits_and_says_so_once(store, engine, 
         assert time.monotonic() - began > 0.09
     [record] = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "cannot listen" in record.getMessage()
-    assert "OSError" in record.getMessage()
+    assert error.__name__ in record.getMessage()
+
+
+@pytest.mark.parametrize("driver", ON_POSTGRESQL[:1])
+async def test_a_message_that_is_stored_while_a_connection_is_made_ends_the_next_wait(store, sessions, url):
+    may_connect = asyncio.Event()
+
+    async def connect():
+        await may_connect.wait()
+        return await asyncpg.connect(
+            url.set(drivername="postgresql").difference_update_query(["ssl"]).render_as_string(hide_password=False)
+        )
+
+    slow = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=sa.NullPool)
+    relay = SqlAlchemyStore(slow)
+    may_connect.set()
+    assert await names(relay) == []
+    may_connect.clear()
+    await relay.wait(0.01)
+    await add(store, sessions, message())
+    may_connect.set()
+    async with asyncio.timeout(30):
+        while not relay._listener.is_open:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await relay.wait(60)
+    await relay.close()
+    await slow.dispose()
 
 
 @pytest.mark.parametrize("driver", ON_POSTGRESQL)
