@@ -24,12 +24,12 @@ from diator.brokers.sending import Deduplicating
 from diator.container.base import BuildLater, Resolver, Shared, scopes
 from diator.context import CONTEXT_OF, CORRELATED, DELIVERY, MessageContext, log_fields, needed_message
 from diator.events import EventEmitter, EventMap
-from diator.events._emitter import OUTGOING, Outgoing, session_builder
+from diator.events._emitter import OUTGOING, Outgoing, check_same, session_builder
 from diator.events._event import is_integration_event, message_name_of
-from diator.exceptions import ConfigurationError, DecodingError, DiatorError, EventHandlersFailed
+from diator.exceptions import ConfigurationError, DecodingError, DiatorError, EventHandlersFailed, NotCommitted
 from diator.instruments import Handled, Observer, Outcome
 from diator.middlewares.base import Middleware, chain, middlewares_for
-from diator.retrying import RetryPolicy
+from diator.retrying import CommittedTooEarly, RetryPolicy
 
 #: The logger that the documentation names for all lines about deliveries; this module is private.
 logger: logging.Logger = logging.getLogger("diator.consumer")
@@ -96,11 +96,15 @@ class BoundInbox(NamedTuple):
         first_time: As `Deduplicating.first_time`.
         group: The group under which it notes messages.
         session: Returns the session of the open scope.
+        watch: As `Deduplicating.watch`.
+        session_type: The class of the session.
     """
 
     first_time: Callable[[UUID, str, str, Any], Awaitable[bool]]
     group: str
     session: BuildLater[Any]
+    watch: Callable[[Any], Callable[[], bool | None] | None]
+    session_type: type
 
 
 def inbox_of(
@@ -127,7 +131,23 @@ def inbox_of(
             f"the inbox uses the transaction of a {name_of(inbox.session_type)} and the outbox that of a "
             f"{name_of(session_type)}; an event would be lost between the two, so make both of one store"
         )
-    return BoundInbox(inbox.first_time, group, session_builder(container, inbox.session_type, inbox))
+    build_session = session_builder(container, inbox.session_type, inbox)
+    return BoundInbox(inbox.first_time, group, _same(build_session), inbox.watch, inbox.session_type)
+
+
+def _same(build: BuildLater[Any]) -> BuildLater[Any]:
+    """Return *build*, with a check in the first unit of work: handler and inbox get the same session."""
+    is_checked = False
+
+    async def session(shared: Shared) -> Any:
+        nonlocal is_checked
+        found = await build(shared)
+        if not is_checked:
+            await check_same(build, shared, found)
+            is_checked = True
+        return found
+
+    return session
 
 
 def routes(
@@ -195,6 +215,8 @@ def _handle(
         await dispatch(event, shared)
         if outgoing := shared.get(OUTGOING):
             await emitter._send(outgoing)
+        if inbox is not None and (was_committed := shared.get(_NOTED)) is not None and was_committed() is False:
+            raise NotCommitted([type(event)], inbox.session_type, did="handled")
         return _DUPLICATE in shared
 
     return handle
@@ -202,6 +224,8 @@ def _handle(
 
 #: The key under which the state of a send notes that the handler had handled the message before.
 _DUPLICATE = object()
+#: The key of the function that says whether the transaction with the note was committed, after a handler's success.
+_NOTED = object()
 
 
 def _handle_directly(
@@ -233,6 +257,18 @@ def _handle_directly(
     return handle
 
 
+def _check_is_open(
+    was_committed: Callable[[], bool | None] | None, handler: PreparedHandler, error: Exception | None = None
+) -> None:
+    """Check that the transaction with the note of the inbox is still open, at the end of a handler."""
+    if was_committed is not None and was_committed():
+        raise CommittedTooEarly(
+            f"{handler.name} has committed its transaction by itself, before its unit of work was over: the rest "
+            "of its work and its events are not stored, and a retry would be taken for a duplicate; leave the "
+            "commit to what gives the session"
+        ) from error
+
+
 def _unit_of_work(
     handler: PreparedHandler, emitter: EventEmitter, inbox: BoundInbox | None
 ) -> Callable[[Any, Shared], Awaitable[None]]:
@@ -244,20 +280,29 @@ def _unit_of_work(
     """
 
     async def run(event: Any, shared: Shared) -> Outgoing:
+        was_committed: Callable[[], bool | None] | None = None
         if inbox is not None:
             session = await inbox.session(shared)
             if not await inbox.first_time(needed_message().message_id, inbox.group, handler.name, session):
                 shared[_DUPLICATE] = True
                 return []
+            was_committed = inbox.watch(session)
         raised: list[Any] = []
         try:
-            await handler.call(event, shared, raised)
+            try:
+                await handler.call(event, shared, raised)
+            except Exception as error:
+                handler.note(error, event)
+                raise
+            outgoing = await emitter._handle(raised, shared) if raised else []
         except Exception as error:
-            handler.note(error, event)
+            _check_is_open(was_committed, handler, error)
             raise
-        outgoing = await emitter._handle(raised, shared) if raised else []
+        if outgoing:  # they would be stored in another transaction
+            _check_is_open(was_committed, handler)
         if outgoing and inbox is not None and emitter._sends_later:  # no attribute of the class has told this
             raise ConfigurationError(_NEEDS_OUTBOX.format(handler.name, "raised"))
+        shared[_NOTED] = was_committed
         return outgoing
 
     # Each call clears *shared*: a middleware that calls it again gets a new scope, and none of the earlier events.

@@ -445,7 +445,8 @@ def _check_stores(outbox: object, inbox: object) -> None:
         raise ConfigurationError(
             f"outbox must be an Outbox, or another broker that stores in a transaction, and it is {described(outbox)}"
         )
-    if inbox is not None and (isinstance(inbox, type) or not callable(getattr(inbox, "first_time", None))):
+    is_inbox = callable(getattr(inbox, "first_time", None)) and hasattr(inbox, "group")  # a store has no group
+    if inbox is not None and (isinstance(inbox, type) or not is_inbox):
         raise ConfigurationError(f"inbox must be an Inbox, and it is {described(inbox)}")
 
 

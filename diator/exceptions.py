@@ -211,18 +211,19 @@ class EventsNotSent(DiatorError):
 
 class NotCommitted(DiatorError, RuntimeError):
     """
-    A unit of work succeeded, and the transaction in which its messages were stored was rolled back.
+    A unit of work succeeded, and its transaction was rolled back: an outbox has stored in it, or an inbox has noted.
 
-    So these messages do not exist, nor does what the handler wrote in that transaction. The session has to be committed
-    when the unit of work succeeds: by the resource that gives it to the container, or by a middleware.
+    So the messages do not exist, nor does what the handler wrote in that transaction. The session has to be committed
+    when the unit of work succeeds: by the resource that gives it to the container, or by a middleware, and not by the
+    handler.
     """
 
-    def __init__(self, event_types: Sequence[type], session_type: type) -> None:
+    def __init__(self, event_types: Sequence[type], session_type: type, *, did: str = "stored") -> None:
         names = ", ".join(dict.fromkeys(each.__qualname__ for each in event_types))
         super().__init__(
-            f"the unit of work succeeded, but the transaction that stored {names} was rolled back, or its "
+            f"the unit of work succeeded, but the transaction that {did} {names} was rolled back, or its "
             f"{session_type.__qualname__} was closed without a commit; let the resource commit it, as in "
-            "`async with sessions.begin() as session: yield session`"
+            "`async with sessions.begin() as session: yield session`, and not the handler"
         )
 
 

@@ -18,6 +18,15 @@ class PermanentError(Exception):
     """
 
 
+class CommittedTooEarly(PermanentError):
+    """
+    A handler has committed its transaction by itself, with the note of the inbox in it, and has failed afterwards.
+
+    Or it has raised events, which are not stored in that transaction any more. A retry would be taken for a duplicate,
+    and acknowledged without the rest of the work and its events. So the message is dead-lettered at once.
+    """
+
+
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
     """

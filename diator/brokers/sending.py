@@ -187,6 +187,14 @@ class Deduplicating(Protocol[Session_contra]):
         """Note in the open transaction of *session* that *handler* handles this message; false if it did before."""
         ...
 
+    def watch(self, session: Session_contra, /) -> Callable[[], bool | None] | None:
+        """
+        Return a function that says whether the open transaction of *session* was committed. None if it cannot know.
+
+        The function returns None while the transaction is open, and False if it was rolled back.
+        """
+        ...
+
 
 def transactional(broker: object) -> bool:
     """Return whether *broker* takes part in the unit of work, see `TransactionalBroker`."""

@@ -218,13 +218,7 @@ class EventEmitter:
             return await self._build_session(shared)
         build = session_builder(self._used_container(), self._session_type, self._broker)
         session = await build(shared)
-        # Two sessions are two transactions: nobody would commit the second one.
-        if await build(shared) is not session:
-            name = name_of(type(session))
-            raise ConfigurationError(
-                f"the container returns a new {name} each time; register it as scoped, so that the handlers of a unit "
-                "of work and the outbox have the same one"
-            )
+        await check_same(build, shared, session)
         self._build_session = build
         return session
 
@@ -368,6 +362,16 @@ def session_builder(container: Resolver, session_type: type | None, broker: obje
             f"{name} is registered as a singleton, and {asking} needs one for each unit of work; register it as scoped"
         )
     return builder(container, session_type)[1]
+
+
+async def check_same(build: BuildLater[Any], shared: Shared, session: object) -> None:
+    """Check that *build* returns *session* again. Two are two transactions: nobody would commit the second one."""
+    if await build(shared) is not session:
+        name = name_of(type(session))
+        raise ConfigurationError(
+            f"the container returns a new {name} each time; register it as scoped, so that the handlers of a unit of "
+            "work, the outbox and the inbox have the same one"
+        )
 
 
 def check_parts(*, event_map: object, container: object, message_broker: object) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from datetime import timedelta
 from random import uniform
 from typing import Generic, Self, TypeVar
@@ -62,6 +63,7 @@ class Inbox(Generic[Session]):
         if keep <= timedelta(hours=1):
             raise ConfigurationError("keep must be a timedelta of more than one hour")
         self._store = store
+        self._watch: Callable[[Session], Callable[[], bool | None]] | None = getattr(store, "watch", None)
         self.session_type: type = store.session_type
         self.group: str | None = group
         self.keep: timedelta = keep
@@ -77,6 +79,10 @@ class Inbox(Generic[Session]):
         """
         check_session(session, self.session_type, "the inbox")
         return await self._store.first_time(message_id, group, handler, session)
+
+    def watch(self, session: Session, /) -> Callable[[], bool | None] | None:
+        """Return what tells whether the open transaction of *session* was committed; None if the store cannot know."""
+        return None if self._watch is None else self._watch(session)
 
     async def prune(self) -> int:
         """Delete all notes that are older than *keep*. Return how many. A consumer calls it by itself."""

@@ -77,7 +77,13 @@ class Outbox(Generic[Session]):
 
         *message_id* is the `event_id` of its event. Return False if there is nothing to delete: a relay has sent the
         message, or is just sending it.
+
+        Raises:
+            UsageError: *message_id* is not a UUID.
+            ConfigurationError: *session* is not of the type that the store needs.
         """
+        if not isinstance(message_id, UUID):
+            raise UsageError(f"message_id must be the event_id of an event, and it is {described(message_id)}")
         check_session(session, self.session_type, "the outbox")
         return await self.messages.cancel(message_id, session)
 
@@ -101,7 +107,8 @@ class Outbox(Generic[Session]):
 
 def check_store(store: Any) -> None:
     """Check the type of a store when an outbox or an inbox is made."""
-    if isinstance(store, type) or not isinstance(getattr(store, "session_type", None), type):
+    is_outbox = isinstance(store, Outbox)
+    if isinstance(store, type) or is_outbox or not isinstance(getattr(store, "session_type", None), type):
         raise ConfigurationError(
             f"store must be a store such as SqlAlchemyStore, with a session_type, and it is {described(store)}"
         )
@@ -111,6 +118,6 @@ def check_session(session: object, session_type: type, user: str) -> None:
     """Check what the container has given as the session of a unit of work."""
     if not isinstance(session, session_type):
         raise ConfigurationError(
-            f"{user} stores in the transaction of a {name_of(session_type)}, and the container gave "
-            f"{described(session)}; register {name_of(session_type)} with what returns one"
+            f"{user} stores in the {name_of(session_type)} of a unit of work, and it was given {described(session)}; "
+            f"register {name_of(session_type)} with what returns one"
         )

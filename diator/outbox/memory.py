@@ -256,6 +256,11 @@ class MemoryStore:
         transaction.noted[note] = self._database.clock()
         return True
 
+    def watch(self, session: MemorySession, /) -> Callable[[], bool | None]:
+        """Return what tells whether the open transaction of *session* was committed; see `Store.first_time`."""
+        transaction = self._transaction_of(session)
+        return lambda: not transaction.was_rolled_back if transaction.ended.is_set() else None
+
     def _transaction_of(self, session: object) -> _Transaction:
         if not isinstance(session, MemorySession) or session.database is not self._database:
             raise UsageError(f"the session must be a MemorySession of this store, and it is {described(session)}")

@@ -187,6 +187,11 @@ class Store(Protocol[Session_contra]):
 
         While another transaction that noted the same is open, the call waits for its end: false if it was committed,
         true if it was rolled back.
+
+        A store that can know what becomes of a transaction also has a method `watch(session)`. It returns a function
+        that says whether the open transaction of *session* was committed: None while it is open, False after a
+        rollback. So a program that forgets to commit, or commits too early, gets an error. Without it, the message
+        would be acknowledged, and the work or its events lost.
         """
         ...
 

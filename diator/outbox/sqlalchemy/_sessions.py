@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import PoolProxiedConnection, event
-from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.exc import InvalidRequestError, PendingRollbackError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import greenlet_spawn
 
 from diator._hints import described
-from diator.exceptions import ConfigurationError
+from diator.exceptions import ConfigurationError, UsageError
 
 _Connection = TypeVar("_Connection", AsyncConnection, PoolProxiedConnection)
 
@@ -109,6 +109,7 @@ def connection_of(session: Session, table: sa.Table, engine: sa.Engine) -> sa.Co
 
     Raises:
         ConfigurationError: It is one of another database than that of *engine*, where the relay looks for messages.
+        UsageError: The handler has ended the transaction by itself.
     """
     try:
         bind = session.get_bind(clause=table)
@@ -116,7 +117,16 @@ def connection_of(session: Session, table: sa.Table, engine: sa.Engine) -> sa.Co
         bind = engine
     if bind.engine is not engine:
         _check_same_database(bind.engine, engine)
-    connection = session.connection(bind_arguments={"bind": bind})
+    try:
+        connection = session.connection(bind_arguments={"bind": bind})
+    except PendingRollbackError:  # it says what to do
+        raise
+    except InvalidRequestError as error:
+        raise UsageError(
+            "the transaction of this unit of work has ended before it: its handler called commit, rollback or close of "
+            "the session; what it committed stays, and its events are not stored; leave the commit to the resource or "
+            "the middleware that gives the session"
+        ) from error
     if _commits_each_statement(connection):
         raise ConfigurationError(
             "the session of this unit of work commits each statement by itself (isolation_level AUTOCOMMIT), so that a "
@@ -180,6 +190,10 @@ class Fate:
     def was_rolled_back(self) -> bool:
         """Return whether it was rolled back; false while it is open."""
         return self._was_rolled_back
+
+    def was_committed(self) -> bool | None:
+        """Return whether it was committed; None while it is open."""
+        return False if self._was_rolled_back else None if self._open else True
 
     def commit(self, transaction: SessionTransaction) -> None:
         """Take note that *transaction* was committed."""

@@ -78,6 +78,8 @@ class SqlAlchemyStore:
         if not isinstance(engine, AsyncEngine):
             raise ConfigurationError("SqlAlchemyStore needs an AsyncEngine, as create_async_engine returns it")
         metadata = sa.MetaData() if metadata is None else metadata
+        if not isinstance(metadata, sa.MetaData):
+            raise ConfigurationError("metadata must be a MetaData, such as Base.metadata of a declarative base")
         name = engine.dialect.name
         self._words = dialect_of(name)
         self._on_postgresql = name == "postgresql"
@@ -167,9 +169,9 @@ class SqlAlchemyStore:
         return await session_of(session).run_sync(self._add, rows, scheduled)
 
     def _add(self, session: Session, rows: list[dict[str, Any]], scheduled: bool) -> Callable[[], bool]:  # noqa: FBT001
+        connection = connection_of(session, self.outbox_table, self._engine.sync_engine)
         if session.autoflush:
             session.flush()
-        connection = connection_of(session, self.outbox_table, self._engine.sync_engine)
         statement = self._inserts[scheduled, not has_stored(session, self.outbox_table.fullname)]
         fate = Fate(session, self.outbox_table.fullname, self._committed)
         if rows and self._on_postgresql:
@@ -227,6 +229,10 @@ class SqlAlchemyStore:
         connection = connection_of(session, self.inbox_table, self._engine.sync_engine)
         noted = {"message_id": self._id(message_id), "group": group, "handler": handler}
         return connection.execute(self._statements.note, noted).rowcount == 1
+
+    def watch(self, session: AsyncSession, /) -> Callable[[], bool | None]:
+        """Return what tells whether the open transaction of *session* was committed; see `Store.first_time`."""
+        return Fate(session.sync_session, self.inbox_table.fullname, lambda: None).was_committed
 
     # -- for the relay -----------------------------------------------------------------------------------------------
 

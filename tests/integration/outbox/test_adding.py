@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from diator.brokers import Message
-from diator.exceptions import ConfigurationError, EncodingError
+from diator.exceptions import ConfigurationError, EncodingError, UsageError
 from diator.outbox.sqlalchemy import SqlAlchemyStore
 from tests.integration.outbox.databases import engine_of
 from tests.integration.outbox.helpers import add, claim, message, names
@@ -177,6 +177,26 @@ async def test_another_engine_of_the_same_database_is_accepted(store, url):
     await add(store, async_sessionmaker(engine), message())
     await engine.dispose()
     assert await names(store) == ["Happened"]
+
+
+async def test_a_transaction_that_the_handler_has_ended_is_named(store, sessions):
+    async with sessions.begin() as session:
+        await session.commit()
+        with pytest.raises(UsageError, match="its handler called commit"):
+            await store.add([message()], [None], session)
+    assert await names(store) == []
+
+
+async def test_whether_a_transaction_was_committed_is_watched(store, sessions):
+    async with sessions() as session:
+        await store.first_time(message().message_id, "group", "handler", session)
+        first = store.watch(session)
+        assert first() is None
+        await session.commit()
+        assert first() is True
+        await store.first_time(message().message_id, "group", "handler", session)
+        second = store.watch(session)
+    assert (first(), second()) == (True, False)
 
 
 async def test_a_session_without_transactions_is_refused(store, engine):

@@ -18,6 +18,10 @@ class Transaction:
         self.messages: list[tuple[Message, Any]] = []
         self.notes: set[tuple[UUID, str, str]] = set()
         self.was_rolled_back = False
+        self.is_over = False
+
+    def was_committed(self) -> bool | None:
+        return False if self.was_rolled_back else True if self.is_over else None
 
     def commit(self) -> None:
         if self.ledger.failing:
@@ -26,6 +30,7 @@ class Transaction:
         self.ledger.rows += self.rows
         self.ledger.messages += self.messages
         self.ledger.notes |= self.notes
+        self.is_over = True
 
 
 class Ledger:
@@ -77,6 +82,9 @@ class Ledger:
         note = (message_id, group, handler)
         session.notes.add(note)
         return note not in self.notes
+
+    def watch(self, session: Transaction, /):
+        return session.was_committed if self.knows else None
 
     async def prune(self, **_: Any) -> int:
         return 0

@@ -251,7 +251,7 @@ async def test_a_session_that_is_new_each_time_is_refused(ledger, outbox):
             await mediator.send(Join())
         assert str(refused.value) == (
             "the container returns a new Transaction each time; register it as scoped, so that the handlers of a unit "
-            "of work and the outbox have the same one"
+            "of work, the outbox and the inbox have the same one"
         )
 
 
@@ -293,7 +293,9 @@ async def test_a_session_of_another_type_is_refused(ledger, outbox):
 
     emitter = EventEmitter(None, container_of(something), outbox)
 
-    with pytest.raises(ConfigurationError, match=r"a Transaction, and the container gave an object of str"):
+    with pytest.raises(
+        ConfigurationError, match=r"the Transaction of a unit of work, and it was given an object of str"
+    ):
         await emitter.emit(UserJoined())
 
 
@@ -322,7 +324,7 @@ async def test_an_outbox_needs_a_broker_that_sends(ledger, to):
         Outbox(ledger, to)
 
 
-@pytest.mark.parametrize("store", [None, Ledger, object(), MemoryMessageBroker()])
+@pytest.mark.parametrize("store", [None, Ledger, object(), MemoryMessageBroker(), Outbox(Ledger(), Recorder())])
 async def test_an_outbox_needs_a_store(store):
     with pytest.raises(ConfigurationError, match="store must be a store"):
         Outbox(store, Recorder())
@@ -443,6 +445,9 @@ async def test_what_was_stored_for_later_may_be_cancelled(ledger, outbox):
         assert not await outbox.cancel(event.event_id, transaction)
     with pytest.raises(ConfigurationError, match="Transaction"):
         await outbox.cancel(event.event_id, "session")
+    async with ledger.begin() as transaction:
+        with pytest.raises(UsageError, match="message_id must be the event_id of an event, and it is an object of str"):
+            await outbox.cancel(str(event.event_id), transaction)
 
     assert len(ledger.messages) == 1
 

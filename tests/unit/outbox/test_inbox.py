@@ -1,6 +1,7 @@
 """A consumer with an inbox: what a handler does in its transaction happens once."""
 
 import asyncio
+import contextlib
 from datetime import timedelta
 
 import pytest
@@ -13,6 +14,7 @@ from diator.container import Container
 from diator.events import EventEmitter, EventHandler, Events
 from diator.exceptions import ConfigurationError, NotCommitted, ResolutionError
 from diator.outbox import Inbox, Outbox, UnitOfWork
+from diator.retrying import CommittedTooEarly
 from tests.unit.consumer.helpers import ONCE, consume, consumer_of, outcomes, quick
 from tests.unit.doubles import WEAK, Noticed, Scripted, UserJoined, events_of, holding, running, until
 from tests.unit.outbox.ledger import Ledger, Transaction
@@ -198,6 +200,87 @@ async def test_a_transaction_that_nobody_commits_fails_the_delivery(ledger):
     assert (report.outcome, type(report.error)) == ("dead_lettered", NotCommitted)
 
 
+async def test_a_transaction_that_nobody_commits_fails_the_delivery_without_any_event(ledger):
+    container = Container()
+    container.register(Transaction, ledger.uncommitted)
+
+    [report] = await consume(await holding(JOIN), on_joined, container=container, inbox=Inbox(ledger), retry=ONCE)
+
+    assert (report.outcome, type(report.error), ledger.rows) == ("dead_lettered", NotCommitted, [])
+    assert "handled UserJoined was rolled back" in str(report.error)
+
+
+async def test_a_store_that_cannot_know_whether_a_transaction_was_committed_is_trusted():
+    ledger, container = Ledger(knows=False), Container()
+    container.register(Transaction, ledger.uncommitted)
+
+    [report] = await consume(await holding(JOIN), on_joined, container=container, inbox=Inbox(ledger), retry=ONCE)
+
+    assert report.outcome == "acked"
+
+
+async def test_a_middleware_may_swallow_the_error_of_a_handler_whose_transaction_is_rolled_back(ledger, container):
+    async def fails(event: UserJoined, transaction: Transaction) -> None:
+        raise LookupError
+
+    async def swallow(event, handle):
+        with contextlib.suppress(LookupError):
+            await handle(event)
+
+    [report] = await consume(
+        await holding(JOIN), fails, container=container, inbox=Inbox(ledger), retry=ONCE, middlewares=[swallow]
+    )
+
+    assert (report.outcome, ledger.notes) == ("acked", set())
+
+
+async def test_a_handler_that_commits_and_then_fails_is_not_taken_for_a_duplicate(ledger):
+    container = Container()
+    container.register(Transaction, ledger.uncommitted)
+
+    async def commits(event: UserJoined, transaction: Transaction) -> None:
+        transaction.commit()
+        raise LookupError
+
+    [report] = await consume(
+        await holding(JOIN), commits, container=container, inbox=Inbox(ledger), retry=quick(immediate_retries=1)
+    )
+
+    assert (report.outcome, type(report.error)) == ("dead_lettered", CommittedTooEarly)
+    assert type(report.error.__cause__) is LookupError
+
+
+async def test_a_handler_that_commits_and_raises_events_is_not_taken_for_a_duplicate(ledger):
+    container, broker = Container(), await holding(JOIN)
+    container.register(Transaction, ledger.uncommitted)
+
+    async def commits(event: UserJoined, transaction: Transaction, events: Events) -> None:
+        events.append(UserJoined())
+        transaction.commit()
+
+    [report] = await consume(
+        broker,
+        commits,
+        container=container,
+        outbox=Outbox(ledger, broker),
+        inbox=Inbox(ledger),
+        retry=quick(immediate_retries=1),
+    )
+
+    assert (report.outcome, type(report.error)) == ("dead_lettered", CommittedTooEarly)
+    assert "commits has committed its transaction by itself" in str(report.error)
+
+
+async def test_a_session_that_is_new_each_time_fails_the_delivery(ledger):
+    container = Container()
+    container.register(Transaction, lambda: Transaction(ledger))
+
+    [report] = await consume(await holding(JOIN), on_joined, container=container, inbox=Inbox(ledger), retry=ONCE)
+
+    assert (report.outcome, type(report.error)) == ("dead_lettered", ConfigurationError)
+    assert "a new Transaction each time" in str(report.error)
+
+
 async def test_middlewares_surround_a_duplicate(ledger):
     unit_of_work = UnitOfWork(ledger.begin)
     container = Container()
@@ -331,7 +414,7 @@ def test_an_outbox_must_be_one(container, part):
     )
 
 
-@pytest.mark.parametrize("part", [object(), MemoryMessageBroker(), Inbox])
+@pytest.mark.parametrize("part", [object(), MemoryMessageBroker(), Inbox, Ledger()])
 def test_an_inbox_must_be_one(container, part):
     with pytest.raises(ConfigurationError) as refused:
         consumer_of(MemoryMessageBroker(), on_joined, container=container, inbox=part)
