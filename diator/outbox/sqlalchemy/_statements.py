@@ -35,7 +35,8 @@ class Statements:
         # A row with a key, and perhaps an earlier one of an open transaction, waits for that: see `settled`.
         is_settled = "(o.key IS NULL OR o.seq <= :settled)" if on_postgresql else "TRUE"
         waits = f"CASE WHEN b.lease_until > {now} THEN 2 WHEN b.available_at > {now} THEN 1 ELSE 0 END"
-        # What the first row with the key of `o` that was tried does: 2 if it is leased, 1 if it waits for its retry.
+        # What the first row with the key of `o` that was tried does: 2 if it is leased, 1 if it waits for its retry, 0 if
+        # it may be claimed, but perhaps stands in the order of the index behind more rows of its key than a claim reads.
         tried = f"(SELECT {waits} FROM {outbox} b WHERE {_EARLIER} AND {_TRIED} ORDER BY b.seq LIMIT 1)"
         busy = self._before(f"{_TRIED} AND (b.lease_until > {now} OR b.available_at > {now})")
         dead, parked = self._before("b.dead_reason IS NOT NULL"), self._before(f"b.available_at = {words.parked}")
@@ -52,7 +53,7 @@ class Statements:
             on_dead: sa.text(
                 f"UPDATE {outbox} SET available_at = {words.parked} WHERE seq IN (SELECT o.seq FROM"
                 f" (SELECT o.seq, o.key {available} LIMIT {WINDOW}) o"
-                f" WHERE o.key IS NOT NULL AND ({parked} IS NOT NULL OR {behind} = 1){skip_locked})"
+                f" WHERE o.key IS NOT NULL AND ({parked} IS NOT NULL OR {behind} < 2){skip_locked})"
             )
             for on_dead, behind in is_behind.items()
         }
@@ -60,7 +61,7 @@ class Statements:
         unpark = f"UPDATE {outbox} SET available_at = {words.at_once} WHERE seq IN"
         self.unpark_free: dict[OnDead, sa.TextClause] = {
             on_dead: sa.text(
-                f"{unpark} (SELECT o.seq FROM ({some_parked}) o WHERE NOT coalesce({behind} > 0, FALSE){skip_locked})"
+                f"{unpark} (SELECT o.seq FROM ({some_parked}) o WHERE NOT coalesce({behind} >= 0, FALSE){skip_locked})"
             )
             for on_dead, behind in is_behind.items()
         }

@@ -101,6 +101,18 @@ async def test_a_backlog_behind_a_retry_delays_no_other_key(store, sessions, eng
     assert await drain(store) == [*expected, "Last"]
 
 
+async def test_a_backlog_that_was_due_before_a_retry_of_its_key_stops_nothing(store, sessions, window):
+    await add(store, sessions, message("A0", key="a"))
+    claimed = await claim(store)
+    later = [f"A{number}" for number in range(1, 2 * window)]
+    await add(store, sessions, *(message(name, key="a") for name in later), due=timedelta(0))
+    await add(store, sessions, message("Other"), due=timedelta(0))
+    await fail(store, claimed, *claimed.rows, retry_after=0.0)
+    sent = await drain(store)
+    assert {*sent} == {"A0", *later, "Other"}
+    assert next(name for name in sent if name != "Other") == "A0"
+
+
 async def test_a_backlog_behind_a_lease_is_not_touched(store, sessions):
     await backlog(store, sessions)
     held = await claim(store, limit=5)
