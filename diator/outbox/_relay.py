@@ -15,9 +15,9 @@ from uuid import UUID
 
 from diator._deadlines import Deadline, Deadlines
 from diator._handling import current_task
-from diator._hints import name_of
+from diator._hints import described, name_of
 from diator._log import RepeatedLines
-from diator._options import check_type
+from diator._options import check_counts, check_functions, check_numbers, check_times, check_type, word
 from diator._running import CANCEL_TIMEOUT, Running
 from diator._text import printable, without_credentials
 from diator.brokers.message import Message, Topic
@@ -154,7 +154,12 @@ class Relay(Running):
         instrument: Instrument | None = None,
         on_relayed: Callable[[Relayed], None] | None = None,
     ) -> None:
-        _check(order, on_dead, poll, drain_timeout, batch, concurrency, max_attempts)
+        check_counts(1, batch=batch, concurrency=concurrency, max_attempts=max_attempts)
+        check_numbers(0, drain_timeout=drain_timeout)
+        check_functions(on_relayed=on_relayed)
+        if lease is not None:
+            check_times(lease=lease)
+        _check(order, on_dead, poll)
         super().__init__("relay", "had begun", drain_timeout)
         check_type("outbox", outbox, Outbox, is_needed=True)
         broker = outbox.to
@@ -671,20 +676,18 @@ class Relay(Running):
             )
 
 
-def _check(order: object, on_dead: object, poll: tuple[float, float], drain_timeout: float, *counts: int) -> None:
-    shortest, longest = poll
-    if min(counts) < 1 or not 0 < shortest <= longest or not drain_timeout >= 0:  # nor is NaN
-        raise ConfigurationError(
-            "batch, concurrency and max_attempts must be at least 1, poll two times above 0, the shorter one first, "
-            f"and drain_timeout at least 0; they are {', '.join(map(str, counts))}, {poll} and {drain_timeout}"
-        )
+def _check(order: object, on_dead: object, poll: Any) -> None:
+    if not (isinstance(poll, Sequence) and len(poll) == 2):  # noqa: PLR2004  # the shortest and the longest wait
+        raise ConfigurationError(f"poll must be two times in seconds, and it is {described(poll)}")
+    check_times(poll=poll[0])
+    check_numbers(poll[0], poll=poll[1])
     for name, value, allowed in [("order", order, get_args(Order)), ("on_dead", on_dead, get_args(OnDead))]:
         if value not in allowed:
-            raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, allowed))}, and it is {value!r}")
+            raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, allowed))}, and it is {word(value)}")
 
 
 def _check_lease(lease: float, longest_send: float, all_sends: float) -> None:
-    if not lease > longest_send:  # nor is NaN
+    if lease <= longest_send:
         raise ConfigurationError(
             f"a send may take {longest_send:g} s, and a lease of {lease:g} s would be over before; "
             "pass a longer lease, or a shorter timeout to the broker"

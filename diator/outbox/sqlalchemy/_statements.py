@@ -35,8 +35,8 @@ class Statements:
         # A row with a key, and perhaps an earlier one of an open transaction, waits for that: see `settled`.
         is_settled = "(o.key IS NULL OR o.seq <= :settled)" if on_postgresql else "TRUE"
         waits = f"CASE WHEN b.lease_until > {now} THEN 2 WHEN b.available_at > {now} THEN 1 ELSE 0 END"
-        # What the first row with the key of `o` that was tried does: 2 if it is leased, 1 if it waits for its retry, and
-        # 0 if it may be claimed. A claim does not see it then if it comes in the index behind too many others.
+        # What the first row with the key of `o` that was tried does: 2 if it is leased, 1 if it waits for its retry,
+        # and 0 if it may be claimed. A claim does not see it then if it comes in the index behind too many others.
         tried = f"(SELECT {waits} FROM {outbox} b WHERE {_EARLIER} AND {_TRIED} ORDER BY b.seq LIMIT 1)"
         busy = self._before(f"{_TRIED} AND (b.lease_until > {now} OR b.available_at > {now})")
         dead, parked = self._before("b.dead_reason IS NOT NULL"), self._before(f"b.available_at = {words.parked}")
