@@ -37,7 +37,8 @@ class Inbox(Generic[Session]):
 
     What a handler does outside of its transaction, such as a call of another service, may still happen twice.
 
-    While a consumer runs, old notes are deleted. One inbox may serve several consumers.
+    A consumer starts only if the tables are there. While it runs, old notes are deleted. One inbox may serve several
+    consumers.
 
     Args:
         store: Keeps the notes. Use the store of the outbox, if there is one.
@@ -92,6 +93,7 @@ class Inbox(Generic[Session]):
         return total
 
     async def __aenter__(self) -> Self:
+        await self._check()
         self._users += 1
         if self._pruning is None:
             self._pruning = asyncio.create_task(self._prune_now_and_then(), name="diator: inbox")
@@ -103,6 +105,18 @@ class Inbox(Generic[Session]):
             pruning, self._pruning = self._pruning, None
             pruning.cancel()
             await asyncio.wait({pruning})  # not `await pruning`: that would hide a cancellation of this task
+
+    async def _check(self) -> None:
+        """Check the tables: without them, every message would fail until it is dead-lettered."""
+        try:
+            await self._store.check()
+        except ConfigurationError:
+            raise
+        except Exception as error:  # noqa: BLE001  # the database may come back before the first message does
+            name = name_of(type(error))
+            logger.warning(
+                "the tables of the inbox were not checked: %s; the consumer starts", name, extra={"error_type": name}
+            )
 
     async def _prune_now_and_then(self) -> None:
         pause = min(max(self.keep.total_seconds() / 100, _SHORTEST_PAUSE), _LONGEST_PAUSE)

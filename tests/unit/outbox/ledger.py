@@ -89,6 +89,8 @@ class Ledger:
     async def prune(self, **_: Any) -> int:
         return 0
 
+    async def check(self) -> None: ...
+
     @property
     def names(self) -> list[str]:
         return [message.message_name for message, _ in self.messages]

@@ -443,6 +443,38 @@ def test_options_of_an_inbox_are_checked(ledger, options):
         Inbox(ledger, **options)
 
 
+# -- the tables ----------------------------------------------------------------------------------------------------
+
+
+class Unchecked(Ledger):
+    """Its tables are missing, or its database is down."""
+
+    def __init__(self, error) -> None:
+        super().__init__()
+        self.error = error
+
+    async def check(self) -> None:
+        raise self.error
+
+
+async def test_a_consumer_does_not_start_without_the_tables(container):
+    """Otherwise each message would fail until it is dead-lettered."""
+    store = Unchecked(ConfigurationError("the table is missing"))
+    consumer, _ = consumer_of(await holding(JOIN), on_joined, container=container, inbox=Inbox(store))
+
+    with pytest.raises(ConfigurationError, match="missing"):
+        await consumer.run()
+
+
+async def test_a_database_that_is_down_does_not_stop_a_consumer(container, caplog):
+    store = Unchecked(ConnectionRefusedError())
+
+    reports = await consume(await holding(JOIN), on_joined, container=container, inbox=Inbox(store))
+
+    assert outcomes(reports) == ["acked"]
+    assert "the tables of the inbox were not checked: ConnectionRefusedError; the consumer starts" in caplog.messages
+
+
 # -- old notes -------------------------------------------------------------------------------------------------------
 
 
