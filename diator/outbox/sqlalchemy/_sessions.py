@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import PoolProxiedConnection, event
 from sqlalchemy.exc import InvalidRequestError, PendingRollbackError, UnboundExecutionError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import greenlet_spawn
 
 from diator._hints import described
 from diator.exceptions import ConfigurationError, UsageError
-
-_Connection = TypeVar("_Connection", AsyncConnection, PoolProxiedConnection)
 
 #: The event loop keeps no task alive.
 _closing: set[asyncio.Task[None]] = set()
@@ -51,7 +49,7 @@ def configure_sqlite(engine: AsyncEngine, *, timeout: float = 30.0) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-async def connected(connecting: Coroutine[Any, Any, _Connection]) -> _Connection:
+async def connected(connecting: Coroutine[Any, Any, PoolProxiedConnection]) -> PoolProxiedConnection:
     """
     Return the connection that *connecting* makes. If the call is cancelled, close it as soon as it is there.
 
@@ -67,24 +65,10 @@ async def connected(connecting: Coroutine[Any, Any, _Connection]) -> _Connection
         raise
 
 
-async def _close(connecting: asyncio.Task[_Connection]) -> None:
+async def _close(connecting: asyncio.Task[PoolProxiedConnection]) -> None:
     with suppress(Exception):  # there is no connection
         connection = await connecting
-        if isinstance(connection, AsyncConnection):
-            await connection.close()
-        else:
-            await greenlet_spawn(connection.close)
-
-
-@asynccontextmanager
-async def begin(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection]:
-    """Return a context with a transaction of its own. Its end commits, an error rolls back."""
-    connection = await connected(engine.connect().start())
-    try:
-        async with connection.begin():
-            yield connection
-    finally:
-        await asyncio.shield(connection.close())
+        await greenlet_spawn(connection.close)
 
 
 def has_stored(session: Session, table: str) -> bool:

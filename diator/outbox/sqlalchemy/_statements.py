@@ -11,6 +11,7 @@ from diator.outbox.store import OnDead, Order
 _EARLIER = "b.key = o.key AND b.seq < o.seq"
 #: `b` was claimed, and is not dead: it is leased, or waits for a retry, or may be claimed again.
 _TRIED = "b.attempts > 0 AND b.dead_reason IS NULL"
+_UNLEASED = "(o.lease IS NULL OR o.lease_until <= {})"
 _MESSAGE = "seq, message_id, message_type, message_name, key, event_time, attempts"
 
 
@@ -29,7 +30,7 @@ class Statements:
     def __init__(self, words: Dialect, outbox: str, inbox: str, *, on_postgresql: bool) -> None:
         self._words, self._outbox, self._on_postgresql = words, outbox, on_postgresql
         now, positions, lease = words.now, words.among.format(":positions"), words.uuid.format(":lease")
-        self._is_free = f"o.dead_reason IS NULL AND (o.lease IS NULL OR o.lease_until <= {now})"
+        self._is_free = f"o.dead_reason IS NULL AND {_UNLEASED.format(now)}"
         # A row that the program has changed, such as by `cancel`, is not waited for.
         skip_locked = " FOR UPDATE SKIP LOCKED" if on_postgresql else ""
         # A row with a key, and perhaps an earlier one of an open transaction, waits for that: see `settled`.
@@ -57,7 +58,11 @@ class Statements:
             )
             for on_dead, behind in is_behind.items()
         }
-        some_parked = f"SELECT seq, key FROM {outbox} WHERE available_at = {words.parked} ORDER BY seq LIMIT :limit"
+        # Not `= parked`: the primary key has this order as well, and has all other rows, too.
+        some_parked = (
+            f"SELECT seq, key FROM {outbox} WHERE dead_reason IS NULL AND available_at >= {words.parked}"
+            " ORDER BY available_at, seq LIMIT :limit"
+        )
         unpark = f"UPDATE {outbox} SET available_at = {words.at_once} WHERE seq IN"
         self.unpark_free: dict[OnDead, sa.TextClause] = {
             on_dead: sa.text(
@@ -188,11 +193,12 @@ class Statements:
         source = "picked"
         if self._on_postgresql:
             # A row that the program is just cancelling is locked, and left out. The conditions are here again for a row
-            # that was changed since this statement has begun.
+            # that was changed since this statement has begun. A join might read all rows to find these, and so does
+            # `dead_reason IS NULL`, which another index serves.
             source = "locked"
             chosen += (
-                f", locked {as_} (SELECT p.* FROM {table} o JOIN picked p ON p.seq = o.seq WHERE {self._is_free}"
-                " FOR UPDATE OF o SKIP LOCKED)"
+                f", locked {as_} (SELECT p.* FROM picked p, LATERAL (SELECT 1 FROM {table} o WHERE o.seq = p.seq"
+                f" AND num_nonnulls(o.dead_reason) = 0 AND {_UNLEASED.format(now)} FOR UPDATE SKIP LOCKED) l)"
             )
         chosen += f" SELECT o.seq FROM {source} o"
         if in_order:  # nor are rows behind one that was left out, or for which there was no room
@@ -204,12 +210,12 @@ class Statements:
                     " AND NOT EXISTS (SELECT 1 FROM locked e WHERE e.seq = b.seq))"
                 )
             chosen += ")"
-        returned = ", ".join(f"{table}.{column} AS {column}" for column in _MESSAGE.split(", "))
+        among = f"= ANY(ARRAY({chosen}))" if self._on_postgresql else f"IN ({chosen})"
         return sa.text(
             f"UPDATE {table} SET lease = {words.uuid.format(':lease')}, attempts = attempts + 1,"
-            f" lease_until = {now} + {words.seconds.format(':seconds')} FROM ({chosen}) AS c WHERE {table}.seq = c.seq"
-            f" RETURNING {returned}, {words.json.format('headers')} AS headers,"
-            f" {words.json.format('payload')} AS payload, {table}.created_at AS stored_at"
+            f" lease_until = {now} + {words.seconds.format(':seconds')} WHERE seq {among}"
+            f" RETURNING {_MESSAGE}, {words.json.format('headers')} AS headers,"
+            f" {words.json.format('payload')} AS payload, created_at AS stored_at"
         )
 
 

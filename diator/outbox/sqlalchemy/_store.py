@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import wraps
 from hashlib import blake2b
-from typing import Any
+from itertools import product
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from uuid import UUID, uuid4
 
 import sqlalchemy as sa
@@ -21,10 +23,13 @@ from diator.brokers.message import Message
 from diator.brokers.sending import Due
 from diator.exceptions import ConfigurationError, EncodingError
 from diator.outbox.sqlalchemy._listening import Listener
-from diator.outbox.sqlalchemy._sessions import Fate, begin, connection_of, has_stored, session_of
+from diator.outbox.sqlalchemy._sessions import Fate, connection_of, has_stored, session_of
 from diator.outbox.sqlalchemy._statements import WINDOW, Locks, Statements
 from diator.outbox.sqlalchemy._tables import check_table, dialect_of, make_inbox, make_outbox
 from diator.outbox.store import Claim, DeadRow, Failure, OnDead, Order, Row, Status
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +48,31 @@ class _Hidden(str):
 
     def __repr__(self) -> str:
         return "'…'"
+
+
+def _in_own_task(
+    call: Callable[Concatenate[SqlAlchemyStore, _P], Coroutine[Any, Any, _R]],
+) -> Callable[Concatenate[SqlAlchemyStore, _P], Coroutine[Any, Any, _R]]:
+    """
+    Run *call*, which has a transaction of the store's own, in a task that is not cancelled with its caller.
+
+    SQLAlchemy and the drivers forget a connection, or leave it in a transaction, if they are cancelled while they open
+    either. So the call goes on until it can roll back.
+    """
+
+    @wraps(call)
+    async def run(self: SqlAlchemyStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        task = asyncio.create_task(call(self, *args, **kwargs), name=f"diator: {call.__name__} of SqlAlchemyStore")
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            self._cancelled.add(task)
+            task.add_done_callback(self._cancelled.discard)
+            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody waits for it
+            raise
+        return task.result()
+
+    return run
 
 
 class SqlAlchemyStore:
@@ -91,11 +121,11 @@ class SqlAlchemyStore:
         self._locks = Locks(outbox, inbox)
         # The isolation of the program's own transactions may be another one.
         self._own = engine.execution_options(isolation_level="READ COMMITTED") if self._on_postgresql else engine
-        #: By whether a message is scheduled, and whether it is the first of its transaction.
+        #: By whether there are several messages, whether one is scheduled, and whether they are the first of their
+        #: transaction.
         self._inserts = {
-            (scheduled, first): self._insert(outbox, scheduled=scheduled, first=first)
-            for scheduled in (False, True)
-            for first in (False, True)
+            (several, scheduled, first): self._insert(outbox, several=several, scheduled=scheduled, first=first)
+            for several, scheduled, first in product((False, True), repeat=3)
         }
         channel = f"{self.outbox_table.fullname}_stored"
         if len(channel.encode()) > 63:  # noqa: PLR2004  # the longest name in PostgreSQL
@@ -107,6 +137,8 @@ class SqlAlchemyStore:
         self._stored = asyncio.Event()
         self._cannot_listen = False
         self._parks_for: tuple[Order, OnDead] | None = None
+        #: The calls that were cancelled, until they have ended.
+        self._cancelled: set[asyncio.Task[Any]] = set()
 
     def _schema(self, table: sa.Table) -> str | None:
         translated = self._engine.get_execution_options().get("schema_translate_map") or {}
@@ -118,7 +150,7 @@ class SqlAlchemyStore:
         quoted = preparer.quote(table.name)
         return f"{preparer.quote_schema(schema)}.{quoted}" if schema else quoted
 
-    def _insert(self, outbox: str, *, scheduled: bool, first: bool) -> sa.TextClause:
+    def _insert(self, outbox: str, *, several: bool, scheduled: bool, first: bool) -> sa.TextClause:
         words = self._words
         columns = "message_id, message_type, message_name, key, headers, payload, event_time"
         if not self._on_postgresql:
@@ -126,26 +158,27 @@ class SqlAlchemyStore:
             if scheduled:
                 columns, values = f"{columns}, available_at", f"{values}, coalesce(:at, {words.now} + :after, 0.0)"
             return sa.text(f"INSERT INTO {outbox} ({columns}) VALUES ({values})")
+        types = {"id": "uuid", **dict.fromkeys(("type", "name", "key", "headers", "payload", "time"), "text")}
         values = "m.id, m.type, m.name, m.key, CAST(m.headers AS json), CAST(m.payload AS json), m.time"
-        arrays = "CAST(:id AS uuid[]), " + ", ".join(
-            f"CAST(:{name} AS text[])" for name in ("type", "name", "key", "headers", "payload", "time")
-        )
-        names = "id, type, name, key, headers, payload, time"
         if scheduled:
-            columns = f"{columns}, available_at"
+            types |= dict.fromkeys(("at", "after"), "double precision")
             after = words.seconds.format("m.after")
+            columns = f"{columns}, available_at"
             values = f"{values}, coalesce(to_timestamp(m.at), {words.now} + {after}, {words.at_once})"
-            arrays = f"{arrays}, CAST(:at AS double precision[]), CAST(:after AS double precision[])"
-            names = f"{names}, at, after"
-        inserted = (
-            f"INSERT INTO {outbox} ({columns}) SELECT {values} FROM unnest({arrays})"
-            f" WITH ORDINALITY AS m({names}, place){f', {self._locks.storing} AS l' if first else ''} ORDER BY m.place"
-        )
+        if several:
+            arrays = ", ".join(f"CAST(:{name} AS {type_}[])" for name, type_ in types.items())
+            source, order = f"unnest({arrays}) WITH ORDINALITY AS m({', '.join(types)}, place)", " ORDER BY m.place"
+        else:  # psycopg takes longer to write arrays
+            source, order = ", ".join(f"CAST(:{name} AS {type_}) AS {name}" for name, type_ in types.items()), ""
+            source = f"(SELECT {source}) AS m"
+        storing = f", {self._locks.storing} AS l" if first else ""
+        inserted = f"INSERT INTO {outbox} ({columns}) SELECT {values} FROM {source}{storing}{order}"
         return sa.text(f"WITH stored AS ({inserted}) SELECT pg_notify(:channel, '') WHERE :notifies")
 
+    @_in_own_task
     async def create_tables(self) -> None:
         """Create the tables that are missing, for a program without migrations. Several processes may do it."""
-        async with self._engine.begin() as connection:
+        async with self._begin() as connection:
             if self._on_postgresql:
                 await connection.execute(self._locks.create)
             tables = [self.outbox_table, self.inbox_table]
@@ -172,10 +205,10 @@ class SqlAlchemyStore:
         connection = connection_of(session, self.outbox_table, self._engine.sync_engine)
         if session.autoflush:
             session.flush()
-        statement = self._inserts[scheduled, not has_stored(session, self.outbox_table.fullname)]
+        statement = self._inserts[len(rows) > 1, scheduled, not has_stored(session, self.outbox_table.fullname)]
         fate = Fate(session, self.outbox_table.fullname, self._committed)
         if rows and self._on_postgresql:
-            parameters: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+            parameters = rows[0] if len(rows) == 1 else {name: [row[name] for row in rows] for name in rows[0]}
             connection.execute(statement, parameters | {"channel": self._channel, "notifies": self._notifies})
         elif rows:
             connection.execute(statement, rows)
@@ -234,11 +267,20 @@ class SqlAlchemyStore:
         """Return what tells whether the open transaction of *session* was committed; see `Store.first_time`."""
         return Fate(session.sync_session, self.inbox_table.fullname, lambda: None).was_committed
 
+    @asynccontextmanager
+    async def _begin(self) -> AsyncGenerator[AsyncConnection]:
+        """Return a context with a transaction of its own. It commits, unless there is an error or it was cancelled."""
+        async with self._own.connect() as connection:
+            yield connection
+            if asyncio.current_task() not in self._cancelled:
+                await connection.commit()
+
     # -- for the relay -----------------------------------------------------------------------------------------------
 
+    @_in_own_task
     async def check(self) -> None:
         """See `Store.check`."""
-        async with begin(self._own) as connection:
+        async with self._begin() as connection:
             await connection.run_sync(self._check)
 
     def _check(self, connection: sa.Connection) -> None:
@@ -259,6 +301,7 @@ class SqlAlchemyStore:
                 "tells a relay what may be sent in order; grant USAGE on it"
             )
 
+    @_in_own_task
     async def claim(self, *, limit: int, lease: float, order: Order, on_dead: OnDead) -> Claim:
         """See `Store.claim`."""
         self._bind_to_running_loop()
@@ -300,7 +343,7 @@ class SqlAlchemyStore:
 
         One claim after the other: only then does each see what the others have leased.
         """
-        async with begin(self._own) as connection:
+        async with self._begin() as connection:
             settled = await connection.scalar(self._locks.claim) if self._on_postgresql else 0
             yield connection, settled
 
@@ -331,6 +374,7 @@ class SqlAlchemyStore:
     def _positions(self, positions: Collection[int]) -> list[int] | str:
         return [*positions] if self._on_postgresql else json.dumps([*positions])
 
+    @_in_own_task
     async def finish(
         self, lease: UUID, /, *, sent: Collection[int], untried: Collection[int], failed: Collection[Failure]
     ) -> int:
@@ -339,7 +383,7 @@ class SqlAlchemyStore:
         failures = [[failure.position, failure.reason, failure.retry_after] for failure in failed]
         done = {*sent, *(failure.position for failure in failed if failure.retry_after is None)}
         keys: set[str] = set()
-        async with begin(self._own) as connection:
+        async with self._begin() as connection:
             await self._lock(connection, self._locks.finish)
             for statement, rows, parameters in (
                 (statements.delete_sent, sent, {"positions": self._positions(sent)}),
@@ -378,7 +422,7 @@ class SqlAlchemyStore:
     def _bind_to_running_loop(self) -> None:
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
-            self._loop, self._stored = loop, asyncio.Event()
+            self._loop, self._stored, self._cancelled = loop, asyncio.Event(), set()
             self._listener.forget()
 
     def _committed(self) -> None:
@@ -391,12 +435,15 @@ class SqlAlchemyStore:
     async def close(self) -> None:
         """See `Store.close`."""
         await self._listener.close()
+        if self._cancelled:
+            await asyncio.wait(self._cancelled)
 
     # -- for people --------------------------------------------------------------------------------------------------
 
+    @_in_own_task
     async def status(self) -> Status:
         """See `Store.status`."""
-        async with begin(self._own) as connection:
+        async with self._begin() as connection:
             settled = await connection.scalar(self._locks.settled) if self._on_postgresql else 0
             row = (await connection.execute(self._statements.status, {"settled": settled})).one()
             writer = (await connection.execute(self._locks.holder)).one_or_none() if row.held_back else None
@@ -413,9 +460,10 @@ class SqlAlchemyStore:
             held_back_for=(writer.open_for or 0.0) if writer else 0.0,
         )
 
+    @_in_own_task
     async def dead(self, *, limit: int = 100, after: int = 0) -> Sequence[DeadRow]:
         """See `Store.dead`."""
-        async with begin(self._own) as connection:
+        async with self._begin() as connection:
             rows = (await connection.execute(self._statements.dead, {"limit": limit, "after": after})).all()
         return [
             DeadRow(
@@ -439,6 +487,7 @@ class SqlAlchemyStore:
         """See `Store.discard`."""
         return await self._revive(self._statements.discard, {"positions": self._positions(positions)})
 
+    @_in_own_task
     async def _revive(self, statement: sa.TextClause, parameters: Mapping[str, Any]) -> int:
         async with self._locked() as (connection, _):
             await self._lock(connection, self._locks.park)
@@ -450,9 +499,10 @@ class SqlAlchemyStore:
         self._committed()
         return len(changed)
 
+    @_in_own_task
     async def prune(self, *, keep: timedelta, limit: int = 5_000) -> int:
         """See `Store.prune`."""
-        async with begin(self._own) as connection:
+        async with self._begin() as connection:
             if self._on_postgresql and not await connection.scalar(self._locks.prune):
                 return 0
             chosen = {"keep": keep.total_seconds(), "limit": limit}

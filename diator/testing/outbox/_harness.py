@@ -85,10 +85,11 @@ class Database(ABC):
 
     async def cost(self, doing: Callable[[Store[Any]], Awaitable[object]]) -> int:
         """
-        `cost`: Make a store, await *doing* with it, and return the work that the database has done for it.
+        `cost`: Make a store, await *doing* with it twice, and return the work of the database for the second time.
 
-        Any measure does that grows with the rows that the database looks at: rows, pages, or steps of its machine. Time
-        does not, since it depends on everything else.
+        The first time, a store may look at what other processes have left. Any measure does that grows with the rows
+        that the database looks at: rows, pages, or steps of its machine. Time does not, since it depends on everything
+        else.
         """
         raise NotImplementedError
 

@@ -6,7 +6,6 @@ import tempfile
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar
 from uuid import uuid4
 
 import asyncpg
@@ -14,13 +13,8 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from diator.outbox.sqlalchemy import SqlAlchemyStore, configure_sqlite
-from diator.testing.outbox import Database, Deviation, StoreHarness
+from diator.testing.outbox import Database, StoreHarness
 from tests.integration.private_services import PrivateServices
-
-COSTS = dict.fromkeys(
-    ["STO-USE-05", "STO-USE-06"],
-    Deviation(reason="a claim looks at rows that are not due, or wait behind a dead one", sometimes=True),
-)
 
 
 class SqlAlchemyTables(Database):
@@ -118,8 +112,9 @@ class PostgresTables(SqlAlchemyTables):
 
     async def cost(self, doing):
         """Return how many rows and entries of indexes the server has read. It counts when a connection has ended."""
-        before = await self._read()
         store = self.store()
+        await doing(store)
+        before = await self._read()
         await doing(store)
         await store.close()
         return await self._read() - before
@@ -145,7 +140,6 @@ class SqlAlchemyPostgresHarness(StoreHarness):
         }
     )
     drivername = "postgresql"
-    deviations: ClassVar = COSTS
 
     def __init__(self):
         self._services = PrivateServices()
@@ -186,13 +180,6 @@ class AsyncpgHarness(SqlAlchemyPostgresHarness):
 class PsycopgHarness(SqlAlchemyPostgresHarness):
     name = "SqlAlchemyStore, PostgreSQL, psycopg"
     drivername = "postgresql+psycopg"
-    deviations: ClassVar = {
-        **SqlAlchemyPostgresHarness.deviations,
-        "STO-USE-04": Deviation(
-            reason="SQLAlchemy leaves a connection to the garbage collector if the checkout from its pool is cancelled",
-            sometimes=True,
-        ),
-    }
 
 
 class SqliteTables(SqlAlchemyTables):
@@ -215,7 +202,10 @@ class SqliteTables(SqlAlchemyTables):
         def connect(connection, _):
             connection.driver_connection._conn.set_progress_handler(count, 1)
 
-        await doing(self.store_of(engine))
+        store = self.store_of(engine)
+        await doing(store)
+        steps = 0
+        await doing(store)
         return steps
 
 
@@ -224,13 +214,6 @@ class SqliteHarness(StoreHarness):
 
     name = "SqlAlchemyStore, SQLite, aiosqlite"
     facilities = frozenset({"savepoints", "transactions", "tables", "cost", "processes"})
-    deviations: ClassVar = {
-        **COSTS,
-        "STO-USE-04": Deviation(
-            reason="a call that is cancelled while it begins its transaction leaves it to the garbage collector",
-            sometimes=True,
-        ),
-    }
 
     def service(self):
         return f"SQLite {sqlite3.sqlite_version}"

@@ -228,6 +228,20 @@ async def test_the_isolation_of_the_program_does_not_matter(url, level, window):
     await engine.dispose()
 
 
+async def test_a_cancelled_call_is_rolled_back_before_the_store_is_closed(store, sessions, engine):
+    await add(store, sessions, message())
+    begun = asyncio.Event()
+    sa.event.listen(engine.sync_engine, "before_cursor_execute", lambda *_: begun.set())
+    claiming = asyncio.create_task(claim(store))
+    await begun.wait()
+    claiming.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await claiming
+    await store.close()
+    assert engine.pool.checkedout() == 0
+    assert await names(store) == ["Happened"]
+
+
 @pytest.mark.parametrize("driver", ON_POSTGRESQL)
 async def test_a_relay_that_is_suspended_in_a_claim_does_not_stop_the_others(store, sessions, engine):
     await add(store, sessions, message())

@@ -105,7 +105,7 @@ async def cost(ctx: Context) -> None:
 
     async def grow(count: int) -> None:
         await ctx.add(*ctx.messages(count // 2), *ctx.messages(count // 2, key="a"), due=timedelta(hours=1))
-        await ctx.add(*(ctx.message(each, key=f"key {each}") for each in range(count)))
+        await ctx.add(*(ctx.message(each, key=f"{count} {each}") for each in range(count)))
         claim = await ctx.claim(limit=count)
         half = len(claim.rows) // 2
         await ctx.finish(claim, failed=claim.rows[:half])
