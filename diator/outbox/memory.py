@@ -77,7 +77,7 @@ class _Database:
         self.rows: dict[int, _Stored] = {}  # ordered by position
         self.noted: dict[_Note, datetime] = {}
         self.transactions: dict[_Transaction, None] = {}  # the oldest first
-        self.news = asyncio.Event()
+        self.news: asyncio.Event = asyncio.Event()
 
     def begin(self) -> _Transaction:
         transaction = _Transaction(began_at=self.clock())

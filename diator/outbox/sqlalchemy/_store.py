@@ -114,8 +114,8 @@ class SqlAlchemyStore:
         self._words = dialect_of(name)
         self._on_postgresql = name == "postgresql"
         self._engine = engine
-        self.outbox_table = make_outbox(outbox_table, metadata, name)
-        self.inbox_table = make_inbox(inbox_table, metadata, name)
+        self.outbox_table: sa.Table = make_outbox(outbox_table, metadata, name)
+        self.inbox_table: sa.Table = make_inbox(inbox_table, metadata, name)
         outbox, inbox = (self._in_statements(table) for table in (self.outbox_table, self.inbox_table))
         self._statements = Statements(self._words, outbox, inbox, on_postgresql=self._on_postgresql)
         self._locks = Locks(outbox, inbox)

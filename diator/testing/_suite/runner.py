@@ -49,6 +49,30 @@ class Observed(Protocol):
         ...
 
 
+H_contra = TypeVar("H_contra", bound=Environment, contravariant=True)
+
+
+class RunScenario(Protocol[H_contra]):
+    """As `Suite.run_scenario`."""
+
+    def __call__(
+        self,
+        scenario: Scenario,
+        harness: H_contra,
+        *,
+        seed: int | None = None,
+        uncaptured: AbstractContextManager[object] = ...,
+    ) -> Result: ...
+
+
+class RunSuite(Protocol[H_contra]):
+    """As `Suite.run_suite`."""
+
+    def __call__(
+        self, harness: H_contra, scenarios: Iterable[Scenario], *, seed: int | None = None
+    ) -> list[Result]: ...
+
+
 class Suite(ABC, Generic[H]):
     """
     A conformance suite: its catalogue of scenarios, the contract that they prove, and how they reach what they test.

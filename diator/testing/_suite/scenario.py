@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import diator
 from diator.brokers.capabilities import Capabilities
@@ -56,6 +56,12 @@ class Scenario:
     def catches(self) -> str:
         """The defect that the scenario catches."""
         return inspect.getdoc(self.run) or ""
+
+
+class Select(Protocol):
+    """As `Catalogue.select`."""
+
+    def __call__(self, pattern: str = "", levels: Collection[str] = "") -> list[Scenario]: ...
 
 
 class Catalogue(dict[str, Scenario]):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from diator.brokers.capabilities import Capabilities
 from diator.testing._suite.report import BaseReport, Result
+from diator.testing._suite.scenario import Catalogue
 from diator.testing.conformance._harness import Harness
 from diator.testing.conformance._scenario import SCENARIOS
 
@@ -30,7 +31,7 @@ class Report(BaseReport):
     """
 
     version = SUITE_VERSION
-    catalogue: ClassVar = SCENARIOS
+    catalogue: ClassVar[Catalogue] = SCENARIOS
 
     transport: str
     broker: str | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diator.testing._suite.scenario import Catalogue, Level, Scenario
+from diator.testing._suite.scenario import Catalogue, Level, Scenario, Select
 
 __all__ = ["LEVELS", "SCENARIOS", "Level", "Scenario", "scenario", "select"]
 
@@ -18,4 +18,4 @@ SCENARIOS = Catalogue()
 """Every scenario, by its id."""
 
 scenario = SCENARIOS.scenario
-select = SCENARIOS.select
+select: Select = SCENARIOS.select

@@ -11,8 +11,8 @@ from diator.brokers.capabilities import Capabilities
 from diator.testing._suite.environment import Environment
 from diator.testing._suite.errors import Nonconformance
 from diator.testing._suite.report import Result
-from diator.testing._suite.runner import Suite
-from diator.testing._suite.scenario import Level, Scenario
+from diator.testing._suite.runner import RunScenario, RunSuite, Suite
+from diator.testing._suite.scenario import Catalogue, Level, Scenario
 from diator.testing.conformance._context import Context
 from diator.testing.conformance._harness import Harness
 from diator.testing.conformance._refusals import verify_refusal
@@ -28,7 +28,7 @@ class _Transports(Suite[Harness]):
     module = "diator.testing.conformance"
     proves = "Prove that a transport keeps the contract of diator."
     levels: ClassVar[Mapping[Level, str]] = LEVELS
-    catalogue: ClassVar = SCENARIOS
+    catalogue: ClassVar[Catalogue] = SCENARIOS
     contract: ClassVar = CONTRACT
     harness: ClassVar[type[Environment]] = Harness
     never_blocks = "MessageBroker: It never blocks"
@@ -67,5 +67,5 @@ async def _capabilities(harness: Harness) -> Capabilities:
 
 
 SUITE = _Transports()
-run_scenario = SUITE.run_scenario
-run_suite = SUITE.run_suite
+run_scenario: RunScenario[Harness] = SUITE.run_scenario
+run_suite: RunSuite[Harness] = SUITE.run_suite

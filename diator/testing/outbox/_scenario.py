@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diator.testing._suite.scenario import Catalogue, Level
+from diator.testing._suite.scenario import Catalogue, Level, Select
 
 LEVELS: dict[Level, str] = {
     "C": "core: every store",
@@ -16,4 +16,4 @@ SCENARIOS = Catalogue()
 """Every scenario, by its id."""
 
 scenario = SCENARIOS.scenario
-select = SCENARIOS.select
+select: Select = SCENARIOS.select

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from diator.testing._suite.environment import Environment
 from diator.testing._suite.report import BaseReport, Result
-from diator.testing._suite.runner import Suite
-from diator.testing._suite.scenario import Level
+from diator.testing._suite.runner import RunScenario, RunSuite, Suite
+from diator.testing._suite.scenario import Catalogue, Level
 from diator.testing.outbox._context import Context
 from diator.testing.outbox._harness import StoreHarness
 from diator.testing.outbox._rules import CONTRACT
@@ -34,7 +34,7 @@ class StoreReport(BaseReport):
     """
 
     version = SUITE_VERSION
-    catalogue: ClassVar = SCENARIOS
+    catalogue: ClassVar[Catalogue] = SCENARIOS
 
     store: str
     database: str | None
@@ -55,7 +55,7 @@ class _Stores(Suite[StoreHarness]):
     module = "diator.testing.outbox"
     proves = "Prove that a store keeps the contract of an outbox and an inbox."
     levels: ClassVar[Mapping[Level, str]] = LEVELS
-    catalogue: ClassVar = SCENARIOS
+    catalogue: ClassVar[Catalogue] = SCENARIOS
     contract: ClassVar = CONTRACT
     harness: ClassVar[type[Environment]] = StoreHarness
     never_blocks = "Store: It can be made without"
@@ -79,5 +79,5 @@ class _Stores(Suite[StoreHarness]):
 
 
 SUITE = _Stores()
-run_scenario = SUITE.run_scenario
-run_suite = SUITE.run_suite
+run_scenario: RunScenario[StoreHarness] = SUITE.run_scenario
+run_suite: RunSuite[StoreHarness] = SUITE.run_suite

@@ -58,7 +58,7 @@ class Saboteur(MemoryStore):
 
     caught_by: ClassVar[tuple[str, ...]] = ()
     spoiled: Spoiled | None = None
-    looked_at = 0
+    looked_at: int = 0
 
     # -- methods for mistakes ----------------------------------------------------------------------------------------
 
@@ -1454,5 +1454,5 @@ class LooksAtEveryRow(Saboteur):
     """Looks at every row."""
 
     def found(self, limit: int, order: Order, on_dead: OnDead) -> list[Any]:
-        self.looked_at += len(self._database.rows)
+        self.looked_at = self.looked_at + len(self._database.rows)
         return super().found(limit, order, on_dead)
