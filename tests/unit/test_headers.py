@@ -388,7 +388,9 @@ async def test_the_id_is_that_of_the_event_wherever_it_stands_in_the_payload():
         event_timestamp: datetime = pydantic.Field(default_factory=lambda: datetime.now(UTC))
 
     for event in (Renamed(), Aliased()):
-        assert await headers_of(event, broker=Native()) == {"correlation-id": str(event.event_id)}
+        expected = {"correlation-id": str(event.event_id)}
+        assert await headers_of(event, broker=Native()) == expected
+        assert await headers_of(event, broker=Native(), headers=[tenant]) == {**expected, "tenant": "42"}
 
 
 async def test_a_block_at_the_edge_of_a_program_correlates_what_is_sent_in_it():

@@ -10,6 +10,7 @@ import pytest
 from diator._hints import described
 from diator.brokers import Message
 from diator.brokers.base import Topic
+from diator.brokers.capabilities import Capabilities
 from diator.brokers.codec import decode_with, encode, event_decoder, headers_with_key
 from diator.brokers.memory import MemoryMessageBroker
 from diator.consumer import Consumer
@@ -316,6 +317,29 @@ def test_a_codec_that_cannot_write_for_this_transport_is_refused_at_once():
 
     with pytest.raises(ConfigurationError, match=r"^it needs headers$"):
         EventEmitter(message_broker=MemoryMessageBroker(), codec=codec)
+
+
+class Native(Recorder):
+    """A broker whose service has headers of its own."""
+
+    capabilities = Capabilities(headers="native")
+
+
+async def test_the_headers_of_a_codec_are_asked_for_where_the_service_has_headers():
+    """At once, and then with each event, before it is sent."""
+    refusing = Plain("headers", error=ConfigurationError("no headers"))
+    with pytest.raises(ConfigurationError, match=r"^no headers$"):
+        EventEmitter(message_broker=Native(), codec=refusing)
+    in_body = EventEmitter(message_broker=MemoryMessageBroker(), codec=refusing)
+    await in_body.emit(UserJoined())
+
+    emitter = EventEmitter(message_broker=(broker := Native()), codec=(codec := Plain()))
+    await emitter.emit(UserJoined())
+    codec.fails = ("headers",)
+    with pytest.raises(EncodingError, match="its codec raised LookupError"):
+        await emitter.emit(UserJoined())
+
+    assert broker.names == ["UserJoined"]
 
 
 def test_a_codec_is_for_an_emitter_not_beside_one():

@@ -280,6 +280,20 @@ async def test_a_session_that_is_not_registered_is_refused_when_wired(outbox):
     )
 
 
+async def test_a_container_need_not_tell_what_is_registered(ledger, outbox):
+    class Resolving:
+        def __init__(self):
+            self.transaction = Transaction(ledger)
+
+        async def resolve(self, type_, /):
+            return self.transaction
+
+    resolving = Resolving()
+    await EventEmitter(None, resolving, outbox).emit(UserJoined())
+
+    assert len(resolving.transaction.messages) == 1
+
+
 async def test_a_session_that_is_not_registered_is_refused_by_an_emitter_alone(outbox):
     with pytest.raises(ResolutionError) as refused:
         await EventEmitter(None, Container(), outbox).emit(UserJoined())
