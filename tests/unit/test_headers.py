@@ -17,7 +17,14 @@ from diator.brokers.message import MAX_HEADER_BYTES
 from diator.consumer import Consumer
 from diator.context import ContextFilter, MessageContext, correlated, correlation, current_message
 from diator.events import DomainEvent, EventEmitter, EventMap, Events, NotificationEvent, WithHeaders
-from diator.exceptions import BrokerUnavailable, ConfigurationError, EncodingError, EventsNotSent, NotAnEvent
+from diator.exceptions import (
+    BrokerUnavailable,
+    ConfigurationError,
+    EncodingError,
+    EventsNotSent,
+    MessageTooLarge,
+    NotAnEvent,
+)
 from diator.mediator import Mediator
 from diator.requests import Request, RequestHandler, RequestMap
 from diator.testing import Recorder
@@ -391,6 +398,15 @@ async def test_the_id_is_that_of_the_event_wherever_it_stands_in_the_payload():
         expected = {"correlation-id": str(event.event_id)}
         assert await headers_of(event, broker=Native()) == expected
         assert await headers_of(event, broker=Native(), headers=[tenant]) == {**expected, "tenant": "42"}
+
+
+async def test_a_long_correlation_id_that_does_not_fit_is_refused_inside_the_unit_of_work():
+    broker = MemoryMessageBroker(max_message_bytes=1_200)
+    mediator = Mediator(joining((UserJoined(user_id=7), None)), message_broker=broker, headers=[correlation])
+    await mediator.send(Join())
+
+    with correlated("\U0001d538" * 255), pytest.raises(MessageTooLarge):
+        await mediator.send(Join())
 
 
 async def test_a_block_at_the_edge_of_a_program_correlates_what_is_sent_in_it():
