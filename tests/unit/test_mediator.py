@@ -228,6 +228,17 @@ async def test_a_dependency_after_a_parameter_with_a_default_is_passed():
     assert await mediator_of(join, container=container).send(Join()) == "3 Api"
 
 
+async def test_a_container_that_tells_nothing_is_not_asked_for_a_parameter_with_a_default():
+    class Resolving:
+        async def resolve(self, type_, /):
+            raise AssertionError(f"asked for {type_}")
+
+    async def join(command: Join, limit: int = 3) -> str:
+        return f"{limit}"
+
+    assert await mediator_of(join, container=Resolving()).send(Join()) == "3"
+
+
 def test_a_parameter_that_cannot_be_passed_by_name_is_refused_at_construction():
     async def join(command: Join, api: Api, /) -> str: ...
 

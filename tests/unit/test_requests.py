@@ -223,6 +223,13 @@ async def takes_it_by_name(*, command: Join) -> str:
 async def answers_nothing(command: Join) -> None: ...
 
 
+async def wraps_itself(command: Join) -> str:
+    return ""
+
+
+wraps_itself.__wrapped__ = wraps_itself
+
+
 async def misspelt(command: "Jion") -> str:  # noqa: F821
     return ""
 
@@ -269,6 +276,7 @@ NEITHER = "is neither a handler class nor a function; bind the class, not an ins
             answers_nothing,
             f"answers_nothing returns NoneType, {DIFFERS}",
         ),
+        (wraps_itself, "the parameters of wraps_itself cannot be inspected; wrap it in a function"),
         (JoinHandler(), f"an object of JoinHandler {NEITHER}"),
         (CallableHandler(), f"an object of CallableHandler {NEITHER}"),
         (None, f"an object of NoneType {NEITHER}"),
