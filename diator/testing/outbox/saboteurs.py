@@ -94,8 +94,12 @@ class Saboteur(MemoryStore):
                 blocked.add(key)
             elif self.may_be_sent(row, now) and len(claimed) < limit:
                 claimed.append(row)
-        self.looked_at += len(claimed)
+        self.look_at(len(claimed))
         return claimed
+
+    def look_at(self, count: int) -> None:
+        """Count rows that a claim looks at."""
+        self.looked_at += count
 
     def lease(self, rows: list[Any], token: UUID, seconds: float) -> None:
         """Lease *rows*, and count an attempt."""
@@ -1454,5 +1458,5 @@ class LooksAtEveryRow(Saboteur):
     """Looks at every row."""
 
     def found(self, limit: int, order: Order, on_dead: OnDead) -> list[Any]:
-        self.looked_at = self.looked_at + len(self._database.rows)
+        self.look_at(len(self._database.rows))
         return super().found(limit, order, on_dead)
