@@ -419,6 +419,7 @@ class IgnoresLeases(Saboteur):
     "STO-KEY-09",
     "STO-KEY-10",
     "STO-USE-04",
+    "STO-USE-05",
 )
 class IgnoresTheLimit(Saboteur):
     """Claims one row more than asked for."""
