@@ -33,6 +33,10 @@ class WithHeaders:
     headers: Mapping[str, str] = field(repr=False)
 
 
+#: A database refuses a time that is too far away.
+_LATEST = timedelta(days=100 * 365)
+
+
 @dataclass(frozen=True, slots=True)
 class Scheduled:
     """
@@ -61,9 +65,11 @@ class Scheduled:
         if at is not None and (not isinstance(at, datetime) or at.utcoffset() is None):
             raise NotAnEvent("the time `at` of a scheduled event must be a datetime with a time zone")
         try:
-            self.due  # noqa: B018  # it checks `after`
+            is_too_late = isinstance(self.due, timedelta) and self.due > _LATEST
         except (TypeError, ValueError, OverflowError):
             raise NotAnEvent("the time `after` of a scheduled event must be seconds or a timedelta") from None
+        if is_too_late:
+            raise NotAnEvent(f"the time `after` of a scheduled event must be at most {_LATEST.days:,} days")
 
     @property
     def due(self) -> datetime | timedelta:

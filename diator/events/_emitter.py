@@ -216,6 +216,11 @@ class EventEmitter:
         """Return the session of the unit of work, from the container."""
         if self._build_session is not None:
             return await self._build_session(shared)
+        if self._container is None and self._default_container is None:
+            raise ConfigurationError(
+                "this EventEmitter has no container, and an outbox stores in a session from one; pass container=… to it, "
+                "or raise the event in a handler"
+            )
         build = session_builder(self._used_container(), self._session_type, self._broker)
         session = await build(shared)
         await check_same(build, shared, session)

@@ -141,7 +141,7 @@ class Store(Protocol[Session_contra]):
       of them fails: no row is claimed while an earlier row with its key is leased to another claim, waits for a retry,
       or is dead (if dead rows block). This holds for several relays as well, and for transactions that commit in
       another order than they added: a row is claimed only when no transaction is open that could still commit an
-      earlier one. A row that waits for its scheduled time blocks nothing.
+      earlier one. A scheduled row blocks nothing while it waits, and has no order among other scheduled rows.
     - What is not due costs nothing: the time of `claim` does not grow with the number of rows.
     - Any error of the database is raised as it is. A cancelled call leaves no transaction open.
 

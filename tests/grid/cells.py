@@ -29,9 +29,11 @@ SERVICES = {"streams": "redis", "rabbitmq": "rabbitmq", "kafka": "kafka"}
 #: The programs of the grid. Other libraries have their own: `tests.grid.peers`.
 OWN = (sys.executable, "-m", "tests.grid.program")
 
-#: How long a cell waits until everything has its effect; and for how long nothing may have happened, in a cell without
-#: an outbox, until it gives up. In seconds.
-WITHIN, QUIET = 120.0, 10.0
+#: How long a cell waits until everything has its effect, in seconds.
+WITHIN = 120.0
+#: For how long nothing may have happened until a cell without an outbox gives up, in seconds: longer than a service
+#: keeps the messages of a dead consumer. Kafka waits for its session, and then for the other consumers.
+QUIET = {"streams": 15.0, "rabbitmq": 15.0, "kafka": 75.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +284,7 @@ async def run_cell(
             await fault.strikes(world)
             await sending.ended()
             is_over = monotonic()
-            recovered = await _drain(ask, said, is_over, has_outbox=base.has_outbox)
+            recovered = await _drain(ask, is_over, None if base.has_outbox else QUIET[service])
         finally:
             await asyncio.gather(*(each.end() for each in children))
         done = await ask(f"SELECT key, number FROM {work.name}")
@@ -320,8 +322,12 @@ def judged(
     }
 
 
-async def _drain(ask: Any, said: list[dict[str, Any]], is_over: float, *, has_outbox: bool) -> float | None:
-    """Wait until all work had its effect. Return how long that took after the fault; None if it never had."""
+async def _drain(ask: Any, is_over: float, quiet: float | None) -> float | None:
+    """
+    Wait until all work had its effect. Return how long that took after the fault; None if it never had.
+
+    Give up when nothing has happened for *quiet* seconds.
+    """
     began = changed = monotonic()
     last = -1
     while True:
@@ -334,7 +340,7 @@ async def _drain(ask: Any, said: list[dict[str, Any]], is_over: float, *, has_ou
             last, changed = count, now
         if not left and now - changed > 3.0:  # a duplicate may still be on its way
             return max(changed - is_over, 0.0)
-        if now - began > WITHIN or (not has_outbox and now - changed > QUIET):
+        if now - began > WITHIN or (quiet is not None and now - changed > quiet):
             return None
         await asyncio.sleep(0.25)
 

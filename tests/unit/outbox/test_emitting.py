@@ -301,6 +301,11 @@ async def test_a_session_that_is_not_registered_is_refused_by_an_emitter_alone(o
     assert refused.value.path == ("Outbox", "Transaction")
 
 
+async def test_an_emitter_without_a_container_says_what_it_needs(outbox):
+    with pytest.raises(ConfigurationError, match=r"^this EventEmitter has no container.* in a handler$"):
+        await EventEmitter(message_broker=outbox).emit(UserJoined())
+
+
 async def test_a_session_of_another_type_is_refused(ledger, outbox):
     async def something():
         yield "text"
@@ -487,6 +492,8 @@ async def test_scheduling_needs_an_outbox(broker):
         ({"after": "1"}, "the time `after` of a scheduled event must be seconds or a timedelta"),
         ({"after": float("nan")}, "the time `after` of a scheduled event must be seconds or a timedelta"),
         ({"after": 1e300}, "the time `after` of a scheduled event must be seconds or a timedelta"),
+        ({"after": timedelta.max}, "the time `after` of a scheduled event must be at most 36,500 days"),
+        ({"after": 3.2e9}, "the time `after` of a scheduled event must be at most 36,500 days"),
     ],
 )
 async def test_a_time_that_is_none_is_refused_where_the_event_is_raised(options, problem):
