@@ -218,8 +218,8 @@ class EventEmitter:
             return await self._build_session(shared)
         if self._container is None and self._default_container is None:
             raise ConfigurationError(
-                "this EventEmitter has no container, and an outbox stores in a session from one; pass container=… to it, "
-                "or raise the event in a handler"
+                "this EventEmitter has no container, and an outbox stores in a session from one; pass container=… to "
+                "it, or raise the event in a handler"
             )
         build = session_builder(self._used_container(), self._session_type, self._broker)
         session = await build(shared)

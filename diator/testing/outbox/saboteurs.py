@@ -181,6 +181,7 @@ class LosesTheLast(Saboteur):
     "STO-LNG-02",
     "STO-LNG-03",
     "STO-LNG-04",
+    "STO-LNG-06",
     "STO-STA-02",
     "STO-TXN-02",
     "STO-TXN-03",
@@ -234,7 +235,7 @@ class RefusesNoMessages(Saboteur):
         return await super().add(messages, due, session)
 
 
-@caught_by("STO-LNG-02", "STO-LNG-03", "STO-LNG-04", "STO-TXN-07")
+@caught_by("STO-LNG-02", "STO-LNG-03", "STO-LNG-04", "STO-LNG-06", "STO-TXN-07")
 class MixesTransactions(Saboteur):
     """Keeps what it adds for the whole process: the transaction that ends first gets it."""
 
@@ -735,6 +736,7 @@ class FoldsKeys(Saboteur):
     "STO-USE-02",
     "STO-USE-04",
     "STO-USE-05",
+    "STO-USE-06",
     "STO-WKE-04",
 )
 class TakesNoKeyForAKey(Saboteur):
