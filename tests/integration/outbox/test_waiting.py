@@ -100,7 +100,8 @@ async def test_without_notifications_a_commit_of_the_same_process_wakes_the_rela
         await add(store, sessions, message())
         async with asyncio.timeout(30):
             await waiting
-        assert not await connection.scalar(sa.text("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"))
+        listening = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%'"
+        assert not await connection.scalar(sa.text(listening))
 
 
 @pytest.mark.parametrize("driver", ON_POSTGRESQL)

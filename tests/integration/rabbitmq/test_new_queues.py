@@ -62,7 +62,7 @@ async def test_an_error_says_what_rabbitmq_has_not_done_in_time(rabbitmq_url, pr
     monkeypatch.setattr(_subscription, "SAFE_AFTER", 60.0)
     monkeypatch.setattr(_subscription, "_EACH_TOPIC", -59.5)
     async with RabbitMQMessageBroker(rabbitmq_url, prefix, timeout=1.0) as broker:
-        with pytest.raises(BrokerUnavailable, match=r"has not declared the queues of 1 topics within 1\.5 s"):
+        with pytest.raises(BrokerUnavailable, match=r"has not declared the queues of 1 topic within 1\.5 s"):
             await broker.subscribe([COUNTED], group="readers").__aenter__()
 
 

@@ -232,7 +232,7 @@ async def test_a_message_that_too_few_replicas_have_is_unknown(pair: Pair, prefi
         assert await server.xlen(stream) == 11
 
         [few] = [each for each in await audit(broker) if each.capability == "receipt"]
-        assert "waits for 2 replicas and 1 are connected" in few.problem
+        assert "waits for 2 replicas and 1 is connected" in few.problem
 
 
 async def test_sends_do_not_wait_for_replicas_one_after_the_other(pair: Pair, prefix: str) -> None:
