@@ -126,6 +126,7 @@ async def program(seed, failing, relays, keys, options):
     return broker, dead
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("on_dead", ["block", "skip"])
 @given(
     seed=st.integers(0, 2**32),
