@@ -129,7 +129,7 @@ def benchmarks_smoke(session: nox.Session) -> None:
     """Run each benchmark once, tiny: it works, and all messages arrive. Nothing is measured."""
     session.install("-e", f".[{CLIENTS}]", *group("tests"))  # `tests.services`, and the clients
     session.run("python", "-m", "benchmarks", "--smoke")
-    services = images(session, "redis", "rabbitmq", "kafka")
+    services = images(session, *SERVICES)
     session.run("python", "-m", "benchmarks", "brokers", "--smoke", env=services)
     session.run("python", "-m", "benchmarks", "hostile", "--smoke", env=services)
     session.run("python", "-m", "benchmarks", "skew", "--smoke", env=services)

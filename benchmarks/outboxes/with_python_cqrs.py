@@ -3,17 +3,18 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import cqrs
 from cqrs.adapters.amqp import amqp_publisher_factory
 from cqrs.message_brokers.amqp import AMQPMessageBroker
 from cqrs.outbox.sqlalchemy import Base, SqlAlchemyOutboxedEventRepository
-from pydantic import BaseModel
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 
-class Joined(BaseModel):
+@dataclass
+class Joined:
     user_id: int
     greeting: str = "welcome to the meeting"
 
