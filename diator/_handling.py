@@ -24,7 +24,7 @@ from diator.brokers.sending import Deduplicating
 from diator.container.base import BuildLater, Resolver, Shared, scopes
 from diator.context import CONTEXT_OF, CORRELATED, DELIVERY, MessageContext, log_fields, needed_message
 from diator.events import EventEmitter, EventMap
-from diator.events._emitter import OUTGOING, Outgoing, check_same, session_builder
+from diator.events._emitter import OUTGOING, Outgoing, session_builder
 from diator.events._event import is_integration_event, message_name_of
 from diator.exceptions import ConfigurationError, DecodingError, DiatorError, EventHandlersFailed, NotCommitted
 from diator.instruments import Handled, Observer, Outcome
@@ -132,22 +132,7 @@ def inbox_of(
             f"{name_of(session_type)}; an event would be lost between the two, so make both of one store"
         )
     build_session = session_builder(container, inbox.session_type, inbox)
-    return BoundInbox(inbox.first_time, group, _same(build_session), inbox.watch, inbox.session_type)
-
-
-def _same(build: BuildLater[Any]) -> BuildLater[Any]:
-    """Return *build*, with a check in the first unit of work: handler and inbox get the same session."""
-    is_checked = False
-
-    async def session(shared: Shared) -> Any:
-        nonlocal is_checked
-        found = await build(shared)
-        if not is_checked:
-            await check_same(build, shared, found)
-            is_checked = True
-        return found
-
-    return session
+    return BoundInbox(inbox.first_time, group, build_session, inbox.watch, inbox.session_type)
 
 
 def routes(

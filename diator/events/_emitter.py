@@ -214,18 +214,14 @@ class EventEmitter:
 
     async def _session(self, shared: Shared) -> object:
         """Return the session of the unit of work, from the container."""
-        if self._build_session is not None:
-            return await self._build_session(shared)
-        if self._container is None and self._default_container is None:
-            raise ConfigurationError(
-                "this EventEmitter has no container, and an outbox stores in a session from one; pass container=… to "
-                "it, or raise the event in a handler"
-            )
-        build = session_builder(self._used_container(), self._session_type, self._broker)
-        session = await build(shared)
-        await check_same(build, shared, session)
-        self._build_session = build
-        return session
+        if self._build_session is None:
+            if self._container is None and self._default_container is None:
+                raise ConfigurationError(
+                    "this EventEmitter has no container, and an outbox stores in a session from one; pass container=… "
+                    "to it, or raise the event in a handler"
+                )
+            self._build_session = session_builder(self._used_container(), self._session_type, self._broker)
+        return await self._build_session(shared)
 
     async def _send(self, outgoing: Outgoing, *, is_observed: bool = False) -> None:
         """
@@ -275,7 +271,7 @@ class EventEmitter:
                     "this EventEmitter stores in the transaction of the handlers, and has another container than they; "
                     "pass no container to it"
                 )
-            session_builder(self._used_container(), self._session_type, self._broker)
+            self._build_session = session_builder(container, self._session_type, self._broker)
         for event_type in self._event_map:
             # A consumer calls the handlers of integration events. This emitter may never send one.
             if not is_integration_event(event_type):
@@ -353,6 +349,8 @@ def session_builder(container: Resolver, session_type: type | None, broker: obje
     """
     Return what gets the session of a unit of work from *container*: the one in which *broker* stores.
 
+    It raises ConfigurationError if the handlers of the unit of work get another one.
+
     Raises:
         ResolutionError: The container cannot build a *session_type*.
         ConfigurationError: The container has one session for all units of work.
@@ -366,10 +364,21 @@ def session_builder(container: Resolver, session_type: type | None, broker: obje
         raise ConfigurationError(
             f"{name} is registered as a singleton, and {asking} needs one for each unit of work; register it as scoped"
         )
-    return builder(container, session_type)[1]
+    build: BuildLater[Any] = builder(container, session_type)[1]
+    is_checked = False
+
+    async def session(shared: Shared) -> Any:
+        nonlocal is_checked
+        found = await build(shared)
+        if not is_checked:
+            await _check_same(build, shared, found)
+            is_checked = True
+        return found
+
+    return session
 
 
-async def check_same(build: BuildLater[Any], shared: Shared, session: object) -> None:
+async def _check_same(build: BuildLater[Any], shared: Shared, session: object) -> None:
     """Check that *build* returns *session* again. Two are two transactions: nobody would commit the second one."""
     if await build(shared) is not session:
         name = name_of(type(session))
